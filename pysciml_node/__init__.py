@@ -1,0 +1,1 @@
+"""Neural differential equations in PyTorch, on SciML's solvers."""
