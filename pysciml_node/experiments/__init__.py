@@ -1,0 +1,1 @@
+"""Published experiments: a small training runner and what is trained with it."""

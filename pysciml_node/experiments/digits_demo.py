@@ -1,0 +1,132 @@
+"""The demonstration: digits classified by neural ODEs, with and without local regularization."""
+
+import argparse
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pysciml_node._optional import require
+from pysciml_node.data import Splits, digits
+from pysciml_node.experiments.figures import plot_trade_off, plot_training
+from pysciml_node.experiments.results import format_table, save_results, summarize
+from pysciml_node.experiments.runner import measure, train_classifier
+from pysciml_node.experiments.settings import VARIANTS, Run, Settings, Variant
+from pysciml_node.experiments.trade_off import trade_off
+
+SETTINGS = Settings(
+    steps=660, batch_size=128, learning_rate=1e-3, tolerance=1e-7, evaluate_every=30
+)
+QUICK_SETTINGS = replace(SETTINGS, steps=12, tolerance=1e-4, evaluate_every=6)
+# Chosen on the validation data with --trade-off.
+WEIGHTS: dict[Variant, tuple[float, float]] = {
+    "vanilla": (2.5, 1.0),
+    "local-unbiased": (2.5, 1.0),
+    "local-biased": (2.5, 1.0),
+}
+TRADE_OFF_WEIGHTS = tuple((2.5 * factor, 1.0 * factor) for factor in (0.25, 1.0, 4.0, 16.0))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options.
+
+    Args:
+        parser: the subcommand's.
+    """
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="for all files")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="optimizer steps a run")
+    parser.add_argument("--engine", default="torch", help="engine of the solves")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of torch; one is fastest for a field this small",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument(
+        "--trade-off",
+        action="store_true",
+        help="train with a range of weights instead, and draw NFE against validation accuracy",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train all variants, print the table, write results and picture.
+
+    Args:
+        arguments: the parsed options.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: an option is out of range.
+        ImportError: a package of the ``examples`` extra is missing.
+    """
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, but is {arguments.seeds}.")
+    if arguments.threads < 1:
+        raise ValueError(f"--threads must be at least 1, but is {arguments.threads}.")
+    # Before minutes of training, not after.
+    require("matplotlib", extra="examples", purpose="draw the picture")
+    torch.set_num_threads(arguments.threads)
+    settings = replace(SETTINGS, steps=arguments.steps)
+    seeds = range(arguments.seeds)
+    if arguments.quick:
+        settings, seeds = QUICK_SETTINGS, range(1)
+    settings = replace(settings, engine=arguments.engine)
+    job = run_trade_off if arguments.trade_off else run_demo
+    job(digits(), settings, seeds, arguments.output_dir)
+    return 0
+
+
+def run_demo(data: Splits, settings: Settings, seeds: range, output_dir: Path) -> None:
+    """Train every variant with every seed, one after the other, and report.
+
+    The runs take turns variant by variant, so that a machine that slows down over the minutes
+    slows all variants alike.
+
+    Args:
+        data: the parts.
+        settings: those shared by all variants.
+        seeds: of the runs.
+        output_dir: folder for ``results.json`` and ``training.png``.
+    """
+    runs = []
+    total = len(VARIANTS) * len(seeds)
+    for number, (seed, variant) in enumerate(itertools.product(seeds, VARIANTS), start=1):
+        spec = Run(variant=variant, seed=seed, weight=WEIGHTS[variant])
+        trainer = train_classifier(data, settings, spec, label=f"[{number}/{total}] {spec.name}")
+        runs.append(measure(trainer, data))
+    runs.sort(key=lambda result: VARIANTS.index(result.variant))
+    print(format_table(summarize(runs)))
+    results, picture = output_dir / "results.json", output_dir / "training.png"
+    save_results(results, runs)
+    plot_training(runs, picture)
+    print(f"written: {results}, {picture}")
+
+
+def run_trade_off(data: Splits, settings: Settings, seeds: range, output_dir: Path) -> None:
+    """Train with a range of weights and draw the trade-off on the validation data.
+
+    Args:
+        data: the parts.
+        settings: those shared by all runs.
+        seeds: of the runs.
+        output_dir: folder for ``trade_off.json`` and ``trade_off.png``.
+    """
+    points = trade_off(data, settings, TRADE_OFF_WEIGHTS, seeds)
+    for point in points:
+        weight = "" if point["weight"] is None else "{:g} -> {:g}".format(*point["weight"])
+        print(
+            f"{point['variant']:<15} {weight:<16} NFE x{point['nfe_ratio']['mean']:.3f}  "
+            f"validation accuracy {100 * point['accuracy']['mean']:.2f}%"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results, picture = output_dir / "trade_off.json", output_dir / "trade_off.png"
+    results.write_text(json.dumps(points, indent=1) + "\n")
+    plot_trade_off(points, picture)
+    print(f"written: {results}, {picture}")

@@ -1,0 +1,119 @@
+"""Pictures of training runs."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pysciml_node._optional import require
+from pysciml_node.experiments.results import RunResult
+from pysciml_node.experiments.settings import VARIANTS, Variant
+
+_COLORS: dict[Variant, str] = {
+    "vanilla": "#444444",
+    "local-unbiased": "#0072b2",
+    "local-biased": "#d55e00",
+}
+
+
+def new_figure(columns: int) -> tuple[Any, Any]:
+    """A figure with axes side by side; no window and no global state of matplotlib is involved.
+
+    Args:
+        columns: number of axes.
+
+    Returns:
+        The figure and its axes: one, or an array of them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figures = require("matplotlib.figure", extra="plots", purpose="draw the picture")
+    figure = figures.Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure to a file whose folder is made when absent.
+
+    Args:
+        figure: what to write.
+        path: the file; its ending names the format.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def plot_training(runs: Sequence[RunResult], path: Path) -> None:
+    """Draw field evaluations and accuracy over training, mean and range over the seeds.
+
+    Args:
+        runs: finished runs of one experiment.
+        path: file to write; its ending names the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, (nfe_axes, accuracy_axes) = new_figure(2)
+    part = runs[0].history["monitor"]
+    for variant in VARIANTS:
+        histories = [run.history for run in runs if run.variant == variant]
+        if not histories:
+            continue
+        for axes, key, scale in (
+            (nfe_axes, "evaluation_nfe", 1.0),
+            (accuracy_axes, "accuracy", 100.0),
+        ):
+            values = [
+                [scale * value for value in column]
+                for column in zip(*(history[key] for history in histories), strict=True)
+            ]
+            steps = histories[0]["evaluated_at"]
+            color = _COLORS[variant]
+            axes.plot(steps, [statistics.fmean(v) for v in values], color=color, label=variant)
+            axes.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2
+            )
+    nfe_axes.set(xlabel="optimizer step", ylabel=f"NFE a batch ({part})", ylim=(0, None))
+    accuracy_axes.set(xlabel="optimizer step", ylabel=f"accuracy, % ({part})")
+    nfe_axes.legend(loc="lower right")
+    save_figure(figure, path)
+
+
+def plot_trade_off(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw accuracy lost against evaluations saved, one curve a variant, one point a weight.
+
+    Args:
+        points: as `pysciml_node.experiments.trade_off.trade_off` returns them.
+        path: file to write; its ending names the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = new_figure(1)
+    for variant in VARIANTS:
+        curve = [point for point in points if point["variant"] == variant]
+        if not curve:
+            continue
+        ratios = [point["nfe_ratio"]["mean"] for point in curve]
+        accuracies = [100 * point["accuracy"]["mean"] for point in curve]
+        axes.errorbar(
+            ratios,
+            accuracies,
+            xerr=[point["nfe_ratio"]["std"] for point in curve],
+            yerr=[100 * point["accuracy"]["std"] for point in curve],
+            color=_COLORS[variant],
+            marker="o",
+            capsize=2,
+            linewidth=1,
+            label=variant,
+        )
+        for point, ratio, accuracy in zip(curve, ratios, accuracies, strict=True):
+            if point["weight"] is not None:
+                text = " → ".join(f"{weight:g}" for weight in point["weight"])
+                axes.annotate(
+                    text, (ratio, accuracy), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                )
+    axes.set(xlabel="NFE, ratio to vanilla (validation)", ylabel="accuracy, % (validation)")
+    axes.legend()
+    save_figure(figure, path)

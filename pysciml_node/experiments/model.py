@@ -1,0 +1,162 @@
+"""The classifier of the local-regularization paper: flatten, neural ODE, linear head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pysciml_node as psn
+from pysciml_node import adjoints
+from pysciml_node.experiments.classifier import Classifier, Prediction
+from pysciml_node.experiments.settings import AdjointName, Run, Settings, Variant
+
+
+def glorot_linear(inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Glorot-uniform weights ``(outputs, inputs)`` and zero biases ``(outputs,)``.
+
+    Args:
+        inputs: features in.
+        outputs: features out.
+        generator: source of the weights.
+
+    Returns:
+        Weights and biases.
+
+    Reference:
+        X. Glorot, Y. Bengio, AISTATS 2010, equation 16; the default of Lux's ``Dense``.
+    """
+    weight = torch.empty(outputs, inputs)
+    nn.init.xavier_uniform_(weight, generator=generator)
+    return weight, torch.zeros(outputs)
+
+
+class TimeDependentLinear(nn.Module):
+    """An affine map of the state with the time appended: ``W [x; t] + b``.
+
+    The column of ``W`` that multiplies ``t`` is kept apart and added to the bias, ``b + t w``,
+    which gives the same map without copying the batch to append a column.
+
+    Args:
+        inputs: features in, without the time.
+        outputs: features out.
+        generator: source of the initial weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        weight, bias = glorot_linear(inputs + 1, outputs, generator)
+        self.weight = nn.Parameter(weight[:, :-1].clone())
+        self.time_weight = nn.Parameter(weight[:, -1].clone())
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Map ``x`` of shape ``(B, inputs)`` at time ``t`` to ``(B, outputs)``."""
+        return functional.linear(x, self.weight, self.bias + t * self.time_weight)
+
+
+class TimeDependentMLP(nn.Module):
+    """The field ``f(t, u) = W_2 [tanh(W_1 [u; t] + b_1); t] + b_2``.
+
+    Args:
+        features: size of the state.
+        hidden: width of the hidden layer.
+        generator: source of the initial weights.
+
+    Reference:
+        arXiv:2303.02262, section 4.1, after J. Kelly et al., arXiv:2007.04504, appendix B.
+    """
+
+    def __init__(self, features: int, hidden: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = TimeDependentLinear(features, hidden, generator=generator)
+        self.outer = TimeDependentLinear(hidden, features, generator=generator)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """Evaluate the field at time ``t`` and states ``u`` of shape ``(B, features)``."""
+        hidden: Tensor = torch.tanh(self.inner(t, u))
+        out: Tensor = self.outer(t, hidden)
+        return out
+
+
+def make_adjoint(name: AdjointName) -> adjoints.Adjoint:
+    """The adjoint that a setting names, with its defaults."""
+    classes: dict[AdjointName, type[adjoints.Adjoint]] = {
+        "discrete": adjoints.DiscreteAdjoint,
+        "direct": adjoints.DirectAdjoint,
+        "interpolating": adjoints.InterpolatingAdjoint,
+        "backsolve": adjoints.BacksolveAdjoint,
+        "gauss": adjoints.GaussAdjoint,
+    }
+    return classes[name]()
+
+
+_SAMPLING: dict[Variant, str] = {"local-unbiased": "unbiased", "local-biased": "biased"}
+
+
+class ODEClassifier(Classifier):
+    """Flatten the input, let it flow from t = 0 to 1 along a field, read the classes off linearly.
+
+    Args:
+        features: size of the flattened input, which is the state.
+        classes: number of classes.
+        settings: width, tolerance, engine, adjoint and the length of the weight's schedule.
+        run: variant, seed and weight.
+
+    Example:
+        >>> model = ODEClassifier(4, 3, Settings(steps=1, tolerance=1e-3), Run(variant="vanilla"))
+        >>> tuple(model(torch.zeros(2, 2, 2)).logits.shape)
+        (2, 3)
+    """
+
+    def __init__(self, features: int, classes: int, settings: Settings, run: Run) -> None:
+        super().__init__()
+        initial = torch.Generator().manual_seed(run.seed)
+        # Apart from the other generators, so that variants of equal seed see the same batches.
+        self._penalty_generator = torch.Generator().manual_seed(run.seed + 2_000_003)
+        self._schedule_steps = 0
+        regularizers = []
+        if run.variant in _SAMPLING:
+            weight = psn.schedules.Exponential(*run.weight, settings.steps)
+            regularizers.append(
+                psn.LocalError(
+                    _SAMPLING[run.variant], weight=weight, generator=self._penalty_generator
+                )
+            )
+        self.node = psn.NeuralODE(
+            TimeDependentMLP(features, settings.hidden, generator=initial),
+            psn.Tsit5(),
+            tspan=(0.0, 1.0),
+            rtol=settings.tolerance,
+            atol=settings.tolerance,
+            engine=settings.engine,
+            adjoint=make_adjoint(settings.adjoint),
+            regularizers=regularizers,
+        )
+        weight_matrix, bias = glorot_linear(features, classes, initial)
+        self.head_weight = nn.Parameter(weight_matrix)
+        self.head_bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Prediction:
+        """Predict for a batch ``x`` of shape ``(B, *D)``."""
+        solution = self.node(x.flatten(1))
+        logits = functional.linear(solution.u1, self.head_weight, self.head_bias)
+        return Prediction(logits, solution.penalty, int(solution.stats.nfe))
+
+    def step_schedules(self) -> None:
+        """Advance the penalty weight by one optimizer step."""
+        self.node.step_schedules()
+        self._schedule_steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The position in the schedule and the state of the penalty's generator."""
+        return {
+            "schedule_steps": self._schedule_steps,
+            "penalty_generator": self._penalty_generator.get_state(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `get_extra_state` returned."""
+        while self._schedule_steps < state["schedule_steps"]:
+            self.step_schedules()
+        self._penalty_generator.set_state(state["penalty_generator"])

@@ -1,0 +1,103 @@
+"""What a training run is made of: settings shared by all variants, and one run's own."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Variant = Literal["vanilla", "local-unbiased", "local-biased"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+AdjointName = Literal["discrete", "direct", "interpolating", "backsolve", "gauss"]
+ADJOINTS: tuple[AdjointName, ...] = get_args(AdjointName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all variants of an experiment have in common; the defaults are paper D's MNIST run.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: samples a batch, in training and in evaluation.
+        learning_rate: of Adam.
+        tolerance: relative and absolute tolerance of the solver.
+        hidden: width of the field's hidden layer.
+        engine: ``"auto"``, ``"torch"`` or ``"julia"``.
+        adjoint: how gradients pass through the solve.
+        evaluate_every: optimizer steps between evaluations.
+        monitor_samples: how many held-out samples these evaluations use; all of them when None.
+
+    Raises:
+        ValueError: a number that must be positive is not, or ``adjoint`` is unknown.
+
+    Reference:
+        A. Pal, A. Edelman, C. Rackauckas, Locally Regularized Neural Differential Equations,
+        arXiv:2303.02262, section 4.1.
+    """
+
+    steps: int = 7500
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    tolerance: float = 1.4e-8
+    hidden: int = 100
+    engine: str = "auto"
+    adjoint: AdjointName = "discrete"
+    evaluate_every: int = 250
+    monitor_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = ("steps", "batch_size", "learning_rate", "tolerance", "hidden", "evaluate_every")
+        for name in numbers:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
+        if self.adjoint not in ADJOINTS:
+            raise ValueError(f"adjoint must be one of {ADJOINTS}, but is {self.adjoint!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: a variant, a seed and the weight of its penalty.
+
+    The weight decays exponentially from ``weight[0]`` to ``weight[1]`` over the run:
+    ``lambda(k) = lambda_0 (lambda_1 / lambda_0)^(k / steps)``.
+
+    Args:
+        variant: which penalty is added to the loss, if any.
+        seed: of the initial parameters, the batches and the penalty's random times. Runs of equal
+            seed start from the same parameters and see the same batches whatever their variant.
+        weight: first and last weight of the penalty; ignored by the vanilla variant.
+
+    Raises:
+        ValueError: an unknown variant or a weight that is not positive.
+    """
+
+    variant: Variant
+    seed: int = 0
+    weight: tuple[float, float] = (2.5, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}, but is {self.variant!r}.")
+        if not min(self.weight) > 0:
+            raise ValueError(f"weight must be positive, but is {self.weight}.")
+
+    @property
+    def name(self) -> str:
+        """The variant and the seed, fit for a file name."""
+        return f"{self.variant}-seed{self.seed}"
+
+
+def describe(settings: Settings, run: Run) -> dict[str, Any]:
+    """Everything that determines a run's numbers, as plain data.
+
+    Args:
+        settings: those shared by all variants.
+        run: the run's own.
+
+    Returns:
+        A dictionary that JSON and checkpoints can hold; the vanilla variant has no weight.
+
+    Example:
+        >>> describe(Settings(steps=3), Run(variant="vanilla"))["steps"]
+        3
+    """
+    weight = None if run.variant == "vanilla" else list(run.weight)
+    return {**asdict(settings), "variant": run.variant, "seed": run.seed, "weight": weight}
