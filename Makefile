@@ -1,0 +1,58 @@
+# Every target makes its own environment in .venv first; nothing else has to be installed than
+# Python 3.11 or newer. Options of a command go into ARGS: make demo ARGS="--seeds 1".
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck bench clean
+
+help:
+	@echo "make demo       train the digits classifier with and without regularization (runs/demo)"
+	@echo "make test       run the tests"
+	@echo "make lint       check style; make format applies it"
+	@echo "make typecheck  check types"
+	@echo "make bench      time solvers against their peers"
+	@echo "make clean      remove .venv and caches"
+
+# The stamp is touched last, so an installation that failed is tried again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old or missing: Python 3.11 or newer is needed." \
+	         "Name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e '.[dev,examples]' -c constraints.txt
+	@touch $@
+
+$(BENCHMARKS_INSTALLED): $(INSTALLED)
+	$(PIP) install -e '.[benchmarks]' -c constraints.txt
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m pysciml_node demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)
+	$(BIN)/mypy
+
+bench: $(BENCHMARKS_INSTALLED)
+	$(BIN)/python benchmarks/ode.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
