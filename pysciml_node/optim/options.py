@@ -1,0 +1,130 @@
+"""Options of the variance-corrected optimizer: defaults by curvature, and their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# The first safeguard of each row is the default.
+SAFEGUARDS = {
+    "terminal": ("none", "bound", "backtracking"),
+    "diagonal": ("none", "backtracking"),
+    "gauss-newton": ("gain-ratio", "none", "backtracking"),
+}
+DAMPING = {"terminal": 0.0, "diagonal": 1e-3, "gauss-newton": 1e-3}
+JVPS = ("finite-difference", "double-backward")
+
+# One step is taken for all groups together: these cannot differ between them.
+SHARED = (
+    "curvature",
+    "safeguard",
+    "probes",
+    "seed",
+    "jvp",
+    "fd_step",
+    "cg_steps",
+    "cg_rtol",
+    "max_trials",
+    "maximize",
+)
+
+
+def resolve_defaults(
+    options: dict[str, Any], generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Fill in what depends on the curvature, and draw the seed of the probes.
+
+    Args:
+        options: the constructor's arguments.
+        generator: source of the seed; used for ``"diagonal"`` alone.
+
+    Returns:
+        The defaults of every parameter group.
+
+    Raises:
+        ValueError: the curvature is unknown.
+    """
+    curvature = options["curvature"]
+    if curvature not in SAFEGUARDS:
+        raise ValueError(f"curvature must be one of {tuple(SAFEGUARDS)}, but is {curvature!r}")
+    resolved = dict(options)
+    if resolved["safeguard"] is None:
+        resolved["safeguard"] = SAFEGUARDS[curvature][0]
+    if resolved["damping"] is None:
+        resolved["damping"] = DAMPING[curvature]
+    resolved["seed"] = 0
+    if curvature == "diagonal":
+        device = generator.device if generator is not None else None
+        draw = torch.randint(2**62, (), generator=generator, device=device)
+        resolved["seed"] = int(draw)
+    return resolved
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check one group's options and parameters.
+
+    Raises:
+        ValueError: an option is out of its range or does not go with the curvature.
+    """
+    lr = float(group["lr"])
+    curvature, safeguard = group["curvature"], group["safeguard"]
+    fd_step = group["fd_step"]
+    allowed = SAFEGUARDS.get(curvature, ())
+    rules = (
+        (lr >= 0 and math.isfinite(lr), "lr", "nonnegative and finite"),
+        (curvature in SAFEGUARDS, "curvature", f"one of {tuple(SAFEGUARDS)}"),
+        (safeguard in allowed, "safeguard", f"one of {allowed} with curvature={curvature!r}"),
+        (0 <= group["damping"] < math.inf, "damping", "nonnegative and finite"),
+        (
+            curvature != "terminal" or group["damping"] == 0,
+            "damping",
+            "0 with curvature='terminal' (lower lr instead)",
+        ),
+        (0 <= group["beta"] < 1, "beta", "in [0, 1)"),
+        (_is_count(group["probes"]), "probes", "an integer of at least 1"),
+        (_is_count(group["cg_steps"]), "cg_steps", "an integer of at least 1"),
+        (_is_count(group["max_trials"]), "max_trials", "an integer of at least 1"),
+        (0 < group["cg_rtol"] < 1, "cg_rtol", "in (0, 1)"),
+        (fd_step is None or 0 < fd_step < 1, "fd_step", "None or in (0, 1)"),
+        (group["jvp"] in JVPS, "jvp", f"one of {JVPS}"),
+    )
+    for holds, name, expected in rules:
+        if not holds:
+            raise ValueError(f"{name} must be {expected}, but is {group[name]!r}")
+    if curvature != "terminal" and any(p.is_complex() for p in group["params"]):
+        msg = (
+            f"curvature={curvature!r} needs real parameters, but one is complex: "
+            "pass its real view (torch.view_as_real), or use curvature='terminal'"
+        )
+        raise ValueError(msg)
+
+
+def check_uniform(groups: Sequence[dict[str, Any]]) -> None:
+    """Check that the options of the joint step agree in all groups.
+
+    Raises:
+        ValueError: an option differs, or gauss-newton parameters differ in dtype or device.
+    """
+    for name in SHARED:
+        values = {group[name] for group in groups}
+        if len(values) > 1:
+            msg = (
+                f"{name} must agree in all parameter groups, but takes the values "
+                f"{sorted(map(repr, values))}: use one optimizer for each"
+            )
+            raise ValueError(msg)
+    if groups[0]["curvature"] == "gauss-newton":
+        kinds = {(p.dtype, p.device) for group in groups for p in group["params"]}
+        if len(kinds) > 1:
+            msg = (
+                "gauss-newton solves for all parameters at once and needs one dtype and device, "
+                f"but got {sorted(map(str, kinds))}"
+            )
+            raise ValueError(msg)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

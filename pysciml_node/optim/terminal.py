@@ -1,0 +1,153 @@
+"""The paper's scalar curvature: horizon squared times the second moment of the terminal state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class TerminalSolution(Protocol):
+    """What this package's optimizers read from a `Solution`."""
+
+    @property
+    def u1(self) -> Any:
+        """State at the end, `(B, *D)`, or a tuple or mapping of such tensors."""
+
+    @property
+    def problem(self) -> Any:
+        """The problem solved; its `tspan` is `(t0, t1)`."""
+
+
+@torch.enable_grad()
+def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
+    """Bring the end of a solution into one matrix, a row a sample.
+
+    Args:
+        source: a solution, or its terminal state or any other outputs `(B, *D)`, batch first. The
+            tensors of a tuple or mapping state are joined sample by sample.
+
+    Returns:
+        Tensor `(B, n)`, in the autograd graph of the source; `(1, 1)` for a single number.
+
+    Raises:
+        TypeError: the source is neither a tensor nor has a terminal state `u1`.
+
+    Example:
+        >>> terminal_state(torch.zeros(8, 3, 2)).shape
+        torch.Size([8, 6])
+    """
+    state = source if isinstance(source, Tensor) else getattr(source, "u1", None)
+    match state:
+        case Tensor():
+            leaves: list[Tensor] = [state]
+        case Mapping():
+            leaves = list(state.values())
+        case tuple() | list():
+            leaves = list(state)
+        case _:
+            msg = (
+                "expected a solution (an object with u1 and problem.tspan) or a tensor (B, *D), "
+                f"but got {type(source).__name__}"
+            )
+            raise TypeError(msg)
+    rows = [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def terminal_moments(
+    solution: TerminalSolution | Tensor | None,
+    horizon: float | Tensor | None = None,
+    second_moment: float | Tensor | None = None,
+) -> tuple[float, float]:
+    r"""Horizon `t` and terminal second moment `E|x_t|^2`, from a solution or as given.
+
+    The expectation is the mean over the batch, the norm the sum over the state's entries. A number
+    that is given takes the place of the solution's.
+
+    Args:
+        solution: the solution, or its terminal state `(B, *D)` when `horizon` is given.
+        horizon: length of the time interval, in the units of `tspan`.
+        second_moment: the moment, in the units of the state squared.
+
+    Returns:
+        The pair `(t, E|x_t|^2)`.
+
+    Raises:
+        ValueError: one of the two is missing, or is not positive and finite.
+    """
+    if horizon is None:
+        tspan = getattr(getattr(solution, "problem", None), "tspan", None)
+        if tspan is None:
+            msg = (
+                "the horizon is unknown: pass solution=sol (an object with u1 and problem.tspan), "
+                "or horizon= as a number"
+            )
+            raise ValueError(msg)
+        horizon = abs(float(tspan[1]) - float(tspan[0]))
+    if second_moment is None:
+        if solution is None:
+            msg = (
+                "the terminal second moment is unknown: pass solution=sol, or second_moment= as a "
+                "number"
+            )
+            raise ValueError(msg)
+        state = terminal_state(solution).detach()
+        second_moment = state.abs().square().sum(dim=1).mean()
+    horizon, second_moment = float(horizon), float(second_moment)
+    for name, value in (("horizon", horizon), ("second_moment", second_moment)):
+        if not (math.isfinite(value) and value > 0):
+            msg = (
+                f"{name} must be positive and finite, but is {value}.\n"
+                "  A moment of zero or infinity means that the flow collapsed or blew up: start "
+                "from parameters closer to zero, or shorten the horizon."
+            )
+            raise ValueError(msg)
+    return horizon, second_moment
+
+
+@torch.no_grad()
+def scale_by_terminal_variance_(
+    params: Tensor | Iterable[Tensor],
+    solution: TerminalSolution | Tensor | None = None,
+    *,
+    horizon: float | None = None,
+    second_moment: float | None = None,
+) -> float:
+    r"""Divide the gradients by `t^2 E|x_t|^2`, in place, in front of any torch optimizer.
+
+    With `torch.optim.SGD` this is the rule of `VarianceCorrected(curvature="terminal")`. Optimizers
+    that normalize gradients by their own history (Adam) see only how the factor changes from one
+    iteration to the next.
+
+    Args:
+        params: the parameter or parameters whose `.grad` is scaled; those without are left alone.
+        solution: the solution the loss was computed from, or its terminal state `(B, *D)`.
+        horizon: length of the time interval; default the solution's.
+        second_moment: `E|x_t|^2`; default the mean over the solution's batch.
+
+    Returns:
+        The factor the gradients were multiplied by.
+
+    Raises:
+        ValueError: horizon or moment is missing, or is not positive and finite.
+
+    Example:
+        >>> a = torch.nn.Parameter(torch.tensor(0.5))
+        >>> (3.0 * a).backward()
+        >>> scale_by_terminal_variance_(a, horizon=2.0, second_moment=3.0) * 12
+        1.0
+        >>> a.grad
+        tensor(0.2500)
+
+    Reference: Okamoto, Takeuchi, Sakemi, arXiv 2505.02019, variance-corrected rule.
+    """
+    t, moment = terminal_moments(solution, horizon, second_moment)
+    factor = 1.0 / (t * t * moment)
+    for param in [params] if isinstance(params, Tensor) else params:
+        if param.grad is not None:
+            param.grad.mul_(factor)
+    return factor
