@@ -1,1 +1,36 @@
-"""Neural differential equations in PyTorch, on SciML's solvers."""
+"""Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
+
+from pysciml_node import schedules
+from pysciml_node.adjoints import (
+    BacksolveAdjoint,
+    DirectAdjoint,
+    DiscreteAdjoint,
+    GaussAdjoint,
+    InterpolatingAdjoint,
+)
+from pysciml_node.algorithms import (
+    BS3,
+    DP5,
+    DP8,
+    RK4,
+    Dopri5,
+    Dopri8,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    Tsit5,
+    Vern7,
+    Vern9,
+)
+from pysciml_node.controllers import FixedStep, IController, PIController, PIDController
+from pysciml_node.engines import get_engine, set_engine
+from pysciml_node.errors import EngineUnavailable, PsnWarning, SolverFailure
+from pysciml_node.events import Event
+from pysciml_node.layers import NeuralODE
+from pysciml_node.problem import ODEProblem
+from pysciml_node.regularizers import LocalError, LocalStiffness, Regularizer
+from pysciml_node.solution import ReturnCode, Solution, Stats
+from pysciml_node.solve import solve
+
+__version__ = "0.1.0.dev0"

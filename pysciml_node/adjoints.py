@@ -1,0 +1,98 @@
+"""Adjoints: how gradients pass through a solve. The names are SciML's.
+
+| adjoint | gradient of | memory | use it for |
+|---|---|---|---|
+| `DiscreteAdjoint` | the discretised solution, exactly | one state a step | the default |
+| `DirectAdjoint` | the discretised solution, exactly | every stage's graph | double backward |
+| `InterpolatingAdjoint` | the continuous equation | one state a step | long solves |
+| `GaussAdjoint` | the continuous equation | one state a step | many parameters |
+| `BacksolveAdjoint` | the continuous equation | one state | smooth, short, non-stiff fields |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class Adjoint:
+    """Base of all adjoints."""
+
+    discrete: bool = False
+
+
+@dataclass(frozen=True)
+class DirectAdjoint(Adjoint):
+    """Automatic differentiation through every operation of the solver.
+
+    Keeps the whole graph, and so allows double backward and forward mode.
+    """
+
+    discrete = True
+
+
+@dataclass(frozen=True)
+class DiscreteAdjoint(Adjoint):
+    """Replays the accepted steps backward, one at a time.
+
+    The forward solve keeps the time, size and starting state of each accepted step; backward
+    recomputes the stages of one step and pulls the cotangent through them. The gradient is the
+    exact one of the discretised solution at frozen step sizes (the derivative of the step sizes
+    themselves is dropped, as in all such methods).
+    """
+
+    discrete = True
+
+
+@dataclass(frozen=True)
+class _ContinuousAdjoint(Adjoint):
+    """Options of the adjoints that solve the adjoint equation `dl/dt = -(df/du)^T l`.
+
+    Args:
+        rtol: relative tolerance of the backward solve; default that of the forward solve.
+        atol: absolute tolerance of the backward solve; default that of the forward solve.
+        max_steps: accepted and rejected steps of the backward solve; default the forward's.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be positive, but is {value}")
+
+
+@dataclass(frozen=True)
+class InterpolatingAdjoint(_ContinuousAdjoint):
+    """Solves the adjoint equation backward along the dense forward solution.
+
+    The parameter gradient is integrated beside the adjoint state and does not drive the step size
+    (Kidger, Chen, Lyons: "Hey, that's not an ODE", arXiv 2009.09457).
+
+    Reference: Rackauckas et al., arXiv 1812.01892.
+    """
+
+
+@dataclass(frozen=True)
+class GaussAdjoint(_ContinuousAdjoint):
+    """Solves the adjoint equation alone; parameter gradients by Gauss quadrature on its steps.
+
+    The cheapest of the continuous adjoints where there are many parameters: they are differentiated
+    at the quadrature nodes only, not at every stage.
+
+    Reference: A. Wu et al., arXiv 2305.00527 (GaussAdjoint of SciMLSensitivity.jl).
+    """
+
+
+@dataclass(frozen=True)
+class BacksolveAdjoint(_ContinuousAdjoint):
+    """Solves state and adjoint backward together: memory of one state.
+
+    The state is put back onto the forward solution wherever a cotangent enters. Between those times
+    it is recomputed backward, which is unstable for dissipative fields: check gradients before you
+    rely on it.
+
+    Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366, Algorithm 1.
+    """

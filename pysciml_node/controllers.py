@@ -1,0 +1,209 @@
+"""Step size controllers: how the next step follows from the error of the last ones.
+
+All are written for the scaled error `e` of an attempted step (accepted where `e <= 1`) and the
+exponent `k = error_order + 1` of the method. The parameter names and defaults are those of
+OrdinaryDiffEq.jl.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+class StepSizes(ABC):
+    """The running state of a controller during one solve."""
+
+    @abstractmethod
+    def accepted(self, h: float, error: float) -> float:
+        """Size of the next step after `h` was accepted with scaled error `error <= 1`."""
+
+    @abstractmethod
+    def rejected(self, h: float, error: float) -> float:
+        """Size of the next attempt after `h` was rejected (`error > 1`, or not finite)."""
+
+
+class Controller(ABC):
+    """Base of all controllers: a frozen description; `start` begins a solve with it."""
+
+    adaptive = True
+
+    @abstractmethod
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve with a method whose embedded solution has order `error_order`."""
+
+
+def _check_limits(gamma: float, qmin: float, qmax: float) -> None:
+    if not (0 < gamma <= 1 and 0 < qmin < 1 < qmax):
+        raise ValueError(
+            "a controller needs 0 < gamma <= 1 and 0 < qmin < 1 < qmax, "
+            f"but got gamma={gamma}, qmin={qmin}, qmax={qmax}"
+        )
+
+
+@dataclass(frozen=True)
+class PIController(Controller):
+    """Proportional-integral control, `h <- h * gamma * e**-beta1 * e_previous**beta2`.
+
+    The default of the adaptive methods: it damps the oscillation of step sizes that plain integral
+    control shows near the stability limit.
+
+    Args:
+        beta1: exponent of the present error; default `7 / (10 k)`.
+        beta2: exponent of the previous error; default `2 / (5 k)`.
+        gamma: safety factor.
+        qmin: smallest factor from one step to the next.
+        qmax: largest factor from one step to the next.
+
+    Reference: K. Gustafsson, ACM Trans. Math. Softw. 17 (1991) 533-554; Hairer and Wanner,
+    Solving Ordinary Differential Equations II, section IV.2.
+    """
+
+    beta1: float | None = None
+    beta2: float | None = None
+    gamma: float = 0.9
+    qmin: float = 0.2
+    qmax: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_limits(self.gamma, self.qmin, self.qmax)
+
+    def exponents(self, error_order: int) -> tuple[float, float]:
+        """`(beta1, beta2)` for a method whose embedded solution has order `error_order`."""
+        k = error_order + 1
+        return (
+            7 / (10 * k) if self.beta1 is None else self.beta1,
+            2 / (5 * k) if self.beta2 is None else self.beta2,
+        )
+
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve."""
+        return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
+
+
+@dataclass(frozen=True)
+class IController(Controller):
+    """Integral (elementary) control, `h <- h * gamma * e**(-1/k)`.
+
+    Args:
+        gamma: safety factor.
+        qmin: smallest factor from one step to the next.
+        qmax: largest factor from one step to the next.
+
+    Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+    """
+
+    gamma: float = 0.9
+    qmin: float = 0.2
+    qmax: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_limits(self.gamma, self.qmin, self.qmax)
+
+    def exponents(self, error_order: int) -> tuple[float, float]:
+        """`(1/k, 0)`: integral control is PI control without memory."""
+        return 1 / (error_order + 1), 0.0
+
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve."""
+        return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
+
+
+class _PISizes(StepSizes):
+    # Errors below this count as this: a step that was exact by chance says nothing of the next.
+    smallest_previous = 1e-4
+
+    def __init__(self, beta1: float, beta2: float, gamma: float, qmin: float, qmax: float) -> None:
+        self.beta1, self.beta2, self.gamma, self.qmin, self.qmax = beta1, beta2, gamma, qmin, qmax
+        self.previous = self.smallest_previous
+
+    def accepted(self, h: float, error: float) -> float:
+        # A zero error asks for the largest factor.
+        if error > 0:
+            q = error**self.beta1 / self.previous**self.beta2 / self.gamma
+        else:
+            q = 0.0
+        self.previous = max(error, self.smallest_previous)
+        return h / min(max(q, 1 / self.qmax), 1 / self.qmin)
+
+    def rejected(self, h: float, error: float) -> float:
+        if not math.isfinite(error):
+            return h * self.qmin
+        return h / min(1 / self.qmin, max(error**self.beta1 / self.gamma, 1.0))
+
+
+@dataclass(frozen=True)
+class PIDController(Controller):
+    """Proportional-integral-derivative control with a smooth limiter.
+
+    `h <- h * lim(e0**-(beta1/k) * e1**-(beta2/k) * e2**-(beta3/k))`, `lim(x) = 1 + atan(x - 1)`,
+    with the errors of the last three steps. The defaults (0.7, -0.4, 0) are PI; Soederlind's
+    H211b and H312 families are other choices.
+
+    Args:
+        beta1: exponent of the present error.
+        beta2: exponent of the previous one.
+        beta3: exponent of the one before.
+        safety: factor on the error that is aimed at.
+
+    Reference: G. Soederlind, Numer. Algorithms 31 (2002) 281-310; ACM Trans. Math. Softw. 29
+    (2003) 1-26.
+    """
+
+    beta1: float = 0.7
+    beta2: float = -0.4
+    beta3: float = 0.0
+    safety: float = 0.81
+
+    def __post_init__(self) -> None:
+        if not 0 < self.safety <= 1:
+            raise ValueError(f"safety must lie in (0, 1], but is {self.safety}")
+
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve."""
+        k = error_order + 1
+        return _PIDSizes((self.beta1 / k, self.beta2 / k, self.beta3 / k), self.safety)
+
+
+class _PIDSizes(StepSizes):
+    def __init__(self, betas: tuple[float, float, float], safety: float) -> None:
+        self.betas, self.safety = betas, safety
+        self.history = (1.0, 1.0)
+
+    def _factor(self, error: float) -> float:
+        # The floor keeps the powers finite where a step was exact.
+        errors = (max(error, 1e-10), *self.history)
+        product = math.prod(
+            (e / self.safety) ** -beta for e, beta in zip(errors, self.betas, strict=True)
+        )
+        return 1 + math.atan(product - 1)
+
+    def accepted(self, h: float, error: float) -> float:
+        factor = self._factor(error)
+        self.history = (max(error, 1e-10), self.history[0])
+        return h * factor
+
+    def rejected(self, h: float, error: float) -> float:
+        if not math.isfinite(error):
+            return h * 0.2
+        return h * min(self._factor(error), 0.9)
+
+
+@dataclass(frozen=True)
+class FixedStep(Controller):
+    """Steps of `dt0`, whatever the error; the last one is cut to end at `t1`."""
+
+    adaptive = False
+
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve."""
+        return _FixedSizes()
+
+
+class _FixedSizes(StepSizes):
+    def accepted(self, h: float, error: float) -> float:
+        return h
+
+    def rejected(self, h: float, error: float) -> float:
+        raise RuntimeError("fixed steps are never rejected")

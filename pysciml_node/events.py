@@ -1,0 +1,48 @@
+"""Events: times at which a condition on the solution changes sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Event:
+    """Stops a solve where `condition(t, u)` crosses zero.
+
+    The event is looked for after each accepted step by the sign of its condition, and located on
+    the dense output; the last step is then taken again with the shorter size, so that the state at
+    the event is a step's own result. The time of the event is differentiable by the implicit
+    function theorem: `dt = -dg / (dg/dt + dg/du . f)`.
+
+    Args:
+        condition: real scalar function of time (a 0-d tensor) and state.
+        direction: `1` for crossings from negative to positive along the integration, `-1` for the
+            others, `0` for both.
+        xtol: width of the bracket at which the search ends, relative to the step; default that of
+            the state's dtype.
+
+    Raises:
+        ValueError: `direction` is none of the three.
+
+    Reference: R. T. Q. Chen, B. Amos, M. Nickel, Learning Neural Event Functions for Ordinary
+    Differential Equations, arXiv 2011.03902.
+    """
+
+    condition: Callable[[Tensor, Any], Tensor]
+    direction: int = 0
+    xtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.direction not in (-1, 0, 1):
+            raise ValueError(f"direction must be -1, 0 or 1, but is {self.direction!r}.")
+        if not callable(self.condition):
+            raise TypeError("condition must be callable as condition(t, u).")
+
+    def crosses(self, before: float, after: float) -> bool:
+        """Whether the condition's values at the ends of a step show a crossing."""
+        rising, falling = before < 0 <= after, before > 0 >= after
+        return (rising and self.direction >= 0) or (falling and self.direction <= 0)

@@ -1,0 +1,122 @@
+"""A neural ordinary differential equation as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pysciml_node.adjoints import Adjoint
+from pysciml_node.algorithms import Algorithm, Tsit5
+from pysciml_node.problem import ODEProblem, Time
+from pysciml_node.regularizers.base import Regularizer, attach_penalties
+from pysciml_node.solution import Solution
+from pysciml_node.solve import solve
+from pysciml_node.state import State, StateSpec
+
+
+class NeuralODE(nn.Module):
+    """Solves `du/dt = field(t, u)` from its input over a fixed interval.
+
+    In training mode the regularizers are evaluated and `solution.penalty` is their weighted sum; in
+    eval mode they cost nothing and it is 0.
+
+    Args:
+        field: the vector field, `field(t, u)` or `field(t, u, p)`; usually an `nn.Module`.
+        algorithm: default `Tsit5()`.
+        tspan: the interval.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        regularizers: what is added to the loss.
+        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
+        saveat: times of `solution.u`; without it the ends of the steps.
+        engine: `"torch"`, `"julia"` or `"auto"`.
+        options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.
+
+    Raises:
+        TypeError: a field that is not callable, a regularizer of another kind.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> class Field(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(3, 3)
+        ...     def forward(self, t, u):
+        ...         return torch.tanh(self.linear(u))
+        >>> node = psn.NeuralODE(Field(), psn.Tsit5(), tspan=(0.0, 1.0), rtol=1e-5, atol=1e-5)
+        >>> node(torch.zeros(8, 3)).u1.shape
+        torch.Size([8, 3])
+    """
+
+    def __init__(
+        self,
+        field: Callable[..., Any],
+        algorithm: Algorithm | None = None,
+        tspan: tuple[Time, Time] = (0.0, 1.0),
+        *,
+        rtol: float | Tensor = 1e-6,
+        atol: float | Tensor = 1e-6,
+        regularizers: Sequence[Regularizer] = (),
+        adjoint: Adjoint | None = None,
+        saveat: Sequence[float] | Tensor | None = None,
+        engine: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not callable(field):
+            raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
+        for regularizer in regularizers:
+            if not isinstance(regularizer, Regularizer):
+                raise TypeError(
+                    f"regularizers must be objects such as LocalError(), but one is {regularizer!r}"
+                )
+        self.field = field
+        self.algorithm = Tsit5() if algorithm is None else algorithm
+        self.tspan = tspan
+        self.rtol, self.atol = rtol, atol
+        self.regularizers = nn.ModuleList(regularizers)
+        self.adjoint, self.saveat, self.engine = adjoint, saveat, engine
+        self.options = options
+
+    def forward(self, u0: State, p: Any = None, tspan: tuple[Time, Time] | None = None) -> Solution:
+        """Solve from `u0` of shape `(B, *D)`.
+
+        Args:
+            u0: initial state.
+            p: extra argument of the field.
+            tspan: another interval, for this call.
+
+        Returns:
+            The solution; `solution.u1` has the shape of `u0`.
+        """
+        problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
+        solution = solve(
+            problem,
+            self.algorithm,
+            rtol=self.rtol,
+            atol=self.atol,
+            saveat=self.saveat,
+            engine=self.engine,
+            adjoint=self.adjoint,
+            **self.options,
+        )
+        solution.penalty = _zero(problem.spec)
+        if self.training:
+            attach_penalties(solution, list(self.regularizers))  # type: ignore[arg-type]
+        return solution
+
+    def step_schedules(self) -> None:
+        """Count one training step of every regularizer's weight schedule."""
+        for regularizer in self.regularizers:
+            regularizer.step()  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        """Configuration for `repr`."""
+        return f"{self.algorithm}, tspan={self.tspan}, rtol={self.rtol}, atol={self.atol}"
+
+
+def _zero(spec: StateSpec) -> Tensor:
+    return torch.zeros((), dtype=spec.real_dtype, device=spec.device)

@@ -1,0 +1,53 @@
+"""The options of a solve, after they have been checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pysciml_node.adjoints import Adjoint
+from pysciml_node.controllers import Controller
+
+if TYPE_CHECKING:
+    from pysciml_node.events import Event
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What `solve` hands to an engine: complete, and known to be valid.
+
+    Attributes:
+        rtol: relative tolerance, a number or a flat tensor `(N,)`.
+        atol: absolute tolerance, a number or a flat tensor `(N,)`.
+        saveat: requested times as numbers in the order of integration, or `None`.
+        saveat_tensor: the same as a tensor where it requires gradients, else `None`.
+        adjoint: how gradients are taken.
+        dt0: size of the first (or of each fixed) step, positive, or `None`.
+        dtmin: smallest step.
+        dtmax: largest step.
+        tstops: times the solver must step to, in the order of integration.
+        max_steps: limit of accepted and rejected steps.
+        controller: step size control.
+        events: conditions to watch.
+        progress: show a progress bar.
+        throw: raise on failure.
+        compile: compile the solve.
+    """
+
+    rtol: float | Tensor
+    atol: float | Tensor
+    saveat: tuple[float, ...] | None
+    saveat_tensor: Tensor | None
+    adjoint: Adjoint
+    dt0: float | None
+    dtmin: float
+    dtmax: float
+    tstops: tuple[float, ...]
+    max_steps: int
+    controller: Controller
+    events: tuple[Event, ...]
+    progress: bool
+    throw: bool
+    compile: bool

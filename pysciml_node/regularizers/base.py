@@ -1,0 +1,75 @@
+"""What a regularizer is: a module that reads a solution and returns a scalar."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pysciml_node.schedules import Schedule, as_schedule
+from pysciml_node.solution import Solution
+
+
+class Regularizer(nn.Module, ABC):
+    """Base of all regularizers.
+
+    It has no parameters; it is a module so that the step count of its weight is part of the
+    model's `state_dict`.
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        name: key in `Solution.penalties`; default the class's name.
+    """
+
+    def __init__(self, weight: float | Schedule = 1.0, name: str | None = None) -> None:
+        super().__init__()
+        self.weight = as_schedule(weight)
+        self.name = name or type(self).__name__
+        self.steps = 0
+
+    @abstractmethod
+    def forward(self, solution: Solution) -> Tensor:
+        """The unweighted penalty of a solution, a 0-d tensor."""
+
+    @property
+    def current_weight(self) -> float:
+        """The weight at the present training step."""
+        return self.weight(self.steps)
+
+    def step(self) -> None:
+        """Count one training step of the schedule."""
+        self.steps += 1
+
+    def get_extra_state(self) -> Any:
+        """The schedule's position, for `state_dict`."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Put the schedule back, from `state_dict`."""
+        self.steps = int(state)
+
+    def extra_repr(self) -> str:
+        """Configuration for `repr`."""
+        return f"weight={self.weight}"
+
+
+def attach_penalties(solution: Solution, regularizers: list[Regularizer]) -> None:
+    """Evaluate regularizers on a solution and set its `penalties` and `penalty`.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    total: Tensor | None = None
+    for regularizer in regularizers:
+        if regularizer.name in solution.penalties:
+            raise ValueError(
+                f"two regularizers are named {regularizer.name!r}; give one of them name=..."
+            )
+        value = regularizer(solution)
+        solution.penalties[regularizer.name] = value
+        term = regularizer.current_weight * value
+        total = term if total is None else total + term
+    if total is not None:
+        solution.penalty = total

@@ -1,0 +1,130 @@
+"""Local regularization: the solver's own estimates at one random time.
+
+Reference: Pal, Edelman, Rackauckas, Locally Regularized Neural Differential Equations: Some Black
+Boxes Were Meant to Remain Closed!, ICML 2023, arXiv 2303.02262, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms import ExplicitRungeKutta, Tsit5
+from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.schedules import Schedule
+from pysciml_node.solution import Solution, StepEstimate
+
+Sampling = Literal["unbiased", "biased"]
+StepSize = Literal["hairer", "solver"]
+
+
+class _LocalRegularizer(Regularizer):
+    """One step of an embedded pair from a sampled time of the solution.
+
+    Args:
+        sampling: `"unbiased"`: a time uniform on the interval; `"biased"`: one of the solver's own
+            steps, each as likely as the other, so that times where steps are small are drawn more
+            often. The end of the interval is never drawn.
+        weight: factor of the penalty in the loss, or a schedule of it.
+        step_size: `"hairer"`: the first step that a solve from the sampled state would try (what
+            the paper's code does); `"solver"`: the size of the step that contains the sampled time
+            (what its text says).
+        stop_gradient: keep gradients out of the sampled state and the first stage, so that they
+            reach the field's parameters through the other stages alone (what the paper's code
+            does). Otherwise they also flow through the state into the whole solve.
+        include_start: let `"biased"` draw the start of the interval too. The paper's code does
+            not, where there are other steps.
+        algorithm: the embedded pair; default `Tsit5()`, whatever the solve used, as in the paper's
+            code.
+        generator: draws the times; a CPU generator. Default torch's own.
+        name: key in `Solution.penalties`.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling = "unbiased",
+        weight: float | Schedule = 1.0,
+        *,
+        step_size: StepSize = "hairer",
+        stop_gradient: bool = True,
+        include_start: bool = False,
+        algorithm: ExplicitRungeKutta | None = None,
+        generator: torch.Generator | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if sampling not in ("unbiased", "biased"):
+            raise ValueError(f'sampling must be "unbiased" or "biased", but is {sampling!r}.')
+        if step_size not in ("hairer", "solver"):
+            raise ValueError(f'step_size must be "hairer" or "solver", but is {step_size!r}.')
+        self.sampling, self.step_size = sampling, step_size
+        self.stop_gradient, self.include_start = stop_gradient, include_start
+        self.algorithm = Tsit5() if algorithm is None else algorithm
+        self.generator = generator
+
+    def sample_time(self, solution: Solution) -> float:
+        """Draw a time of the solution."""
+        times = solution.trajectory.times
+        if self.sampling == "unbiased":
+            share = torch.rand((), generator=self.generator, dtype=torch.float64).item()
+            return times[0] + share * (times[-1] - times[0])
+        first = 0 if self.include_start or len(times) == 2 else 1
+        return times[int(torch.randint(first, len(times) - 1, (), generator=self.generator))]
+
+    def estimate(self, solution: Solution, t: float | None = None) -> StepEstimate:
+        """The step at `t`, or at a sampled time."""
+        t = self.sample_time(solution) if t is None else t
+        dt = None
+        if self.step_size == "solver":
+            dt = solution.step_size(t)
+        return solution.trajectory.estimate(t, self.algorithm, self.stop_gradient, dt)
+
+    def extra_repr(self) -> str:
+        """Configuration for `repr`."""
+        return f"{self.sampling}, {super().extra_repr()}, step_size={self.step_size!r}"
+
+
+class LocalError(_LocalRegularizer):
+    """Local error regularization: `R = |dt| * E` at one random time.
+
+    `E` is the root-mean-square, over batch and components, of the embedded error estimate divided
+    by `atol + rtol * max(|u|, |u1|)`, with the tolerances of the solve. The extra memory is one
+    step's, whatever the adjoint of the solve.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> field = torch.nn.Linear(2, 2)
+        >>> node = psn.NeuralODE(lambda t, u: field(u), psn.Tsit5(),
+        ...                      regularizers=[psn.LocalError("unbiased", weight=2.5)])
+        >>> solution = node(torch.ones(4, 2))
+        >>> bool(solution.penalty > 0)
+        True
+
+    Reference: arXiv 2303.02262, section 3 and Algorithm 1.
+    """
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        step = self.estimate(solution)
+        return step.error * step.dt.abs()
+
+
+class LocalStiffness(_LocalRegularizer):
+    """Local stiffness regularization: the stiffness estimate at one random time.
+
+    `R = |k_i - k_j| / |g_i - g_j| / S`, with the two stages that share a node, their arguments
+    `g`, and the pair's stability radius `S` (3.5068 for Tsit5). The paper reports no gain from it.
+
+    Reference: arXiv 2303.02262, section 3; Shampine, Math. Comput. 31 (1977) 412-421.
+    """
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        radius = self.algorithm.tableau.stability_radius
+        if self.algorithm.tableau.stiffness_stages is None or radius is None:
+            raise ValueError(
+                f"{self.algorithm!r} has no stiffness estimate; use Tsit5, DP5, Vern7 or Vern9."
+            )
+        return self.estimate(solution).stiffness / radius

@@ -1,0 +1,240 @@
+"""`solve`: the one verb. All input is checked here, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node import engines
+from pysciml_node.adjoints import Adjoint, DirectAdjoint, DiscreteAdjoint
+from pysciml_node.algorithms import Algorithm, Tsit5
+from pysciml_node.controllers import Controller, FixedStep
+from pysciml_node.diagnosis import failure_message
+from pysciml_node.errors import SolverFailure
+from pysciml_node.events import Event
+from pysciml_node.implicit_event import differentiable_event
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import ODEProblem
+from pysciml_node.solution import Solution
+
+
+def solve(
+    problem: ODEProblem,
+    algorithm: Algorithm | None = None,
+    *,
+    rtol: float | Tensor = 1e-6,
+    atol: float | Tensor = 1e-6,
+    saveat: Sequence[float] | Tensor | None = None,
+    engine: str | None = None,
+    adjoint: Adjoint | None = None,
+    dt0: float | None = None,
+    dtmin: float | None = None,
+    dtmax: float | None = None,
+    tstops: Sequence[float] | Tensor = (),
+    max_steps: int = 100_000,
+    controller: Controller | None = None,
+    events: Event | Sequence[Event] = (),
+    progress: bool = False,
+    throw: bool = True,
+    compile: bool = False,
+) -> Solution:
+    """Solve an initial value problem.
+
+    Args:
+        problem: what to solve.
+        algorithm: how; default `Tsit5()`.
+        rtol: relative tolerance on the root-mean-square of the local error; a number, or a tensor
+            that broadcasts to `u0` (a single-tensor state).
+        atol: absolute tolerance, likewise; entries of `inf` never drive the step size.
+        saveat: times of the output, in the order of integration, inside `tspan`; a tensor that
+            requires gradients receives them. Without it: the ends of the accepted steps.
+        engine: `"torch"`, `"julia"` or `"auto"`; default the one set by `set_engine` or the
+            environment variable `PYSCIML_NODE_ENGINE`, else `"auto"`.
+        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
+        dt0: size of the first step (positive); with `FixedStep` of each step. Default: Hairer's.
+        dtmin: the solve fails where an adaptive step would be smaller (positive).
+        dtmax: steps are never larger (positive).
+        tstops: times that steps must end on, for fields with discontinuities.
+        max_steps: the solve fails after this many accepted and rejected steps.
+        controller: step size control; default the algorithm's, `PIController()`.
+        events: conditions that stop the solve where they cross zero.
+        progress: draw a progress bar on stderr.
+        throw: raise `SolverFailure` if the end is not reached; otherwise return what there is,
+            with the reason in `retcode`.
+        compile: run the solve and its discrete adjoint as compiled loops (see the docs, "Compiled
+            solves"); without a C++ compiler it says so once and goes on uncompiled.
+
+    Returns:
+        The solution; time comes first in its states, `(T, *u0.shape)`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument out of range.
+        SolverFailure: the end of the interval was not reached (with `throw=True`).
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1).double(), (0.0, 1.0))
+        >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)
+        0.367879
+    """
+    if not isinstance(problem, ODEProblem):
+        raise TypeError(
+            f"solve takes an ODEProblem, but was given {type(problem).__name__}.\n"
+            "  Make one: ODEProblem(f, u0, (t0, t1))."
+        )
+    algorithm = _instance("algorithm", algorithm, Algorithm, Tsit5)
+    adjoint = _instance("adjoint", adjoint, Adjoint, DiscreteAdjoint)
+    controller = _instance("controller", controller, Controller, algorithm.default_controller)
+    events = _check_events(events)
+    length = abs(problem.t1 - problem.t0)
+    if isinstance(controller, FixedStep) and dt0 is None:
+        raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
+    times, time_tensor = _check_saveat(saveat, problem)
+    options = SolveOptions(
+        rtol=_check_tolerance("rtol", rtol, problem),
+        atol=_check_tolerance("atol", atol, problem),
+        saveat=times,
+        saveat_tensor=time_tensor,
+        adjoint=adjoint,
+        dt0=None if dt0 is None else min(_positive("dt0", dt0), length),
+        dtmin=0.0 if dtmin is None else _positive("dtmin", dtmin),
+        dtmax=math.inf if dtmax is None else _positive("dtmax", dtmax, allow_inf=True),
+        tstops=_check_tstops(tstops, problem),
+        max_steps=max_steps,
+        controller=controller,
+        events=events,
+        progress=progress,
+        throw=throw,
+        compile=compile,
+    )
+    if options.dtmin > options.dtmax:
+        raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
+    _check_both_zero(options)
+    chosen = engines.choose(engine, algorithm, adjoint)
+    solution = chosen.solve(problem, algorithm, options)
+    if solution.event is not None:
+        differentiable_event(solution, events[solution.event], isinstance(adjoint, DirectAdjoint))
+    if throw and not solution.success:
+        raise SolverFailure(failure_message(solution, options), solution)
+    return solution
+
+
+def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
+    if value is None:
+        return default()
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{name} must be an instance: write {value.__name__}().")
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be one of this package's {kind.__name__.lower()}s, such as "
+            f"{default().__class__.__name__}(), but is {value!r}."
+        )
+    return value
+
+
+def _positive(name: str, value: float, allow_inf: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{name} must be a number, but is {type(value).__name__}.")
+    number = float(value)
+    if not number > 0 or (math.isinf(number) and not allow_inf):
+        raise ValueError(
+            f"{name} must be positive and finite, but is {number}.\n"
+            "  Sizes of steps are given without sign; the direction follows tspan."
+        )
+    return number
+
+
+def _check_tolerance(name: str, value: float | Tensor, problem: ODEProblem) -> float | Tensor:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        number = float(value)
+        if not number >= 0 or math.isinf(number):
+            raise ValueError(f"{name} must be a finite number, at least 0, but is {number}.")
+        return number
+    spec = problem.spec
+    if spec.keys is not None:
+        raise ValueError(f"{name} as a tensor needs a single-tensor state; give a number.")
+    if bool((~(value >= 0)).any()):
+        raise ValueError(
+            f"every entry of {name} must be at least 0, but the least is {float(value.min())}."
+        )
+    try:
+        full = value.to(spec.device, spec.real_dtype).expand(spec.shapes[0])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} does not broadcast to the state's "
+            f"{tuple(spec.shapes[0])}."
+        ) from None
+    return full.reshape(-1)
+
+
+def _check_both_zero(options: SolveOptions) -> None:
+    if options.rtol == 0 and options.atol == 0 and options.controller.adaptive:
+        raise ValueError("rtol and atol must not both be 0: no step could be accepted.")
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> list[float]:
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional, but has shape {tuple(values.shape)}")
+        return [float(x) for x in values.detach().tolist()]
+    if isinstance(values, int | float | str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of times, but is {values!r}.")
+    return [float(x) for x in values]
+
+
+def _check_saveat(
+    saveat: Sequence[float] | Tensor | None, problem: ODEProblem
+) -> tuple[tuple[float, ...] | None, Tensor | None]:
+    if saveat is None:
+        return None, None
+    times = _numbers("saveat", saveat)
+    if not times:
+        raise ValueError("saveat must name at least one time; leave it out to save every step.")
+    low, high = sorted((problem.t0, problem.t1))
+    # Times given in single precision may stand an ulp outside the interval they are meant to end.
+    single = isinstance(saveat, Tensor) and saveat.dtype != torch.float64
+    slack = 1e-6 * (high - low) if single else 0.0
+    for i, t in enumerate(times):
+        if not low - slack <= t <= high + slack:
+            raise ValueError(
+                f"saveat must lie inside tspan ({problem.t0}, {problem.t1}), "
+                f"but saveat[{i}] is {t}.\n  Widen tspan, or drop the times beyond it."
+            )
+    times = [min(max(t, low), high) for t in times]
+    sign = problem.direction
+    for i in range(1, len(times)):
+        if sign * times[i] < sign * times[i - 1]:
+            raise ValueError(
+                f"saveat must be in the order of integration ({'in' if sign > 0 else 'de'}creasing"
+                f"), but saveat[{i}]={times[i]} follows {times[i - 1]}.\n  Sort it first."
+            )
+    tensor = saveat if isinstance(saveat, Tensor) and saveat.requires_grad else None
+    return tuple(times), tensor
+
+
+def _check_tstops(tstops: Sequence[float] | Tensor, problem: ODEProblem) -> tuple[float, ...]:
+    times = _numbers("tstops", tstops)
+    low, high = sorted((problem.t0, problem.t1))
+    for i, t in enumerate(times):
+        if not low <= t <= high:
+            raise ValueError(
+                f"tstops must lie inside tspan ({problem.t0}, {problem.t1}), "
+                f"but tstops[{i}] is {t}.\n  Drop the times beyond it."
+            )
+    inner = {t for t in times if low < t < high}
+    return tuple(sorted(inner, reverse=problem.direction < 0))
+
+
+def _check_events(events: Event | Sequence[Event]) -> tuple[Event, ...]:
+    listed = (events,) if isinstance(events, Event) else tuple(events)
+    for event in listed:
+        if not isinstance(event, Event):
+            raise TypeError(f"events must be Event(condition) objects, but one is {event!r}.")
+    return listed

@@ -1,0 +1,149 @@
+"""States: a tensor of any shape, or a tuple or dict of tensors, seen as one flat vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tensor, or of a (nested) tuple, list or dict of them."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_of(value)
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_of(value)
+
+
+def map_tensors(fn: Any, tree: Any) -> Any:
+    """Apply `fn` to the tensors of a (nested) tuple, list or dict; other leaves stay."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(fn, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(fn, value) for value in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(fn, value) for value in tree)
+    return tree
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The structure of a state, and the way to and from its flat vector.
+
+    Args:
+        keys: `None` for a single tensor, the positions of a tuple, or the keys of a dict.
+        shapes: shape of each part.
+        dtype: the parts' common dtype.
+        device: the parts' common device.
+    """
+
+    keys: tuple[Any, ...] | None
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, u0: Any) -> StateSpec:
+        """The structure of `u0`.
+
+        Raises:
+            TypeError: not tensors, or of dtypes that cannot be integrated.
+            ValueError: no entries, or parts that differ in dtype or device.
+        """
+        if isinstance(u0, Tensor):
+            keys, parts = None, (u0,)
+        elif isinstance(u0, tuple):
+            keys, parts = tuple(range(len(u0))), u0
+        elif isinstance(u0, Mapping):
+            keys, parts = tuple(u0), tuple(u0.values())
+        else:
+            raise TypeError(
+                f"u0 must be a tensor, or a tuple or dict of tensors, but is {type(u0).__name__}.\n"
+                "  Convert it: torch.as_tensor(u0)."
+            )
+        for key, part in zip(keys or ("",), parts, strict=True):
+            name = "u0" if keys is None else f"u0[{key!r}]"
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a tensor, but is {type(part).__name__}.")
+            if not (part.is_floating_point() or part.is_complex()):
+                raise TypeError(
+                    f"{name} must be a floating-point or complex tensor, but is {part.dtype}.\n"
+                    "  Convert it: u0.float() or u0.double()."
+                )
+        if not parts or sum(part.numel() for part in parts) == 0:
+            raise ValueError("u0 has no entries: there is nothing to solve.")
+        first = parts[0]
+        for what in ("dtype", "device"):
+            found = [getattr(part, what) for part in parts]
+            if len(set(found)) > 1:
+                raise ValueError(
+                    f"the parts of u0 must share one {what}, but have "
+                    + ", ".join(str(value) for value in found)
+                    + ".\n  Convert them with .to(...) before the solve."
+                )
+        return cls(keys, tuple(part.shape for part in parts), first.dtype, first.device)
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """Dtype of times, errors and norms."""
+        return self.dtype.to_real()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each part."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def parts(self, state: Any) -> tuple[Any, ...]:
+        """The parts of a state in the order of the flat vector."""
+        if self.keys is None:
+            return (state,)
+        return tuple(state[key] for key in self.keys)
+
+    def assemble(self, parts: list[Tensor]) -> Any:
+        """The inverse of `parts`."""
+        if self.keys is None:
+            return parts[0]
+        if isinstance(self.keys[0], int):
+            return tuple(parts)
+        return dict(zip(self.keys, parts, strict=True))
+
+    def flatten(self, state: Any) -> Tensor:
+        """The state as one vector of shape `(N,)`."""
+        if self.keys is None:
+            flat: Tensor = state.reshape(-1)
+            return flat
+        return torch.cat([part.reshape(-1) for part in self.parts(state)])
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """The state that a vector `(..., N)` stands for; leading dimensions are kept."""
+        lead = flat.shape[:-1]
+        if self.keys is None:
+            return flat.view(lead + self.shapes[0])
+        pieces = flat.split(self.sizes, dim=-1)
+        return self.assemble(
+            [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        )
+
+    def locate(self, index: int) -> str:
+        """Where the flat index stands in the state, in words for an error message."""
+        for key, shape, size in zip(self.keys or ("",), self.shapes, self.sizes, strict=True):
+            if index < size:
+                place = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)]
+                part = "" if self.keys is None else f"part {key!r}, "
+                if len(place) >= 2:
+                    return f"{part}sample {place[0]}, component {tuple(place[1:])}"
+                return f"{part}component {tuple(place)}"
+            index -= size
+        raise IndexError(index)

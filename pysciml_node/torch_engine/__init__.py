@@ -1,0 +1,1 @@
+"""The embedded engine: adaptive solvers and adjoints written in PyTorch."""

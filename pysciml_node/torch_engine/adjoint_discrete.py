@@ -1,0 +1,228 @@
+"""The discrete adjoint: accepted steps replayed backward, one at a time.
+
+For one step `U_i = u + h sum_j a_ij k_j`, `k_i = f(t + c_i h, U_i)`, `u1 = u + h sum_i b_i k_i`,
+with dense outputs `v_m = u + h sum_i b_i(theta_m) k_i`, the cotangents obey, for i = s, ..., 1,
+
+    k*_i = h (b_i u1* + sum_m b_i(theta_m) v*_m + sum_{j>i} a_ji U*_j),   U*_i = (df/du)^T k*_i,
+
+and `u* = u1* + sum_m v*_m + sum_i U*_i` (Hager, Numer. Math. 87 (2000) 247-282). The stages'
+cotangents stand in one buffer, so that each sum is a single fused call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.solution import Stats
+from pysciml_node.torch_engine.field import Accumulator, DifferentiableField, Linearized
+from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.stages import BufferedStages, Method
+
+
+@dataclass
+class Cotangents:
+    """Gradients that arrive at, or leave, a solve.
+
+    `None` stands for zero.
+    """
+
+    saved: Tensor | None
+    states: list[Tensor | None]
+
+
+@dataclass
+class Gradients:
+    """What a backward sweep returns."""
+
+    u0: Tensor
+    t0: Tensor | None
+    t1: Tensor | None
+    saveat: Tensor | None
+    inputs: list[Tensor | None]
+
+
+class _StepPullback:
+    """Pulls cotangents back through single steps, with its buffers allocated once."""
+
+    def __init__(
+        self,
+        field: DifferentiableField,
+        method: Method,
+        bounds: tuple[float, float],
+        like: Tensor,
+        outputs: int,
+        time_gradient: bool,
+    ) -> None:
+        self.field, self.method, self.time_gradient = field, method, time_gradient
+        self.stages = BufferedStages(method, field.field, bounds, like)
+        self.cotangents = like.new_empty((method.all_stages + 1 + outputs, like.numel()))
+        self.sums = Accumulator(field.leaves)
+        self._columns: dict[int, list[Tensor]] = {}
+
+    def columns(self, count: int) -> list[Tensor]:
+        """For each of `count` stages, the weights of the later stages and of `u1` upon it."""
+        if count not in self._columns:
+            method = self.method
+            b = (*method.tableau.b, *([0.0] * (count - method.stages)))
+            self._columns[count] = [
+                torch.tensor(
+                    [method.host_rows[j][i] for j in range(i + 1, count)] + [b[i]],
+                    dtype=torch.float64,
+                ).to(method.b)
+                for i in range(count)
+            ]
+        return self._columns[count]
+
+    def __call__(
+        self, t: float, h: float, u: Tensor, end: Tensor, inside: Tensor | None, theta: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Cotangents of the step's start, `t`, `h` and its dense outputs' `theta`.
+
+        Args:
+            t: start of the step.
+            h: its size.
+            u: its starting state `(N,)`.
+            end: cotangent of its end state `(N,)`.
+            inside: cotangents of its dense outputs `(m, N)`, or `None`.
+            theta: where they lie, `(m,)` in float64.
+        """
+        method = self.method
+        count = method.stages
+        if inside is not None:
+            count = method.all_stages
+        elif method.tableau.fsal:
+            count -= 1  # the last stage serves the next step, which replays it as its first
+        lines = self._linearize(t, h, u, count)
+        rows = count + 1 + (0 if inside is None else inside.shape[0])
+        cotangents = self.cotangents
+        cotangents[count].copy_(end)
+        columns = self.columns(count)
+        weights = None
+        if inside is not None:
+            cotangents[count + 1 : rows].copy_(inside)
+            weights = method.dense_weights(theta)
+        t_bar: Tensor | None = None
+        h_bar: Tensor | None = None
+        for i in reversed(range(count)):
+            column = columns[i] if weights is None else torch.cat((columns[i], weights[:, i]))
+            k_bar = torch.addmv(u, cotangents[i + 1 : rows].T, column, beta=0, alpha=h)
+            state, time, leaves = lines[i].vjp(k_bar)
+            if state is None:
+                cotangents[i].zero_()
+            else:
+                cotangents[i].copy_(state)
+            self.sums.add(leaves)
+            if self.time_gradient:
+                along = torch.vdot(k_bar, lines[i].value).real / h
+                h_bar = along if h_bar is None else h_bar + along
+                if time is not None:
+                    t_bar = time if t_bar is None else t_bar + time
+                    h_bar = h_bar + method.host_nodes[i] * time
+        theta_bar = None
+        if self.time_gradient and inside is not None:
+            slope = self.stages.difference_many(method.dense_weights(theta, derivative=True))
+            theta_bar = h * (inside.conj() * slope).sum(1).real
+        return cotangents[:rows].sum(0), t_bar, h_bar, theta_bar
+
+    def _linearize(self, t: float, h: float, u: Tensor, count: int) -> list[Linearized]:
+        """The stages again, each with its graph."""
+        stages, lines = self.stages, []
+        times = stages.times(t, h)
+        for i in range(count):
+            argument = stages.combine(u, h, self.method.rows[i]) if i else u
+            lines.append(self.field.linearize(times[i], argument, self.time_gradient))
+            stages.put(i, lines[i].value)
+        return lines
+
+
+def discrete_sweep(
+    field: DifferentiableField,
+    method: Method,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    time_gradient: bool,
+    stats: Stats,
+) -> Gradients:
+    """Pull all cotangents of a solve back to its inputs.
+
+    Args:
+        field: the field prepared for gradients.
+        method: the method of the forward solve.
+        record: its accepted steps.
+        states: the states at `record.times`.
+        arriving: cotangents of the saved and of the step states.
+        time_gradient: whether `t0`, `t1` and `saveat` need gradients.
+        stats: its backward fields are filled.
+    """
+    start_nfe = field.nfe
+    saved = arriving.saved
+    most = max((len(indices) for indices, _ in record.inside.values()), default=0)
+    bounds = (record.times[0], record.times[-1])
+    pullback = _StepPullback(
+        field, method, bounds, states[0], 0 if saved is None else most, time_gradient
+    )
+    cotangent = torch.zeros_like(states[0])
+    zero = states[0].new_zeros((), dtype=method.nodes.dtype)
+    # tau is the cotangent of the time at which the step being replayed ends.
+    tau, t1_bar = zero, zero
+    saveat_bar = None
+    if time_gradient and saved is not None:
+        saveat_bar = torch.zeros(saved.shape[0], dtype=zero.dtype, device=zero.device)
+    live = False
+    for n in reversed(range(len(record.sizes))):
+        for extra in _arriving_at(n + 1, record, arriving):
+            cotangent = cotangent + extra
+            live = True
+        indices, theta_list = record.inside.get(n, ([], []))
+        inside = saved[indices] if saved is not None and indices else None
+        if not live and inside is None:
+            continue
+        live = True
+        h = record.sizes[n]
+        theta = torch.tensor(theta_list, dtype=torch.float64)
+        cotangent, t_bar, h_bar, theta_bar = pullback(
+            record.times[n], h, states[n], cotangent, inside, theta
+        )
+        stats.naccept_backward += 1
+        if not time_gradient:
+            continue
+        t_bar = zero if t_bar is None else t_bar
+        h_bar = zero if h_bar is None else h_bar
+        if theta_bar is not None and saveat_bar is not None:
+            # theta = (s - t) / h
+            saveat_bar[indices] = theta_bar / h
+            t_bar = t_bar - theta_bar.sum() / h
+            h_bar = h_bar - (theta_bar * theta.to(theta_bar)).sum() / h
+        if record.stops[n] is None:
+            tau = tau + t_bar  # the step's end moves with its start
+        else:
+            if record.stops[n] == record.t1_stop:
+                t1_bar = tau + h_bar
+            tau = t_bar - h_bar  # the end is fixed: the start moves the size
+    for extra in _arriving_at(0, record, arriving):
+        cotangent = cotangent + extra
+    stats.nfe_backward += field.nfe - start_nfe
+    stats.nvjp += field.nfe - start_nfe
+    return Gradients(
+        cotangent,
+        tau if time_gradient else None,
+        t1_bar if time_gradient else None,
+        saveat_bar,
+        pullback.sums.sums,
+    )
+
+
+def _arriving_at(state: int, record: Record, arriving: Cotangents) -> list[Tensor]:
+    """Cotangents that enter at one of the record's times."""
+    found = []
+    direct = arriving.states[state]
+    if direct is not None:
+        found.append(direct)
+    indices = record.at_end.get(state)
+    if indices and arriving.saved is not None:
+        found.append(arriving.saved[indices].sum(0))
+    return found

@@ -1,0 +1,69 @@
+"""Finds where a condition crosses zero inside an accepted step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pysciml_node.events import Event
+from pysciml_node.problem import ODEProblem
+from pysciml_node.torch_engine.march import March, Step
+
+
+class EventSearch:
+    """Looks at each accepted step; cuts it at the first event found there."""
+
+    def __init__(self, events: tuple[Event, ...], problem: ODEProblem) -> None:
+        self.events, self.problem = events, problem
+        start = problem.spec.flatten(problem.u0).detach()
+        self.before = [self._value(event, problem.t0, start) for event in events]
+        self.found: int | None = None
+
+    def _value(self, event: Event, t: float, u: Tensor) -> float:
+        with torch.no_grad():
+            value = event.condition(
+                self.problem.time_tensor([t])[0], self.problem.spec.unflatten(u.detach())
+            )
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"an event's condition must return one real number as a tensor, but gave {shape}."
+                "\n  Reduce it, for example by .min() or .max() over the batch."
+            )
+        return float(value)
+
+    def __call__(self, step: Step, march: March) -> Step | None:
+        """The step cut at its first event, or `None` where there is none."""
+        after = [self._value(event, step.end, step.u1) for event in self.events]
+        crossing = [
+            i for i, event in enumerate(self.events) if event.crosses(self.before[i], after[i])
+        ]
+        if not crossing:
+            self.before = after
+            return None
+        theta, first = min((self._locate(i, step, march), i) for i in crossing)
+        self.found = first
+        # Taken again with the shorter size: the state at the event is the step's own result.
+        h = theta * step.h
+        march.stages.count = 1
+        size = step.size * theta
+        u1 = march.stages.solution(step.time, size, step.u, with_error=False)
+        return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, size)
+
+    def _locate(self, i: int, step: Step, march: March) -> float:
+        """The crossing of one condition by bisection on the dense output, as a fraction."""
+        event = self.events[i]
+        eps = torch.finfo(self.problem.spec.real_dtype).eps
+        width = max(event.xtol or 0.0, 4 * eps)
+        low, high = 0.0, 1.0
+        sign = 1.0 if self.before[i] > 0 else -1.0
+        with torch.no_grad():
+            while high - low > width:
+                middle = 0.5 * (low + high)
+                at = torch.tensor([middle], dtype=torch.float64)
+                u = march.stages.dense(step.t, step.h, step.u.detach(), at)[0]
+                if sign * self._value(event, step.t + middle * step.h, u) > 0:
+                    low = middle
+                else:
+                    high = middle
+        return high

@@ -1,0 +1,192 @@
+"""The time loop: one loop for every method, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pysciml_node.controllers import Controller
+from pysciml_node.solution import ReturnCode
+from pysciml_node.torch_engine.norms import Tolerance, initial_step
+from pysciml_node.torch_engine.stages import Real, Stages
+
+# A step that ends within this fraction of itself from a stop is made to end on it, so that
+# rounding never leaves a sliver.
+_SLIVER = 1e-8
+
+
+@dataclass
+class Step:
+    """An accepted step: `u` at `t` to `u1` at `end = t + h` (the stop itself where it ends on one).
+
+    `error` is its scaled error estimate (NaN for fixed steps); `stop` says which of the stops
+    it ends on (`len(tstops)` is `t1`), or is `None`.
+    """
+
+    t: float
+    h: float
+    end: float
+    u: Tensor
+    u1: Tensor
+    error: float
+    stop: int | None
+    time: Real
+    size: Real
+
+
+@dataclass
+class MarchOptions:
+    """What a march needs besides the field and the state."""
+
+    controller: Controller
+    tolerance: Tolerance
+    max_steps: int
+    dt0: float | None = None
+    dtmin: float = 0.0
+    dtmax: float = math.inf
+    tstops: tuple[float, ...] = ()  # in the order of integration, strictly between t0 and t1
+    # Ends of the interval as tensors, where they receive gradients through the steps.
+    time_tensors: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Attempt:
+    """The last attempt, kept to explain a failure."""
+
+    t: float
+    h: float
+    u: Tensor
+    u1: Tensor
+    error: float
+
+
+@dataclass
+class March:
+    """Steps from `t0` to `t1`: iterate to get the accepted ones.
+
+    While a step is being looked at, `stages` holds its stage derivatives. After the last step,
+    `retcode` says how the march ended.
+
+    Args:
+        stages: the method and the field.
+        u: the state at `t0`, shape `(N,)`.
+        t0: start.
+        t1: end.
+        options: step control.
+        k: derivative at the start, where it is known.
+    """
+
+    stages: Stages
+    u: Tensor
+    t0: float
+    t1: float
+    options: MarchOptions
+    k: Tensor | None = None
+    naccept: int = 0
+    nreject: int = 0
+    retcode: ReturnCode = field(init=False)
+    last: Attempt | None = None
+
+    def __post_init__(self) -> None:
+        self.retcode = ReturnCode.Default
+
+    def replace(self, u: Tensor) -> None:
+        """Go on from another state (a jump at a stop); the step size is kept."""
+        self.u, self.k = u, None
+
+    def __iter__(self) -> Iterator[Step]:
+        options, stages = self.options, self.stages
+        adaptive = options.controller.adaptive
+        sizes = options.controller.start(stages.method.tableau.error_order)
+        stops = (*options.tstops, self.t1)
+        direction = 1.0 if self.t1 > self.t0 else -1.0
+        t, next_stop = self.t0, 0
+        time: Real = t if options.time_tensors is None else options.time_tensors[0]
+        h = self._first_size(time, direction)
+        while True:
+            if not math.isfinite(h):
+                self.retcode = ReturnCode.Unstable
+                return
+            if self.naccept + self.nreject >= options.max_steps:
+                self.retcode = ReturnCode.MaxIters
+                return
+            proposed = math.copysign(min(abs(h), options.dtmax), direction)
+            stop = stops[next_stop]
+            lands = abs(stop - t) <= abs(proposed) * (1 + _SLIVER)
+            h = stop - t if lands else proposed
+            # Steps cut short by a stop may be small; others below the limit mean failure.
+            smallest = max(options.dtmin, 4 * math.ulp(t))
+            if adaptive and abs(proposed) < smallest and not lands:
+                bad = self.last is not None and not math.isfinite(self.last.error)
+                self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
+                return
+            size: Real = h
+            if lands and next_stop == len(stops) - 1 and options.time_tensors is not None:
+                size = options.time_tensors[1] - time
+            u = self.u
+            if stages.count == 0:
+                stages.begin(self._first_stage(time))
+            u1 = stages.solution(time, size, u, with_error=adaptive)
+            error = math.nan
+            if adaptive:
+                # The one host read of a step.
+                error = options.tolerance.step_error(stages, h, u, u1).item()
+            self.last = Attempt(t, h, u, u1, error)
+            if adaptive and not error <= 1.0:
+                self.nreject += 1
+                stages.count = 1
+                h = sizes.rejected(h, error)
+                continue
+            self.naccept += 1
+            self.u, self.k = u1, None
+            end = stop if lands else t + h
+            yield Step(t, h, end, u, u1, error, next_stop if lands else None, time, size)
+            if self.u is u1:
+                self.k = stages.next_first()
+            stages.count = 0
+            t = end
+            if lands:
+                next_stop += 1
+                if next_stop == len(stops):
+                    self.retcode = ReturnCode.Success
+                    return
+            time = t if options.time_tensors is None else self._advance(time, h, lands, t)
+            if adaptive:
+                following = sizes.accepted(h, error)
+                # A step cut short by a stop says little: keep the size that was proposed.
+                cut = abs(h) < 0.9 * abs(proposed)
+                h = max(following, proposed, key=abs) if cut else following
+            else:
+                h = proposed
+
+    @staticmethod
+    def _advance(time: Real, h: float, lands: bool, t: float) -> Real:
+        """Time as a tensor: it moves with `t0` until a stop fixes it."""
+        if lands:
+            return torch.full_like(time, t) if isinstance(time, Tensor) else t
+        return time + h
+
+    def _first_stage(self, time: Real) -> Tensor:
+        if self.k is None:
+            self.k = self.stages.field(self.stages.times(time, 0.0)[0], self.u)
+        return self.k
+
+    def _first_size(self, time: Real, direction: float) -> float:
+        options, stages = self.options, self.stages
+        if options.dt0 is not None:
+            return math.copysign(abs(options.dt0), direction)
+        k = self._first_stage(time).detach()
+        with torch.no_grad():
+            return initial_step(
+                stages.field,
+                stages.method,
+                options.tolerance,
+                self.t0,
+                self.u.detach(),
+                k,
+                self.t1 - self.t0,
+            )

@@ -1,0 +1,137 @@
+"""What a forward solve leaves behind: the accepted steps and where the saved states lie in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pysciml_node.solution import ReturnCode
+from pysciml_node.torch_engine.march import Attempt, March, Step
+
+
+@dataclass
+class Record:
+    """The accepted steps of a solve, as numbers; the states are kept beside it.
+
+    Attributes:
+        times: ends of the steps, `t0` first, length `n + 1`.
+        sizes: signed step sizes, length `n`.
+        errors: scaled error estimates, length `n`.
+        stops: for each step the stop it ends on, or `None`.
+        inside: for a step, the saved times that lie inside it: their indices and `theta`.
+        at_end: for a state index, the saved times that coincide with it.
+        saved: how many of the requested times were reached.
+    """
+
+    times: list[float]
+    sizes: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    stops: list[int | None] = field(default_factory=list)
+    inside: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+    at_end: dict[int, list[int]] = field(default_factory=dict)
+    saved: int = 0
+    naccept: int = 0
+    nreject: int = 0
+    retcode: ReturnCode = ReturnCode.Default
+    last: Attempt | None = None
+    event: int | None = None
+    t1_stop: int = 0
+
+
+class Saver:
+    """Collects the states at requested times from the steps that pass over them.
+
+    Args:
+        times: requested times in the order of integration.
+        time_tensor: the same as a tensor where it receives gradients through the dense output.
+        t0: start of the march.
+        u0: state there.
+        record: told where the saved times lie.
+    """
+
+    def __init__(
+        self,
+        times: Sequence[float],
+        time_tensor: Tensor | None,
+        t0: float,
+        u0: Tensor,
+        record: Record,
+    ) -> None:
+        self.times, self.time_tensor, self.record = times, time_tensor, record
+        self.pieces: list[Tensor] = []
+        at_start = [i for i, t in enumerate(times) if t == t0]
+        self._keep_end(0, at_start, u0)
+
+    def _keep_end(self, state: int, indices: list[int], u: Tensor) -> None:
+        if indices:
+            self.record.at_end[state] = indices
+            self.pieces.append(u.expand(len(indices), -1))
+            self.record.saved += len(indices)
+
+    def see(self, step: Step, march: March) -> None:
+        """Save what lies in an accepted step."""
+        done = self.record.saved
+        if done == len(self.times):
+            return
+        end, forward = step.end, step.h > 0
+        last = done
+        while last < len(self.times) and (
+            self.times[last] < end if forward else self.times[last] > end
+        ):
+            last += 1
+        if last > done:
+            indices = list(range(done, last))
+            theta = [(self.times[i] - step.t) / step.h for i in indices]
+            self.record.inside[len(self.record.sizes)] = (indices, theta)
+            at = torch.tensor(theta, dtype=torch.float64)
+            if self.time_tensor is not None:
+                at = (self.time_tensor[done:last] - step.time) / step.size
+            self.pieces.append(march.stages.dense(step.time, step.size, step.u, at))
+            self.record.saved = last
+        at_end = []
+        while last < len(self.times) and self.times[last] == end:
+            at_end.append(last)
+            last += 1
+        self._keep_end(len(self.record.sizes) + 1, at_end, step.u1)
+
+    def result(self, like: Tensor) -> Tensor:
+        """The saved states, shape `(saved, N)`."""
+        return torch.cat(self.pieces) if self.pieces else like.new_empty((0, like.numel()))
+
+
+def follow(
+    march: March,
+    saveat: Sequence[float],
+    saveat_tensor: Tensor | None,
+    find_event: Callable[[Step, March], Step | None] | None,
+    on_step: Callable[[Step], None] | None,
+) -> tuple[Record, list[Tensor], Tensor]:
+    """Run a march to its end.
+
+    Returns:
+        The record; the states at its times; the saved states `(saved, N)`.
+    """
+    record = Record(times=[march.t0], t1_stop=len(march.options.tstops))
+    states = [march.u]
+    saver = Saver(saveat, saveat_tensor, march.t0, march.u, record)
+    for step in march:
+        cut = find_event(step, march) if find_event is not None else None
+        if cut is not None:
+            step = cut
+        saver.see(step, march)
+        record.times.append(step.end)
+        record.sizes.append(step.h)
+        record.errors.append(step.error)
+        record.stops.append(step.stop)
+        states.append(step.u1)
+        if on_step is not None:
+            on_step(step)
+        if cut is not None:
+            march.retcode = ReturnCode.Terminated
+            break
+    record.naccept, record.nreject = march.naccept, march.nreject
+    record.retcode, record.last = march.retcode, march.last
+    return record, states, saver.result(march.u)

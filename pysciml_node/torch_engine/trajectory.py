@@ -1,0 +1,130 @@
+"""Dense output and local estimates of a solve, by replaying single steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms import ExplicitRungeKutta
+from pysciml_node.problem import ODEProblem
+from pysciml_node.solution import Stats, StepEstimate
+from pysciml_node.torch_engine.field import FlatField
+from pysciml_node.torch_engine.norms import Tolerance, initial_step
+from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.stages import BufferedStages, Method, RecordedStages, Stages
+
+
+@dataclass
+class TorchTrajectory:
+    """The accepted steps of a solve with their states, and what can be had from them.
+
+    Gradients flow through the step states, whichever adjoint produced them, and through the
+    replayed step itself.
+    """
+
+    problem: ODEProblem
+    method: Method
+    record: Record
+    flat_states: list[Tensor]
+    stats: Stats
+    rtol: float | Tensor
+    atol: float | Tensor
+
+    @property
+    def times(self) -> list[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return self.record.times
+
+    @property
+    def errors(self) -> list[float]:
+        """Scaled error estimates of the accepted steps."""
+        return self.record.errors
+
+    def states(self) -> Tensor:
+        """The states at `times`, `(n + 1, N)`."""
+        return torch.stack(self.flat_states)
+
+    def _stages(self, method: Method) -> tuple[Stages, FlatField]:
+        field = FlatField(self.problem)
+        bounds = (self.problem.t0, self.problem.t1)
+        if torch.is_grad_enabled():
+            return RecordedStages(method, field, bounds), field
+        return BufferedStages(method, field, bounds, self.flat_states[0]), field
+
+    def step_of(self, t: float) -> int:
+        """Index of the accepted step that contains `t` (the later one at a boundary)."""
+        sign = self.problem.direction
+        n = bisect_right(self.record.times, sign * t, key=lambda x: sign * x) - 1
+        return min(max(n, 0), len(self.record.sizes) - 1)
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output `(m, N)` at `times` `(m,)`."""
+        if not self.record.sizes:
+            return self.flat_states[0].expand(times.numel(), -1)
+        host = times.detach().double().tolist()
+        groups: dict[int, list[int]] = {}
+        for i, t in enumerate(host):
+            groups.setdefault(self.step_of(t), []).append(i)
+        stages, field = self._stages(self.method)
+        rows: list[Tensor | None] = [None] * len(host)
+        for n, members in groups.items():
+            start, h, u = self.record.times[n], self.record.sizes[n], self.flat_states[n]
+            ends = {start: u, self.record.times[n + 1]: self.flat_states[n + 1]}
+            if not times.requires_grad and all(host[i] in ends for i in members):
+                for i in members:
+                    rows[i] = ends[host[i]]
+                continue
+            stages.count = 0
+            theta = (times[members].double() - start) / h
+            for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
+                rows[i] = row
+        self.stats.nfe += field.nfe
+        return torch.stack([row for row in rows if row is not None])
+
+    def stiffness(self) -> Tensor:
+        """Stiffness estimate of each accepted step, `(n,)`."""
+        with torch.no_grad():
+            stages, field = self._stages(self.method)
+            found = []
+            for n, h in enumerate(self.record.sizes):
+                stages.count = 0
+                found.append(stages.stiffness(self.record.times[n], h, self.flat_states[n]))
+        self.stats.nfe += field.nfe
+        return torch.stack(found) if found else self.method.nodes.new_empty(0)
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: bool, dt: float | None
+    ) -> StepEstimate:
+        """One step of `algorithm` from the solution at `t`.
+
+        Args:
+            t: where it starts.
+            algorithm: an explicit method with an embedded pair.
+            stop_gradient: treat the starting state and the first stage as constants.
+            dt: positive size of the step; default Hairer's first step from there.
+        """
+        if not isinstance(algorithm, ExplicitRungeKutta):
+            raise TypeError(f"a local step needs an explicit method, not {algorithm!r}.")
+        method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+            u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
+        stages, field = self._stages(method)
+        tolerance = Tolerance(self.rtol, self.atol, u.numel())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+            k = field(stages.times(t, 0.0)[0], u)
+        span = self.problem.t1 - t
+        with torch.no_grad():
+            if dt is None:
+                h = initial_step(field, method, tolerance, t, u.detach(), k.detach(), span)
+            else:
+                h = min(dt, abs(span)) * self.problem.direction
+        stages.begin(k)
+        u1 = stages.solution(t, h, u, with_error=True)
+        error = tolerance.step_error(stages, h, u, u1)
+        stiffness = stages.stiffness(t, h, u)
+        self.stats.nfe += field.nfe
+        return StepEstimate(method.nodes.new_tensor(h), error, stiffness)
