@@ -125,7 +125,7 @@ def save_results(path: Path, runs: Sequence[RunResult]) -> None:
     content = {
         **summarize(runs),
         "units": UNITS,
-        "settings": _shared_settings(runs),
+        "settings": _shared_settings([run.settings for run in runs]),
         "environment": environment(),
         "runs": [asdict(run) for run in runs],
     }
@@ -155,11 +155,24 @@ def merge_results(path: Path, new: Sequence[RunResult]) -> list[RunResult]:
     return runs
 
 
-def _shared_settings(runs: Sequence[RunResult]) -> dict[str, Any]:
+def check_mergeable(path: Path, settings: dict[str, Any]) -> None:
+    """Find out before training whether a run will fit into a results file.
+
+    Args:
+        path: the file; it need not exist.
+        settings: of the planned run, as `pysciml_node.experiments.settings.describe` gives them.
+
+    Raises:
+        ValueError: the file holds runs with other settings.
+    """
+    _shared_settings([*(run.settings for run in load_results(path)), settings])
+
+
+def _shared_settings(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The settings that all runs have in common, or an error when they differ."""
     shared = [
-        {name: value for name, value in run.settings.items() if name not in _OF_A_RUN}
-        for run in runs
+        {name: value for name, value in settings.items() if name not in _OF_A_RUN}
+        for settings in described
     ]
     for other in shared[1:]:
         differing = sorted(k for k in shared[0] if shared[0][k] != other.get(k))

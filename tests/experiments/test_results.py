@@ -11,6 +11,7 @@ from pysciml_node.experiments.figures import plot_trade_off, plot_training
 from pysciml_node.experiments.results import (
     METRICS,
     RunResult,
+    check_mergeable,
     format_table,
     load_results,
     mean_and_std,
@@ -92,6 +93,10 @@ def test_runs_of_other_settings_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="steps is 2 and 3"):
         merge_results(path, [result("local-biased", 0, 30.0, steps=3)])
     assert path.read_text() == before
+    planned = Run(variant="local-biased", weight=(9.0, 1.0))
+    check_mergeable(path, describe(Settings(steps=2), planned))
+    with pytest.raises(ValueError, match="steps is 2 and 3"):
+        check_mergeable(path, describe(Settings(steps=3), planned))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"runs": [{"variant": "vanilla"}]}', "[1]"])
