@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from pysciml_node.state import tensors_of
 
 
 class TerminalSolution(Protocol):
@@ -40,20 +42,13 @@ def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
         >>> terminal_state(torch.zeros(8, 3, 2)).shape
         torch.Size([8, 6])
     """
-    state = source if isinstance(source, Tensor) else getattr(source, "u1", None)
-    match state:
-        case Tensor():
-            leaves: list[Tensor] = [state]
-        case Mapping():
-            leaves = list(state.values())
-        case tuple() | list():
-            leaves = list(state)
-        case _:
-            msg = (
-                "expected a solution (an object with u1 and problem.tspan) or a tensor (B, *D), "
-                f"but got {type(source).__name__}"
-            )
-            raise TypeError(msg)
+    leaves = list(tensors_of(source if isinstance(source, Tensor) else getattr(source, "u1", None)))
+    if not leaves:
+        msg = (
+            "expected a solution (an object with u1 and problem.tspan) or a tensor (B, *D), "
+            f"but got {type(source).__name__}"
+        )
+        raise TypeError(msg)
     rows = [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
@@ -87,7 +82,8 @@ def terminal_moments(
                 "or horizon= as a number"
             )
             raise ValueError(msg)
-        horizon = abs(float(tspan[1]) - float(tspan[0]))
+        t0, t1 = (float(end.detach() if isinstance(end, Tensor) else end) for end in tspan)
+        horizon = abs(t1 - t0)
     if second_moment is None:
         if solution is None:
             msg = (
