@@ -1,15 +1,17 @@
 """The classifier of the local-regularization paper: flatten, neural ODE, linear head."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import pysciml_node as psn
 from pysciml_node import adjoints
+from pysciml_node.algorithms import Tsit5
 from pysciml_node.experiments.classifier import Classifier, Prediction
 from pysciml_node.experiments.settings import AdjointName, Run, Settings, Variant
+from pysciml_node.layers import NeuralODE
+from pysciml_node.regularizers import LocalError
+from pysciml_node.regularizers.local import Sampling
+from pysciml_node.schedules import Exponential
 
 
 def glorot_linear(inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,7 @@ def make_adjoint(name: AdjointName) -> adjoints.Adjoint:
     return classes[name]()
 
 
-_SAMPLING: dict[Variant, str] = {"local-unbiased": "unbiased", "local-biased": "biased"}
+_SAMPLING: dict[Variant, Sampling] = {"local-unbiased": "unbiased", "local-biased": "biased"}
 
 
 class ODEClassifier(Classifier):
@@ -114,18 +116,15 @@ class ODEClassifier(Classifier):
         initial = torch.Generator().manual_seed(run.seed)
         # Apart from the other generators, so that variants of equal seed see the same batches.
         self._penalty_generator = torch.Generator().manual_seed(run.seed + 2_000_003)
-        self._schedule_steps = 0
         regularizers = []
         if run.variant in _SAMPLING:
-            weight = psn.schedules.Exponential(*run.weight, settings.steps)
+            weight = Exponential(*run.weight, settings.steps)
             regularizers.append(
-                psn.LocalError(
-                    _SAMPLING[run.variant], weight=weight, generator=self._penalty_generator
-                )
+                LocalError(_SAMPLING[run.variant], weight=weight, generator=self._penalty_generator)
             )
-        self.node = psn.NeuralODE(
+        self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
-            psn.Tsit5(),
+            Tsit5(),
             tspan=(0.0, 1.0),
             rtol=settings.tolerance,
             atol=settings.tolerance,
@@ -146,17 +145,11 @@ class ODEClassifier(Classifier):
     def step_schedules(self) -> None:
         """Advance the penalty weight by one optimizer step."""
         self.node.step_schedules()
-        self._schedule_steps += 1
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The position in the schedule and the state of the penalty's generator."""
-        return {
-            "schedule_steps": self._schedule_steps,
-            "penalty_generator": self._penalty_generator.get_state(),
-        }
+    def get_extra_state(self) -> Tensor:
+        """The state of the penalty's generator; the regularizers keep their schedules' position."""
+        return self._penalty_generator.get_state()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Continue from what `get_extra_state` returned."""
-        while self._schedule_steps < state["schedule_steps"]:
-            self.step_schedules()
-        self._penalty_generator.set_state(state["penalty_generator"])
+        self._penalty_generator.set_state(state)

@@ -36,6 +36,8 @@ def trade_off(
     Raises:
         ValueError: there is no validation data.
     """
+    if len(data.validation) == 0:
+        raise ValueError("a trade-off is measured on validation data, but there is none.")
     planned = [("vanilla", None), *itertools.product(_LOCAL, weights)]
     total = len(planned) * len(seeds)
     measured: dict[tuple[Variant, tuple[float, float] | None], list[Evaluation]] = {}

@@ -1,0 +1,116 @@
+"""The neural ODE classifier: its model, resuming, and the published effect in miniature."""
+
+import pytest
+import torch
+from experiments.stand_in import blobs
+
+import pysciml_node as psn
+from pysciml_node.experiments.model import ODEClassifier, TimeDependentLinear
+from pysciml_node.experiments.runner import make_trainer, measure
+from pysciml_node.experiments.settings import ADJOINTS, VARIANTS, Run, Settings
+from pysciml_node.experiments.trade_off import trade_off
+
+SETTINGS = Settings(
+    steps=6, batch_size=16, tolerance=1e-3, hidden=5, engine="torch", evaluate_every=3
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_time_dependent_layer_is_the_affine_map_of_state_and_time():
+    layer = TimeDependentLinear(3, 2, generator=generator())
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([0.3, -0.2]))
+    t, x = torch.tensor(0.7), torch.randn(4, 3, generator=generator(1))
+    matrix = torch.cat([layer.weight, layer.time_weight.unsqueeze(1)], dim=1)
+    extended = torch.cat([x, t.expand(4, 1)], dim=1)
+    torch.testing.assert_close(layer(t, x), extended @ matrix.T + layer.bias)
+
+
+def test_initial_weights_are_glorot_uniform_with_the_time_as_an_input():
+    layer = TimeDependentLinear(199, 300, generator=generator())
+    bound = (6.0 / (200 + 300)) ** 0.5
+    entries = torch.cat([layer.weight.flatten(), layer.time_weight]).detach()
+    assert float(entries.abs().max()) <= bound
+    # Uniform on [-b, b] has variance b^2 / 3; 60,000 entries put the estimate within 2 %.
+    assert float(entries.var()) == pytest.approx(bound**2 / 3, rel=0.02)
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_predictions_are_the_linear_readout_of_the_solution_at_one(variant):
+    model = ODEClassifier(4, 3, SETTINGS, Run(variant=variant)).eval()
+    x = torch.randn(5, 2, 2, generator=generator())
+    prediction = model(x)
+    problem = psn.ODEProblem(model.node.field, x.flatten(1), (0.0, 1.0))
+    end = psn.solve(problem, psn.Tsit5(), rtol=1e-3, atol=1e-3, engine="torch").u1
+    torch.testing.assert_close(prediction.logits, end @ model.head_weight.T + model.head_bias)
+    assert float(prediction.penalty) == 0.0
+    assert prediction.nfe > 0
+
+
+def test_variants_of_a_seed_start_alike_and_only_the_local_ones_are_penalized():
+    models = [ODEClassifier(4, 3, SETTINGS, Run(variant=v, seed=3)).train() for v in VARIANTS]
+    x = torch.randn(5, 4, generator=generator())
+    predictions = [model(x) for model in models]
+    for prediction in predictions[1:]:
+        assert torch.equal(prediction.logits, predictions[0].logits)
+    assert [float(p.penalty.detach()) > 0 for p in predictions] == [False, True, True]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_every_adjoint_trains_the_field_and_the_head(adjoint):
+    settings = Settings(steps=1, batch_size=8, tolerance=1e-4, hidden=3, adjoint=adjoint)
+    trainer = make_trainer(blobs(), settings, Run(variant="local-unbiased"))
+    before = [value.clone() for value in trainer.model.parameters()]
+    trainer.train()
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_continued_run_ends_bit_for_bit_as_one_never_interrupted(tmp_path, variant):
+    run = Run(variant=variant, seed=1)
+    whole = make_trainer(blobs(), SETTINGS, run)
+    whole.train()
+    interrupted = make_trainer(blobs(), SETTINGS, run)
+    interrupted.train(until=4, checkpoint=tmp_path / "run.pt")
+    continued = make_trainer(blobs(), SETTINGS, run)
+    continued.resume(tmp_path / "run.pt")
+    continued.train()
+    for name, value in whole.model.named_parameters():
+        assert torch.equal(value, continued.model.get_parameter(name))
+    assert continued.history == whole.history
+
+
+def test_measured_figures_cover_all_parts_of_the_data():
+    trainer = make_trainer(blobs(), SETTINGS, Run(variant="local-biased"))
+    trainer.train()
+    figures = measure(trainer, blobs())
+    assert 0.0 <= figures.test_accuracy == figures.validation_accuracy <= 1.0
+    assert figures.nfe > 0
+    assert figures.predict_seconds > 0
+    assert figures.train_seconds == trainer.train_seconds
+    assert figures.settings["variant"] == "local-biased"
+    assert figures.history["evaluated_at"] == [3, 6]
+
+
+def test_a_trade_off_compares_every_weight_with_vanilla():
+    points = trade_off(blobs(), SETTINGS, [(1.0, 1.0), (10.0, 4.0)], seeds=[0, 1])
+    assert [(p["variant"], p["weight"]) for p in points] == [
+        ("vanilla", None),
+        ("local-unbiased", (1.0, 1.0)),
+        ("local-unbiased", (10.0, 4.0)),
+        ("local-biased", (1.0, 1.0)),
+        ("local-biased", (10.0, 4.0)),
+    ]
+    assert points[0]["nfe_ratio"] == {"mean": 1.0, "std": 0.0}
+
+
+def test_a_trade_off_without_validation_data_is_refused_before_training():
+    data = blobs()
+    empty = type(data)(data.train, data.test[:0], data.test)
+    with pytest.raises(ValueError, match="validation"):
+        trade_off(empty, SETTINGS, [(1.0, 1.0)], seeds=[0])
