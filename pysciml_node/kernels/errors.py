@@ -1,0 +1,5 @@
+"""What kernels raise."""
+
+
+class KernelConvergenceError(RuntimeError):
+    """A kernel could not be computed to the accuracy asked for."""

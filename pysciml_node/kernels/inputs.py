@@ -1,0 +1,143 @@
+"""What every way of computing a kernel starts from: the pairs of inputs, and the model's scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pysciml_node.kernels.expectations import Features, GaussianExpectation
+
+Readout: TypeAlias = Literal["activation", "linear"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The weight-tied network ``h' = (sigma_w / sqrt n) W phi(h)`` on ``[0, T]``.
+
+    Attributes:
+        expectation: Gaussian expectations of ``phi``.
+        coupling: ``(T sigma_w)^2``; the kernels depend on ``T`` and ``sigma_w`` through it alone.
+        readout_variance: ``sigma_v^2``.
+        linear_readout: whether the output is ``v.h`` instead of ``v.phi(h)``.
+        rtol: accuracy, relative to ``sqrt(K(x, x) K(x', x'))``.
+    """
+
+    expectation: GaussianExpectation
+    coupling: float
+    readout_variance: float
+    linear_readout: bool
+    rtol: float
+
+    def output(self, covariance: Tensor, moment: Tensor) -> Tensor:
+        """The kernel of the network's output at initialisation."""
+        return self.readout_variance * (covariance if self.linear_readout else moment)
+
+    def cotangent(self, slope: Tensor) -> Tensor:
+        """Covariance of the output's gradient with respect to the last state."""
+        factor = torch.ones_like(slope) if self.linear_readout else slope
+        return self.readout_variance * factor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of inputs, by position in one list of inputs.
+
+    Attributes:
+        variance: initial variances ``sigma_u^2 |x|^2 / d`` of the inputs, ``(n,)``.
+        i, j: the two members of each pair, ``(P,)``.
+        covariance: initial covariances ``sigma_u^2 x.x' / d``, ``(P,)``.
+    """
+
+    variance: Tensor
+    i: Tensor
+    j: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Values:
+    """Kernel values of pairs, each ``(P,)``."""
+
+    nngp: Tensor
+    ntk: Tensor
+
+    def stacked(self) -> Tensor:
+        """Both, ``(2, P)``."""
+        return torch.stack((self.nngp, self.ntk))
+
+
+def take(features: Features, who: Tensor) -> Features:
+    """The features of the inputs ``who``, which index the first axis behind the features' own."""
+    return tuple(part[:, who] for part in features)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How kernel values of pairs fill the matrix that is returned."""
+
+    shape: tuple[int, int]
+    symmetric: bool
+    dtype: torch.dtype
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The ``(n1, n2)`` matrix of the pairs' values."""
+        if not self.symmetric:
+            return values.reshape(self.shape).to(self.dtype)
+        n = self.shape[0]
+        full = values.new_zeros(n, n)
+        rows, columns = torch.triu_indices(n, n, device=values.device)
+        full[rows, columns] = values
+        full[columns, rows] = values
+        return full.to(self.dtype)
+
+
+def pair_inputs(x1: Tensor, x2: Tensor | None, sigma_u: float) -> tuple[Pairs, Layout]:
+    """Every pair of rows of ``x1`` and ``x2``, or the upper triangle when ``x2`` is None."""
+    _check_inputs(x1, x2)
+    first = x1.detach().to(torch.float64)
+    scale = sigma_u**2 / x1.shape[1]
+    if x2 is None:
+        n = len(first)
+        gram = scale * first @ first.T
+        i, j = torch.triu_indices(n, n, device=x1.device)
+        # the diagonal of the product, so that an input is perfectly correlated with itself
+        return Pairs(gram.diagonal().clone(), i, j, gram[i, j]), Layout((n, n), True, x1.dtype)
+    second = x2.detach().to(torch.float64)
+    n1, n2 = len(first), len(second)
+    variance = scale * torch.cat([(first * first).sum(1), (second * second).sum(1)])
+    i = torch.arange(n1, device=x1.device).repeat_interleave(n2)
+    j = n1 + torch.arange(n2, device=x1.device).repeat(n1)
+    covariance = scale * (first @ second.T).reshape(-1)
+    return Pairs(variance, i, j, covariance), Layout((n1, n2), False, x1.dtype)
+
+
+def _check_inputs(x1: Tensor, x2: Tensor | None) -> None:
+    for name, x in (("x1", x1), ("x2", x2)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, but is {found}.")
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (n, d), but has shape {tuple(x.shape)}. "
+                f"Flatten each sample: {name}.flatten(1)."
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} must be finite, but holds NaN or infinity.")
+    if x2 is not None and (x1.shape[1], x1.dtype, x1.device) != (x2.shape[1], x2.dtype, x2.device):
+        raise ValueError(
+            f"x1 and x2 must agree in features, dtype and device, but are {tuple(x1.shape)} "
+            f"{x1.dtype} {x1.device} and {tuple(x2.shape)} {x2.dtype} {x2.device}."
+        )
+
+
+def check_scales(**scales: float) -> None:
+    """Refuse scales that are negative or not finite."""
+    for name, value in scales.items():
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be finite and not negative, but is {value}.")

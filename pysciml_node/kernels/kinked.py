@@ -1,0 +1,156 @@
+"""Activations with a kink at zero (ELU, SELU, ...): the kink in closed form, the rest as a series.
+
+Split ``phi = g + s`` with ``s(u) = sum_n j_n u_+^n / n!``, n = 1, 2, 3, where ``j_n`` is the jump of
+the n-th derivative at zero. The Hermite coefficients of ``u_+^n`` fall slowly, but their moments
+``E[u_+^n v_+^n]`` are the arc-cosine kernels; only products with the smooth ``g`` are left to the
+series, so a hundred terms do what thousands could not.
+
+Reference: Cho and Saul, Kernel Methods for Deep Learning (NIPS 2009), equations 4 to 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.kernels.expectations import (
+    Features,
+    GaussianExpectation,
+    PairMoments,
+    correlation,
+)
+from pysciml_node.kernels.hermite import HermiteSeries, SeriesPair, derivative, hermite_basis
+
+_ORDERS = 3
+_OFFSET = 2e-3  # spacing of the points on either side of zero, from which jumps are extrapolated
+_SERIES_MARGIN = 1e-2  # the series multiplies the kink's slow tail: see KinkedSeries
+
+
+def jumps_at_zero(fn: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+    """Jumps of the first three derivatives at zero (0 where there is none), to about ``1e-6``.
+
+    The polynomials through five values of ``phi'`` on either side are compared at zero.
+    """
+    steps = np.arange(1, 6) * _OFFSET
+    slopes = derivative(fn, torch.as_tensor(np.concatenate([steps, -steps]))).numpy()
+    right = np.linalg.solve(np.vander(steps, increasing=True), slopes[:5])[:_ORDERS]
+    left = np.linalg.solve(np.vander(-steps, increasing=True), slopes[5:])[:_ORDERS]
+    factorials = np.array([1.0, 1.0, 2.0])
+    scale = max(float(np.abs(right).max()), float(np.abs(left).max()), 1e-3)
+    jumps = (right - left) * factorials
+    return tuple(float(jump) if abs(jump) > 1e-4 * scale else 0.0 for jump in jumps)
+
+
+@lru_cache(maxsize=1)
+def _half_powers() -> Tensor:
+    """Hermite coefficients of ``z_+^n / n!``, n = 0 to 3: ``(4, 1280)``."""
+    z, _, functions = hermite_basis(208, 1280)
+    positive = (z > 0).to(z.dtype)
+    rows = [functions @ (positive * z**n) / math.factorial(n) for n in range(_ORDERS + 1)]
+    return torch.stack(rows)
+
+
+def _arc_cosine(order: int, q1: Tensor, q2: Tensor, r: Tensor) -> Tensor:
+    """``E[u_+^n v_+^n] / n!^2``."""
+    angle = math.pi / 2 + torch.asin(r)  # pi - theta
+    sine = torch.sqrt((1 - r) * (1 + r))
+    if order == 0:
+        shape = angle
+    elif order == 1:
+        shape = sine + angle * r
+    elif order == 2:
+        shape = 3 * sine * r + angle * (1 + 2 * r * r)
+    else:
+        shape = sine * (4 + 11 * r * r) + angle * r * (9 + 6 * r * r)
+    return (q1 * q2) ** (order / 2) * shape / (2 * math.pi * math.factorial(order) ** 2)
+
+
+@dataclass(frozen=True)
+class KinkedSeries(GaussianExpectation):
+    """An elementwise activation with a kink at zero.
+
+    The series of ``g`` is cut where it leaves out ``rtol / 100``; what is lost with it is the
+    product with what the series of the kink leaves out there, and by Cauchy-Schwarz below ``rtol``.
+
+    Args:
+        smooth: the Gaussian expectations of ``g = phi - s``.
+        jumps: ``(j_1, j_2, j_3)``.
+    """
+
+    smooth: HermiteSeries
+    jumps: tuple[float, ...]
+    analytic: bool = False
+
+    @classmethod
+    def of(
+        cls, fn: Callable[[Tensor], Tensor], jumps: tuple[float, ...], rtol: float, name: str
+    ) -> KinkedSeries:
+        """Split a function with given jumps at zero."""
+
+        def remainder(u: Tensor) -> Tensor:
+            positive = torch.relu(u)
+            rest = fn(u)
+            for n, jump in enumerate(jumps, start=1):
+                rest = rest - jump / math.factorial(n) * positive**n
+            return rest
+
+        return cls(HermiteSeries(remainder, _SERIES_MARGIN * rtol, name), jumps)
+
+    def _kinks(self, lowered: int, root: Tensor, terms: int) -> list[Tensor]:
+        """Coefficients of the parts of ``s``, or of ``s'`` when ``lowered`` is 1."""
+        table = _half_powers().to(root)[:, :terms].reshape(_ORDERS + 1, terms, *([1] * root.ndim))
+        return [
+            jump * table[n - lowered] * root ** (n - lowered)
+            for n, jump in enumerate(self.jumps, start=1)
+            if jump != 0
+        ]
+
+    def features(self, q: Tensor) -> Features:
+        """``sqrt(q)`` and the coefficients of ``phi`` and ``phi'``, as far as those of ``g``."""
+        root, value, slope = self.smooth.features(q)
+        for kink in self._kinks(0, root[0], len(value)):
+            value = value + kink
+        for kink in self._kinks(1, root[0], len(slope)):
+            slope = slope + kink
+        return root, value, slope
+
+    def pair(self, f1: Features, f2: Features) -> PairMoments:
+        """Series of the products that involve ``g``, and closed forms of those that do not."""
+        root1, root2 = f1[0][0], f2[0][0]
+        products = []
+        for lowered, a1, a2 in ((0, f1[1], f2[1]), (1, f1[2], f2[2])):
+            product = a1 * a2
+            parts1, parts2 = (self._kinks(lowered, root, len(a1)) for root in (root1, root2))
+            for mine, theirs in zip(parts1, parts2, strict=True):
+                product -= mine * theirs
+            products.append(product)
+        q1, q2 = root1**2, root2**2
+        return _KinkedPair(SeriesPair(q1, q2, *products), q1, q2, self.jumps)
+
+
+@dataclass(frozen=True)
+class _KinkedPair(PairMoments):
+    series: SeriesPair
+    q1: Tensor
+    q2: Tensor
+    jumps: tuple[float, ...]
+
+    def _closed(self, c: Tensor, lowered: int) -> Tensor:
+        r = correlation(self.q1, self.q2, c)
+        total = torch.zeros_like(c)
+        for n, jump in enumerate(self.jumps, start=1):
+            if jump != 0:
+                total += jump**2 * _arc_cosine(n - lowered, self.q1, self.q2, r)
+        return total
+
+    def value(self, c: Tensor) -> Tensor:
+        return self.series.value(c) + self._closed(c, lowered=0)
+
+    def slope(self, c: Tensor) -> Tensor:
+        return self.series.slope(c) + self._closed(c, lowered=1)
