@@ -121,7 +121,7 @@ class _PISizes(StepSizes):
     def accepted(self, h: float, error: float) -> float:
         # A zero error asks for the largest factor.
         if error > 0:
-            q = error**self.beta1 / self.previous**self.beta2 / self.gamma
+            q = math.pow(error, self.beta1) / math.pow(self.previous, self.beta2) / self.gamma
         else:
             q = 0.0
         self.previous = max(error, self.smallest_previous)
@@ -130,7 +130,7 @@ class _PISizes(StepSizes):
     def rejected(self, h: float, error: float) -> float:
         if not math.isfinite(error):
             return h * self.qmin
-        return h / min(1 / self.qmin, max(error**self.beta1 / self.gamma, 1.0))
+        return h / min(1 / self.qmin, max(math.pow(error, self.beta1) / self.gamma, 1.0))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def set_engine(name: str | None) -> None:
 
 
 def get_engine() -> str:
-    """The engine that `solve` uses when none is named: `set_engine`'s, the environment's, or auto."""
+    """The engine `solve` uses when none is named: `set_engine`'s, the environment's, or auto."""
     if _chosen is not None:
         return _chosen
     return _check(os.environ.get("PYSCIML_NODE_ENGINE", "auto"), "PYSCIML_NODE_ENGINE")

@@ -76,10 +76,8 @@ class ODEProblem:
                 "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
             )
         object.__setattr__(self, "spec", StateSpec.of(self.u0))
-        span = self.tspan
-        if isinstance(span, Tensor):
-            span = tuple(span.unbind())
-        if not isinstance(span, tuple | list) or len(span) != 2:
+        span = tuple(self.tspan.unbind()) if isinstance(self.tspan, Tensor) else self.tspan
+        if not hasattr(span, "__len__") or len(span) != 2:
             raise TypeError(f"tspan must be a pair (t0, t1), but is {self.tspan!r}.")
         t0, t1 = (_check_time(f"tspan[{i}]", t) for i, t in enumerate(span))
         if t0 == t1:

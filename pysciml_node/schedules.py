@@ -51,7 +51,7 @@ class Exponential(Schedule):
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        return self.start * (self.end / self.start) ** min(step / self.steps, 1.0)
+        return self.start * math.pow(self.end / self.start, min(step / self.steps, 1.0))
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,13 @@ class StepEstimate:
 class Trajectory(Protocol):
     """What an engine hands to a solution besides the saved states."""
 
-    times: Sequence[float]
-    """Ends of the accepted steps, `t0` first."""
-    errors: Sequence[float]
-    """Scaled error estimate of each accepted step."""
+    @property
+    def times(self) -> Sequence[float]:
+        """Ends of the accepted steps, `t0` first."""
+
+    @property
+    def errors(self) -> Sequence[float]:
+        """Scaled error estimate of each accepted step."""
 
     def states(self) -> Tensor:
         """The states at `times`, flat, shape `(n + 1, N)`, differentiable."""

@@ -118,7 +118,7 @@ def solve(
         raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
     _check_both_zero(options)
     chosen = engines.choose(engine, algorithm, adjoint)
-    solution = chosen.solve(problem, algorithm, options)
+    solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
         differentiable_event(solution, events[solution.event], isinstance(adjoint, DirectAdjoint))
     if throw and not solution.success:

@@ -28,7 +28,8 @@ from pysciml_node.torch_engine.field import Accumulator, DifferentiableField
 from pysciml_node.torch_engine.march import March, MarchOptions, Step
 from pysciml_node.torch_engine.norms import Tolerance
 from pysciml_node.torch_engine.record import Record
-from pysciml_node.torch_engine.stages import BufferedStages, Method
+from pysciml_node.torch_engine.stages import Method, Stages
+from pysciml_node.torch_engine.vectors import vectors_like
 
 
 class BackwardFailure(RuntimeError):
@@ -45,7 +46,8 @@ class DenseForward:
         times = record.times
         self.sign = 1.0 if times[-1] >= times[0] else -1.0
         self.ordered = np.asarray(times) * self.sign
-        self.stages = BufferedStages(method, field.field, (times[0], times[-1]), self.states[0])
+        vectors = vectors_like(self.states[0], method.all_stages)
+        self.stages = Stages(method, field.field, (times[0], times[-1]), vectors)
         self.current = -1
 
     def __call__(self, t: float) -> Tensor:
@@ -141,7 +143,7 @@ def continuous_sweep(
         dt0=abs(record.sizes[-1]) if not controller.adaptive else None,
         tstops=tuple(stop_times),
     )
-    stages = BufferedStages(method, augmented, (t0, t1), start)
+    stages = Stages(method, augmented, (t0, t1), vectors_like(start, method.all_stages))
     march = March(stages, start, t1, t0, options)
     for step in march:
         if isinstance(adjoint, GaussAdjoint):
@@ -231,7 +233,7 @@ class _Augmented:
 
     def collect(self, vector: Tensor, sums: Accumulator) -> None:
         """Hand over the parameter gradients that the march has integrated."""
-        pieces = vector[self.driven :].split(self.lengths) if self.lengths else ()
+        pieces = torch.split(vector[self.driven :], self.lengths) if self.lengths else ()
         gradients: list[Tensor | None] = []
         for piece, leaf in zip(pieces, self.field.leaves, strict=False):
             shaped = piece.view(leaf.shape)
@@ -272,7 +274,7 @@ def _augmentation(
 
 def _gauss_quadrature(
     step: Step,
-    stages: BufferedStages,
+    stages: Stages,
     field: DifferentiableField,
     dense: DenseForward,
     sums: Accumulator,

@@ -19,7 +19,9 @@ from torch import Tensor
 from pysciml_node.solution import Stats
 from pysciml_node.torch_engine.field import Accumulator, DifferentiableField, Linearized
 from pysciml_node.torch_engine.record import Record
-from pysciml_node.torch_engine.stages import BufferedStages, Method
+from pysciml_node.torch_engine.stages import Method, Stages
+from pysciml_node.torch_engine.tableaus.base import Row
+from pysciml_node.torch_engine.vectors import Weights, vectors_like
 
 
 @dataclass
@@ -57,24 +59,10 @@ class _StepPullback:
         time_gradient: bool,
     ) -> None:
         self.field, self.method, self.time_gradient = field, method, time_gradient
-        self.stages = BufferedStages(method, field.field, bounds, like)
-        self.cotangents = like.new_empty((method.all_stages + 1 + outputs, like.numel()))
+        self.stages = Stages(method, field.field, bounds, vectors_like(like, method.all_stages))
+        self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
         self.sums = Accumulator(field.leaves)
-        self._columns: dict[int, list[Tensor]] = {}
-
-    def columns(self, count: int) -> list[Tensor]:
-        """For each of `count` stages, the weights of the later stages and of `u1` upon it."""
-        if count not in self._columns:
-            method = self.method
-            b = (*method.tableau.b, *([0.0] * (count - method.stages)))
-            self._columns[count] = [
-                torch.tensor(
-                    [method.host_rows[j][i] for j in range(i + 1, count)] + [b[i]],
-                    dtype=torch.float64,
-                ).to(method.b)
-                for i in range(count)
-            ]
-        return self._columns[count]
+        self._plain: dict[int, list[Weights]] = {}
 
     def __call__(
         self, t: float, h: float, u: Tensor, end: Tensor, inside: Tensor | None, theta: Tensor
@@ -89,31 +77,28 @@ class _StepPullback:
             inside: cotangents of its dense outputs `(m, N)`, or `None`.
             theta: where they lie, `(m,)` in float64.
         """
-        method = self.method
+        method, cotangents = self.method, self.cotangents
         count = method.stages
         if inside is not None:
             count = method.all_stages
         elif method.tableau.fsal:
             count -= 1  # the last stage serves the next step, which replays it as its first
         lines = self._linearize(t, h, u, count)
-        rows = count + 1 + (0 if inside is None else inside.shape[0])
-        cotangents = self.cotangents
-        cotangents[count].copy_(end)
-        columns = self.columns(count)
-        weights = None
-        if inside is not None:
-            cotangents[count + 1 : rows].copy_(inside)
-            weights = method.dense_weights(theta)
+        # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
+        # each stage's cotangent combines all that is there.
+        arrived = [end] if inside is None else [end, *inside.unbind()]
+        for place, vector in enumerate(arrived):
+            cotangents.put(place, vector)
+        outputs = None if inside is None else method.dense_weights(theta)
+        upon = self._weights(count, outputs)
         t_bar: Tensor | None = None
         h_bar: Tensor | None = None
         for i in reversed(range(count)):
-            column = columns[i] if weights is None else torch.cat((columns[i], weights[:, i]))
-            k_bar = torch.addmv(u, cotangents[i + 1 : rows].T, column, beta=0, alpha=h)
+            k_bar = cotangents.combine(None, h, upon[i])
             state, time, leaves = lines[i].vjp(k_bar)
-            if state is None:
-                cotangents[i].zero_()
-            else:
-                cotangents[i].copy_(state)
+            cotangents.put(
+                len(arrived) + count - 1 - i, torch.zeros_like(u) if state is None else state
+            )
             self.sums.add(leaves)
             if self.time_gradient:
                 along = torch.vdot(k_bar, lines[i].value).real / h
@@ -123,18 +108,36 @@ class _StepPullback:
                     h_bar = h_bar + method.host_nodes[i] * time
         theta_bar = None
         if self.time_gradient and inside is not None:
-            slope = self.stages.difference_many(method.dense_weights(theta, derivative=True))
-            theta_bar = h * (inside.conj() * slope).sum(1).real
-        return cotangents[:rows].sum(0), t_bar, h_bar, theta_bar
+            slopes = method.dense_weights(theta, derivative=True)
+            slope = self.stages.vectors.combine_many(None, h, slopes)
+            theta_bar = (inside.conj() * slope).sum(1).real
+        return cotangents.combine(None, 1.0, upon[-1]), t_bar, h_bar, theta_bar
+
+    def _weights(self, count: int, outputs: Tensor | None) -> list[Weights]:
+        """Weights of all cotangents upon each stage; the last entry sums them all."""
+        if outputs is None and count in self._plain:
+            return self._plain[count]
+        b = (*self.method.tableau.b, *([0.0] * (count - self.method.stages)))
+        columns = [] if outputs is None else outputs.T.tolist()
+        rows = self.method.host_rows
+        found: list[Row] = [
+            (b[i], *(columns[i] if columns else ()), *(rows[j][i] for j in range(count - 1, i, -1)))
+            for i in range(count)
+        ]
+        found.append((1.0,) * (len(found[0]) + 1))
+        weights = [Weights.of(row, self.method.b.tensor) for row in found]
+        if outputs is None:
+            self._plain[count] = weights
+        return weights
 
     def _linearize(self, t: float, h: float, u: Tensor, count: int) -> list[Linearized]:
         """The stages again, each with its graph."""
         stages, lines = self.stages, []
         times = stages.times(t, h)
         for i in range(count):
-            argument = stages.combine(u, h, self.method.rows[i]) if i else u
+            argument = stages.argument(i, h, u)
             lines.append(self.field.linearize(times[i], argument, self.time_gradient))
-            stages.put(i, lines[i].value)
+            stages.vectors.put(i, lines[i].value)
         return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients
 from pysciml_node.torch_engine.record import Record
@@ -25,6 +26,7 @@ class SolveNode(torch.autograd.Function):
     """
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         run: Forward,
@@ -44,7 +46,8 @@ class SolveNode(torch.autograd.Function):
         return (saved, *states[1:])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @override
+    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)

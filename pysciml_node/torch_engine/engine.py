@@ -22,8 +22,9 @@ from pysciml_node.torch_engine.field import DifferentiableField, FlatField
 from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.norms import Tolerance
 from pysciml_node.torch_engine.record import Record, follow
-from pysciml_node.torch_engine.stages import BufferedStages, Method, RecordedStages, Stages
+from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
+from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
 
 NAME = "torch"
 
@@ -78,10 +79,15 @@ class _Solve:
     def bounds(self) -> tuple[float, float]:
         return self.problem.t0, self.problem.t1
 
+    def stages(self, field: FlatField) -> Stages:
+        """Stages that are not recorded."""
+        vectors = vectors_like(self.u0, self.method.all_stages)
+        return Stages(self.method, field, self.bounds, vectors)
+
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
         field = FlatField(self.problem)
-        stages = BufferedStages(self.method, field, self.bounds, self.u0)
+        stages = self.stages(field)
         found = self.march(stages, self.u0, None, None)
         self.stats.nfe = field.nfe
         return found
@@ -89,7 +95,7 @@ class _Solve:
     def direct(self) -> tuple[Record, list[Tensor], Tensor]:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
-        stages = RecordedStages(self.method, field, self.bounds)
+        stages = Stages(self.method, field, self.bounds, RecordedVectors())
         times = None
         if _wants_time_gradient(self.problem, self.options):
             t0, t1 = (
@@ -106,8 +112,7 @@ class _Solve:
         options, problem = self.options, self.problem
 
         def run(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            stages = BufferedStages(self.method, field.field, self.bounds, u0)
-            found = self.march(stages, u0, field.k0, None)
+            found = self.march(self.stages(field.field), u0, field.k0, None)
             self.stats.nfe = field.nfe
             return found
 
@@ -136,7 +141,7 @@ class _Solve:
 
         keep: list[Record] = []
         t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)
-        saved, *states = SolveNode.apply(
+        saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
             run, sweep, keep, self.u0, t0, t1, options.saveat_tensor, *field.inputs
         )
         return keep[0], [self.u0, *states], saved

@@ -186,7 +186,7 @@ class Linearized:
         if not wanted or not self._k.requires_grad:
             return None, None, [None] * len(self._leaves)
         # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
-        found = list(
+        found: list[Tensor | None] = list(
             torch.autograd.grad(self._k, wanted, cotangent, retain_graph=True, allow_unused=True)
         )
         state = found.pop(0) if with_state else None

@@ -12,7 +12,8 @@ from torch import Tensor
 from pysciml_node.controllers import Controller
 from pysciml_node.solution import ReturnCode
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
-from pysciml_node.torch_engine.stages import Real, Stages
+from pysciml_node.torch_engine.stages import Stages
+from pysciml_node.torch_engine.vectors import Real
 
 # A step that ends within this fraction of itself from a stop is made to end on it, so that
 # rounding never leaves a sliver.

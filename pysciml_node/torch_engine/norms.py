@@ -32,23 +32,25 @@ class Tolerance:
             # The end of an accepted step is the start of the next: keep its absolute value.
             self._last, self._last_abs = u1, u1.abs()
             largest = torch.maximum(largest, self._last_abs)
-        return largest * self.rtol + self.atol
+        scale: Tensor = largest * self.rtol + self.atol
+        return scale
 
     def norm(self, scaled: Tensor) -> Tensor:
         """Root-mean-square of a vector already divided by its scale; a 0-d tensor."""
-        return torch.linalg.vector_norm(scaled) / self.root
+        norm: Tensor = torch.linalg.vector_norm(scaled)
+        return norm / self.root
 
     def step_error(self, stages: Stages, h: float | Tensor, u: Tensor, u1: Tensor) -> Tensor:
         """The scaled error estimate of a step from `u` to `u1`; a 0-d tensor."""
-        method = stages.method
-        scale = self.scale(u, u1)
-        error = self.norm(stages.difference(method.b_error) / scale)
+        method, vectors = stages.method, stages.vectors
+        error = vectors.scaled_norm(method.b_error, u, u1, self)
         if method.b_error_low is not None:
-            low = self.norm(stages.difference(method.b_error_low) / scale)
+            low = vectors.scaled_norm(method.b_error_low, u, u1, self)
             combined = error**2 / torch.sqrt(error**2 + 0.01 * low**2)
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)
-        return error * abs(h)
+        scaled: Tensor = error * abs(h)
+        return scaled
 
 
 def initial_step(

@@ -15,7 +15,8 @@ from pysciml_node.solution import Stats, StepEstimate
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
 from pysciml_node.torch_engine.record import Record
-from pysciml_node.torch_engine.stages import BufferedStages, Method, RecordedStages, Stages
+from pysciml_node.torch_engine.stages import Method, Stages
+from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
 
 
 @dataclass
@@ -51,9 +52,12 @@ class TorchTrajectory:
     def _stages(self, method: Method) -> tuple[Stages, FlatField]:
         field = FlatField(self.problem)
         bounds = (self.problem.t0, self.problem.t1)
-        if torch.is_grad_enabled():
-            return RecordedStages(method, field, bounds), field
-        return BufferedStages(method, field, bounds, self.flat_states[0]), field
+        vectors = (
+            RecordedVectors()
+            if torch.is_grad_enabled()
+            else vectors_like(self.flat_states[0], method.all_stages)
+        )
+        return Stages(method, field, bounds, vectors), field
 
     def step_of(self, t: float) -> int:
         """Index of the accepted step that contains `t` (the later one at a boundary)."""

@@ -1,0 +1,207 @@
+"""A few long vectors and their linear combinations: all the linear algebra a solver does.
+
+Three ways to hold them, chosen by what is cheapest: `StackedVectors` copies them into one matrix,
+so that a combination is a single fused call (short vectors, and other devices); `BlockedVectors`
+keeps references and works through blocks that fit a core's cache, without copies (long vectors on a
+CPU, where memory bandwidth is all that counts); `RecordedVectors` is what autograd can follow.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from pysciml_node.torch_engine.norms import Tolerance
+
+Real = float | Tensor
+
+# Entries above which blocks beat the copies into one matrix, and the size of a block: a few
+# vectors' blocks fit a 1 MB cache.
+_LONG = 32_768
+_BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Coefficients of a combination, as numbers and as a tensor of the state's dtype."""
+
+    numbers: tuple[float, ...]
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, numbers: tuple[float, ...], like: Tensor) -> Weights:
+        """Weights with the dtype and device of `like`."""
+        return cls(numbers, torch.tensor(numbers, dtype=torch.float64).to(like))
+
+
+class Vectors(ABC):
+    """Numbered vectors of one length."""
+
+    @abstractmethod
+    def put(self, i: int, vector: Tensor) -> None:
+        """Store vector `i`; those after it are forgotten."""
+
+    @abstractmethod
+    def get(self, i: int) -> Tensor:
+        """Vector `i`, valid until it is replaced."""
+
+    @abstractmethod
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        """`base + h * sum_j weights_j v_j` over the first vectors, a new tensor."""
+
+    @abstractmethod
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        """`combine` for each row of `weights`, shape `(m, n)`; returns `(m, N)`."""
+
+    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
+        """Norm of `sum_j weights_j v_j` in units of the tolerance; a 0-d tensor."""
+        return tolerance.norm(self.combine(None, 1.0, weights) / tolerance.scale(u, u1))
+
+
+class StackedVectors(Vectors):
+    """Vectors as the rows of one buffer `(count, N)`."""
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        self._buffer = like.new_empty((count, like.numel()))
+        self._rows = self._buffer.unbind()
+        # The first i vectors as columns, made once: slicing costs more than the product.
+        self._heads = [self._buffer[:i].T for i in range(count + 1)]
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        self._rows[i].copy_(vector)
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._rows[i]
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        columns = self._heads[len(weights.numbers)]
+        scale = cast(float, h)
+        if base is None:
+            return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=scale)
+        return torch.addmv(base, columns, weights.tensor, alpha=scale)
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        rows = self._buffer[: weights.shape[1]]
+        scale = cast(float, h)
+        if base is None:
+            return torch.addmm(rows[:1], weights, rows, beta=0, alpha=scale)
+        return torch.addmm(base.expand(weights.shape[0], -1), weights, rows, alpha=scale)
+
+
+class BlockedVectors(Vectors):
+    """References to the vectors, combined block by block."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._vectors: list[Tensor] = []
+        self._blocks: list[tuple[Tensor, ...]] = []
+        self._scratch = [like.new_empty(min(_BLOCK, like.numel())) for _ in range(3)]
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        del self._vectors[i:], self._blocks[i:]
+        if any(vector.data_ptr() == other.data_ptr() for other in self._vectors):
+            raise RuntimeError(
+                "the field returned the same memory for two evaluations, and so has overwritten "
+                "its earlier result.\n  Return a new tensor each time, for example out.clone()."
+            )
+        self._vectors.append(vector)
+        self._blocks.append(torch.split(vector, _BLOCK))
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._vectors[i]
+
+    @staticmethod
+    def _terms(h: float, numbers: tuple[float, ...]) -> list[tuple[int, float]]:
+        return [(j, h * w) for j, w in enumerate(numbers) if w != 0.0]
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        terms = self._terms(cast(float, h), weights.numbers)
+        like = self._vectors[0] if base is None else base
+        if not terms:
+            return torch.zeros_like(like) if base is None else base.clone()
+        out = torch.empty_like(like)
+        (i, w), *rest = terms
+        starts = None if base is None else torch.split(base, _BLOCK)
+        for n, block in enumerate(torch.split(out, _BLOCK)):
+            if starts is None:
+                torch.mul(self._blocks[i][n], w, out=block)
+            else:
+                torch.add(starts[n], self._blocks[i][n], alpha=w, out=block)
+            for j, v in rest:
+                block.add_(self._blocks[j][n], alpha=v)
+        return out
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        rows = [self.combine(base, h, Weights(tuple(row.tolist()), row)) for row in weights]
+        return torch.stack(rows)
+
+    @override
+    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
+        rtol, atol = tolerance.rtol, tolerance.atol
+        if isinstance(rtol, Tensor) or isinstance(atol, Tensor) or rtol == 0:
+            return super().scaled_norm(weights, u, u1, tolerance)
+        (i, w), *rest = self._terms(1.0, weights.numbers)
+        norms = []
+        for n, (start, end) in enumerate(
+            zip(torch.split(u, _BLOCK), torch.split(u1, _BLOCK), strict=True)
+        ):
+            size = start.numel()
+            error, scale, other = (block[:size] for block in self._scratch)
+            torch.mul(self._blocks[i][n], w, out=error)
+            for j, v in rest:
+                error.add_(self._blocks[j][n], alpha=v)
+            # rtol is divided out, to save a pass.
+            torch.abs(start, out=scale)
+            torch.maximum(scale, torch.abs(end, out=other), out=scale)
+            error.div_(scale.add_(atol / rtol))
+            norms.append(torch.linalg.vector_norm(error))
+        return tolerance.norm(torch.stack(norms)) / rtol
+
+
+class RecordedVectors(Vectors):
+    """Separate tensors with their autograd history."""
+
+    def __init__(self) -> None:
+        self._vectors: list[Tensor] = []
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        del self._vectors[i:]
+        self._vectors.append(vector)
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._vectors[i]
+
+    def _sum(self, weights: Tensor) -> Tensor:
+        return weights @ torch.stack(self._vectors[: weights.shape[-1]])
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        increment = h * self._sum(weights.tensor)
+        return increment if base is None else base + increment
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        increment = h * self._sum(weights)
+        return increment if base is None else base + increment
+
+
+def vectors_like(like: Tensor, count: int) -> Vectors:
+    """The cheapest holder of `count` vectors like this one, nothing recorded for autograd."""
+    if like.device.type == "cpu" and like.numel() > _LONG and not like.is_complex():
+        return BlockedVectors(like)
+    return StackedVectors(count, like)
