@@ -357,13 +357,10 @@ class VarianceCorrected(Optimizer):
     def _backtrack(
         self, rows: list[_Row], directions: list[list[Tensor]], rates: list[float], model: _Model
     ) -> None:
-        params = [param for row in rows for param in row.params]
-        start = [param.clone() for param in params]
         for _ in range(self._shared("max_trials")):
-            _move(rows, directions, rates)
-            if model.objective_here() <= model.objective:
+            if _objective_after(rows, directions, rates, model) <= model.objective:
+                _move(rows, directions, rates)
                 return
-            set_parameters(params, start)
             rates = [0.5 * rate for rate in rates]
 
     def _gauss_newton(self, rows: list[_Row], model: _Model) -> None:
@@ -376,7 +373,6 @@ class VarianceCorrected(Optimizer):
         )
         safeguard = self._shared("safeguard")
         rates = [float(row.group["lr"]) for row in rows]
-        start = [param.clone() for param in params]
         growth = 2.0
         for _ in range(self._shared("max_trials")):
             damping = flatten([self.state[param]["damping"].expand_as(param) for param in params])
@@ -392,17 +388,16 @@ class VarianceCorrected(Optimizer):
             if safeguard == "backtracking":
                 self._backtrack(rows, directions, rates, model)
                 return
-            _move(rows, directions, rates)
-            if safeguard == "none":
-                return
             predicted = _predicted_decrease(rows, rates, gradient, solved)
-            if not predicted > 0.0:
+            if safeguard == "none" or predicted == 0.0:
+                _move(rows, directions, rates)
                 return
-            gain = (model.objective - model.objective_here()) / predicted
-            if gain > 0.0:
+            after = _objective_after(rows, directions, rates, model)
+            gain = (model.objective - after) / predicted
+            if predicted > 0.0 and gain > 0.0:
+                _move(rows, directions, rates)
                 self._scale_damping(params, max(0.1, 1.0 - (2.0 * gain - 1.0) ** 3))
                 return
-            set_parameters(params, start)
             self._scale_damping(params, growth, floor=_DAMPING_AFTER_REJECTION)
             growth *= 2.0
 
@@ -419,6 +414,24 @@ def _predicted_decrease(
     rate = torch.cat([gradient.new_full((n,), r) for n, r in zip(sizes, rates, strict=True)])
     moved = rate * solved.step
     return float(gradient @ moved) - 0.5 * float(moved @ (rate * solved.image))
+
+
+def _objective_after(
+    rows: list[_Row], directions: list[list[Tensor]], rates: list[float], model: _Model
+) -> float:
+    """Objective at the end of a move that is taken back, whatever happens."""
+    params = [param for row in rows for param in row.params]
+    start = [param.clone() for param in params]
+    moved = [
+        torch.add(param, entry, alpha=-rate)
+        for row, direction, rate in zip(rows, directions, rates, strict=True)
+        for param, entry in zip(row.params, direction, strict=True)
+    ]
+    try:
+        set_parameters(params, moved)
+        return model.objective_here()
+    finally:
+        set_parameters(params, start)
 
 
 def _move(rows: list[_Row], directions: list[list[Tensor]], rates: list[float]) -> None:

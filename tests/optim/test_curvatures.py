@@ -306,3 +306,22 @@ def test_options_that_try_several_points_ask_for_a_closure(options: dict) -> Non
     loss.backward()
     with pytest.raises(ValueError, match=r"\(loss, solution\)"):
         optimizer.step(solution=sol)
+
+
+def test_a_full_step_beyond_the_models_minimum_is_damped_not_taken() -> None:
+    """At `lr > 2` the quadratic model itself rises; damping shortens the step until it falls."""
+    a = scalar(-0.6)
+    optimizer = VarianceCorrected([a], lr=3.0, curvature="gauss-newton")
+    closure = linear_closure(a, X0, TARGET, 1.0)
+    losses = [float(optimizer.step(closure)) for _ in range(10)]
+    assert all(new < old for old, new in itertools.pairwise(losses))
+
+
+def test_a_graph_built_before_the_step_is_stale_after_it() -> None:
+    """Trial moves hide from autograd's version counters; the accepted move must not."""
+    a = scalar(0.5)
+    product = a * a
+    optimizer = VarianceCorrected([a], curvature="gauss-newton")
+    optimizer.step(linear_closure(a, X0, TARGET, 1.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
