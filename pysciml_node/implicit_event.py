@@ -10,7 +10,9 @@ from pysciml_node.solution import Solution
 from pysciml_node.torch_engine.field import FlatField
 
 
-def differentiable_event(solution: Solution, event: Event, keep_graph: bool) -> None:
+def differentiable_event(
+    solution: Solution, event: Event, keep_graph: bool, tstops: tuple[float, ...]
+) -> None:
     """Set `event_t`, and let `u1` move with it.
 
     With `g(t, u(t)) = 0` at the event, `dt = -dg / (dg/dt + dg/du . f)`: one Newton step, whose
@@ -20,6 +22,7 @@ def differentiable_event(solution: Solution, event: Event, keep_graph: bool) -> 
         solution: stopped by `event`; changed in place.
         event: the event.
         keep_graph: allow double backward through the correction.
+        tstops: times the solver had to step to.
     """
     problem = solution.problem
     spec = problem.spec
@@ -27,6 +30,7 @@ def differentiable_event(solution: Solution, event: Event, keep_graph: bool) -> 
     if not torch.is_grad_enabled():
         solution.event_t = t
         return
+    t = _moving(t, solution, tstops)
     u = spec.flatten(solution.u1)
     field = FlatField(problem)
     with torch.enable_grad():
@@ -45,3 +49,17 @@ def differentiable_event(solution: Solution, event: Event, keep_graph: bool) -> 
     shift = -(value - value.detach()) / slope.detach()
     solution.event_t = t + shift
     solution.u1 = spec.unflatten(u + rate.detach() * shift)
+
+
+def _moving(t: Tensor, solution: Solution, tstops: tuple[float, ...]) -> Tensor:
+    """The end of the last step as it moves with `t0`: the free steps keep their sizes.
+
+    A stop that lies before it fixes it.
+    """
+    start = solution.problem.tspan[0]
+    length = abs(solution.trajectory.times[-1] - solution.problem.t0)
+    if not isinstance(start, Tensor) or any(
+        abs(stop - solution.problem.t0) <= length for stop in tstops
+    ):
+        return t
+    return t + (start - start.detach()).to(t)

@@ -21,6 +21,7 @@ class SolveOptions:
     Attributes:
         rtol: relative tolerance, a number or a flat tensor `(N,)`.
         atol: absolute tolerance, a number or a flat tensor `(N,)`.
+        driven: how many leading entries of the flat state drive the step size.
         saveat: requested times as numbers in the order of integration, or `None`.
         saveat_tensor: the same as a tensor where it requires gradients, else `None`.
         adjoint: how gradients are taken.
@@ -38,6 +39,7 @@ class SolveOptions:
 
     rtol: float | Tensor
     atol: float | Tensor
+    driven: int
     saveat: tuple[float, ...] | None
     saveat_tensor: Tensor | None
     adjoint: Adjoint

@@ -26,8 +26,8 @@ def solve(
     problem: ODEProblem,
     algorithm: Algorithm | None = None,
     *,
-    rtol: float | Tensor = 1e-6,
-    atol: float | Tensor = 1e-6,
+    rtol: Any = 1e-6,
+    atol: Any = 1e-6,
     saveat: Sequence[float] | Tensor | None = None,
     engine: str | None = None,
     adjoint: Adjoint | None = None,
@@ -47,9 +47,9 @@ def solve(
     Args:
         problem: what to solve.
         algorithm: how; default `Tsit5()`.
-        rtol: relative tolerance on the root-mean-square of the local error; a number, or a tensor
-            that broadcasts to `u0` (a single-tensor state).
-        atol: absolute tolerance, likewise; entries of `inf` never drive the step size.
+        rtol: relative tolerance on the root-mean-square of the local error; a number, a tensor that
+            broadcasts to `u0`, or a tuple or dict of these like `u0`.
+        atol: absolute tolerance, likewise; parts and entries of `inf` never drive the step size.
         saveat: times of the output, in the order of integration, inside `tspan`; a tensor that
             requires gradients receives them. Without it: the ends of the accepted steps.
         engine: `"torch"`, `"julia"` or `"auto"`; default the one set by `set_engine` or the
@@ -97,9 +97,14 @@ def solve(
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
     times, time_tensor = _check_saveat(saveat, problem)
+    relative, _ = _check_tolerance("rtol", rtol, problem)
+    absolute, driven = _check_tolerance("atol", atol, problem)
+    if isinstance(relative, Tensor) and driven < relative.numel():
+        relative = relative[:driven]
     options = SolveOptions(
-        rtol=_check_tolerance("rtol", rtol, problem),
-        atol=_check_tolerance("atol", atol, problem),
+        rtol=relative,
+        atol=absolute,
+        driven=driven,
         saveat=times,
         saveat_tensor=time_tensor,
         adjoint=adjoint,
@@ -120,7 +125,8 @@ def solve(
     chosen = engines.choose(engine, algorithm, adjoint)
     solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
-        differentiable_event(solution, events[solution.event], isinstance(adjoint, DirectAdjoint))
+        keep_graph = isinstance(adjoint, DirectAdjoint)
+        differentiable_event(solution, events[solution.event], keep_graph, options.tstops)
     if throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution
@@ -151,25 +157,54 @@ def _positive(name: str, value: float, allow_inf: bool = False) -> float:
     return number
 
 
-def _check_tolerance(name: str, value: float | Tensor, problem: ODEProblem) -> float | Tensor:
+def _check_tolerance(name: str, value: Any, problem: ODEProblem) -> tuple[float | Tensor, int]:
+    """A tolerance as a number or flat tensor, and how many leading entries of the state it counts.
+
+    The entries of a state behind the last finite absolute tolerance need not be looked at at all.
+    """
+    spec = problem.spec
+    if spec.keys is None or not isinstance(value, tuple | list | dict):
+        return _check_part(name, value, problem, spec.shapes[0]), sum(spec.sizes)
+    try:
+        given = spec.parts(value)
+    except (KeyError, IndexError):
+        raise ValueError(
+            f"{name} must have the parts of u0, {list(spec.keys)}, but is {value!r}."
+        ) from None
+    parts = [
+        _check_part(f"{name}[{key!r}]", part, problem, shape)
+        for key, part, shape in zip(spec.keys, given, spec.shapes, strict=True)
+    ]
+    counted = len(parts)
+    while counted > 1 and parts[counted - 1] == math.inf:
+        counted -= 1
+    first = parts[0]
+    if isinstance(first, float) and all(part == first for part in parts[:counted]):
+        return first, sum(spec.sizes[:counted])
+    flat = [
+        part if isinstance(part, Tensor) else torch.full((size,), part)
+        for part, size in zip(parts, spec.sizes, strict=True)
+    ]
+    return torch.cat([part.to(spec.device, spec.real_dtype) for part in flat]), sum(spec.sizes)
+
+
+def _check_part(name: str, value: Any, problem: ODEProblem, shape: torch.Size) -> float | Tensor:
+    """One tolerance of one part of the state."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         number = float(value)
-        if not number >= 0 or math.isinf(number):
+        allowed = number >= 0 and (name.startswith("atol[") or not math.isinf(number))
+        if not allowed:
             raise ValueError(f"{name} must be a finite number, at least 0, but is {number}.")
         return number
     spec = problem.spec
-    if spec.keys is not None:
-        raise ValueError(f"{name} as a tensor needs a single-tensor state; give a number.")
     if bool((~(value >= 0)).any()):
-        raise ValueError(
-            f"every entry of {name} must be at least 0, but the least is {float(value.min())}."
-        )
+        raise ValueError(f"{name} must be at least 0 everywhere, but has {float(value.min())}.")
     try:
-        full = value.to(spec.device, spec.real_dtype).expand(spec.shapes[0])
+        full = value.to(spec.device, spec.real_dtype).expand(shape)
     except RuntimeError:
         raise ValueError(
             f"{name} of shape {tuple(value.shape)} does not broadcast to the state's "
-            f"{tuple(spec.shapes[0])}."
+            f"{tuple(shape)}."
         ) from None
     return full.reshape(-1)
 

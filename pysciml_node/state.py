@@ -131,7 +131,7 @@ class StateSpec:
         lead = flat.shape[:-1]
         if self.keys is None:
             return flat.view(lead + self.shapes[0])
-        pieces = torch.split(flat, self.sizes, dim=-1)
+        pieces = torch.split(flat, list(self.sizes), dim=-1)
         return self.assemble(
             [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
         )

@@ -7,7 +7,6 @@ march lands on their times, keeps its step size, and is never restarted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -132,13 +131,10 @@ def continuous_sweep(
     costate = torch.zeros_like(states[0]) if end is None else end
     stop_times = sorted((t for t in jumps.by_time if t not in (t0, t1)), reverse=t0 < t1)
     start = augmented.start(costate, states[-1])
-    # Only the adjoint state (and the state beside it) drives the step size.
-    counted = torch.zeros(start.numel(), dtype=method.nodes.dtype, device=start.device)
-    counted.fill_(atol)
-    counted[augmented.driven :] = math.inf
     options = MarchOptions(
         controller=controller,
-        tolerance=Tolerance(rtol, counted if augmented.driven < start.numel() else atol, size),
+        # Only the adjoint state (and the state beside it) drives the step size.
+        tolerance=Tolerance(rtol, atol, augmented.driven),
         max_steps=max_steps,
         dt0=abs(record.sizes[-1]) if not controller.adaptive else None,
         tstops=tuple(stop_times),

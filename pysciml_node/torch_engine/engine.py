@@ -58,7 +58,7 @@ class _Solve:
             problem.t1,
             MarchOptions(
                 controller=options.controller,
-                tolerance=Tolerance(options.rtol, options.atol, u0.numel()),
+                tolerance=Tolerance(options.rtol, options.atol, options.driven),
                 max_steps=options.max_steps,
                 dt0=options.dt0,
                 dtmin=options.dtmin,
@@ -200,9 +200,7 @@ def _solution(
     problem, options, spec = work.problem, work.options, work.problem.spec
     stats = work.stats
     stats.naccept, stats.nreject = record.naccept, record.nreject
-    trajectory = TorchTrajectory(
-        problem, work.method, record, states, stats, options.rtol, options.atol
-    )
+    trajectory = TorchTrajectory(problem, work.method, record, states, stats, options)
     _check_finite(record, states, options)
     if options.saveat is None:
         t = problem.time_tensor(record.times)

@@ -16,28 +16,36 @@ class Tolerance:
     Args:
         rtol: a number, or a flat tensor `(N,)`.
         atol: a number, or a flat tensor `(N,)`; entries with `atol = inf` never count.
+        size: number of entries that count; those behind them never drive the step size.
     """
 
     def __init__(self, rtol: float | Tensor, atol: float | Tensor, size: int) -> None:
-        self.rtol, self.atol = rtol, atol
+        self.rtol, self.atol, self.size = rtol, atol, size
         counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else size
         self.root = math.sqrt(max(counted, 1))
         self._last: Tensor | None = None
         self._last_abs: Tensor | None = None
 
+    def counted(self, vector: Tensor) -> Tensor:
+        """The entries of a vector that count."""
+        return vector if vector.numel() == self.size else vector[: self.size]
+
     def scale(self, u: Tensor, u1: Tensor | None = None) -> Tensor:
-        """`atol + rtol * max(|u|, |u1|)`, shape `(N,)`."""
-        largest = u.abs() if u is not self._last or self._last_abs is None else self._last_abs
+        """`atol + rtol * max(|u|, |u1|)` of the entries that count."""
+        if u is self._last and self._last_abs is not None:
+            largest = self._last_abs
+        else:
+            largest = self.counted(u).abs()
         if u1 is not None:
             # The end of an accepted step is the start of the next: keep its absolute value.
-            self._last, self._last_abs = u1, u1.abs()
+            self._last, self._last_abs = u1, self.counted(u1).abs()
             largest = torch.maximum(largest, self._last_abs)
         scale: Tensor = largest * self.rtol + self.atol
         return scale
 
-    def norm(self, scaled: Tensor) -> Tensor:
-        """Root-mean-square of a vector already divided by its scale; a 0-d tensor."""
-        norm: Tensor = torch.linalg.vector_norm(scaled)
+    def norm(self, vector: Tensor, scale: Tensor) -> Tensor:
+        """Root-mean-square of a vector in units of `scale`; a 0-d tensor."""
+        norm: Tensor = torch.linalg.vector_norm(self.counted(vector) / scale)
         return norm / self.root
 
     def step_error(self, stages: Stages, h: float | Tensor, u: Tensor, u1: Tensor) -> Tensor:
@@ -46,7 +54,7 @@ class Tolerance:
         error = vectors.scaled_norm(method.b_error, u, u1, self)
         if method.b_error_low is not None:
             low = vectors.scaled_norm(method.b_error_low, u, u1, self)
-            combined = error**2 / torch.sqrt(error**2 + 0.01 * low**2)
+            combined = error.square() / torch.sqrt(error.square() + 0.01 * low.square())
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)
         scaled: Tensor = error * abs(h)
@@ -74,7 +82,7 @@ def initial_step(
     Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
     """
     scale = tolerance.scale(u)
-    norms = torch.stack((tolerance.norm(u / scale), tolerance.norm(k / scale)))
+    norms = torch.stack((tolerance.norm(u, scale), tolerance.norm(k, scale)))
     d0, d1 = norms.tolist()
     if not math.isfinite(d1):
         return math.nan
@@ -82,7 +90,7 @@ def initial_step(
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = math.copysign(min(h0, length), span)
     time = method.nodes.new_full((), t + h0)
-    d2 = float(tolerance.norm((field(time, u + h0 * k) - k) / scale)) / abs(h0)
+    d2 = float(tolerance.norm(field(time, u + h0 * k) - k, scale)) / abs(h0)
     largest = max(d1, d2)
     if not math.isfinite(largest):
         return h0

@@ -78,8 +78,12 @@ class Saver:
             return
         end, forward = step.end, step.h > 0
         last = done
+        # A time that receives a gradient moves along the dense output, also where a step ends; only
+        # the end of the interval has a gradient of its own.
+        closed = self.time_tensor is not None and step.end != march.t1
         while last < len(self.times) and (
-            self.times[last] < end if forward else self.times[last] > end
+            (self.times[last] < end if forward else self.times[last] > end)
+            or (closed and self.times[last] == end)
         ):
             last += 1
         if last > done:

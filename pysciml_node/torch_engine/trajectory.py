@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms import ExplicitRungeKutta
+from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate
 from pysciml_node.torch_engine.field import FlatField
@@ -32,8 +33,7 @@ class TorchTrajectory:
     record: Record
     flat_states: list[Tensor]
     stats: Stats
-    rtol: float | Tensor
-    atol: float | Tensor
+    options: SolveOptions
 
     @property
     def times(self) -> list[float]:
@@ -117,7 +117,7 @@ class TorchTrajectory:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
         stages, field = self._stages(method)
-        tolerance = Tolerance(self.rtol, self.atol, u.numel())
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             k = field(stages.times(t, 0.0)[0], u)
         span = self.problem.t1 - t

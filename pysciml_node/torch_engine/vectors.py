@@ -61,7 +61,7 @@ class Vectors(ABC):
 
     def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
         """Norm of `sum_j weights_j v_j` in units of the tolerance; a 0-d tensor."""
-        return tolerance.norm(self.combine(None, 1.0, weights) / tolerance.scale(u, u1))
+        return tolerance.norm(self.combine(None, 1.0, weights), tolerance.scale(u, u1))
 
 
 class StackedVectors(Vectors):
@@ -155,20 +155,21 @@ class BlockedVectors(Vectors):
             return super().scaled_norm(weights, u, u1, tolerance)
         (i, w), *rest = self._terms(1.0, weights.numbers)
         norms = []
-        for n, (start, end) in enumerate(
-            zip(torch.split(u, _BLOCK), torch.split(u1, _BLOCK), strict=True)
-        ):
+        starts = torch.split(tolerance.counted(u), _BLOCK)
+        ends = torch.split(tolerance.counted(u1), _BLOCK)
+        for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
             size = start.numel()
             error, scale, other = (block[:size] for block in self._scratch)
-            torch.mul(self._blocks[i][n], w, out=error)
+            torch.mul(self._blocks[i][n][:size], w, out=error)
             for j, v in rest:
-                error.add_(self._blocks[j][n], alpha=v)
+                error.add_(self._blocks[j][n][:size], alpha=v)
             # rtol is divided out, to save a pass.
             torch.abs(start, out=scale)
             torch.maximum(scale, torch.abs(end, out=other), out=scale)
             error.div_(scale.add_(atol / rtol))
             norms.append(torch.linalg.vector_norm(error))
-        return tolerance.norm(torch.stack(norms)) / rtol
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total / (tolerance.root * rtol)
 
 
 class RecordedVectors(Vectors):
