@@ -19,7 +19,7 @@ from pysciml_node.experiments.trade_off import trade_off
 SETTINGS = Settings(
     steps=660, batch_size=128, learning_rate=1e-3, tolerance=1e-7, evaluate_every=30
 )
-QUICK_SETTINGS = replace(SETTINGS, steps=12, tolerance=1e-4, evaluate_every=6)
+QUICK_SETTINGS = replace(SETTINGS, steps=6, tolerance=1e-3, evaluate_every=3)
 # Chosen on the validation data with --trade-off.
 WEIGHTS: dict[Variant, tuple[float, float]] = {
     "vanilla": (2.5, 1.0),
