@@ -1,0 +1,269 @@
+"""One compiled solve: the graphs for its shapes, its buffers, and its node in autograd's graph."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pysciml_node.torch_engine import compiled_graphs as graphs
+from pysciml_node.torch_engine.compiled_build import Graph, build, run
+from pysciml_node.torch_engine.tableaus.base import Tableau
+
+# A buffer holds this many steps; a solve that needs more goes on in another of twice the size.
+_FIRST_ROWS = 64
+# No buffer of states takes more memory than this, unless it held fewer than `_FEWEST_ROWS`.
+_BUFFER_BYTES = 2**28
+_FEWEST_ROWS = 8
+# Steps without their states are small: one buffer does for most solves.
+_ROWS_WITHOUT_STATES = 1024
+
+
+def evaluate(f: Any, t: Tensor, u: Tensor, leaves: Sequence[Tensor], p_spec: Any) -> Tensor:
+    """The field at `(t, u)`, the leaves of `p` put back into their structure."""
+    arguments = (t, u) if p_spec is None else (t, u, pytree.tree_unflatten(leaves, p_spec))
+    out: Tensor = f(*arguments)
+    return out
+
+
+def _merge(wanted: Sequence[bool], moving: Sequence[Any], constant: Sequence[Any]) -> list[Any]:
+    """The leaves of `p` in order, from those that require gradients and those that do not."""
+    sources = {True: iter(moving), False: iter(constant)}
+    return [next(sources[w]) for w in wanted]
+
+
+class Layout:
+    """The compiled graphs for one choice of shapes.
+
+    Args:
+        tableau: the method.
+        names: parameters of the field that receive gradients.
+        p_spec: structure of `p`, or `None`.
+        wanted: for each leaf of `p`, whether it receives a gradient.
+        device: where the solve runs.
+    """
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        names: tuple[str, ...],
+        p_spec: Any,
+        wanted: tuple[bool, ...],
+        device: torch.device,
+    ) -> None:
+        self.stepper = graphs.Stepper(tableau)
+        self.names, self.p_spec, self.wanted, self.device = names, p_spec, wanted, device
+
+    @functools.cached_property
+    def forward(self) -> Graph:
+        """`(field, leaves of p, arguments of forward_graph) -> (control, u)`."""
+        stepper, p_spec = self.stepper, self.p_spec
+
+        def solve(f: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
+            def derivative(t: Tensor, u: Tensor) -> Tensor:
+                return evaluate(f, t, u, leaves, p_spec)
+
+            return graphs.forward_graph(stepper, derivative, *rest)
+
+        return build(solve, self.device)
+
+    @functools.cached_property
+    def backward(self) -> Graph:
+        """`(field, constant leaves of p, arguments of backward_graph) -> its results`."""
+        return self._replay()
+
+    @functools.cached_property
+    def backward_with_states(self) -> Graph:
+        """The same where the states of the steps have cotangents, which is another graph."""
+        return self._replay()
+
+    def _replay(self) -> Graph:
+        stepper, names, p_spec, wanted = self.stepper, self.names, self.p_spec, self.wanted
+
+        def replay(f: Any, constants: tuple[Tensor, ...], *rest: Any) -> Any:
+            def derivative(t: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
+                leaves = _merge(wanted, inputs[len(names) :], constants)
+                if not names:
+                    return evaluate(f, t, u, leaves, p_spec)
+                parameters = dict(zip(names, inputs[: len(names)], strict=True))
+
+                def functional(*arguments: Any) -> Any:
+                    return torch.func.functional_call(f, parameters, arguments)
+
+                return evaluate(functional, t, u, leaves, p_spec)
+
+            return graphs.backward_graph(stepper, derivative, *rest)
+
+        return build(replay, self.device)
+
+
+class Solve:
+    """One solve: what its graphs are called with, and what they leave behind."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        f: Any,
+        values: list[float],
+        saveat: Tensor | None,
+        leaves: list[Tensor],
+        keep_states: bool,
+    ) -> None:
+        self.layout, self.f, self.saveat, self.keep_states = layout, f, saveat, keep_states
+        self.control = values[: graphs.CONTROL_LENGTH]
+        self.settings = values[graphs.CONTROL_LENGTH :]
+        self.leaves = tuple(x.detach().contiguous() for x in leaves)
+        self.steps: list[tuple[int, Tensor]] = []
+        self.evaluations = 0
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Run to the end; returns the last state, the saved states, the steps' states."""
+        layout, saveat, shape = self.layout, self.saveat, u.shape
+        saved = None if saveat is None else u.new_empty((len(saveat), *shape))
+        dense_stages = len(layout.stepper.dense_stages)
+        bytes_of_row = u.numel() * u.element_size() * (1 if saved is None else dense_stages)
+        most = max(_FEWEST_ROWS, _BUFFER_BYTES // max(1, bytes_of_row))
+        with_rows = self.keep_states or saved is not None
+        rows = min(_FIRST_ROWS, most) if with_rows else _ROWS_WITHOUT_STATES
+        kept: list[Tensor] = []
+        dense: Tensor | None = None
+        while True:
+            offset = self.control[graphs.ACCEPTED]
+            self.settings[graphs.OFFSET] = offset
+            fresh = math.isnan(self.control[graphs.SIZE])
+            values = torch.tensor(
+                [*self.control, *self.settings], dtype=torch.float64, device=u.device
+            )
+            # Sizes that may differ later differ now, or the graph would rely on their equality.
+            steps = torch.empty((rows, 4), dtype=torch.float64, device=u.device)
+            states = u.new_empty((rows + 1 if with_rows else 2, *shape))
+            if saved is not None:
+                dense = u.new_empty((rows + 2, dense_stages, *shape))
+            self._mark(steps, states, dense)
+            control, u = run(
+                layout.forward, self.f, self.leaves, u, values, steps, states, saveat, saved, dense
+            )
+            before = self.control
+            # The one host read of a solve (of a buffer, where one does not do).
+            self.control = control.tolist()
+            filled = int(self.control[graphs.ACCEPTED] - offset)
+            self.steps.append((filled, steps))
+            if self.keep_states:
+                kept.append(states)
+            self._count(before, fresh)
+            if self.control[graphs.STATUS] != graphs.RUNNING:
+                return u, saved, kept
+            rows = min(2 * rows, most) if with_rows else 2 * rows
+
+    @staticmethod
+    def _mark(*buffers: Tensor | None) -> None:
+        """Tell the compiler that the number of rows varies."""
+        for buffer in buffers:
+            if buffer is not None:
+                torch._dynamo.mark_dynamic(buffer, 0)
+
+    def _count(self, before: list[float], fresh: bool) -> None:
+        stepper = self.layout.stepper
+        accepted = self.control[graphs.ACCEPTED] - before[graphs.ACCEPTED]
+        attempts = accepted + self.control[graphs.REJECTED] - before[graphs.REJECTED]
+        per_attempt = stepper.tableau.stages - 1
+        if self.saveat is not None and not stepper.first_stage_follows():
+            per_attempt += len(stepper.tableau.interpolant.c)
+        ends = 0 if stepper.tableau.fsal else accepted
+        self.evaluations += int(1 + fresh + attempts * per_attempt + ends)
+
+    @property
+    def evaluations_backward(self) -> int:
+        """Evaluations of one backward sweep."""
+        stepper = self.layout.stepper
+        extra = len(stepper.tableau.interpolant.c) if self.saveat is not None else 0
+        return sum(rows for rows, _ in self.steps) * (stepper.tableau.stages + extra)
+
+    def backward(
+        self,
+        inputs: tuple[Tensor, ...],
+        states: Sequence[Tensor],
+        cotangent: Tensor,
+        cotangent_saved: Tensor | None,
+        cotangent_states: Sequence[Tensor | None],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Replay all steps; returns the gradients of the first state and of `inputs`."""
+        layout, saveat = self.layout, self.saveat
+        constants = tuple(x for x, w in zip(self.leaves, layout.wanted, strict=True) if not w)
+        direction = self.settings[graphs.DIRECTION]
+        passed = self._passed()
+        next_save = torch.tensor(float(passed), dtype=torch.float64, device=cotangent.device)
+        with_states = any(x is not None for x in cotangent_states)
+        graph = layout.backward_with_states if with_states else layout.backward
+        totals: list[Tensor] = []
+        for n in reversed(range(len(self.steps))):
+            rows, steps = self.steps[n]
+            if rows == 0:
+                continue
+            of_states: Tensor | None = None
+            if with_states:
+                given = cotangent_states[n]
+                of_states = torch.zeros_like(states[n]) if given is None else given.contiguous()
+            values = torch.tensor(
+                [rows, direction, n == 0], dtype=torch.float64, device=cotangent.device
+            )
+            self._mark(steps, states[n], of_states)
+            next_save, cotangent, found = run(
+                graph,
+                self.f,
+                constants,
+                values,
+                next_save,
+                steps,
+                states[n],
+                saveat,
+                cotangent,
+                cotangent_saved,
+                of_states,
+                inputs,
+            )
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else [*found]
+        return cotangent, totals
+
+    def _passed(self) -> int:
+        """How many of the saved times were reached."""
+        if self.saveat is None:
+            return 0
+        if self.control[graphs.STATUS] == graphs.SUCCESS:
+            return len(self.saveat)
+        sign, t = self.settings[graphs.DIRECTION], self.control[graphs.TIME]
+        return int((self.saveat * sign <= t * sign).sum())
+
+
+class SolveNode(torch.autograd.Function):
+    """A compiled solve as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: Solve, u0: Tensor, *inputs: Tensor) -> Any:
+        """Solve; returns the last state, the saved states and the steps' states."""
+        ctx.set_materialize_grads(False)
+        u1, saved, states = solve.forward(u0.detach())
+        ctx.solve = solve
+        ctx.save_for_backward(*inputs, *states)
+        return (u1, saved, *states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        """Replay the solve."""
+        solve: Solve = ctx.solve
+        of_end, of_saved, *of_states = cotangents
+        split = len(ctx.saved_tensors) - len(solve.steps)
+        inputs = tuple(x.detach() for x in ctx.saved_tensors[:split])
+        states = ctx.saved_tensors[split:]
+        of_end = torch.zeros_like(states[0][0]) if of_end is None else of_end.contiguous()
+        if solve.saveat is not None:
+            shape = (len(solve.saveat), *of_end.shape)
+            of_saved = of_end.new_zeros(shape) if of_saved is None else of_saved.contiguous()
+        of_u0, of_inputs = solve.backward(inputs, states, of_end, of_saved, of_states)
+        return (None, of_u0, *of_inputs) if of_inputs else (None, of_u0, *(None for _ in inputs))
