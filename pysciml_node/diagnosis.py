@@ -8,6 +8,7 @@ import torch
 
 from pysciml_node.options import SolveOptions
 from pysciml_node.solution import ReturnCode, Solution
+from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 
 
@@ -40,8 +41,16 @@ def _details(trajectory: TorchTrajectory, options: SolveOptions) -> tuple[list[s
     """The worst component of the last attempt, and the stiffness of the last accepted step."""
     lines: list[str] = []
     last = trajectory.record.last
-    spec = trajectory.problem.spec
-    if last is not None:
+    problem, spec = trajectory.problem, trajectory.problem.spec
+    if last is None:
+        start = trajectory.flat_states[0].detach()
+        with torch.no_grad():
+            rate = FlatField(problem)(problem.time_tensor([problem.t0])[0], start)
+        for name, vector in (("u0", start), ("f(t0, u0)", rate)):
+            bad = ~torch.isfinite(vector)
+            if bool(bad.any()):
+                lines.append(f"  {name} is not finite: {spec.locate(int(bad.nonzero()[0]))}.")
+    else:
         u, u1 = last.u.detach(), last.u1.detach()
         bad = ~torch.isfinite(u1)
         if bool(bad.any()):

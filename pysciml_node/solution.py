@@ -165,6 +165,26 @@ class Solution:
         """
         return self.trajectory.stiffness()
 
+    def local_estimate(
+        self,
+        t: float,
+        algorithm: Algorithm | None = None,
+        *,
+        dt: float | None = None,
+        stop_gradient: bool = True,
+    ) -> StepEstimate:
+        """Error and stiffness of one step of an embedded pair from the solution at `t`.
+
+        Args:
+            t: where the step starts, inside the solved interval and before its end.
+            algorithm: the pair; default the algorithm of the solve.
+            dt: size of the step (positive); default the first step that a solve from there would
+                try (Hairer's).
+            stop_gradient: keep gradients out of the starting state and the first stage.
+        """
+        chosen = self.algorithm if algorithm is None else algorithm
+        return self.trajectory.estimate(t, chosen, stop_gradient, dt)
+
     def step_size(self, t: float) -> float:
         """Size (positive) of the accepted step that contains `t`; the later one at a boundary."""
         times = self.trajectory.times

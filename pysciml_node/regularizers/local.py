@@ -76,10 +76,8 @@ class _LocalRegularizer(Regularizer):
     def estimate(self, solution: Solution, t: float | None = None) -> StepEstimate:
         """The step at `t`, or at a sampled time."""
         t = self.sample_time(solution) if t is None else t
-        dt = None
-        if self.step_size == "solver":
-            dt = solution.step_size(t)
-        return solution.trajectory.estimate(t, self.algorithm, self.stop_gradient, dt)
+        dt = solution.step_size(t) if self.step_size == "solver" else None
+        return solution.local_estimate(t, self.algorithm, dt=dt, stop_gradient=self.stop_gradient)
 
     def extra_repr(self) -> str:
         """Configuration for `repr`."""

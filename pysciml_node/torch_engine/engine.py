@@ -107,9 +107,16 @@ class _Solve:
         self.stats.nfe = field.nfe
         return found
 
-    def node(self, field: DifferentiableField) -> tuple[Record, list[Tensor], Tensor]:
+    def node(self) -> tuple[Record, list[Tensor], Tensor]:
         """As one node of the graph, its backward the sweep of the adjoint."""
         options, problem = self.options, self.problem
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{type(options.adjoint).__name__} cannot run inside a torch.func transform.\n"
+                "  Use adjoint=DirectAdjoint() there."
+            )
+        t_start = self.method.nodes.new_tensor(problem.t0)
+        field = DifferentiableField(problem, t_start, self.u0)
 
         def run(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
             found = self.march(self.stages(field.field), u0, field.k0, None)
@@ -158,35 +165,16 @@ def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in times)
 
 
-def _differentiable_field(solve: _Solve) -> DifferentiableField | None:
-    """The field prepared for gradients, or `None` where nothing requires them."""
-    if not torch.is_grad_enabled():
-        return None
-    field = DifferentiableField(
-        solve.problem, solve.method.nodes.new_tensor(solve.problem.t0), solve.u0
-    )
-    wanted = field.inputs or solve.u0.requires_grad
-    if wanted or _wants_time_gradient(solve.problem, solve.options):
-        return field
-    return None
-
-
 def solve(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Solution:
     """Run a checked problem; a failed solve is returned like any other."""
     assert isinstance(algorithm, ExplicitRungeKutta)
     work = _Solve(problem, algorithm, options)
-    if isinstance(options.adjoint, DirectAdjoint) and torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        record, states, saved = work.plain()
+    elif isinstance(options.adjoint, DirectAdjoint):
         record, states, saved = work.direct()
-    elif (field := _differentiable_field(work)) is not None:
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{type(options.adjoint).__name__} cannot run inside a torch.func transform.\n"
-                "  Use adjoint=DirectAdjoint() there."
-            )
-        record, states, saved = work.node(field)
     else:
-        with torch.no_grad():
-            record, states, saved = work.plain()
+        record, states, saved = work.node()
     return _solution(work, algorithm, record, states, saved)
 
 

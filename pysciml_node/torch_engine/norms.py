@@ -57,8 +57,7 @@ class Tolerance:
             combined = error.square() / torch.sqrt(error.square() + 0.01 * low.square())
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)
-        scaled: Tensor = error * abs(h)
-        return scaled
+        return error * (h.abs() if isinstance(h, Tensor) else abs(h))
 
 
 def initial_step(

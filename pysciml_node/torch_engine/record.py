@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Record:
         inside: for a step, the saved times that lie inside it: their indices and `theta`.
         at_end: for a state index, the saved times that coincide with it.
         saved: how many of the requested times were reached.
+        last: of a failed solve, the last attempt.
     """
 
     times: list[float]
@@ -137,5 +138,9 @@ def follow(
             march.retcode = ReturnCode.Terminated
             break
     record.naccept, record.nreject = march.naccept, march.nreject
-    record.retcode, record.last = march.retcode, march.last
+    record.retcode = march.retcode
+    if march.last is not None and not march.retcode.successful:
+        # Detached: a record must not hold on to the graph that it is part of.
+        last = march.last
+        record.last = replace(last, u=last.u.detach(), u1=last.u1.detach())
     return record, states, saver.result(march.u)

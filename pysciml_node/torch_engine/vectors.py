@@ -103,18 +103,22 @@ class BlockedVectors(Vectors):
 
     def __init__(self, like: Tensor) -> None:
         self._vectors: list[Tensor] = []
+        self._versions: list[int] = []
         self._blocks: list[tuple[Tensor, ...]] = []
         self._scratch = [like.new_empty(min(_BLOCK, like.numel())) for _ in range(3)]
 
     @override
     def put(self, i: int, vector: Tensor) -> None:
-        del self._vectors[i:], self._blocks[i:]
-        if any(vector.data_ptr() == other.data_ptr() for other in self._vectors):
+        del self._vectors[i:], self._versions[i:], self._blocks[i:]
+        # A view shares its base's version: it tells a constant field from one that reuses memory.
+        held = zip(self._vectors, self._versions, strict=True)
+        if any(v.data_ptr() == vector.data_ptr() and n != vector._version for v, n in held):
             raise RuntimeError(
                 "the field returned the same memory for two evaluations, and so has overwritten "
                 "its earlier result.\n  Return a new tensor each time, for example out.clone()."
             )
         self._vectors.append(vector)
+        self._versions.append(vector._version)
         self._blocks.append(torch.split(vector, _BLOCK))
 
     @override
