@@ -93,6 +93,11 @@ class CompiledResult:
     nfe_backward: int
     _steps: Sequence[tuple[int, Tensor]] = field(repr=False)
     _states: Sequence[Tensor] = field(repr=False)
+    _solve: Solve = field(repr=False)
+
+    def on_backward(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each backward sweep."""
+        self._solve.on_backward = listener
 
     @property
     def steps(self) -> Tensor:
@@ -222,6 +227,7 @@ class CompiledSolver:
             nfe_backward=solve.evaluations_backward,
             _steps=solve.steps,
             _states=states,
+            _solve=solve,
         )
 
     def _make(self, f: Any, t0: float, u0: Tensor, leaves: list[Tensor], p_spec: Any) -> Layout:

@@ -75,7 +75,8 @@ def build(function: Callable[..., Any], device: torch.device) -> Graph:
     )
     # On a CPU a wrapper in C++ takes the loop itself out of Python.
     options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {}
-    return torch.compile(own, fullgraph=True, options=options)
+    # `dynamic=False`: shapes seen in other solvers must not make this one's dynamic.
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def run(graph: Graph, *arguments: Any) -> Any:

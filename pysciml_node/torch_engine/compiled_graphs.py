@@ -351,7 +351,7 @@ def backward_graph(
         field: `f(t, u, *inputs)`.
         values: `(3,)` float64: rows of `steps` that are filled, direction, 1 where row 0 is the
             first step of the solve.
-        next_save: 0-d float64, number of saved states up to the end of the last row.
+        next_save: `(1,)` float64, number of saved states up to the end of the last row.
         steps: as written by the forward graph.
         states: as written by the forward graph.
         saveat: as given to the forward graph.
@@ -430,6 +430,6 @@ def backward_graph(
 
     totals = tuple(torch.zeros_like(x) for x in inputs)
     _, j, cotangent, *found = while_loop(
-        more, pull, (values[0].to(torch.int64), next_save.clone(), cotangent, *totals)
+        more, pull, (values[0].to(torch.int64), next_save[0].clone(), cotangent, *totals)
     )
-    return j, cotangent, tuple(found)
+    return j[None], cotangent, tuple(found)

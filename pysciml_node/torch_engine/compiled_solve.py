@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ class Solve:
         self.leaves = tuple(x.detach().contiguous() for x in leaves)
         self.steps: list[tuple[int, Tensor]] = []
         self.evaluations = 0
+        self.on_backward: Callable[[], None] | None = None
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Run to the end; returns the last state, the saved states, the steps' states."""
@@ -197,7 +198,7 @@ class Solve:
         constants = tuple(x for x, w in zip(self.leaves, layout.wanted, strict=True) if not w)
         direction = self.settings[graphs.DIRECTION]
         passed = self._passed()
-        next_save = torch.tensor(float(passed), dtype=torch.float64, device=cotangent.device)
+        next_save = torch.tensor([float(passed)], dtype=torch.float64, device=cotangent.device)
         with_states = any(x is not None for x in cotangent_states)
         graph = layout.backward_with_states if with_states else layout.backward
         totals: list[Tensor] = []
@@ -266,4 +267,6 @@ class SolveNode(torch.autograd.Function):
             shape = (len(solve.saveat), *of_end.shape)
             of_saved = of_end.new_zeros(shape) if of_saved is None else of_saved.contiguous()
         of_u0, of_inputs = solve.backward(inputs, states, of_end, of_saved, of_states)
+        if solve.on_backward is not None:
+            solve.on_backward()
         return (None, of_u0, *of_inputs) if of_inputs else (None, of_u0, *(None for _ in inputs))

@@ -17,6 +17,7 @@ from pysciml_node.solution import Solution, Stats
 from pysciml_node.torch_engine.adjoint_continuous import backward_controller, continuous_sweep
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
+from pysciml_node.torch_engine.compiled_engine import can_compile, solve_compiled
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.field import DifferentiableField, FlatField
 from pysciml_node.torch_engine.march import March, MarchOptions
@@ -168,6 +169,8 @@ def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
 def solve(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Solution:
     """Run a checked problem; a failed solve is returned like any other."""
     assert isinstance(algorithm, ExplicitRungeKutta)
+    if options.compile and can_compile():
+        return solve_compiled(problem, algorithm, options, NAME)
     work = _Solve(problem, algorithm, options)
     if not torch.is_grad_enabled():
         record, states, saved = work.plain()
@@ -188,8 +191,8 @@ def _solution(
     problem, options, spec = work.problem, work.options, work.problem.spec
     stats = work.stats
     stats.naccept, stats.nreject = record.naccept, record.nreject
-    trajectory = TorchTrajectory(problem, work.method, record, states, stats, options)
     _check_finite(record, states, options)
+    trajectory = TorchTrajectory(problem, work.method, lambda: (record, states), stats, options)
     if options.saveat is None:
         t = problem.time_tensor(record.times)
     elif options.saveat_tensor is not None:

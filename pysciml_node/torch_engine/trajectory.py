@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,16 +26,31 @@ from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
 class TorchTrajectory:
     """The accepted steps of a solve with their states, and what can be had from them.
 
+    `load` gives both, when something looks at them.
+
     Gradients flow through the step states, whichever adjoint produced them, and through the
     replayed step itself.
     """
 
     problem: ODEProblem
     method: Method
-    record: Record
-    flat_states: list[Tensor]
+    load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
+
+    @cached_property
+    def _loaded(self) -> tuple[Record, list[Tensor]]:
+        return self.load()
+
+    @property
+    def record(self) -> Record:
+        """The accepted steps."""
+        return self._loaded[0]
+
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """The states at `times`, each `(N,)`."""
+        return self._loaded[1]
 
     @property
     def times(self) -> list[float]:

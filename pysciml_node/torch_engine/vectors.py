@@ -8,6 +8,7 @@ CPU, where memory bandwidth is all that counts); `RecordedVectors` is what autog
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -25,6 +26,17 @@ Real = float | Tensor
 # vectors' blocks fit a 1 MB cache.
 _LONG = 32_768
 _BLOCK = 65_536
+
+
+@functools.cache
+def _settle_heap() -> None:
+    """Make the C library keep freed vectors, once for the process.
+
+    glibc returns large freed blocks to the system and pages them in anew, zeroed, at each use: half
+    the time of a step with long states. Freeing one block raises its threshold to that block's size
+    (32 MB at most), for good; where there is another allocator it costs microseconds.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class BlockedVectors(Vectors):
     """References to the vectors, combined block by block."""
 
     def __init__(self, like: Tensor) -> None:
+        _settle_heap()
         self._vectors: list[Tensor] = []
         self._versions: list[int] = []
         self._blocks: list[tuple[Tensor, ...]] = []
