@@ -176,10 +176,11 @@ def _check_tolerance(name: str, value: Any, problem: ODEProblem) -> tuple[float 
         for key, part, shape in zip(spec.keys, given, spec.shapes, strict=True)
     ]
     counted = len(parts)
-    while counted > 1 and parts[counted - 1] == math.inf:
+    numbers = [part if isinstance(part, float) else None for part in parts]
+    while counted > 1 and numbers[counted - 1] == math.inf:
         counted -= 1
-    first = parts[0]
-    if isinstance(first, float) and all(part == first for part in parts[:counted]):
+    first = numbers[0]
+    if first is not None and all(part == first for part in numbers[:counted]):
         return first, sum(spec.sizes[:counted])
     flat = [
         part if isinstance(part, Tensor) else torch.full((size,), part)
@@ -210,7 +211,8 @@ def _check_part(name: str, value: Any, problem: ODEProblem, shape: torch.Size) -
 
 
 def _check_both_zero(options: SolveOptions) -> None:
-    if options.rtol == 0 and options.atol == 0 and options.controller.adaptive:
+    given = [x for x in (options.rtol, options.atol) if isinstance(x, Tensor) or x != 0]
+    if not given and options.controller.adaptive:
         raise ValueError("rtol and atol must not both be 0: no step could be accepted.")
 
 
