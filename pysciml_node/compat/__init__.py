@@ -1,0 +1,1 @@
+"""Drop-in signatures of other packages, over this package's solvers."""

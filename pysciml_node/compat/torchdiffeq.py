@@ -1,0 +1,271 @@
+"""torchdiffeq's functions on this package's solvers: change the import, keep the rest.
+
+    from pysciml_node.compat.torchdiffeq import odeint, odeint_adjoint
+
+What is kept: signatures, names of methods and options, time first in the result, decreasing times,
+tuples of tensors as state, integral step control with torchdiffeq's constants, and the grids of
+the fixed-step methods. What differs, on purpose:
+
+* The last step ends on the last time, and `func` is never called outside the interval. Other times
+  are read off the method's own interpolant, not a quartic; also for the fixed-step methods, where
+  `options["interp"]` is accepted and has no effect.
+* A solve that cannot go on raises `SolverFailure` with the partial solution; `min_step` is a limit
+  below which the solve fails, not one at which bad steps are accepted.
+* The error norm of a tuple is the root-mean-square over all its entries, not the largest of its
+  parts'. A norm of one's own (`options["norm"]`) is refused.
+* With `event_fn`, the time and the state of the event carry their gradients at once: `odeint_event`
+  adds nothing to `odeint` but its signature.
+
+Reference: R. T. Q. Chen, torchdiffeq, https://github.com/rtqichen/torchdiffeq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.adjoints import DirectAdjoint, InterpolatingAdjoint
+from pysciml_node.compat.torchdiffeq_plan import Options, Tolerances, as_time, make_plan
+
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+
+Dense = Callable[[float | Tensor], Any]
+
+
+def odeint(
+    func: Callable[..., Any],
+    y0: Tensor | tuple[Tensor, ...],
+    t: Tensor,
+    *,
+    rtol: Tolerances = 1e-7,
+    atol: Tolerances = 1e-9,
+    method: str | None = None,
+    options: Options | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
+) -> Any:
+    """Solve `dy/dt = func(t, y)`, `y(t[0]) = y0`, and differentiate through the solver.
+
+    Gradients reach everything that `func` uses, `y0` and `t`, by `DirectAdjoint`: every operation
+    of the solve is recorded, so that double backward works and `func` is called no more often than
+    the forward solve needs. `options=dict(adjoint=pysciml_node.DiscreteAdjoint())` keeps one state
+    a step instead of all stages, and evaluates the stages again in backward.
+
+    Args:
+        func: the vector field, `func(t, y)`; `t` is a 0-d tensor of the state's real dtype.
+        y0: initial state, a tensor of any shape or a tuple of tensors of one dtype.
+        t: times of the output, `(T,)`, strictly increasing or decreasing; the first is that of
+            `y0`. With `event_fn`: two times, of which the second only gives the direction.
+        rtol: relative tolerance: a number, a tensor that broadcasts to `y0`, or for a tuple state
+            one such for each part.
+        atol: absolute tolerance, likewise.
+        method: adaptive `"dopri5"` (the default), `"dopri8"`, `"bosh3"`, `"tsit5"`,
+            `"adaptive_heun"`; with fixed steps `"euler"`, `"midpoint"`, `"heun2"`, `"heun3"`,
+            `"rk4"`.
+        options: of the adaptive methods `first_step`, `min_step`, `max_step`, `max_num_steps` (of
+            one output interval, default 100,000), `step_t` (times to step to), `jump_t` (times
+            where `func` jumps), `safety`, `ifactor`, `dfactor`, `dtype` (times are kept in double
+            precision whatever it is); of the others `step_size` or `grid_constructor` (default:
+            one step from each time to the next), `perturb` (call `func` just inside each step
+            instead of at its ends), `interp`; of all `adjoint`, one of this package.
+        event_fn: stop where one of the entries of the tensor `event_fn(t, y)` changes sign.
+
+    Returns:
+        The states, `(T, *y0.shape)`, or a tuple of such. With `event_fn`: the time of the event
+        and the states at `t[0]` and there, `(2, *y0.shape)`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown method or option, or an argument out of range.
+        SolverFailure: the last time (or an event) was not reached.
+
+    Example:
+        >>> import torch
+        >>> from pysciml_node.compat.torchdiffeq import odeint
+        >>> t = torch.linspace(0.0, 1.0, 3, dtype=torch.float64)
+        >>> y = odeint(lambda t, y: -y, torch.ones(1, dtype=torch.float64), t)
+        >>> torch.allclose(y[:, 0], torch.exp(-t))
+        True
+    """
+    event = event_fn is not None
+    plan = make_plan(func, y0, t, rtol, atol, method, options, DirectAdjoint(), event=event)
+    return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
+
+
+def odeint_adjoint(
+    func: Callable[..., Any],
+    y0: Tensor | tuple[Tensor, ...],
+    t: Tensor,
+    *,
+    rtol: Tolerances = 1e-7,
+    atol: Tolerances = 1e-9,
+    method: str | None = None,
+    options: Options | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
+    adjoint_rtol: float | None = None,
+    adjoint_atol: float | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Options | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
+) -> Any:
+    """`odeint` with gradients from the adjoint equation, solved backward in time.
+
+    The adjoint is `InterpolatingAdjoint`: it reads the state off the forward solution's
+    interpolant where torchdiffeq solves for it backward, which is unstable for dissipative fields;
+    and one backward solve covers all output times. Every adjoint of this engine keeps one state a
+    step, so solving the state backward would save nothing. Only the adjoint state drives the
+    backward step size (torchdiffeq's `adjoint_options=dict(norm="seminorm")`).
+
+    Args:
+        func: as in `odeint`; need not be a module: whatever it is found to use at `(t[0], y0)`
+            receives gradients.
+        y0: as in `odeint`.
+        t: as in `odeint`.
+        rtol: as in `odeint`.
+        atol: as in `odeint`.
+        method: as in `odeint`.
+        options: as in `odeint`; `adjoint` replaces the adjoint named above.
+        event_fn: as in `odeint`.
+        adjoint_rtol: relative tolerance of the backward solve; default `rtol`.
+        adjoint_atol: absolute tolerance of the backward solve; default `atol`.
+        adjoint_method: the same as `method`, if given.
+        adjoint_options: `max_num_steps` of the backward solve, `norm="seminorm"`, or entries of
+            `options` repeated.
+        adjoint_params: leaf tensors that receive gradients besides those found: for a `func` that
+            uses tensors only later than `t[0]` and is no module that holds them.
+
+    Returns:
+        As `odeint`; the result allows one backward pass, not a second derivative.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown method or option, or an argument out of range.
+        SolverFailure: the last time (or an event) was not reached.
+
+    Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366.
+    """
+    if adjoint_method not in (None, method or "dopri5"):
+        raise ValueError(
+            f"adjoint_method must be the method of the forward solve, {method or 'dopri5'!r}, but "
+            f"is {adjoint_method!r}.\n  Leave it out, or change method."
+        )
+    max_steps = _backward_steps(adjoint_options, options)
+    adjoint = InterpolatingAdjoint(adjoint_rtol, adjoint_atol, max_steps)
+    given = [] if options is None else [options.get("adjoint")]
+    if any(given) and adjoint != InterpolatingAdjoint():
+        raise ValueError(
+            'options["adjoint"] cannot be combined with adjoint_rtol, adjoint_atol or '
+            "adjoint_options.\n  Put them into it, as in BacksolveAdjoint(rtol=1e-4, atol=1e-4)."
+        )
+    plan = make_plan(
+        func,
+        y0,
+        t,
+        rtol,
+        atol,
+        method,
+        options,
+        adjoint,
+        event=event_fn is not None,
+        params=adjoint_params or (),
+    )
+    return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
+
+
+def odeint_event(
+    func: Callable[..., Any],
+    y0: Tensor | tuple[Tensor, ...],
+    t0: Tensor | float,
+    *,
+    event_fn: Callable[..., Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> Any:
+    """Solve from `t0` until `event_fn(t, y)` changes sign.
+
+    The time of the event and the state there are differentiable by the implicit function theorem.
+
+    Args:
+        func: as in `odeint`.
+        y0: as in `odeint`.
+        t0: time of `y0`.
+        event_fn: real tensor of any shape; the first of its entries to change sign stops the solve.
+        reverse_time: solve toward smaller times.
+        odeint_interface: `odeint` or `odeint_adjoint`.
+        kwargs: their further arguments.
+
+    Returns:
+        The time of the event, and the states at `t0` and there, `(2, *y0.shape)`.
+
+    Example:
+        >>> import torch
+        >>> from pysciml_node.compat.torchdiffeq import odeint_event
+        >>> drop = lambda t, y: (y[1], -torch.ones_like(y[1]))  # height and speed under gravity 1
+        >>> state = (torch.tensor(2.0), torch.tensor(0.0))
+        >>> time, _ = odeint_event(drop, state, 0.0, event_fn=lambda t, y: y[0])
+        >>> round(time.item(), 4)
+        2.0
+
+    Reference: R. T. Q. Chen, B. Amos, M. Nickel, arXiv 2011.03902.
+    """
+    start = as_time(t0, y0).reshape(1)
+    other = start.detach() + (-1.0 if reverse_time else 1.0)
+    return odeint_interface(func, y0, torch.cat((start, other)), event_fn=event_fn, **kwargs)
+
+
+def odeint_dense(
+    func: Callable[..., Any],
+    y0: Tensor | tuple[Tensor, ...],
+    t0: Tensor | float,
+    t1: Tensor | float,
+    *,
+    rtol: Tolerances = 1e-7,
+    atol: Tolerances = 1e-9,
+    method: str | None = None,
+    options: Options | None = None,
+) -> Dense:
+    """Solve over `[t0, t1]` and return the solution as a function of time.
+
+    Args:
+        func: as in `odeint`.
+        y0: as in `odeint`.
+        t0: time of `y0`.
+        t1: the other end.
+        rtol: as in `odeint`.
+        atol: as in `odeint`.
+        method: as in `odeint`; a fixed-step method needs `options["step_size"]`, or takes one step.
+        options: as in `odeint`, but for `jump_t`.
+
+    Returns:
+        A function of a time, or of times `(m,)`, in the interval (both ends included), that returns
+        the state there (with a leading `m`).
+
+    Raises:
+        ValueError: as in `odeint`; and for `jump_t`.
+    """
+    if options and options.get("jump_t") is not None:
+        raise ValueError(
+            'options["jump_t"] is not supported by odeint_dense.\n'
+            '  Use options["step_t"], or call odeint_dense between the jumps.'
+        )
+    ends = torch.stack([as_time(t, y0) for t in (t0, t1)])
+    plan = make_plan(func, y0, ends, rtol, atol, method, options, DirectAdjoint())
+    ((solution, _),) = plan.pieces(plan.end, ())
+    return solution
+
+
+def _backward_steps(adjoint_options: Options | None, options: Options | None) -> int | None:
+    """The step limit among the options of the backward solve, which has few of its own."""
+    for key, value in (adjoint_options or {}).items():
+        same = options is not None and key in options and options[key] is value
+        if key == "max_num_steps" or same or (key == "norm" and value == "seminorm"):
+            continue
+        raise ValueError(
+            f"adjoint_options[{key!r}] is not supported: the backward solve takes its step control "
+            "from options.\n  Its own are max_num_steps, and norm='seminorm', which is always on."
+        )
+    limit = (adjoint_options or {}).get("max_num_steps")
+    return None if limit is None else int(limit)

@@ -1,0 +1,428 @@
+"""What a call of torchdiffeq's functions asks for, in this package's terms."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pysciml_node.adjoints import Adjoint
+from pysciml_node.algorithms import (
+    BS3,
+    DP5,
+    DP8,
+    Algorithm,
+    Euler,
+    ExplicitRungeKutta,
+    Heun,
+    Midpoint,
+    Tsit5,
+)
+from pysciml_node.controllers import FixedStep, IController
+from pysciml_node.errors import PsnWarning, SolverFailure
+from pysciml_node.events import Event
+from pysciml_node.problem import ODEProblem, Time
+from pysciml_node.solution import ReturnCode, Solution
+from pysciml_node.solve import solve
+from pysciml_node.torch_engine.tableaus.base import Interpolant, Tableau, hermite
+
+Tolerances = float | Tensor | Sequence[float | Tensor]
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Heun3(ExplicitRungeKutta):
+    """Heun's third-order method, with a second-order formula embedded."""
+
+    tableau: ClassVar[Tableau] = Tableau(
+        order=3,
+        error_order=2,
+        c=(0.0, 1 / 3, 2 / 3),
+        a=((), (1 / 3,), (0.0, 2 / 3)),
+        b=(1 / 4, 0.0, 3 / 4),
+        b_error=(1 / 4, -1 / 2, 1 / 4),
+        fsal=False,
+        interpolant=hermite((1 / 4, 0.0, 3 / 4), fsal=False),
+    )
+
+
+@dataclass(frozen=True)
+class _ThreeEighths(ExplicitRungeKutta):
+    """Kutta's 3/8 rule (what torchdiffeq calls `rk4`), with a second-order formula embedded.
+
+    Its interpolant is the third-order one on its own four stages.
+    """
+
+    tableau: ClassVar[Tableau] = Tableau(
+        order=4,
+        error_order=2,
+        c=(0.0, 1 / 3, 2 / 3, 1.0),
+        a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
+        b_error=(1 / 8, -3 / 8, 3 / 8, -1 / 8),
+        fsal=False,
+        interpolant=Interpolant(
+            weights=(
+                (1.0, -15 / 8, 1.0),
+                (0.0, 15 / 8, -3 / 2),
+                (0.0, 3 / 8, 0.0),
+                (0.0, -3 / 8, 1 / 2),
+            ),
+            order=3,
+        ),
+    )
+
+
+_ADAPTIVE: dict[str, Algorithm] = {
+    "dopri5": DP5(),
+    "dopri8": DP8(),
+    "bosh3": BS3(),
+    "tsit5": Tsit5(),
+    "adaptive_heun": Heun(),
+}
+_FIXED: dict[str, Algorithm] = {
+    "euler": Euler(),
+    "midpoint": Midpoint(),
+    "heun2": Heun(),
+    "heun3": _Heun3(),
+    "rk4": _ThreeEighths(),
+}
+_ADAPTIVE_OPTIONS = (
+    "first_step",
+    "min_step",
+    "max_step",
+    "max_num_steps",
+    "step_t",
+    "jump_t",
+    "safety",
+    "ifactor",
+    "dfactor",
+    "dtype",
+    "adjoint",
+)
+_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "adjoint")
+_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+# Accepted and rejected steps of one output interval.
+_MAX_STEPS = 100_000
+# Where a solve that waits for an event would end without one.
+_HORIZON = 1e30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked call: what to solve, and how.
+
+    Attributes:
+        field: the vector field.
+        y0: the initial state.
+        t: the requested times, `(T,)`.
+        times: the same as numbers.
+        algorithm: the method.
+        cuts: times inside at which one solve ends and the next begins: where the field jumps, or
+            the grid of fixed steps where it receives gradients or is not to be stepped on.
+        jumps: whether the field is to be seen from inside at the ends of each solve.
+        stops: times inside that steps end on.
+        arguments: of `solve`.
+    """
+
+    field: Callable[..., Any]
+    y0: Any
+    t: Tensor
+    times: tuple[float, ...]
+    algorithm: Algorithm
+    cuts: tuple[Time, ...]
+    jumps: bool
+    stops: tuple[float, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def sign(self) -> float:
+        """Direction of time."""
+        return math.copysign(1.0, self.times[-1] - self.times[0])
+
+    @property
+    def end(self) -> Time:
+        """The last time, a tensor where it receives a gradient."""
+        return self.t[-1] if self.t.requires_grad else self.times[-1]
+
+    def at_times(self) -> Any:
+        """The states at the requested times."""
+        if len(self.times) == 1:
+            return _each(lambda part: part.unsqueeze(0), self.y0)
+        saveat = self.t if self.t.requires_grad else self.times
+        rows = [solution.u for solution, asked in self.pieces(self.end, saveat) if asked]
+        return rows[0] if len(rows) == 1 else _each(lambda *parts: torch.cat(parts), *rows)
+
+    def until_event(self, event_fn: Callable[..., Tensor]) -> Any:
+        """Time of the first event, and the states at the start and there."""
+        with torch.no_grad():
+            start = event_fn(as_time(self.times[0], self.y0), self.y0)
+            signs = torch.sign(start)
+        if bool((signs == 0).any()):
+            return self.t[0], _each(lambda part: torch.stack((part, part)), self.y0)
+
+        def condition(t: Tensor, y: Any) -> Tensor:
+            return torch.min(event_fn(t, y) * signs)
+
+        event = Event(condition, direction=-1)
+        for solution, _ in self.pieces(self.times[0] + self.sign * _HORIZON, (), event):
+            if solution.event_t is not None:
+                both = _each(lambda *ends: torch.stack(ends), self.y0, solution.u1)
+                return solution.event_t.to(self.t), both
+        raise SolverFailure(
+            f"event_fn did not change sign before t={solution.trajectory.times[-1]:.3g}.\n"
+            "  Check its sign at the start and the direction of time; or solve over fixed times.",
+            solution,
+        )
+
+    def pieces(
+        self, end: Time, saveat: Tensor | Sequence[float], event: Event | None = None
+    ) -> Iterator[tuple[Solution, bool]]:
+        """The solves from cut to cut, each from where the one before has ended.
+
+        Beside each stands whether any of the times in `saveat` lie in it.
+        """
+        state = self.y0
+        start: Time = self.t[0] if self.t.requires_grad else self.times[0]
+        done = 0
+        for stop in (*self.cuts, end):
+            low, high = sorted((_number(start), _number(stop)))
+            upto = done
+            while upto < len(saveat) and low <= self.times[upto] <= high:
+                upto += 1
+            asked = upto > done
+            solution = solve(
+                ODEProblem(self._field_between(low, high), state, (start, stop)),
+                self.algorithm,
+                saveat=saveat[done:upto] if asked else None,
+                tstops=[t for t in self.stops if low < t < high],
+                events=() if event is None else event,
+                **self.arguments,
+            )
+            yield solution, asked
+            if solution.retcode is ReturnCode.Terminated:
+                return
+            state, start, done = solution.u1, stop, upto
+
+    def _field_between(self, low: float, high: float) -> Callable[..., Any]:
+        """The field on a piece: where it jumps at the ends, its limits from inside."""
+        if not self.jumps:
+            return self.field
+        ends = as_time(low, self.y0), as_time(high, self.y0)
+        up, down = ends[0].new_tensor(math.inf), ends[0].new_tensor(-math.inf)
+        return functools.partial(
+            _inside, self.field, torch.nextafter(ends[0], up), torch.nextafter(ends[1], down)
+        )
+
+
+def _inside(field: Callable[..., Any], low: Tensor, high: Tensor, t: Tensor, y: Any) -> Any:
+    """`field` at the time nearest to `t` in `[low, high]`, differentiable like `t`."""
+    return field(t + (t.clamp(low, high) - t).detach(), y)
+
+
+def _with(field: Callable[..., Any], _seen: nn.Module, t: Tensor, y: Any) -> Any:
+    """`field`, in a callable in which the engine sees a module's parameters as well."""
+    return field(t, y)
+
+
+class _Parameters(nn.Module):
+    """Stands for tensors that a field uses in ways that are not seen."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tuple(x for x in tensors if x.is_leaf and x.requires_grad)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """The tensors, which need not be `nn.Parameter`s."""
+        return iter(self.tensors)
+
+
+def _number(time: Time) -> float:
+    return time.item() if isinstance(time, Tensor) else time
+
+
+def _each(fn: Callable[..., Any], *states: Any) -> Any:
+    """Apply `fn` to the corresponding parts of states."""
+    if isinstance(states[0], Tensor):
+        return fn(*states)
+    return tuple(fn(*parts) for parts in zip(*states, strict=True))
+
+
+def as_time(t: Tensor | float, y0: Any) -> Tensor:
+    """A time as a 0-d tensor of the state's real dtype (a tensor keeps its own)."""
+    if isinstance(t, Tensor):
+        return t.reshape(())
+    first = y0 if isinstance(y0, Tensor) else y0[0]
+    return torch.tensor(t, dtype=first.dtype.to_real(), device=first.device)
+
+
+def make_plan(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor,
+    rtol: Tolerances,
+    atol: Tolerances,
+    method: str | None,
+    options: Options | None,
+    adjoint: Adjoint,
+    *,
+    event: bool = False,
+    params: Iterable[Tensor] = (),
+) -> Plan:
+    """Check a call, and say what is to be solved."""
+    times = _check_times(t, event)
+    name = "dopri5" if method is None else method
+    if name not in _ADAPTIVE and name not in _FIXED:
+        raise ValueError(
+            f"method must be one of {', '.join((*_ADAPTIVE, *_FIXED))}, but is {method!r}."
+        )
+    given = _check_options(name, options or {})
+    for callback in _CALLBACKS:
+        if hasattr(func, callback):
+            warnings.warn(f"func.{callback} is never called by this solver.", PsnWarning, 3)
+    extra = _Parameters(params)
+    arguments = {
+        "rtol": _tolerance(rtol, y0),
+        "atol": _tolerance(atol, y0),
+        "adjoint": given.get("adjoint", adjoint),
+    }
+    reach = math.inf if event else abs(times[-1] - times[0])
+    forward = times[-1] >= times[0]
+
+    def ahead(key: str) -> tuple[float, ...]:
+        listed = [] if given.get(key) is None else torch.as_tensor(given[key]).reshape(-1).tolist()
+        inside = {x for x in listed if 0 < (x - times[0] if forward else times[0] - x) < reach}
+        return tuple(sorted(inside, reverse=not forward))
+
+    cuts: tuple[Time, ...] = ahead("jump_t")
+    stops = ahead("step_t")
+    jumps = bool(cuts)
+    if name in _ADAPTIVE:
+        arguments |= _adaptive_arguments(given, max(1, len(times) - 1))
+    else:
+        grid, step_size = _grid(func, y0, t, given, event)
+        arguments |= {
+            "controller": FixedStep(),
+            "dt0": step_size or reach or None,
+            "max_steps": _MAX_STEPS if event else 2**31 - 1,
+        }
+        jumps = bool(given.get("perturb"))
+        if grid.requires_grad or jumps:
+            cuts = grid[1:-1].unbind()
+        else:
+            stops = tuple(grid[1:-1].tolist())
+    return Plan(
+        field=functools.partial(_with, func, extra) if extra.tensors else func,
+        y0=y0,
+        t=t,
+        times=times,
+        algorithm=_ADAPTIVE.get(name) or _FIXED[name],
+        cuts=cuts,
+        jumps=jumps,
+        stops=stops,
+        arguments=arguments,
+    )
+
+
+def _adaptive_arguments(given: Options, intervals: int) -> dict[str, Any]:
+    """Step control of the adaptive methods, with torchdiffeq's constants."""
+
+    def number(key: str, default: float | None = None) -> Any:
+        return default if given.get(key) is None else float(given[key])
+
+    return {
+        "controller": IController(
+            gamma=number("safety", 0.9), qmin=number("dfactor", 0.2), qmax=number("ifactor", 10.0)
+        ),
+        "dt0": number("first_step"),
+        "dtmin": number("min_step") or None,
+        "dtmax": number("max_step"),
+        "max_steps": int(given.get("max_num_steps", _MAX_STEPS)) * intervals,
+    }
+
+
+def _grid(
+    func: Callable[..., Any], y0: Any, t: Tensor, given: Options, event: bool
+) -> tuple[Tensor, float | None]:
+    """The grid of a fixed-step method: times to step to, or (beside the ends) a step size."""
+    step_size, constructor = given.get("step_size"), given.get("grid_constructor")
+    if given.get("interp", "linear") not in ("linear", "cubic"):
+        raise ValueError(f'options["interp"] must be linear or cubic, but is {given["interp"]!r}.')
+    if step_size is not None and constructor is not None:
+        raise ValueError("give step_size or grid_constructor, not both.")
+    if event and (step_size is None or given.get("perturb")):
+        raise ValueError(
+            'a fixed-step method with event_fn needs options["step_size"], for example 0.01, '
+            "and no perturb."
+        )
+    if step_size is not None:
+        size = abs(float(step_size))
+        if not given.get("perturb"):
+            return t[:0], size
+        length = (t[-1] - t[0]).detach()
+        steps = torch.arange(math.ceil(abs(length.item()) / size - 1e-8), device=t.device)
+        return torch.cat((t[0] + steps * length.sign() * size, t[-1:])), None
+    grid: Tensor = t if constructor is None else constructor(func, y0, t)
+    ends, found = ((times[0].item(), times[-1].item()) for times in (t, grid))
+    if len(t) > 1 and found != ends:
+        raise ValueError(
+            f"grid_constructor must return times from {ends[0]} to {ends[1]}, but those it "
+            f"returned go from {found[0]} to {found[1]}."
+        )
+    return grid, None
+
+
+def _check_times(t: Tensor, event: bool) -> tuple[float, ...]:
+    """The requested times as numbers."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of real times, but is {found}.")
+    if t.ndim != 1 or t.numel() < 1:
+        raise ValueError(f"t must be one-dimensional, (T,), but has shape {tuple(t.shape)}.")
+    if event and t.numel() != 2:
+        raise ValueError(
+            f"with event_fn, t must be two times, but has {t.numel()}.\n"
+            "  The first is the start, the second only gives the direction."
+        )
+    times = tuple(t.tolist())
+    steps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
+        raise ValueError("t must be strictly increasing or strictly decreasing.\n  Sort it first.")
+    return times
+
+
+def _check_options(method: str, options: Options) -> Options:
+    """The options, all of which the method has."""
+    known = _ADAPTIVE_OPTIONS if method in _ADAPTIVE else _FIXED_OPTIONS
+    for key in options:
+        if key in known:
+            continue
+        if key == "norm":
+            raise ValueError(
+                'options["norm"] is not supported: the norm is the root-mean-square.\n'
+                "  Weigh the parts of the state by rtol and atol: tensors, or one for each part."
+            )
+        close = difflib.get_close_matches(key, known, 1)
+        remedy = f"  Did you mean {close[0]!r}? " if close else "  "
+        raise ValueError(
+            f"{key!r} is not an option of method {method!r}.\n{remedy}Its options are "
+            f"{', '.join(known)}."
+        )
+    return options
+
+
+def _tolerance(value: Tolerances, y0: Any) -> Any:
+    """A tolerance in the form that `solve` takes."""
+    if isinstance(y0, Tensor) or not isinstance(value, Sequence | Tensor):
+        return value
+    if isinstance(value, Tensor):
+        return value.unbind() if value.ndim else value
+    return tuple(value)
