@@ -1,0 +1,468 @@
+"""The simplest neural ODE, and what its optimizer does for larger ones.
+
+The experiment of Okamoto, Takeuchi and Sakemi, "Learning the Simplest Neural ODE"
+(arXiv:2505.02019): `x' = a x` is fitted to the states of `x' = a* x` at one time t, by SGD, by Adam
+and by the variance-corrected rule, over initializations, horizons and learning rates. Loss curves
+of the rule are straight lines of one slope. Then what the paper leaves open: random linear systems
+of many dimensions and a network fitted to a damped pendulum, with SGD, Adam, LBFGS and the three
+curvatures of `VarianceCorrected` (with backtracking); and the rate of Gauss-Newton over
+initializations and horizons.
+
+    python examples/simplest_ode.py --output-dir runs/simplest_ode
+
+writes results.json, paper.png and systems.png, and prints the tables. Values of a*, a0, t and the
+learning rates are not published; those used here are in results.json.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node._optional import require
+from pysciml_node.doctor import environment
+from pysciml_node.experiments.figures import save_figure
+from pysciml_node.optim import VarianceCorrected
+
+Optimizer = torch.optim.Optimizer
+TARGET, START, HORIZON, RATE = -1.0, 1.0, 1.0, 0.1
+STARTS = (-4.0, -3.0, -2.0, 0.0, 1.0, 2.0)
+HORIZONS = (0.5, 1.0, 2.0, 3.0)
+RATES = (0.03, 0.1, 0.3, 1.0)
+RATE_HORIZONS = (0.5, 1.0, 2.0, 4.0)
+FLOOR = 1e-13
+COLORS = {
+    "SGD": "#999999",
+    "Adam": "#e69f00",
+    "LBFGS": "#009e73",
+    "terminal": "#0072b2",
+    "diagonal": "#cc79a7",
+    "gauss-newton": "#d55e00",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer and the learning rates it is tuned over."""
+
+    name: str
+    make: Callable[[Sequence[Tensor], float], Optimizer]
+    rates: tuple[float, ...]
+
+
+def variance_corrected(curvature: str, **options: Any) -> Callable[..., Optimizer]:
+    return lambda params, lr: VarianceCorrected(params, lr, curvature=curvature, **options)
+
+
+def lbfgs(params: Sequence[Tensor], lr: float) -> Optimizer:
+    return torch.optim.LBFGS(
+        params,
+        lr,
+        max_iter=1,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+    )
+
+
+METHODS = (
+    Method("SGD", torch.optim.SGD, (0.01, 0.1, 1.0)),
+    Method("Adam", torch.optim.Adam, (0.01, 0.03, 0.1)),
+    Method("LBFGS", lbfgs, (1.0,)),
+    Method(
+        "terminal", variance_corrected("terminal", safeguard="backtracking"), (0.3, 1.0, 3.0, 10.0)
+    ),
+    Method(
+        "diagonal",
+        variance_corrected("diagonal", probes=2, damping=0.1, safeguard="backtracking"),
+        (0.1, 0.3, 1.0),
+    ),
+    Method("gauss-newton", variance_corrected("gauss-newton"), (1.0,)),
+)
+
+
+class LinearField(nn.Module):
+    """`u' = A u`."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """`A u` for rows `u`."""
+        return u @ self.matrix.T
+
+
+class NetworkField(nn.Module):
+    """A tanh network with one hidden layer of 16."""
+
+    def __init__(self, generator: torch.Generator, hidden: int = 16) -> None:
+        super().__init__()
+        self.into = nn.Parameter(normal(hidden, 2, generator=generator) / math.sqrt(2.0))
+        self.bias = nn.Parameter(torch.zeros(hidden, dtype=torch.float64))
+        self.out = nn.Parameter(0.1 * normal(2, hidden, generator=generator))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """Its value; autonomous."""
+        return torch.tanh(u @ self.into.T + self.bias) @ self.out.T
+
+
+def pendulum(t: Tensor, u: Tensor) -> Tensor:
+    angle, speed = u.unbind(dim=1)
+    return torch.stack([speed, -torch.sin(angle) - 0.1 * speed], dim=1)
+
+
+def normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@dataclass
+class Task:
+    """A field to fit to terminal states; `closure` gives the loss `E|x_t - y|^2 / 2`."""
+
+    field: nn.Module
+    truth: Callable[[Tensor, Tensor], Tensor]
+    x0: Tensor
+    horizon: float
+    tolerance: float = 1e-5
+    scale: float = field(init=False)
+    solves: int = 0
+
+    def __post_init__(self) -> None:
+        options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance, "max_steps": 500}
+        span = (0.0, self.horizon)
+        with torch.no_grad():
+            self.y = psn.NeuralODE(self.truth, psn.Tsit5(), span, **options)(self.x0).u1
+        self.node = psn.NeuralODE(self.field, psn.Tsit5(), span, **options)
+        self.scale = float(self.y.square().sum(dim=1).mean()) / 2.0
+
+    def closure(self) -> tuple[Tensor, psn.Solution]:
+        """Solve, count it, and compare."""
+        self.solves += 1
+        sol = self.node(self.x0)
+        return (sol.u1 - self.y).square().sum(dim=1).mean() / 2.0, sol
+
+
+def scalar_task(start: float, horizon: float) -> Task:
+    x0 = normal(32, 1, generator=torch.Generator().manual_seed(0))
+    matrices = (torch.full((1, 1), a, dtype=torch.float64) for a in (start, TARGET))
+    return Task(*map(LinearField, matrices), x0, horizon, tolerance=1e-8)
+
+
+def linear_task(dimension: int, horizon: float, seed: int, spread: float = 0.5, **kw: Any) -> Task:
+    """Start and truth are independent Gaussian matrices of spectral radius about `spread`, 0.5."""
+    generator = torch.Generator().manual_seed(1000 * seed + dimension)
+    start, truth = (normal(dimension, dimension, generator=generator) for _ in range(2))
+    x0 = normal(4 * dimension, dimension, generator=generator)
+    size = math.sqrt(dimension)
+    fields = LinearField(spread * start / size), LinearField(0.5 * truth / size)
+    return Task(*fields, x0, horizon, **kw)
+
+
+def network_task(horizon: float, seed: int) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+    student = NetworkField(generator)
+    return Task(student, pendulum, normal(64, 2, generator=generator), horizon)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One descent. `losses` are relative to `E|y|^2 / 2`; `seconds` are of the processor."""
+
+    losses: list[float]
+    seconds: float
+    solves: int
+    reached: bool
+
+
+def descend(task: Task, optimizer: Optimizer, target: float, iterations: int) -> Run:
+    """Step until the relative loss is below `target`, the flow blows up, or iterations end."""
+
+    def standard() -> Tensor:
+        optimizer.zero_grad()
+        loss, _ = task.closure()
+        loss.backward()
+        return loss
+
+    closure = task.closure if isinstance(optimizer, VarianceCorrected) else standard
+    losses: list[float] = []
+    started = time.process_time()
+    for _ in range(iterations):
+        try:
+            loss = float(torch.as_tensor(optimizer.step(closure)).detach()) / task.scale
+        except psn.SolverFailure:
+            break
+        losses.append(loss)
+        if not loss < 1e6 or loss < target:
+            break
+    seconds = time.process_time() - started
+    return Run(losses, seconds, task.solves, bool(losses) and losses[-1] < target)
+
+
+def paper_study(iterations: int) -> dict[str, dict[str, dict[str, Run]]]:
+    """`study -> method -> label -> run`, one of start, horizon and learning rate varied a study."""
+    studies = {
+        "start": {f"a0 = {a:g}": (a, HORIZON, RATE) for a in STARTS},
+        "horizon": {f"t = {t:g}": (START, t, RATE) for t in HORIZONS},
+        "rate": {f"lr = {lr:g}": (START, HORIZON, lr) for lr in RATES},
+    }
+    methods = {
+        "SGD": torch.optim.SGD,
+        "Adam": torch.optim.Adam,
+        "terminal": variance_corrected("terminal"),
+    }
+    results: dict[str, dict[str, dict[str, Run]]] = {}
+    for study, cases in studies.items():
+        results[study] = {}
+        for name, make in methods.items():
+            results[study][name] = {}
+            for label, (start, horizon, lr) in cases.items():
+                task = scalar_task(start, horizon)
+                optimizer = make(list(task.field.parameters()), lr)
+                results[study][name][label] = descend(task, optimizer, FLOOR, iterations)
+    return results
+
+
+def asymptotic_rate(losses: Sequence[float], steps: int = 6) -> float:
+    """Mean of `log(L_k / L_{k+1})` over the last steps."""
+    tail = losses[-steps - 1 :]
+    return math.log(tail[0] / tail[-1]) / (len(tail) - 1) if len(tail) > 1 else math.nan
+
+
+def rate_study(horizons: Sequence[float], seeds: int, iterations: int) -> dict[str, list[float]]:
+    """Asymptotic rate of gauss-newton at `lr = 0.5` over starts; `2 log 2 = 1.386` in theory."""
+    rates: dict[str, list[float]] = {}
+    for horizon in horizons:
+        rates[f"{horizon:g}"] = []
+        for spread, seed in itertools.product((0.0, 0.5, 1.0, 2.0), range(1, seeds + 1)):
+            task = linear_task(3, horizon, seed, spread, tolerance=1e-8)
+            optimizer = VarianceCorrected(
+                task.field.parameters(), lr=0.5, curvature="gauss-newton", cg_rtol=1e-4
+            )
+            run = descend(task, optimizer, 1e-12, iterations)
+            rates[f"{horizon:g}"].append(asymptotic_rate(run.losses))
+    return rates
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on a family of tasks: how many runs reached the target, and medians over those."""
+
+    family: str
+    horizon: float
+    method: str
+    lr: float
+    reached: int
+    runs: int
+    iterations: float
+    solves: float
+    seconds: float
+
+
+Family = tuple[str, Callable[[float, int], Task], float]
+
+
+def families(dimensions: Sequence[int]) -> Iterator[Family]:
+    """Name, task of `(horizon, seed)`, and target of each family."""
+    for d in dimensions:
+        yield f"linear {d}", lambda t, seed, d=d: linear_task(d, t, seed), 1e-6
+    yield "pendulum", network_task, 1e-2
+
+
+def tuned_rate(family: Family, method: Method, horizons: Sequence[float], cap: int) -> float:
+    """The rate with the fewest iterations over all horizons, on seed 0, which is not reported."""
+    _, make_task, target = family
+
+    def cost(lr: float) -> int:
+        total = 0
+        for horizon in horizons:
+            task = make_task(horizon, 0)
+            run = descend(task, method.make(list(task.field.parameters()), lr), target, cap)
+            total += len(run.losses) if run.reached else 10 * cap
+        return total
+
+    return method.rates[0] if len(method.rates) == 1 else min(method.rates, key=cost)
+
+
+def systems_study(
+    dimensions: Sequence[int], horizons: Sequence[float], seeds: int, cap: int
+) -> list[Summary]:
+    """Iterations, solves and seconds to the target, one learning rate for all horizons."""
+    summaries: list[Summary] = []
+    for family, method in itertools.product(families(dimensions), METHODS):
+        name, make_task, target = family
+        lr = tuned_rate(family, method, horizons, cap)
+        for horizon in horizons:
+            runs = []
+            for seed in range(1, seeds + 1):
+                task = make_task(horizon, seed)
+                optimizer = method.make(list(task.field.parameters()), lr)
+                runs.append(descend(task, optimizer, target, cap))
+            done = [run for run in runs if run.reached]
+            medians = (
+                statistics.median(values) if done else math.nan
+                for values in (
+                    [len(run.losses) - 1 for run in done],
+                    [run.solves for run in done],
+                    [run.seconds for run in done],
+                )
+            )
+            summaries.append(
+                Summary(name, horizon, method.name, lr, len(done), len(runs), *medians)
+            )
+            print(format_row(summaries[-1]), flush=True)
+    return summaries
+
+
+HEADER = (
+    f"{'family':<10} {'t':>4}  {'method':<13} {'lr':>5}  "
+    f"{'reached':>7} {'iterations':>10} {'solves':>7} {'cpu s':>7}"
+)
+
+
+def format_row(row: Summary) -> str:
+    return (
+        f"{row.family:<10} {row.horizon:>4g}  {row.method:<13} {row.lr:>5g}  "
+        f"{row.reached:>3}/{row.runs:<3} {row.iterations:>10g} {row.solves:>7g} {row.seconds:>7.2f}"
+    )
+
+
+def new_grid(rows: int, columns: int) -> tuple[Any, Any]:
+    figures = require("matplotlib.figure", extra="plots", purpose="draw the pictures")
+    figure = figures.Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_paper(results: dict[str, dict[str, dict[str, Run]]], path: Path) -> None:
+    figure, grid = new_grid(len(results["start"]), len(results))
+    for column, (study, methods) in enumerate(results.items()):
+        for row, (method, runs) in enumerate(methods.items()):
+            axes = grid[row][column]
+            for index, (label, run) in enumerate(runs.items()):
+                axes.semilogy(run.losses, color=f"C{index}", label=label)
+            axes.set(ylim=(FLOOR, 1e4), ylabel=f"{method}: relative loss", xlabel="iteration")
+            axes.legend(fontsize=7)
+        fixed = {"start": "t, lr", "horizon": "a0, lr", "rate": "a0, t"}[study]
+        grid[0][column].set_title(f"{study} varied; {fixed} fixed")
+    save_figure(figure, path)
+
+
+def plot_systems(summaries: Sequence[Summary], rates: dict[str, list[float]], path: Path) -> None:
+    figure, grid = new_grid(2, 2)
+    (per_dimension, seconds), (per_horizon, gauss_newton) = grid
+    for method, color in COLORS.items():
+        rows = [row for row in summaries if row.method == method]
+        linear = [row for row in rows if row.family.startswith("linear")]
+        style = {"color": color, "marker": "o", "linestyle": "-", "label": method}
+        horizon = max(row.horizon for row in rows)
+        longest = [row for row in linear if row.horizon == horizon]
+        dimensions = [int(row.family.split()[1]) for row in longest]
+        per_dimension.loglog(dimensions, [row.iterations for row in longest], **style)
+        seconds.loglog(dimensions, [row.seconds for row in longest], **style)
+        network = [row for row in rows if row.family == "pendulum"]
+        per_horizon.loglog(
+            [row.horizon for row in network], [row.iterations for row in network], **style
+        )
+    per_dimension.set(xlabel="dimension", ylabel="iterations", title=f"linear, t = {horizon:g}")
+    seconds.set(xlabel="dimension", ylabel="CPU seconds", title=f"linear, t = {horizon:g}")
+    per_horizon.set(xlabel="horizon t", ylabel="iterations", title="pendulum, network of 16")
+    per_dimension.legend(fontsize=7)
+    for t, values in rates.items():
+        gauss_newton.semilogx([float(t)] * len(values), values, "o", color=COLORS["gauss-newton"])
+    theory = 2.0 * math.log(2.0)
+    gauss_newton.axhspan(0.9 * theory, 1.1 * theory, color="#dddddd")
+    gauss_newton.axhline(theory, color="#444444")
+    gauss_newton.set(
+        xlabel="horizon t",
+        ylabel="rate per iteration",
+        ylim=(0.0, 2.0 * theory),
+        title="gauss-newton, lr = 0.5, all starts",
+    )
+    save_figure(figure, path)
+
+
+def print_paper(results: dict[str, dict[str, dict[str, Run]]]) -> None:
+    """Iterations to the floor, and the rule's rate against `-2 log(1 - lr)`."""
+    for study, methods in results.items():
+        print(f"\n{study:<10}" + "".join(f"{label:>12}" for label in next(iter(methods.values()))))
+        for method, runs in methods.items():
+            cells = [str(len(run.losses) - 1) if run.reached else "not" for run in runs.values()]
+            print(f"{method:<10}" + "".join(f"{cell:>12}" for cell in cells))
+        rates = [asymptotic_rate(run.losses) for run in methods["terminal"].values()]
+        print(f"{'rate':<10}" + "".join(f"{rate:>12.4f}" for rate in rates))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The simplest neural ODE, and the variance-corrected rule beyond it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("runs/simplest_ode"), help="results and pictures")
+    add("--dimensions", type=int, nargs="+", default=[2, 5, 10, 20, 50], help="linear systems")
+    add("--horizons", type=float, nargs="+", default=[0.5, 2.0], help="of the larger systems")
+    add("--seeds", type=int, default=3, help="runs of each case")
+    add("--iterations", type=int, default=300, help="at most")
+    add("--threads", type=int, default=1, help="threads of torch; one is fastest at these sizes")
+    add("--quick", action="store_true", help="small systems, few iterations, one seed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    require("matplotlib", extra="examples", purpose="draw the pictures")
+    torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.dimensions, arguments.horizons = [2, 5], [0.5]
+        arguments.seeds, arguments.iterations = 1, 12
+    paper = paper_study(arguments.iterations)
+    print_paper(paper)
+    rates = rate_study(
+        RATE_HORIZONS[:: 3 if arguments.quick else 1], arguments.seeds, arguments.iterations
+    )
+    print("\ngauss-newton, lr = 0.5: rate per iteration (2 log 2 = 1.386), lowest to highest start")
+    for t, values in rates.items():
+        print(f"t = {t:<4} {min(values):.4f} to {max(values):.4f}")
+    print(f"\n{HEADER}")
+    summaries = systems_study(
+        arguments.dimensions, arguments.horizons, arguments.seeds, arguments.iterations
+    )
+    out = arguments.output_dir
+    plot_paper(paper, out / "paper.png")
+    plot_systems(summaries, rates, out / "systems.png")
+    results = {
+        "environment": environment(),
+        "settings": {
+            "a*": TARGET,
+            "a0": START,
+            "t": HORIZON,
+            "lr": RATE,
+            "loss": "E|x_t - y|^2 / E|y|^2",
+            **{key: str(value) for key, value in vars(arguments).items()},
+        },
+        "paper": {
+            study: {
+                m: {label: asdict(run) for label, run in runs.items()} for m, runs in by.items()
+            }
+            for study, by in paper.items()
+        },
+        "gauss_newton_rates": rates,
+        "systems": [asdict(row) for row in summaries],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {out / 'results.json'}, {out / 'paper.png'}, {out / 'systems.png'}")
+
+
+if __name__ == "__main__":
+    main()
