@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from pysciml_node._optional import require
 from pysciml_node.doctor import environment
 from pysciml_node.experiments.figures import save_figure
 from pysciml_node.optim import VarianceCorrected
+from pysciml_node.optim.options import Curvature
 
 Optimizer = torch.optim.Optimizer
+MakeOptimizer = Callable[[Sequence[Tensor], float], Optimizer]
 TARGET, START, HORIZON, RATE = -1.0, 1.0, 1.0, 0.1
 STARTS = (-4.0, -3.0, -2.0, 0.0, 1.0, 2.0)
 HORIZONS = (0.5, 1.0, 2.0, 3.0)
@@ -56,11 +59,11 @@ class Method:
     """An optimizer and the learning rates it is tuned over."""
 
     name: str
-    make: Callable[[Sequence[Tensor], float], Optimizer]
+    make: MakeOptimizer
     rates: tuple[float, ...]
 
 
-def variance_corrected(curvature: str, **options: Any) -> Callable[..., Optimizer]:
+def variance_corrected(curvature: Curvature, **options: Any) -> MakeOptimizer:
     return lambda params, lr: VarianceCorrected(params, lr, curvature=curvature, **options)
 
 
@@ -156,8 +159,8 @@ class Task:
 
 def scalar_task(start: float, horizon: float) -> Task:
     x0 = normal(32, 1, generator=torch.Generator().manual_seed(0))
-    matrices = (torch.full((1, 1), a, dtype=torch.float64) for a in (start, TARGET))
-    return Task(*map(LinearField, matrices), x0, horizon, tolerance=1e-8)
+    student, truth = (LinearField(torch.full((1, 1), a).double()) for a in (start, TARGET))
+    return Task(student, truth, x0, horizon, tolerance=1e-8)
 
 
 def linear_task(dimension: int, horizon: float, seed: int, spread: float = 0.5, **kw: Any) -> Task:
@@ -192,10 +195,10 @@ def descend(task: Task, optimizer: Optimizer, target: float, iterations: int) ->
     def standard() -> Tensor:
         optimizer.zero_grad()
         loss, _ = task.closure()
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
-    closure = task.closure if isinstance(optimizer, VarianceCorrected) else standard
+    closure: Any = task.closure if isinstance(optimizer, VarianceCorrected) else standard
     losses: list[float] = []
     started = time.process_time()
     for _ in range(iterations):
@@ -217,7 +220,7 @@ def paper_study(iterations: int) -> dict[str, dict[str, dict[str, Run]]]:
         "horizon": {f"t = {t:g}": (START, t, RATE) for t in HORIZONS},
         "rate": {f"lr = {lr:g}": (START, HORIZON, lr) for lr in RATES},
     }
-    methods = {
+    methods: dict[str, MakeOptimizer] = {
         "SGD": torch.optim.SGD,
         "Adam": torch.optim.Adam,
         "terminal": variance_corrected("terminal"),
@@ -276,7 +279,7 @@ Family = tuple[str, Callable[[float, int], Task], float]
 def families(dimensions: Sequence[int]) -> Iterator[Family]:
     """Name, task of `(horizon, seed)`, and target of each family."""
     for d in dimensions:
-        yield f"linear {d}", lambda t, seed, d=d: linear_task(d, t, seed), 1e-6
+        yield f"linear {d}", partial(linear_task, d), 1e-6
     yield "pendulum", network_task, 1e-2
 
 

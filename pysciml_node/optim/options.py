@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+Curvature: TypeAlias = Literal["terminal", "diagonal", "gauss-newton"]
+Safeguard: TypeAlias = Literal["none", "bound", "backtracking", "gain-ratio"]
+JacobianProduct: TypeAlias = Literal["finite-difference", "double-backward"]
+
 # The first safeguard of each row is the default.
-SAFEGUARDS = {
+SAFEGUARDS: dict[Curvature, tuple[Safeguard, ...]] = {
     "terminal": ("none", "bound", "backtracking"),
     "diagonal": ("none", "backtracking"),
     "gauss-newton": ("gain-ratio", "none", "backtracking"),
 }
-DAMPING = {"terminal": 0.0, "diagonal": 1e-3, "gauss-newton": 1e-3}
-JVPS = ("finite-difference", "double-backward")
+DAMPING: dict[Curvature, float] = {"terminal": 0.0, "diagonal": 1e-3, "gauss-newton": 1e-3}
 
 # One step is taken for all groups together: these cannot differ between them.
 SHARED = (
@@ -89,7 +92,7 @@ def check_group(group: dict[str, Any]) -> None:
         (_is_count(group["max_trials"]), "max_trials", "an integer of at least 1"),
         (0 < group["cg_rtol"] < 1, "cg_rtol", "in (0, 1)"),
         (fd_step is None or 0 < fd_step < 1, "fd_step", "None or in (0, 1)"),
-        (group["jvp"] in JVPS, "jvp", f"one of {JVPS}"),
+        (group["jvp"] in get_args(JacobianProduct), "jvp", f"one of {get_args(JacobianProduct)}"),
     )
     for holds, name, expected in rules:
         if not holds:

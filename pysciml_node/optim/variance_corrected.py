@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,11 +21,16 @@ from pysciml_node.optim.gauss_newton import (
     set_parameters,
     unflatten,
 )
-from pysciml_node.optim.options import check_group, check_uniform, resolve_defaults
+from pysciml_node.optim.options import (
+    Curvature,
+    JacobianProduct,
+    Safeguard,
+    check_group,
+    check_uniform,
+    resolve_defaults,
+)
 from pysciml_node.optim.terminal import TerminalSolution, terminal_moments, terminal_state
 
-Curvature: TypeAlias = Literal["terminal", "diagonal", "gauss-newton"]
-Safeguard: TypeAlias = Literal["none", "bound", "backtracking", "gain-ratio"]
 Source: TypeAlias = TerminalSolution | Tensor
 Loss: TypeAlias = float | Tensor
 Closure: TypeAlias = Callable[[], Loss] | Callable[[], tuple[Tensor, Source]]
@@ -151,7 +156,7 @@ class VarianceCorrected(Optimizer):
         damping: float | None = None,
         beta: float = 0.95,
         probes: int = 1,
-        jvp: Literal["finite-difference", "double-backward"] = "finite-difference",
+        jvp: JacobianProduct = "finite-difference",
         fd_step: float | None = None,
         cg_steps: int = 20,
         cg_rtol: float = 1e-3,
