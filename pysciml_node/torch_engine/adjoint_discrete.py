@@ -118,7 +118,7 @@ class _StepPullback:
         if outputs is None and count in self._plain:
             return self._plain[count]
         b = (*self.method.tableau.b, *([0.0] * (count - self.method.stages)))
-        columns = [] if outputs is None else outputs.T.tolist()
+        columns = [] if outputs is None else outputs.real.T.tolist()
         rows = self.method.host_rows
         found: list[Row] = [
             (b[i], *(columns[i] if columns else ()), *(rows[j][i] for j in range(count - 1, i, -1)))
