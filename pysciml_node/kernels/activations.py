@@ -22,7 +22,7 @@ from pysciml_node.kernels.hermite import HermiteSeries, Polynomial
 from pysciml_node.kernels.kinked import KinkedSeries, jumps_at_zero
 
 Elementwise: TypeAlias = Callable[[Tensor], Tensor]
-Activation: TypeAlias = str | Elementwise
+Activation: TypeAlias = str | Elementwise | GaussianExpectation
 
 _FUNCTIONS: dict[str, Elementwise] = {
     "relu": torch.relu,
@@ -87,12 +87,12 @@ def as_function(activation: Activation) -> Elementwise:
     """
     if isinstance(activation, str):
         return _FUNCTIONS[_known_name(activation)]
-    if not callable(activation):
-        raise TypeError(
-            f"activation must be a name, a callable or an nn.Module, but is a "
-            f"{type(activation).__name__}."
-        )
-    return activation
+    if callable(activation):
+        return activation
+    raise TypeError(
+        f"activation must be a name, a callable or an nn.Module, but is a "
+        f"{type(activation).__name__}."
+    )
 
 
 def describe(activation: Activation) -> str:
@@ -115,10 +115,11 @@ def resolve(activation: Activation, rtol: float) -> GaussianExpectation:
     if isinstance(activation, GaussianExpectation):
         return activation
     fn = as_function(activation)
-    if isinstance(fn, GaussianExpectation):
+    if isinstance(fn, Polynomial):
         return fn
-    closed = _closed_module(fn) if isinstance(fn, nn.Module) else None
-    if closed is None:
+    if isinstance(fn, nn.Module):
+        closed = _closed_module(fn)
+    else:
         name = _known_name(activation) if isinstance(activation, str) else _SAME.get(fn, "")
         closed = _CLOSED.get(name)
     if closed is not None:

@@ -55,17 +55,17 @@ class Scheme:
     """Nodes and integration matrices.
 
     Attributes:
-        times: the distinct times of the nodes, ``(U,)``, ending with 1.
-        t_index, s_index: positions of ``t_m`` and ``s_m`` in ``times``, ``(M,)``.
+        times: one-dimensional Chebyshev-Lobatto nodes, ``(N,)``, from 0 to 1.
+        to_t, to_s: interpolation from ``times`` to ``t_m`` and to ``s_m``, ``(M, N)``.
         forward, backward: integration matrices, ``(M, M)``.
         weights: ``int int f`` over the whole square, ``(M,)``.
-        diagonal: values on the diagonal ``(t, t)`` at ``times``, ``(U, M)``.
+        diagonal: values on the diagonal ``(t, t)`` at ``times``, ``(N, M)``.
         corner, origin: positions of the nodes (1, 1) and (0, 0), ``(1,)``.
     """
 
     times: Tensor
-    t_index: Tensor
-    s_index: Tensor
+    to_t: Tensor
+    to_s: Tensor
     forward: Tensor
     backward: Tensor
     weights: Tensor
@@ -80,21 +80,20 @@ class Scheme:
         return Scheme(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def _assemble(t: Array, s: Array, forward: Array, interpolate: Interpolator) -> Scheme:
+def _assemble(x: Array, t: Array, s: Array, forward: Array, interpolate: Interpolator) -> Scheme:
     ones = np.ones_like(t)
     corner = int(np.argmax(t + s))
     weights = forward[corner]
     # inclusion and exclusion: the far rectangle is the whole, less two strips, plus the near one
     strips = (interpolate(ones, s) + interpolate(t, ones)) @ forward
-    times, position = np.unique(np.concatenate([t, s]), return_inverse=True)
     return Scheme(
-        times=torch.as_tensor(times),
-        t_index=torch.as_tensor(position[: len(t)]),
-        s_index=torch.as_tensor(position[len(t) :]),
+        times=torch.as_tensor(x),
+        to_t=torch.as_tensor(lagrange(x, t)),
+        to_s=torch.as_tensor(lagrange(x, s)),
         forward=torch.as_tensor(forward),
         backward=torch.as_tensor(weights - strips + forward),
         weights=torch.as_tensor(weights),
-        diagonal=torch.as_tensor(interpolate(times, times)),
+        diagonal=torch.as_tensor(interpolate(x, x)),
         corner=torch.tensor([corner]),
         origin=torch.tensor([int(np.argmin(t + s))]),
     )
@@ -111,7 +110,7 @@ def square(n: int) -> Scheme:
         return np.asarray(rows.reshape(len(t), -1))
 
     t, s = np.repeat(x, n + 1), np.tile(x, n + 1)
-    return _assemble(t, s, np.kron(integrate, integrate), interpolate)
+    return _assemble(x, t, s, np.asarray(np.kron(integrate, integrate)), interpolate)
 
 
 @lru_cache(maxsize=32)
@@ -134,7 +133,7 @@ def split(n: int) -> Scheme:
         below = (t >= s)[:, None]
         return np.concatenate([np.where(below, rows, 0.0), np.where(below, 0.0, rows)], axis=1)
 
-    return _assemble(t, s, forward, interpolate)
+    return _assemble(x, t, s, forward, interpolate)
 
 
 def _rectangles(x: Array) -> Array:

@@ -14,20 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pysciml_node.kernels.collocation import Scheme, lagrange, nodes, split, square
 from pysciml_node.kernels.errors import KernelConvergenceError
-from pysciml_node.kernels.inputs import Model, Pairs, Values, take
+from pysciml_node.kernels.expectations import Features, PairMoments
+from pysciml_node.kernels.inputs import Model, Pairs, Values
 
 _DEGREES = (5, 7, 10, 14, 20, 28, 40)
 _SPLIT_DEGREES = (7, 10, 14, 20, 28, 36)
 _SWITCH_DEGREE = 14  # a pair whose kink the tensor grid has not resolved by now gets the split one
 _PICARD_LIMIT = 300
 _PICARD_RTOL = 1e-12
-_CHUNK_NUMBERS = 1 << 21  # 16 MB of float64: what a block of pairs may keep
+_CHUNK_NUMBERS = 1 << 19  # 4 MB of float64: what a block of pairs may keep
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def _fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, scale: Tenso
 
 
 def _finish(
-    model: Model, scheme: Scheme, sigma: Tensor, value: Tensor, slope: Tensor, initial: Tensor
+    model: Model, scheme: Scheme, sigma: Tensor, pair: PairMoments, initial: Tensor
 ) -> Values:
-    """NNGP and NTK from the forward covariance and its two moments on the nodes, ``(P, M)``."""
+    """NNGP and NTK from the forward covariance on the nodes, ``(P, M)``."""
+    value, slope = pair.value(sigma), pair.slope(sigma)
     last, first = scheme.corner, scheme.origin
     nngp = model.output(sigma[:, last], value[:, last])
     terminal = model.cotangent(slope[:, last])
@@ -95,36 +96,41 @@ class _Selves:
     values: Values
 
     def at(self, scheme: Scheme) -> Tensor:
-        """Variances ``(n, U)`` at the times of a scheme."""
-        times = scheme.times.cpu().numpy()
-        matrix = torch.as_tensor(lagrange(nodes(self.level.degree), times))
-        return self.variance @ matrix.T.to(self.variance)
+        """Variances ``(n, N)`` at the times of a scheme."""
+        matrix = lagrange(nodes(self.level.degree), scheme.times.cpu().numpy())
+        return self.variance @ torch.as_tensor(matrix.T).to(self.variance)
+
+
+def _moments(model: Model, scheme: Scheme, features: Features, i: Tensor, j: Tensor) -> PairMoments:
+    """Moments at the nodes of the pairs ``(i, j)``, from features at the times of the scheme.
+
+    Features are smooth in time, so they are evaluated at few times and interpolated to the rest.
+    """
+    return model.expectation.pair(
+        tuple(part[:, i] @ scheme.to_t.T for part in features),
+        tuple(part[:, j] @ scheme.to_s.T for part in features),
+    )
 
 
 def _solve_selves(model: Model, initial: Tensor, level: _Level) -> _Selves:
     scheme = level.scheme(initial.device)
-    start = initial[:, None].expand(-1, len(scheme.weights))
+    everyone = torch.arange(len(initial), device=initial.device)
 
-    def moments(sigma: Tensor) -> tuple[Tensor, Tensor]:
-        features = model.expectation.features((sigma @ scheme.diagonal.T).clamp_min(0.0))
-        first = tuple(part[:, :, scheme.t_index] for part in features)
-        pair = model.expectation.pair(
-            first, tuple(part[:, :, scheme.s_index] for part in features)
-        )
-        return pair.value(sigma), pair.slope(sigma)
+    def variance(sigma: Tensor) -> Tensor:
+        return (sigma @ scheme.diagonal.T).clamp_min(0.0)
+
+    def moments(sigma: Tensor) -> PairMoments:
+        features = model.expectation.features(variance(sigma))
+        return _moments(model, scheme, features, everyone, everyone)
 
     def forward(sigma: Tensor) -> Tensor:
-        return initial[:, None] + model.coupling * moments(sigma)[0] @ scheme.forward.T
+        value = moments(sigma).value(sigma)
+        return initial[:, None] + model.coupling * value @ scheme.forward.T
 
+    start = initial[:, None].expand(-1, len(scheme.weights))
     sigma = _fixed_point(forward, start, torch.zeros_like(initial)[:, None])
-    value, slope = moments(sigma)
-    along = (sigma @ scheme.diagonal.T).clamp_min(0.0)
-    at_nodes = np.searchsorted(scheme.times.cpu().numpy(), nodes(level.degree))
-    return _Selves(
-        level,
-        along[:, torch.as_tensor(at_nodes, device=along.device)],
-        _finish(model, scheme, sigma, value, slope, initial),
-    )
+    pair = moments(sigma)
+    return _Selves(level, variance(sigma), _finish(model, scheme, sigma, pair, initial))
 
 
 def _solve_pairs(
@@ -138,10 +144,7 @@ def _solve_pairs(
     out: list[Tensor] = []
     for block in torch.split(which, max(1, _CHUNK_NUMBERS // numbers)):
         i, j, initial = pairs.i[block], pairs.j[block], pairs.covariance[block]
-        first = tuple(part[:, :, scheme.t_index] for part in take(features, i))
-        pair = model.expectation.pair(
-            first, tuple(part[:, :, scheme.s_index] for part in take(features, j))
-        )
+        pair = _moments(model, scheme, features, i, j)
         sigma = _fixed_point(
             lambda sigma, pair=pair, initial=initial: (  # type: ignore[misc]
                 initial[:, None] + model.coupling * pair.value(sigma) @ scheme.forward.T
@@ -149,10 +152,8 @@ def _solve_pairs(
             initial[:, None].expand(-1, len(scheme.weights)),
             (bound[i] * bound[j])[:, None],
         )
-        moments = pair.value(sigma), pair.slope(sigma)
-        out.append(_finish(model, scheme, sigma, *moments, initial).stacked())
-    nngp, ntk = torch.cat(out, 1)
-    return Values(nngp, ntk)
+        out.append(_finish(model, scheme, sigma, pair, initial).stacked())
+    return Values(*torch.cat(out, 1))
 
 
 def _relative_change(new: Tensor, old: Tensor, scale: Tensor) -> Tensor:

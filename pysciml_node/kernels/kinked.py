@@ -1,7 +1,7 @@
-"""Activations with a kink at zero (ELU, SELU, ...): the kink in closed form, the rest as a series.
+"""Activations with a kink at zero (ELU, SELU, ...): the kink in closed form, the rest by series.
 
-Split ``phi = g + s`` with ``s(u) = sum_n j_n u_+^n / n!``, n = 1, 2, 3, where ``j_n`` is the jump of
-the n-th derivative at zero. The Hermite coefficients of ``u_+^n`` fall slowly, but their moments
+Split ``phi = g + s`` with ``s(u) = sum_n j_n u_+^n / n!``, n = 1, 2, 3, where ``j_n`` is the jump
+of the n-th derivative at zero. The Hermite coefficients of ``u_+^n`` fall slowly, but their moments
 ``E[u_+^n v_+^n]`` are the arc-cosine kernels; only products with the smooth ``g`` are left to the
 series, so a hundred terms do what thousands could not.
 
@@ -102,11 +102,11 @@ class KinkedSeries(GaussianExpectation):
 
         return cls(HermiteSeries(remainder, _SERIES_MARGIN * rtol, name), jumps)
 
-    def _kinks(self, lowered: int, root: Tensor, terms: int) -> list[Tensor]:
-        """Coefficients of the parts of ``s``, or of ``s'`` when ``lowered`` is 1."""
-        table = _half_powers().to(root)[:, :terms].reshape(_ORDERS + 1, terms, *([1] * root.ndim))
+    def _kinks(self, lowered: int, like: Tensor, terms: int) -> list[tuple[int, Tensor]]:
+        """Powers and coefficients of ``s`` at unit variance, of ``s'`` when ``lowered`` is 1."""
+        table = _half_powers().to(like)[:, :terms].reshape(_ORDERS + 1, terms, *([1] * like.ndim))
         return [
-            jump * table[n - lowered] * root ** (n - lowered)
+            (n - lowered, jump * table[n - lowered])
             for n, jump in enumerate(self.jumps, start=1)
             if jump != 0
         ]
@@ -114,21 +114,21 @@ class KinkedSeries(GaussianExpectation):
     def features(self, q: Tensor) -> Features:
         """``sqrt(q)`` and the coefficients of ``phi`` and ``phi'``, as far as those of ``g``."""
         root, value, slope = self.smooth.features(q)
-        for kink in self._kinks(0, root[0], len(value)):
-            value = value + kink
-        for kink in self._kinks(1, root[0], len(slope)):
-            slope = slope + kink
+        for power, kink in self._kinks(0, root[0], len(value)):
+            value = value + kink * root**power
+        for power, kink in self._kinks(1, root[0], len(slope)):
+            slope = slope + kink * root**power
         return root, value, slope
 
     def pair(self, f1: Features, f2: Features) -> PairMoments:
         """Series of the products that involve ``g``, and closed forms of those that do not."""
         root1, root2 = f1[0][0], f2[0][0]
+        both = root1 * root2
         products = []
         for lowered, a1, a2 in ((0, f1[1], f2[1]), (1, f1[2], f2[2])):
             product = a1 * a2
-            parts1, parts2 = (self._kinks(lowered, root, len(a1)) for root in (root1, root2))
-            for mine, theirs in zip(parts1, parts2, strict=True):
-                product -= mine * theirs
+            for power, kink in self._kinks(lowered, both, len(a1)):
+                product.addcmul_(kink**2, both**power, value=-1)
             products.append(product)
         q1, q2 = root1**2, root2**2
         return _KinkedPair(SeriesPair(q1, q2, *products), q1, q2, self.jumps)
