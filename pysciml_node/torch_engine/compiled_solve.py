@@ -31,6 +31,29 @@ def evaluate(f: Any, t: Tensor, u: Tensor, leaves: Sequence[Tensor], p_spec: Any
     return out
 
 
+def _tensors_of(f: Any) -> dict[str, Tensor]:
+    """A module's parameters and buffers by name."""
+    if not isinstance(f, torch.nn.Module):
+        return {}
+    return {**dict(f.named_parameters()), **dict(f.named_buffers())}
+
+
+def _inside(
+    f: Any, tensors: dict[str, Tensor], t: Tensor, u: Tensor, leaves: Sequence[Tensor], p_spec: Any
+) -> Tensor:
+    """Evaluate a field inside a compiled loop, with its tensors replaced.
+
+    All that the field sees are views made here: what it derives from them (`self.weight.T`) would
+    otherwise be computed outside of the loop, which refuses inputs that share memory.
+    """
+    views = {name: x.view_as(x) for name, x in tensors.items()}
+
+    def call(*arguments: Any) -> Any:
+        return torch.func.functional_call(f, views, arguments) if views else f(*arguments)
+
+    return evaluate(call, t, u, [x.view_as(x) for x in leaves], p_spec)
+
+
 def _merge(wanted: Sequence[bool], moving: Sequence[Any], constant: Sequence[Any]) -> list[Any]:
     """The leaves of `p` in order, from those that require gradients and those that do not."""
     sources = {True: iter(moving), False: iter(constant)}
@@ -65,8 +88,10 @@ class Layout:
         stepper, p_spec = self.stepper, self.p_spec
 
         def solve(f: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
+            tensors = _tensors_of(f)
+
             def derivative(t: Tensor, u: Tensor) -> Tensor:
-                return evaluate(f, t, u, leaves, p_spec)
+                return _inside(f, tensors, t, u, leaves, p_spec)
 
             return graphs.forward_graph(stepper, derivative, *rest)
 
@@ -86,16 +111,12 @@ class Layout:
         stepper, names, p_spec, wanted = self.stepper, self.names, self.p_spec, self.wanted
 
         def replay(f: Any, constants: tuple[Tensor, ...], *rest: Any) -> Any:
+            tensors = _tensors_of(f)
+
             def derivative(t: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
                 leaves = _merge(wanted, inputs[len(names) :], constants)
-                if not names:
-                    return evaluate(f, t, u, leaves, p_spec)
-                parameters = dict(zip(names, inputs[: len(names)], strict=True))
-
-                def functional(*arguments: Any) -> Any:
-                    return torch.func.functional_call(f, parameters, arguments)
-
-                return evaluate(functional, t, u, leaves, p_spec)
+                moving = dict(zip(names, inputs[: len(names)], strict=True))
+                return _inside(f, {**tensors, **moving}, t, u, leaves, p_spec)
 
             return graphs.backward_graph(stepper, derivative, *rest)
 
