@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients
@@ -17,12 +16,50 @@ Sweep = Callable[[Record, tuple[Tensor, ...], Cotangents, bool], Gradients]
 Forward = Callable[[Tensor], tuple[Record, list[Tensor], Tensor]]
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """Passes gradients on; their own derivative is refused."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, count: int, *gradients_and_inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.clone() for gradient in gradients_and_inputs[:count])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "a second derivative through a solve was asked for, and this adjoint gives only the "
+            "first.\n  Use adjoint=DirectAdjoint()."
+        )
+
+
+def first_derivative(
+    gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Mark gradients so that differentiating them raises, where a graph of them is being made.
+
+    `once_differentiable` of torch lets it pass as zero where the cotangents are constants, as those
+    of a loss that is linear in the state are.
+
+    Args:
+        gradients: what a backward sweep returns.
+        inputs: what they depend on.
+    """
+    if not torch.is_grad_enabled():
+        return gradients
+    given = [gradient for gradient in gradients if gradient is not None]
+    sources = [x for x in inputs if x is not None]
+    marked = iter(_FirstDerivative.apply(len(given), *given, *sources))  # type: ignore[no-untyped-call]
+    return tuple(None if gradient is None else next(marked) for gradient in gradients)
+
+
 class SolveNode(torch.autograd.Function):
     """Runs a forward solve and, in backward, the sweep of its adjoint.
 
     The outputs are the saved states `(saved, N)` followed by the states at the ends of the steps,
     each a tensor of its own, so that a cotangent is materialised only where there is one. The
-    step states are kept by `save_for_backward`, as outputs must be (no reference cycle).
+    step states are kept by `save_for_backward`, as outputs must be (no reference cycle), and so are
+    the inputs: the replay would not notice that one of them had been changed in place.
     """
 
     @staticmethod
@@ -41,27 +78,29 @@ class SolveNode(torch.autograd.Function):
         record, states, saved = run(u0)
         keep.append(record)
         ctx.record, ctx.sweep = record, sweep
-        ctx.save_for_backward(u0, *states[1:])
+        ctx.count = len(states)
+        ctx.save_for_backward(u0, *states[1:], t0, t1, saveat, *inputs)
         ctx.set_materialize_grads(False)
         return (saved, *states[1:])
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        states = ctx.saved_tensors
+        states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         arriving = Cotangents(cotangents[0], [None, *cotangents[1:]])
         with_times = any(ctx.needs_input_grad[4:7])
-        found = ctx.sweep(ctx.record, states, arriving, with_times)
-        return (
-            None,
-            None,
-            None,
-            found.u0,
-            found.t0 if ctx.needs_input_grad[4] else None,
-            found.t1 if ctx.needs_input_grad[5] else None,
-            found.saveat if ctx.needs_input_grad[6] else None,
-            *found.inputs,
-        )
+        with torch.no_grad():
+            found = ctx.sweep(ctx.record, states, arriving, with_times)
+            times = [
+                gradient.reshape(time.shape) if gradient is not None and wanted else None
+                for gradient, time, wanted in zip(
+                    (found.t0, found.t1, found.saveat),
+                    sources,
+                    ctx.needs_input_grad[4:7],
+                    strict=False,
+                )
+            ]
+        gradients = (found.u0, *times, *found.inputs)
+        return (None, None, None, *first_derivative(gradients, (states[0], *sources)))
