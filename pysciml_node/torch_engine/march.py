@@ -126,8 +126,9 @@ class March:
                 self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
                 return
             size: Real = h
-            if lands and next_stop == len(stops) - 1 and options.time_tensors is not None:
-                size = options.time_tensors[1] - time
+            if lands and options.time_tensors is not None:
+                last = next_stop == len(stops) - 1
+                size = (options.time_tensors[1] if last else stop) - time
             u = self.u
             if stages.count == 0:
                 stages.begin(self._first_stage(time))
@@ -155,7 +156,7 @@ class March:
                 if next_stop == len(stops):
                     self.retcode = ReturnCode.Success
                     return
-            time = t if options.time_tensors is None else self._advance(time, h, lands, t)
+            time = t if options.time_tensors is None else self._advance(time, lands, t)
             if adaptive:
                 following = sizes.accepted(h, error)
                 # A step cut short by a stop says little: keep the size that was proposed.
@@ -165,11 +166,11 @@ class March:
                 h = proposed
 
     @staticmethod
-    def _advance(time: Real, h: float, lands: bool, t: float) -> Real:
+    def _advance(time: Real, lands: bool, t: float) -> Real:
         """Time as a tensor: it moves with `t0` until a stop fixes it."""
-        if lands:
-            return torch.full_like(time, t) if isinstance(time, Tensor) else t
-        return time + h
+        if not isinstance(time, Tensor):
+            return t
+        return torch.full_like(time, t) if lands else t + (time - time.detach())
 
     def _first_stage(self, time: Real) -> Tensor:
         if self.k is None:

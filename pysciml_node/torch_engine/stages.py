@@ -89,7 +89,8 @@ class Stages:
         """The stage times, kept inside the interval where rounding would leave it."""
         times = self.method.nodes * h + t
         if isinstance(t, Tensor) or isinstance(h, Tensor):
-            return times.unbind()
+            inside = times.detach().clamp(self.low, self.high)
+            return (times + (inside - times.detach())).unbind()
         return times.clamp_(self.low, self.high).unbind()
 
     def begin(self, k1: Tensor) -> None:
