@@ -29,7 +29,18 @@ from pysciml_node.errors import EngineUnavailable, PsnWarning, SolverFailure
 from pysciml_node.events import Event
 from pysciml_node.layers import NeuralODE
 from pysciml_node.problem import ODEProblem
-from pysciml_node.regularizers import LocalError, LocalStiffness, Regularizer
+from pysciml_node.regularizers import (
+    GlobalError,
+    GlobalStiffness,
+    Integral,
+    JacobianFrobenius,
+    KineticEnergy,
+    LocalError,
+    LocalStiffness,
+    RandomEndTime,
+    Regularizer,
+    TaylorDerivative,
+)
 from pysciml_node.solution import ReturnCode, Solution, Stats
 from pysciml_node.solve import solve
 
@@ -50,9 +61,14 @@ __all__ = [
     "Event",
     "FixedStep",
     "GaussAdjoint",
+    "GlobalError",
+    "GlobalStiffness",
     "Heun",
     "IController",
+    "Integral",
     "InterpolatingAdjoint",
+    "JacobianFrobenius",
+    "KineticEnergy",
     "LocalError",
     "LocalStiffness",
     "Midpoint",
@@ -62,11 +78,13 @@ __all__ = [
     "PIDController",
     "PsnWarning",
     "Ralston",
+    "RandomEndTime",
     "Regularizer",
     "ReturnCode",
     "Solution",
     "SolverFailure",
     "Stats",
+    "TaylorDerivative",
     "Tsit5",
     "Vern7",
     "Vern9",

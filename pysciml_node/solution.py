@@ -96,6 +96,12 @@ class Trajectory(Protocol):
     ) -> StepEstimate:
         """One step of `algorithm` from the solution at `t`."""
 
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable."""
+
+    def restrict(self, problem: ODEProblem) -> Trajectory:
+        """The same trajectory for the leading part of its state."""
+
 
 @dataclass
 class Solution:
@@ -113,6 +119,7 @@ class Solution:
         event_t: its time, a differentiable 0-d tensor, or `None`.
         penalty: weighted sum of the regularizers (0 in eval mode or without any).
         penalties: each regularizer's unweighted value by name.
+        integrals: of each regularizer that is an integral, its value for each sample, `(B,)`.
 
     A solution can be called: `sol(t)` is the dense output at a time, or at times of shape `(m,)`,
     of the algorithm's own order, differentiable with respect to all that the solve depends on. It
@@ -132,6 +139,7 @@ class Solution:
     event_t: Tensor | None = None
     penalty: Tensor = field(default_factory=lambda: torch.zeros(()))
     penalties: dict[str, Tensor] = field(default_factory=dict)
+    integrals: dict[str, Tensor] = field(default_factory=dict)
     _states: Any = field(default=None, repr=False)
 
     @property

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from pysciml_node.adjoints import Adjoint
 from pysciml_node.algorithms import Algorithm, Tsit5
 from pysciml_node.problem import ODEProblem, Time
-from pysciml_node.regularizers.base import Regularizer, attach_penalties
+from pysciml_node.regularizers.augmented import Rate, augment, integrals, without_extra
+from pysciml_node.regularizers.base import Regularizer, Times, attach_penalties, check_names
+from pysciml_node.regularizers.integral import IntegralRegularizer
 from pysciml_node.solution import Solution
 from pysciml_node.solve import solve
-from pysciml_node.state import State, StateSpec
+from pysciml_node.state import State
 
 
 class NeuralODE(nn.Module):
@@ -68,16 +70,11 @@ class NeuralODE(nn.Module):
         super().__init__()
         if not callable(field):
             raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
-        for regularizer in regularizers:
-            if not isinstance(regularizer, Regularizer):
-                raise TypeError(
-                    f"regularizers must be objects such as LocalError(), but one is {regularizer!r}"
-                )
         self.field = field
         self.algorithm = Tsit5() if algorithm is None else algorithm
         self.tspan = tspan
         self.rtol, self.atol = rtol, atol
-        self.regularizers = nn.ModuleList(regularizers)
+        self.regularizers = nn.ModuleList(check_names(regularizers))
         self.adjoint, self.saveat, self.engine = adjoint, saveat, engine
         self.options = options
 
@@ -93,19 +90,42 @@ class NeuralODE(nn.Module):
             The solution; `solution.u1` has the shape of `u0`.
         """
         problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
+        saveat = self.saveat
+        regularizers = self._active()
+        for regularizer in regularizers:
+            problem, saveat = regularizer.prepare(problem, saveat)
+        rates = {
+            r.name: r.rate(problem) for r in regularizers if isinstance(r, IntegralRegularizer)
+        }
+        solution = self._solve(problem, saveat, rates)
+        solution.penalty = torch.zeros(
+            (), dtype=problem.spec.real_dtype, device=problem.spec.device
+        )
+        attach_penalties(solution, regularizers)
+        return solution
+
+    def _active(self) -> list[Regularizer]:
+        return [r for r in self.regularizers if isinstance(r, Regularizer)] if self.training else []
+
+    def _solve(self, problem: ODEProblem, saveat: Times | None, rates: dict[str, Rate]) -> Solution:
+        whole, rtol, atol = problem, self.rtol, self.atol
+        if rates:
+            whole, rtol, atol = augment(problem, rates, rtol, atol)
         solution = solve(
-            problem,
+            whole,
             self.algorithm,
-            rtol=self.rtol,
-            atol=self.atol,
-            saveat=self.saveat,
+            rtol=rtol,
+            atol=atol,
+            saveat=saveat,
             engine=self.engine,
             adjoint=self.adjoint,
             **self.options,
         )
-        solution.penalty = _zero(problem.spec)
-        if self.training:
-            attach_penalties(solution, list(self.regularizers))  # type: ignore[arg-type]
+        if not rates:
+            return solution
+        found = integrals(solution)
+        solution = without_extra(solution, problem)
+        solution.integrals = found
         return solution
 
     def step_schedules(self) -> None:
@@ -116,7 +136,3 @@ class NeuralODE(nn.Module):
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
         return f"{self.algorithm}, tspan={self.tspan}, rtol={self.rtol}, atol={self.atol}"
-
-
-def _zero(spec: StateSpec) -> Tensor:
-    return torch.zeros((), dtype=spec.real_dtype, device=spec.device)

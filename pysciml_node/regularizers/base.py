@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pysciml_node.problem import ODEProblem
 from pysciml_node.schedules import Schedule, as_schedule
 from pysciml_node.solution import Solution
+
+Times = Sequence[float] | Tensor
 
 
 class Regularizer(nn.Module, ABC):
@@ -29,9 +33,13 @@ class Regularizer(nn.Module, ABC):
         self.name = name or type(self).__name__
         self.steps = 0
 
+    def prepare(self, problem: ODEProblem, saveat: Times | None) -> tuple[ODEProblem, Times | None]:
+        """The problem and output times to solve in training; most regularizers change neither."""
+        return problem, saveat
+
     @abstractmethod
-    def forward(self, solution: Solution) -> Tensor:
-        """The unweighted penalty of a solution, a 0-d tensor."""
+    def forward(self, solution: Solution) -> Tensor | None:
+        """The unweighted penalty of a solution, a 0-d tensor; `None` where there is none."""
 
     @property
     def current_weight(self) -> float:
@@ -55,19 +63,34 @@ class Regularizer(nn.Module, ABC):
         return f"weight={self.weight}"
 
 
-def attach_penalties(solution: Solution, regularizers: list[Regularizer]) -> None:
-    """Evaluate regularizers on a solution and set its `penalties` and `penalty`.
+def check_names(regularizers: Sequence[Any]) -> list[Regularizer]:
+    """The regularizers as a list.
 
     Raises:
+        TypeError: one of another kind.
         ValueError: two of one name.
     """
-    total: Tensor | None = None
+    names: set[str] = set()
     for regularizer in regularizers:
-        if regularizer.name in solution.penalties:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(
+                f"regularizers must be objects such as LocalError(), but one is {regularizer!r}."
+            )
+        if regularizer.name in names:
             raise ValueError(
                 f"two regularizers are named {regularizer.name!r}; give one of them name=..."
             )
+        names.add(regularizer.name)
+    return list(regularizers)
+
+
+def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
+    """Evaluate regularizers on a solution and set its `penalties` and `penalty`."""
+    total: Tensor | None = None
+    for regularizer in regularizers:
         value = regularizer(solution)
+        if value is None:
+            continue
         solution.penalties[regularizer.name] = value
         term = regularizer.current_weight * value
         total = term if total is None else total + term

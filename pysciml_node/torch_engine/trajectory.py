@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms import ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
@@ -144,8 +146,60 @@ class TorchTrajectory:
             else:
                 h = min(dt, abs(span)) * self.problem.direction
         stages.begin(k)
+        found = self._measure(stages, tolerance, t, h, u)
+        self.stats.nfe += field.nfe
+        return found
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable with respect to all.
+
+        Each step is evaluated again, and once more in backward, so that no graph is kept.
+
+        Raises:
+            ValueError: the solve's adjoint is a continuous one.
+        """
+        adjoint = self.options.adjoint
+        if not adjoint.discrete:
+            raise ValueError(
+                f"the estimates of all steps are not differentiable with {type(adjoint).__name__}: "
+                "the stages of a step are not part of the continuous equation.\n"
+                "  Use adjoint=DiscreteAdjoint(), or LocalError, which works with every adjoint."
+            )
+        return [self._step_estimate(n) for n in range(len(self.record.sizes))]
+
+    def _step_estimate(self, n: int) -> StepEstimate:
+        t, h = self.record.times[n], self.record.sizes[n]
+
+        def run(u: Tensor) -> tuple[Tensor, Tensor]:
+            stages, field = self._stages(self.method)
+            tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+            found = self._measure(stages, tolerance, t, h, u)
+            self.stats.nfe += field.nfe
+            return found.error, found.stiffness
+
+        u = self.flat_states[n]
+        if torch.is_grad_enabled():
+            error, stiffness = checkpoint(run, u, use_reentrant=False)
+        else:
+            error, stiffness = run(u)
+        return StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
+
+    @staticmethod
+    def _measure(
+        stages: Stages, tolerance: Tolerance, t: float, h: float, u: Tensor
+    ) -> StepEstimate:
+        """One step from `u`, with the first stage evaluated already or not."""
         u1 = stages.solution(t, h, u, with_error=True)
         error = tolerance.step_error(stages, h, u, u1)
-        stiffness = stages.stiffness(t, h, u)
-        self.stats.nfe += field.nfe
-        return StepEstimate(method.nodes.new_tensor(h), error, stiffness)
+        dt = stages.method.nodes.new_tensor(h)
+        return StepEstimate(dt, error, stages.stiffness(t, h, u))
+
+    def restrict(self, problem: ODEProblem) -> TorchTrajectory:
+        """The same trajectory for the leading part of its state, which has dynamics of its own."""
+        size = sum(problem.spec.sizes)
+
+        def load() -> tuple[Record, list[Tensor]]:
+            return self.record, [u[:size] for u in self.flat_states]
+
+        options = dataclasses.replace(self.options, driven=size)
+        return TorchTrajectory(problem, self.method, load, self.stats, options)

@@ -1,0 +1,118 @@
+"""Global regularization: the solver's own estimates, summed over all its steps.
+
+Reference: Pal, Ma, Shah, Rackauckas, Opening the Blackbox: Accelerating Neural Differential
+Equations by Regularizing Internal Solver Heuristics, ICML 2021, arXiv 2105.03918.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.schedules import Schedule
+from pysciml_node.solution import Solution
+
+Aggregate = Literal["sum", "mean", "max"]
+
+
+class _GlobalRegularizer(Regularizer):
+    """An estimate of every accepted step, aggregated.
+
+    Differentiated through the steps themselves, which a continuous adjoint does not know: needs
+    `DiscreteAdjoint` or `DirectAdjoint`. Each step is evaluated again for its estimate, and once
+    more in backward, so that memory stays at one step's graph.
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        aggregate: over the steps.
+        name: key in `Solution.penalties`.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        *,
+        aggregate: Aggregate,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if aggregate not in ("sum", "mean", "max"):
+            raise ValueError(f'aggregate must be "sum", "mean" or "max", but is {aggregate!r}.')
+        self.aggregate = aggregate
+
+    def _over_steps(self, values: list[Tensor]) -> Tensor:
+        stacked = torch.stack(values)
+        if self.aggregate == "max":
+            return stacked.max()
+        return stacked.sum() if self.aggregate == "sum" else stacked.mean()
+
+    def extra_repr(self) -> str:
+        """Configuration for `repr`."""
+        return f"{super().extra_repr()}, aggregate={self.aggregate!r}"
+
+
+class GlobalError(_GlobalRegularizer):
+    """Error regularization, `sum over steps of E_j |dt_j|`.
+
+    `E` is the step's error estimate in units of the tolerance.
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        aggregate: `"sum"` as the paper writes, `"mean"` as its code does, or `"max"`.
+        name: key in `Solution.penalties`.
+
+    Reference: arXiv 2105.03918, section 3.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        *,
+        aggregate: Aggregate = "sum",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, aggregate=aggregate, name=name)
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        steps = solution.trajectory.step_estimates()
+        return self._over_steps([step.error * step.dt.abs() for step in steps])
+
+
+class GlobalStiffness(_GlobalRegularizer):
+    """Stiffness regularization: the stiffness estimates of the steps, in units of stability.
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        aggregate: `"max"` as the paper's code does for ODEs, `"mean"` (its SDEs), or `"sum"`,
+            which then weighs each step by `|dt|` as the paper writes.
+        name: key in `Solution.penalties`.
+
+    Reference: arXiv 2105.03918, section 3; Shampine, Math. Comput. 31 (1977) 412-421.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        *,
+        aggregate: Aggregate = "max",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, aggregate=aggregate, name=name)
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        tableau = getattr(solution.algorithm, "tableau", None)
+        if tableau is None or tableau.stiffness_stages is None:
+            raise ValueError(
+                f"{solution.algorithm!r} has no stiffness estimate; use Tsit5, DP5, DP8, Vern7 or "
+                "Vern9."
+            )
+        steps = solution.trajectory.step_estimates()
+        values = [step.stiffness / tableau.stability_radius for step in steps]
+        if self.aggregate == "sum":
+            values = [v * step.dt.abs() for v, step in zip(values, steps, strict=True)]
+        return self._over_steps(values)

@@ -1,0 +1,200 @@
+"""Regularizers that are integrals along the solution: kinetic energy, Jacobian norm, any other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problem import ODEProblem
+from pysciml_node.regularizers.augmented import FieldPoint, Rate, samples_of
+from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.schedules import Schedule
+from pysciml_node.solution import Solution
+from pysciml_node.state import tensors_of
+
+Reduction = Literal["mean", "sum"]
+Distribution = Literal["rademacher", "gaussian"]
+
+# Up to this many dimensions the exact Jacobian costs little more than a probe.
+_SMALL = 4
+
+
+def _reduce(squares: Tensor, reduction: Reduction) -> Tensor:
+    """Per sample, `(B, D)` to `(B,)`."""
+    return squares.mean(1) if reduction == "mean" else squares.sum(1)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", but is {reduction!r}.')
+
+
+class IntegralRegularizer(Regularizer):
+    """Base of regularizers `R = mean over samples of int rate(t, u, f) |dt|`.
+
+    The integral is an extra state of the solve: it has the solution's order of accuracy, never
+    drives the step size, and is dropped in eval mode.
+    """
+
+    @abstractmethod
+    def rate(self, problem: ODEProblem) -> Rate:
+        """The integrand for one solve, one number a sample; random choices are made here, once."""
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        value = solution.integrals.get(self.name)
+        if value is None:
+            raise ValueError(
+                f"the solution holds no integral named {self.name!r}.\n"
+                "  Solve through NeuralODE(..., regularizers=[...]) in training mode."
+            )
+        # Backward in time the integral runs the other way.
+        return value.mean() * solution.problem.direction
+
+
+class Integral(IntegralRegularizer):
+    """Any integrand along the solution.
+
+    Args:
+        fn: `fn(t, u, f)` with the state and its derivative; returns one number a sample, `(B,)`.
+        name: key in `Solution.penalties`.
+        weight: factor of the penalty in the loss, or a schedule of it.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> length = psn.Integral(lambda t, u, f: f.norm(dim=1), "length")
+        >>> node = psn.NeuralODE(lambda t, u: -u, regularizers=[length])
+        >>> round(float(node(torch.ones(1, 1)).penalties["length"]), 4)
+        0.6321
+    """
+
+    def __init__(
+        self, fn: Callable[[Tensor, Any, Any], Tensor], name: str, weight: float | Schedule = 1.0
+    ) -> None:
+        super().__init__(weight, name)
+        self.fn = fn
+
+    def rate(self, problem: ODEProblem) -> Rate:
+        """The integrand."""
+        return lambda point: self.fn(point.t, point.u, point.f)
+
+
+class KineticEnergy(IntegralRegularizer):
+    """Kinetic energy along the solution, `int ||f||^2 dt`, the cost of optimal transport.
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        reduction: over dimensions; `"mean"` as in the paper, so that the weight does not depend on
+            the dimension, or `"sum"`. (The paper's code has a further factor 1/2.)
+        name: key in `Solution.penalties`.
+
+    Reference: Finlay et al., How to train your neural ODE, arXiv 2002.02798, equation 17.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        *,
+        reduction: Reduction = "mean",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        _check_reduction(reduction)
+        self.reduction: Reduction = reduction
+
+    def rate(self, problem: ODEProblem) -> Rate:
+        """The integrand."""
+
+        def rate(point: FieldPoint) -> Tensor:
+            parts = [samples_of(part) for part in tensors_of(point.f)]
+            return _reduce(torch.cat(parts, 1).abs().square(), self.reduction)
+
+        return rate
+
+
+class JacobianFrobenius(IntegralRegularizer):
+    """Squared Frobenius norm of the field's Jacobian, `int ||df/du||_F^2 dt`.
+
+    Estimated as `E ||e^T df/du||^2` with one random probe `e` a sample, drawn for each solve and
+    fixed through it (a probe that changed between evaluations would make the equation rough).
+
+    Args:
+        weight: factor of the penalty in the loss, or a schedule of it.
+        exact: compute the norm itself, by as many vector-Jacobian products as there are
+            dimensions; default where there are at most four.
+        reduction: over dimensions; `"mean"` as in the paper, or `"sum"`.
+        distribution: of the probe's entries, `"rademacher"` (less variance) or `"gaussian"` (the
+            paper's).
+        generator: draws the probes; of the state's device. Default torch's own.
+        name: key in `Solution.penalties`.
+
+    Reference: Finlay et al., How to train your neural ODE, arXiv 2002.02798, equation 17 and
+    Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        weight: float | Schedule = 1.0,
+        *,
+        exact: bool | None = None,
+        reduction: Reduction = "mean",
+        distribution: Distribution = "rademacher",
+        generator: torch.Generator | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        _check_reduction(reduction)
+        if distribution not in ("rademacher", "gaussian"):
+            raise ValueError(
+                f'distribution must be "rademacher" or "gaussian", but is {distribution!r}.'
+            )
+        self.exact, self.reduction = exact, reduction
+        self.distribution: Distribution = distribution
+        self.generator = generator
+
+    def rate(self, problem: ODEProblem) -> Rate:
+        """The integrand, with its probe drawn."""
+        u0 = problem.u0
+        if not isinstance(u0, Tensor):
+            raise TypeError(
+                "JacobianFrobenius needs a single-tensor state.\n  Stack the parts into one tensor."
+            )
+        dimensions = samples_of(u0).shape[1]
+        exact = dimensions <= _SMALL if self.exact is None else self.exact
+        if exact:
+            probes = basis_probes(u0)
+        else:
+            probes = [draw_probe(u0, self.distribution, self.generator)]
+        divisor = dimensions if self.reduction == "mean" else 1
+
+        def rate(point: FieldPoint) -> Tensor:
+            squares = [samples_of(point.pullback(e)).square().sum(1) for e in probes]
+            return torch.stack(squares).sum(0) / divisor
+
+        return rate
+
+
+def draw_probe(
+    like: Tensor, distribution: Distribution, generator: torch.Generator | None
+) -> Tensor:
+    """A random vector with unit covariance, like a state."""
+    options: dict[str, Any] = {"generator": generator, "device": like.device}
+    if distribution == "gaussian":
+        return torch.randn(like.shape, dtype=like.dtype, **options)
+    signs = torch.randint(0, 2, like.shape, **options)
+    return (2 * signs - 1).to(like.dtype)
+
+
+def basis_probes(like: Tensor) -> list[Tensor]:
+    """The unit vectors of a sample's space, each for the whole batch."""
+    flat = samples_of(like)
+    probes = []
+    for i in range(flat.shape[1]):
+        probe = torch.zeros_like(flat)
+        probe[:, i] = 1
+        probes.append(probe.reshape(like.shape).detach())
+    return probes

@@ -1,0 +1,86 @@
+"""Regularization of a high derivative of the solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problem import ODEProblem
+from pysciml_node.regularizers.augmented import FieldPoint, Rate, samples_of
+from pysciml_node.regularizers.integral import (
+    IntegralRegularizer,
+    Reduction,
+    _check_reduction,
+    _reduce,
+)
+from pysciml_node.schedules import Schedule
+
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+def total_derivative(field: Field, order: int) -> Field:
+    """The `order`-th time derivative of solutions of `du/dt = field(t, u)`, as a function of them.
+
+    `d1 = f` and `d(k+1) = (d/dt) dk + (d/du) dk . f`, by nested forward-mode differentiation.
+    """
+    if order == 1:
+        return field
+    lower = total_derivative(field, order - 1)
+
+    def derivative(t: Tensor, u: Tensor) -> Tensor:
+        direction = (torch.ones_like(t), field(t, u))
+        tangent: Tensor = torch.func.jvp(lower, (t, u), direction)[1]
+        return tangent
+
+    return derivative
+
+
+class TaylorDerivative(IntegralRegularizer):
+    """Squared `K`-th total derivative along the solution, `int ||d^K u / dt^K||^2 dt`.
+
+    A method of order `K - 1` takes steps as long as this derivative is small. Costs grow
+    exponentially with `K`.
+
+    Args:
+        order: `K`, at least 1 (1 is the kinetic energy).
+        weight: factor of the penalty in the loss, or a schedule of it.
+        reduction: over dimensions; `"mean"` as in the paper's code, or `"sum"`.
+        name: key in `Solution.penalties`.
+
+    Raises:
+        ValueError: an order below 1.
+
+    Reference: Kelly et al., Learning Differential Equations that are Easy to Solve, arXiv
+    2007.04504, equation 3.
+    """
+
+    def __init__(
+        self,
+        order: int,
+        weight: float | Schedule = 1.0,
+        *,
+        reduction: Reduction = "mean",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+            raise ValueError(f"order must be a whole number, at least 1, but is {order!r}.")
+        _check_reduction(reduction)
+        self.order, self.reduction = order, reduction
+
+    def rate(self, problem: ODEProblem) -> Rate:
+        """The integrand."""
+        if not isinstance(problem.u0, Tensor):
+            raise TypeError(
+                "TaylorDerivative needs a single-tensor state.\n  Stack the parts into one tensor."
+            )
+
+        def rate(point: FieldPoint) -> Tensor:
+            derivative = point.f
+            if self.order > 1:
+                derivative = total_derivative(point.field, self.order)(point.t, point.u)
+            return _reduce(samples_of(derivative).square(), self.reduction)
+
+        return rate

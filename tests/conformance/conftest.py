@@ -1,0 +1,32 @@
+"""One suite for every engine: the `engine` fixture runs each test on those that are present."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import pysciml_node as psn
+
+ENGINES = ("torch", "julia")
+
+
+@cache
+def _missing(name: str) -> str | None:
+    """Why an engine cannot run here, or `None`."""
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1), (0.0, 1.0))
+    try:
+        psn.solve(problem, psn.Tsit5(), engine=name)
+    except psn.EngineUnavailable as error:
+        return f"{error.args[0].splitlines()[0]} To have it: python -m pysciml_node install"
+    return None
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of an engine that is present."""
+    name: str = request.param
+    if reason := _missing(name):
+        pytest.skip(reason)
+    return name

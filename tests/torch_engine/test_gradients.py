@@ -1,0 +1,324 @@
+"""Gradients of the discretised solve: gradcheck of every algorithm and adjoint.
+
+With fixed steps the solve is a smooth function of all its inputs, the ends of the interval
+included, and finite differences of it are clean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conformance.problems import ALGORITHMS
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import pysciml_node as psn
+
+DISCRETE = {"discrete": psn.DiscreteAdjoint(), "direct": psn.DirectAdjoint()}
+CONTINUOUS = {
+    "interpolating": psn.InterpolatingAdjoint(),
+    "gauss": psn.GaussAdjoint(),
+    "backsolve": psn.BacksolveAdjoint(),
+}
+# Random projections of the Jacobian, and room for the difference between equation and discretisation.
+CONTINUOUS_BOUND: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5, "fast_mode": True}
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+discrete = pytest.mark.parametrize("adjoint", DISCRETE.values(), ids=DISCRETE.keys())
+continuous = pytest.mark.parametrize("adjoint", CONTINUOUS.values(), ids=CONTINUOUS.keys())
+any_adjoint = pytest.mark.parametrize(
+    "adjoint", [*DISCRETE.values(), *CONTINUOUS.values()], ids=[*DISCRETE, *CONTINUOUS]
+)
+
+
+def leaf(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    tensor = torch.tensor(values if len(values) > 1 else values[0], dtype=dtype)
+    return tensor.requires_grad_()
+
+
+def field(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    x, y = u.unbind(-1)
+    return torch.stack((y * p[0] - x * t, torch.cos(p[1] * t) - x * y), -1)
+
+
+def fixed(adjoint: psn.DirectAdjoint, name: str = "Tsit5", dt0: float = 0.4) -> dict[str, Any]:
+    return {
+        "algorithm": getattr(psn, name)(),
+        "adjoint": adjoint,
+        "controller": psn.FixedStep(),
+        "dt0": dt0,
+    }
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`u0`, `p`, `t0`, `t1`, `saveat`: two steps of 0.4 and a shorter one."""
+    return leaf(0.7, -0.4), leaf(1.1, 0.6), leaf(0.1), leaf(1.2), leaf(0.25, 0.6, 0.8, 1.1)
+
+
+@every_algorithm
+@discrete
+def test_gradcheck_of_every_algorithm(name: str, adjoint: psn.DirectAdjoint) -> None:
+    """With respect to the state, the argument, the ends and the saved times."""
+
+    def solve(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor, saveat: Tensor) -> Any:
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        solution = psn.solve(problem, saveat=saveat, **fixed(adjoint, name))
+        return solution.u, solution.u1
+
+    assert gradcheck(solve, inputs())
+
+
+@discrete
+def test_gradcheck_in_reverse_time(adjoint: psn.DirectAdjoint) -> None:
+    def solve(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor, saveat: Tensor) -> Any:
+        problem = psn.ODEProblem(field, u0, (t1, t0), p=p)
+        solution = psn.solve(problem, saveat=saveat.flip(0), **fixed(adjoint))
+        return solution.u, solution.u1
+
+    assert gradcheck(solve, inputs())
+
+
+@discrete
+def test_gradcheck_with_stops(adjoint: psn.DirectAdjoint) -> None:
+    """A stop keeps its place when the start moves."""
+
+    def solve(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor, saveat: Tensor) -> Any:
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        solution = psn.solve(
+            problem, saveat=saveat, tstops=[0.3, 0.55], **fixed(adjoint, "Heun", 0.12)
+        )
+        return solution.u, solution.u1
+
+    assert gradcheck(solve, inputs())
+
+
+@discrete
+def test_gradcheck_of_times_on_the_ends_of_steps(adjoint: psn.DirectAdjoint) -> None:
+    """Saved times that coincide with steps: the dense output has both sides' derivative there."""
+    saveat = leaf(0.25, 0.5, 0.75)
+
+    def solve(u0: Tensor, saveat: Tensor) -> Tensor:
+        problem = psn.ODEProblem(lambda t, u: torch.sin(3 * t) - u, u0, (0.0, 1.0))
+        return psn.solve(problem, saveat=saveat, **fixed(adjoint, "RK4", 0.25)).u
+
+    assert gradcheck(solve, (leaf(0.7, -0.4), saveat))
+
+
+@discrete
+@pytest.mark.parametrize("name", ["Euler", "Heun", "RK4", "Tsit5", "Vern7"])
+def test_gradcheck_of_dense_output(name: str, adjoint: psn.DirectAdjoint) -> None:
+    def dense(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor, t: Tensor) -> Tensor:
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        return psn.solve(problem, **fixed(adjoint, name))(t)
+
+    assert gradcheck(dense, inputs())
+
+
+@discrete
+def test_gradcheck_of_the_steps(adjoint: psn.DirectAdjoint) -> None:
+    def steps(u0: Tensor, p: Tensor) -> Tensor:
+        return psn.solve(psn.ODEProblem(field, u0, (0.1, 1.2), p=p), **fixed(adjoint)).u
+
+    assert gradcheck(steps, inputs()[:2])
+
+
+@continuous
+def test_gradcheck_of_the_continuous_adjoints(adjoint: psn.InterpolatingAdjoint) -> None:
+    """Steps small enough for the adjoint equation's own error to vanish beside the bound."""
+
+    def solve(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor, saveat: Tensor) -> Any:
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        solution = psn.solve(problem, saveat=saveat, **fixed(adjoint, "Vern7", 0.16))
+        return solution.u, solution.u1
+
+    assert gradcheck(solve, inputs(), **CONTINUOUS_BOUND)
+
+
+@any_adjoint
+def test_gradcheck_of_a_modules_parameters(adjoint: psn.DirectAdjoint) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.network(u) * torch.cos(t)
+
+    def solve(u0: Tensor, *parameters: Tensor) -> Tensor:
+        # Finite differences change the parameters in place.
+        problem = psn.ODEProblem(Field(), u0, (0.0, 1.0))
+        return psn.solve(problem, **fixed(adjoint, "Vern7", 0.15)).u1
+
+    u0 = torch.tensor([[0.3, -0.2], [1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(solve, (u0, *network.parameters()), **CONTINUOUS_BOUND)
+
+
+@any_adjoint
+def test_gradcheck_of_complex_states(adjoint: psn.DirectAdjoint) -> None:
+    def solve(z0: Tensor, a: Tensor, w: Tensor, t0: Tensor, t1: Tensor, saveat: Tensor) -> Any:
+        problem = psn.ODEProblem(
+            lambda t, z, p: p[0] * z + 1j * p[1] * t * z - 0.1 * z * z.abs() ** 2,
+            z0,
+            (t0, t1),
+            p=(a, w),
+        )
+        solution = psn.solve(problem, saveat=saveat, **fixed(adjoint, "Vern7", 0.15))
+        return solution.u, solution.u1
+
+    z0 = leaf(1.0 - 0.5j, 0.3j, dtype=torch.complex128)
+    a = leaf(-0.4 + 0.7j, dtype=torch.complex128)
+    wanted = (z0, a, leaf(1.3), leaf(0.1), leaf(1.2), leaf(0.4, 0.95))
+    assert gradcheck(solve, wanted, **CONTINUOUS_BOUND)
+
+
+@any_adjoint
+def test_gradcheck_of_structures(adjoint: psn.DirectAdjoint) -> None:
+    def solve(x: Tensor, y: Tensor, p: Tensor) -> Any:
+        def f(t: Tensor, u: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+            return {"y": u["x"] * p[0] * u["y"], "x": -u["y"].sum() * p[1] + 0 * u["x"]}
+
+        problem = psn.ODEProblem(f, {"x": x, "y": y}, (0.0, 1.0), p=p)
+        solution = psn.solve(problem, saveat=[0.3, 1.0], **fixed(adjoint, "Vern7", 0.15))
+        return (*solution.u.values(), *solution.u1.values())
+
+    assert gradcheck(solve, (leaf(0.7), leaf(0.2, 0.3), leaf(1.1, 0.6)), **CONTINUOUS_BOUND)
+
+
+@pytest.mark.parametrize("name", ["Heun", "Tsit5"])
+def test_second_derivatives_through_the_direct_adjoint(name: str) -> None:
+    def solve(u0: Tensor, p: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        return psn.solve(problem, **fixed(psn.DirectAdjoint(), name)).u1
+
+    assert gradgradcheck(solve, inputs()[:4])
+
+
+def gradients(adjoint: psn.DirectAdjoint, name: str, **options: Any) -> tuple[Tensor, ...]:
+    """Of a loss on saved states, the end and dense output; the times moving too."""
+    u0, p, t0, t1, saveat = inputs()
+    problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+    solution = psn.solve(problem, getattr(psn, name)(), adjoint=adjoint, saveat=saveat, **options)
+    loss = solution.u.square().sum() + solution.u1.prod() + solution(0.5).sum()
+    return torch.autograd.grad(loss, (u0, p, t0, t1, saveat))
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"controller": psn.FixedStep(), "dt0": 0.13},
+        {"rtol": 1e-4, "atol": 1e-4},
+        {"rtol": 1e-4, "atol": 1e-4, "tstops": (0.3, 0.55), "dtmax": 0.2},
+    ],
+    ids=["fixed", "adaptive", "stops"],
+)
+def test_the_discrete_adjoint_is_the_direct_one(name: str, options: dict[str, Any]) -> None:
+    """The step sizes are constants to both."""
+    replayed = gradients(psn.DiscreteAdjoint(), name, **options)
+    recorded = gradients(psn.DirectAdjoint(), name, **options)
+    torch.testing.assert_close(replayed, recorded, rtol=1e-10, atol=1e-10)
+
+
+@any_adjoint
+def test_gradients_in_single_precision(adjoint: psn.DirectAdjoint) -> None:
+    """Times in float64 above a state in float32, and gradients of the right dtypes and shapes."""
+    u0 = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    t0 = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
+    t1 = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    saveat = torch.tensor([0.25, 0.5], dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -u, u0, (t0, t1))
+    solution = psn.solve(problem, adjoint=adjoint, saveat=saveat, rtol=1e-5, atol=1e-5)
+    (solution.u1.sum() + solution.u.sum()).backward()
+    e = torch.exp(-torch.tensor([0.25, 0.5, 1.0]))
+    for tensor, expected in (
+        (u0, e.sum().expand(1, 2)),
+        (t0, (3 * e.sum()).reshape(1)),
+        (t1, -3 * e[2]),
+        (saveat, -3 * e[:2]),
+    ):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype is tensor.dtype
+        assert tensor.grad.shape == tensor.shape
+        torch.testing.assert_close(tensor.grad.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+@any_adjoint
+@pytest.mark.parametrize("where", ["saved", "steps", "dense"])
+def test_no_gradients_no_graph(adjoint: psn.DirectAdjoint, where: str) -> None:
+    with torch.no_grad():
+        u0, p, t0, t1, saveat = inputs()
+        problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
+        solution = psn.solve(
+            problem, adjoint=adjoint, saveat=saveat if where == "saved" else None
+        )
+        state = solution(0.5) if where == "dense" else solution.u
+    assert not state.requires_grad
+    assert not solution.u1.requires_grad
+
+
+def test_a_scalar_function_of_one_solve_by_torch_func() -> None:
+    u0, p, *_ = (x.detach() for x in inputs())
+
+    def end(u0: Tensor, p: Tensor) -> Tensor:
+        problem = psn.ODEProblem(field, u0, (0.1, 1.2), p=p)
+        return psn.solve(problem, adjoint=psn.DirectAdjoint(), rtol=1e-8, atol=1e-8).u1
+
+    def reference(function: Callable[..., Any]) -> Any:
+        return function(lambda u0: end(u0, p), u0)
+
+    jacobian = reference(torch.autograd.functional.jacobian)
+    torch.testing.assert_close(torch.func.jacrev(end)(u0, p), jacobian)
+    torch.testing.assert_close(torch.func.jacfwd(end)(u0, p), jacobian)
+    gradient = torch.func.grad(lambda u0: end(u0, p).square().sum())(u0)
+    torch.testing.assert_close(gradient, 2 * end(u0, p) @ jacobian)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), *CONTINUOUS.values()], ids=["discrete", *CONTINUOUS]
+)
+def test_other_adjoints_refuse_torch_func_with_the_remedy(adjoint: psn.DiscreteAdjoint) -> None:
+    u0, p, *_ = (x.detach() for x in inputs())
+
+    def loss(u0: Tensor) -> Tensor:
+        problem = psn.ODEProblem(field, u0, (0.1, 1.2), p=p)
+        return psn.solve(problem, adjoint=adjoint).u1.sum()
+
+    with pytest.raises(RuntimeError, match="DirectAdjoint"):
+        torch.func.grad(loss)(u0)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), *CONTINUOUS.values()], ids=["discrete", *CONTINUOUS]
+)
+def test_other_adjoints_refuse_double_backward(adjoint: psn.DiscreteAdjoint) -> None:
+    """Also where the loss is linear in the state, and its cotangent a constant."""
+    u0, p, *_ = inputs()
+    for square in (False, True):
+        solution = psn.solve(psn.ODEProblem(field, u0, (0.1, 1.2), p=p), adjoint=adjoint)
+        loss = (solution.u1.square() if square else solution.u1).sum()
+        (gradient,) = torch.autograd.grad(loss, u0, create_graph=True)
+        with pytest.raises(RuntimeError, match="DirectAdjoint"):
+            torch.autograd.grad(gradient.sum(), p)
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), *CONTINUOUS.values()], ids=["discrete", *CONTINUOUS]
+)
+def test_parameters_changed_in_place_before_backward_are_noticed(
+    adjoint: psn.DiscreteAdjoint,
+) -> None:
+    """The replay would otherwise differentiate another solve than the one that ran."""
+    weight = leaf(1.1, 0.6)
+    problem = psn.ODEProblem(
+        lambda t, u: field(t, u, weight), inputs()[0], (0.1, 1.2)
+    )
+    solution = psn.solve(problem, adjoint=adjoint)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        solution.u1.sum().backward()
