@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.events import Event
 from pysciml_node.solution import Solution
+from pysciml_node.torch_engine.autograd import first_derivative
 from pysciml_node.torch_engine.field import FlatField
 
 
-def differentiable_event(
-    solution: Solution, event: Event, keep_graph: bool, tstops: tuple[float, ...]
-) -> None:
+class _NewtonShift(torch.autograd.Function):
+    """`-g / (dg/dt)` at a root of `g`: zero, with the derivative of the root."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(value, slope)
+        return torch.zeros_like(value)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        value, slope = ctx.saved_tensors
+        with torch.no_grad():
+            pulled = -cotangents[0] / slope
+        # One Newton step has the first derivative of the root, and not its second.
+        return (*first_derivative((pulled,), (value,)), None)
+
+
+def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, ...]) -> None:
     """Set `event_t`, and let `u1` move with it.
 
-    With `g(t, u(t)) = 0` at the event, `dt = -dg / (dg/dt + dg/du . f)`: one Newton step, whose
-    value is nearly nothing and whose derivative is the event time's. `u1` then moves along `f`.
+    With `g(t, u(t)) = 0` at the event, `dt = -dg / (dg/dt + dg/du . f)`; `u1` moves along `f`.
 
     Args:
         solution: stopped by `event`; changed in place.
         event: the event.
-        keep_graph: allow double backward through the correction.
         tstops: times the solver had to step to.
     """
     problem = solution.problem
@@ -32,23 +51,21 @@ def differentiable_event(
         return
     t = _moving(t, solution, tstops)
     u = spec.flatten(solution.u1)
-    field = FlatField(problem)
-    with torch.enable_grad():
-        time = t.detach().requires_grad_()
-        state = u.detach().requires_grad_()
-        g = event.condition(time, spec.unflatten(state))
-        dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
-    rate = field(t, u if keep_graph else u.detach())
+    with torch.no_grad():
+        rate = FlatField(problem)(t, u)
     solution.stats.nfe += 1
-    slope = torch.zeros_like(t)
+    time = t.detach().requires_grad_()
+    state = u.detach().requires_grad_()
+    g = event.condition(time, spec.unflatten(state))
+    dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
+    slope = torch.zeros_like(time)
     if dg_du is not None:
-        slope = slope + torch.vdot(dg_du.conj() if dg_du.is_complex() else dg_du, rate).real
+        slope = slope + torch.vdot(dg_du, rate).real
     if dg_dt is not None:
         slope = slope + dg_dt
-    value: Tensor = event.condition(t, spec.unflatten(u))
-    shift = -(value - value.detach()) / slope.detach()
+    shift = _NewtonShift.apply(event.condition(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
     solution.event_t = t + shift
-    solution.u1 = spec.unflatten(u + rate.detach() * shift)
+    solution.u1 = spec.unflatten(u + rate * shift)
 
 
 def _moving(t: Tensor, solution: Solution, tstops: tuple[float, ...]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node import engines
-from pysciml_node.adjoints import Adjoint, DirectAdjoint, DiscreteAdjoint
+from pysciml_node.adjoints import Adjoint, DiscreteAdjoint
 from pysciml_node.algorithms import Algorithm, Tsit5
 from pysciml_node.controllers import Controller, FixedStep
 from pysciml_node.diagnosis import failure_message
@@ -125,8 +125,7 @@ def solve(
     chosen = engines.choose(engine, algorithm, adjoint)
     solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
-        keep_graph = isinstance(adjoint, DirectAdjoint)
-        differentiable_event(solution, events[solution.event], keep_graph, options.tstops)
+        differentiable_event(solution, events[solution.event], options.tstops)
     if throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution
@@ -191,6 +190,8 @@ def _check_tolerance(name: str, value: Any, problem: ODEProblem) -> tuple[float 
 
 def _check_part(name: str, value: Any, problem: ODEProblem, shape: torch.Size) -> float | Tensor:
     """One tolerance of one part of the state."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a tensor, but is {value!r}.")
     if not isinstance(value, Tensor) or value.ndim == 0:
         number = float(value)
         allowed = number >= 0 and (name.startswith("atol[") or not math.isinf(number))
@@ -211,8 +212,10 @@ def _check_part(name: str, value: Any, problem: ODEProblem, shape: torch.Size) -
 
 
 def _check_both_zero(options: SolveOptions) -> None:
-    given = [x for x in (options.rtol, options.atol) if isinstance(x, Tensor) or x != 0]
-    if not given and options.controller.adaptive:
+    if not options.controller.adaptive:
+        return
+    both = torch.as_tensor(options.rtol == 0) & torch.as_tensor(options.atol == 0)
+    if bool(both.any()):
         raise ValueError("rtol and atol must not both be 0: no step could be accepted.")
 
 

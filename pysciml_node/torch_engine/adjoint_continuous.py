@@ -307,8 +307,13 @@ def _time_gradients(
         return torch.vdot(cotangent, rate).real
 
     t0, t1 = ends
+    record = dense.record
     at_end = jumps.at(t1)
-    gradients.t1 = method.nodes.new_zeros(()) if at_end is None else along(t1, at_end)
+    # A solve that an event has stopped does not reach the end of its interval.
+    reached = bool(record.stops) and record.stops[-1] == record.t1_stop
+    gradients.t1 = method.nodes.new_zeros(())
+    if reached and at_end is not None:
+        gradients.t1 = along(t1, at_end)
     gradients.t0 = -along(t0, costate)
     if arriving.saved is not None:
         gradients.saveat = method.nodes.new_zeros(arriving.saved.shape[0])
@@ -320,7 +325,6 @@ def _time_gradients(
         # A cotangent of u0 itself does not move with t0.
         gradients.t0 = gradients.t0 + along(t0, at_start)
     # The ends of free steps move with t0, until a stop fixes them.
-    record = dense.record
     for t, stop, cotangent in zip(record.times[1:], record.stops, arriving.states[1:], strict=True):
         if stop is not None:
             break

@@ -46,9 +46,8 @@ class EventSearch:
         # Taken again with the shorter size: the state at the event is the step's own result.
         h = theta * step.h
         march.stages.count = 1
-        size = step.size * theta
-        u1 = march.stages.solution(step.time, size, step.u, with_error=False)
-        return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, size)
+        u1 = march.stages.solution(step.time, h, step.u, with_error=False)
+        return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, h)
 
     def _locate(self, i: int, step: Step, march: March) -> float:
         """The crossing of one condition by bisection on the dense output, as a fraction."""
