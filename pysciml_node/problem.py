@@ -76,6 +76,11 @@ class ODEProblem:
                 "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
             )
         object.__setattr__(self, "spec", StateSpec.of(self.u0))
+        if self.spec.device.type == "meta":
+            raise ValueError(
+                "u0 must have values, but is on the meta device.\n"
+                "  Make it on a device that computes, such as cpu."
+            )
         span = tuple(self.tspan.unbind()) if isinstance(self.tspan, Tensor) else self.tspan
         if not hasattr(span, "__len__") or len(span) != 2:
             raise TypeError(f"tspan must be a pair (t0, t1), but is {self.tspan!r}.")

@@ -33,7 +33,12 @@ class FlatField:
         state = spec.unflatten(u)
         out = self.f(t, state) if self.p is None else self.f(t, state, self.p)
         if spec.keys is None:
-            if type(out) is not Tensor or out.shape != spec.shapes[0] or out.dtype != spec.dtype:
+            if (
+                type(out) is not Tensor
+                or out.shape != spec.shapes[0]
+                or out.dtype != spec.dtype
+                or out.device != spec.device
+            ):
                 out = self._checked(out)[0]
             flat: Tensor = out.reshape(-1)
             return flat
