@@ -1,0 +1,57 @@
+"""The code in README.md and docs/, and the examples in docstrings, run as they are written."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import pysciml_node
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```python[ \t]*(?P<mark>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+MODULES = ["pysciml_node"] + [
+    module.name
+    for module in pkgutil.walk_packages(pysciml_node.__path__, "pysciml_node.")
+    if not module.name.endswith("__main__")
+]
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """The Python blocks of a page that are to run, each with the number of its first line."""
+    return [
+        (text.count("\n", 0, match.start("code")) + 1, match["code"])
+        for match in BLOCK.finditer(text)
+        if match["mark"] != "no-run"
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for line, code in blocks(page.read_text(encoding="utf-8")):
+        # Blank lines in front give a traceback the page's own line numbers.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+def test_marked_blocks_are_left_out():
+    text = "a\n```python no-run\n1 / 0\n```\n```python\nx = 1\n```\n"
+    assert blocks(text) == [(6, "x = 1\n")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
