@@ -190,8 +190,8 @@ def _solution(
 ) -> Solution:
     problem, options, spec = work.problem, work.options, work.problem.spec
     stats = work.stats
-    stats.naccept, stats.nreject = record.naccept, record.nreject
     _check_finite(record, states, options)
+    stats.naccept, stats.nreject = record.naccept, record.nreject
     trajectory = TorchTrajectory(problem, work.method, lambda: (record, states), stats, options)
     if options.saveat is None:
         t = problem.time_tensor(record.times)
@@ -209,7 +209,7 @@ def _solution(
         u1=spec.unflatten(states[-1]),
         trajectory=trajectory,
         make_states=_make_states(
-            spec.unflatten, trajectory, None if options.saveat is None else saved
+            spec.unflatten, trajectory, None if options.saveat is None else saved[: record.saved]
         ),
         event=record.event,
     )
@@ -230,6 +230,10 @@ def _check_finite(record: Record, states: list[Tensor], options: SolveOptions) -
         return
     from pysciml_node.solution import ReturnCode
 
-    good = next((n for n, u in enumerate(states) if not bool(torch.isfinite(u).all())), len(states))
+    # u0 stays, whatever it is.
+    good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
+    if good is None:
+        return
     record.retcode = ReturnCode.Unstable
-    del record.times[good:], record.sizes[good - 1 :], record.errors[good - 1 :], states[good:]
+    record.truncate(good)
+    del states[good:]

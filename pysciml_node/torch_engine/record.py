@@ -41,6 +41,16 @@ class Record:
     event: int | None = None
     t1_stop: int = 0
 
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` times, and what was saved up to there."""
+        steps = count - 1
+        del self.times[count:], self.sizes[steps:], self.errors[steps:], self.stops[steps:]
+        self.inside = {n: found for n, found in self.inside.items() if n < steps}
+        self.at_end = {n: found for n, found in self.at_end.items() if n < count}
+        self.saved = sum(len(indices) for indices, _ in self.inside.values())
+        self.saved += sum(len(indices) for indices in self.at_end.values())
+        self.naccept = steps
+
 
 class Saver:
     """Collects the states at requested times from the steps that pass over them.

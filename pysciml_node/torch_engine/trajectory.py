@@ -21,7 +21,7 @@ from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
 from pysciml_node.torch_engine.record import Record
 from pysciml_node.torch_engine.stages import Method, Stages
-from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
+from pysciml_node.torch_engine.vectors import Real, RecordedVectors, vectors_like
 
 
 @dataclass
@@ -84,6 +84,39 @@ class TorchTrajectory:
         n = bisect_right(self.record.times, sign * t, key=lambda x: sign * x) - 1
         return min(max(n, 0), len(self.record.sizes) - 1)
 
+    def _moving_step(self, n: int) -> tuple[Real, Real]:
+        """Start and size of step `n`, as they move with the ends of the interval.
+
+        Free steps keep their sizes when `t0` moves, until a stop fixes where one ends.
+        """
+        record, problem = self.record, self.problem
+        start: Real = record.times[n]
+        h: Real = record.sizes[n]
+        if not torch.is_grad_enabled():
+            return start, h
+        t0, t1 = (
+            (t - t.detach()).double().reshape(())
+            if isinstance(t, Tensor) and t.requires_grad
+            else 0.0
+            for t in problem.tspan
+        )
+        if isinstance(t0, Tensor) and all(stop is None for stop in record.stops[:n]):
+            start = start + t0
+        if record.stops[n] is not None:
+            moves = t1 if record.stops[n] == record.t1_stop else 0.0
+            if isinstance(moves, Tensor) or isinstance(start, Tensor):
+                h = record.times[n + 1] + moves - start
+        return start, h
+
+    def _known_states(self, n: int, moving: bool) -> dict[float, Tensor]:
+        """The states at the ends of step `n` by time; a moving step has them at fixed times only.
+
+        The ends of the interval belong to it: the states there move with them.
+        """
+        known = {self.record.times[n + i]: (n + i, self.flat_states[n + i]) for i in (0, 1)}
+        last = len(self.record.sizes)
+        return {t: u for t, (i, u) in known.items() if not moving or i in (0, last)}
+
     def evaluate(self, times: Tensor) -> Tensor:
         """Dense output `(m, N)` at `times` `(m,)`."""
         if not self.record.sizes:
@@ -95,8 +128,8 @@ class TorchTrajectory:
         stages, field = self._stages(self.method)
         rows: list[Tensor | None] = [None] * len(host)
         for n, members in groups.items():
-            start, h, u = self.record.times[n], self.record.sizes[n], self.flat_states[n]
-            ends = {start: u, self.record.times[n + 1]: self.flat_states[n + 1]}
+            u, (start, h) = self.flat_states[n], self._moving_step(n)
+            ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
             if not times.requires_grad and all(host[i] in ends for i in members):
                 for i in members:
                     rows[i] = ends[host[i]]
