@@ -246,12 +246,12 @@ class _Backsolve(_Augmented):
     ) -> None:
         super().__init__(field, None, True, size, stats)
         self.stored = dict(zip(dense.record.times, dense.states, strict=True))
+        self.dense = dense
 
     def jump(self, vector: Tensor, cotangent: Tensor, t: float) -> Tensor:
         vector = super().jump(vector, cotangent, t)
         stored = self.stored.get(t)
-        if stored is not None:
-            vector[self.size : 2 * self.size] = stored
+        vector[self.size : 2 * self.size] = self.dense(t) if stored is None else stored
         return vector
 
 
