@@ -390,7 +390,8 @@ def backward_graph(
         if saveat is not None and cotangent_saved is not None:
             # A saved time belongs to the step that ends at it; only the first step owns its start.
             after = torch.where(first & (i == 1), -torch.inf, step[STEP_START] * direction)
-            j, at_end, direct, *dense = gather(step, j, after, cotangent_saved)
+            j, sums = gather(step, j, after, cotangent_saved)
+            at_end, direct, *dense = sums.unbind()
             pulled = (cotangent + at_end, *dense)
         pullback = torch.func.vjp(advance, u, *inputs)[1]
         found = pullback(pulled)
@@ -400,33 +401,31 @@ def backward_graph(
         added = [total + part for total, part in zip(totals, found[1:], strict=True)]
         return (i - 1, j, cotangent.clone(), *added)
 
-    def gather(step: Tensor, j: Tensor, after: Tensor, cotangents: Tensor) -> tuple[Tensor, ...]:
-        """Sum what the saved states in one step ask of its end, its start and its stages."""
-        assert saveat is not None
+    def gather(step: Tensor, j: Tensor, after: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum what the saved states in one step ask of its end, its start and its stages.
 
-        def inside(j: Tensor, *sums: Tensor) -> Tensor:
+        The sums are the rows of one tensor: a loop that makes no round returns what it started
+        from, and separate sums would then be the same zeros, overwritten by whoever uses them.
+        """
+        assert saveat is not None
+        column = (-1, *(1,) * (cotangents.ndim - 1))
+
+        def inside(j: Tensor, sums: Tensor) -> Tensor:
             time = _row(saveat, torch.clamp(j - 1.0, min=0.0))
             return (j > 0) & (time * direction > after)
 
-        def add(j: Tensor, at_end: Tensor, at_start: Tensor, *stages: Tensor) -> tuple[Tensor, ...]:
-            time, given = _row(saveat, j - 1.0), _row(cotangents, j - 1.0)
-            exact = time == step[STEP_END]
-            zero = torch.zeros_like(given)
-            inner = torch.where(exact, zero, given)
-            weights = stepper.weights((time - step[STEP_START]) / step[STEP_SIZE])
-            return (
-                j - 1.0,
-                at_end + torch.where(exact, given, zero),
-                at_start + inner,
-                *(
-                    k + (step[STEP_SIZE] * w).to(dtype) * inner
-                    for k, w in zip(stages, weights, strict=True)
-                ),
-            )
+        def add(j: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+            start, size, end, _ = step.unbind()
+            time = _row(saveat, j - 1.0)
+            exact = (time == end).double()
+            inner = 1.0 - exact
+            weights = [size * w * inner for w in stepper.weights((time - start) / size)]
+            factors = torch.stack([exact, inner, *weights]).to(dtype)
+            return j - 1.0, sums + factors.reshape(column) * _row(cotangents, j - 1.0)
 
-        zero = torch.zeros_like(cotangents[0])
-        start = (j, *(zero.clone() for _ in range(len(used) + 2)))
-        return while_loop(inside, add, start)
+        sums = cotangents.new_zeros((len(used) + 2, *cotangents.shape[1:]))
+        j, sums = while_loop(inside, add, (j, sums))
+        return j, sums
 
     totals = tuple(torch.zeros_like(x) for x in inputs)
     _, j, cotangent, *found = while_loop(
