@@ -22,7 +22,7 @@ from pysciml_node.data import Splits, mnist
 from pysciml_node.experiments.figures import plot_training
 from pysciml_node.experiments.results import check_mergeable, format_table, merge_results, summarize
 from pysciml_node.experiments.runner import measure, train_classifier
-from pysciml_node.experiments.settings import ADJOINTS, Run, Settings, Variant, describe
+from pysciml_node.experiments.settings import ADJOINTS, STEP_SIZES, Run, Settings, Variant, describe
 
 VARIANTS: dict[str, Variant] = {
     "none": "vanilla",
@@ -62,6 +62,20 @@ def parse_arguments() -> argparse.Namespace:
         default=PAPER.adjoint,
         help="how gradients pass through the solve; the paper's is interpolating",
     )
+    add(
+        "--step-size",
+        choices=STEP_SIZES,
+        default=PAPER.step_size,
+        help="of the penalty's step: Hairer's first step, as in the paper's code, or the solver's",
+    )
+    add(
+        "--stop-gradient",
+        action=argparse.BooleanOptionalAction,
+        default=PAPER.stop_gradient,
+        help="keep the penalty's gradient out of the sampled state and the first stage, as the "
+        "paper's code does; the full gradient is thousands of times smaller, so --weight has to "
+        "grow with it",
+    )
     add("--seed", type=int, default=0, help="of parameters, batches and penalty times")
     add("--evaluate-every", type=int, default=PAPER.evaluate_every, help="steps")
     add("--checkpoint-every", type=int, default=100, help="steps between two checkpoints")
@@ -87,6 +101,8 @@ def main() -> None:
         tolerance=arguments.tolerance,
         engine=arguments.engine,
         adjoint=arguments.adjoint,
+        step_size=arguments.step_size,
+        stop_gradient=arguments.stop_gradient,
         evaluate_every=arguments.evaluate_every,
         # A look at the curve while training; the figures at the end use all of the test data.
         monitor_samples=4 * arguments.batch_size,

@@ -118,9 +118,14 @@ class ODEClassifier(Classifier):
         self._penalty_generator = torch.Generator().manual_seed(run.seed + 2_000_003)
         regularizers = []
         if run.variant in _SAMPLING:
-            weight = Exponential(*run.weight, settings.steps)
             regularizers.append(
-                LocalError(_SAMPLING[run.variant], weight=weight, generator=self._penalty_generator)
+                LocalError(
+                    _SAMPLING[run.variant],
+                    weight=Exponential(*run.weight, settings.steps),
+                    step_size=settings.step_size,
+                    stop_gradient=settings.stop_gradient,
+                    generator=self._penalty_generator,
+                )
             )
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),

@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from pysciml_node.regularizers.local import StepSize
+
 Variant = Literal["vanilla", "local-unbiased", "local-biased"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 AdjointName = Literal["discrete", "direct", "interpolating", "backsolve", "gauss"]
 ADJOINTS: tuple[AdjointName, ...] = get_args(AdjointName)
+STEP_SIZES: tuple[StepSize, ...] = get_args(StepSize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,10 @@ class Settings:
         hidden: width of the field's hidden layer.
         engine: ``"auto"``, ``"torch"`` or ``"julia"``.
         adjoint: how gradients pass through the solve.
+        step_size: of the penalty's step, ``"hairer"`` as in the paper's code or ``"solver"``; see
+            `pysciml_node.LocalError`.
+        stop_gradient: keep the penalty's gradient out of the sampled state and the first stage, as
+            the paper's code does.
         evaluate_every: optimizer steps between evaluations.
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
 
@@ -40,6 +47,8 @@ class Settings:
     hidden: int = 100
     engine: str = "auto"
     adjoint: AdjointName = "discrete"
+    step_size: StepSize = "hairer"
+    stop_gradient: bool = True
     evaluate_every: int = 250
     monitor_samples: int | None = None
 
@@ -48,6 +57,8 @@ class Settings:
         for name in numbers:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
+        if self.step_size not in STEP_SIZES:
+            raise ValueError(f"step_size must be one of {STEP_SIZES}, but is {self.step_size!r}.")
         if self.adjoint not in ADJOINTS:
             raise ValueError(f"adjoint must be one of {ADJOINTS}, but is {self.adjoint!r}.")
 
