@@ -67,10 +67,13 @@ KNOWN: dict[str, Known] = {
     "swing": _swirl(2.0, 0.5, angle=torch.sin, rate=torch.cos),
     # Onto the unit circle from inside: a Bernoulli equation for the radius.
     "spiral": Known(
-        lambda t, u: u * (1 - (u**2).sum(-1, keepdim=True))
-        + 2 * torch.stack((-u[..., 1], u[..., 0]), -1),
-        lambda t: torch.stack((torch.cos(2 * t), torch.sin(2 * t)), -1)
-        / torch.sqrt(1 + 3 * torch.exp(-2 * t)).unsqueeze(-1),
+        lambda t, u: (
+            u * (1 - (u**2).sum(-1, keepdim=True)) + 2 * torch.stack((-u[..., 1], u[..., 0]), -1)
+        ),
+        lambda t: (
+            torch.stack((torch.cos(2 * t), torch.sin(2 * t)), -1)
+            / torch.sqrt(1 + 3 * torch.exp(-2 * t)).unsqueeze(-1)
+        ),
         (0.0, 2.0),
     ),
 }

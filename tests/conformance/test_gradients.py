@@ -197,7 +197,10 @@ def test_what_the_field_does_not_use_has_no_gradient(
     frozen = nn.Linear(2, 2, dtype=torch.float64).requires_grad_(False)
     unused = leaf(1.0)
     problem = psn.ODEProblem(
-        lambda t, u, p: frozen(torch.tanh(field(u))), torch.ones(3, 2).double(), (0.0, 1.0), p=unused
+        lambda t, u, p: frozen(torch.tanh(field(u))),
+        torch.ones(3, 2).double(),
+        (0.0, 1.0),
+        p=unused,
     )
     solution = psn.solve(problem, adjoint=adjoint, engine=engine)
     solution.u1.sum().backward()

@@ -166,9 +166,7 @@ def test_dt0_is_the_first_step(engine: str) -> None:
 
 def test_fixed_steps_are_of_dt0(engine: str) -> None:
     problem = psn.ODEProblem(oscillator, start(), (0.0, 1.0))
-    solution = psn.solve(
-        problem, psn.RK4(), controller=psn.FixedStep(), dt0=0.15, engine=engine
-    )
+    solution = psn.solve(problem, psn.RK4(), controller=psn.FixedStep(), dt0=0.15, engine=engine)
     expected = torch.tensor([0.15] * 6 + [0.1], dtype=torch.float64)
     torch.testing.assert_close(solution.t.diff(), expected)
     assert (solution.stats.naccept, solution.stats.nreject) == (7, 0)

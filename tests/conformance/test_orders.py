@@ -44,9 +44,7 @@ RANGES = {
     "DP8": Range(
         (12, 16, 24, 32), (0.2, 0.15, 0.1, 0.07), ("riccati", "spiral"), ("swirl", "spiral")
     ),
-    "Vern7": Range(
-        (20, 24, 32, 48), (0.15, 0.1, 0.07, 0.05), local_problems=("riccati", "spiral")
-    ),
+    "Vern7": Range((20, 24, 32, 48), (0.15, 0.1, 0.07, 0.05), local_problems=("riccati", "spiral")),
     "Vern9": Range(
         (10, 12, 14, 16), (0.3, 0.25, 0.2, 0.15), ("swing", "fast-swirl"), ("riccati", "fast-swirl")
     ),

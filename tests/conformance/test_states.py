@@ -104,9 +104,7 @@ def test_structures_are_their_flat_tensor(kind: str, engine: str) -> None:
 def test_parts_keep_their_shapes_and_order(engine: str) -> None:
     """A dict's order is that of `u0`, whatever order the field answers in."""
     u0 = {"b": torch.ones(2, 3).double(), "a": torch.tensor(2.0).double()}
-    problem = psn.ODEProblem(
-        lambda t, u: {"a": -2 * u["a"], "b": -u["b"]}, u0, (0.0, 1.0)
-    )
+    problem = psn.ODEProblem(lambda t, u: {"a": -2 * u["a"], "b": -u["b"]}, u0, (0.0, 1.0))
     solution = psn.solve(problem, rtol=1e-9, atol=1e-9, saveat=[0.5, 1.0], engine=engine)
     assert list(solution.u) == ["b", "a"]
     assert solution.u["b"].shape == (2, 2, 3)

@@ -253,9 +253,7 @@ def test_no_gradients_no_graph(adjoint: psn.DirectAdjoint, where: str) -> None:
     with torch.no_grad():
         u0, p, t0, t1, saveat = inputs()
         problem = psn.ODEProblem(field, u0, (t0, t1), p=p)
-        solution = psn.solve(
-            problem, adjoint=adjoint, saveat=saveat if where == "saved" else None
-        )
+        solution = psn.solve(problem, adjoint=adjoint, saveat=saveat if where == "saved" else None)
         state = solution(0.5) if where == "dense" else solution.u
     assert not state.requires_grad
     assert not solution.u1.requires_grad
@@ -314,9 +312,7 @@ def test_parameters_changed_in_place_before_backward_are_noticed(
 ) -> None:
     """The replay would otherwise differentiate another solve than the one that ran."""
     weight = leaf(1.1, 0.6)
-    problem = psn.ODEProblem(
-        lambda t, u: field(t, u, weight), inputs()[0], (0.1, 1.2)
-    )
+    problem = psn.ODEProblem(lambda t, u: field(t, u, weight), inputs()[0], (0.1, 1.2))
     solution = psn.solve(problem, adjoint=adjoint)
     with torch.no_grad():
         weight.mul_(2)
