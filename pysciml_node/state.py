@@ -73,7 +73,7 @@ class StateSpec:
                 f"u0 must be a tensor, or a tuple or dict of tensors, but is {type(u0).__name__}.\n"
                 "  Convert it: torch.as_tensor(u0)."
             )
-        for key, part in zip(keys or ("",), parts, strict=True):
+        for key, part in zip(("",) if keys is None else keys, parts, strict=True):
             name = "u0" if keys is None else f"u0[{key!r}]"
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name} must be a tensor, but is {type(part).__name__}.")

@@ -89,7 +89,10 @@ class SolveNode(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
         states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        arriving = Cotangents(cotangents[0], [None, *cotangents[1:]])
+        # A failed solve may have been cut back to its last good state.
+        kept = len(ctx.record.times)
+        states = states[:kept]
+        arriving = Cotangents(cotangents[0], [None, *cotangents[1:kept]])
         with_times = any(ctx.needs_input_grad[4:7])
         with torch.no_grad():
             found = ctx.sweep(ctx.record, states, arriving, with_times)
