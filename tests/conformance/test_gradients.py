@@ -59,7 +59,7 @@ def test_gradients_of_the_end(
 def test_gradients_of_saved_states_and_of_their_times(
     adjoint: psn.InterpolatingAdjoint | None, engine: str
 ) -> None:
-    """Saved times on the ends of the interval move with these, and have no gradient of their own."""
+    """Times saved on the ends of the interval move with these, without gradients of their own."""
     u0, p, t0, t1 = inputs()
     saveat = leaf(0.4, 0.7, 0.71, 1.3, 1.7)
     problem = psn.ODEProblem(logistic, u0, (t0, t1), p=p)

@@ -23,7 +23,7 @@ CONTINUOUS = {
     "gauss": psn.GaussAdjoint(),
     "backsolve": psn.BacksolveAdjoint(),
 }
-# Random projections of the Jacobian, and room for the difference between equation and discretisation.
+# Random projections of the Jacobian, and room for what tells the equation from its discretisation.
 CONTINUOUS_BOUND: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5, "fast_mode": True}
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 discrete = pytest.mark.parametrize("adjoint", DISCRETE.values(), ids=DISCRETE.keys())
