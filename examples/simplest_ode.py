@@ -68,10 +68,13 @@ def variance_corrected(curvature: Curvature, **options: Any) -> MakeOptimizer:
 
 
 def lbfgs(params: Sequence[Tensor], lr: float) -> Optimizer:
+    # The two evaluations end a step after one line search; max_iter=1 would too, but was seen to
+    # stand still for good after a step that did not change the memory.
     return torch.optim.LBFGS(
         params,
         lr,
-        max_iter=1,
+        max_iter=2,
+        max_eval=2,
         history_size=20,
         line_search_fn="strong_wolfe",
         tolerance_grad=0.0,
