@@ -172,13 +172,31 @@ class CompiledSolver:
             CompileError: the field does not compile.
             NotImplementedError: a gradient with respect to a time is asked for.
         """
+        if torch.is_inference_mode_enabled():
+            # Tensors made in inference mode are of another kind, which compiles anew.
+            with torch.inference_mode(False), torch.no_grad():
+                return self(
+                    _ordinary(u0),
+                    float(t0),
+                    float(t1),
+                    rtol,
+                    atol,
+                    control,
+                    dt0=dt0,
+                    dtmin=dtmin,
+                    dtmax=dtmax,
+                    max_steps=max_steps,
+                    saveat=None if saveat is None else _ordinary(saveat),
+                    p=None if p is None else pytree.tree_map(_ordinary, p),
+                    keep_states=keep_states,
+                )
         f = self._f()
+        if f is None:
+            raise ReferenceError("the field is gone: keep a reference to it while it is solved.")
         _refuse_time_gradients(t0, t1, saveat)
         leaves, p_spec = ([], None) if p is None else _leaves(p)
         module = isinstance(f, nn.Module)
         parameters = _parameters(f) if module else []
-        if u0.is_inference():
-            u0, leaves = u0.clone(), [x.clone() for x in leaves]
         grad = torch.is_grad_enabled()
         wanted = tuple(grad and x.requires_grad for x in leaves)
         key = (
@@ -212,7 +230,7 @@ class CompiledSolver:
         if differentiable:
             u1, saved, *states = SolveNode.apply(solve, u0, *parameters, *moving)  # type: ignore[no-untyped-call]
         else:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 u1, saved, states = solve.forward(u0.detach())
         last = solve.control
         return CompiledResult(
@@ -247,7 +265,8 @@ class CompiledSolver:
         if isinstance(f, nn.Module):
             names = tuple(name for name, x in f.named_parameters() if x.requires_grad)
         wanted = tuple(x.requires_grad for x in leaves)
-        return Layout(self._tableau, names, p_spec, wanted, u0.device)
+        shapes = tuple(x.shape for x in leaves)
+        return Layout(self._tableau, names, p_spec, shapes, wanted, u0.device)
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -261,6 +280,11 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
                 found[id(x)] = x
         todo.extend(child for child in reversed(owner._modules.values()) if child is not None)
     return list(found.values())
+
+
+def _ordinary(x: Any) -> Any:
+    """A tensor that was not made in inference mode."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def _leaves(p: Any) -> tuple[list[Tensor], Any]:

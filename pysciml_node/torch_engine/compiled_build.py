@@ -84,15 +84,22 @@ def run(graph: Graph, *arguments: Any) -> Any:
     try:
         return graph(*arguments)
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        kinds = ("torch._dynamo", "torch._inductor", "torch.fx")
+        if not type(error).__module__.startswith(kinds):
             raise
-        cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise CompileError(
-            f"the solve cannot be compiled: {cause or type(error).__name__}\n"
+            f"the solve cannot be compiled: {_cause(error)}\n"
             "  Control flow that depends on the values of tensors, printing, and calls that leave "
             "PyTorch do not compile.\n"
             "  Rewrite them in the field (torch.where), or solve with compile=False."
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The line of a compiler's message that explains most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("Explanation:", "RuntimeError:"))]
+    return (told or lines or [type(error).__name__])[0].removeprefix("Explanation: ")
 
 
 def check_field(field: Any, t: Tensor, u: Tensor, leaves: list[Tensor], call: Graph) -> None:

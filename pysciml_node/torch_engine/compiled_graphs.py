@@ -50,8 +50,9 @@ RUNNING, SUCCESS, OUT_OF_STEPS, SIZE_TOO_SMALL, NON_FINITE = (float(i) for i in 
 # A step that ends within this fraction of itself from the end is made to end on it, so that
 # rounding never leaves a sliver.
 _SLIVER = 1 + 1e-8
-# Steps below this multiple of |t| no longer move the time.
+# Steps below this multiple of |t| no longer move the time; at t = 0 all do that are not 0.
 _TIME_RESOLUTION = 4 * 2.0**-52
+_SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def _combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -194,7 +195,7 @@ def _next_size(
 def _status(settings: Tensor, control: Sequence[Tensor], error: Tensor) -> Tensor:
     """What stands in the way of another step from `control`."""
     t, size = control[TIME], control[SIZE]
-    smallest = torch.maximum(settings[DTMIN], _TIME_RESOLUTION * t.abs())
+    smallest = torch.maximum(settings[DTMIN], _TIME_RESOLUTION * t.abs() + _SMALLEST)
     lands = (settings[END] - t).abs() <= size.abs() * _SLIVER
     stuck = (size.abs() < smallest) & ~lands & (settings[FIXED] == 0)
     status = torch.where(torch.isfinite(error), SIZE_TOO_SMALL, NON_FINITE)

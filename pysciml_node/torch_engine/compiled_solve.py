@@ -51,7 +51,22 @@ def _inside(
     def call(*arguments: Any) -> Any:
         return torch.func.functional_call(f, views, arguments) if views else f(*arguments)
 
-    return evaluate(call, t, u, [x.view_as(x) for x in leaves], p_spec)
+    return evaluate(call, t, u, leaves, p_spec)
+
+
+def as_input(x: Tensor) -> Tensor:
+    """A tensor of `p`, or a parameter, as a graph takes it.
+
+    The compiler looks into tensors without dimensions and relies on what it finds (not NaN): they
+    get one.
+    """
+    x = x.detach()
+    return x.reshape(1) if x.ndim == 0 else x.contiguous()
+
+
+def _shaped(leaves: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Undo `as_input`, inside a compiled function; these are views, see `_inside`."""
+    return [x.view(shape) for x, shape in zip(leaves, shapes, strict=True)]
 
 
 def _merge(wanted: Sequence[bool], moving: Sequence[Any], constant: Sequence[Any]) -> list[Any]:
@@ -67,6 +82,7 @@ class Layout:
         tableau: the method.
         names: parameters of the field that receive gradients.
         p_spec: structure of `p`, or `None`.
+        p_shapes: shapes of the leaves of `p`.
         wanted: for each leaf of `p`, whether it receives a gradient.
         device: where the solve runs.
     """
@@ -76,22 +92,24 @@ class Layout:
         tableau: Tableau,
         names: tuple[str, ...],
         p_spec: Any,
+        p_shapes: tuple[torch.Size, ...],
         wanted: tuple[bool, ...],
         device: torch.device,
     ) -> None:
         self.stepper = graphs.Stepper(tableau)
-        self.names, self.p_spec, self.wanted, self.device = names, p_spec, wanted, device
+        self.names, self.p_spec, self.p_shapes = names, p_spec, p_shapes
+        self.wanted, self.device = wanted, device
 
     @functools.cached_property
     def forward(self) -> Graph:
         """`(field, leaves of p, arguments of forward_graph) -> (control, u)`."""
-        stepper, p_spec = self.stepper, self.p_spec
+        stepper, p_spec, p_shapes = self.stepper, self.p_spec, self.p_shapes
 
         def solve(f: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
             tensors = _tensors_of(f)
 
             def derivative(t: Tensor, u: Tensor) -> Tensor:
-                return _inside(f, tensors, t, u, leaves, p_spec)
+                return _inside(f, tensors, t, u, _shaped(leaves, p_shapes), p_spec)
 
             return graphs.forward_graph(stepper, derivative, *rest)
 
@@ -108,15 +126,19 @@ class Layout:
         return self._replay()
 
     def _replay(self) -> Graph:
-        stepper, names, p_spec, wanted = self.stepper, self.names, self.p_spec, self.wanted
+        stepper, names, wanted = self.stepper, self.names, self.wanted
+        p_spec, p_shapes = self.p_spec, self.p_shapes
 
         def replay(f: Any, constants: tuple[Tensor, ...], *rest: Any) -> Any:
             tensors = _tensors_of(f)
 
             def derivative(t: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
                 leaves = _merge(wanted, inputs[len(names) :], constants)
-                moving = dict(zip(names, inputs[: len(names)], strict=True))
-                return _inside(f, {**tensors, **moving}, t, u, leaves, p_spec)
+                moving = {
+                    name: x.view(tensors[name].shape)
+                    for name, x in zip(names, inputs[: len(names)], strict=True)
+                }
+                return _inside(f, {**tensors, **moving}, t, u, _shaped(leaves, p_shapes), p_spec)
 
             return graphs.backward_graph(stepper, derivative, *rest)
 
@@ -138,7 +160,7 @@ class Solve:
         self.layout, self.f, self.saveat, self.keep_states = layout, f, saveat, keep_states
         self.control = values[: graphs.CONTROL_LENGTH]
         self.settings = values[graphs.CONTROL_LENGTH :]
-        self.leaves = tuple(x.detach().contiguous() for x in leaves)
+        self.leaves = tuple(as_input(x) for x in leaves)
         self.steps: list[tuple[int, Tensor]] = []
         self.evaluations = 0
         self.on_backward: Callable[[], None] | None = None
@@ -281,7 +303,7 @@ class SolveNode(torch.autograd.Function):
         solve: Solve = ctx.solve
         of_end, of_saved, *of_states = cotangents
         split = len(ctx.saved_tensors) - len(solve.steps)
-        inputs = tuple(x.detach() for x in ctx.saved_tensors[:split])
+        inputs = tuple(as_input(x) for x in ctx.saved_tensors[:split])
         states = ctx.saved_tensors[split:]
         of_end = torch.zeros_like(states[0][0]) if of_end is None else of_end.contiguous()
         if solve.saveat is not None:
@@ -290,4 +312,7 @@ class SolveNode(torch.autograd.Function):
         of_u0, of_inputs = solve.backward(inputs, states, of_end, of_saved, of_states)
         if solve.on_backward is not None:
             solve.on_backward()
-        return (None, of_u0, *of_inputs) if of_inputs else (None, of_u0, *(None for _ in inputs))
+        if not of_inputs:
+            return (None, of_u0, *(None for _ in inputs))
+        given = ctx.saved_tensors[:split]
+        return (None, of_u0, *(g.view(x.shape) for g, x in zip(of_inputs, given, strict=True)))
