@@ -52,12 +52,12 @@ class Spread:
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]], repeats: int, turn: float = 5e-3
+    calls: dict[str, Callable[[], object]], repeats: int, turn: float = 20e-3
 ) -> dict[str, Spread]:
     """Time all calls side by side, in turns A B C A B C ..., so that drifting speed hits all alike.
 
-    A turn makes one untimed call, then as many timed ones as fill `turn` seconds, and counts their
-    mean as one sample.
+    A turn makes as many calls as fill `turn` seconds untimed, so that nothing of its neighbour is
+    left in the caches, then as many timed ones, and counts their mean as one sample.
 
     Args:
         calls: what to time; each must return only when its work is done.
@@ -75,7 +75,8 @@ def interleave(
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            call()
+            for _ in range(counts[name]):
+                call()
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(counts[name]):
                 call()
