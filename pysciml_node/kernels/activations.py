@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TypeAlias
@@ -87,6 +88,8 @@ def as_function(activation: Activation) -> Elementwise:
     """
     if isinstance(activation, str):
         return _FUNCTIONS[_known_name(activation)]
+    if isinstance(activation, nn.Module):
+        return copy.deepcopy(activation).double()  # kernels are computed in float64
     if callable(activation):
         return activation
     raise TypeError(

@@ -28,6 +28,16 @@ def correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
     return torch.where(scale > 0, c / scale.clamp_min(torch.finfo(c.dtype).tiny), 0.0).clamp(-1, 1)
 
 
+def snapped_correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+    """The correlation, exactly 1 or -1 within rounding of it.
+
+    The arc sine turns a rounding error ``e`` at 1 into ``sqrt(2 e)``, 1e-8; a state and itself are
+    perfectly correlated, and this keeps them so.
+    """
+    r = correlation(q1, q2, c)
+    return torch.where(1 - r.abs() < 64 * torch.finfo(r.dtype).eps, r.sign(), r)
+
+
 class PairMoments(ABC):
     """The moments of a block of pairs, as functions of their covariance."""
 
@@ -112,14 +122,14 @@ class LeakyReLU(ClosedForm):
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """``m^2 c + g^2 E|u||v|``."""
         odd, even = self._weights
-        r = correlation(q1, q2, c)
+        r = snapped_correlation(q1, q2, c)
         absolute = torch.sqrt((1 - r) * (1 + r)) + r * torch.asin(r)
         return odd * c + even * (2 / math.pi) * torch.sqrt(q1 * q2) * absolute
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """``m^2 + g^2 (2/pi) asin r``."""
         odd, even = self._weights
-        return odd + even * (2 / math.pi) * torch.asin(correlation(q1, q2, c))
+        return odd + even * (2 / math.pi) * torch.asin(snapped_correlation(q1, q2, c))
 
 
 class Identity(ClosedForm):

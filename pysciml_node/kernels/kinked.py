@@ -23,7 +23,7 @@ from pysciml_node.kernels.expectations import (
     Features,
     GaussianExpectation,
     PairMoments,
-    correlation,
+    snapped_correlation,
 )
 from pysciml_node.kernels.hermite import HermiteSeries, SeriesPair, derivative, hermite_basis
 
@@ -142,7 +142,7 @@ class _KinkedPair(PairMoments):
     jumps: tuple[float, ...]
 
     def _closed(self, c: Tensor, lowered: int) -> Tensor:
-        r = correlation(self.q1, self.q2, c)
+        r = snapped_correlation(self.q1, self.q2, c)
         total = torch.zeros_like(c)
         for n, jump in enumerate(self.jumps, start=1):
             if jump != 0:

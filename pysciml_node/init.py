@@ -1,0 +1,101 @@
+"""Initialisations that suit a vector field to the horizon it is integrated over."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import nn
+
+_HORIZON = "_psn_horizon"
+_LINEAR = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_TRANSPARENT = (nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+@torch.no_grad()
+def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = None) -> nn.Module:
+    """Scale a vector field so that what its ODE does over ``[0, T]`` does not depend on ``T``.
+
+    For an autonomous field, ``h' = f(h)/T`` over ``[0, T]`` is ``h' = f(h)`` over ``[0, 1]`` with
+    time rescaled: not only the kernels at initialisation (which depend on ``T sigma_w`` alone) but
+    every output is the same. The field is the output of its last linear layer, so that layer's
+    weight and bias are divided by ``T``: the standard deviation of the weights goes like ``1/T``,
+    their variance like ``1/T^2``. (A variance of ``1/T`` would leave ``T sigma_w = sqrt T``, and
+    the variance of the output growing with the horizon.) Scaling earlier layers instead would not
+    do: a nonlinearity stands behind them.
+
+    The horizon is remembered on the layer, so calling again with the same ``T`` changes nothing,
+    and with another ``T`` moves the field from the old horizon to the new one; a trained
+    autonomous field then keeps its flow map. A field that depends on time sees times up to ``T``
+    instead of up to 1: rescale its time argument as well.
+
+    Args:
+        module: the vector field, or a module that holds it as ``.field`` (``NeuralODE``). Its last
+            linear or convolutional layer, in order of registration, must produce its output.
+        T: length of the horizon, positive.
+        previous: horizon the weights suit now. Default: what the last call remembered, 1 at first.
+            Pass 1 after re-initialising the weights.
+
+    Returns:
+        The module, changed in place.
+
+    Raises:
+        ValueError: if ``T`` is not positive, or the last linear layer is not the end of an
+            ``nn.Sequential`` (a nonlinear layer follows: no scaling of weights is exact), or there
+            is no linear layer.
+
+    Example:
+        >>> field = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
+        >>> before = field[1].weight.clone()
+        >>> torch.equal(scale_for_horizon_(field, 4.0)[1].weight, before / 4)
+        True
+
+    Reference: Gao, Sun, Liu and Gao, arXiv 2509.22436 (scale of the weights against the horizon).
+    """
+    for name, value in (("T", T), ("previous", previous)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive, finite length of time, but is {value}.")
+    inner = getattr(module, "field", module)
+    layer = _last_linear(inner if isinstance(inner, nn.Module) else module)
+    before = previous if previous is not None else cast(float, getattr(layer, _HORIZON, 1.0))
+    for parameter in layer.parameters(recurse=False):
+        parameter.mul_(before / T)
+    setattr(layer, _HORIZON, float(T))
+    return module
+
+
+def _last_linear(field: nn.Module) -> nn.Module:
+    layers = [layer for layer in field.modules() if isinstance(layer, _LINEAR)]
+    if not layers:
+        raise ValueError(
+            f"{type(field).__name__} has no linear or convolutional layer to scale. "
+            "Divide the field's output by T yourself."
+        )
+    last = layers[-1]
+    for container in field.modules():
+        if isinstance(container, nn.Sequential):
+            _check_end(container, last)
+    return last
+
+
+def _check_end(container: nn.Sequential, last: nn.Module) -> None:
+    inside = [any(layer is last for layer in child.modules()) for child in container]
+    if not any(inside):
+        return
+    behind = list(container)[inside.index(True) + 1 :]
+    for layer in behind:
+        if not isinstance(layer, _TRANSPARENT):
+            raise ValueError(
+                f"the last linear layer is followed by {type(layer).__name__}, so scaling its "
+                "weights does not scale the field. End the field with a linear layer."
+            )

@@ -1,0 +1,243 @@
+"""The neural tangent kernel of an actual module, at its actual parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
+
+Outputs: TypeAlias = Literal["full", "trace"]
+Method: TypeAlias = Literal["auto", "jacobian", "products", "autograd"]
+Weights: TypeAlias = dict[str, Tensor]
+
+_BUDGET = 512 * 2**20  # bytes that Jacobians may take
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Put the parameters back as they were.
+
+    ``functional_call`` leaves its substitutes in a submodule that is registered under two names.
+    """
+    before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, parameters, buffers in before:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A module as a function of the parameters to be differentiated."""
+
+    module: nn.Module
+    weights: Weights
+    buffers: Weights
+
+    def __call__(self, weights: Weights, x: Tensor) -> Tensor:
+        """Outputs ``(B, o)`` at given weights."""
+        with _restored(self.module):
+            out = functional_call(self.module, (weights, self.buffers), (x,))
+        return self._checked(out, x)
+
+    def in_place(self, x: Tensor) -> Tensor:
+        """Outputs ``(B, o)`` at the module's own parameters."""
+        return self._checked(self.module(x), x)
+
+    def _checked(self, out: object, x: Tensor) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"empirical_ntk needs a module that returns a tensor, but {type(self.module)} "
+                f"returned {type(out).__name__}. Wrap it, e.g. to return solution.u1."
+            )
+        return out.reshape(len(x), -1)
+
+    def one(self, weights: Weights, sample: Tensor) -> Tensor:
+        """Outputs ``(o,)`` of one sample."""
+        return self(weights, sample.unsqueeze(0))[0]
+
+
+def empirical_ntk(
+    module: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    outputs: Outputs = "full",
+    method: Method = "auto",
+    memory: int = _BUDGET,
+) -> Tensor:
+    """Neural tangent kernel of a module at its parameters.
+
+        Theta[i, j, a, b] = sum_p  d f_a(x1_i) / d theta_p   d f_b(x2_j) / d theta_p
+
+    over the parameters that require a gradient. Each sample is passed on its own: a module that
+    solves an ODE with an adaptive method then chooses its steps for that sample.
+
+    Args:
+        module: any module from a batch ``(B, *D)`` to a tensor ``(B, ...)``, in the mode (train or
+            eval) and at the parameters it has. It may contain an ODE solve.
+        x1: inputs ``(n1, *D)``.
+        x2: inputs ``(n2, *D)``; None means ``x1``, at half the cost.
+        outputs: ``"full"`` for all pairs of outputs, ``"trace"`` for their sum over ``a = b``.
+        method: ``"jacobian"`` contracts per-sample Jacobians made by ``torch.func``, in blocks;
+            ``"products"`` makes columns by one vector-Jacobian and one Jacobian-vector product and
+            holds no Jacobian; ``"autograd"`` takes Jacobians by plain reverse mode, for modules
+            ``torch.func`` cannot transform (custom autograd functions, data-dependent loops).
+            ``"auto"`` contracts Jacobians where they fit into ``memory``, uses products otherwise,
+            and plain autograd where ``torch.func`` refuses the module.
+        memory: bytes that Jacobians may take.
+
+    Returns:
+        ``(n1, n2, o, o)`` for ``"full"``, ``(n1, n2)`` for ``"trace"``; detached.
+
+    Raises:
+        ValueError: if no parameter requires a gradient, or an argument is not one of the above.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> x = torch.eye(3)
+        >>> torch.equal(empirical_ntk(layer, x)[..., 0, 0], x)
+        True
+
+    Reference: Novak, Sohl-Dickstein and Schoenholz, arXiv 2206.08720, sections 3.1 and 3.2.
+    """
+    _check(module, outputs, method, x1, x2)
+    weights = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
+    if not weights:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that requires a gradient, so its tangent "
+            "kernel is empty. Call module.requires_grad_(True)."
+        )
+    frozen = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
+    network = _Network(module, weights, {**dict(module.named_buffers()), **frozen})
+    second = x1 if x2 is None else x2
+    symmetric = x2 is None
+    if method == "auto":
+        method = _choose(network, x1, second, memory)
+    if method == "products":
+        kernel = _by_products(network, x1, second, outputs)
+        return (kernel + _transposed(kernel)) / 2 if symmetric else kernel
+    jacobian = _transformed_jacobian if method == "jacobian" else _reverse_jacobian
+    return _by_contraction(network, jacobian, (x1, second), symmetric, outputs, memory)
+
+
+def _check(module: nn.Module, outputs: str, method: str, x1: Tensor, x2: Tensor | None) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, but is a {type(module).__name__}.")
+    for name, value, allowed in (
+        ("outputs", outputs, get_args(Outputs)),
+        ("method", method, get_args(Method)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, but is {value!r}.")
+    if len(x1) == 0 or (x2 is not None and len(x2) == 0):
+        raise ValueError("x1 and x2 must hold at least one sample.")
+
+
+def _choose(network: _Network, x1: Tensor, x2: Tensor, memory: int) -> Method:
+    """Products only where Jacobians do not fit; autograd where transforms are refused."""
+    try:
+        shape = vmap(lambda x: network.one(network.weights, x))(x1[:1]).shape
+        _transformed_jacobian(network, x1[:1])
+    except (RuntimeError, NotImplementedError, TypeError):
+        return "autograd"
+    numbers = sum(weight.numel() for weight in network.weights.values())
+    size = (len(x1) + len(x2)) * shape[1] * numbers * x1.element_size()
+    return "jacobian" if size <= memory else "products"
+
+
+def _transformed_jacobian(network: _Network, x: Tensor) -> list[Tensor]:
+    """Jacobians ``(n, o, *weight)`` of every weight."""
+    per_sample = vmap(jacrev(network.one), in_dims=(None, 0))(network.weights, x)
+    return [part.detach() for part in per_sample.values()]
+
+
+def _reverse_jacobian(network: _Network, x: Tensor) -> list[Tensor]:
+    """The same by one reverse pass a sample and output."""
+    own = dict(network.module.named_parameters())
+    weights = [own[name] for name in network.weights]
+    rows: list[list[Tensor]] = [[] for _ in weights]
+    for sample in x:
+        with torch.enable_grad():
+            out = network.in_place(sample.unsqueeze(0))[0]
+            grads = [
+                torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
+                for value in out
+            ]
+        for k, parts in enumerate(zip(*grads, strict=True)):
+            rows[k].append(torch.stack(parts))
+    return [torch.stack(parts) for parts in rows]
+
+
+def _contract(j1: list[Tensor], j2: list[Tensor], outputs: Outputs) -> Tensor:
+    pattern = "iap,jbp->ijab" if outputs == "full" else "iap,jap->ij"
+    total: Tensor | None = None
+    for a, b in zip(j1, j2, strict=True):
+        part = torch.einsum(pattern, a.flatten(2), b.flatten(2))
+        total = part if total is None else total + part
+    assert total is not None  # a network has at least one weight
+    return total
+
+
+def _transposed(kernel: Tensor) -> Tensor:
+    """``Theta[j, i, b, a]``."""
+    return kernel.T if kernel.ndim == 2 else kernel.permute(1, 0, 3, 2)
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _by_contraction(
+    network: _Network,
+    jacobian: Callable[[_Network, Tensor], list[Tensor]],
+    inputs: tuple[Tensor, Tensor],
+    symmetric: bool,
+    outputs: Outputs,
+    memory: int,
+) -> Tensor:
+    x1, x2 = inputs
+    first = jacobian(network, x1[:1])
+    row_bytes = sum(part.numel() * part.element_size() for part in first)
+    size = max(1, memory // (2 * row_bytes))
+    o = first[0].shape[1]
+    shape = (len(x1), len(x2)) + ((o, o) if outputs == "full" else ())
+    kernel = first[0].new_empty(shape)
+    for rows in _blocks(len(x1), size):
+        j1 = jacobian(network, x1[rows])
+        for columns in _blocks(len(x2), size):
+            if symmetric and columns.start < rows.start:
+                continue
+            same = symmetric and columns.start == rows.start
+            block = _contract(j1, j1 if same else jacobian(network, x2[columns]), outputs)
+            kernel[rows, columns] = block
+            if symmetric and not same:
+                kernel[columns, rows] = _transposed(block)
+    return kernel
+
+
+def _by_products(network: _Network, x1: Tensor, x2: Tensor, outputs: Outputs) -> Tensor:
+    """Column ``(j, b)`` is the derivative of ``f(x1)`` along the gradient of ``f_b(x2_j)``."""
+    weights = network.weights
+
+    def column(cotangent: Tensor, sample: Tensor) -> Tensor:
+        pullback = vjp(lambda w: network.one(w, sample), weights)[1]
+        (direction,) = pullback(cotangent)
+        every = vmap(network.one, in_dims=(None, 0))
+        tangent: Tensor = jvp(lambda w: every(w, x1), (weights,), (direction,))[1]
+        return tangent
+
+    columns = []
+    for sample in x2:
+        o = network.one(weights, sample).numel()
+        units = torch.eye(o, dtype=x1.dtype, device=x1.device)
+        made = torch.stack([column(unit, sample) for unit in units])  # (b, i, a)
+        columns.append(made.permute(1, 2, 0) if outputs == "full" else torch.einsum("aia->i", made))
+    return torch.stack(columns, 1).detach()

@@ -1,0 +1,251 @@
+"""What a kernel predicts: regression, and gradient descent in closed form.
+
+The loss throughout is ``1/(2n) sum_i |f(x_i) - y_i|^2``. Under gradient descent with learning rate
+``lr`` a network whose tangent kernel stays ``Theta`` obeys ``f <- f - (lr/n) Theta (f - y)`` on its
+``n`` training inputs: linear, and diagonal in the eigenvectors of ``Theta``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _check_square(kernel: Tensor, name: str) -> None:
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"{name} must be square, but has shape {tuple(kernel.shape)}.")
+    gap = float((kernel - kernel.T).abs().max())
+    scale = float(kernel.abs().max())
+    if gap > 1e3 * torch.finfo(kernel.dtype).eps * scale:
+        raise ValueError(
+            f"{name} must be symmetric, but {name} - {name}.T reaches {gap:.2e}. Compute it with "
+            "x2=None, or symmetrise it."
+        )
+
+
+def _columns(targets: Tensor, n: int, name: str) -> Tensor:
+    if targets.ndim not in (1, 2) or targets.shape[0] != n:
+        raise ValueError(
+            f"{name} must have shape ({n},) or ({n}, o), one row a training input, but has shape "
+            f"{tuple(targets.shape)}."
+        )
+    return targets.reshape(n, -1)
+
+
+def spectrum(kernel: Tensor) -> Tensor:
+    """Eigenvalues of a kernel matrix ``(n, n)``, largest first.
+
+    Raises:
+        ValueError: if the matrix is not square and symmetric.
+
+    Example:
+        >>> spectrum(torch.diag(torch.tensor([1.0, 3.0])))
+        tensor([3., 1.])
+    """
+    _check_square(kernel, "kernel")
+    values: Tensor = torch.linalg.eigvalsh(kernel)
+    return values.flip(0)
+
+
+def condition_number(kernel: Tensor) -> float:
+    """Largest over smallest eigenvalue; infinite where the smallest is zero to rounding.
+
+    Gradient descent at the best learning rate needs about this many steps to gain a factor e.
+
+    Example:
+        >>> condition_number(torch.diag(torch.tensor([1.0, 3.0])))
+        3.0
+    """
+    values = spectrum(kernel)
+    largest, smallest = float(values[0]), float(values[-1])
+    if smallest <= len(values) * torch.finfo(kernel.dtype).eps * largest:
+        return float("inf")
+    return largest / smallest
+
+
+def rank(kernel: Tensor, rtol: float | None = None) -> int:
+    """Number of eigenvalues above ``rtol`` times the largest (default: ``n`` times epsilon).
+
+    Example:
+        >>> rank(torch.ones(3, 3))
+        1
+    """
+    values = spectrum(kernel)
+    cut = rtol if rtol is not None else len(values) * torch.finfo(kernel.dtype).eps
+    return int((values > cut * values[0]).sum())
+
+
+def max_learning_rate(kernel: Tensor) -> float:
+    """Learning rate ``2 n / lambda_max`` below which gradient descent is stable.
+
+    Example:
+        >>> max_learning_rate(torch.diag(torch.tensor([1.0, 4.0])))
+        1.0
+    """
+    return 2 * len(kernel) / float(spectrum(kernel)[0])
+
+
+def posterior(
+    kernel: Tensor, cross: Tensor, prior: Tensor, targets: Tensor, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Gaussian-process regression.
+
+        mean = K* (K + noise I)^-1 y,    variance = diag(K** - K* (K + noise I)^-1 K*^T)
+
+    Args:
+        kernel: ``K`` of the training inputs, ``(n, n)``.
+        cross: ``K*`` of test against training inputs, ``(m, n)``.
+        prior: ``K**`` of the test inputs, ``(m, m)``, or its diagonal, ``(m,)``.
+        targets: ``y``, ``(n,)`` or ``(n, o)``.
+        noise: variance of the observations.
+
+    Returns:
+        Mean, of the shape of ``targets`` with ``m`` rows, and variance ``(m,)``.
+
+    Raises:
+        ValueError: if shapes do not match, or ``K + noise I`` is not positive definite.
+
+    Example:
+        >>> k = torch.eye(2)
+        >>> posterior(k, k[:1], torch.ones(1), torch.tensor([3.0, 5.0]))
+        (tensor([3.]), tensor([0.]))
+    """
+    _check_square(kernel, "kernel")
+    y = _columns(targets, len(kernel), "targets")
+    diagonal = prior if prior.ndim == 1 else prior.diagonal()
+    if cross.shape != (len(diagonal), len(kernel)):
+        raise ValueError(
+            f"cross must have shape ({len(diagonal)}, {len(kernel)}) (test, training), but has "
+            f"shape {tuple(cross.shape)}."
+        )
+    noisy = kernel + noise * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(noisy)
+    if int(failed):
+        raise ValueError(
+            f"kernel + noise * I is not positive definite (noise={noise}): two inputs coincide, or "
+            "the activation makes the kernel singular. Pass a larger noise."
+        )
+    mean = cross @ torch.cholesky_solve(y, factor)
+    half = torch.linalg.solve_triangular(factor, cross.T, upper=False)
+    variance = diagonal - (half * half).sum(0)
+    return mean.reshape(len(cross), *targets.shape[1:]), variance
+
+
+@dataclass(frozen=True)
+class GradientDescent:
+    """Training a network whose tangent kernel does not change, in closed form.
+
+    With ``Theta = Q diag(lambda) Q^T`` and ``e_0 = f_0 - y``, after ``k`` steps of learning rate
+    ``lr`` the error is ``Q (1 - lr lambda / n)^k Q^T e_0``; gradient flow for a time ``t`` replaces
+    the power by ``exp(-lambda t / n)``.
+
+    Args:
+        kernel: ``Theta`` of the training inputs, ``(n, n)``.
+        targets: ``y``, ``(n,)`` or ``(n, o)`` (outputs share the kernel: exact at infinite width).
+        initial: ``f_0``, of the shape of ``targets``; None means zero.
+
+    Example:
+        >>> dynamics = GradientDescent(torch.diag(torch.tensor([2.0, 4.0])), torch.ones(2))
+        >>> dynamics.outputs(1, lr=0.5)
+        tensor([0.5000, 1.0000])
+
+    Reference: Lee et al., Wide Neural Networks of Any Depth Evolve as Linear Models, arXiv
+    1902.06720, equations 8 to 11 and 14 to 16.
+    """
+
+    kernel: Tensor
+    targets: Tensor
+    initial: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        _check_square(self.kernel, "kernel")
+        _columns(self.targets, len(self.kernel), "targets")
+        if self.initial is not None and self.initial.shape != self.targets.shape:
+            raise ValueError(
+                f"initial must have the shape of targets, {tuple(self.targets.shape)}, but has "
+                f"shape {tuple(self.initial.shape)}."
+            )
+        values, vectors = torch.linalg.eigh(self.kernel)
+        object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "_vectors", vectors)
+
+    _values: Tensor = None  # type: ignore[assignment]
+    _vectors: Tensor = None  # type: ignore[assignment]
+
+    def _decay(self, when: float, lr: float | None) -> Tensor:
+        rate = self._values / len(self.kernel)
+        return torch.exp(-rate * when) if lr is None else (1 - lr * rate) ** when
+
+    def _error(self) -> Tensor:
+        start = torch.zeros_like(self.targets) if self.initial is None else self.initial
+        return self._vectors.T @ (start - self.targets).reshape(len(self.kernel), -1)
+
+    def outputs(self, when: float, lr: float | None = None) -> Tensor:
+        """Outputs on the training inputs.
+
+        Args:
+            when: number of steps of gradient descent, or time of gradient flow.
+            lr: learning rate; None for gradient flow.
+        """
+        error = self._vectors @ (self._decay(when, lr)[:, None] * self._error())
+        return self.targets + error.reshape(self.targets.shape)
+
+    def loss(self, when: float, lr: float | None = None) -> float:
+        """``1/(2n) |f - y|^2``, arguments as for ``outputs``."""
+        error = self._decay(when, lr)[:, None] * self._error()
+        return float((error**2).sum()) / (2 * len(self.kernel))
+
+    def predict(
+        self, cross: Tensor, when: float, lr: float | None = None, initial: Tensor | None = None
+    ) -> Tensor:
+        """Outputs on test inputs: ``f_0* - Theta* Theta^-1 (1 - decay) e_0``.
+
+        Args:
+            cross: ``Theta*`` of test against training inputs, ``(m, n)``.
+            when: as for ``outputs``; ``inf`` (with ``lr=None``) for training to the end.
+            lr: as for ``outputs``.
+            initial: ``f_0*`` on the test inputs; None means zero.
+        """
+        weights = self._spent(self._decay(when, lr))[:, None] * self._error()
+        change = cross @ (self._vectors @ weights)
+        out = -change.reshape(len(cross), *self.targets.shape[1:])
+        return out if initial is None else initial + out
+
+    def _spent(self, decay: Tensor) -> Tensor:
+        """``(1 - decay) / lambda``, zero in directions the kernel does not reach."""
+        reached = self._values > len(self.kernel) * torch.finfo(decay.dtype).eps * self._values[-1]
+        safe = torch.where(reached, self._values, torch.ones_like(self._values))
+        return torch.where(reached, (1 - decay) / safe, torch.zeros_like(decay))
+
+    def ensemble_variance(
+        self,
+        cross: Tensor,
+        nngp: tuple[Tensor, Tensor, Tensor],
+        when: float,
+        lr: float | None = None,
+    ) -> Tensor:
+        """Variance of the predictions over random initialisations, ``(m,)``.
+
+        Args:
+            cross: ``Theta*``, ``(m, n)``.
+            nngp: ``(K, K*, K**)``: kernel of the training inputs ``(n, n)``, of test against
+                training ``(m, n)``, and of the test inputs (``(m, m)`` or its diagonal).
+            when: as for ``outputs``.
+            lr: as for ``outputs``.
+        """
+        train, test_train, prior = nngp
+        diagonal = prior if prior.ndim == 1 else prior.diagonal()
+        spent = self._spent(self._decay(when, lr))
+        gain = cross @ (self._vectors * spent) @ self._vectors.T
+        return diagonal - 2 * (gain * test_train).sum(1) + ((gain @ train) * gain).sum(1)
+
+    def max_learning_rate(self) -> float:
+        """``2 n / lambda_max``: gradient descent diverges above."""
+        return 2 * len(self.kernel) / float(self._values[-1])
+
+    def rate(self) -> float:
+        """Slowest decay rate of the loss under gradient flow, ``2 lambda_min / n``."""
+        return 2 * float(self._values[0]) / len(self.kernel)
