@@ -204,17 +204,18 @@ class RecordedVectors(Vectors):
     def get(self, i: int) -> Tensor:
         return self._vectors[i]
 
-    def _sum(self, weights: Tensor) -> Tensor:
-        return weights @ torch.stack(self._vectors[: weights.shape[-1]])
-
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
-        increment = h * self._sum(weights.tensor)
+        columns = torch.stack(self._vectors[: len(weights.numbers)]).T
+        if base is not None and not isinstance(h, Tensor):
+            # Few nodes in the graph: backward costs as much as the nodes it visits.
+            return torch.addmv(base, columns, weights.tensor, alpha=h)
+        increment = h * torch.mv(columns, weights.tensor)
         return increment if base is None else base + increment
 
     @override
     def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
-        increment = h * self._sum(weights)
+        increment = h * (weights @ torch.stack(self._vectors[: weights.shape[1]]))
         return increment if base is None else base + increment
 
 
