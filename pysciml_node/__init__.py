@@ -1,6 +1,6 @@
 """Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
 
-from pysciml_node import schedules
+from pysciml_node import compat, init, kernels, optim, schedules
 from pysciml_node.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
@@ -41,8 +41,9 @@ from pysciml_node.regularizers import (
     Regularizer,
     TaylorDerivative,
 )
-from pysciml_node.solution import ReturnCode, Solution, Stats
+from pysciml_node.solution import ReturnCode, Solution, Stats, StepEstimate
 from pysciml_node.solve import solve
+from pysciml_node.torch_engine.compiled import CompileError
 
 __version__ = "0.1.0.dev0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "DP8",
     "RK4",
     "BacksolveAdjoint",
+    "CompileError",
     "DirectAdjoint",
     "DiscreteAdjoint",
     "Dopri5",
@@ -84,11 +86,16 @@ __all__ = [
     "Solution",
     "SolverFailure",
     "Stats",
+    "StepEstimate",
     "TaylorDerivative",
     "Tsit5",
     "Vern7",
     "Vern9",
+    "compat",
     "get_engine",
+    "init",
+    "kernels",
+    "optim",
     "schedules",
     "set_engine",
     "solve",

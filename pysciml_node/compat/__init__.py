@@ -1,1 +1,5 @@
 """Drop-in signatures of other packages, over this package's solvers."""
+
+from pysciml_node.compat import torchdiffeq
+
+__all__ = ["torchdiffeq"]
