@@ -22,7 +22,7 @@ from pysciml_node.experiments.trade_off import trade_off
 # relation to the error that is thousands of times larger. So: the solver's own step, the full
 # gradient, and a tolerance at which the estimates stand clear of float32's rounding.
 SETTINGS = Settings(
-    steps=600,
+    steps=900,
     batch_size=128,
     learning_rate=3e-3,
     tolerance=1e-5,
@@ -33,11 +33,11 @@ SETTINGS = Settings(
 QUICK_SETTINGS = replace(SETTINGS, steps=6, tolerance=1e-3, evaluate_every=3)
 # Chosen on the validation data with --trade-off.
 WEIGHTS: dict[Variant, tuple[float, float]] = {
-    "vanilla": (2.5, 1.0),
-    "local-unbiased": (2.5, 1.0),
-    "local-biased": (2.5, 1.0),
+    "vanilla": (1.0, 1.0),
+    "local-unbiased": (200.0, 60.0),
+    "local-biased": (200.0, 60.0),
 }
-TRADE_OFF_WEIGHTS = tuple((2.5 * factor, 1.0 * factor) for factor in (0.25, 1.0, 4.0, 16.0))
+TRADE_OFF_WEIGHTS = tuple((first, 0.3 * first) for first in (10.0, 50.0, 200.0, 800.0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
