@@ -124,8 +124,12 @@ class _StepPullback:
             (b[i], *(columns[i] if columns else ()), *(rows[j][i] for j in range(count - 1, i, -1)))
             for i in range(count)
         ]
-        found.append((1.0,) * (len(found[0]) + 1))
-        weights = [Weights.of(row, self.method.b.tensor) for row in found]
+        longest = len(found[0]) + 1
+        found.append((1.0,) * longest)
+        # One tensor for all: making tensors costs more than these sums.
+        padded = [(*row, *(0.0,) * (longest - len(row))) for row in found]
+        tensors = torch.tensor(padded, dtype=torch.float64).to(self.method.b.tensor)
+        weights = [Weights(row, tensors[i, : len(row)]) for i, row in enumerate(found)]
         if outputs is None:
             self._plain[count] = weights
         return weights

@@ -136,7 +136,8 @@ class March:
             error = math.nan
             if adaptive:
                 # The one host read of a step.
-                error = options.tolerance.step_error(stages, h, u, u1).item()
+                norm = options.tolerance.step_error(stages, u, u1).item()
+                error = norm * options.tolerance.factor * abs(h)
             self.last = Attempt(t, h, u, u1, error)
             if adaptive and not error <= 1.0:
                 self.nreject += 1

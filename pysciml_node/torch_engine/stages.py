@@ -111,6 +111,8 @@ class Stages:
         for i in range(self.count, upto):
             argument = self.argument(i, h, u)
             self.vectors.put(i, self.field(times[i], argument))
+            if 0 < i < upto - 1:
+                self.vectors.recycle(argument)
         self.count = upto
         return argument
 

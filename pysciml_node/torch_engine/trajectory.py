@@ -223,7 +223,7 @@ class TorchTrajectory:
     ) -> StepEstimate:
         """One step from `u`, with the first stage evaluated already or not."""
         u1 = stages.solution(t, h, u, with_error=True)
-        error = tolerance.step_error(stages, h, u, u1)
+        error = tolerance.step_error(stages, u, u1) * (tolerance.factor * abs(h))
         dt = stages.method.nodes.new_tensor(h)
         return StepEstimate(dt, error, stages.stiffness(t, h, u))
 

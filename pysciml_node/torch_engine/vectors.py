@@ -9,6 +9,7 @@ CPU, where memory bandwidth is all that counts); `RecordedVectors` is what autog
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 Real = float | Tensor
 
-# Entries above which blocks beat the copies into one matrix, and the size of a block: a few
-# vectors' blocks fit a 1 MB cache.
+# Entries above which blocks beat the copies into one matrix, and the size of a block (about): the
+# blocks of a few vectors fit a core's cache.
 _LONG = 32_768
-_BLOCK = 65_536
+_BLOCK = 50_000
 
 
 @functools.cache
@@ -52,6 +53,12 @@ class Weights:
         return cls(numbers, torch.tensor(numbers, dtype=torch.float64).to(like))
 
 
+def _storage_uses(vector: Tensor) -> int | None:
+    """How many tensors share a vector's memory (in torch's count); `None` where it cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else int(count(vector.untyped_storage()._cdata))
+
+
 class Vectors(ABC):
     """Numbered vectors of one length."""
 
@@ -72,8 +79,11 @@ class Vectors(ABC):
         """`combine` for each row of `weights`, shape `(m, n)`; returns `(m, N)`."""
 
     def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
-        """Norm of `sum_j weights_j v_j` in units of the tolerance; a 0-d tensor."""
+        """Norm of `sum_j weights_j v_j` over its scale, `tolerance.factor` left out; 0-d."""
         return tolerance.norm(self.combine(None, 1.0, weights), tolerance.scale(u, u1))
+
+    def recycle(self, vector: Tensor) -> None:  # noqa: B027 - most holders have no use for it
+        """Told that the caller is done with a vector that `combine` has made."""
 
 
 class StackedVectors(Vectors):
@@ -83,7 +93,7 @@ class StackedVectors(Vectors):
         self._buffer = like.new_empty((count, like.numel()))
         self._rows = self._buffer.unbind()
         # The first i vectors as columns, made once: slicing costs more than the product.
-        self._heads = [self._buffer[:i].T for i in range(count + 1)]
+        self._heads: dict[int, Tensor] = {}
 
     @override
     def put(self, i: int, vector: Tensor) -> None:
@@ -95,8 +105,10 @@ class StackedVectors(Vectors):
 
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
-        columns = self._heads[len(weights.numbers)]
-        scale = cast(float, h)
+        count, scale = len(weights.numbers), cast(float, h)
+        columns = self._heads.get(count)
+        if columns is None:
+            columns = self._heads[count] = self._buffer[:count].T
         if base is None:
             return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=scale)
         return torch.addmv(base, columns, weights.tensor, alpha=scale)
@@ -118,7 +130,11 @@ class BlockedVectors(Vectors):
         self._vectors: list[Tensor] = []
         self._versions: list[int] = []
         self._blocks: list[tuple[Tensor, ...]] = []
-        self._scratch = [like.new_empty(min(_BLOCK, like.numel())) for _ in range(3)]
+        self._size = math.ceil(like.numel() / round(like.numel() / _BLOCK + 0.5))
+        self._scratch = [like.new_empty(self._size) for _ in range(3)]
+        self._base: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._spare: Tensor | None = None
+        self._uses = _storage_uses(like.new_empty(1))
 
     @override
     def put(self, i: int, vector: Tensor) -> None:
@@ -132,7 +148,7 @@ class BlockedVectors(Vectors):
             )
         self._vectors.append(vector)
         self._versions.append(vector._version)
-        self._blocks.append(torch.split(vector, _BLOCK))
+        self._blocks.append(torch.split(vector, self._size))
 
     @override
     def get(self, i: int) -> Tensor:
@@ -148,10 +164,15 @@ class BlockedVectors(Vectors):
         like = self._vectors[0] if base is None else base
         if not terms:
             return torch.zeros_like(like) if base is None else base.clone()
-        out = torch.empty_like(like)
+        out, self._spare = self._spare, None
+        if out is None:
+            out = torch.empty_like(like)
         (i, w), *rest = terms
-        starts = None if base is None else torch.split(base, _BLOCK)
-        for n, block in enumerate(torch.split(out, _BLOCK)):
+        starts = self._base_blocks(base)
+        blocks = torch.split(out, self._size)
+        # From the end: the last vector's last blocks were written last, and are in the cache.
+        for n in reversed(range(len(blocks))):
+            block = blocks[n]
             if starts is None:
                 torch.mul(self._blocks[i][n], w, out=block)
             else:
@@ -159,6 +180,19 @@ class BlockedVectors(Vectors):
             for j, v in rest:
                 block.add_(self._blocks[j][n], alpha=v)
         return out
+
+    def _base_blocks(self, base: Tensor | None) -> tuple[Tensor, ...] | None:
+        if base is None:
+            return None
+        if self._base is None or self._base[0] is not base:
+            self._base = (base, torch.split(base, self._size))
+        return self._base[1]
+
+    @override
+    def recycle(self, vector: Tensor) -> None:
+        # Only if nobody has kept it, or a view of it: not the field, not its output.
+        if self._uses is not None and _storage_uses(vector) == self._uses:
+            self._spare = vector
 
     @override
     def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
@@ -172,21 +206,20 @@ class BlockedVectors(Vectors):
             return super().scaled_norm(weights, u, u1, tolerance)
         (i, w), *rest = self._terms(1.0, weights.numbers)
         norms = []
-        starts = torch.split(tolerance.counted(u), _BLOCK)
-        ends = torch.split(tolerance.counted(u1), _BLOCK)
+        starts = torch.split(tolerance.counted(u), self._size)
+        ends = torch.split(tolerance.counted(u1), self._size)
         for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
             size = start.numel()
             error, scale, other = (block[:size] for block in self._scratch)
             torch.mul(self._blocks[i][n][:size], w, out=error)
             for j, v in rest:
                 error.add_(self._blocks[j][n][:size], alpha=v)
-            # rtol is divided out, to save a pass.
             torch.abs(start, out=scale)
             torch.maximum(scale, torch.abs(end, out=other), out=scale)
             error.div_(scale.add_(atol / rtol))
             norms.append(torch.linalg.vector_norm(error))
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total / (tolerance.root * rtol)
+        return total
 
 
 class RecordedVectors(Vectors):
