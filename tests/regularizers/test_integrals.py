@@ -153,14 +153,12 @@ def test_gradients_agree_with_direct_differentiation(adjoint: psn.DiscreteAdjoin
 
 
 def test_integrals_never_drive_the_step_size() -> None:
-    rough = psn.Integral(
-        lambda t, u, f: 1e3 * torch.sin(500 * t) * torch.ones_like(u[:, 0]), "rough"
-    )
-    field = CurvedField()
-    plain, regularized = node(field)(states()), node(field, rough)(states())
-    # The same steps, up to the rounding of longer sums in an estimate of 1e-10.
+    rough = psn.Integral(lambda t, u, f: 1e3 * torch.sin(500 * t) * torch.ones_like(u[:, 0]), "r")
+    # Tolerances far above rounding, which enters the two solves' sums in another order.
+    field, loose = CurvedField(), {"rtol": 1e-6, "atol": 1e-6}
+    plain, regularized = (node(field, *extra, **loose)(states()) for extra in ((), (rough,)))
     times, expected = (torch.tensor(x.trajectory.times).double() for x in (regularized, plain))
-    torch.testing.assert_close(times, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(times, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(plain.u1, regularized.u1, rtol=1e-12, atol=1e-12)
 
 
