@@ -22,7 +22,15 @@ from pysciml_node.data import Splits, mnist
 from pysciml_node.experiments.figures import plot_training
 from pysciml_node.experiments.results import check_mergeable, format_table, merge_results, summarize
 from pysciml_node.experiments.runner import measure, train_classifier
-from pysciml_node.experiments.settings import ADJOINTS, STEP_SIZES, Run, Settings, Variant, describe
+from pysciml_node.experiments.settings import (
+    ADJOINTS,
+    DTYPES,
+    STEP_SIZES,
+    Run,
+    Settings,
+    Variant,
+    describe,
+)
 
 VARIANTS: dict[str, Variant] = {
     "none": "vanilla",
@@ -55,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=PAPER.batch_size, help="samples a batch")
     add("--learning-rate", type=float, default=PAPER.learning_rate, help="of Adam")
     add("--tolerance", type=float, default=PAPER.tolerance, help="relative and absolute")
+    add("--dtype", choices=DTYPES, default=PAPER.dtype, help="of parameters and states")
     add("--engine", default=PAPER.engine, help="engine of the solves: auto, torch or julia")
     add(
         "--adjoint",
@@ -99,6 +108,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         tolerance=arguments.tolerance,
+        dtype=arguments.dtype,
         engine=arguments.engine,
         adjoint=arguments.adjoint,
         step_size=arguments.step_size,

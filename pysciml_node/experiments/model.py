@@ -140,10 +140,12 @@ class ODEClassifier(Classifier):
         weight_matrix, bias = glorot_linear(features, classes, initial)
         self.head_weight = nn.Parameter(weight_matrix)
         self.head_bias = nn.Parameter(bias)
+        # Drawn in float32 whatever the dtype, so that runs of a seed start alike.
+        self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for a batch ``x`` of shape ``(B, *D)``."""
-        solution = self.node(x.flatten(1))
+        """Predict for a batch ``x`` of shape ``(B, *D)``, converted to the parameters' dtype."""
+        solution = self.node(x.flatten(1).to(self.head_weight.dtype))
         logits = functional.linear(solution.u1, self.head_weight, self.head_bias)
         return Prediction(logits, solution.penalty, int(solution.stats.nfe))
 

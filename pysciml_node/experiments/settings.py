@@ -8,6 +8,9 @@ from pysciml_node.regularizers.local import StepSize
 Variant = Literal["vanilla", "local-unbiased", "local-biased"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
+DtypeName = Literal["float32", "float64"]
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
+
 AdjointName = Literal["discrete", "direct", "interpolating", "backsolve", "gauss"]
 ADJOINTS: tuple[AdjointName, ...] = get_args(AdjointName)
 STEP_SIZES: tuple[StepSize, ...] = get_args(StepSize)
@@ -22,6 +25,7 @@ class Settings:
         batch_size: samples a batch, in training and in evaluation.
         learning_rate: of Adam.
         tolerance: relative and absolute tolerance of the solver.
+        dtype: of the parameters and states.
         hidden: width of the field's hidden layer.
         engine: ``"auto"``, ``"torch"`` or ``"julia"``.
         adjoint: how gradients pass through the solve.
@@ -33,7 +37,7 @@ class Settings:
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
 
     Raises:
-        ValueError: a number that must be positive is not, or ``adjoint`` is unknown.
+        ValueError: a number that must be positive is not, or a name is unknown.
 
     Reference:
         A. Pal, A. Edelman, C. Rackauckas, Locally Regularized Neural Differential Equations,
@@ -44,6 +48,7 @@ class Settings:
     batch_size: int = 512
     learning_rate: float = 1e-3
     tolerance: float = 1.4e-8
+    dtype: DtypeName = "float32"
     hidden: int = 100
     engine: str = "auto"
     adjoint: AdjointName = "discrete"
@@ -57,10 +62,12 @@ class Settings:
         for name in numbers:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
-        if self.step_size not in STEP_SIZES:
-            raise ValueError(f"step_size must be one of {STEP_SIZES}, but is {self.step_size!r}.")
-        if self.adjoint not in ADJOINTS:
-            raise ValueError(f"adjoint must be one of {ADJOINTS}, but is {self.adjoint!r}.")
+        choices = {"dtype": DTYPES, "step_size": STEP_SIZES, "adjoint": ADJOINTS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {allowed}, but is {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

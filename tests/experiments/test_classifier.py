@@ -1,5 +1,7 @@
 """The neural ODE classifier: its model, resuming, and the published effect in miniature."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from experiments.stand_in import blobs
@@ -7,7 +9,7 @@ from experiments.stand_in import blobs
 import pysciml_node as psn
 from pysciml_node.experiments.model import ODEClassifier, TimeDependentLinear
 from pysciml_node.experiments.runner import make_trainer, measure
-from pysciml_node.experiments.settings import ADJOINTS, VARIANTS, Run, Settings
+from pysciml_node.experiments.settings import ADJOINTS, DTYPES, VARIANTS, Run, Settings
 from pysciml_node.experiments.trade_off import trade_off
 
 SETTINGS = Settings(
@@ -83,6 +85,16 @@ def test_a_continued_run_ends_bit_for_bit_as_one_never_interrupted(tmp_path, var
     for name, value in whole.model.named_parameters():
         assert torch.equal(value, continued.model.get_parameter(name))
     assert continued.history == whole.history
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_solves_in_its_own_dtype_whatever_the_data(dtype):
+    model = ODEClassifier(4, 3, replace(SETTINGS, dtype=dtype), Run(variant="local-biased"))
+    single = ODEClassifier(4, 3, SETTINGS, Run(variant="local-biased"))
+    for mine, other in zip(model.parameters(), single.parameters(), strict=True):
+        assert mine.dtype == getattr(torch, dtype)
+        assert torch.equal(mine.float(), other)
+    assert model(torch.zeros(2, 4)).logits.dtype == getattr(torch, dtype)
 
 
 def test_measured_figures_cover_all_parts_of_the_data():

@@ -151,6 +151,10 @@ def test_settings_must_be_positive(options):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="adjoint must be one of"):
         Settings(adjoint="quadrature")
+    with pytest.raises(ValueError, match="step_size must be one of"):
+        Settings(step_size="large")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        Settings(dtype="float16")
     with pytest.raises(ValueError, match="variant must be one of"):
         Run(variant="global")
     with pytest.raises(ValueError, match="weight must be positive"):
