@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -84,21 +85,35 @@ class FlatField:
 
 
 def _modules(f: Any) -> list[nn.Module]:
-    """The modules that can be seen in a callable: itself, a bound method's owner, a closure's."""
+    """The modules that can be seen in a callable: itself, its owner's, a closure's, attributes."""
     if isinstance(f, nn.Module):
         return [f]
     if isinstance(f, functools.partial):
         return [m for part in (f.func, *f.args, *f.keywords.values()) for m in _modules(part)]
-    owner = getattr(f, "__self__", None)
-    found = [owner] if isinstance(owner, nn.Module) else []
-    for cell in getattr(f, "__closure__", None) or ():
-        try:
-            content = cell.cell_contents
-        except ValueError:  # a name that is not bound yet
-            continue
-        if isinstance(content, nn.Module):
-            found.append(content)
-    return found
+    cells = getattr(f, "__closure__", None) or ()
+    contents = [cell.cell_contents for cell in cells if not _is_empty(cell)]
+    owner = getattr(f, "__self__", f)
+    if not isinstance(owner, nn.Module | type | types.ModuleType):
+        contents.extend(getattr(owner, "__dict__", {}).values())
+    return [m for held in (owner, *contents) for m in _listed_modules(held)]
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    """Whether a closure's name is not bound yet."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _listed_modules(held: Any) -> list[nn.Module]:
+    """A module, or those in a list, tuple or dict."""
+    if isinstance(held, nn.Module):
+        return [held]
+    if isinstance(held, dict):
+        held = list(held.values())
+    return [m for m in held if isinstance(m, nn.Module)] if isinstance(held, list | tuple) else []
 
 
 def _graph_leaves(root: Tensor) -> list[Tensor]:
@@ -122,7 +137,8 @@ class DifferentiableField:
 
     The inputs are the tensors of `p` (as detached leaves), the parameters of the modules seen in
     `f`, and every other leaf that one evaluation at `(t0, u0)` is found to depend on, so that
-    tensors captured by a closure or set as attributes receive their gradients too.
+    tensors captured by a closure or set as attributes receive their gradients too. The backward
+    sweep looks once more where it begins, and refuses to lose a gradient.
 
     Attributes:
         k0: the derivative at `(t0, u0)`, from the evaluation that looked for the inputs.
@@ -150,6 +166,7 @@ class DifferentiableField:
         self.k0 = k0.detach()
         self.inputs = distinct_p + captured
         self.leaves = [inner[id(x)] for x in distinct_p] + captured
+        self._looked_again = False
 
     @property
     def nfe(self) -> int:
@@ -162,7 +179,22 @@ class DifferentiableField:
             state = u.detach().requires_grad_()
             time = t.detach().requires_grad_() if time_gradient else t
             k = self.field(time, state)
+        if not self._looked_again:
+            self._looked_again = True
+            self._expect_known(k, state, time)
         return Linearized(k, state, time if time_gradient else None, self.leaves)
+
+    def _expect_known(self, k: Tensor, state: Tensor, time: Tensor) -> None:
+        """Refuse tensors that the field has come to use since `t0`."""
+        known = {id(x) for x in (state, time, *self.leaves)}
+        late = [x for x in _graph_leaves(k) if id(x) not in known]
+        if late:
+            raise RuntimeError(
+                f"the field uses {len(late)} tensor(s) that need gradients and were not seen at "
+                f"t0, the first of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
+                "  Pass them as p=, make the field an nn.Module that owns them, or use "
+                "adjoint=DirectAdjoint()."
+            )
 
 
 class Linearized:
