@@ -129,7 +129,9 @@ def continuous_sweep(
 
     end = jumps.at(t1)
     costate = torch.zeros_like(states[0]) if end is None else end
-    stop_times = sorted((t for t in jumps.by_time if t not in (t0, t1)), reverse=t0 < t1)
+    # Where the forward march had to stop, the field may have a kink.
+    kinks = {t for t, stop in zip(record.times[1:], record.stops, strict=True) if stop is not None}
+    stop_times = sorted((kinks | set(jumps.by_time)) - {t0, t1}, reverse=t0 < t1)
     start = augmented.start(costate, states[-1])
     options = MarchOptions(
         controller=controller,
