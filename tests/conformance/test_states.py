@@ -191,6 +191,31 @@ def test_components_of_infinite_tolerance_do_not_drive_the_steps(engine: str) ->
     assert full.stats.naccept > 5 * solution.stats.naccept
 
 
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+@pytest.mark.parametrize("first", [False, True])
+def test_parts_of_infinite_tolerance_do_not_drive_the_steps(
+    kind: str, first: bool, engine: str
+) -> None:
+    """Wherever the part stands in the state."""
+    slow, fast = (torch.tensor([x], dtype=torch.float64) for x in (1.0, 0.0))
+
+    def build(a: Any, b: Any) -> Any:
+        a, b = (b, a) if first else (a, b)
+        if kind == "tuple":
+            return a, b
+        return {"fast": a, "slow": b} if first else {"slow": a, "fast": b}
+
+    def f(t: Tensor, state: Any) -> Any:
+        parts = list(state.values() if kind == "dict" else state)
+        return build(-parts[-1 if first else 0], 50 * torch.cos(50 * t) * torch.ones_like(fast))
+
+    problem = psn.ODEProblem(f, build(slow, fast), (0.0, 1.0))
+    solution = psn.solve(problem, rtol=1e-8, atol=build(1e-8, math.inf), engine=engine)
+    alone = psn.ODEProblem(lambda t, u: -u, slow, (0.0, 1.0))
+    expected = psn.solve(alone, rtol=1e-8, atol=1e-8, engine=engine)
+    torch.testing.assert_close(solution.t, expected.t, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("which", ["rtol", "atol"])
 def test_tolerances_as_tensors(which: str, engine: str) -> None:
     """A constant tensor is the number; a looser entry takes fewer steps."""

@@ -318,3 +318,83 @@ def test_parameters_changed_in_place_before_backward_are_noticed(
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="inplace"):
         solution.u1.sum().backward()
+
+
+class Switching:
+    """No module itself: one network before 1/2, another one after."""
+
+    def __init__(self, listed: bool) -> None:
+        torch.manual_seed(0)
+        first, second = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+        self.networks: Any = [first, second] if listed else first
+        self.second = second
+
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        first = self.networks[0] if isinstance(self.networks, list) else self.networks
+        return torch.tanh(first(u) if t < 0.5 else self.second(u))
+
+
+@any_adjoint
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("way", ["object", "method", "closure"])
+def test_modules_that_come_into_use_later(
+    adjoint: psn.DirectAdjoint, listed: bool, way: str
+) -> None:
+    """Seen in the callable, though the evaluation at the start does not use them."""
+    field = Switching(listed)
+    second = field.second
+    call = {
+        "object": field,
+        "method": field.__call__,
+        "closure": lambda t, u: (
+            torch.tanh(field.networks[0](u) if t < 0.5 else second(u))
+            if listed
+            else field(t, u) + 0 * second(u)
+        ),
+    }[way]
+    u0 = torch.ones(3, 2, dtype=torch.float64)
+    solution = psn.solve(psn.ODEProblem(call, u0, (0.0, 1.0)), adjoint=adjoint, tstops=[0.5])
+    solution.u1.sum().backward()
+    assert second.weight.grad is not None
+    assert second.weight.grad.abs().sum().item() > 0
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), *CONTINUOUS.values()], ids=["discrete", *CONTINUOUS]
+)
+def test_tensors_that_come_into_use_later_are_not_lost(adjoint: psn.DiscreteAdjoint) -> None:
+    """What cannot be seen from the start is refused, with the remedy."""
+    a, b = leaf(1.0), leaf(2.0)
+
+    def switching(t: Tensor, u: Tensor, p: tuple[Tensor, Tensor]) -> Tensor:
+        """Continuous: both rates vanish where they meet."""
+        return u * (p[0] * (0.5 - t) if t < 0.5 else p[1] * (t - 0.5))
+
+    u0 = torch.ones(1, dtype=torch.float64)
+    captured = psn.ODEProblem(lambda t, u: switching(t, u, (a, b)), u0, (0.0, 1.0))
+    solution = psn.solve(captured, adjoint=adjoint, dtmax=0.1)
+    with pytest.raises(RuntimeError, match=r"not seen at t0.*\n.*p="):
+        solution.u1.backward()
+    by_argument = psn.ODEProblem(switching, u0, (0.0, 1.0), (a, b))
+    solution = psn.solve(by_argument, adjoint=adjoint, tstops=[0.5])
+    found = torch.autograd.grad(solution.u1, (a, b))
+    end = torch.exp((a + b).detach() / 8)
+    torch.testing.assert_close(found, (end / 8, end / 8), rtol=1e-5, atol=0)
+
+
+def test_times_stay_inside_with_every_operation_recorded() -> None:
+    """In single precision, where sums of steps round."""
+    times: list[float] = []
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        times.append(t.item())
+        return torch.cos(9 * t) - u
+
+    for span in ((0.1, 0.7), (1.3, -0.4)):
+        times.clear()
+        ends = tuple(torch.tensor(t, requires_grad=True) for t in span)
+        problem = psn.ODEProblem(f, torch.ones(2), ends)
+        psn.solve(problem, adjoint=psn.DirectAdjoint(), dtmax=0.013, tstops=[0.31])
+        low, high = sorted(end.item() for end in ends)
+        assert low <= min(times)
+        assert max(times) <= high
