@@ -36,8 +36,10 @@ SETTINGS = Settings(
 )
 QUICK_SETTINGS = replace(SETTINGS, steps=6, tolerance=1e-3, evaluate_every=3)
 # Chosen on the validation data with --trade-off.
-WEIGHT = (10.0, 3.0)
-TRADE_OFF_WEIGHTS = tuple((first, 0.3 * first) for first in (1.0, 3.0, 10.0, 30.0, 100.0))
+WEIGHT = (15.0, 4.5)
+TRADE_OFF_WEIGHTS = tuple(
+    (first, 0.3 * first) for first in (1.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0)
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
