@@ -92,7 +92,7 @@ def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[st
         ]
     else:
         if stiff:
-            tries.append('a stiff solver (engine="julia" with Rodas5P())')
+            tries.append('a stiff solver such as Rodas5P (engine="julia", not in this version yet)')
         if solution.retcode is ReturnCode.MaxIters:
             tries.append(f"a larger max_steps than {options.max_steps}")
         eps = torch.finfo(solution.problem.spec.real_dtype).eps
