@@ -6,7 +6,7 @@ import enum
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pysciml_node.algorithms import Algorithm
     from pysciml_node.problem import ODEProblem
+
+
+StopGradient = bool | Literal["state"]
 
 
 class ReturnCode(enum.Enum):
@@ -92,7 +95,7 @@ class Trajectory(Protocol):
         """Stiffness estimate of each accepted step, shape `(n,)`."""
 
     def estimate(
-        self, t: float, algorithm: Any, stop_gradient: bool, dt: float | None
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
         """One step of `algorithm` from the solution at `t`."""
 
@@ -179,7 +182,7 @@ class Solution:
         algorithm: Algorithm | None = None,
         *,
         dt: float | None = None,
-        stop_gradient: bool = True,
+        stop_gradient: StopGradient = True,
     ) -> StepEstimate:
         """Error and stiffness of one step of an embedded pair from the solution at `t`.
 
@@ -188,7 +191,8 @@ class Solution:
             algorithm: the pair; default the algorithm of the solve.
             dt: size of the step (positive); default the first step that a solve from there would
                 try (Hairer's).
-            stop_gradient: keep gradients out of the starting state and the first stage.
+            stop_gradient: `"state"` keeps gradients out of the starting state, `True` out of the
+                first stage too, `False` out of nothing.
         """
         chosen = self.algorithm if algorithm is None else algorithm
         return self.trajectory.estimate(t, chosen, stop_gradient, dt)

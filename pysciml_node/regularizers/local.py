@@ -14,7 +14,7 @@ from torch import Tensor
 from pysciml_node.algorithms import ExplicitRungeKutta, Tsit5
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.schedules import Schedule
-from pysciml_node.solution import Solution, StepEstimate
+from pysciml_node.solution import Solution, StepEstimate, StopGradient
 
 Sampling = Literal["unbiased", "biased"]
 StepSize = Literal["hairer", "solver"]
@@ -31,9 +31,10 @@ class _LocalRegularizer(Regularizer):
         step_size: `"hairer"`: the first step that a solve from the sampled state would try (what
             the paper's code does); `"solver"`: the size of the step that contains the sampled time
             (what its text says).
-        stop_gradient: keep gradients out of the sampled state and the first stage, so that they
-            reach the field's parameters through the other stages alone (what the paper's code
-            does). Otherwise they also flow through the state into the whole solve.
+        stop_gradient: `True` keeps gradients out of the sampled state and the first stage, so that
+            they reach the field's parameters through the other stages alone (what the paper's code
+            does). `"state"` keeps them out of the state: they flow through the whole of the one
+            step. With `False` they also flow through the state into the solve.
         include_start: let `"biased"` draw the start of the interval too. The paper's code does
             not, where there are other steps.
         algorithm: the embedded pair; default `Tsit5()`, whatever the solve used, as in the paper's
@@ -48,7 +49,7 @@ class _LocalRegularizer(Regularizer):
         weight: float | Schedule = 1.0,
         *,
         step_size: StepSize = "hairer",
-        stop_gradient: bool = True,
+        stop_gradient: StopGradient = True,
         include_start: bool = False,
         algorithm: ExplicitRungeKutta | None = None,
         generator: torch.Generator | None = None,
@@ -57,6 +58,10 @@ class _LocalRegularizer(Regularizer):
         super().__init__(weight, name)
         if sampling not in ("unbiased", "biased"):
             raise ValueError(f'sampling must be "unbiased" or "biased", but is {sampling!r}.')
+        if stop_gradient not in (True, False, "state"):
+            raise ValueError(
+                f'stop_gradient must be True, False or "state", but is {stop_gradient!r}.'
+            )
         if step_size not in ("hairer", "solver"):
             raise ValueError(f'step_size must be "hairer" or "solver", but is {step_size!r}.')
         self.sampling, self.step_size = sampling, step_size

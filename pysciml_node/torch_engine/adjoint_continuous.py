@@ -46,7 +46,7 @@ class DenseForward:
         self.sign = 1.0 if times[-1] >= times[0] else -1.0
         self.ordered = np.asarray(times) * self.sign
         vectors = vectors_like(self.states[0], method.all_stages)
-        self.stages = Stages(method, field.field, (times[0], times[-1]), vectors)
+        self.stages = Stages(method, field.field, record.marks, vectors)
         self.current = -1
 
     def __call__(self, t: float) -> Tensor:
@@ -141,7 +141,8 @@ def continuous_sweep(
         dt0=abs(record.sizes[-1]) if not controller.adaptive else None,
         tstops=tuple(stop_times),
     )
-    stages = Stages(method, augmented, (t0, t1), vectors_like(start, method.all_stages))
+    marks = (t1, *reversed(record.marks[1:-1]), t0)
+    stages = Stages(method, augmented, marks, vectors_like(start, method.all_stages))
     march = March(stages, start, t1, t0, options)
     for step in march:
         if isinstance(adjoint, GaussAdjoint):

@@ -53,13 +53,13 @@ class _StepPullback:
         self,
         field: DifferentiableField,
         method: Method,
-        bounds: tuple[float, float],
+        marks: tuple[float, ...],
         like: Tensor,
         outputs: int,
         time_gradient: bool,
     ) -> None:
         self.field, self.method, self.time_gradient = field, method, time_gradient
-        self.stages = Stages(method, field.field, bounds, vectors_like(like, method.all_stages))
+        self.stages = Stages(method, field.field, marks, vectors_like(like, method.all_stages))
         self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
         self.sums = Accumulator(field.leaves)
         self._plain: dict[int, list[Weights]] = {}
@@ -168,9 +168,8 @@ def discrete_sweep(
     start_nfe = field.nfe
     saved = arriving.saved
     most = max((len(indices) for indices, _ in record.inside.values()), default=0)
-    bounds = (record.times[0], record.times[-1])
     pullback = _StepPullback(
-        field, method, bounds, states[0], 0 if saved is None else most, time_gradient
+        field, method, record.marks, states[0], 0 if saved is None else most, time_gradient
     )
     cotangent = torch.zeros_like(states[0])
     zero = states[0].new_zeros((), dtype=method.nodes.dtype)

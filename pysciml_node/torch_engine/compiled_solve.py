@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pysciml_node.torch_engine import compiled_graphs as graphs
+from pysciml_node.torch_engine.autograd import first_derivative
 from pysciml_node.torch_engine.compiled_build import Graph, build, run
 from pysciml_node.torch_engine.tableaus.base import Tableau
 
@@ -297,14 +298,20 @@ class SolveNode(torch.autograd.Function):
         return (u1, saved, *states)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """Replay the solve."""
+        with torch.no_grad():
+            gradients = SolveNode._replay(ctx, *cotangents)
+        return (None, *first_derivative(gradients, ctx.saved_tensors))
+
+    @staticmethod
+    def _replay(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the first state and of the inputs."""
         solve: Solve = ctx.solve
         of_end, of_saved, *of_states = cotangents
         split = len(ctx.saved_tensors) - len(solve.steps)
-        inputs = tuple(as_input(x) for x in ctx.saved_tensors[:split])
-        states = ctx.saved_tensors[split:]
+        given, states = ctx.saved_tensors[:split], ctx.saved_tensors[split:]
+        inputs = tuple(as_input(x) for x in given)
         of_end = torch.zeros_like(states[0][0]) if of_end is None else of_end.contiguous()
         if solve.saveat is not None:
             shape = (len(solve.saveat), *of_end.shape)
@@ -313,6 +320,5 @@ class SolveNode(torch.autograd.Function):
         if solve.on_backward is not None:
             solve.on_backward()
         if not of_inputs:
-            return (None, of_u0, *(None for _ in inputs))
-        given = ctx.saved_tensors[:split]
-        return (None, of_u0, *(g.view(x.shape) for g, x in zip(of_inputs, given, strict=True)))
+            return (of_u0, *(None for _ in inputs))
+        return (of_u0, *(g.view(x.shape) for g, x in zip(of_inputs, given, strict=True)))

@@ -77,13 +77,13 @@ class _Solve:
         return found
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        return self.problem.t0, self.problem.t1
+    def marks(self) -> tuple[float, ...]:
+        return (self.problem.t0, *self.options.tstops, self.problem.t1)
 
     def stages(self, field: FlatField) -> Stages:
         """Stages that are not recorded."""
         vectors = vectors_like(self.u0, self.method.all_stages)
-        return Stages(self.method, field, self.bounds, vectors)
+        return Stages(self.method, field, self.marks, vectors)
 
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
@@ -96,7 +96,7 @@ class _Solve:
     def direct(self) -> tuple[Record, list[Tensor], Tensor]:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
-        stages = Stages(self.method, field, self.bounds, RecordedVectors())
+        stages = Stages(self.method, field, self.marks, RecordedVectors())
         times = None
         if _wants_time_gradient(self.problem, self.options):
             t0, t1 = (

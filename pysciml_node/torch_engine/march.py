@@ -131,7 +131,7 @@ class March:
                 size = (options.time_tensors[1] if last else stop) - time
             u = self.u
             if stages.count == 0:
-                stages.begin(self._first_stage(time))
+                stages.begin(self._first_stage(time, size))
             u1 = stages.solution(time, size, u, with_error=adaptive)
             error = math.nan
             if adaptive:
@@ -148,7 +148,8 @@ class March:
             self.u, self.k = u1, None
             end = stop if lands else t + h
             yield Step(t, h, end, u, u1, error, next_stop if lands else None, time, size)
-            if self.u is u1:
+            # The field may jump at a stop: its value there belongs to the next step.
+            if self.u is u1 and not lands:
                 self.k = stages.next_first()
             stages.count = 0
             t = end
@@ -173,16 +174,16 @@ class March:
             return t
         return torch.full_like(time, t) if lands else t + (time - time.detach())
 
-    def _first_stage(self, time: Real) -> Tensor:
+    def _first_stage(self, time: Real, size: Real) -> Tensor:
         if self.k is None:
-            self.k = self.stages.field(self.stages.times(time, 0.0)[0], self.u)
+            self.k = self.stages.field(self.stages.times(time, size)[0], self.u)
         return self.k
 
     def _first_size(self, time: Real, direction: float) -> float:
         options, stages = self.options, self.stages
         if options.dt0 is not None:
             return math.copysign(abs(options.dt0), direction)
-        k = self._first_stage(time).detach()
+        k = self._first_stage(time, 0.0).detach()
         with torch.no_grad():
             return initial_step(
                 stages.field,

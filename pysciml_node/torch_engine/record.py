@@ -25,6 +25,7 @@ class Record:
         at_end: for a state index, the saved times that coincide with it.
         saved: how many of the requested times were reached.
         last: of a failed solve, the last attempt.
+        marks: start, stops and end that were asked for.
     """
 
     times: list[float]
@@ -38,6 +39,7 @@ class Record:
     nreject: int = 0
     retcode: ReturnCode = ReturnCode.Default
     last: Attempt | None = None
+    marks: tuple[float, ...] = ()
     event: int | None = None
     t1_stop: int = 0
 
@@ -129,7 +131,9 @@ def follow(
     Returns:
         The record; the states at its times; the saved states `(saved, N)`.
     """
-    record = Record(times=[march.t0], t1_stop=len(march.options.tstops))
+    tstops = march.options.tstops
+    marks = (march.t0, *tstops, march.t1)
+    record = Record(times=[march.t0], t1_stop=len(tstops), marks=marks)
     states = [march.u]
     saver = Saver(saveat, saveat_tensor, march.t0, march.u, record)
     for step in march:

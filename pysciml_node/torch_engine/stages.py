@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -72,26 +73,49 @@ class Stages:
     Args:
         method: the method.
         field: the derivative as a function of time and flat state.
-        bounds: the interval of the solve, in either order.
+        marks: start, stops and end of the solve, in its order. Times stay inside the interval, and
+            inside the step where it starts or ends on a stop: the field may jump there.
         vectors: holds the stage derivatives.
     """
 
     def __init__(
-        self, method: Method, field: FlatFunction, bounds: tuple[float, float], vectors: Vectors
+        self, method: Method, field: FlatFunction, marks: tuple[float, ...], vectors: Vectors
     ) -> None:
         self.method = method
         self.field = field
-        self.low, self.high = min(bounds), max(bounds)
+        self.low, self.high = min(marks[0], marks[-1]), max(marks[0], marks[-1])
+        # For each stop the last time before it and the first after it.
+        stops = torch.tensor(marks[1:-1], dtype=method.nodes.dtype)
+        infinity = torch.full_like(stops, math.inf)
+        sides = zip(
+            torch.nextafter(stops, -infinity).tolist(),
+            torch.nextafter(stops, infinity).tolist(),
+            strict=True,
+        )
+        self._sides = dict(zip(marks[1:-1], sides, strict=True))
         self.vectors = vectors
         self.count = 0  # stages evaluated so far in this step
 
     def times(self, t: Real, h: Real) -> tuple[Tensor, ...]:
         """The stage times, kept inside the interval where rounding would leave it."""
         times = self.method.nodes * h + t
+        low, high = self._limits(t, h) if self._sides else (self.low, self.high)
         if isinstance(t, Tensor) or isinstance(h, Tensor):
-            inside = times.detach().clamp(self.low, self.high)
+            inside = times.detach().clamp(low, high)
             return (times + (inside - times.detach())).unbind()
-        return times.clamp_(self.low, self.high).unbind()
+        return times.clamp_(low, high).unbind()
+
+    def _limits(self, t: Real, h: Real) -> tuple[float, float]:
+        """The interval's ends, or what stops leave of the step."""
+        start, size = (float(x.detach()) if isinstance(x, Tensor) else x for x in (t, h))
+        low, high = self.low, self.high
+        near = 1e-9 * abs(size)
+        for stop, (before, after) in self._sides.items():
+            if abs(min(start, start + size) - stop) < near:
+                low = after
+            if abs(max(start, start + size) - stop) < near:
+                high = before
+        return low, high
 
     def begin(self, k1: Tensor) -> None:
         """Start a step whose first stage is known."""

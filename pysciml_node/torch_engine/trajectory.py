@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pysciml_node.algorithms import ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
-from pysciml_node.solution import Stats, StepEstimate
+from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
 from pysciml_node.torch_engine.record import Record
@@ -70,13 +70,13 @@ class TorchTrajectory:
 
     def _stages(self, method: Method) -> tuple[Stages, FlatField]:
         field = FlatField(self.problem)
-        bounds = (self.problem.t0, self.problem.t1)
+        marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()
             if torch.is_grad_enabled()
             else vectors_like(self.flat_states[0], method.all_stages)
         )
-        return Stages(method, field, bounds, vectors), field
+        return Stages(method, field, marks, vectors), field
 
     def step_of(self, t: float) -> int:
         """Index of the accepted step that contains `t` (the later one at a boundary)."""
@@ -153,14 +153,15 @@ class TorchTrajectory:
         return torch.stack(found) if found else self.method.nodes.new_empty(0)
 
     def estimate(
-        self, t: float, algorithm: Any, stop_gradient: bool, dt: float | None
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
         """One step of `algorithm` from the solution at `t`.
 
         Args:
             t: where it starts.
             algorithm: an explicit method with an embedded pair.
-            stop_gradient: treat the starting state and the first stage as constants.
+            stop_gradient: treat the starting state (`"state"`), and the first stage (`True`), as
+                constants.
             dt: positive size of the step; default Hairer's first step from there.
         """
         if not isinstance(algorithm, ExplicitRungeKutta):
@@ -170,7 +171,7 @@ class TorchTrajectory:
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
         stages, field = self._stages(method)
         tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
             k = field(stages.times(t, 0.0)[0], u)
         span = self.problem.t1 - t
         with torch.no_grad():
