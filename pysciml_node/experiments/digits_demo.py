@@ -39,8 +39,6 @@ QUICK_SETTINGS = replace(SETTINGS, steps=6, tolerance=1e-3, evaluate_every=3)
 # evaluations at equal accuracy, 15 -> 4.5 takes 0.54 to 0.56 and loses half a point.
 WEIGHT = (12.0, 3.6)
 TRADE_OFF_WEIGHTS = tuple((first, 0.3 * first) for first in (3.0, 10.0, 12.0, 15.0, 20.0, 50.0))
-    (first, 0.3 * first) for first in (1.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0)
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
