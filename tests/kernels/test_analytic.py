@@ -130,11 +130,11 @@ def test_relu_kernel_is_homogeneous():
         torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("activation", ["softplus", "relu", "tanh"])
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
 def test_random_networks_average_to_the_kernels(activation):
     """Width 1000, 10 layers: means over seeds within 2 % of the largest entry."""
     x = inputs(3, 10, seed=1)
-    phi = getattr(torch, activation, torch.nn.functional.softplus)
+    phi = getattr(torch.nn.functional, activation)
     generator = torch.Generator().manual_seed(0)
     seeds = 12
     measured = torch.zeros(3, 3, dtype=torch.float64)
