@@ -11,6 +11,7 @@ schemes of growing degree, until two degrees agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -163,16 +164,21 @@ def _relative_change(new: Tensor, old: Tensor, scale: Tensor) -> Tensor:
 
 def _converged_selves(model: Model, initial: Tensor, ladder: list[_Level]) -> _Selves:
     previous: _Selves | None = None
-    change = torch.tensor(torch.inf)
+    failure = _not_reached(model, math.inf)
     for level in ladder:
-        current = _solve_selves(model, initial, level)
+        try:
+            current = _solve_selves(model, initial, level)
+        except KernelConvergenceError as error:  # a finer scheme may yet converge
+            previous, failure = None, error
+            continue
         if previous is not None:
             values = current.values.stacked()
-            change = _relative_change(values, previous.values.stacked(), values.abs()).max()
-            if bool(change <= model.rtol):
+            change = float(_relative_change(values, previous.values.stacked(), values.abs()).max())
+            if change <= model.rtol:
                 return current
+            failure = _not_reached(model, change)
         previous = current
-    raise _not_reached(model, float(change))
+    raise failure
 
 
 def _not_reached(model: Model, change: float) -> KernelConvergenceError:
@@ -198,29 +204,34 @@ def continuous_kernels(model: Model, pairs: Pairs) -> Values:
     same = pairs.i == pairs.j
     waiting = torch.nonzero(~same).flatten()
     previous: Tensor | None = None
-    started = selves.level.degree if analytic else 0
-    for level in _from_before(ladder, started):
-        if analytic and level.degree != selves.level.degree:
-            current = _solve_selves(model, distinct, level)
-        else:
+    failure = _not_reached(model, math.inf)
+    for level in _from_before(ladder, selves.level.degree if analytic else 0):
+        try:
             current = selves
-        variances = current.at(level.scheme(distinct.device))[who]
-        values = _solve_pairs(model, pairs, level, variances, waiting).stacked()
+            if analytic and level.degree != selves.level.degree:
+                current = _solve_selves(model, distinct, level)
+            variances = current.at(level.scheme(distinct.device))[who]
+            values = _solve_pairs(model, pairs, level, variances, waiting).stacked()
+        except KernelConvergenceError as error:
+            previous, failure = None, error
+            continue
         if analytic:
             result[:, same] = current.values.stacked()[:, who[pairs.i[same]]]
         if previous is None:
             previous = values
             continue
         bound = scale[:, pairs.i[waiting]] * scale[:, pairs.j[waiting]]
-        done = _relative_change(values, previous, bound) <= model.rtol
+        change = _relative_change(values, previous, bound)
+        done = change <= model.rtol
         if analytic:  # one scheme for every pair keeps the matrix positive semidefinite
             done = done.all().expand_as(done)
         result[:, waiting[done]] = values[:, done]
         waiting, previous = waiting[~done], values[:, ~done]
         if len(waiting) == 0:
             break
+        failure = _not_reached(model, float(change.max()))
     if len(waiting):
-        raise _not_reached(model, float("nan"))
+        raise failure
     if not analytic:
         result[:, same] = selves.values.stacked()[:, who[pairs.i[same]]]
     return Values(*result)

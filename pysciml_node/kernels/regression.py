@@ -7,7 +7,7 @@ The loss throughout is ``1/(2n) sum_i |f(x_i) - y_i|^2``. Under gradient descent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -158,9 +158,11 @@ class GradientDescent:
     kernel: Tensor
     targets: Tensor
     initial: Tensor | None = None
+    _values: Tensor = field(init=False, repr=False)
+    _vectors: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
+        """Check the shapes and decompose the kernel, once."""
         _check_square(self.kernel, "kernel")
         _columns(self.targets, len(self.kernel), "targets")
         if self.initial is not None and self.initial.shape != self.targets.shape:
@@ -171,9 +173,6 @@ class GradientDescent:
         values, vectors = torch.linalg.eigh(self.kernel)
         object.__setattr__(self, "_values", values)
         object.__setattr__(self, "_vectors", vectors)
-
-    _values: Tensor = None  # type: ignore[assignment]
-    _vectors: Tensor = None  # type: ignore[assignment]
 
     def _decay(self, when: float, lr: float | None) -> Tensor:
         rate = self._values / len(self.kernel)

@@ -208,7 +208,7 @@ def _grid(radius: float) -> Tensor:
 def _jumps(fn: Elementwise) -> tuple[float, ...]:
     """Points of [-8, 8] at which a function jumps, by bisecting the largest changes."""
     grid = _grid(_RADII[0])
-    values = fn(grid)
+    values = fn(grid).detach()
     change = (values[1:] - values[:-1]).abs()
     scale = max(float(values.abs().max()), 1e-12)
     largest, where = change.topk(_SUSPECTS)
@@ -219,7 +219,7 @@ def _jumps(fn: Elementwise) -> tuple[float, ...]:
             middle = (left + right) / 2
             low, mid, high = fn(torch.tensor([left, middle, right], dtype=torch.float64)).tolist()
             left, right = (left, middle) if abs(mid - low) > abs(high - mid) else (middle, right)
-        ends = fn(torch.tensor([left, right], dtype=torch.float64))
+        ends = fn(torch.tensor([left, right], dtype=torch.float64)).detach()
         if float((ends[1] - ends[0]).abs()) > 0.5 * whole:
             found.append(round((left + right) / 2, 6) + 0.0)
     return tuple(found)

@@ -167,6 +167,18 @@ def test_blow_up_is_an_error():
         nngp(x, T=4.0, activation="exp")
 
 
+def test_accuracy_that_is_not_reached_is_an_error():
+    """A long horizon needs more than the ladder's degrees."""
+    with pytest.raises(KernelConvergenceError, match="still differ by"):
+        ntk(inputs(3, 4), T=30.0, activation="erf")
+
+
+def test_one_input():
+    x = inputs(1, 4)
+    for activation in ("softplus", "relu"):
+        assert ntk(x, activation=activation).shape == (1, 1)
+
+
 def test_dtype_follows_the_inputs():
     x = inputs(3, 4)
     single = ntk(x.float(), activation="tanh")
