@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Graph = Callable[..., Any]
+from pysciml_node.torch_engine.compiled_passes import rewrite_products
 
 
 class CompileError(RuntimeError):
@@ -59,40 +59,91 @@ def compiler_available() -> tuple[bool, str]:
     return True, compiler
 
 
-def build(function: Callable[..., Any], device: torch.device) -> Graph:
-    """Compile a function of tensors into one graph, when it is first called.
+class Graph:
+    """A function of tensors, compiled into one graph when it is first called.
 
-    Compiled graphs are kept by code object. A code object of its own keeps the graphs of one
-    solver from being searched, counted and thrown out with those of the others.
+    Args:
+        function: takes the field as its first argument.
+        device: where it runs.
     """
-    assert isinstance(function, types.FunctionType)
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        assert isinstance(function, types.FunctionType)
+        # Compiled graphs are kept by code object. A code object of its own keeps the graphs of one
+        # solver from being searched, counted and thrown out with those of the others.
+        self._own = _with_code(function, function.__code__.replace())
+        options: dict[str, Any] = {"guard_filter_fn": _field_guards}
+        if device.type == "cpu":
+            # A wrapper in C++ takes the loop itself out of Python.
+            options["cpp_wrapper"] = True
+            options["post_grad_custom_post_pass"] = rewrite_products
+        # `dynamic=False`: shapes seen in other solvers must not make this one's dynamic.
+        self._compiled = torch.compile(self._own, fullgraph=True, dynamic=False, options=options)
+        self._check: Callable[[dict[str, Any]], bool] | None = None
+        self._direct: Callable[..., Any] = self._compiled
+        self._closure = {
+            name: cell.cell_contents
+            for name, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            )
+        }
+
+    def __call__(self, field: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            CompileError: it cannot be compiled.
+        """
+        # What the compiler's own entry does besides costs a small solve a third of its time.
+        if self._check is not None and self._check(
+            {"field": field, "leaves": leaves, "rest": rest, **self._closure}
+        ):
+            return self._direct(field, leaves, *rest)
+        try:
+            found = self._compiled(field, leaves, *rest)
+        except Exception as error:
+            kinds = ("torch._dynamo", "torch._inductor", "torch.fx")
+            if not type(error).__module__.startswith(kinds):
+                raise
+            raise CompileError(
+                f"the solve cannot be compiled: {_cause(error)}\n"
+                "  Control flow that depends on the values of tensors, printing, and calls that "
+                "leave PyTorch do not compile.\n"
+                "  Rewrite them in the field (torch.where), or solve with compile=False."
+            ) from error
+        self._find_direct()
+        return found
+
+    def _find_direct(self) -> None:
+        """Get hold of what was compiled, and of the guards that say whether it still is right."""
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        entry = _debug_get_cache_entry_list(self._own.__code__)[0]
+        self._direct = _with_code(self._own, entry.code)
+        self._check = entry.guard_manager.check
+
+
+def _with_code(function: types.FunctionType, code: types.CodeType) -> types.FunctionType:
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, None, function.__closure__
     )
-    # On a CPU a wrapper in C++ takes the loop itself out of Python.
-    options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" else {}
-    # `dynamic=False`: shapes seen in other solvers must not make this one's dynamic.
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def run(graph: Graph, *arguments: Any) -> Any:
-    """Call a graph; what goes wrong while it is compiled becomes a `CompileError`."""
-    try:
-        return graph(*arguments)
-    except Exception as error:
-        kinds = ("torch._dynamo", "torch._inductor", "torch.fx")
-        if not type(error).__module__.startswith(kinds):
-            raise
-        raise CompileError(
-            f"the solve cannot be compiled: {_cause(error)}\n"
-            "  Control flow that depends on the values of tensors, printing, and calls that leave "
-            "PyTorch do not compile.\n"
-            "  Rewrite them in the field (torch.where), or solve with compile=False."
-        ) from error
+def _field_guards(guards: list[Any]) -> list[bool]:
+    """Keep the guards on the field and what it reads: the rest is ours and does not change."""
+    ours = ("L['rest']", "L['leaves']", "L['stepper']", "L['names']", "L['wanted']", "L['p_")
+    torchs = ("G['torch']", "G['__import_torch", f"G['__import_{_mangled(__package__ or '')}")
+    return [not _root(guard.name).startswith(ours + torchs) for guard in guards]
+
+
+def _mangled(package: str) -> str:
+    return package.replace(".", "_dot_")
+
+
+def _root(name: str) -> str:
+    """A guard's name from the variable on: some are wrapped in calls, `dict(type(L['f']))`."""
+    starts = [i for i in (name.find("L['"), name.find("G['")) if i >= 0]
+    return name[min(starts) :] if starts else name
 
 
 def _cause(error: Exception) -> str:
@@ -102,7 +153,9 @@ def _cause(error: Exception) -> str:
     return (told or lines or [type(error).__name__])[0].removeprefix("Explanation: ")
 
 
-def check_field(field: Any, t: Tensor, u: Tensor, leaves: list[Tensor], call: Graph) -> None:
+def check_field(
+    field: Any, t: Tensor, u: Tensor, leaves: list[Tensor], call: Callable[..., Tensor]
+) -> None:
     """Evaluate a field once, to find what a compiled solve could not treat rightly.
 
     Args:

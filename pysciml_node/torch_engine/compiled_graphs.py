@@ -133,6 +133,17 @@ class Stepper:
         rows = self.tableau.interpolant.weights
         return [i for i, row in enumerate(rows) if any(row)]
 
+    def basis(self, device: torch.device) -> Tensor:
+        """What a saved state asks of a step, as polynomials of `theta`.
+
+        The rows are coefficients in ascending powers: of the step's end (none), of its start (1),
+        and of `b_i` for each of `dense_stages`; float64.
+        """
+        weights = [self.tableau.interpolant.weights[i] for i in self.dense_stages]
+        degree = len(weights[0])
+        rows = [(0.0,) * (degree + 1), (1.0,) + (0.0,) * degree, *((0.0, *w) for w in weights)]
+        return torch.tensor(rows, dtype=torch.float64, device=device)
+
     def weights(self, theta: Tensor) -> list[Tensor]:
         """`b_i(theta)` for each of `dense_stages`; in float64, because the terms cancel."""
         found = []
@@ -225,15 +236,14 @@ def forward_graph(
         values: `control`, then `settings`, whose entries the constants name; a size of NaN asks
             for the initial step size.
         steps: `(capacity, 4)` float64, written in place.
-        states: `(rows, *shape)`, the state at the start of each step, written in place;
-            with fewer rows than `steps`, the last row is overwritten by all later steps.
+        states: `(capacity, *shape)`, the state at the start of each step, written in place.
         saveat: `(T,)` float64 times in the order they are passed, or `None`.
         saved: `(T, *shape)`, written in place where a saved time was passed.
         dense: `(capacity, n, *shape)`, room for the stages that the dense output uses.
     """
     dtype = u0.dtype
     fsal = stepper.tableau.fsal
-    capacity, state_rows = steps.shape[0], states.shape[0]
+    capacity = steps.shape[0]
     # Copies: what enters a loop must not share memory.
     control, settings = values[:CONTROL_LENGTH].clone(), values[CONTROL_LENGTH:].clone()
     start = values[TIME].clone()
@@ -265,7 +275,7 @@ def forward_graph(
 
         row = (control[ACCEPTED] - settings[OFFSET]).to(torch.int64)[None]
         steps.index_copy_(0, row, torch.stack([t, size, end, error])[None])
-        states.index_copy_(0, torch.clamp(row, max=state_rows - 1), u[None])
+        states.index_copy_(0, row, u[None])
         if dense is not None:
             if stepper.first_stage_follows():
                 stages.append(k_end)
@@ -336,10 +346,10 @@ def backward_graph(
     stepper: Stepper,
     field: Callable[..., Tensor],
     values: Tensor,
-    next_save: Tensor,
     steps: Tensor,
     states: Tensor,
     saveat: Tensor | None,
+    basis: Tensor | None,
     cotangent: Tensor,
     cotangent_saved: Tensor | None,
     cotangent_states: Tensor | None,
@@ -350,15 +360,15 @@ def backward_graph(
     Args:
         stepper: the method.
         field: `f(t, u, *inputs)`.
-        values: `(3,)` float64: rows of `steps` that are filled, direction, 1 where row 0 is the
-            first step of the solve.
-        next_save: `(1,)` float64, number of saved states up to the end of the last row.
+        values: `(4,)` float64: rows of `steps` that are filled, direction, 1 where row 0 is the
+            first step of the solve, number of saved states up to the end of the last row.
         steps: as written by the forward graph.
         states: as written by the forward graph.
         saveat: as given to the forward graph.
+        basis: `Stepper.basis` where there is `saveat`.
         cotangent: of the state at the end of the last row.
         cotangent_saved: `(T, *shape)`, of the saved states.
-        cotangent_states: `(rows, *shape)`, of the states at the start of each step.
+        cotangent_states: `(capacity, *shape)`, of the states at the start of each step.
         inputs: what the field depends on, each receiving a gradient.
 
     Returns:
@@ -409,6 +419,7 @@ def backward_graph(
         from, and separate sums would then be the same zeros, overwritten by whoever uses them.
         """
         assert saveat is not None
+        assert basis is not None
         column = (-1, *(1,) * (cotangents.ndim - 1))
 
         def inside(j: Tensor, sums: Tensor) -> Tensor:
@@ -418,10 +429,14 @@ def backward_graph(
         def add(j: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
             start, size, end, _ = step.unbind()
             time = _row(saveat, j - 1.0)
-            exact = (time == end).double()
-            inner = 1.0 - exact
-            weights = [size * w * inner for w in stepper.weights((time - start) / size)]
-            factors = torch.stack([exact, inner, *weights]).to(dtype)
+            theta = (time - start) / size
+            weights = basis[:, -1]
+            for power in range(basis.shape[1] - 2, -1, -1):
+                weights = weights * theta + basis[:, power]
+            index = torch.arange(basis.shape[0], device=basis.device)
+            weights = torch.where(index >= 2, size * weights, weights)
+            # A saved time that ends a step asks for that step's result alone.
+            factors = torch.where(time == end, (index == 0).double(), weights).to(dtype)
             return j - 1.0, sums + factors.reshape(column) * _row(cotangents, j - 1.0)
 
         sums = cotangents.new_zeros((len(used) + 2, *cotangents.shape[1:]))
@@ -430,6 +445,6 @@ def backward_graph(
 
     totals = tuple(torch.zeros_like(x) for x in inputs)
     _, j, cotangent, *found = while_loop(
-        more, pull, (values[0].to(torch.int64), next_save[0].clone(), cotangent, *totals)
+        more, pull, (values[0].to(torch.int64), values[3].clone(), cotangent, *totals)
     )
-    return j[None], cotangent, tuple(found)
+    return j, cotangent, tuple(found)

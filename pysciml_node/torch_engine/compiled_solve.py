@@ -13,16 +13,15 @@ from torch.utils import _pytree as pytree
 
 from pysciml_node.torch_engine import compiled_graphs as graphs
 from pysciml_node.torch_engine.autograd import first_derivative
-from pysciml_node.torch_engine.compiled_build import Graph, build, run
+from pysciml_node.torch_engine.compiled_build import Graph
 from pysciml_node.torch_engine.tableaus.base import Tableau
 
-# A buffer holds this many steps; a solve that needs more goes on in another of twice the size.
-_FIRST_ROWS = 64
-# No buffer of states takes more memory than this, unless it held fewer than `_FEWEST_ROWS`.
+# A buffer holds this many steps; a solve that needs more goes on in another. The number is the
+# graph's own: sizes that vary are passed to it as numbers one by one, which costs time.
+_ROWS = 64
+# No buffer takes more memory than this, unless it held fewer than `_FEWEST_ROWS`.
 _BUFFER_BYTES = 2**28
 _FEWEST_ROWS = 8
-# Steps without their states are small: one buffer does for most solves.
-_ROWS_WITHOUT_STATES = 1024
 
 
 def evaluate(f: Any, t: Tensor, u: Tensor, leaves: Sequence[Tensor], p_spec: Any) -> Tensor:
@@ -102,19 +101,24 @@ class Layout:
         self.wanted, self.device = wanted, device
 
     @functools.cached_property
+    def basis(self) -> Tensor:
+        """See `Stepper.basis`."""
+        return self.stepper.basis(self.device)
+
+    @functools.cached_property
     def forward(self) -> Graph:
         """`(field, leaves of p, arguments of forward_graph) -> (control, u)`."""
         stepper, p_spec, p_shapes = self.stepper, self.p_spec, self.p_shapes
 
-        def solve(f: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
-            tensors = _tensors_of(f)
+        def solve(field: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
+            tensors = _tensors_of(field)
 
             def derivative(t: Tensor, u: Tensor) -> Tensor:
-                return _inside(f, tensors, t, u, _shaped(leaves, p_shapes), p_spec)
+                return _inside(field, tensors, t, u, _shaped(leaves, p_shapes), p_spec)
 
             return graphs.forward_graph(stepper, derivative, *rest)
 
-        return build(solve, self.device)
+        return Graph(solve, self.device)
 
     @functools.cached_property
     def backward(self) -> Graph:
@@ -130,20 +134,20 @@ class Layout:
         stepper, names, wanted = self.stepper, self.names, self.wanted
         p_spec, p_shapes = self.p_spec, self.p_shapes
 
-        def replay(f: Any, constants: tuple[Tensor, ...], *rest: Any) -> Any:
-            tensors = _tensors_of(f)
+        def replay(field: Any, leaves: tuple[Tensor, ...], *rest: Any) -> Any:
+            tensors = _tensors_of(field)
 
             def derivative(t: Tensor, u: Tensor, *inputs: Tensor) -> Tensor:
-                leaves = _merge(wanted, inputs[len(names) :], constants)
+                of_p = _merge(wanted, inputs[len(names) :], leaves)
                 moving = {
                     name: x.view(tensors[name].shape)
                     for name, x in zip(names, inputs[: len(names)], strict=True)
                 }
-                return _inside(f, {**tensors, **moving}, t, u, _shaped(leaves, p_shapes), p_spec)
+                return _inside(field, {**tensors, **moving}, t, u, _shaped(of_p, p_shapes), p_spec)
 
             return graphs.backward_graph(stepper, derivative, *rest)
 
-        return build(replay, self.device)
+        return Graph(replay, self.device)
 
 
 class Solve:
@@ -169,51 +173,39 @@ class Solve:
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Run to the end; returns the last state, the saved states, the steps' states."""
         layout, saveat, shape = self.layout, self.saveat, u.shape
-        saved = None if saveat is None else u.new_empty((len(saveat), *shape))
-        dense_stages = len(layout.stepper.dense_stages)
-        bytes_of_row = u.numel() * u.element_size() * (1 if saved is None else dense_stages)
-        most = max(_FEWEST_ROWS, _BUFFER_BYTES // max(1, bytes_of_row))
-        with_rows = self.keep_states or saved is not None
-        rows = min(_FIRST_ROWS, most) if with_rows else _ROWS_WITHOUT_STATES
-        kept: list[Tensor] = []
+        used = len(layout.stepper.dense_stages)
+        bytes_of_row = u.numel() * u.element_size() * (1 if saveat is None else used)
+        rows = min(_ROWS, max(_FEWEST_ROWS, _BUFFER_BYTES // max(1, bytes_of_row)))
+        states = u.new_empty((rows, *shape))
+        saved: Tensor | None = None
         dense: Tensor | None = None
+        if saveat is not None:
+            saved = u.new_empty((len(saveat), *shape))
+            dense = u.new_empty((rows, used, *shape))
+        kept: list[Tensor] = []
         while True:
-            offset = self.control[graphs.ACCEPTED]
-            self.settings[graphs.OFFSET] = offset
-            fresh = math.isnan(self.control[graphs.SIZE])
-            values = torch.tensor(
-                [*self.control, *self.settings], dtype=torch.float64, device=u.device
-            )
-            # Sizes that may differ later differ now, or the graph would rely on their equality.
-            steps = torch.empty((rows, 4), dtype=torch.float64, device=u.device)
-            states = u.new_empty((rows + 1 if with_rows else 2, *shape))
-            if saved is not None:
-                dense = u.new_empty((rows + 2, dense_stages, *shape))
-            self._mark(steps, states, dense)
-            control, u = run(
-                layout.forward, self.f, self.leaves, u, values, steps, states, saveat, saved, dense
-            )
             before = self.control
+            offset = self.settings[graphs.OFFSET] = before[graphs.ACCEPTED]
+            values = torch.tensor([*before, *self.settings], dtype=torch.float64, device=u.device)
+            steps = torch.empty((rows, 4), dtype=torch.float64, device=u.device)
+            control, u = layout.forward(
+                self.f, self.leaves, u, values, steps, states, saveat, saved, dense
+            )
             # The one host read of a solve (of a buffer, where one does not do).
             self.control = control.tolist()
-            filled = int(self.control[graphs.ACCEPTED] - offset)
-            self.steps.append((filled, steps))
+            self.steps.append((int(self.control[graphs.ACCEPTED] - offset), steps))
+            self._count(before)
+            running = self.control[graphs.STATUS] == graphs.RUNNING
             if self.keep_states:
                 kept.append(states)
-            self._count(before, fresh)
-            if self.control[graphs.STATUS] != graphs.RUNNING:
+                if running:
+                    states = torch.empty_like(states)
+            if not running:
                 return u, saved, kept
-            rows = min(2 * rows, most) if with_rows else 2 * rows
 
-    @staticmethod
-    def _mark(*buffers: Tensor | None) -> None:
-        """Tell the compiler that the number of rows varies."""
-        for buffer in buffers:
-            if buffer is not None:
-                torch._dynamo.mark_dynamic(buffer, 0)
-
-    def _count(self, before: list[float], fresh: bool) -> None:
+    def _count(self, before: list[float]) -> None:
         stepper = self.layout.stepper
+        fresh = math.isnan(before[graphs.SIZE])
         accepted = self.control[graphs.ACCEPTED] - before[graphs.ACCEPTED]
         attempts = accepted + self.control[graphs.REJECTED] - before[graphs.REJECTED]
         per_attempt = stepper.tableau.stages - 1
@@ -241,8 +233,7 @@ class Solve:
         layout, saveat = self.layout, self.saveat
         constants = tuple(x for x, w in zip(self.leaves, layout.wanted, strict=True) if not w)
         direction = self.settings[graphs.DIRECTION]
-        passed = self._passed()
-        next_save = torch.tensor([float(passed)], dtype=torch.float64, device=cotangent.device)
+        next_save = float(self._passed())
         with_states = any(x is not None for x in cotangent_states)
         graph = layout.backward_with_states if with_states else layout.backward
         totals: list[Tensor] = []
@@ -255,23 +246,23 @@ class Solve:
                 given = cotangent_states[n]
                 of_states = torch.zeros_like(states[n]) if given is None else given.contiguous()
             values = torch.tensor(
-                [rows, direction, n == 0], dtype=torch.float64, device=cotangent.device
+                [rows, direction, n == 0, next_save], dtype=torch.float64, device=cotangent.device
             )
-            self._mark(steps, states[n], of_states)
-            next_save, cotangent, found = run(
-                graph,
+            saves, cotangent, found = graph(
                 self.f,
                 constants,
                 values,
-                next_save,
                 steps,
                 states[n],
                 saveat,
+                None if saveat is None else layout.basis,
                 cotangent,
                 cotangent_saved,
                 of_states,
                 inputs,
             )
+            if n > 0 and saveat is not None:
+                next_save = saves.item()
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else [*found]
         return cotangent, totals
 
