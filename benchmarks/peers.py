@@ -128,6 +128,13 @@ def pysciml_eager(workload: Workload) -> Candidate:
     return _torch_candidate(workload, lambda u0: solve(u0).u)
 
 
+def pysciml_direct(workload: Workload) -> Candidate:
+    """This package, torch engine, every operation recorded."""
+    (psn,) = _load("pysciml_node")
+    _, solve = _pysciml(workload, engine="torch", adjoint=psn.DirectAdjoint())
+    return _torch_candidate(workload, lambda u0: solve(u0).u)
+
+
 def _python_calls(run: Callable[[], object], code: CodeType) -> int:
     """How often the interpreter enters `code` during `run`."""
     calls = 0
@@ -277,6 +284,7 @@ def diffrax_jit(workload: Workload) -> Candidate:
 
 CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
     "pysciml_node": pysciml_eager,
+    "pysciml_node direct": pysciml_direct,
     "pysciml_node compiled": pysciml_compiled,
     "pysciml_node julia": pysciml_julia,
     "torchdiffeq": torchdiffeq_odeint,
