@@ -20,7 +20,7 @@ from pysciml_node.torch_engine.compiled import (
     compiled_solver,
     compiler_available,
 )
-from pysciml_node.torch_engine.tableaus import BS3, HEUN, TSIT5
+from pysciml_node.torch_engine.tableaus import BS3, EULER, HEUN, TSIT5
 
 pytestmark = pytest.mark.skipif(not compiler_available()[0], reason=compiler_available()[1])
 
@@ -298,6 +298,33 @@ def test_fields_that_do_not_compile_say_why() -> None:
         compiled_solver(decay, BS3)(u0, 0.0, torch.ones((), requires_grad=True), 1e-3, 1e-3, PI3)
     with pytest.raises(ValueError, match="shape"):
         compiled_solver(lambda t, u: u[:1], BS3)(u0, 0.0, 1.0, 1e-3, 1e-3, PI3)
+
+
+FACTOR = 2.0
+
+
+class Scaled(nn.Module):
+    """A field that reads an attribute, a submodule and a global."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.activation = 1.0, nn.Tanh()
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return FACTOR * self.scale * self.activation(u)
+
+
+def test_fields_that_change_are_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    field, u0 = Scaled(), torch.tensor([0.3, -0.4])
+    control = StepControl(1.0, fixed=True)
+
+    def step() -> Tensor:
+        return compiled_solver(field, EULER)(u0, 0.0, 0.5, 1e-3, 1e-3, control, dt0=0.5).u1
+
+    torch.testing.assert_close(step(), u0 + torch.tanh(u0))
+    field.scale, field.activation = 3.0, nn.ReLU()
+    monkeypatch.setitem(globals(), "FACTOR", 4.0)
+    torch.testing.assert_close(step(), u0 + 6 * torch.relu(u0))
 
 
 def test_solvers_are_made_once_and_go_with_their_fields() -> None:
