@@ -6,7 +6,7 @@
 | `DirectAdjoint` | the discretised solution, exactly | every stage's graph | double backward |
 | `InterpolatingAdjoint` | the continuous equation | one state a step | long solves |
 | `GaussAdjoint` | the continuous equation | one state a step | many parameters |
-| `BacksolveAdjoint` | the continuous equation | one state | smooth, short, non-stiff fields |
+| `BacksolveAdjoint` | the continuous equation | one state a step | comparison with other packages |
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ class GaussAdjoint(_ContinuousAdjoint):
 
 @dataclass(frozen=True)
 class BacksolveAdjoint(_ContinuousAdjoint):
-    """Solves state and adjoint backward together: memory of one state.
+    """Solves state and adjoint backward together.
 
-    The state is put back onto the forward solution wherever a cotangent enters. Between those times
+    The method could do with the memory of one state; this engine keeps the steps' states all the
+    same, for dense output. The state is put back onto the forward solution wherever a cotangent enters. Between those times
     it is recomputed backward, which is unstable for dissipative fields: check gradients before you
     rely on it.
 
