@@ -90,10 +90,10 @@ class GaussAdjoint(_ContinuousAdjoint):
 class BacksolveAdjoint(_ContinuousAdjoint):
     """Solves state and adjoint backward together.
 
-    The method could do with the memory of one state; this engine keeps the steps' states all the
-    same, for dense output. The state is put back onto the forward solution wherever a cotangent enters. Between those times
+    The state is put back onto the forward solution wherever a cotangent enters. Between those times
     it is recomputed backward, which is unstable for dissipative fields: check gradients before you
-    rely on it.
+    rely on it. The method could do with the memory of one state; this engine keeps the steps'
+    states all the same, for dense output.
 
     Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366, Algorithm 1.
     """
