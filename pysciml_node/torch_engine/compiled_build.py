@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.torch_engine.compiled_passes import rewrite_products
+from pysciml_node.torch_engine.field import graph_leaves
 
 
 class CompileError(RuntimeError):
@@ -185,7 +186,7 @@ def check_field(
     known = {id(state), *map(id, inputs)}
     if isinstance(field, nn.Module):
         known.update(map(id, field.parameters()))
-    captured = [x for x in _graph_leaves(out) if id(x) not in known]
+    captured = [x for x in graph_leaves(out) if id(x) not in known]
     if captured:
         shapes = ", ".join(str(tuple(x.shape)) for x in captured[:4])
         raise CompileError(
@@ -194,19 +195,3 @@ def check_field(
             "  Make the field an nn.Module that owns them, pass them as p, or solve with "
             "compile=False."
         )
-
-
-def _graph_leaves(output: Tensor) -> list[Tensor]:
-    """The leaf tensors that a tensor's autograd graph ends in."""
-    found: list[Tensor] = []
-    seen: set[Any] = set()
-    todo = [output.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        todo.extend(edge for edge, _ in node.next_functions)
-    return found

@@ -13,7 +13,7 @@ from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.progress import step_listener
-from pysciml_node.solution import Solution, Stats
+from pysciml_node.solution import ReturnCode, Solution, Stats
 from pysciml_node.torch_engine.adjoint_continuous import backward_controller, continuous_sweep
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
@@ -228,8 +228,6 @@ def _check_finite(record: Record, states: list[Tensor], options: SolveOptions) -
         return
     if math.isfinite(float(states[-1].detach().abs().sum())):
         return
-    from pysciml_node.solution import ReturnCode
-
     # u0 stays, whatever it is.
     good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
     if good is None:

@@ -116,7 +116,7 @@ def _listed_modules(held: Any) -> list[nn.Module]:
     return [m for m in held if isinstance(m, nn.Module)] if isinstance(held, list | tuple) else []
 
 
-def _graph_leaves(root: Tensor) -> list[Tensor]:
+def graph_leaves(root: Tensor) -> list[Tensor]:
     """The leaf tensors that a tensor's autograd graph ends in."""
     leaves: list[Tensor] = []
     seen: set[Any] = set()
@@ -159,7 +159,7 @@ class DifferentiableField:
             k0 = self.field(time, start)
         known = {id(start), id(time), *(id(x) for x in inner.values())}
         parameters = [x for m in _modules(problem.f) for x in m.parameters() if x.requires_grad] + [
-            x for x in _graph_leaves(k0) if id(x) not in known
+            x for x in graph_leaves(k0) if id(x) not in known
         ]
         captured = list({id(x): x for x in parameters}.values())
         distinct_p = list({id(x): x for x in outer_p}.values())
@@ -187,7 +187,7 @@ class DifferentiableField:
     def _expect_known(self, k: Tensor, state: Tensor, time: Tensor) -> None:
         """Refuse tensors that the field has come to use since `t0`."""
         known = {id(x) for x in (state, time, *self.leaves)}
-        late = [x for x in _graph_leaves(k) if id(x) not in known]
+        late = [x for x in graph_leaves(k) if id(x) not in known]
         if late:
             raise RuntimeError(
                 f"the field uses {len(late)} tensor(s) that need gradients and were not seen at "
