@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from pysciml_node.problem import ODEProblem, Time
 from pysciml_node.regularizers.augmented import Rate, augment, integrals, without_extra
 from pysciml_node.regularizers.base import Regularizer, Times, attach_penalties, check_names
 from pysciml_node.regularizers.integral import IntegralRegularizer
+from pysciml_node.regularizers.probes import Probes
 from pysciml_node.solution import Solution
 from pysciml_node.solve import solve
 from pysciml_node.state import State
+
+MakeRate = Callable[[ODEProblem, Probes | None], Rate]
 
 
 class NeuralODE(nn.Module):
@@ -89,15 +92,46 @@ class NeuralODE(nn.Module):
         Returns:
             The solution; `solution.u1` has the shape of `u0`.
         """
+        return self.integrate(u0, p, tspan)
+
+    def integrate(
+        self,
+        u0: State,
+        p: Any = None,
+        tspan: tuple[Time, Time] | None = None,
+        *,
+        driven: Mapping[str, MakeRate] | None = None,
+        regularize: bool = True,
+    ) -> Solution:
+        """Solve as `forward` does, with rates beside the state.
+
+        Args:
+            u0: initial state.
+            p: extra argument of the field.
+            tspan: another interval, for this call.
+            driven: for each name what makes the rate of one solve, from the problem and its probes.
+                Their integrals are in `solution.integrals`, and have the state's tolerances.
+            regularize: evaluate the regularizers in training mode.
+
+        Returns:
+            The solution; `solution.u1` has the shape of `u0`.
+        """
         problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
         saveat = self.saveat
-        regularizers = self._active()
+        regularizers = self._active() if regularize else []
         for regularizer in regularizers:
             problem, saveat = regularizer.prepare(problem, saveat)
+        probes = Probes(problem.u0) if isinstance(problem.u0, Tensor) else None
+        # First those that are driven: regularizers share their probes.
+        beside = {name: make(problem, probes) for name, make in (driven or {}).items()}
         rates = {
-            r.name: r.rate(problem) for r in regularizers if isinstance(r, IntegralRegularizer)
+            r.name: r.rate(problem, probes)
+            for r in regularizers
+            if isinstance(r, IntegralRegularizer)
         }
-        solution = self._solve(problem, saveat, rates)
+        for name in beside.keys() & rates.keys():
+            raise ValueError(f"a regularizer is named {name!r}, which is taken: give it name=...")
+        solution = self._solve(problem, saveat, rates, beside)
         solution.penalty = torch.zeros(
             (), dtype=problem.spec.real_dtype, device=problem.spec.device
         )
@@ -107,10 +141,17 @@ class NeuralODE(nn.Module):
     def _active(self) -> list[Regularizer]:
         return [r for r in self.regularizers if isinstance(r, Regularizer)] if self.training else []
 
-    def _solve(self, problem: ODEProblem, saveat: Times | None, rates: dict[str, Rate]) -> Solution:
+    def _solve(
+        self,
+        problem: ODEProblem,
+        saveat: Times | None,
+        rates: dict[str, Rate],
+        driven: dict[str, Rate],
+    ) -> Solution:
         whole, rtol, atol = problem, self.rtol, self.atol
-        if rates:
-            whole, rtol, atol = augment(problem, rates, rtol, atol)
+        augmented = bool(rates or driven)
+        if augmented:
+            whole, rtol, atol = augment(problem, rates, rtol, atol, driven)
         solution = solve(
             whole,
             self.algorithm,
@@ -121,7 +162,7 @@ class NeuralODE(nn.Module):
             adjoint=self.adjoint,
             **self.options,
         )
-        if not rates:
+        if not augmented:
             return solution
         found = integrals(solution)
         solution = without_extra(solution, problem)

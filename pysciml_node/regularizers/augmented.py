@@ -14,8 +14,9 @@ from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Solution
 from pysciml_node.state import StateSpec
 
-# The parts of an augmented state: the problem's own, then one for each integral.
-_OWN, _EXTRA = "state", "integral"
+# The parts of an augmented state: the problem's own, then one for each integral; those that drive
+# the step size first.
+_OWN, _DRIVEN, _EXTRA = "state", "driven", "integral"
 
 
 class FieldPoint:
@@ -64,13 +65,8 @@ class FieldPoint:
 Rate = Callable[[FieldPoint], Tensor]
 
 
-def samples_of(u: Tensor) -> Tensor:
-    """A state as `(B, D)`: batch first, everything behind it flattened."""
-    return u.reshape(u.shape[0], -1) if u.ndim else u.reshape(1, 1)
-
-
 class AugmentedField(nn.Module):
-    """A problem's field with rates to integrate beside it."""
+    """A problem's field with rates to integrate beside it, by their part of the state."""
 
     def __init__(self, problem: ODEProblem, rates: dict[str, Rate]) -> None:
         super().__init__()
@@ -94,44 +90,61 @@ class AugmentedField(nn.Module):
             point = FieldPoint(t, u, f, field, outer_grad)
             found = {name: rate(point) for name, rate in self.rates.items()}
         out = dict(zip([k for k in state if k.startswith(_OWN)], self.spec.parts(f), strict=True))
-        out.update({f"{_EXTRA} {name}": value for name, value in found.items()})
+        out.update(found)
         return out if outer_grad else {key: value.detach() for key, value in out.items()}
 
 
 def augment(
-    problem: ODEProblem, rates: dict[str, Rate], rtol: Any, atol: Any
+    problem: ODEProblem,
+    rates: dict[str, Rate],
+    rtol: Any,
+    atol: Any,
+    driven: dict[str, Rate] | None = None,
 ) -> tuple[ODEProblem, Any, Any]:
-    """A problem that integrates `rates` too, with tolerances that only the state answers to.
+    """A problem that integrates rates too, each one number a sample, shape `(B,)`.
 
-    Each rate gives one number a sample, shape `(B,)`.
+    Args:
+        problem: the problem without them.
+        rates: rates that have no tolerance, so that they never drive the step size.
+        rtol: the state's relative tolerance.
+        atol: the state's absolute tolerance.
+        driven: rates that have the state's tolerances (the tightest of them).
+
+    Returns:
+        The bigger problem and its tolerances.
     """
     spec = problem.spec
     parts = spec.parts(problem.u0)
     names = [f"{_OWN} {key}" for key in (spec.keys or ("u",))]
     batch = parts[0].shape[0] if parts[0].ndim else 1
     u0: dict[str, Tensor] = dict(zip(names, parts, strict=True))
-    extra = {
-        f"{_EXTRA} {name}": torch.zeros(batch, dtype=spec.dtype, device=spec.device)
-        for name in rates
-    }
+    beside = {f"{_DRIVEN} {name}": rate for name, rate in (driven or {}).items()}
+    extra = {f"{_EXTRA} {name}": rate for name, rate in rates.items()}
+    for name in (*beside, *extra):
+        u0[name] = torch.zeros(batch, dtype=spec.dtype, device=spec.device)
 
     def spread(value: Any, for_extra: float) -> dict[str, Any]:
         given = (
             spec.parts(value) if isinstance(value, tuple | list | dict) else [value] * len(names)
         )
-        return {**dict(zip(names, given, strict=True)), **dict.fromkeys(extra, for_extra)}
+        tightest = min(float(torch.as_tensor(part).min()) for part in given) if beside else 0.0
+        return {
+            **dict(zip(names, given, strict=True)),
+            **dict.fromkeys(beside, tightest),
+            **dict.fromkeys(extra, for_extra),
+        }
 
-    bigger = dataclasses.replace(problem, f=AugmentedField(problem, rates), u0={**u0, **extra})
+    field = AugmentedField(problem, {**beside, **extra})
+    bigger = dataclasses.replace(problem, f=field, u0=u0)
     return bigger, spread(rtol, 0.0), spread(atol, math.inf)
 
 
 def integrals(solution: Solution) -> dict[str, Tensor]:
     """The integrals at the end of an augmented solve, each `(B,)`."""
-    prefix = f"{_EXTRA} "
     return {
-        key.removeprefix(prefix): value
+        key.partition(" ")[2]: value
         for key, value in solution.u1.items()
-        if key.startswith(prefix)
+        if not key.startswith(f"{_OWN} ")
     }
 
 

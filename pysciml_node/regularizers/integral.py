@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problem import ODEProblem
-from pysciml_node.regularizers.augmented import FieldPoint, Rate, samples_of
+from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.regularizers.probes import Distribution, Probes, check_distribution, samples_of
 from pysciml_node.schedules import Schedule
 from pysciml_node.solution import Solution
 from pysciml_node.state import tensors_of
 
 Reduction = Literal["mean", "sum"]
-Distribution = Literal["rademacher", "gaussian"]
-
-# Up to this many dimensions the exact Jacobian costs little more than a probe.
-_SMALL = 4
 
 
 def _reduce(squares: Tensor, reduction: Reduction) -> Tensor:
@@ -41,8 +38,13 @@ class IntegralRegularizer(Regularizer):
     """
 
     @abstractmethod
-    def rate(self, problem: ODEProblem) -> Rate:
-        """The integrand for one solve, one number a sample; random choices are made here, once."""
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
+        """The integrand for one solve, one number a sample; random choices are made here, once.
+
+        Args:
+            problem: what is solved.
+            probes: of the Jacobian; `None` for a state of several tensors.
+        """
 
     def forward(self, solution: Solution) -> Tensor:
         """The penalty, a 0-d tensor."""
@@ -78,7 +80,7 @@ class Integral(IntegralRegularizer):
         super().__init__(weight, name)
         self.fn = fn
 
-    def rate(self, problem: ODEProblem) -> Rate:
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
         return lambda point: self.fn(point.t, point.u, point.f)
 
@@ -106,7 +108,7 @@ class KineticEnergy(IntegralRegularizer):
         _check_reduction(reduction)
         self.reduction: Reduction = reduction
 
-    def rate(self, problem: ODEProblem) -> Rate:
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
 
         def rate(point: FieldPoint) -> Tensor:
@@ -129,7 +131,8 @@ class JacobianFrobenius(IntegralRegularizer):
         reduction: over dimensions; `"mean"` as in the paper, or `"sum"`.
         distribution: of the probe's entries, `"rademacher"` (less variance) or `"gaussian"` (the
             paper's).
-        generator: draws the probes; of the state's device. Default torch's own.
+        generator: draws the probes; of the state's device. Default the probe of a `CNF` that this
+            regularizes, if it is of the same distribution, else torch's own generator.
         name: key in `Solution.penalties`.
 
     Reference: Finlay et al., How to train your neural ODE, arXiv 2002.02798, equation 17 and
@@ -148,53 +151,21 @@ class JacobianFrobenius(IntegralRegularizer):
     ) -> None:
         super().__init__(weight, name)
         _check_reduction(reduction)
-        if distribution not in ("rademacher", "gaussian"):
-            raise ValueError(
-                f'distribution must be "rademacher" or "gaussian", but is {distribution!r}.'
-            )
         self.exact, self.reduction = exact, reduction
-        self.distribution: Distribution = distribution
+        self.distribution = check_distribution(distribution)
         self.generator = generator
 
-    def rate(self, problem: ODEProblem) -> Rate:
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand, with its probe drawn."""
-        u0 = problem.u0
-        if not isinstance(u0, Tensor):
+        if probes is None:
             raise TypeError(
                 "JacobianFrobenius needs a single-tensor state.\n  Stack the parts into one tensor."
             )
-        dimensions = samples_of(u0).shape[1]
-        exact = dimensions <= _SMALL if self.exact is None else self.exact
-        if exact:
-            probes = basis_probes(u0)
-        else:
-            probes = [draw_probe(u0, self.distribution, self.generator)]
-        divisor = dimensions if self.reduction == "mean" else 1
+        vectors = probes.of(self.exact, self.distribution, self.generator)
+        divisor = samples_of(probes.like).shape[1] if self.reduction == "mean" else 1
 
         def rate(point: FieldPoint) -> Tensor:
-            squares = [samples_of(point.pullback(e)).square().sum(1) for e in probes]
+            squares = [samples_of(point.pullback(e)).square().sum(1) for e in vectors]
             return torch.stack(squares).sum(0) / divisor
 
         return rate
-
-
-def draw_probe(
-    like: Tensor, distribution: Distribution, generator: torch.Generator | None
-) -> Tensor:
-    """A random vector with unit covariance, like a state."""
-    options: dict[str, Any] = {"generator": generator, "device": like.device}
-    if distribution == "gaussian":
-        return torch.randn(like.shape, dtype=like.dtype, **options)
-    signs = torch.randint(0, 2, like.shape, **options)
-    return (2 * signs - 1).to(like.dtype)
-
-
-def basis_probes(like: Tensor) -> list[Tensor]:
-    """The unit vectors of a sample's space, each for the whole batch."""
-    flat = samples_of(like)
-    probes = []
-    for i in range(flat.shape[1]):
-        probe = torch.zeros_like(flat)
-        probe[:, i] = 1
-        probes.append(probe.reshape(like.shape).detach())
-    return probes

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problem import ODEProblem
-from pysciml_node.regularizers.augmented import FieldPoint, Rate, samples_of
+from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.integral import (
     IntegralRegularizer,
     Reduction,
     _check_reduction,
     _reduce,
 )
+from pysciml_node.regularizers.probes import Probes, samples_of
 from pysciml_node.schedules import Schedule
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -70,7 +71,7 @@ class TaylorDerivative(IntegralRegularizer):
         _check_reduction(reduction)
         self.order, self.reduction = order, reduction
 
-    def rate(self, problem: ODEProblem) -> Rate:
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
         if not isinstance(problem.u0, Tensor):
             raise TypeError(
