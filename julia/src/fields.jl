@@ -1,0 +1,120 @@
+# Right-hand sides: what every kind of field offers, and the one function type that solvers see.
+
+"""
+A vector field on flat states: `u`, `p` and `du` are vectors of one real element type `T`.
+
+A field implements [`evaluate!`](@ref), [`linearize!`](@ref), [`vjp!`](@ref) and, where it keeps
+something between the last two, [`reserve!`](@ref).
+"""
+abstract type AbstractField end
+
+"""
+    evaluate!(du, f, u, p, t)
+
+`du .= f(t, u)`.
+"""
+function evaluate! end
+
+"""
+    linearize!(du, f, u, p, t, slot)
+
+`du .= f(t, u)`, keeping in `slot` what `vjp!` needs.
+"""
+function linearize! end
+
+"""
+    vjp!(ubar, pbar, f, u, p, t, slot, v) -> tbar
+
+Pull `v` back through the evaluation kept in `slot`: `ubar .= (df/du)' v`, `pbar .+= (df/dp)' v`;
+returns `(df/dt)' v`, zero for an autonomous field.
+"""
+function vjp! end
+
+"""
+    reserve!(f, slots)
+
+Make room for `slots` evaluations to be kept at once.
+"""
+reserve!(::AbstractField, ::Int) = nothing
+
+"""
+    RightHandSide(field)
+
+A field as solvers call it. Its type is the same for every field, so that a solver compiles once;
+the field is dispatched on once an evaluation.
+
+`low` and `high` bound the times at which the field is evaluated: rounding must not carry a stage
+beyond the interval, and steps that meet at a stop evaluate their own side of it.
+"""
+mutable struct RightHandSide <: Function
+    field::AbstractField
+    low::Float64
+    high::Float64
+    evaluations::Int
+end
+
+RightHandSide(field) = RightHandSide(field, -Inf, Inf, 0)
+
+@inline inside(f::RightHandSide, t::T) where {T} = clamp(t, T(f.low), T(f.high))
+
+function (f::RightHandSide)(du, u, p, t)
+    f.evaluations += 1
+    evaluate!(du, f.field, u, p, inside(f, t))
+    return nothing
+end
+
+# Out of place, for the adjoints of SciMLSensitivity.
+function (f::RightHandSide)(u, p, t)
+    du = similar(u)
+    f(du, u, p, t)
+    return du
+end
+
+"""
+    Jacobian(rhs)
+
+`df/du` of a field, row by row from its vector-Jacobian product, for implicit methods.
+"""
+struct Jacobian <: Function
+    rhs::RightHandSide
+end
+
+function (j::Jacobian)(J, u, p, t)
+    f = j.rhs
+    t = inside(f, t)
+    reserve!(f.field, 1)
+    row, pbar, v = similar(u), zero(p), fill!(similar(u), 0)
+    linearize!(row, f.field, u, p, t, 1)
+    f.evaluations += 1
+    for i in eachindex(u)
+        v[i] = 1
+        vjp!(row, pbar, f.field, u, p, t, 1, v)
+        v[i] = 0
+        J[i, :] .= row
+    end
+    return nothing
+end
+
+"""
+    TimeGradient(rhs)
+
+`df/dt` of a field, for Rosenbrock methods.
+"""
+struct TimeGradient <: Function
+    rhs::RightHandSide
+end
+
+function (g::TimeGradient)(dT, u, p, t)
+    f = g.rhs
+    t = inside(f, t)
+    reserve!(f.field, 1)
+    ubar, pbar, v = similar(u), zero(p), fill!(similar(u), 0)
+    linearize!(ubar, f.field, u, p, t, 1)
+    f.evaluations += 1
+    for i in eachindex(u)
+        v[i] = 1
+        dT[i] = vjp!(ubar, pbar, f.field, u, p, t, 1, v)
+        v[i] = 0
+    end
+    return nothing
+end
