@@ -9,52 +9,10 @@ from pysciml_node.algorithms import Tsit5
 from pysciml_node.experiments.classifier import Classifier, Prediction
 from pysciml_node.experiments.settings import AdjointName, Run, Settings, Variant
 from pysciml_node.layers import NeuralODE
+from pysciml_node.layers.timed import ConcatLinear, glorot_linear
 from pysciml_node.regularizers import LocalError
 from pysciml_node.regularizers.local import Sampling
 from pysciml_node.schedules import Exponential
-
-
-def glorot_linear(inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Glorot-uniform weights ``(outputs, inputs)`` and zero biases ``(outputs,)``.
-
-    Args:
-        inputs: features in.
-        outputs: features out.
-        generator: source of the weights.
-
-    Returns:
-        Weights and biases.
-
-    Reference:
-        X. Glorot, Y. Bengio, AISTATS 2010, equation 16; the default of Lux's ``Dense``.
-    """
-    weight = torch.empty(outputs, inputs)
-    nn.init.xavier_uniform_(weight, generator=generator)
-    return weight, torch.zeros(outputs)
-
-
-class TimeDependentLinear(nn.Module):
-    """An affine map of the state with the time appended: ``W [x; t] + b``.
-
-    The column of ``W`` that multiplies ``t`` is kept apart and added to the bias, ``b + t w``,
-    which gives the same map without copying the batch to append a column.
-
-    Args:
-        inputs: features in, without the time.
-        outputs: features out.
-        generator: source of the initial weights.
-    """
-
-    def __init__(self, inputs: int, outputs: int, *, generator: torch.Generator) -> None:
-        super().__init__()
-        weight, bias = glorot_linear(inputs + 1, outputs, generator)
-        self.weight = nn.Parameter(weight[:, :-1].clone())
-        self.time_weight = nn.Parameter(weight[:, -1].clone())
-        self.bias = nn.Parameter(bias)
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Map ``x`` of shape ``(B, inputs)`` at time ``t`` to ``(B, outputs)``."""
-        return functional.linear(x, self.weight, self.bias + t * self.time_weight)
 
 
 class TimeDependentMLP(nn.Module):
@@ -71,8 +29,8 @@ class TimeDependentMLP(nn.Module):
 
     def __init__(self, features: int, hidden: int, *, generator: torch.Generator) -> None:
         super().__init__()
-        self.inner = TimeDependentLinear(features, hidden, generator=generator)
-        self.outer = TimeDependentLinear(hidden, features, generator=generator)
+        self.inner = ConcatLinear(features, hidden, generator=generator)
+        self.outer = ConcatLinear(hidden, features, generator=generator)
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
         """Evaluate the field at time ``t`` and states ``u`` of shape ``(B, features)``."""

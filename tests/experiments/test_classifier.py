@@ -7,7 +7,7 @@ import torch
 from experiments.stand_in import blobs
 
 import pysciml_node as psn
-from pysciml_node.experiments.model import ODEClassifier, TimeDependentLinear
+from pysciml_node.experiments.model import ODEClassifier
 from pysciml_node.experiments.runner import make_trainer, measure
 from pysciml_node.experiments.settings import ADJOINTS, DTYPES, VARIANTS, Run, Settings
 from pysciml_node.experiments.trade_off import trade_off
@@ -19,26 +19,6 @@ SETTINGS = Settings(
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_the_time_dependent_layer_is_the_affine_map_of_state_and_time():
-    layer = TimeDependentLinear(3, 2, generator=generator())
-    with torch.no_grad():
-        layer.bias.copy_(torch.tensor([0.3, -0.2]))
-    t, x = torch.tensor(0.7), torch.randn(4, 3, generator=generator(1))
-    matrix = torch.cat([layer.weight, layer.time_weight.unsqueeze(1)], dim=1)
-    extended = torch.cat([x, t.expand(4, 1)], dim=1)
-    torch.testing.assert_close(layer(t, x), extended @ matrix.T + layer.bias)
-
-
-def test_initial_weights_are_glorot_uniform_with_the_time_as_an_input():
-    layer = TimeDependentLinear(199, 300, generator=generator())
-    bound = (6.0 / (200 + 300)) ** 0.5
-    entries = torch.cat([layer.weight.flatten(), layer.time_weight]).detach()
-    assert float(entries.abs().max()) <= bound
-    # Uniform on [-b, b] has variance b^2 / 3; 60,000 entries put the estimate within 2 %.
-    assert float(entries.var()) == pytest.approx(bound**2 / 3, rel=0.02)
-    assert not layer.bias.any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
