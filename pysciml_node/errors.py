@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pysciml_node.solution import ReturnCode, Solution
 
+# What fits a screen: types in Julia's messages can fill pages.
+_MOST_LINES = 20
+_LONGEST_LINE = 400
+
 
 class PsnWarning(UserWarning):
     """Base of the warnings this package gives."""
@@ -14,6 +18,48 @@ class PsnWarning(UserWarning):
 
 class EngineUnavailable(RuntimeError):
     """The engine asked for cannot run here; the message says how to get it."""
+
+
+class JuliaError(RuntimeError):
+    """An exception that Julia code raised.
+
+    Its text is the first lines of Julia's message; the whole of it, with the stack, is in the
+    attributes.
+
+    Attributes:
+        julia_type: name of the exception's type in Julia.
+        julia_message: Julia's message, uncut.
+        julia_backtrace: the message followed by the stack, as Julia prints it.
+    """
+
+    def __init__(self, julia_type: str, julia_message: str, julia_backtrace: str = "") -> None:
+        # The three words are the arguments, so that the error survives pickling.
+        super().__init__(julia_type, julia_message, julia_backtrace)
+        self.julia_type = julia_type
+        self.julia_message = julia_message
+        self.julia_backtrace = julia_backtrace
+
+    def __str__(self) -> str:
+        text = f"{self.julia_type} in Julia: {self.julia_message}"
+        lines = [
+            line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..."
+            for line in text.splitlines()
+        ]
+        if len(lines) > _MOST_LINES:
+            lines = [*lines[:_MOST_LINES], "  ... (the rest is in .julia_message)"]
+        return "\n".join(lines)
+
+
+class UnsupportedModule(TypeError):
+    """A module that cannot be translated for Julia; the message names the operation and the remedy.
+
+    Attributes:
+        captured: whether the only obstacle is a tensor outside the module that requires a gradient.
+    """
+
+    def __init__(self, message: str, *, captured: bool = False) -> None:
+        super().__init__(message)
+        self.captured = captured
 
 
 class SolverFailure(RuntimeError):

@@ -1,0 +1,59 @@
+"""What lives in Julia and is owned by Python: an integer, freed with its owner."""
+
+from __future__ import annotations
+
+from collections import deque
+
+# Finalizers run on any thread and in the middle of anything, so they only note what is to be freed;
+# the runtime frees it with its next call.
+pending: deque[int] = deque()
+
+
+class Handle:
+    """Owns one object of Julia's, by its number.
+
+    The object is freed after `close`, or after the handle has been collected, with the next call
+    into Julia.
+
+    Args:
+        number: what Julia returned; greater than 0.
+
+    Example:
+        >>> handle = Handle(7)
+        >>> handle.close()
+        >>> handle.closed, pending.pop()
+        (True, 7)
+    """
+
+    __slots__ = ("__weakref__", "_number")
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @property
+    def number(self) -> int:
+        """The number that Julia knows the object by.
+
+        Raises:
+            ValueError: the handle is closed.
+        """
+        if self._number == 0:
+            raise ValueError("this object of the Julia engine has been freed already.")
+        return self._number
+
+    @property
+    def closed(self) -> bool:
+        """Whether the object has been given back."""
+        return self._number == 0
+
+    def close(self) -> None:
+        """Give the object back; more than once does nothing."""
+        number, self._number = self._number, 0
+        if number:
+            pending.append(number)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Handle({self._number or 'closed'})"

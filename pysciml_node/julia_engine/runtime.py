@@ -1,0 +1,405 @@
+"""The one door to Julia: it is started here, once, and called from here only.
+
+Only numbers, strings, pointers as integers and integer handles cross. Julia is entered by the
+thread that started it and by no forked child: its memory manager knows of neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pysciml_node.errors import EngineUnavailable, JuliaError
+from pysciml_node.julia_engine import env, handles
+from pysciml_node.julia_engine.errors import translate
+from pysciml_node.julia_engine.interrupt import Listening
+
+MODULE = "PySciMLNode"
+INSTALL = "python -m pysciml_node install"
+_MINUTES = "10 to 40"
+
+_NOBODY = 0
+
+
+class _Runtime:
+    """What is known of the running Julia; there is one in a process."""
+
+    def __init__(self) -> None:
+        self.owner = _NOBODY  # the thread that may call
+        self.pid = 0
+        self.raised: type[Exception] = Exception  # juliacall.JuliaError
+        self.module: Any = None
+        self.choice: env.Choice | None = None
+        self.failure: str | None = None
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.released: dict[str, Callable[..., Any]] = {}
+        self.loaded: set[str] = set()
+        self.blas_threads = 0
+
+
+_runtime = _Runtime()
+_starting = threading.Lock()
+
+
+def is_started() -> bool:
+    """Whether Julia runs in this process and the engine is loaded."""
+    return _runtime.module is not None and _runtime.pid == os.getpid()
+
+
+def unavailable_reason() -> str | None:
+    """Why the engine cannot start as things are, with the remedy; None when it can.
+
+    Nothing is installed and Julia is not loaded, though an executable may be asked for its version.
+    """
+    if is_started():
+        return None
+    if _runtime.pid:
+        return _forked()
+    if _runtime.failure is not None:
+        return _runtime.failure
+    if _runs_already():
+        return None
+    choice = _choose()
+    if choice.problem is not None:
+        return choice.problem
+    if choice.installation is not None or _resolved():
+        return None
+    looked = "".join(f"\n  Passed over {note.splitlines()[0]}" for note in choice.notes)
+    return (
+        "the Julia packages of the engine are not installed.\n"
+        f"  Run once: {INSTALL} (about {_MINUTES} minutes), or name an existing Julia: "
+        f"{INSTALL} --julia PATH [--project PATH]{looked}"
+    )
+
+
+def start(*, install: bool = True) -> None:
+    """Start Julia and load the engine; where it runs already, do nothing.
+
+    Args:
+        install: whether missing Julia packages are installed first, which takes minutes and needs
+            the network.
+
+    Raises:
+        EngineUnavailable: nothing could be started; the message holds the remedy.
+        RuntimeError: this process was forked from one in which Julia runs.
+    """
+    if is_started():
+        return
+    if _runtime.pid:
+        raise RuntimeError(_forked())
+    with _starting:
+        if is_started():
+            return
+        if _runtime.failure is not None:
+            raise EngineUnavailable(_runtime.failure)
+        _start(install)
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the Julia module, holding Python's lock: for the quick ones.
+
+    Args:
+        name: of the function in the module `PySciMLNode`.
+        *arguments: numbers and strings.
+
+    Returns:
+        What Julia returned, as Python converts it.
+
+    Raises:
+        JuliaError: Julia raised.
+        RuntimeError: wrong thread or process.
+    """
+    if threading.get_ident() != _runtime.owner:
+        _enter()
+    function = _runtime.functions.get(name) or _function(name)
+    if handles.pending:
+        free_pending()
+    try:
+        return function(*arguments)
+    except _runtime.raised as error:
+        raise translate(error) from None
+
+
+def call_released(name: str, *arguments: Any, wrap: Callable[[Any], Any] | None = None) -> Any:
+    """Call a function that runs for long: other Python threads run on, and Ctrl-C stops it.
+
+    Julia gets one argument more, the first: the descriptor for `interrupted(descriptor)`. A
+    function that finds itself interrupted frees what it holds and throws an `InterruptException`.
+
+    Args:
+        name: of the function in the module `PySciMLNode`.
+        *arguments: numbers and strings.
+        wrap: called with the result while Ctrl-C is still held back, so that a handle gets its
+            owner before anything can be raised.
+
+    Returns:
+        The result, wrapped.
+
+    Raises:
+        JuliaError: Julia raised.
+        KeyboardInterrupt: Ctrl-C, once Julia has stopped.
+        RuntimeError: wrong thread or process.
+    """
+    if threading.get_ident() != _runtime.owner:
+        _enter()
+    function = _runtime.released.get(name) or _released(name)
+    if handles.pending:
+        free_pending()
+    if torch.get_num_threads() != _runtime.blas_threads:
+        _match_threads()
+    with Listening() as descriptor:
+        try:
+            result = function(descriptor, *arguments)
+        except _runtime.raised as error:
+            raise translate(error) from None
+        return result if wrap is None else wrap(result)
+
+
+def free_pending() -> None:
+    """Free what closed and collected handles owned; every call does this first."""
+    if threading.get_ident() != _runtime.owner:
+        _enter()
+    free = _runtime.functions.get("free") or _function("free")
+    while True:
+        try:
+            number = handles.pending.popleft()
+        except IndexError:
+            return
+        free(number)
+
+
+def require(*packages: str) -> None:
+    """Load Julia packages that only some solves need.
+
+    Args:
+        *packages: names, such as ``"OrdinaryDiffEqRosenbrock"``.
+
+    Raises:
+        EngineUnavailable: one is not in the project, or does not load.
+    """
+    for name in packages:
+        if name in _runtime.loaded:
+            continue
+        try:
+            call("load", name)
+        except JuliaError as error:
+            raise EngineUnavailable(
+                f"the Julia package {name} could not be loaded: {error}\n  {_how_to_add(name)}"
+            ) from error
+        _runtime.loaded.add(name)
+
+
+def project() -> str:
+    """Folder of the project that Julia runs in.
+
+    Raises:
+        RuntimeError: Julia has not been started.
+    """
+    if not is_started():
+        raise RuntimeError("Julia has not been started.")
+    base = sys.modules["juliacall"].Base
+    return os.path.dirname(str(base.active_project()))
+
+
+def _how_to_add(name: str) -> str:
+    installation = _runtime.choice and _runtime.choice.installation
+    if installation:
+        return (
+            f"Add it to the project: {installation.julia.executable} "
+            f"--project={installation.project} -e 'using Pkg; Pkg.add(\"{name}\")'"
+        )
+    return f"Repair the installation with: {INSTALL} --force"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(_runtime.module, name.replace("!", "_b"))
+    _runtime.functions[name] = function
+    return function
+
+
+def _released(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = _function(name)._jl_call_nogil  # type: ignore[attr-defined]
+    _runtime.released[name] = function
+    return function
+
+
+def _match_threads() -> None:
+    """Give Julia's linear algebra as many threads as torch has."""
+    count = torch.get_num_threads()
+    _runtime.module.LinearAlgebra.BLAS.set_num_threads(count)
+    _runtime.blas_threads = count
+
+
+def _enter() -> None:
+    """A caller that is not the owner: start Julia for the first, refuse the others."""
+    if not _runtime.owner and not _runtime.pid:
+        start()
+        return
+    if _runtime.pid != os.getpid():
+        raise RuntimeError(_forked())
+    raise RuntimeError(
+        "the Julia engine was started by another thread, and only that thread may use it.\n"
+        '  Solve and differentiate in one thread, or use engine="torch" here. Gradients of CUDA '
+        "tensors: torch.autograd.set_multithreading_enabled(False) round backward()."
+    )
+
+
+def _forked() -> str:
+    return (
+        "the Julia engine cannot be used in a process forked from one in which Julia runs.\n"
+        '  Start the process by "spawn" or "forkserver": '
+        'torch.multiprocessing.get_context("spawn"), or '
+        'DataLoader(..., multiprocessing_context="spawn").'
+    )
+
+
+def _after_fork_in_child() -> None:
+    _runtime.owner = _NOBODY
+    handles.pending.clear()  # they are the parent's to free
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# Starting.
+
+
+def _runs_already() -> bool:
+    """Whether the user's own code has started Julia through juliacall."""
+    juliacall = sys.modules.get("juliacall")
+    return juliacall is not None and bool(juliacall.CONFIG.get("inited"))
+
+
+def _choose() -> env.Choice:
+    if _runtime.choice is None:
+        choice = env.choose(search_path=False)
+        if choice.problem is None and choice.installation is None:
+            if choice.executable is not None:
+                os.environ.setdefault("PYTHON_JULIAPKG_EXE", choice.executable)
+            elif not _resolved():
+                choice = env.choose()
+        _runtime.choice = choice
+    return _runtime.choice
+
+
+def _resolved() -> bool:
+    """Whether juliapkg's environment is complete, so that nothing needs to be installed."""
+    import juliapkg
+    from juliapkg.state import STATE
+
+    # A dry run makes the project's folder; where there is none, nothing can be resolved.
+    return os.path.exists(STATE["meta"]) and bool(juliapkg.resolve(dry_run=True))
+
+
+def _install() -> None:
+    """Let juliapkg install Julia and the packages, saying so first."""
+    if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
+        raise EngineUnavailable(unavailable_reason() or "the Julia packages are not installed.")
+    print(
+        f"pysciml_node: installing the Julia packages of the engine, about {_MINUTES} minutes, "
+        f"once for this environment ({INSTALL} does it beforehand).",
+        file=sys.stderr,
+    )
+    import juliapkg
+
+    try:
+        juliapkg.resolve()
+    except Exception as error:
+        raise EngineUnavailable(
+            f"installing the Julia packages failed: {error}\n"
+            f"  See what is wrong with: python -m pysciml_node doctor. Try again with: "
+            f"{INSTALL} --force"
+        ) from error
+
+
+def _start(install: bool) -> None:
+    if not _runs_already():
+        choice = _choose()
+        if choice.problem is not None:
+            raise EngineUnavailable(choice.problem)
+        if choice.installation is not None:
+            env.point_to(choice.installation)
+        elif not _resolved():
+            if not install:
+                raise EngineUnavailable(unavailable_reason())
+            _install()
+        env.set_defaults()
+    try:
+        juliacall = _import_juliacall()
+        module = _load(juliacall)
+    except EngineUnavailable as error:
+        _runtime.failure = str(error)
+        raise
+    except Exception as error:
+        text = "\n".join(str(error).splitlines()[:20])
+        _runtime.failure = (
+            f"Julia did not start: {text}\n  See what is wrong with: python -m pysciml_node doctor"
+        )
+        raise EngineUnavailable(_runtime.failure) from error
+    _runtime.raised = juliacall.JuliaError
+    _runtime.module = module
+    _runtime.pid = os.getpid()
+    _runtime.owner = threading.get_ident()
+    _match_threads()
+
+
+def _import_juliacall() -> Any:
+    with warnings.catch_warnings():
+        # Torch is always here first, unless the user's own code has imported juliacall before; both
+        # orders are tested. macOS is where the other order is known to be the only safe one.
+        if sys.platform != "darwin":
+            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
+        juliacall = importlib.import_module("juliacall")
+    if not juliacall.CONFIG.get("inited"):
+        raise EngineUnavailable(
+            "juliacall was told not to start Julia.\n  Unset PYTHON_JULIACALL_INIT."
+        )
+    if int(juliacall.Base.Threads.threadid()) != 1:
+        raise EngineUnavailable(
+            "Julia was started by another thread, and only that thread may use it.\n"
+            "  Import juliacall and solve in the same thread."
+        )
+    _unblock_interrupts()
+    return juliacall
+
+
+def _unblock_interrupts() -> None:
+    """Let SIGINT reach Python again: a Julia that handles signals blocks it in this thread."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+_LOAD = """
+function (name, bundled)
+    here = Base.identify_package(name)
+    if here === nothing
+        push!(LOAD_PATH, bundled)
+        here = Base.identify_package(name)
+    end
+    if !Base.isprecompiled(here)
+        println(stderr, "pysciml_node: precompiling the Julia part of the engine, once.")
+    end
+    Base.require(here)
+end
+"""
+
+
+def _load(juliacall: Any) -> Any:
+    load = juliacall.Main.seval(_LOAD)
+    try:
+        return load(MODULE, str(env.bundled_project()))
+    except juliacall.JuliaError as error:
+        translated = translate(error)
+        raise EngineUnavailable(
+            f"the Julia part of the engine did not load: {translated}\n"
+            "  See what is wrong with: python -m pysciml_node doctor"
+        ) from translated
