@@ -1,14 +1,14 @@
 """Mini-batches: shuffled ones for training, ordered ones for evaluation."""
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import torch
 
-from pysciml_node.data.labelled import LabelledData
+from pysciml_node.data.labelled import DataT
 
 
-class ShuffledBatches:
+class ShuffledBatches(Generic[DataT]):
     """Endless mini-batches, each pass over the data in a new random order.
 
     All batches have the same size: the samples left over at the end of a pass sit that pass out.
@@ -24,13 +24,14 @@ class ShuffledBatches:
         ValueError: ``batch_size`` is not between one and the number of samples.
 
     Example:
+        >>> from pysciml_node.data import LabelledData
         >>> data = LabelledData(torch.arange(4.0).unsqueeze(1), torch.arange(4))
         >>> batches = ShuffledBatches(data, 2, generator=torch.Generator().manual_seed(0))
         >>> sorted(next(batches).y.tolist() + next(batches).y.tolist())
         [0, 1, 2, 3]
     """
 
-    def __init__(self, data: LabelledData, batch_size: int, *, generator: torch.Generator) -> None:
+    def __init__(self, data: DataT, batch_size: int, *, generator: torch.Generator) -> None:
         if not 1 <= batch_size <= len(data):
             raise ValueError(
                 f"batch_size must be between 1 and the {len(data)} samples, but is {batch_size}."
@@ -44,7 +45,7 @@ class ShuffledBatches:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> LabelledData:
+    def __next__(self) -> DataT:
         stop = self._position + self.batch_size
         if stop > len(self._order):
             self._order = torch.randperm(len(self.data), generator=self.generator)
@@ -80,7 +81,7 @@ class ShuffledBatches:
         self.generator.set_state(state["generator"])
 
 
-def ordered_batches(data: LabelledData, batch_size: int) -> Iterator[LabelledData]:
+def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
     """Go through the data once, in order; the last batch may be smaller.
 
     Args:
@@ -94,6 +95,7 @@ def ordered_batches(data: LabelledData, batch_size: int) -> Iterator[LabelledDat
         ValueError: ``batch_size`` is below one.
 
     Example:
+        >>> from pysciml_node.data import LabelledData
         >>> data = LabelledData(torch.zeros(5, 1), torch.zeros(5, dtype=torch.int64))
         >>> [len(batch) for batch in ordered_batches(data, 2)]
         [2, 2, 1]

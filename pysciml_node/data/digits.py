@@ -12,7 +12,7 @@ def digits(
     test: float = 0.2,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Splits:
+) -> Splits[LabelledData]:
     """Load the 1,797 handwritten digits, divided with equal class proportions.
 
     The images are 8x8 with pixels in [0, 1]. Nothing is downloaded: scikit-learn carries the data.

@@ -2,9 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+
+class Samples(Protocol):
+    """Data that can be counted and picked from, sample by sample."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        """The samples at these places, in this order."""
+
+
+DataT = TypeVar("DataT", bound=Samples)
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class LabelledData:
 
 
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[DataT]):
     """The three parts of a data set; choices are made on ``validation``, never on ``test``.
 
     Args:
@@ -54,12 +68,12 @@ class Splits:
         test: what is reported.
     """
 
-    train: LabelledData
-    validation: LabelledData
-    test: LabelledData
+    train: DataT
+    validation: DataT
+    test: DataT
 
     @property
-    def monitor(self) -> tuple[str, LabelledData]:
+    def monitor(self) -> tuple[str, DataT]:
         """The part to watch while training, with its name: validation, or test without one."""
         if len(self.validation) > 0:
             return "validation", self.validation

@@ -34,7 +34,7 @@ def mnist(
     validation: int = 0,
     dtype: torch.dtype = torch.float32,
     mirrors: Sequence[str] = MIRRORS,
-) -> Splits:
+) -> Splits[LabelledData]:
     """Load MNIST: 60,000 training and 10,000 test images of 28x28 pixels in [0, 1].
 
     Args:

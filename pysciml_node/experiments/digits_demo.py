@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from pysciml_node._optional import require
-from pysciml_node.data import Splits, digits
+from pysciml_node.data import LabelledData, Splits, digits
 from pysciml_node.experiments.figures import plot_trade_off, plot_training
 from pysciml_node.experiments.results import format_table, save_results, summarize
-from pysciml_node.experiments.runner import measure, train_classifier
-from pysciml_node.experiments.settings import VARIANTS, Run, Settings
+from pysciml_node.experiments.runner import measure, train_run
+from pysciml_node.experiments.settings import COMPARED, Run, Settings
 from pysciml_node.experiments.trade_off import trade_off
 
 # Three choices differ from the paper's code, and each one matters:
@@ -98,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(data: Splits, settings: Settings, seeds: range, output_dir: Path) -> None:
+def run_demo(
+    data: Splits[LabelledData], settings: Settings, seeds: range, output_dir: Path
+) -> None:
     """Train every variant with every seed, one after the other, and report.
 
     The runs take turns variant by variant, so that a machine that slows down over the minutes
@@ -111,12 +113,12 @@ def run_demo(data: Splits, settings: Settings, seeds: range, output_dir: Path) -
         output_dir: folder for ``results.json`` and ``training.png``.
     """
     runs = []
-    total = len(VARIANTS) * len(seeds)
-    for number, (seed, variant) in enumerate(itertools.product(seeds, VARIANTS), start=1):
+    total = len(COMPARED) * len(seeds)
+    for number, (seed, variant) in enumerate(itertools.product(seeds, COMPARED), start=1):
         spec = Run(variant=variant, seed=seed, weight=WEIGHT)
-        trainer = train_classifier(data, settings, spec, label=f"[{number}/{total}] {spec.name}")
+        trainer = train_run(data, settings, spec, label=f"[{number}/{total}] {spec.name}")
         runs.append(measure(trainer, data))
-    runs.sort(key=lambda result: VARIANTS.index(result.variant))
+    runs.sort(key=lambda result: COMPARED.index(result.variant))
     print(format_table(summarize(runs)))
     results, picture = output_dir / "results.json", output_dir / "training.png"
     save_results(results, runs)
@@ -124,7 +126,9 @@ def run_demo(data: Splits, settings: Settings, seeds: range, output_dir: Path) -
     print(f"written: {results}, {picture}")
 
 
-def run_trade_off(data: Splits, settings: Settings, seeds: range, output_dir: Path) -> None:
+def run_trade_off(
+    data: Splits[LabelledData], settings: Settings, seeds: range, output_dir: Path
+) -> None:
     """Train with a range of weights and draw the trade-off on the validation data.
 
     Args:

@@ -1,4 +1,4 @@
-"""How good a classifier is, how many field evaluations it takes and how long it computes."""
+"""How good a model is, how many field evaluations it takes and how long it computes."""
 
 import statistics
 import time
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pysciml_node.data import LabelledData, ordered_batches
-from pysciml_node.experiments.classifier import Classifier
+from pysciml_node.data import ordered_batches
+from pysciml_node.data.labelled import DataT
+from pysciml_node.experiments.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,11 @@ class Evaluation:
     """Figures over a data set, in evaluation mode.
 
     Args:
-        accuracy: share of samples whose largest logit is the label's, in [0, 1].
+        score: the model's metric.
         nfe: evaluations of the field a batch, mean over the batches.
     """
 
-    accuracy: float
+    score: float
     nfe: float
 
 
@@ -38,8 +39,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def evaluate(model: Classifier, data: LabelledData, batch_size: int) -> Evaluation:
-    """Accuracy and field evaluations over a data set.
+def evaluate(model: Trainable, data: DataT, batch_size: int) -> Evaluation:
+    """Metric and field evaluations over a data set.
 
     Args:
         model: what to evaluate; left in the mode it was in.
@@ -55,25 +56,22 @@ def evaluate(model: Classifier, data: LabelledData, batch_size: int) -> Evaluati
     """
     if len(data) == 0:
         raise ValueError("data must hold at least one sample to evaluate on, but is empty.")
-    correct = 0
-    nfe = []
     with evaluation_mode(model):
-        for batch in ordered_batches(data, batch_size):
-            prediction = model(batch.x)
-            correct += int((prediction.logits.argmax(dim=1) == batch.y).sum())
-            nfe.append(prediction.nfe)
-    return Evaluation(correct / len(data), statistics.fmean(nfe))
+        outcomes = [model.outcome(batch) for batch in ordered_batches(data, batch_size)]
+    score = sum(outcome.score for outcome in outcomes) / sum(o.weight for o in outcomes)
+    return Evaluation(score, statistics.fmean(outcome.nfe for outcome in outcomes))
 
 
 def predict_seconds(
-    model: Classifier,
-    data: LabelledData,
+    model: Trainable,
+    data: DataT,
     batch_size: int,
     *,
     warmup: int = 3,
     repeats: int = 20,
-) -> float:
-    """Median wall-clock seconds of a prediction for one full batch.
+    seconds: float = 60.0,
+) -> tuple[float, float]:
+    """Median wall-clock and CPU seconds of a prediction for one full batch.
 
     Args:
         model: what to time; left in the mode it was in.
@@ -81,9 +79,10 @@ def predict_seconds(
         batch_size: samples a batch; at most ``len(data)``.
         warmup: untimed predictions first.
         repeats: timed predictions.
+        seconds: no further prediction is begun after so many seconds.
 
     Returns:
-        Seconds a batch.
+        Seconds a batch, by the clock and of this process on all its cores.
 
     Raises:
         ValueError: ``data`` does not fill one batch.
@@ -91,11 +90,16 @@ def predict_seconds(
     full = [b for b in ordered_batches(data, batch_size) if len(b) == batch_size]
     if not full:
         raise ValueError(f"data must fill a batch of {batch_size} samples, but holds {len(data)}.")
-    seconds = []
+    walls, cpus = [], []
+    begun = time.perf_counter()
     with evaluation_mode(model):
         for k in range(warmup + repeats):
-            x = full[k % len(full)].x
-            started = time.perf_counter()
-            model(x)
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[warmup:])
+            batch = full[k % len(full)]
+            wall, cpu = time.perf_counter(), time.process_time()
+            model.predict(batch)
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+            if time.perf_counter() - begun > seconds:
+                break
+    warm = warmup if len(walls) > warmup else 0
+    return statistics.median(walls[warm:]), statistics.median(cpus[warm:])

@@ -8,11 +8,16 @@ from typing import Any
 from pysciml_node._optional import require
 from pysciml_node.experiments.results import RunResult
 from pysciml_node.experiments.settings import VARIANTS, Variant
+from pysciml_node.experiments.trainable import METRICS
 
 _COLORS: dict[Variant, str] = {
     "vanilla": "#444444",
     "local-unbiased": "#0072b2",
     "local-biased": "#d55e00",
+    "global-error": "#009e73",
+    "global-stiffness": "#cc79a7",
+    "steer": "#e69f00",
+    "taylor": "#56b4e9",
 }
 
 
@@ -45,7 +50,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def plot_training(runs: Sequence[RunResult], path: Path) -> None:
-    """Draw field evaluations and accuracy over training, mean and range over the seeds.
+    """Draw field evaluations and the metric over training, mean and range over the seeds.
 
     Args:
         runs: finished runs of one experiment.
@@ -54,15 +59,15 @@ def plot_training(runs: Sequence[RunResult], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, (nfe_axes, accuracy_axes) = new_figure(2)
-    part = runs[0].history["monitor"]
+    figure, (nfe_axes, score_axes) = new_figure(2)
+    part, metric = runs[0].history["monitor"], METRICS[runs[0].metric]
     for variant in VARIANTS:
         histories = [run.history for run in runs if run.variant == variant]
         if not histories:
             continue
         for axes, key, scale in (
             (nfe_axes, "evaluation_nfe", 1.0),
-            (accuracy_axes, "accuracy", 100.0),
+            (score_axes, "score", metric.scale),
         ):
             values = [
                 [scale * value for value in column]
@@ -75,7 +80,7 @@ def plot_training(runs: Sequence[RunResult], path: Path) -> None:
                 steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2
             )
     nfe_axes.set(xlabel="optimizer step", ylabel=f"NFE a batch ({part})", ylim=(0, None))
-    accuracy_axes.set(xlabel="optimizer step", ylabel=f"accuracy, % ({part})")
+    score_axes.set(xlabel="optimizer step", ylabel=f"{metric.title}, {part}")
     nfe_axes.legend(loc="lower right")
     save_figure(figure, path)
 

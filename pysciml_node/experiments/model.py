@@ -1,18 +1,19 @@
 """The classifier of the local-regularization paper: flatten, neural ODE, linear head."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pysciml_node import adjoints
 from pysciml_node.algorithms import Tsit5
-from pysciml_node.experiments.classifier import Classifier, Prediction
-from pysciml_node.experiments.settings import AdjointName, Run, Settings, Variant
+from pysciml_node.data import LabelledData, Splits
+from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.settings import AdjointName, Run, Settings
+from pysciml_node.experiments.trainable import Classifier, Prediction
 from pysciml_node.layers import NeuralODE
 from pysciml_node.layers.timed import ConcatLinear, glorot_linear
-from pysciml_node.regularizers import LocalError
-from pysciml_node.regularizers.local import Sampling
-from pysciml_node.schedules import Exponential
 
 
 class TimeDependentMLP(nn.Module):
@@ -51,9 +52,6 @@ def make_adjoint(name: AdjointName) -> adjoints.Adjoint:
     return classes[name]()
 
 
-_SAMPLING: dict[Variant, Sampling] = {"local-unbiased": "unbiased", "local-biased": "biased"}
-
-
 class ODEClassifier(Classifier):
     """Flatten the input, let it flow from t = 0 to 1 along a field, read the classes off linearly.
 
@@ -72,19 +70,7 @@ class ODEClassifier(Classifier):
     def __init__(self, features: int, classes: int, settings: Settings, run: Run) -> None:
         super().__init__()
         initial = torch.Generator().manual_seed(run.seed)
-        # Apart from the other generators, so that variants of equal seed see the same batches.
-        self._penalty_generator = torch.Generator().manual_seed(run.seed + 2_000_003)
-        regularizers = []
-        if run.variant in _SAMPLING:
-            regularizers.append(
-                LocalError(
-                    _SAMPLING[run.variant],
-                    weight=Exponential(*run.weight, settings.steps),
-                    step_size=settings.step_size,
-                    stop_gradient=settings.stop_gradient,
-                    generator=self._penalty_generator,
-                )
-            )
+        self._penalty_generator = penalty_generator(run)
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
             Tsit5(),
@@ -93,7 +79,7 @@ class ODEClassifier(Classifier):
             atol=settings.tolerance,
             engine=settings.engine,
             adjoint=make_adjoint(settings.adjoint),
-            regularizers=regularizers,
+            regularizers=make_regularizers(settings, run, self._penalty_generator),
         )
         weight_matrix, bias = glorot_linear(features, classes, initial)
         self.head_weight = nn.Parameter(weight_matrix)
@@ -118,3 +104,16 @@ class ODEClassifier(Classifier):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue from what `get_extra_state` returned."""
         self._penalty_generator.set_state(state)
+
+
+def make_classifier(data: Splits[LabelledData], settings: Settings, run: Run) -> ODEClassifier:
+    """The classifier that fits the data.
+
+    Args:
+        data: the state's size and the number of classes follow from ``data.train``.
+        settings: those shared by all variants.
+        run: variant, seed and weight.
+    """
+    features = math.prod(data.train.x.shape[1:])
+    classes = int(data.train.y.max()) + 1
+    return ODEClassifier(features, classes, settings, run)

@@ -10,14 +10,16 @@ from typing import Any
 
 from pysciml_node.doctor import environment
 from pysciml_node.experiments.settings import VARIANTS, Variant
+from pysciml_node.experiments.trainable import METRICS
 
-METRICS = ("test_accuracy", "train_accuracy", "nfe", "train_seconds", "predict_seconds")
+COSTS = ("nfe", "train_seconds", "train_cpu_seconds", "predict_seconds", "predict_cpu_seconds")
 UNITS = {
-    "test_accuracy": "share of the test samples, 0 to 1",
-    "train_accuracy": "share of the training samples, 0 to 1",
+    **{name: metric.unit for name, metric in METRICS.items()},
     "nfe": "evaluations of the field in a forward pass, mean over the test batches",
     "train_seconds": "wall-clock seconds of all optimizer steps, evaluations not counted",
+    "train_cpu_seconds": "the same, seconds of this process on all its cores",
     "predict_seconds": "wall-clock seconds of a prediction for one batch, median over batches",
+    "predict_cpu_seconds": "the same, seconds of this process on all its cores",
     "mean, std": "over the seeds; std with n - 1 in the denominator, 0 for a single seed",
 }
 # What may differ between runs of one file: these describe a run, not the experiment.
@@ -31,12 +33,15 @@ class RunResult:
     Args:
         variant: which penalty was used.
         seed: of the run.
-        test_accuracy: in [0, 1].
-        train_accuracy: in [0, 1].
+        metric: name of what the next two are.
+        test: the metric on the test data.
+        train: the metric on the training data.
         nfe: on the test data.
         train_seconds: of all optimizer steps.
+        train_cpu_seconds: of all optimizer steps.
         predict_seconds: of a batch.
-        validation_accuracy: in [0, 1]; None without validation data.
+        predict_cpu_seconds: of a batch.
+        validation: the metric on the validation data; None without.
         validation_nfe: on the validation data; None without.
         settings: everything that determined the run.
         history: of the run, as plain data.
@@ -44,15 +49,23 @@ class RunResult:
 
     variant: Variant
     seed: int
-    test_accuracy: float
-    train_accuracy: float
+    metric: str
+    test: float
+    train: float
     nfe: float
     train_seconds: float
+    train_cpu_seconds: float
     predict_seconds: float
-    validation_accuracy: float | None
+    predict_cpu_seconds: float
+    validation: float | None
     validation_nfe: float | None
     settings: dict[str, Any]
     history: dict[str, Any]
+
+    def figures(self) -> dict[str, float]:
+        """The metric on test and training data, and the costs, by the names of results files."""
+        scores = {f"test_{self.metric}": self.test, f"train_{self.metric}": self.train}
+        return scores | {name: getattr(self, name) for name in COSTS}
 
 
 Summary = dict[str, dict[str, dict[str, float]]]
@@ -83,13 +96,14 @@ def summarize(runs: Iterable[RunResult]) -> Summary:
         ``{variant: {metric: {"mean": ..., "std": ...}}}`` for the variants that have runs.
     """
     runs = list(runs)
-    return {
-        variant: {
-            metric: mean_and_std([getattr(run, metric) for run in of_variant]) for metric in METRICS
-        }
-        for variant in VARIANTS
-        if (of_variant := [run for run in runs if run.variant == variant])
-    }
+    summary: Summary = {}
+    for variant in VARIANTS:
+        figures = [run.figures() for run in runs if run.variant == variant]
+        if figures:
+            summary[variant] = {
+                name: mean_and_std([one[name] for one in figures]) for name in figures[0]
+            }
+    return summary
 
 
 def load_results(path: Path) -> list[RunResult]:
@@ -186,21 +200,47 @@ def _shared_settings(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """A column of the table.
+
+    Args:
+        title: its heading.
+        figure: its name in summaries.
+        scale: factor between figure and table.
+        decimals: shown.
+        with_ratio: whether the ratio to the vanilla variant is shown too.
+    """
+
     title: str
-    metric: str
+    figure: str
     scale: float
     decimals: int
     with_ratio: bool
 
 
-_COLUMNS = (
-    _Column("train acc. (%)", "train_accuracy", 100.0, 2, with_ratio=False),
-    _Column("test acc. (%)", "test_accuracy", 100.0, 2, with_ratio=False),
-    _Column("training (s)", "train_seconds", 1.0, 1, with_ratio=True),
-    _Column("prediction (ms/batch)", "predict_seconds", 1000.0, 2, with_ratio=True),
-    _Column("test NFE", "nfe", 1.0, 1, with_ratio=True),
+_COST_COLUMNS = (
+    Column("training (s)", "train_seconds", 1.0, 1, with_ratio=True),
+    Column("training (CPU s)", "train_cpu_seconds", 1.0, 1, with_ratio=True),
+    Column("prediction (ms/batch)", "predict_seconds", 1000.0, 2, with_ratio=True),
+    Column("test NFE", "nfe", 1.0, 1, with_ratio=True),
 )
+
+
+def columns_of(summary: Summary) -> list[Column]:
+    """The columns that a summary fills, its metric first.
+
+    Example:
+        >>> one = {"test_accuracy": {"mean": 1.0, "std": 0.0}}
+        >>> [column.title for column in columns_of({"vanilla": one})]
+        ['test acc. (%)']
+    """
+    found = {name for figures in summary.values() for name in figures}
+    scores = [
+        Column(f"{part} {m.title}", f"{part}_{m.name}", m.scale, m.decimals, with_ratio=False)
+        for m in METRICS.values()
+        for part in ("train", "test")
+    ]
+    return [column for column in (*scores, *_COST_COLUMNS) if column.figure in found]
 
 
 def format_table(summary: Summary) -> str:
@@ -213,22 +253,28 @@ def format_table(summary: Summary) -> str:
         Lines of text; columns read mean, spread and, in brackets, the ratio.
 
     Example:
-        >>> one = {m: {"mean": 1.0, "std": 0.0} for m in METRICS}
+        >>> one = {"nfe": {"mean": 20.0, "std": 0.0}}
         >>> print(format_table({"vanilla": one}).splitlines()[2].split()[0])
         vanilla
     """
     vanilla = summary.get("vanilla")
-    rows = [["", *(column.title for column in _COLUMNS)]]
+    columns = columns_of(summary)
+    rows = [["", *(column.title for column in columns)]]
     for variant, metrics in summary.items():
         cells = [variant]
-        for column in _COLUMNS:
-            figures = metrics[column.metric]
+        for column in columns:
+            figures = metrics[column.figure]
             mean, std = (column.scale * figures[key] for key in ("mean", "std"))
             cell = f"{mean:.{column.decimals}f} ± {std:.{column.decimals}f}"
             if column.with_ratio and vanilla is not None:
-                cell += f" [x{figures['mean'] / vanilla[column.metric]['mean']:.3f}]"
+                cell += f" [x{figures['mean'] / vanilla[column.figure]['mean']:.3f}]"
             cells.append(cell)
         rows.append(cells)
+    return lay_out(rows)
+
+
+def lay_out(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines of text: a heading, a rule and the rest, in aligned columns."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -1,39 +1,45 @@
-"""Train one classifier from start to finish and measure it."""
+"""Train one model from start to finish and measure it."""
 
-import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pysciml_node.data import Splits
 from pysciml_node.experiments.evaluation import evaluate, predict_seconds
-from pysciml_node.experiments.model import ODEClassifier
+from pysciml_node.experiments.model import make_classifier
 from pysciml_node.experiments.results import RunResult
 from pysciml_node.experiments.settings import Run, Settings, describe
+from pysciml_node.experiments.trainable import Trainable
 from pysciml_node.experiments.training import Trainer, progress_bar
 
+Build = Callable[[Any, Any, Run], Trainable]
 
-def make_trainer(data: Splits, settings: Settings, run: Run) -> Trainer:
-    """A trainer for the classifier that fits the data.
+
+def make_trainer(
+    data: Splits[Any], settings: Settings, run: Run, *, build: Build = make_classifier
+) -> Trainer:
+    """A trainer for the model that fits the data.
 
     Args:
-        data: the parts; the state's size and the number of classes follow from ``data.train``.
+        data: the parts.
         settings: those shared by all variants.
         run: variant, seed and weight.
+        build: makes the model of data, settings and run.
 
     Returns:
         The trainer, at step 0.
     """
-    features = math.prod(data.train.x.shape[1:])
-    classes = int(data.train.y.max()) + 1
-    return Trainer(ODEClassifier(features, classes, settings, run), data, settings, run)
+    return Trainer(build(data, settings, run), data, settings, run)
 
 
-def train_classifier(
-    data: Splits,
+def train_run(
+    data: Splits[Any],
     settings: Settings,
     run: Run,
     *,
     label: str,
+    build: Build = make_classifier,
     checkpoint: Path | None = None,
     checkpoint_every: int = 250,
     resume: bool = False,
@@ -45,6 +51,7 @@ def train_classifier(
         settings: those shared by all variants.
         run: variant, seed and weight.
         label: what to write before the progress bar.
+        build: makes the model of data, settings and run.
         checkpoint: file to keep the state in.
         checkpoint_every: optimizer steps between two savings.
         resume: continue from the checkpoint if it exists.
@@ -55,7 +62,7 @@ def train_classifier(
     Raises:
         ValueError: the checkpoint belongs to a run with other settings.
     """
-    trainer = make_trainer(data, settings, run)
+    trainer = make_trainer(data, settings, run, build=build)
     if resume and checkpoint is not None and checkpoint.exists():
         trainer.resume(checkpoint)
     with progress_bar(trainer, label) as listener:
@@ -63,8 +70,8 @@ def train_classifier(
     return trainer
 
 
-def measure(trainer: Trainer, data: Splits) -> RunResult:
-    """Figures of a trained classifier on all parts of the data.
+def measure(trainer: Trainer, data: Splits[Any]) -> RunResult:
+    """Figures of a trained model on all parts of the data.
 
     Args:
         trainer: a run at its last step.
@@ -74,17 +81,22 @@ def measure(trainer: Trainer, data: Splits) -> RunResult:
         The figures, with the run's settings and history.
     """
     model, size = trainer.model, trainer.settings.batch_size
-    train, test = (evaluate(model, part, size) for part in (data.train, data.test))
+    train = evaluate(model, data.train[: trainer.settings.train_samples], size)
+    test = evaluate(model, data.test, size)
     validation = evaluate(model, data.validation, size) if len(data.validation) else None
+    wall, cpu = predict_seconds(model, data.test, min(size, len(data.test)))
     return RunResult(
         variant=trainer.run.variant,
         seed=trainer.run.seed,
-        test_accuracy=test.accuracy,
-        train_accuracy=train.accuracy,
+        metric=model.metric.name,
+        test=test.score,
+        train=train.score,
         nfe=test.nfe,
         train_seconds=trainer.train_seconds,
-        predict_seconds=predict_seconds(model, data.test, size),
-        validation_accuracy=validation.accuracy if validation else None,
+        train_cpu_seconds=trainer.train_cpu_seconds,
+        predict_seconds=wall,
+        predict_cpu_seconds=cpu,
+        validation=validation.score if validation else None,
         validation_nfe=validation.nfe if validation else None,
         settings=describe(trainer.settings, trainer.run),
         history=asdict(trainer.history),

@@ -3,10 +3,26 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from pysciml_node import schedules
 from pysciml_node.regularizers.local import StepSize
 
-Variant = Literal["vanilla", "local-unbiased", "local-biased"]
+Variant = Literal[
+    "vanilla",
+    "local-unbiased",
+    "local-biased",
+    "global-error",
+    "global-stiffness",
+    "steer",
+    "taylor",
+]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+# What the paper on local regularization is about; the others are its baselines.
+COMPARED: tuple[Variant, ...] = VARIANTS[:3]
+
+OptimizerName = Literal["adam", "adamax"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+DecayName = Literal["constant", "inverse", "cosine"]
+DECAYS: tuple[DecayName, ...] = get_args(DecayName)
 
 DtypeName = Literal["float32", "float64"]
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
@@ -23,7 +39,11 @@ class Settings:
     Args:
         steps: optimizer steps.
         batch_size: samples a batch, in training and in evaluation.
-        learning_rate: of Adam.
+        learning_rate: the first one.
+        optimizer: ``"adam"`` or ``"adamax"``.
+        decay: of the learning rate: ``"constant"``, ``"inverse"``, which divides it by
+            ``1 + 1e-5 step``, or ``"cosine"``, to ``last_learning_rate`` at the last step.
+        last_learning_rate: of the cosine decay.
         tolerance: relative and absolute tolerance of the solver.
         dtype: of the parameters and states.
         hidden: width of the field's hidden layer.
@@ -33,8 +53,10 @@ class Settings:
             `pysciml_node.LocalError`.
         stop_gradient: keep the penalty's gradient out of the sampled state and the first stage, as
             the paper's code does.
+        taylor_order: of the derivative that the Taylor variant penalizes.
         evaluate_every: optimizer steps between evaluations.
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
+        train_samples: how many training samples the last evaluation uses; all of them when None.
 
     Raises:
         ValueError: a number that must be positive is not, or a name is unknown.
@@ -47,6 +69,9 @@ class Settings:
     steps: int = 7500
     batch_size: int = 512
     learning_rate: float = 1e-3
+    optimizer: OptimizerName = "adam"
+    decay: DecayName = "constant"
+    last_learning_rate: float = 1e-4
     tolerance: float = 1.4e-8
     dtype: DtypeName = "float32"
     hidden: int = 100
@@ -54,34 +79,60 @@ class Settings:
     adjoint: AdjointName = "discrete"
     step_size: StepSize = "hairer"
     stop_gradient: bool = True
+    taylor_order: int = 3
     evaluate_every: int = 250
     monitor_samples: int | None = None
+    train_samples: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = ("steps", "batch_size", "learning_rate", "tolerance", "hidden", "evaluate_every")
+        numbers = (
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "last_learning_rate",
+            "tolerance",
+            "hidden",
+            "taylor_order",
+            "evaluate_every",
+        )
         for name in numbers:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
-        choices = {"dtype": DTYPES, "step_size": STEP_SIZES, "adjoint": ADJOINTS}
+        choices = {
+            "dtype": DTYPES,
+            "step_size": STEP_SIZES,
+            "adjoint": ADJOINTS,
+            "optimizer": OPTIMIZERS,
+            "decay": DECAYS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {allowed}, but is {getattr(self, name)!r}."
                 )
 
+    def learning_rates(self) -> schedules.Schedule:
+        """The learning rate of each optimizer step."""
+        if self.decay == "inverse":
+            return schedules.InverseDecay(self.learning_rate, rate=1e-5)
+        if self.decay == "cosine":
+            return schedules.Cosine(self.learning_rate, self.last_learning_rate, self.steps)
+        return schedules.Constant(self.learning_rate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run: a variant, a seed and the weight of its penalty.
 
-    The weight decays exponentially from ``weight[0]`` to ``weight[1]`` over the run:
+    The weight goes exponentially from ``weight[0]`` to ``weight[1]`` over the run:
     ``lambda(k) = lambda_0 (lambda_1 / lambda_0)^(k / steps)``.
 
     Args:
         variant: which penalty is added to the loss, if any.
         seed: of the initial parameters, the batches and the penalty's random times. Runs of equal
             seed start from the same parameters and see the same batches whatever their variant.
-        weight: first and last weight of the penalty; ignored by the vanilla variant.
+        weight: first and last weight of the penalty; ignored by the vanilla variant. STEER has no
+            weight: the first number is the half width of its interval.
 
     Raises:
         ValueError: an unknown variant or a weight that is not positive.

@@ -7,14 +7,14 @@ from typing import Any
 from pysciml_node.data import Splits
 from pysciml_node.experiments.evaluation import Evaluation, evaluate
 from pysciml_node.experiments.results import mean_and_std
-from pysciml_node.experiments.runner import train_classifier
+from pysciml_node.experiments.runner import train_run
 from pysciml_node.experiments.settings import Run, Settings, Variant
 
 _LOCAL: tuple[Variant, ...] = ("local-unbiased", "local-biased")
 
 
 def trade_off(
-    data: Splits,
+    data: Splits[Any],
     settings: Settings,
     weights: Sequence[tuple[float, float]],
     seeds: Sequence[int],
@@ -44,9 +44,7 @@ def trade_off(
     for number, (seed, (variant, weight)) in enumerate(itertools.product(seeds, planned), start=1):
         run = Run(variant=variant, seed=seed, **({} if weight is None else {"weight": weight}))
         shown = "" if weight is None else f" {weight[0]:g}→{weight[1]:g}"
-        trainer = train_classifier(
-            data, settings, run, label=f"[{number}/{total}] {run.name}{shown}"
-        )
+        trainer = train_run(data, settings, run, label=f"[{number}/{total}] {run.name}{shown}")
         evaluation = evaluate(trainer.model, data.validation, settings.batch_size)
         measured.setdefault((variant, weight), []).append(evaluation)
     vanilla = measured["vanilla", None]
@@ -58,7 +56,7 @@ def trade_off(
                 [e.nfe / v.nfe for e, v in zip(evaluations, vanilla, strict=True)]
             ),
             "nfe": mean_and_std([e.nfe for e in evaluations]),
-            "accuracy": mean_and_std([e.accuracy for e in evaluations]),
+            "accuracy": mean_and_std([e.score for e in evaluations]),
         }
         for (variant, weight), evaluations in measured.items()
     ]

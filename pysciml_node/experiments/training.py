@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from pysciml_node._optional import require
 from pysciml_node.data import ShuffledBatches, Splits
-from pysciml_node.experiments.classifier import Classifier
 from pysciml_node.experiments.evaluation import evaluate
-from pysciml_node.experiments.settings import Run, Settings, describe
+from pysciml_node.experiments.settings import OptimizerName, Run, Settings, describe
+from pysciml_node.experiments.trainable import Trainable
 
-_FORMAT = 1
+_FORMAT = 2
+_OPTIMIZERS: dict[OptimizerName, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+}
 
 
 @dataclass
@@ -32,7 +35,7 @@ class History:
         nfe: field evaluations of every step's forward pass.
         monitor: name of the data part the evaluations below are made on.
         evaluated_at: optimizer steps after which the model was evaluated.
-        accuracy: accuracy there, in [0, 1].
+        score: the model's metric there.
         evaluation_nfe: field evaluations a batch there.
     """
 
@@ -41,14 +44,14 @@ class History:
     penalty: list[float] = field(default_factory=list)
     nfe: list[int] = field(default_factory=list)
     evaluated_at: list[int] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
     evaluation_nfe: list[float] = field(default_factory=list)
 
 
 class Trainer:
-    """Trains a classifier with Adam on the cross entropy plus the model's own penalty.
+    """Trains a model on its loss plus its penalty.
 
-    The loss of a batch is ``mean_i -log softmax(logits_i)[y_i] + penalty``. Everything that
+    Everything that
     decides how a run goes on (parameters, optimizer, schedules, random generators, position in
     the data, history) is in the state, so a run continued from a checkpoint ends with the same
     parameters, bit for bit, as one never interrupted.
@@ -60,21 +63,26 @@ class Trainer:
         run: variant and seed; the batches' order follows from the seed.
     """
 
-    def __init__(self, model: Classifier, data: Splits, settings: Settings, run: Run) -> None:
+    def __init__(self, model: Trainable, data: Splits[Any], settings: Settings, run: Run) -> None:
         self.model = model
         self.settings = settings
         self.run = run
         self.step = 0
         self.train_seconds = 0.0
+        self.train_cpu_seconds = 0.0
         part, watched = data.monitor
         self.history = History(monitor=part)
         self._watched = watched[: settings.monitor_samples]
-        self._batches = ShuffledBatches(
+        self._learning_rates = settings.learning_rates()
+        self._batches: ShuffledBatches[Any] = ShuffledBatches(
             data.train,
             settings.batch_size,
             generator=torch.Generator().manual_seed(run.seed + 1_000_003),
         )
-        self._optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+        self._optimizer = _OPTIMIZERS[settings.optimizer](
+            model.parameters(),
+            lr=settings.learning_rate,  # type: ignore[call-arg]
+        )
 
     def train(
         self,
@@ -98,9 +106,10 @@ class Trainer:
         last = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.train()
         while self.step < last:
-            started = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             self._train_step()
-            self.train_seconds += time.perf_counter() - started
+            self.train_seconds += time.perf_counter() - wall
+            self.train_cpu_seconds += time.process_time() - cpu
             if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
                 self._evaluate()
             if checkpoint is not None and (self.step % checkpoint_every == 0 or self.step == last):
@@ -110,14 +119,15 @@ class Trainer:
 
     def _train_step(self) -> None:
         batch = next(self._batches)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rates(self.step)
         self._optimizer.zero_grad()
-        prediction = self.model(batch.x)
-        loss = functional.cross_entropy(prediction.logits, batch.y)
-        (loss + prediction.penalty).backward()
+        outcome = self.model.outcome(batch)
+        (outcome.loss + outcome.penalty).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.model.step_schedules()
         self.step += 1
-        values = float(loss.detach()), float(prediction.penalty.detach())
+        values = float(outcome.loss.detach()), float(outcome.penalty.detach())
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(
                 f"the loss is {values[0]} and the penalty {values[1]} at step {self.step} of "
@@ -125,12 +135,12 @@ class Trainer:
             )
         self.history.loss.append(values[0])
         self.history.penalty.append(values[1])
-        self.history.nfe.append(prediction.nfe)
+        self.history.nfe.append(outcome.nfe)
 
     def _evaluate(self) -> None:
         evaluation = evaluate(self.model, self._watched, self.settings.batch_size)
         self.history.evaluated_at.append(self.step)
-        self.history.accuracy.append(evaluation.accuracy)
+        self.history.score.append(evaluation.score)
         self.history.evaluation_nfe.append(evaluation.nfe)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,6 +150,7 @@ class Trainer:
             "run": describe(self.settings, self.run),
             "step": self.step,
             "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.train_cpu_seconds,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "batches": self._batches.state_dict(),
@@ -173,6 +184,7 @@ class Trainer:
         self.history = History(**state["history"])
         self.step = state["step"]
         self.train_seconds = state["train_seconds"]
+        self.train_cpu_seconds = state["train_cpu_seconds"]
 
     def save(self, path: Path) -> None:
         """Write the state to a file; an interruption leaves the previous file whole.
@@ -225,8 +237,9 @@ def progress_bar(trainer: Trainer, label: str) -> Iterator[Callable[[Trainer], N
         def listener(run: Trainer) -> None:
             history = run.history
             shown = {"nfe": history.nfe[-1], "loss": f"{history.loss[-1]:.4f}"}
-            if history.accuracy:
-                shown[history.monitor] = f"{100 * history.accuracy[-1]:.1f}%"
+            if history.score:
+                metric = run.model.metric
+                shown[history.monitor] = f"{metric.show(history.score[-1])} {metric.title}"
             bar.set_postfix(shown, refresh=False)
             bar.update(run.step - bar.n)
 

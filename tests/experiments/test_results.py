@@ -9,7 +9,7 @@ import pytest
 from pysciml_node.experiments import results
 from pysciml_node.experiments.figures import plot_trade_off, plot_training
 from pysciml_node.experiments.results import (
-    METRICS,
+    COSTS,
     RunResult,
     check_mergeable,
     format_table,
@@ -20,6 +20,7 @@ from pysciml_node.experiments.results import (
     summarize,
 )
 from pysciml_node.experiments.settings import VARIANTS, Run, Settings, describe
+from pysciml_node.experiments.trainable import METRICS
 
 HISTORY = {
     "monitor": "validation",
@@ -27,7 +28,7 @@ HISTORY = {
     "penalty": [0.0, 0.0],
     "nfe": [20, 26],
     "evaluated_at": [1, 2],
-    "accuracy": [0.5, 0.75],
+    "score": [0.5, 0.75],
     "evaluation_nfe": [20.0, 26.0],
 }
 
@@ -36,12 +37,15 @@ def result(variant, seed, nfe, *, steps=2) -> RunResult:
     return RunResult(
         variant=variant,
         seed=seed,
-        test_accuracy=0.97,
-        train_accuracy=0.99,
+        metric="accuracy",
+        test=0.97,
+        train=0.99,
         nfe=nfe,
         train_seconds=10.0,
+        train_cpu_seconds=9.0,
         predict_seconds=0.25,
-        validation_accuracy=0.98,
+        predict_cpu_seconds=0.2,
+        validation=0.98,
         validation_nfe=nfe,
         settings=describe(Settings(steps=steps), Run(variant=variant, seed=seed)),
         history=HISTORY,
@@ -62,7 +66,7 @@ def test_a_results_file_has_the_agreed_form(tmp_path):
     )
     content = json.loads(path.read_text())
     for variant in VARIANTS:
-        assert set(content[variant]) == set(METRICS)
+        assert set(content[variant]) == {*COSTS, "test_accuracy", "train_accuracy"}
         assert all(set(figures) == {"mean", "std"} for figures in content[variant].values())
         assert content[variant]["nfe"]["mean"] == pytest.approx(10.5)
     assert content["settings"]["steps"] == 2
@@ -142,4 +146,4 @@ def test_a_missing_matplotlib_is_named_with_its_remedy(tmp_path, monkeypatch):
 
 
 def test_every_metric_has_its_unit_stated():
-    assert set(METRICS) <= set(results.UNITS)
+    assert {*COSTS, *METRICS} <= set(results.UNITS)

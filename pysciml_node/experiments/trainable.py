@@ -1,0 +1,122 @@
+"""What the trainer trains: a module that says how good it is on a batch, and what that took."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pysciml_node.data import LabelledData
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good a model is, in one number.
+
+    Args:
+        name: in results files.
+        title: heading of a table's column.
+        scale: factor between the number and what tables show.
+        decimals: that tables show.
+        unit: what the number is.
+    """
+
+    name: str
+    title: str
+    scale: float
+    decimals: int
+    unit: str
+
+    def show(self, value: float) -> str:
+        """The value as tables show it."""
+        return f"{self.scale * value:.{self.decimals}f}"
+
+
+ACCURACY = Metric("accuracy", "acc. (%)", 100.0, 2, "share of the samples, 0 to 1")
+SQUARED_ERROR = Metric(
+    "mse",
+    "MSE (1e-3)",
+    1000.0,
+    3,
+    "squared error of a sample's observed entries, mean of the means",
+)
+METRICS = {metric.name: metric for metric in (ACCURACY, SQUARED_ERROR)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of a batch, and what that took.
+
+    Args:
+        loss: scalar, without the penalty.
+        penalty: scalar to add to the loss; zero in evaluation mode.
+        nfe: evaluations of the field in this forward pass.
+        score: the metric, summed over the batch.
+        weight: what to divide sums of ``score`` by.
+    """
+
+    loss: Tensor
+    penalty: Tensor
+    nfe: int
+    score: float
+    weight: float
+
+
+class Trainable(nn.Module, ABC):
+    """A module that the trainer can train; its penalty weights may have schedules.
+
+    A subclass whose training draws random numbers or follows a schedule keeps both in its extra
+    state, so that its state dictionary continues a run exactly.
+    """
+
+    metric: ClassVar[Metric]
+
+    @abstractmethod
+    def outcome(self, batch: Any) -> Outcome:
+        """Loss and metric of a batch."""
+
+    @abstractmethod
+    def predict(self, batch: Any) -> Any:
+        """What the model is for, on a batch; this is what is timed."""
+
+    def step_schedules(self) -> None:
+        """Advance the weights by one optimizer step."""
+        return
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says about a batch, and what it took to say it.
+
+    Args:
+        logits: shape ``(B, classes)``.
+        penalty: scalar to add to the loss; zero in evaluation mode.
+        nfe: evaluations of the field in this forward pass.
+    """
+
+    logits: Tensor
+    penalty: Tensor
+    nfe: int
+
+
+class Classifier(Trainable):
+    """Trained with the cross entropy ``mean_i -log softmax(logits_i)[y_i]``."""
+
+    metric = ACCURACY
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Prediction:
+        """Predict for a batch ``x`` of shape ``(B, *D)``."""
+
+    def predict(self, batch: LabelledData) -> Prediction:
+        """Predict for a batch."""
+        prediction: Prediction = self(batch.x)
+        return prediction
+
+    def outcome(self, batch: LabelledData) -> Outcome:
+        """Cross entropy and number of right answers."""
+        prediction = self.predict(batch)
+        loss = functional.cross_entropy(prediction.logits, batch.y)
+        right = float((prediction.logits.detach().argmax(dim=1) == batch.y).sum())
+        return Outcome(loss, prediction.penalty, prediction.nfe, right, len(batch))
