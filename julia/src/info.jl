@@ -1,0 +1,24 @@
+# What runs: for reports and results files.
+
+"""
+    info() -> String
+
+Versions, paths and threads, as a JSON object.
+"""
+function info()
+    packages = Dict{String,String}()
+    for (id, _) in Base.loaded_modules
+        version = id.uuid === nothing ? nothing : pkgversion(Base.loaded_modules[id])
+        version === nothing || (packages[id.name] = string(version))
+    end
+    return JSON.json((
+        julia = string(VERSION),
+        project = something(Base.active_project(), ""),
+        depots = DEPOT_PATH,
+        threads = Threads.nthreads(),
+        blas = [basename(library.libname) for library in BLAS.get_config().loaded_libs],
+        blas_threads = BLAS.get_num_threads(),
+        processor = Sys.CPU_NAME,
+        packages,
+    ))
+end
