@@ -123,20 +123,20 @@ def augment(
     for name in (*beside, *extra):
         u0[name] = torch.zeros(batch, dtype=spec.dtype, device=spec.device)
 
-    def spread(value: Any, for_extra: float) -> dict[str, Any]:
+    def spread(value: Any, for_extra: float | None = None) -> dict[str, Any]:
         given = (
             spec.parts(value) if isinstance(value, tuple | list | dict) else [value] * len(names)
         )
-        tightest = min(float(torch.as_tensor(part).min()) for part in given) if beside else 0.0
+        tightest = min(float(torch.as_tensor(part).min()) for part in given)
         return {
             **dict(zip(names, given, strict=True)),
             **dict.fromkeys(beside, tightest),
-            **dict.fromkeys(extra, for_extra),
+            **dict.fromkeys(extra, tightest if for_extra is None else for_extra),
         }
 
     field = AugmentedField(problem, {**beside, **extra})
     bigger = dataclasses.replace(problem, f=field, u0=u0)
-    return bigger, spread(rtol, 0.0), spread(atol, math.inf)
+    return bigger, spread(rtol), spread(atol, math.inf)
 
 
 def integrals(solution: Solution) -> dict[str, Tensor]:

@@ -235,5 +235,13 @@ class TorchTrajectory:
         def load() -> tuple[Record, list[Tensor]]:
             return self.record, [u[:size] for u in self.flat_states]
 
-        options = dataclasses.replace(self.options, driven=size)
+        def leading(tolerance: float | Tensor) -> float | Tensor:
+            return tolerance[:size] if isinstance(tolerance, Tensor) else tolerance
+
+        options = dataclasses.replace(
+            self.options,
+            driven=size,
+            rtol=leading(self.options.rtol),
+            atol=leading(self.options.atol),
+        )
         return TorchTrajectory(problem, self.method, load, self.stats, options)
