@@ -5,11 +5,25 @@ Python calls the functions of `entry.jl`; only numbers, strings, pointers and in
 """
 module PySciMLNode
 
+using DiffEqBase: DiffEqBase, DEVerbosity
+using JSON
 using LinearAlgebra
+using PythonCall
 using SciMLBase
 using OrdinaryDiffEqCore
 using OrdinaryDiffEqTsit5
 
 include("fields.jl")
+include("tableau.jl")
+include("sweep.jl")
+const SILENT = DEVerbosity(DiffEqBase.None())
+
+include("controllers.jl")
+include("algorithms.jl")
+include("march.jl")
+include("buffers.jl")
+include("interrupt.jl")
+include("python_field.jl")
+include("entry.jl")
 
 end

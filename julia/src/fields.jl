@@ -118,3 +118,22 @@ function (g::TimeGradient)(dT, u, p, t)
     end
     return nothing
 end
+
+"""
+    bound!(rhs, T, marks, t, t1)
+
+Let a field be evaluated between the marks around the step from `t` to `t1` only; at an inner mark
+(a stop) just beside it, on the step's own side. `T` is the type of the times that the field gets.
+"""
+function bound!(rhs::RightHandSide, ::Type{T}, marks, t, t1) where {T}
+    low, high = minmax(t, t1)
+    first, last = minmax(marks[1], marks[end])
+    below, above = -Inf, Inf
+    for x in @view marks[2:(end - 1)]
+        x <= low && (below = max(below, x))
+        x >= high && (above = min(above, x))
+    end
+    rhs.low = below > first ? nextfloat(T(below)) : T(first)
+    rhs.high = above < last ? prevfloat(T(above)) : T(last)
+    return rhs
+end

@@ -1,0 +1,192 @@
+# The functions that Python calls. Only numbers, strings, pointers, handles and functions cross.
+
+const CODES = Dict(
+    ReturnCode.Success => 0,
+    ReturnCode.Terminated => 1,
+    ReturnCode.MaxIters => 2,
+    ReturnCode.DtLessThanMin => 3,
+    ReturnCode.ConvergenceFailure => 5,
+)
+const UNSTABLE = 4
+
+"""
+    make_tableau(json) -> handle
+"""
+make_tableau(json::String) = keep(Tableau(JSON.parse(json)))
+
+"""
+    make_plan(json, rtol, atol, n) -> handle
+
+How to solve. `rtol` and `atol` are addresses of `n` numbers each where `n > 0`, and otherwise the
+description holds one number for each.
+"""
+function make_plan(json::String, rtol::Int, atol::Int, n::Int)
+    d = JSON.parse(json)
+    T = REAL[d["dtype"] + 1]
+    chosen = algorithm(String(d["algorithm"]), d["packages"])
+    tolerance(address, number) = n > 0 ? copy(host(T, address, n)) : T(number)
+    c = d["controller"]
+    control = c === nothing ? nothing : controller(c["name"], c["options"], T, chosen)
+    norm = DrivenNorm(d["driven"], d["counted"])
+    return keep(
+        Plan(
+            chosen, Bool(d["adaptive"]), tolerance(atol, d["atol"]), tolerance(rtol, d["rtol"]),
+            norm, control, T(d["dtmin"]), T(something(d["dtmax"], Inf)), Int(d["max_steps"]),
+        ),
+    )
+end
+
+"""
+    make_python_field(dtype, evaluate, linearize, pull, n, state, slope, np, gradient) -> handle
+"""
+function make_python_field(
+    dtype::Int, evaluate, linearize, pull, n::Int, state::Int, slope::Int, np::Int, gradient::Int
+)
+    T = REAL[dtype + 1]
+    return keep(
+        RightHandSide(
+            PythonField{T}(
+                evaluate, linearize, pull, host(T, state, n), host(T, slope, n),
+                host(T, gradient, np),
+            ),
+        ),
+    )
+end
+
+"""
+    solve!(fd, field, plan, device, n, u0, np, p, nmarks, marks, dt0, m, saveat, saved, mass, dense,
+           observer, report) -> handle of the record
+
+Solve forward. Addresses: `u0` `(n)`, `p` `(np)`, `saved` `(n, m)` of the plan's type, `mass` `(n, n)`
+or 0; `marks` and `saveat` in double precision; `report` takes five integers: accepted steps,
+saved states, evaluations, rejected steps, return code. Throws when `fd` tells of an interrupt.
+"""
+function solve!(
+    fd::Int, field::Int, plan::Int, device::Int, n::Int, u0::Int, np::Int, p::Int, nmarks::Int,
+    marks::Int, dt0::Float64, m::Int, saveat::Int, saved::Int, mass::Int, dense::Bool, observer,
+    report::Int,
+)
+    return run_solve!(
+        OBJECTS[field]::RightHandSide, OBJECTS[plan], device, n, u0, np, p, host(Float64, marks, nmarks),
+        dt0, m, host(Float64, saveat, m), saved, mass, dense, fd, observer, host(Int, report, 5),
+    )
+end
+
+function run_solve!(
+    rhs, plan::Plan{T}, device, n, u0, np, p, marks, dt0, m, saveat, saved, mass, dense, fd,
+    observer, report,
+) where {T}
+    rhs.evaluations = 0
+    start = memory(T, device, u0, n)
+    columns = reshape(memory(T, device, saved, n * m), n, m)
+    parameters = memory(T, device, p, np)
+    mass_matrix = mass == 0 ? I : copy(transpose(reshape(memory(T, device, mass, n * n), n, n)))
+    watch = observer === nothing ? Returns(false) : integrator -> observed(observer, integrator)
+    if dense
+        # SciML's solution outlives the call.
+        parameters = np == 0 ? zeros(T, 1) : copy(parameters)
+        start = copy(start)
+    end
+    record = march(
+        rhs, plan, start, parameters, marks, dt0, saveat, columns;
+        poll = () -> stop_when_interrupted(fd), watch, dense, mass_matrix,
+    )
+    steps = length(record.errors)
+    code = get(CODES, record.retcode, UNSTABLE)
+    # `stats.nf` counts what OrdinaryDiffEq knows of; the field counts all.
+    report .= (steps, record.saved, rhs.evaluations, record.rejected, code)
+    return keep(record)
+end
+
+"""
+The integrator of the step that an observer is looking at.
+"""
+const CURRENT = Ref{Any}(nothing)
+
+function observed(observer, integrator)
+    CURRENT[] = integrator
+    stop = pyconvert(Bool, observer(Float64(integrator.tprev), Float64(integrator.t)))
+    CURRENT[] = nothing
+    return stop
+end
+
+"""
+    look!(t, address, n)
+
+Dense output at a time inside the step that an observer is looking at.
+"""
+function look!(t::Float64, address::Int, n::Int)
+    integrator = CURRENT[]
+    out = memory(eltype(integrator.u), 0, address, n)
+    T = typeof(integrator.t)
+    t == Float64(integrator.t) ? copyto!(out, integrator.u) : integrator(out, T(t))
+    return nothing
+end
+
+"""
+    fetch!(record, device, n, times, errors, states)
+
+Copy what a solve left: `times` and `errors` in double precision, and each state to the address
+that stands for it in `states`.
+"""
+function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, states::Int)
+    found = OBJECTS[record]
+    count = length(found.times)
+    copyto!(host(Float64, times, count), found.times)
+    copyto!(host(Float64, errors, count - 1), found.errors)
+    addresses = host(Int, states, count)
+    for (address, state) in zip(addresses, found.states)
+        copyto!(memory(eltype(state), device, address, n), state)
+    end
+    return nothing
+end
+
+"""
+    pullback!(fd, field, tableau, dtype, device, n, np, p, steps, times, sizes, nmarks, marks,
+              states, cotangents, m, outputs, inside, theta, u0bar, pbar, bars, report)
+
+The discrete adjoint. `states` and `cotangents` hold `steps + 1` addresses (0 stands for a zero
+cotangent), `outputs` those of `m` dense outputs inside the steps `inside` at `theta`. `bars`
+takes the cotangents of each step's start and size and of each `theta`, or is 0. `report` takes the
+replayed steps and the evaluations. Throws when `fd` tells of an interrupt.
+"""
+function pullback!(
+    fd::Int, field::Int, tableau::Int, dtype::Int, device::Int, n::Int, np::Int, p::Int,
+    steps::Int, times::Int, sizes::Int, nmarks::Int, marks::Int, states::Int, cotangents::Int,
+    m::Int, outputs::Int, inside::Int, theta::Int, u0bar::Int, pbar::Int, bars::Int, report::Int,
+)
+    return run_pullback!(
+        REAL[dtype + 1], OBJECTS[field]::RightHandSide, OBJECTS[tableau]::Tableau, device, n, np, p,
+        host(Float64, times, steps + 1), host(Float64, sizes, steps),
+        host(Float64, marks, nmarks), host(Int, states, steps + 1),
+        host(Int, cotangents, steps + 1), host(Int, outputs, m), host(Int, inside, m),
+        host(Float64, theta, m), u0bar, pbar,
+        bars == 0 ? Float64[] : host(Float64, bars, 2 * steps + m), fd, host(Int, report, 2),
+    )
+end
+
+function run_pullback!(
+    ::Type{T}, rhs, tableau, device, n, np, p, times, sizes, marks, states, cotangents, outputs,
+    inside, theta, u0bar, pbar, bars, fd, report,
+) where {T}
+    rhs.evaluations = 0
+    vector(address) = memory(T, device, address, n)
+    gradient = memory(T, device, pbar, np)
+    V = typeof(gradient)
+    count = length(sizes)
+    steps = Steps{V}(times, sizes, marks, vector.(states))
+    arriving = Arriving{V}(
+        [address == 0 ? nothing : vector(address) for address in cotangents], vector.(outputs),
+        inside, theta,
+    )
+    # Views, so that the sweep writes into Python's memory.
+    part(from, length) = isempty(bars) ? bars : view(bars, (from + 1):(from + length))
+    poll = () -> stop_when_interrupted(fd)
+    replayed = sweep!(
+        rhs, tableau, steps, arriving, memory(T, device, p, np), gradient, vector(u0bar);
+        tbars = part(0, count), hbars = part(count, count),
+        thetabars = part(2 * count, length(theta)), poll,
+    )
+    report .= (replayed, rhs.evaluations)
+    return nothing
+end

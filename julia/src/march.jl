@@ -1,0 +1,120 @@
+# The forward solve: OrdinaryDiffEq's steps, one at a time, so that each can be recorded, watched and
+# interrupted.
+
+"""
+What a forward solve leaves: ends of the accepted `times`, scaled `errors` of the steps, `states` at
+the times, how it ended, and what it cost.
+
+`last` is the time of the last attempt and its size, which tell where a failed solve stood.
+"""
+mutable struct Record{V}
+    const times::Vector{Float64}
+    const errors::Vector{Float64}
+    const states::Vector{V}
+    retcode::ReturnCode.T
+    saved::Int
+    evaluations::Int
+    rejected::Int
+    last_dt::Float64
+    solution::Any
+end
+
+"""
+    march(rhs, plan, u0, p, marks, dt0, saveat, saved; poll, watch, dense, mass_matrix) -> Record
+
+Solve from `marks[1]` to `marks[end]`, stepping to all marks between them.
+
+The states at `saveat`, in the order of integration, are written to the columns of `saved`. `poll()`
+is called at each step and may throw. `watch(integrator)` sees each accepted step and ends the solve
+where it returns true. With `dense` SciML's own solution is kept in the record, and the field
+is called out of place, as the adjoints of SciMLSensitivity want it.
+"""
+function march(
+    rhs::RightHandSide, plan::Plan{T}, u0::V, p::V, marks, dt0, saveat, saved;
+    poll, watch, dense, mass_matrix
+) where {T,V}
+    record = Record{V}([marks[1]], Float64[], [copy(u0)], ReturnCode.Default, 0, 0, 0, 0.0, nothing)
+    bound!(rhs, T, marks, marks[1], marks[2])
+    problem = ode_problem(rhs, u0, T.((marks[1], marks[end])), p, mass_matrix, Val(dense))
+    integrator = start(problem, plan, T.(view(marks, 2:(length(marks) - 1))), dt0, Val(dense))
+    follow!(record, integrator, rhs, plan, marks, saveat, saved, poll, watch)
+    if dense
+        integrator.sol.retcode == ReturnCode.Default && (integrator.sol = SciMLBase.solution_new_retcode(integrator.sol, ReturnCode.Success))
+        SciMLBase.postamble!(integrator)
+        record.solution = integrator.sol
+    end
+    record.evaluations = integrator.stats.nf
+    record.rejected = integrator.stats.nreject
+    return record
+end
+
+function ode_problem(rhs, u0, tspan, p, mass_matrix, ::Val{outofplace}) where {outofplace}
+    f = ODEFunction{!outofplace,SciMLBase.FullSpecialize}(
+        rhs; jac = Jacobian(rhs), tgrad = TimeGradient(rhs), mass_matrix
+    )
+    return ODEProblem{!outofplace,SciMLBase.FullSpecialize}(f, u0, tspan, p)
+end
+
+function start(problem, plan::Plan{T}, tstops, dt0, ::Val{dense}) where {T,dense}
+    first = dt0 > 0 ? (; dt = T(dt0) * sign(problem.tspan[2] - problem.tspan[1])) : (;)
+    return init(
+        problem, plan.algorithm;
+        plan.adaptive, plan.abstol, plan.reltol, plan.controller, plan.dtmin, plan.dtmax,
+        internalnorm = plan.norm, maxiters = plan.max_steps, tstops, dense, calck = true,
+        save_everystep = dense, save_start = dense, save_end = dense, verbose = SILENT, first...,
+    )
+end
+
+function follow!(record, integrator, rhs, plan::Plan{T}, marks, saveat, saved, poll, watch) where {T}
+    goal = length(marks)
+    next = 2
+    direction = integrator.tdir
+    while record.saved < length(saveat) && saveat[record.saved + 1] == marks[1]
+        save!(record, saved, integrator.u)
+    end
+    while next <= goal
+        poll()
+        record.last_dt = integrator.dt
+        OrdinaryDiffEqCore.step!(integrator)
+        code = integrator.sol.retcode
+        if code != ReturnCode.Default && code != ReturnCode.Success
+            record.retcode = code
+            return
+        end
+        t = integrator.t
+        at_mark = t == T(marks[next])
+        time = at_mark ? marks[next] : Float64(t)
+        stopped = watch(integrator)
+        while record.saved < length(saveat) && direction * saveat[record.saved + 1] < direction * time
+            column = view(saved, :, record.saved + 1)
+            integrator(column, T(saveat[record.saved + 1]))
+            record.saved += 1
+        end
+        while record.saved < length(saveat) && saveat[record.saved + 1] == time
+            save!(record, saved, integrator.u)
+        end
+        push!(record.times, time)
+        push!(record.errors, plan.adaptive ? Float64(OrdinaryDiffEqCore.get_EEst(integrator)) : NaN)
+        push!(record.states, copy(integrator.u))
+        if stopped
+            record.retcode = ReturnCode.Terminated
+            return
+        end
+        if at_mark
+            next += 1
+            if next <= goal
+                bound!(rhs, T, marks, time, marks[next])
+                # The other side of a stop: the derivative there is another one.
+                SciMLBase.derivative_discontinuity!(integrator, true)
+            end
+        end
+    end
+    record.retcode = ReturnCode.Success
+    return
+end
+
+function save!(record, saved, u)
+    record.saved += 1
+    saved[:, record.saved] .= u
+    return nothing
+end

@@ -1,0 +1,261 @@
+# Scalar functions of programs, with derivatives. On Float32 and Float64 exp, tanh and the sigmoid are
+# written without branches, so that loops over them are vectorized; errors are a few units in the
+# last place. Definitions at the edges (thresholds, kinks) are torch's.
+
+const Float = Union{Float32,Float64}
+
+# exp(x) = 2^n exp(r), |r| <= log(2) / 2. Adding `magic` rounds x / log(2) to the integer n, which is
+# then in the low bits of the sum.
+@inline magic(::Type{Float64}) = 6.755399441055744e15
+@inline magic(::Type{Float32}) = 1.2582912f7
+@inline log2_parts(::Type{Float64}) = (0.6931471803691238, 1.9082149292705877e-10)
+@inline log2_parts(::Type{Float32}) = (0.693359375f0, -2.1219444f-4)
+@inline power_of_two(k::Float64) = reinterpret(Float64, (reinterpret(UInt64, k) + 0x3ff) << 52)
+@inline power_of_two(k::Float32) = reinterpret(Float32, (reinterpret(UInt32, k) + 0x7f) << 23)
+
+# exp(r) - 1 by its Taylor series, to relative accuracy.
+@inline expm1_reduced(r::Float64) = r + r * r * evalpoly(r, (
+    1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800,
+    1 / 39916800, 1 / 479001600, 1 / 6227020800))
+@inline expm1_reduced(r::Float32) = r + r * r * evalpoly(r, (
+    1f0 / 2, 1f0 / 6, 1f0 / 24, 1f0 / 120, 1f0 / 720, 1f0 / 5040))
+
+@inline function reduce_exponent(x::T) where {T<:Float}
+    k = muladd(x, T(1.4426950408889634), magic(T))
+    n = k - magic(T)
+    high, low = log2_parts(T)
+    return k, n, muladd(n, -low, muladd(n, -high, x))
+end
+
+"Bounds beyond which exp is 0 or Inf."
+@inline exp_bounds(::Type{Float64}) = (-746.0, 710.0)
+@inline exp_bounds(::Type{Float32}) = (-104f0, 89f0)
+
+@inline function fast_exp(x::T) where {T<:Float}
+    low, high = exp_bounds(T)
+    x = ifelse(x < low, low, ifelse(x > high, high, x))
+    _, n, r = reduce_exponent(x)
+    half = muladd(n, T(0.5), magic(T))  # two factors: the power alone may leave the range
+    rest = (n - (half - magic(T))) + magic(T)
+    return (1 + expm1_reduced(r)) * power_of_two(half) * power_of_two(rest)
+end
+@inline fast_exp(x) = exp(x)
+
+# expm1 for 0 <= x <= 80 (Float64) or 40 (Float32), where 2^n stays in range.
+@inline function expm1_moderate(x::Float)
+    k, _, r = reduce_exponent(x)
+    scale = power_of_two(k)
+    return muladd(scale, expm1_reduced(r), scale - 1)
+end
+
+@inline function fast_tanh(x::T) where {T<:Float}
+    size = abs(x)
+    e = expm1_moderate(2 * ifelse(size > 20, T(20), size))  # tanh(20) rounds to 1
+    return copysign(e / (e + 2), x)
+end
+@inline fast_tanh(x) = tanh(x)
+
+@inline function fast_sigmoid(x)
+    e = fast_exp(-abs(x))
+    return ifelse(x < 0, e, one(e)) / (1 + e)
+end
+
+"The error function of the C library."
+@inline erf(x::Float64) = ccall((:erf, Base.Math.libm), Float64, (Float64,), x)
+@inline erf(x::Float32) = ccall((:erff, Base.Math.libm), Float32, (Float32,), x)
+
+"""
+A scalar function `f(x)`; `derivative(f, x, y)` with `y = f(x)`. Those whose derivative is a function
+of `y` alone define `derivative_at_output(f, y)`, and can be fused with the operation before them.
+"""
+abstract type Scalar end
+abstract type OutputScalar <: Scalar end
+
+@inline derivative(f::OutputScalar, x, y) = derivative_at_output(f, y)
+
+struct Identity <: OutputScalar end
+@inline (::Identity)(x) = x
+@inline derivative_at_output(::Identity, y) = one(y)
+
+struct Tanh <: OutputScalar end
+@inline (::Tanh)(x) = fast_tanh(x)
+@inline derivative_at_output(::Tanh, y) = 1 - y * y
+
+struct Sigmoid <: OutputScalar end
+@inline (::Sigmoid)(x) = fast_sigmoid(x)
+@inline derivative_at_output(::Sigmoid, y) = y * (1 - y)
+
+struct ReLU <: OutputScalar end
+@inline (::ReLU)(x) = ifelse(x < 0, zero(x), x)
+@inline derivative_at_output(::ReLU, y) = ifelse(y > 0, one(y), zero(y))
+
+struct Exp <: OutputScalar end
+@inline (::Exp)(x) = fast_exp(x)
+@inline derivative_at_output(::Exp, y) = y
+
+struct Sqrt <: OutputScalar end
+@inline (::Sqrt)(x) = ifelse(x < 0, oftype(x, NaN), sqrt(abs(x)))
+@inline derivative_at_output(::Sqrt, y) = inv(2 * y)
+
+struct Rsqrt <: Scalar end
+@inline (::Rsqrt)(x) = ifelse(x < 0, oftype(x, NaN), inv(sqrt(abs(x))))
+@inline derivative(::Rsqrt, x, y) = -y * y * y / 2
+
+struct Reciprocal <: OutputScalar end
+@inline (::Reciprocal)(x) = inv(x)
+@inline derivative_at_output(::Reciprocal, y) = -y * y
+
+struct Expm1 <: OutputScalar end
+@inline (::Expm1)(x) = expm1(x)
+@inline derivative_at_output(::Expm1, y) = y + 1
+
+struct Square <: Scalar end
+@inline (::Square)(x) = x * x
+@inline derivative(::Square, x, y) = 2 * x
+
+struct Cube <: Scalar end
+@inline (::Cube)(x) = x * x * x
+@inline derivative(::Cube, x, y) = 3 * (x * x)
+
+struct Sin <: Scalar end
+@inline (::Sin)(x) = isfinite(x) ? sin(x) : oftype(x, NaN)
+@inline derivative(::Sin, x, y) = isfinite(x) ? cos(x) : oftype(x, NaN)
+
+struct Cos <: Scalar end
+@inline (::Cos)(x) = isfinite(x) ? cos(x) : oftype(x, NaN)
+@inline derivative(::Cos, x, y) = isfinite(x) ? -sin(x) : oftype(x, NaN)
+
+struct Log <: Scalar end
+@inline (::Log)(x) = x < 0 ? oftype(x, NaN) : log(x)
+@inline derivative(::Log, x, y) = inv(x)
+
+struct Log1p <: Scalar end
+@inline (::Log1p)(x) = x < -1 ? oftype(x, NaN) : log1p(x)
+@inline derivative(::Log1p, x, y) = inv(1 + x)
+
+struct Abs <: Scalar end
+@inline (::Abs)(x) = abs(x)
+@inline derivative(::Abs, x, y) = sign(x)
+
+struct Erf <: Scalar end
+@inline (::Erf)(x) = erf(x)
+@inline derivative(::Erf, x, y) = oftype(x, 2 / sqrt(pi)) * fast_exp(-x * x)
+
+struct SiLU <: Scalar end
+@inline (::SiLU)(x) = x * fast_sigmoid(x)
+@inline function derivative(::SiLU, x, y)
+    s = fast_sigmoid(x)
+    return s * (1 + x * (1 - s))
+end
+
+struct GELU <: Scalar end
+@inline (::GELU)(x) = x / 2 * (1 + erf(x * oftype(x, sqrt(1 / 2))))
+@inline derivative(::GELU, x, y) =
+    (1 + erf(x * oftype(x, sqrt(1 / 2)))) / 2 +
+    x * fast_exp(-x * x / 2) * oftype(x, 1 / sqrt(2pi))
+
+# x/2 (1 + tanh(c (x + a x^3))): D. Hendrycks, K. Gimpel, arXiv:1606.08415.
+struct TanhGELU <: Scalar end
+@inline gelu_argument(x) = oftype(x, sqrt(2 / pi)) * (x + oftype(x, 0.044715) * x * x * x)
+@inline (::TanhGELU)(x) = x / 2 * (1 + fast_tanh(gelu_argument(x)))
+@inline function derivative(::TanhGELU, x, y)
+    h = fast_tanh(gelu_argument(x))
+    slope = oftype(x, sqrt(2 / pi)) * (1 + oftype(x, 3 * 0.044715) * x * x)
+    return (1 + h) / 2 + x / 2 * (1 - h * h) * slope
+end
+
+struct LeakyReLU{T} <: Scalar
+    slope::T
+end
+@inline (f::LeakyReLU)(x) = ifelse(x > 0, x, f.slope * x)
+@inline derivative(f::LeakyReLU, x, y) = ifelse(x > 0, one(x), one(x) * f.slope)
+
+struct ELU{T} <: Scalar
+    alpha::T
+    scale::T
+    input_scale::T
+end
+@inline (f::ELU)(x) = x > 0 ? f.scale * x : f.scale * f.alpha * expm1(f.input_scale * x)
+@inline derivative(f::ELU, x, y) =
+    x > 0 ? one(x) * f.scale : f.scale * f.alpha * f.input_scale * fast_exp(f.input_scale * x)
+
+struct Softplus{T} <: Scalar
+    beta::T
+    threshold::T
+end
+@inline (f::Softplus)(x) =
+    f.beta * x > f.threshold ? x : log1p(fast_exp(f.beta * x)) / f.beta
+@inline derivative(f::Softplus, x, y) =
+    f.beta * x > f.threshold ? one(x) : fast_sigmoid(f.beta * x)
+
+struct Clamp{T} <: Scalar
+    low::T
+    high::T
+end
+@inline (f::Clamp)(x) = ifelse(x < f.low, f.low, ifelse(x > f.high, f.high, x))
+@inline derivative(f::Clamp, x, y) = ifelse((x < f.low) | (x > f.high), zero(x), one(x))
+
+"`factor * x + shift`."
+struct Affine{T} <: Scalar
+    factor::T
+    shift::T
+end
+@inline (f::Affine)(x) = f.factor * x + f.shift
+@inline derivative(f::Affine, x, y) = one(x) * f.factor
+
+"`x ^ exponent`."
+struct Power{T} <: Scalar
+    exponent::T
+end
+@inline (f::Power)(x) = power(x, f.exponent)
+@inline derivative(f::Power, x, y) =
+    iszero(f.exponent) ? zero(x) : f.exponent * power(x, f.exponent - 1)
+
+"`base ^ x`."
+struct Exponential{T} <: Scalar
+    base::T
+end
+@inline (f::Exponential)(x) = power(f.base, x)
+@inline derivative(f::Exponential, x, y) =
+    iszero(f.base) && x >= 0 ? zero(y) : y * log(f.base)
+
+# As in C: a negative base has a power where the exponent is whole, and NaN elsewhere.
+@inline power(x, y) = x < 0 && !isinteger(y) && isfinite(x) ? oftype(x * y, NaN) : x^y
+
+# Functions of two values, with the derivative by each.
+abstract type Pairwise end
+
+struct Add <: Pairwise end
+@inline (::Add)(a, b) = a + b
+@inline by_first(::Add, a, b, y) = one(y)
+@inline by_second(::Add, a, b, y) = one(y)
+
+struct Subtract <: Pairwise end
+@inline (::Subtract)(a, b) = a - b
+@inline by_first(::Subtract, a, b, y) = one(y)
+@inline by_second(::Subtract, a, b, y) = -one(y)
+
+struct Multiply <: Pairwise end
+@inline (::Multiply)(a, b) = a * b
+@inline by_first(::Multiply, a, b, y) = b
+@inline by_second(::Multiply, a, b, y) = a
+
+struct Divide <: Pairwise end
+@inline (::Divide)(a, b) = a / b
+@inline by_first(::Divide, a, b, y) = inv(b)
+@inline by_second(::Divide, a, b, y) = -y / b
+
+struct Raise <: Pairwise end
+@inline (::Raise)(a, b) = power(a, b)
+@inline by_first(::Raise, a, b, y) = iszero(b) ? zero(y) : b * power(a, b - 1)
+@inline by_second(::Raise, a, b, y) = iszero(a) && b >= 0 ? zero(y) : y * log(a)
+
+struct Maximum <: Pairwise end
+@inline (::Maximum)(a, b) = max(a, b)
+@inline by_first(::Maximum, a, b, y) = a > b ? one(y) : a == b ? one(y) / 2 : zero(y)
+@inline by_second(::Maximum, a, b, y) = by_first(Maximum(), b, a, y)
+
+struct Minimum <: Pairwise end
+@inline (::Minimum)(a, b) = min(a, b)
+@inline by_first(::Minimum, a, b, y) = by_first(Maximum(), b, a, y)
+@inline by_second(::Minimum, a, b, y) = by_first(Maximum(), a, b, y)

@@ -1,0 +1,185 @@
+# The discrete adjoint: accepted steps replayed backward, one at a time.
+#
+# For U_i = u + h sum_j a_ij k_j, k_i = f(t + c_i h, U_i), u1 = u + h sum_i b_i k_i and dense outputs
+# v_m = u + h sum_i b_i(theta_m) k_i the cotangents obey, for i = s, ..., 1,
+#     k*_i = h (b_i u1* + sum_m b_i(theta_m) v*_m + sum_{j>i} a_ji U*_j),   U*_i = (df/du)' k*_i,
+#     u* = u1* + sum_m v*_m + sum_i U*_i
+# (Hager, Numer. Math. 87 (2000) 247-282).
+
+"""
+Pulls cotangents back through single steps of one field and method, its buffers allocated once.
+
+The columns of `K` are the stages; those of `C` the cotangents in the order in which they arise:
+`u1*, v*_1, ..., v*_m, U*_s, ..., U*_1`, so that each sum is one matrix-vector product.
+"""
+struct StepPullback{T,V<:AbstractVector{T},M<:AbstractMatrix{T}}
+    rhs::RightHandSide
+    tableau::Tableau
+    p::V
+    pbar::V
+    K::M
+    C::M
+    argument::V
+    kbar::V
+    weights::Vector{T}
+end
+
+function StepPullback(rhs, tableau, p, pbar, u, outputs::Int)
+    T, N = eltype(u), length(u)
+    s = tableau.all_stages
+    columns = s + 1 + outputs
+    K, C = similar(u, N, s), similar(u, N, columns)
+    reserve!(rhs.field, s)
+    weights = Vector{T}(undef, columns)
+    return StepPullback(rhs, tableau, p, pbar, K, C, similar(u), similar(u), weights)
+end
+
+# y = alpha * A[:, from:to] * w + beta * y, the weights copied to the device of A.
+function combine!(y, A, from, to, w, alpha, beta)
+    T = eltype(y)
+    columns = view(A, :, from:to)
+    return mul!(y, columns, on_device(y, view(w, 1:(to - from + 1))), T(alpha), T(beta))
+end
+
+on_device(::Array, w) = w
+on_device(like, w) = copyto!(similar(like, length(w)), collect(w))
+
+"""
+    stages!(pull, t, h, u, count)
+
+Evaluate the first `count` stages of a step from `u`, keeping what their pullbacks need.
+"""
+function stages!(pull::StepPullback{T}, t, h, u, count) where {T}
+    (; rhs, tableau, p, K, argument, weights) = pull
+    for i in 1:count
+        copyto!(argument, u)
+        if i > 1
+            weights[1:(i - 1)] .= tableau.a[i]
+            combine!(argument, K, 1, i - 1, weights, h, 1)
+        end
+        time = inside(rhs, T(t + tableau.c[i] * h))
+        linearize!(view(K, :, i), rhs.field, argument, p, time, i)
+    end
+    rhs.evaluations += count
+    return nothing
+end
+
+"""
+    pull!(pull, t, h, u, ubar, outputs, thetas) -> (tbar, hbar)
+
+Replace the cotangent `ubar` of a step's end by that of its start.
+
+`outputs` are cotangents of dense outputs at the fractions `thetas`. Returns the cotangents of the
+step's start time and size; those of `thetas` have parts of their own, see `theta_bars`.
+"""
+function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
+    (; rhs, tableau, p, pbar, K, C, argument, kbar, weights) = pull
+    m = length(thetas)
+    # Without dense outputs the last stage of a first-same-as-last method has no cotangent here.
+    count = m > 0 ? tableau.all_stages : tableau.stages - tableau.fsal
+    stages!(pull, t, h, u, count)
+    C[:, 1] .= ubar
+    for j in 1:m
+        C[:, 1 + j] .= outputs[j]
+    end
+    dense = [dense_weights(tableau, theta) for theta in thetas]
+    tbar = hbar = 0.0
+    for i in count:-1:1
+        weights[1] = i <= tableau.stages ? tableau.b[i] : 0
+        for j in 1:m
+            weights[1 + j] = dense[j][i]
+        end
+        for (place, j) in enumerate(count:-1:(i + 1))
+            weights[1 + m + place] = tableau.a[j][i]
+        end
+        last = 1 + m + count - i
+        combine!(kbar, C, 1, last, weights, h, 0)
+        time = inside(rhs, T(t + tableau.c[i] * h))
+        along = Float64(dot(kbar, view(K, :, i)))
+        slope = vjp!(argument, pbar, rhs.field, u, p, time, i, kbar)
+        C[:, last + 1] .= argument
+        tbar += slope
+        hbar += along / h + tableau.c[i] * slope
+    end
+    fill!(weights, 1)
+    combine!(ubar, C, 1, 1 + m + count, weights, 1, 0)
+    return tbar, hbar
+end
+
+"""
+    theta_bar(pull, h, output, theta)
+
+Cotangent of the fraction at which a dense output was taken, right after the `pull!` of its step.
+"""
+function theta_bar(pull::StepPullback, h, output, theta)
+    (; tableau, K, argument, weights) = pull
+    weights[1:(tableau.all_stages)] .= dense_slopes(tableau, theta)
+    combine!(argument, K, 1, tableau.all_stages, weights, h, 0)
+    return Float64(dot(output, argument))
+end
+
+"""
+The accepted steps of a solve: `times` (`n + 1`), `sizes` (`n`), the `states` at the times, and the
+`marks` (start, stops, end) between which the field is evaluated.
+"""
+struct Steps{V}
+    times::Vector{Float64}
+    sizes::Vector{Float64}
+    marks::Vector{Float64}
+    states::Vector{V}
+end
+
+"""
+Cotangents that arrive at a solve: at its states (`nothing` stands for zero), and at dense outputs
+`j` inside step `step[j]` at the fraction `theta[j]`, in the order of the steps.
+"""
+struct Arriving{V}
+    states::Vector{Union{Nothing,V}}
+    outputs::Vector{V}
+    step::Vector{Int}
+    theta::Vector{Float64}
+end
+
+"""
+    sweep!(rhs, tableau, steps, arriving, p, pbar, ubar; tbars, hbars, thetabars, poll) -> replayed
+
+Pull all cotangents of a solve back to its initial state (`ubar`) and parameters (`pbar`, added to).
+
+`tbars`, `hbars` receive the cotangents of each step's start time and size, `thetabars` those of the
+dense outputs' fractions; they may be empty where no gradient of times is wanted. Returns the number
+of replayed steps.
+"""
+function sweep!(rhs, tableau, steps, arriving, p, pbar, ubar; tbars, hbars, thetabars, poll)
+    n, m = length(steps.sizes), length(arriving.theta)
+    inside_step = [Int[] for _ in 1:n]
+    for j in 1:m
+        push!(inside_step[arriving.step[j]], j)
+    end
+    most = maximum(length, inside_step; init = 0)
+    pull = StepPullback(rhs, tableau, p, pbar, steps.states[1], most)
+    fill!(ubar, 0)
+    live, replayed = false, 0
+    for k in n:-1:1
+        arrived = arriving.states[k + 1]
+        if arrived !== nothing
+            ubar .+= arrived
+            live = true
+        end
+        members = inside_step[k]
+        live || !isempty(members) || continue
+        live = true
+        poll()
+        t, h = steps.times[k], steps.sizes[k]
+        bound!(rhs, eltype(ubar), steps.marks, t, steps.times[k + 1])
+        outputs, thetas = view(arriving.outputs, members), view(arriving.theta, members)
+        tbar, hbar = pull!(pull, t, h, steps.states[k], ubar, outputs, thetas)
+        replayed += 1
+        isempty(tbars) && continue
+        tbars[k], hbars[k] = tbar, hbar
+        for (j, output, theta) in zip(members, outputs, thetas)
+            thetabars[j] = theta_bar(pull, h, output, theta)
+        end
+    end
+    arriving.states[1] === nothing || (ubar .+= arriving.states[1])
+    return replayed
+end
