@@ -30,7 +30,7 @@ class Controller(ABC):
     adaptive = True
 
     @abstractmethod
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve with a method whose embedded solution has order `error_order`."""
 
 
@@ -69,7 +69,7 @@ class PIController(Controller):
     def __post_init__(self) -> None:
         _check_limits(self.gamma, self.qmin, self.qmax)
 
-    def exponents(self, error_order: int) -> tuple[float, float]:
+    def exponents(self, error_order: float) -> tuple[float, float]:
         """`(beta1, beta2)` for a method whose embedded solution has order `error_order`."""
         k = error_order + 1
         return (
@@ -77,7 +77,7 @@ class PIController(Controller):
             2 / (5 * k) if self.beta2 is None else self.beta2,
         )
 
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
         return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
 
@@ -101,11 +101,11 @@ class IController(Controller):
     def __post_init__(self) -> None:
         _check_limits(self.gamma, self.qmin, self.qmax)
 
-    def exponents(self, error_order: int) -> tuple[float, float]:
+    def exponents(self, error_order: float) -> tuple[float, float]:
         """`(1/k, 0)`: integral control is PI control without memory."""
         return 1 / (error_order + 1), 0.0
 
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
         return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
 
@@ -160,7 +160,7 @@ class PIDController(Controller):
         if not 0 < self.safety <= 1:
             raise ValueError(f"safety must lie in (0, 1], but is {self.safety}")
 
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
         k = error_order + 1
         return _PIDSizes((self.beta1 / k, self.beta2 / k, self.beta3 / k), self.safety)
@@ -191,12 +191,21 @@ class _PIDSizes(StepSizes):
 
 
 @dataclass(frozen=True)
+class AlgorithmController(Controller):
+    """The control that an algorithm of the Julia engine brings itself; the default of these."""
+
+    def start(self, error_order: int) -> StepSizes:
+        """Begin a solve; not for the torch engine, whose algorithms have none of their own."""
+        raise ValueError("AlgorithmController belongs to algorithms of the Julia engine only.")
+
+
+@dataclass(frozen=True)
 class FixedStep(Controller):
     """Steps of `dt0`, whatever the error; the last one is cut to end at `t1`."""
 
     adaptive = False
 
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
         return _FixedSizes()
 

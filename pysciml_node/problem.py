@@ -37,44 +37,16 @@ def _number(time: Time) -> float:
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
-@dataclass(frozen=True)
-class ODEProblem:
-    """The initial value problem `du/dt = f(t, u)`, or `f(t, u, p)` where `p` is given.
+class Problem:
+    """What initial value problems have in common: a state, an interval, an extra argument."""
 
-    Args:
-        f: the vector field; takes `t` (a 0-d tensor of the state's real dtype) and the state, and
-            returns its derivative in the same structure, shapes and dtype. Any callable; an
-            `nn.Module`'s parameters receive gradients, and so does every tensor that `f` uses.
-        u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
-            one dtype and device; float32, float64, complex64 or complex128.
-        tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
-            `t1 < t0` integrates backward in time.
-        p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
-            gradients.
-
-    Raises:
-        TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
-        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite.
-
-    Example:
-        >>> import torch, pysciml_node as psn
-        >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
-        >>> problem.tspan
-        (0.0, 1.0)
-    """
-
-    f: VectorField
     u0: State
     tspan: tuple[Time, Time]
-    p: Any = None
-    spec: StateSpec = field(init=False, repr=False, compare=False)
+    p: Any
+    spec: StateSpec
 
-    def __post_init__(self) -> None:
-        if not callable(self.f):
-            raise TypeError(
-                f"f must be callable as f(t, u), but is {type(self.f).__name__}.\n"
-                "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
-            )
+    def _check(self) -> None:
+        """Check state, interval and extra argument, and set `spec`."""
         object.__setattr__(self, "spec", StateSpec.of(self.u0))
         if self.spec.device.type == "meta":
             raise ValueError(
@@ -117,3 +89,44 @@ class ODEProblem:
     def time_tensor(self, times: list[float]) -> Tensor:
         """Times as a tensor of the state's real dtype on its device."""
         return torch.tensor(times, dtype=self.spec.real_dtype, device=self.spec.device)
+
+
+@dataclass(frozen=True)
+class ODEProblem(Problem):
+    """The initial value problem `du/dt = f(t, u)`, or `f(t, u, p)` where `p` is given.
+
+    Args:
+        f: the vector field; takes `t` (a 0-d tensor of the state's real dtype) and the state, and
+            returns its derivative in the same structure, shapes and dtype. Any callable; an
+            `nn.Module`'s parameters receive gradients, and so does every tensor that `f` uses.
+        u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
+            one dtype and device; float32, float64, complex64 or complex128.
+        tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
+            `t1 < t0` integrates backward in time.
+        p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
+            gradients.
+
+    Raises:
+        TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
+        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
+        >>> problem.tspan
+        (0.0, 1.0)
+    """
+
+    f: VectorField
+    u0: State
+    tspan: tuple[Time, Time]
+    p: Any = None
+    spec: StateSpec = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.f):
+            raise TypeError(
+                f"f must be callable as f(t, u), but is {type(self.f).__name__}.\n"
+                "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
+            )
+        self._check()
