@@ -1,14 +1,12 @@
 """The MNIST handwritten digits, read from their four IDX files."""
 
 import hashlib
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from pysciml_node.data.download import fetch
 from pysciml_node.data.idx import parse_idx, read_bytes
 from pysciml_node.data.labelled import LabelledData, Splits
 
@@ -24,7 +22,6 @@ CHECKSUMS = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_TIMEOUT_SECONDS = 60.0
 
 
 def mnist(
@@ -107,34 +104,11 @@ def _verified(path: Path, name: str) -> bytes:
 
 
 def _download(name: str, folder: Path, mirrors: Sequence[str]) -> Path:
-    """Fetch one file from the first mirror that serves the right bytes.
-
-    The file gets its name only once its content is verified, so an interrupted download leaves
-    nothing behind that a later call would take for the file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name}.gz"
-    failures = []
-    for mirror in mirrors:
-        address = f"{mirror.rstrip('/')}/{name}.gz"
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        try:
-            with (
-                partial.open("wb") as stream,
-                urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response,
-            ):
-                while chunk := response.read(1 << 20):
-                    stream.write(chunk)
-            _verified(partial, name)
-            os.replace(partial, target)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            failures.append(f"{address}: {error}")
-            partial.unlink(missing_ok=True)
-        else:
-            return target
-    listing = "\n    ".join(failures) or "no mirrors were given"
-    raise ConnectionError(
-        f"{name}.gz is not in {folder} and could not be downloaded:\n    {listing}\n"
-        f"  Check the connection, or put the four MNIST files into {folder} by hand "
-        f"({', '.join(f'{key}.gz' for key in CHECKSUMS)})."
+    return fetch(
+        f"{name}.gz",
+        folder,
+        [f"{mirror.rstrip('/')}/{name}.gz" for mirror in mirrors],
+        lambda path: _verified(path, name),
+        by_hand=f"put the four MNIST files into {folder} by hand "
+        f"({', '.join(f'{key}.gz' for key in CHECKSUMS)})",
     )

@@ -1,0 +1,215 @@
+"""Time series observed at times of their own, laid end to end without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pysciml_node.data.labelled import Splits
+
+
+@dataclass(frozen=True)
+class IrregularSeries:
+    """Samples whose rows of observations stand end to end.
+
+    Sample `i` has `lengths[i]` rows, in the order of time. An entry of a row that was not observed
+    may hold anything: nothing reads it.
+
+    Args:
+        times: of the rows, shape `(N,)`.
+        values: shape `(N, D)`.
+        observed: which of them were observed, bool, shape `(N, D)`.
+        lengths: rows of each sample, integers, shape `(B,)`, `N` in total.
+
+    Raises:
+        ValueError: shapes that do not fit together, a sample without rows, times that decrease.
+        TypeError: a dtype that does not suit.
+
+    Example:
+        >>> import torch
+        >>> series = IrregularSeries(
+        ...     times=torch.tensor([0.0, 0.7, 0.2]),
+        ...     values=torch.tensor([[1.0], [2.0], [3.0]]),
+        ...     observed=torch.ones(3, 1, dtype=torch.bool),
+        ...     lengths=torch.tensor([2, 1]),
+        ... )
+        >>> len(series), series[torch.tensor([1])].values.tolist()
+        (2, [[3.0]])
+    """
+
+    times: Tensor
+    values: Tensor
+    observed: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        rows = len(self.times)
+        if (
+            self.times.ndim != 1
+            or self.values.ndim != 2
+            or self.observed.shape != self.values.shape
+            or len(self.values) != rows
+            or self.lengths.ndim != 1
+            or int(self.lengths.sum()) != rows
+        ):
+            raise ValueError(
+                "times must be of shape (N,), values and observed (N, D), lengths (B,) with sum N; "
+                f"got {tuple(self.times.shape)}, {tuple(self.values.shape)}, "
+                f"{tuple(self.observed.shape)} and {tuple(self.lengths.shape)} with sum "
+                f"{int(self.lengths.sum())}."
+            )
+        if self.observed.dtype != torch.bool:
+            raise TypeError(f"observed must be of dtype bool, but is {self.observed.dtype}.")
+        if bool((self.lengths < 1).any()):
+            raise ValueError(
+                f"sample {int((self.lengths < 1).nonzero()[0])} has no rows.\n  Leave it out."
+            )
+        if rows > 1:
+            later = (self.times[1:] >= self.times[:-1]) | (self.sample[1:] != self.sample[:-1])
+            if not bool(later.all()):
+                row = int((~later).nonzero()[0]) + 1
+                raise ValueError(
+                    f"the times of a sample must not decrease, but row {row} of sample "
+                    f"{int(self.sample[row])} has {float(self.times[row])} after "
+                    f"{float(self.times[row - 1])}.\n  Sort its rows by time."
+                )
+
+    @classmethod
+    def join(cls, samples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> IrregularSeries:
+        """The series of samples given as `(times (n,), values (n, D), observed (n, D))`."""
+        times, values, observed = zip(*samples, strict=True)
+        lengths = torch.tensor([len(t) for t in times])
+        return cls(torch.cat(times), torch.cat(values), torch.cat(observed), lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Tensor | slice) -> IrregularSeries:
+        lengths, first = self.lengths[index], self.first[index]
+        # Row k of the result is row k - (rows before its sample here) + (first row there).
+        shift = torch.repeat_interleave(first - _starts(lengths), lengths)
+        return self.rows(shift + torch.arange(len(shift), device=shift.device), lengths)
+
+    def rows(self, rows: Tensor, lengths: Tensor) -> IrregularSeries:
+        """The series of chosen rows.
+
+        Args:
+            rows: their places, shape `(M,)`.
+            lengths: how many of them each sample has, shape `(B,)`.
+        """
+        return IrregularSeries(self.times[rows], self.values[rows], self.observed[rows], lengths)
+
+    @property
+    def variables(self) -> int:
+        """Number of variables, `D`."""
+        return self.values.shape[1]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Place of each sample's first row, shape `(B,)`."""
+        return _starts(self.lengths)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Sample that each row belongs to, shape `(N,)`."""
+        count = torch.arange(len(self.lengths), device=self.lengths.device)
+        return torch.repeat_interleave(count, self.lengths)
+
+    @cached_property
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """All different times in order, `(T,)`, and the place of each row's among them, `(N,)`."""
+        times, place = torch.unique(self.times, return_inverse=True)
+        return times, place
+
+    def per_sample(self, entries: Tensor) -> Tensor:
+        """Sums over each sample's observed entries.
+
+        Args:
+            entries: shape `(N, D)`; what stands at unobserved places is ignored, NaN too.
+
+        Returns:
+            Shape `(B,)`.
+        """
+        rows = torch.where(self.observed, entries, torch.zeros_like(entries)).sum(1)
+        return rows.new_zeros(len(self)).index_add(0, self.sample, rows)
+
+    def counts(self) -> Tensor:
+        """Number of observed entries of each sample, shape `(B,)`."""
+        return self.per_sample(torch.ones_like(self.values))
+
+    def to(self, dtype: torch.dtype) -> IrregularSeries:
+        """The series with times and values of another dtype."""
+        return IrregularSeries(
+            self.times.to(dtype), self.values.to(dtype), self.observed, self.lengths
+        )
+
+    def hide(
+        self, share: float, *, generator: torch.Generator | None = None
+    ) -> tuple[IrregularSeries, IrregularSeries]:
+        """Divide each sample's rows at random.
+
+        Args:
+            share: of the rows that are hidden, in (0, 1). Every sample keeps at least one row.
+            generator: source of the choice; default torch's own.
+
+        Returns:
+            What is shown, of all samples, and what is hidden, of those samples that hide any row.
+
+        Raises:
+            ValueError: a share out of range, or one that hides nothing.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must be between 0 and 1, but is {share}.")
+        order = torch.rand(len(self.times), generator=generator, dtype=torch.float64)
+        # Rank of each row within its sample: sort by sample, then by the random number.
+        ranked = torch.argsort(self.sample.cpu() + order)
+        rank = torch.empty_like(ranked)
+        rank[ranked] = torch.arange(len(ranked)) - self.first.cpu()[self.sample.cpu()]
+        count = (share * self.lengths.cpu()).floor().long()
+        hidden = rank < count[self.sample.cpu()]
+        if not bool(hidden.any()):
+            raise ValueError(
+                f"a share of {share} hides nothing: the longest sample has "
+                f"{int(self.lengths.max())} rows."
+            )
+        places = hidden.to(self.lengths.device)
+        taken = count.to(self.lengths.device)
+        shown = self.rows((~places).nonzero().squeeze(1), self.lengths - taken)
+        return shown, self.rows(places.nonzero().squeeze(1), taken[taken > 0])
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
+def split_at_random(
+    series: IrregularSeries, *, validation: float, test: float, seed: int
+) -> Splits[IrregularSeries]:
+    """Divide samples at random.
+
+    Args:
+        series: all samples.
+        validation: share of them held out to choose settings on; may be 0.
+        test: share held out to report on.
+        seed: of the division.
+
+    Returns:
+        The parts.
+
+    Raises:
+        ValueError: shares out of range, or that leave nothing for training or test.
+    """
+    count = len(series)
+    held = [round(share * count) for share in (validation, test)]
+    if min(validation, test) < 0 or held[1] < 1 or sum(held) >= count:
+        raise ValueError(
+            f"validation={validation} and test={test} must be shares that leave samples for "
+            f"training and test; there are {count} samples."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    last, middle, first = torch.split(order, [held[1], held[0], count - sum(held)])
+    return Splits(series[first], series[middle], series[last])
