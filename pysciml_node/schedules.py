@@ -87,6 +87,33 @@ class Cosine(Schedule):
         return self.end + (self.start - self.end) * share
 
 
+@dataclass(frozen=True)
+class Annealing(Schedule):
+    """From 0 to 1: `max(0, 1 - rate**(step - delay))`.
+
+    For the weight of a latent variable's divergence from its prior, which at full strength from
+    the start would stop the encoder from learning.
+
+    Args:
+        rate: what is left of the way to 1 after each step, between 0 and 1.
+        delay: steps that the value stays 0.
+
+    Raises:
+        ValueError: a rate that is not between 0 and 1.
+    """
+
+    rate: float = 0.99
+    delay: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate must be between 0 and 1, but is {self.rate}.")
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`."""
+        return 1.0 - math.pow(self.rate, max(step - self.delay, 0))
+
+
 def as_schedule(weight: float | Schedule) -> Schedule:
     """A number as a constant schedule.
 

@@ -81,24 +81,32 @@ class NeuralODE(nn.Module):
         self.adjoint, self.saveat, self.engine = adjoint, saveat, engine
         self.options = options
 
-    def forward(self, u0: State, p: Any = None, tspan: tuple[Time, Time] | None = None) -> Solution:
+    def forward(
+        self,
+        u0: State,
+        p: Any = None,
+        tspan: tuple[Time, Time] | None = None,
+        saveat: Times | None = None,
+    ) -> Solution:
         """Solve from `u0` of shape `(B, *D)`.
 
         Args:
             u0: initial state.
             p: extra argument of the field.
             tspan: another interval, for this call.
+            saveat: other times of `solution.u`, for this call.
 
         Returns:
             The solution; `solution.u1` has the shape of `u0`.
         """
-        return self.integrate(u0, p, tspan)
+        return self.integrate(u0, p, tspan, saveat)
 
     def integrate(
         self,
         u0: State,
         p: Any = None,
         tspan: tuple[Time, Time] | None = None,
+        saveat: Times | None = None,
         *,
         driven: Mapping[str, MakeRate] | None = None,
         regularize: bool = True,
@@ -109,6 +117,7 @@ class NeuralODE(nn.Module):
             u0: initial state.
             p: extra argument of the field.
             tspan: another interval, for this call.
+            saveat: other times of `solution.u`, for this call.
             driven: for each name what makes the rate of one solve, from the problem and its probes.
                 Their integrals are in `solution.integrals`, and have the state's tolerances.
             regularize: evaluate the regularizers in training mode.
@@ -117,7 +126,7 @@ class NeuralODE(nn.Module):
             The solution; `solution.u1` has the shape of `u0`.
         """
         problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
-        saveat = self.saveat
+        saveat = self.saveat if saveat is None else saveat
         regularizers = self._active() if regularize else []
         for regularizer in regularizers:
             problem, saveat = regularizer.prepare(problem, saveat)
