@@ -38,6 +38,10 @@ NAMES: dict[str, Variant] = {
     "global-stiffness": "global-stiffness",
     "steer": "steer",
     "taylor": "taylor",
+    "local-stiffness": "local-stiffness",
+    "kinetic": "kinetic",
+    "jacobian": "jacobian",
+    "rnode": "rnode",
 }
 _CHOICES = {"dtype": DTYPES, "adjoint": ADJOINTS, "step_size": STEP_SIZES}
 _SHARED = {

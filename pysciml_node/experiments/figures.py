@@ -18,6 +18,10 @@ _COLORS: dict[Variant, str] = {
     "global-stiffness": "#cc79a7",
     "steer": "#e69f00",
     "taylor": "#56b4e9",
+    "local-stiffness": "#f0e442",
+    "kinetic": "#8c564b",
+    "jacobian": "#7f7fff",
+    "rnode": "#b00020",
 }
 
 

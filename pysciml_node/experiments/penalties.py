@@ -6,7 +6,10 @@ from pysciml_node.experiments.settings import Run, Settings, Variant
 from pysciml_node.regularizers import (
     GlobalError,
     GlobalStiffness,
+    JacobianFrobenius,
+    KineticEnergy,
     LocalError,
+    LocalStiffness,
     RandomEndTime,
     Regularizer,
     TaylorDerivative,
@@ -33,16 +36,25 @@ def make_regularizers(
     Args:
         settings: length of the schedule, and the choices of the local penalties.
         run: variant and weights.
-        generator: draws random times.
+        generator: draws random times and probes.
 
     Returns:
-        None for vanilla, one for the others.
+        None for vanilla, two for RNODE, one for the others.
     """
     weight = Exponential(*run.weight, settings.steps)
     if run.variant in _SAMPLING:
         return [
             LocalError(
                 _SAMPLING[run.variant],
+                weight=weight,
+                step_size=settings.step_size,
+                stop_gradient=settings.stop_gradient,
+                generator=generator,
+            )
+        ]
+    if run.variant == "local-stiffness":
+        return [
+            LocalStiffness(
                 weight=weight,
                 step_size=settings.step_size,
                 stop_gradient=settings.stop_gradient,
@@ -58,4 +70,9 @@ def make_regularizers(
         return [RandomEndTime(run.weight[0], generator=generator)]
     if run.variant == "taylor":
         return [TaylorDerivative(settings.taylor_order, weight)]
-    return []
+    regularizers: list[Regularizer] = []
+    if run.variant in ("kinetic", "rnode"):
+        regularizers.append(KineticEnergy(weight))
+    if run.variant in ("jacobian", "rnode"):
+        regularizers.append(JacobianFrobenius(weight, generator=generator))
+    return regularizers

@@ -14,6 +14,10 @@ Variant = Literal[
     "global-stiffness",
     "steer",
     "taylor",
+    "local-stiffness",
+    "kinetic",
+    "jacobian",
+    "rnode",
 ]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # What the paper on local regularization is about; the others are its baselines.

@@ -41,7 +41,9 @@ SQUARED_ERROR = Metric(
     3,
     "squared error of a sample's observed entries, mean of the means",
 )
-METRICS = {metric.name: metric for metric in (ACCURACY, SQUARED_ERROR)}
+BITS = Metric("bits", "bits/dim", 1.0, 3, "bits a dimension, of whole-number pixels")
+NATS = Metric("nats", "NLL (nats)", 1.0, 3, "negative log-likelihood of a sample, mean")
+METRICS = {metric.name: metric for metric in (ACCURACY, SQUARED_ERROR, BITS, NATS)}
 
 
 @dataclass(frozen=True)
