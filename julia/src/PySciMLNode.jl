@@ -23,6 +23,7 @@ include("algorithms.jl")
 include("march.jl")
 include("buffers.jl")
 include("interrupt.jl")
+include("info.jl")
 include("python_field.jl")
 include("entry.jl")
 

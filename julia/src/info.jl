@@ -1,4 +1,4 @@
-# What runs: for reports and results files.
+# What runs, for reports and results files, and what is loaded on demand.
 
 """
     info() -> String
@@ -21,4 +21,17 @@ function info()
         processor = Sys.CPU_NAME,
         packages,
     ))
+end
+
+"""
+    load(name)
+
+Load a package of the project that only some solves need.
+"""
+function load(name::String)
+    id = Base.identify_package(name)
+    id === nothing &&
+        throw(ArgumentError("the project $(dirname(Base.active_project())) has no package $name"))
+    Base.require(id)
+    return nothing
 end
