@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
 
@@ -26,11 +27,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) is too old or missing: Python 3.11 or newer is needed." \
 	         "Name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -e '.[dev,examples]' -c constraints.txt
+	@# A Julia project that exists already needs the juliacall of its PythonCall's version.
+	@juliacall=$$($(PYTHON) pysciml_node/julia_engine/env.py) || juliacall=; \
+	  sed "s/^juliacall==.*/$${juliacall:-&}/" constraints.txt > $(CONSTRAINTS)
+	$(PIP) install -e '.[dev,examples]' -c $(CONSTRAINTS)
 	@touch $@
 
 $(BENCHMARKS_INSTALLED): $(INSTALLED)
-	$(PIP) install -e '.[benchmarks]' -c constraints.txt
+	$(PIP) install -e '.[benchmarks]' -c $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED)

@@ -40,7 +40,10 @@ class JuliaError(RuntimeError):
         self.julia_backtrace = julia_backtrace
 
     def __str__(self) -> str:
-        text = f"{self.julia_type} in Julia: {self.julia_message}"
+        named = self.julia_type == "ErrorException" or self.julia_message.startswith(
+            self.julia_type
+        )
+        text = f"Julia: {'' if named else f'{self.julia_type}: '}{self.julia_message}"
         lines = [
             line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..."
             for line in text.splitlines()

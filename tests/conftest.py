@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import pytest
 import torch
+
+from pysciml_node.julia_engine import runtime
 
 # The states here are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+
+
+@cache
+def why_no_julia() -> str | None:
+    """Why tests that need Julia cannot run; None where they can."""
+    reason = runtime.unavailable_reason()
+    return None if reason is None else f"no Julia (python -m pysciml_node install): {reason}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs Julia, where there is none; start it, once, for what does."""
+    if item.get_closest_marker("julia") is None:
+        return
+    reason = why_no_julia()
+    if reason is not None:
+        pytest.skip(reason)
+    runtime.start(install=False)

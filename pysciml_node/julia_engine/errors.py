@@ -25,4 +25,4 @@ def translate(error: Any) -> BaseException:
     if name == "InterruptException":
         return KeyboardInterrupt()
     message = str(base.sprint(base.showerror, exception))
-    return JuliaError(name, message.removeprefix(f"{name}: "), str(error))
+    return JuliaError(name, message, str(error))

@@ -80,6 +80,22 @@ def unavailable_reason() -> str | None:
     )
 
 
+def describe() -> str:
+    """What would be started, or runs, in words."""
+    if _runs_already():
+        return f"Julia {sys.modules['juliacall'].Base.VERSION}, running, project {_project()}"
+    choice = _choose()
+    if choice.installation is not None:
+        found = choice.installation
+        return (
+            f"Julia {found.julia.version}, {found.julia.executable}, project {found.project}, "
+            f"by {found.source}"
+        )
+    from juliapkg.state import STATE
+
+    return f"juliapkg's environment, {STATE['project']}"
+
+
 def start(*, install: bool = True) -> None:
     """Start Julia and load the engine; where it runs already, do nothing.
 
@@ -128,7 +144,12 @@ def call(name: str, *arguments: Any) -> Any:
         raise translate(error) from None
 
 
-def call_released(name: str, *arguments: Any, wrap: Callable[[Any], Any] | None = None) -> Any:
+def call_released(
+    name: str,
+    *arguments: Any,
+    wrap: Callable[[Any], Any] | None = None,
+    release: bool = True,
+) -> Any:
     """Call a function that runs for long: other Python threads run on, and Ctrl-C stops it.
 
     Julia gets one argument more, the first: the descriptor for `interrupted(descriptor)`. A
@@ -139,6 +160,7 @@ def call_released(name: str, *arguments: Any, wrap: Callable[[Any], Any] | None 
         *arguments: numbers and strings.
         wrap: called with the result while Ctrl-C is still held back, so that a handle gets its
             owner before anything can be raised.
+        release: whether other Python threads may run; not where Julia calls back into Python.
 
     Returns:
         The result, wrapped.
@@ -150,7 +172,10 @@ def call_released(name: str, *arguments: Any, wrap: Callable[[Any], Any] | None 
     """
     if threading.get_ident() != _runtime.owner:
         _enter()
-    function = _runtime.released.get(name) or _released(name)
+    if release:
+        function = _runtime.released.get(name) or _released(name)
+    else:
+        function = _runtime.functions.get(name) or _function(name)
     if handles.pending:
         free_pending()
     if torch.get_num_threads() != _runtime.blas_threads:
@@ -197,16 +222,9 @@ def require(*packages: str) -> None:
         _runtime.loaded.add(name)
 
 
-def project() -> str:
-    """Folder of the project that Julia runs in.
-
-    Raises:
-        RuntimeError: Julia has not been started.
-    """
-    if not is_started():
-        raise RuntimeError("Julia has not been started.")
-    base = sys.modules["juliacall"].Base
-    return os.path.dirname(str(base.active_project()))
+def _project() -> str:
+    """Folder of the project that Julia runs in."""
+    return os.path.dirname(str(sys.modules["juliacall"].Base.active_project()))
 
 
 def _how_to_add(name: str) -> str:
