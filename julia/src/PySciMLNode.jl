@@ -14,6 +14,7 @@ using OrdinaryDiffEqCore
 using OrdinaryDiffEqTsit5
 
 include("fields.jl")
+include("program.jl")
 include("tableau.jl")
 include("sweep.jl")
 const SILENT = DEVerbosity(DiffEqBase.None())
@@ -26,5 +27,6 @@ include("interrupt.jl")
 include("info.jl")
 include("python_field.jl")
 include("entry.jl")
+include("sensitivity.jl")
 
 end

@@ -4,6 +4,9 @@
 "A run of a Vector."
 const Run{T} = SubArray{T,1,Vector{T},Tuple{UnitRange{Int}},true}
 
+"Every so many entries of a Vector."
+const Strip{T} = SubArray{T,1,Vector{T},Tuple{StepRange{Int,Int}},false}
+
 "`y .= f.(x)`"
 function apply!(f::F, y::Run, x::Run) where {F}
     @inbounds @simd ivdep for i in eachindex(y, x)
@@ -152,8 +155,6 @@ struct Pattern
 end
 
 flat(p::Pattern) = p.dims[2] * p.dims[3] * p.dims[4] == 1 && p.a[1] == 1 && p.b[1] == 1
-repeated(dims::Four, strides::Four) =
-    any(i -> dims[i] > 1 && strides[i] == 0, 1:4)
 extents(dims::Four, strides::Four) = ntuple(i -> strides[i] == 0 ? 1 : dims[i], 4)
 
 "Call `f(y, a, b)` with the offsets of every run along the first dimension."
@@ -197,38 +198,59 @@ function combine!(f::F, y, a, b, p::Pattern) where {F}
     return nothing
 end
 
-"`xbar += sum(ybar .* slope.(a, b, y))` over what operand `x` (strides `s`) was repeated along."
-function gather_pull!(slope::F, xbar::Run, ybar::Run, y::Run, a::Run, b::Run, p::Pattern,
-    s::Four) where {F}
-    n = p.dims[1]
+"""
+`xbar += sum(ybar .* slope.(f, a, b, y))` over the dimensions along which the operand with cotangent
+`xbar` and strides `s` was repeated.
+"""
+function pull_repeated!(
+    slope::S, f::F, xbar::Run, ybar::Run, y::Run, a::Run, b::Run, p::Pattern, s::Four
+) where {S,F}
+    n, sa, sb = p.dims[1], p.a[1], p.b[1]
     yo = 0
     for l in 0:(p.dims[4] - 1), k in 0:(p.dims[3] - 1), j in 0:(p.dims[2] - 1)
-        ao = l * p.a[4] + k * p.a[3] + j * p.a[2]
-        bo = l * p.b[4] + k * p.b[3] + j * p.b[2]
-        xo = l * s[4] + k * s[3] + j * s[2]
-        sa, sb = p.a[1], p.b[1]
+        ao = 1 + l * p.a[4] + k * p.a[3] + j * p.a[2]
+        bo = 1 + l * p.b[4] + k * p.b[3] + j * p.b[2]
+        xo = 1 + l * s[4] + k * s[3] + j * s[2]
         @inbounds if s[1] == 0
             total = zero(eltype(xbar))
-            @simd for i in 1:n
-                total += ybar[yo + i] *
-                    slope(a[ao + 1 + sa * (i - 1)], b[bo + 1 + sb * (i - 1)], y[yo + i])
+            @simd for i in 0:(n - 1)
+                total += ybar[yo + i + 1] * slope(f, a[ao + sa * i], b[bo + sb * i], y[yo + i + 1])
             end
-            xbar[xo + 1] += total
+            xbar[xo] += total
         else
-            @simd ivdep for i in 1:n
-                xbar[xo + i] += ybar[yo + i] *
-                    slope(a[ao + 1 + sa * (i - 1)], b[bo + 1 + sb * (i - 1)], y[yo + i])
+            @simd ivdep for i in 0:(n - 1)
+                xbar[xo + i] +=
+                    ybar[yo + i + 1] * slope(f, a[ao + sa * i], b[bo + sb * i], y[yo + i + 1])
             end
         end
         yo += n
     end
 end
-function gather_pull!(slope::F, xbar, ybar, y, a, b, p::Pattern, s::Four) where {F}
+function pull_repeated!(
+    slope::S, f::F, xbar, ybar, y, a, b, p::Pattern, s::Four
+) where {S,F}
     left, right = reshape(a, extents(p.dims, p.a)), reshape(b, extents(p.dims, p.b))
-    terms = reshape(ybar, p.dims) .* slope.(left, right, reshape(y, p.dims))
+    terms = reshape(ybar, p.dims) .* slope.(f, left, right, reshape(y, p.dims))
     add_sum!(xbar, terms, extents(p.dims, s))
     return nothing
 end
+
+"The same where nothing is repeated; `xbar` is overwritten unless `add`."
+function pull_flat!(
+    slope::S, f::F, xbar::Run, ybar::Run, y::Run, a::Run, b::Run, add::Bool
+) where {S,F}
+    if add
+        @inbounds @simd ivdep for i in eachindex(xbar, ybar, y, a, b)
+            xbar[i] += ybar[i] * slope(f, a[i], b[i], y[i])
+        end
+    else
+        @inbounds @simd ivdep for i in eachindex(xbar, ybar, y, a, b)
+            xbar[i] = ybar[i] * slope(f, a[i], b[i], y[i])
+        end
+    end
+end
+pull_flat!(slope::S, f::F, xbar, ybar, y, a, b, add::Bool) where {S,F} =
+    copy_or_add!(xbar, ybar .* slope.(f, a, b, y), add)
 
 "`x += sum(terms)` over the dimensions in which `x`, of size `size`, has a single entry."
 function add_sum!(x, terms, size::Four)
