@@ -147,39 +147,38 @@ class IrregularSeries:
             self.times.to(dtype), self.values.to(dtype), self.observed, self.lengths
         )
 
+    def only(self, rows: Tensor) -> IrregularSeries:
+        """The same rows, with nothing observed but in those that `rows`, bool `(N,)`, marks."""
+        observed = self.observed & rows[:, None]
+        return IrregularSeries(self.times, self.values, observed, self.lengths)
+
     def hide(
         self, share: float, *, generator: torch.Generator | None = None
-    ) -> tuple[IrregularSeries, IrregularSeries]:
-        """Divide each sample's rows at random.
+    ) -> tuple[IrregularSeries, Tensor]:
+        """Take rows away from each sample at random.
 
         Args:
-            share: of the rows that are hidden, in (0, 1). Every sample keeps at least one row.
-            generator: source of the choice; default torch's own.
+            share: of the rows, in (0, 1), rounded down; so every sample keeps at least one.
+            generator: a CPU generator, source of the choice; default torch's own.
 
         Returns:
-            What is shown, of all samples, and what is hidden, of those samples that hide any row.
+            The series of the rows that stay, and which rows are taken away, bool, `(N,)`.
 
         Raises:
-            ValueError: a share out of range, or one that hides nothing.
+            ValueError: a share out of range.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, but is {share}.")
-        order = torch.rand(len(self.times), generator=generator, dtype=torch.float64)
-        # Rank of each row within its sample: sort by sample, then by the random number.
-        ranked = torch.argsort(self.sample.cpu() + order)
-        rank = torch.empty_like(ranked)
-        rank[ranked] = torch.arange(len(ranked)) - self.first.cpu()[self.sample.cpu()]
-        count = (share * self.lengths.cpu()).floor().long()
-        hidden = rank < count[self.sample.cpu()]
-        if not bool(hidden.any()):
-            raise ValueError(
-                f"a share of {share} hides nothing: the longest sample has "
-                f"{int(self.lengths.max())} rows."
-            )
-        places = hidden.to(self.lengths.device)
-        taken = count.to(self.lengths.device)
-        shown = self.rows((~places).nonzero().squeeze(1), self.lengths - taken)
-        return shown, self.rows(places.nonzero().squeeze(1), taken[taken > 0])
+        sample, lengths, first = (x.cpu() for x in (self.sample, self.lengths, self.first))
+        order = torch.argsort(
+            sample + torch.rand(len(sample), generator=generator, dtype=torch.float64)
+        )
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order)) - first[sample]
+        count = (share * lengths).floor().long()
+        hidden = (rank < count[sample]).to(self.times.device)
+        stay = (~hidden).nonzero().squeeze(1)
+        return self.rows(stay, self.lengths - count.to(self.lengths.device)), hidden
 
 
 def _starts(lengths: Tensor) -> Tensor:

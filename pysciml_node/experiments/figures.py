@@ -37,9 +37,30 @@ def new_figure(columns: int) -> tuple[Any, Any]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figures = require("matplotlib.figure", extra="plots", purpose="draw the picture")
-    figure = figures.Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    figure = _figure((5.2 * columns, 3.8))
     return figure, figure.subplots(1, columns)
+
+
+def new_grid(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of small panels.
+
+    Args:
+        rows: of panels, which share their vertical axis.
+        columns: of panels, which share their horizontal axis.
+
+    Returns:
+        The figure and its axes, an array of shape ``(rows, columns)``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure((3.6 * columns, 1.7 * rows + 0.4))
+    return figure, figure.subplots(rows, columns, sharex="col", sharey="row", squeeze=False)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    figures = require("matplotlib.figure", extra="plots", purpose="draw the picture")
+    return figures.Figure(figsize=size, layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:

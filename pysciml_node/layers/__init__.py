@@ -1,5 +1,7 @@
 """Modules that hold a differential equation."""
 
+from pysciml_node.layers.latent_ode import LatentODE, LatentSolution, Posterior
 from pysciml_node.layers.neural_ode import NeuralODE
+from pysciml_node.layers.recognition import GRUEncoder, ODERNNEncoder
 
-__all__ = ["NeuralODE"]
+__all__ = ["GRUEncoder", "LatentODE", "LatentSolution", "NeuralODE", "ODERNNEncoder", "Posterior"]
