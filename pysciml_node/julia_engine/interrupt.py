@@ -8,6 +8,7 @@ asked to (`signal.set_wakeup_fd`), and Julia looks into the other end of it at e
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # of every CPython; unknown to the type checker
 import signal
 import socket
 import sys
@@ -15,7 +16,12 @@ import threading
 from types import FrameType, TracebackType
 
 NOT_LISTENING = -1
-_DRAIN = 4096
+# The module `signal` wraps these functions written in C, to turn numbers into enumerations; that
+# would take longer than all the rest of a call into Julia.
+_get_handler = _signal.getsignal
+_set_handler = _signal.signal
+_DRAIN = 256
+_SIGINT = int(signal.SIGINT)
 _sockets: tuple[socket.socket, socket.socket] | None = None
 
 
@@ -44,18 +50,18 @@ class Listening:
         self._received = False
 
     def __enter__(self) -> int:
-        if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        if threading.get_ident() != threading.main_thread().ident or sys.platform == "win32":
             return NOT_LISTENING
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _get_handler(_SIGINT)
         if not callable(handler):  # SIG_IGN, SIG_DFL, or one that was not set from Python
             return NOT_LISTENING
         reading, writing = _pair()
         self._handler = handler
-        signal.signal(signal.SIGINT, self._note)
+        _set_handler(_SIGINT, self._note)
         self._previous_fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         self._armed = True
         if self._received:  # between the two lines before
-            writing.send(bytes([signal.SIGINT]))
+            writing.send(bytes([_SIGINT]))
         return reading.fileno()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -71,10 +77,10 @@ class Listening:
         if not self._armed:
             return
         signal.set_wakeup_fd(self._previous_fd)
-        signal.signal(signal.SIGINT, self._handler)
+        _set_handler(_SIGINT, self._handler)
         self._forward()
         if self._received:
-            self._handler(signal.SIGINT, None)
+            self._handler(_SIGINT, None)
 
     def _forward(self) -> None:
         """Empty the socket, and hand what came to whoever listened before, such as asyncio."""
