@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pysciml_node.algorithms import RK4, Tsit5
+from pysciml_node.controllers import FixedStep
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.model import make_adjoint
 from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
@@ -36,13 +38,19 @@ class FlowSettings(Settings):
     Args:
         layers: hidden layers of the field, each of the width ``hidden``.
         time: how they see the time: ``"ignore"``, ``"concat"`` or ``"concatsquash"``.
+        training_step: train with RK4 at fixed steps of this size, as the paper does with
+            regularization, instead of Tsit5 at ``tolerance``; 0 for not. Evaluations are at
+            ``tolerance`` always.
     """
 
     layers: int = 3
     time: TimeDependence = "concatsquash"
+    training_step: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.training_step <= 1:
+            raise ValueError(f"training_step must be in [0, 1], but is {self.training_step}.")
         if self.layers < 1:
             raise ValueError(f"layers must be at least 1, but is {self.layers}.")
 
@@ -99,6 +107,19 @@ class FlowModel(Trainable):
             "regularizers": make_regularizers(settings, run, probes),
             "generator": probes,
         }
+
+    def train(self, mode: bool = True) -> Self:
+        """Change mode, and with it the solver."""
+        super().train(mode)
+        fixed = mode and self.settings.training_step > 0
+        for module in self.modules():
+            if isinstance(module, CNF):
+                node = module.node
+                node.algorithm = RK4() if fixed else Tsit5()
+                node.options = (
+                    {"controller": FixedStep(), "dt0": self.settings.training_step} if fixed else {}
+                )
+        return self
 
     def density(self, x: Tensor) -> Density:
         """The flow's density of a batch."""

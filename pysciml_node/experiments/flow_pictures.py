@@ -74,19 +74,23 @@ def draw_plane(trainer: Trainer, data: Splits[LabelledData], path: Path) -> None
         raise TypeError(f"this picture is of a flow in the plane, not of {type(model).__name__}.")
     figure, axes = new_figure(4)
     shown = data.test.x[:2000]
-    axes[0].scatter(*shown.T, s=1, color="#444444")
-    _square(axes[0], "data")
-    grid = density_grid(model.cnf)
-    axes[1].imshow(grid, extent=(-_SIDE, _SIDE, -_SIDE, _SIDE), origin="lower", cmap="viridis")
+    with evaluation_mode(model):
+        grid = density_grid(model.cnf)
+        samples = model.cnf.sample((len(shown),), torch.Generator().manual_seed(0))
+        u, longer = paths(model.cnf, shown[:60])
+    for place, title, points, color in (
+        (axes[0], "data", shown, "#444444"),
+        (axes[2], "samples", samples, "#0072b2"),
+    ):
+        place.scatter(*points.T.numpy(), s=1, color=color)
+        _square(place, title)
+    extent = (-_SIDE, _SIDE, -_SIDE, _SIDE)
+    axes[1].imshow(grid.numpy(), extent=extent, origin="lower", cmap="viridis")
     _square(axes[1], "density")
-    samples = model.cnf.sample((2000,), torch.Generator().manual_seed(0))
-    axes[2].scatter(*samples.T, s=1, color="#0072b2")
-    _square(axes[2], "samples")
-    u, longer = paths(model.cnf, shown[:60])
     for line in u.unbind(1):
-        axes[3].plot(*line.T, color="#999999", linewidth=0.7)
-    axes[3].scatter(*u[0].T, s=6, color="#444444", zorder=3)
-    axes[3].scatter(*u[-1].T, s=6, color="#d55e00", zorder=3)
+        axes[3].plot(*line.T.numpy(), color="#999999", linewidth=0.7)
+    axes[3].scatter(*u[0].T.numpy(), s=6, color="#444444", zorder=3)
+    axes[3].scatter(*u[-1].T.numpy(), s=6, color="#d55e00", zorder=3)
     _square(axes[3], f"from data to base: {longer:.2f} times straight lines")
     save_figure(figure, path)
 
@@ -108,14 +112,15 @@ def draw_images(trainer: Trainer, data: Splits[LabelledData], path: Path, side: 
         raise TypeError(f"this picture is of a flow of images, not of {type(model).__name__}.")
     figure, axes = new_figure(2)
     height, width = data.test.x.shape[1:]
-    samples = model.flow.sample((side**2,), torch.Generator().manual_seed(0))
+    with evaluation_mode(model):
+        samples = model.flow.sample((side**2,), torch.Generator().manual_seed(0))
     for place, title, images in (
         (axes[0], "data", data.test.x[: side**2]),
         (axes[1], "samples", samples.reshape(-1, height, width)),
     ):
         rows = [torch.cat(list(row), 1) for row in torch.split(images, side)]
         full = [row for row in rows if row.shape[1] == side * width]
-        place.imshow(torch.cat(full), vmin=0, vmax=1, cmap="gray_r")
+        place.imshow(torch.cat(full).numpy(), vmin=0, vmax=1, cmap="gray_r")
         place.set(xticks=[], yticks=[])
         place.set_title(title, fontsize=9)
     save_figure(figure, path)
