@@ -28,7 +28,22 @@ COMMANDS = (
         "train the digits classifier with and without local-error regularization",
         "pysciml_node.experiments.digits_demo",
     ),
-    Command("doctor", "show versions, platform and what was found", "pysciml_node.doctor"),
+    Command("doctor", "show what was found, and what to do about it", "pysciml_node.doctor"),
+    Command(
+        "install",
+        "install the Julia engine, or name a Julia that exists already",
+        "pysciml_node.julia_engine.install",
+    ),
+    Command(
+        "precompile",
+        "load every part of the Julia engine once, so that no solve has to compile it",
+        "pysciml_node.julia_engine.precompile",
+    ),
+    Command(
+        "test",
+        "run the tests of the Julia engine and of what all engines agree on",
+        "pysciml_node.julia_engine.selftest",
+    ),
 )
 
 

@@ -1,16 +1,16 @@
-"""What this machine has that the package uses, found without starting Julia."""
+"""What this machine has that the package uses, and what to do about the rest."""
 
 import argparse
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import sys
 
 import torch
 
-JULIA_VARIABLE = "PYSCIML_NODE_JULIA"
+from pysciml_node.julia_engine import report
+
 ENGINE_VARIABLE = "PYSCIML_NODE_ENGINE"
 _PACKAGES = ("torch", "numpy", "juliacall")
 
@@ -28,17 +28,6 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def find_julia() -> str | None:
-    """The Julia executable that is set or on the path, without running it.
-
-    Returns:
-        What ``PYSCIML_NODE_JULIA`` names if that is an executable, else the ``julia`` on the
-        path, else None.
-    """
-    named = os.environ.get(JULIA_VARIABLE)
-    return shutil.which(named) if named else shutil.which("julia")
 
 
 def environment() -> dict[str, str]:
@@ -59,37 +48,47 @@ def environment() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options of its own."""
-    del parser
+    """Declare the options.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument(
+        "--julia", action="store_true", help="start Julia, and show what it says of itself"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report.
+    """Print the report, and what to do.
 
     Args:
-        arguments: none are used.
+        arguments: those of `add_arguments`.
 
     Returns:
         0, or 1 when a package that the package needs is missing.
+
+    Raises:
+        EngineUnavailable: Julia was to be started, and does not.
     """
-    del arguments
     rows = environment()
-    julia = find_julia()
-    named = os.environ.get(JULIA_VARIABLE)
-    if julia is not None:
-        rows["julia"] = julia
-    elif named:
-        rows["julia"] = f"not found: {JULIA_VARIABLE} is {named!r}, which is no executable"
-    else:
-        rows["julia"] = f"not found on PATH, and {JULIA_VARIABLE} is not set"
     rows["cuda"] = "available" if torch.cuda.is_available() else "not available"
     engine = os.environ.get(ENGINE_VARIABLE)
     rows["engine"] = f"{engine} (set by {ENGINE_VARIABLE})" if engine else "auto"
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        advice = [f"install what is missing: {sys.executable} -m pip install {' '.join(missing)}"]
+    else:
+        rows |= report.rows()
+        advice = report.advice()
+    _show(rows)
+    for text in advice:
+        print(f"* {text}")
+    if arguments.julia and not missing:
+        _show(report.running())
+    return 1 if missing else 0
+
+
+def _show(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"missing: {', '.join(missing)}. Install with: pip install {' '.join(missing)}")
-        print(f"(this is {sys.executable})")
-    return 1 if missing else 0

@@ -1,5 +1,6 @@
 """The command line."""
 
+import os
 import subprocess
 import sys
 
@@ -55,24 +56,42 @@ def test_doctor_reports_without_starting_julia():
         assert any(line.split()[0] == name for line in done.stdout.splitlines())
 
 
-def test_doctor_names_a_julia_that_is_set_but_absent(monkeypatch, capsys):
-    monkeypatch.setenv("PYSCIML_NODE_JULIA", "/nowhere/julia")
-    monkeypatch.setenv("PYSCIML_NODE_ENGINE", "torch")
-    assert cli.main(["doctor"]) == 0
-    shown = capsys.readouterr().out
-    assert "PYSCIML_NODE_JULIA is '/nowhere/julia', which is no executable" in shown
+def doctor_in_a_process(**variables: str) -> str:
+    """What doctor prints with these variables, and no others that bear on Julia."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JULIA_", "PYTHON_JULIA", "PYSCIML_NODE_", "OPENBLAS_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pysciml_node", "doctor"],
+        capture_output=True,
+        text=True,
+        env={**kept, **variables},
+        check=True,
+    )
+    return done.stdout
+
+
+def test_doctor_names_a_julia_that_is_set_but_absent():
+    shown = doctor_in_a_process(PYSCIML_NODE_JULIA="/nowhere/julia", PYSCIML_NODE_ENGINE="torch")
+    assert "'/nowhere/julia' is no executable (named by PYSCIML_NODE_JULIA)" in shown
     assert "torch (set by PYSCIML_NODE_ENGINE)" in shown
 
 
-def test_doctor_finds_the_julia_that_is_set(monkeypatch, tmp_path):
-    julia = tmp_path / "julia"
-    julia.write_text("#!/bin/sh\n")
-    julia.chmod(0o755)
-    monkeypatch.setenv("PYSCIML_NODE_JULIA", str(julia))
-    assert doctor.find_julia() == str(julia)
-    monkeypatch.delenv("PYSCIML_NODE_JULIA")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.find_julia() == str(julia)
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("OPENBLAS_CORETYPE", "Haswell", "1.3 times as long"),
+        ("JULIA_LOAD_PATH", "@", "JULIA_LOAD_PATH is set"),
+        ("PYTHON_JULIACALL_EXE", "julia", "or neither"),
+        ("PYTHON_JULIACALL_INIT", "no", "keeps Julia from starting"),
+    ],
+)
+def test_doctor_says_what_to_do_about_the_environment(variable, value, words):
+    shown = doctor_in_a_process(**{variable: value, "PYSCIML_NODE_JULIA": "/nowhere/julia"})
+    assert f"{value}\n" in shown
+    assert any(line.startswith("* ") and words in line for line in shown.splitlines())
 
 
 def test_a_package_that_is_not_installed_has_no_version():

@@ -37,6 +37,10 @@ _DEFAULTS = {
 }
 
 
+# Read by juliapkg, which looks for the name in the folder of every package.
+_REQUIREMENTS = Path(__file__).resolve().parent.parent / "juliapkg.json"
+
+
 @dataclass(frozen=True)
 class Julia:
     """An executable, as it describes itself.
@@ -226,6 +230,12 @@ def needed_packages() -> tuple[str, ...]:
     """The Julia packages without which the engine does not start."""
     project = tomllib.loads((bundled_project() / "Project.toml").read_text(encoding="utf-8"))
     return tuple(project.get("deps", {}))
+
+
+def optional_packages() -> tuple[str, ...]:
+    """The Julia packages that are loaded when a solve asks for them."""
+    content = json.loads(_REQUIREMENTS.read_text(encoding="utf-8"))
+    return tuple(name for name, package in content["packages"].items() if not package.get("dev"))
 
 
 def juliacall_version() -> str | None:

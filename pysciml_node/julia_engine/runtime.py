@@ -6,25 +6,17 @@ thread that started it and by no forked child: its memory manager knows of neith
 
 from __future__ import annotations
 
-import importlib
 import os
-import signal
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pysciml_node.errors import EngineUnavailable, JuliaError
-from pysciml_node.julia_engine import env, handles
+from pysciml_node.julia_engine import handles, launch
 from pysciml_node.julia_engine.errors import translate
 from pysciml_node.julia_engine.interrupt import Listening
-
-MODULE = "PySciMLNode"
-INSTALL = "python -m pysciml_node install"
-_MINUTES = "10 to 40"
 
 _NOBODY = 0
 
@@ -37,7 +29,6 @@ class _Runtime:
         self.pid = 0
         self.raised: type[Exception] = Exception  # juliacall.JuliaError
         self.module: Any = None
-        self.choice: env.Choice | None = None
         self.failure: str | None = None
         self.functions: dict[str, Callable[..., Any]] = {}
         self.released: dict[str, Callable[..., Any]] = {}
@@ -63,37 +54,7 @@ def unavailable_reason() -> str | None:
         return None
     if _runtime.pid:
         return _forked()
-    if _runtime.failure is not None:
-        return _runtime.failure
-    if _runs_already():
-        return None
-    choice = _choose()
-    if choice.problem is not None:
-        return choice.problem
-    if choice.installation is not None or _resolved():
-        return None
-    looked = "".join(f"\n  Passed over {note.splitlines()[0]}" for note in choice.notes)
-    return (
-        "the Julia packages of the engine are not installed.\n"
-        f"  Run once: {INSTALL} (about {_MINUTES} minutes), or name an existing Julia: "
-        f"{INSTALL} --julia PATH [--project PATH]{looked}"
-    )
-
-
-def describe() -> str:
-    """What would be started, or runs, in words."""
-    if _runs_already():
-        return f"Julia {sys.modules['juliacall'].Base.VERSION}, running, project {_project()}"
-    choice = _choose()
-    if choice.installation is not None:
-        found = choice.installation
-        return (
-            f"Julia {found.julia.version}, {found.julia.executable}, project {found.project}, "
-            f"by {found.source}"
-        )
-    from juliapkg.state import STATE
-
-    return f"juliapkg's environment, {STATE['project']}"
+    return _runtime.failure or launch.missing()
 
 
 def start(*, install: bool = True) -> None:
@@ -116,7 +77,18 @@ def start(*, install: bool = True) -> None:
             return
         if _runtime.failure is not None:
             raise EngineUnavailable(_runtime.failure)
-        _start(install)
+        launch.prepare(install=install)
+        try:
+            juliacall, module = launch.launch()
+        except EngineUnavailable as error:
+            # Julia cannot be started twice in a process.
+            _runtime.failure = str(error)
+            raise
+        _runtime.raised = juliacall.JuliaError
+        _runtime.module = module
+        _runtime.pid = os.getpid()
+        _runtime.owner = threading.get_ident()
+        _match_threads()
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -217,24 +189,10 @@ def require(*packages: str) -> None:
             call("load", name)
         except JuliaError as error:
             raise EngineUnavailable(
-                f"the Julia package {name} could not be loaded: {error}\n  {_how_to_add(name)}"
+                f"the Julia package {name} could not be loaded: {error}\n"
+                f"  {launch.how_to_add(name)}"
             ) from error
         _runtime.loaded.add(name)
-
-
-def _project() -> str:
-    """Folder of the project that Julia runs in."""
-    return os.path.dirname(str(sys.modules["juliacall"].Base.active_project()))
-
-
-def _how_to_add(name: str) -> str:
-    installation = _runtime.choice and _runtime.choice.installation
-    if installation:
-        return (
-            f"Add it to the project: {installation.julia.executable} "
-            f"--project={installation.project} -e 'using Pkg; Pkg.add(\"{name}\")'"
-        )
-    return f"Repair the installation with: {INSTALL} --force"
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -286,138 +244,3 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-# Starting.
-
-
-def _runs_already() -> bool:
-    """Whether the user's own code has started Julia through juliacall."""
-    juliacall = sys.modules.get("juliacall")
-    return juliacall is not None and bool(juliacall.CONFIG.get("inited"))
-
-
-def _choose() -> env.Choice:
-    if _runtime.choice is None:
-        choice = env.choose(search_path=False)
-        if choice.problem is None and choice.installation is None:
-            if choice.executable is not None:
-                os.environ.setdefault("PYTHON_JULIAPKG_EXE", choice.executable)
-            elif not _resolved():
-                choice = env.choose()
-        _runtime.choice = choice
-    return _runtime.choice
-
-
-def _resolved() -> bool:
-    """Whether juliapkg's environment is complete, so that nothing needs to be installed."""
-    import juliapkg
-    from juliapkg.state import STATE
-
-    # A dry run makes the project's folder; where there is none, nothing can be resolved.
-    return os.path.exists(STATE["meta"]) and bool(juliapkg.resolve(dry_run=True))
-
-
-def _install() -> None:
-    """Let juliapkg install Julia and the packages, saying so first."""
-    if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
-        raise EngineUnavailable(unavailable_reason() or "the Julia packages are not installed.")
-    print(
-        f"pysciml_node: installing the Julia packages of the engine, about {_MINUTES} minutes, "
-        f"once for this environment ({INSTALL} does it beforehand).",
-        file=sys.stderr,
-    )
-    import juliapkg
-
-    try:
-        juliapkg.resolve()
-    except Exception as error:
-        raise EngineUnavailable(
-            f"installing the Julia packages failed: {error}\n"
-            f"  See what is wrong with: python -m pysciml_node doctor. Try again with: "
-            f"{INSTALL} --force"
-        ) from error
-
-
-def _start(install: bool) -> None:
-    if not _runs_already():
-        choice = _choose()
-        if choice.problem is not None:
-            raise EngineUnavailable(choice.problem)
-        if choice.installation is not None:
-            env.point_to(choice.installation)
-        elif not _resolved():
-            if not install:
-                raise EngineUnavailable(unavailable_reason())
-            _install()
-        env.set_defaults()
-    try:
-        juliacall = _import_juliacall()
-        module = _load(juliacall)
-    except EngineUnavailable as error:
-        _runtime.failure = str(error)
-        raise
-    except Exception as error:
-        text = "\n".join(str(error).splitlines()[:20])
-        _runtime.failure = (
-            f"Julia did not start: {text}\n  See what is wrong with: python -m pysciml_node doctor"
-        )
-        raise EngineUnavailable(_runtime.failure) from error
-    _runtime.raised = juliacall.JuliaError
-    _runtime.module = module
-    _runtime.pid = os.getpid()
-    _runtime.owner = threading.get_ident()
-    _match_threads()
-
-
-def _import_juliacall() -> Any:
-    with warnings.catch_warnings():
-        # Torch is always here first, unless the user's own code has imported juliacall before; both
-        # orders are tested. macOS is where the other order is known to be the only safe one.
-        if sys.platform != "darwin":
-            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
-        juliacall = importlib.import_module("juliacall")
-    if not juliacall.CONFIG.get("inited"):
-        raise EngineUnavailable(
-            "juliacall was told not to start Julia.\n  Unset PYTHON_JULIACALL_INIT."
-        )
-    if int(juliacall.Base.Threads.threadid()) != 1:
-        raise EngineUnavailable(
-            "Julia was started by another thread, and only that thread may use it.\n"
-            "  Import juliacall and solve in the same thread."
-        )
-    _unblock_interrupts()
-    return juliacall
-
-
-def _unblock_interrupts() -> None:
-    """Let SIGINT reach Python again: a Julia that handles signals blocks it in this thread."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-_LOAD = """
-function (name, bundled)
-    here = Base.identify_package(name)
-    if here === nothing
-        push!(LOAD_PATH, bundled)
-        here = Base.identify_package(name)
-    end
-    if !Base.isprecompiled(here)
-        println(stderr, "pysciml_node: precompiling the Julia part of the engine, once.")
-    end
-    Base.require(here)
-end
-"""
-
-
-def _load(juliacall: Any) -> Any:
-    load = juliacall.Main.seval(_LOAD)
-    try:
-        return load(MODULE, str(env.bundled_project()))
-    except juliacall.JuliaError as error:
-        translated = translate(error)
-        raise EngineUnavailable(
-            f"the Julia part of the engine did not load: {translated}\n"
-            "  See what is wrong with: python -m pysciml_node doctor"
-        ) from translated

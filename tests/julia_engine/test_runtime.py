@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pysciml_node.errors import EngineUnavailable, JuliaError
-from pysciml_node.julia_engine import handles, runtime
+from pysciml_node.julia_engine import handles, launch, runtime
 from pysciml_node.julia_engine.handles import Handle
 
 pytestmark = pytest.mark.julia
@@ -46,7 +46,7 @@ def test_starting_again_does_nothing():
     assert runtime.is_started()
     assert runtime._runtime.module is before
     assert runtime.unavailable_reason() is None
-    assert "Julia 1." in runtime.describe()
+    assert "Julia 1." in launch.describe()
 
 
 def test_an_unknown_function_is_an_error_of_ours():
