@@ -48,6 +48,7 @@ _SHARED = {
     "steps": "optimizer steps",
     "batch_size": "samples a batch",
     "learning_rate": "the first one",
+    "solver": "name of the algorithm",
     "tolerance": "relative and absolute",
     "dtype": "of parameters and states",
     "engine": "of the solves: auto, torch or julia",

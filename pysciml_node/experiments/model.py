@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pysciml_node import adjoints
-from pysciml_node.algorithms import Tsit5
+from pysciml_node import adjoints, algorithms
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
 from pysciml_node.experiments.settings import AdjointName, Run, Settings
@@ -52,6 +51,18 @@ def make_adjoint(name: AdjointName) -> adjoints.Adjoint:
     return classes[name]()
 
 
+def make_algorithm(name: str) -> algorithms.Algorithm:
+    """The algorithm that a setting names.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    kind = getattr(algorithms, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, algorithms.Algorithm)):
+        raise ValueError(f"solver must name an algorithm, such as Tsit5 or BS3, but is {name!r}.")
+    return kind()
+
+
 class ODEClassifier(Classifier):
     """Flatten the input, let it flow from t = 0 to 1 along a field, read the classes off linearly.
 
@@ -73,7 +84,7 @@ class ODEClassifier(Classifier):
         self._penalty_generator = penalty_generator(run)
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
-            Tsit5(),
+            make_algorithm(settings.solver),
             tspan=(0.0, 1.0),
             rtol=settings.tolerance,
             atol=settings.tolerance,

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node import data as datasets
-from pysciml_node.algorithms import Tsit5
 from pysciml_node.data import IrregularSeries, Splits
 from pysciml_node.data.physionet import VARIABLES, Outliers
 from pysciml_node.experiments.evaluation import evaluation_mode
 from pysciml_node.experiments.experiment import Budget, Experiment
 from pysciml_node.experiments.figures import new_grid, save_figure
-from pysciml_node.experiments.model import make_adjoint
+from pysciml_node.experiments.model import make_adjoint, make_algorithm
 from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
 from pysciml_node.experiments.settings import DecayName, OptimizerName, Run, Settings
 from pysciml_node.experiments.trainable import SQUARED_ERROR, Outcome, Trainable
@@ -136,7 +135,7 @@ class SeriesModel(Trainable):
             encoder,
             LatentField(settings.latent, settings.hidden, generator=initial),
             dense(settings.latent, variables, initial),
-            Tsit5(),
+            make_algorithm(settings.solver),
             noise=settings.noise,
             kl_weight=Annealing(0.99, settings.kl_delay),
             rtol=settings.tolerance,

@@ -48,6 +48,7 @@ class Settings:
         decay: of the learning rate: ``"constant"``, ``"inverse"``, which divides it by
             ``1 + 1e-5 step``, or ``"cosine"``, to ``last_learning_rate`` at the last step.
         last_learning_rate: of the cosine decay.
+        solver: name of the algorithm, as in the package.
         tolerance: relative and absolute tolerance of the solver.
         dtype: of the parameters and states.
         hidden: width of the field's hidden layer.
@@ -76,6 +77,7 @@ class Settings:
     optimizer: OptimizerName = "adam"
     decay: DecayName = "constant"
     last_learning_rate: float = 1e-4
+    solver: str = "Tsit5"
     tolerance: float = 1.4e-8
     dtype: DtypeName = "float32"
     hidden: int = 100
