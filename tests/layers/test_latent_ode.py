@@ -54,7 +54,8 @@ def make_encoder(kind: str = "gru") -> nn.Module:
 
 def make_model(kind: str = "gru", **options) -> LatentODE:
     decoder = nn.Linear(LATENT, VARIABLES)
-    torch.nn.init.normal_(decoder.weight, generator=generator(2))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, generator=generator(2))
     options = {"noise": 0.3, "rtol": 1e-9, "atol": 1e-9, "engine": "torch", **options}
     return LatentODE(make_encoder(kind), Field(), decoder, psn.Tsit5(), **options).double()
 
