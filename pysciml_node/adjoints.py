@@ -7,6 +7,8 @@
 | `InterpolatingAdjoint` | the continuous equation | one state a step | long solves |
 | `GaussAdjoint` | the continuous equation | one state a step | many parameters |
 | `BacksolveAdjoint` | the continuous equation | one state a step | comparison with other packages |
+| `QuadratureAdjoint` | the continuous equation | one state a step | stiff problems (Julia engine) |
+| `ForwardDiffSensitivity` | the discretised solution | no tape | few parameters (Julia engine) |
 """
 
 from __future__ import annotations
@@ -96,4 +98,26 @@ class BacksolveAdjoint(_ContinuousAdjoint):
     states all the same, for dense output.
 
     Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366, Algorithm 1.
+    """
+
+
+@dataclass(frozen=True)
+class QuadratureAdjoint(_ContinuousAdjoint):
+    """Solves the adjoint equation with dense output, then integrates the parameter gradient.
+
+    On the Julia engine only. Keeps both solutions; accurate, and sound for stiff problems of
+    moderate size.
+
+    Reference: Y. Ma et al., arXiv 1812.01892 (QuadratureAdjoint of SciMLSensitivity.jl).
+    """
+
+
+@dataclass(frozen=True)
+class ForwardDiffSensitivity(Adjoint):
+    """Solves again with dual numbers: the derivative of what the solver computed, forward.
+
+    On the Julia engine only. Its cost grows with the number of states and parameters together, so
+    it is for few of both (SciML's advice: below 100).
+
+    Reference: ForwardDiffSensitivity of SciMLSensitivity.jl.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pysciml_node.adjoints import Adjoint, DiscreteAdjoint
 from pysciml_node.controllers import Controller, PIController
 from pysciml_node.torch_engine import tableaus
 from pysciml_node.torch_engine.tableaus import Tableau
@@ -19,6 +20,10 @@ class Algorithm:
     def default_controller(self) -> Controller:
         """The step size controller used when none is given."""
         return PIController()
+
+    def default_adjoint(self) -> Adjoint:
+        """The adjoint used when none is given."""
+        return DiscreteAdjoint()
 
 
 @dataclass(frozen=True)

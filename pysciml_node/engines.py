@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from pysciml_node.adjoints import Adjoint
 from pysciml_node.algorithms import Algorithm
 from pysciml_node.errors import EngineUnavailable
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import Problem
 from pysciml_node.torch_engine import engine as torch_engine
 
 ENGINES = ("auto", "torch", "julia")
@@ -37,21 +38,25 @@ def get_engine() -> str:
     return _check(os.environ.get("PYSCIML_NODE_ENGINE", "auto"), "PYSCIML_NODE_ENGINE")
 
 
-def choose(name: str | None, algorithm: Algorithm, adjoint: Adjoint) -> ModuleType:
-    """The engine for a solve.
+def choose(
+    name: str | None, problem: Problem, algorithm: Algorithm, options: SolveOptions
+) -> ModuleType:
+    """The engine for a solve: with `"auto"` torch, where it has the algorithm, and else Julia.
 
     Raises:
         ValueError: an unknown name.
-        EngineUnavailable: the engine cannot run here, or lacks the algorithm.
+        EngineUnavailable: the engine cannot run here, or cannot run this solve.
     """
     wanted = get_engine() if name is None else _check(name, "engine")
-    if wanted == "julia":
-        raise EngineUnavailable(
-            'engine="julia" is not part of this version.\n  Use engine="torch" (or "auto").'
-        )
-    if not torch_engine.supports(algorithm):
-        raise EngineUnavailable(
-            f"{algorithm!r} is not an algorithm of the torch engine.\n"
-            "  Use one of its explicit Runge-Kutta methods, such as Tsit5()."
-        )
-    return torch_engine
+    reason = torch_engine.refusal(problem, algorithm, options)
+    if wanted == "torch" or (wanted == "auto" and reason is None):
+        if reason is not None:
+            raise EngineUnavailable(reason)
+        return torch_engine
+    # Imported here: most programs never come this way.
+    from pysciml_node.julia_engine import engine as julia_engine
+
+    reason = julia_engine.refusal(problem, algorithm, options)
+    if reason is not None:
+        raise EngineUnavailable(reason)
+    return julia_engine

@@ -105,10 +105,14 @@ class ODEProblem(Problem):
             `t1 < t0` integrates backward in time.
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
             gradients.
+        mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
+            entries; singular for differential-algebraic equations. For implicit methods of the
+            Julia engine; receives no gradients.
 
     Raises:
         TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
-        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite.
+        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite, a mass matrix of
+            another shape.
 
     Example:
         >>> import torch, pysciml_node as psn
@@ -121,6 +125,7 @@ class ODEProblem(Problem):
     u0: State
     tspan: tuple[Time, Time]
     p: Any = None
+    mass_matrix: Tensor | None = None
     spec: StateSpec = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -130,3 +135,10 @@ class ODEProblem(Problem):
                 "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
             )
         self._check()
+        size = sum(self.spec.sizes)
+        mass = self.mass_matrix
+        if mass is not None and (mass.shape != (size, size) or mass.is_complex()):
+            raise ValueError(
+                f"mass_matrix must be real of shape {(size, size)}, a row and a column for each "
+                f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}."
+            )

@@ -95,6 +95,8 @@ function (j::Jacobian)(J, u, p, t)
     return nothing
 end
 
+(j::Jacobian)(u, p, t) = (J = similar(u, length(u), length(u)); j(J, u, p, t); J)
+
 """
     TimeGradient(rhs)
 
@@ -118,6 +120,8 @@ function (g::TimeGradient)(dT, u, p, t)
     end
     return nothing
 end
+
+(g::TimeGradient)(u, p, t) = (dT = similar(u); g(dT, u, p, t); dT)
 
 """
     bound!(rhs, T, marks, t, t1)

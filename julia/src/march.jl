@@ -26,7 +26,7 @@ Solve from `marks[1]` to `marks[end]`, stepping to all marks between them.
 
 The states at `saveat`, in the order of integration, are written to the columns of `saved`. `poll()`
 is called at each step and may throw. `watch(integrator)` sees each accepted step and ends the solve
-where it returns true. With `dense` SciML's own solution is kept in the record, and the field
+where it returns true; nothing is saved in that step. With `dense` SciML's own solution is kept in the record, and the field
 is called out of place, as the adjoints of SciMLSensitivity want it.
 """
 function march(
@@ -85,12 +85,15 @@ function follow!(record, integrator, rhs, plan::Plan{T}, marks, saveat, saved, p
         at_mark = t == T(marks[next])
         time = at_mark ? marks[next] : Float64(t)
         stopped = watch(integrator)
-        while record.saved < length(saveat) && direction * saveat[record.saved + 1] < direction * time
+        # The caller cuts the step in which it stops, and saves what lies in the cut one.
+        while !stopped &&
+              record.saved < length(saveat) &&
+              direction * saveat[record.saved + 1] < direction * time
             column = view(saved, :, record.saved + 1)
             integrator(column, T(saveat[record.saved + 1]))
             record.saved += 1
         end
-        while record.saved < length(saveat) && saveat[record.saved + 1] == time
+        while !stopped && record.saved < length(saveat) && saveat[record.saved + 1] == time
             save!(record, saved, integrator.u)
         end
         push!(record.times, time)

@@ -172,15 +172,13 @@ def discrete_sweep(
         field, method, record.marks, states[0], 0 if saved is None else most, time_gradient
     )
     cotangent = torch.zeros_like(states[0])
-    zero = states[0].new_zeros((), dtype=method.nodes.dtype)
-    # tau is the cotangent of the time at which the step being replayed ends.
-    tau, t1_bar = zero, zero
-    saveat_bar = None
-    if time_gradient and saved is not None:
-        saveat_bar = torch.zeros(saved.shape[0], dtype=zero.dtype, device=zero.device)
+    times = None
+    if time_gradient:
+        zero = states[0].new_zeros((), dtype=method.nodes.dtype)
+        times = TimeCotangents(record, 0 if saved is None else saved.shape[0], zero)
     live = False
     for n in reversed(range(len(record.sizes))):
-        for extra in _arriving_at(n + 1, record, arriving):
+        for extra in arriving_at(n + 1, record, arriving):
             cotangent = cotangent + extra
             live = True
         indices, theta_list = record.inside.get(n, ([], []))
@@ -194,35 +192,66 @@ def discrete_sweep(
             record.times[n], h, states[n], cotangent, inside, theta
         )
         stats.naccept_backward += 1
-        if not time_gradient:
-            continue
-        t_bar = zero if t_bar is None else t_bar
-        h_bar = zero if h_bar is None else h_bar
-        if theta_bar is not None and saveat_bar is not None:
-            # theta = (s - t) / h
-            saveat_bar[indices] = theta_bar / h
-            t_bar = t_bar - theta_bar.sum() / h
-            h_bar = h_bar - (theta_bar * theta.to(theta_bar)).sum() / h
-        if record.stops[n] is None:
-            tau = tau + t_bar  # the step's end moves with its start
-        else:
-            if record.stops[n] == record.t1_stop:
-                t1_bar = tau + h_bar
-            tau = t_bar - h_bar  # the end is fixed: the start moves the size
-    for extra in _arriving_at(0, record, arriving):
+        if times is not None:
+            times.step(n, t_bar, h_bar, theta_bar)
+    for extra in arriving_at(0, record, arriving):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe
     stats.nvjp += field.nfe - start_nfe
     return Gradients(
         cotangent,
-        tau if time_gradient else None,
-        t1_bar if time_gradient else None,
-        saveat_bar,
+        times.start if times is not None else None,
+        times.end if times is not None else None,
+        times.saveat if times is not None and saved is not None else None,
         pullback.sums.sums,
     )
 
 
-def _arriving_at(state: int, record: Record, arriving: Cotangents) -> list[Tensor]:
+class TimeCotangents:
+    """Cotangents of the ends of the interval and of saved times, from those of single steps.
+
+    The steps are taken backward. One that ends on no stop moves with its start; where the end is
+    fixed, the start changes the size.
+
+    Args:
+        record: the accepted steps.
+        saved: number of saved times.
+        zero: a 0-d tensor of the times' dtype.
+
+    Attributes:
+        start: cotangent of the time at which the last step given starts.
+        end: cotangent of `t1`.
+        saveat: cotangents of the saved times inside steps, `(saved,)`.
+    """
+
+    def __init__(self, record: Record, saved: int, zero: Tensor) -> None:
+        self.record = record
+        self.start, self.end = zero, zero
+        self.saveat = zero.new_zeros(saved)
+
+    def step(
+        self, n: int, t_bar: Tensor | None, h_bar: Tensor | None, theta_bar: Tensor | None
+    ) -> None:
+        """Take in step `n`: cotangents of its start and size, and of its dense outputs' places."""
+        h = self.record.sizes[n]
+        t = torch.zeros_like(self.start) if t_bar is None else t_bar
+        size = torch.zeros_like(self.start) if h_bar is None else h_bar
+        if theta_bar is not None:
+            # theta = (s - t) / h
+            indices, places = self.record.inside[n]
+            theta = torch.tensor(places, dtype=torch.float64).to(theta_bar)
+            self.saveat[indices] = theta_bar / h
+            t = t - theta_bar.sum() / h
+            size = size - (theta_bar * theta).sum() / h
+        if self.record.stops[n] is None:
+            self.start = self.start + t
+            return
+        if self.record.stops[n] == self.record.t1_stop:
+            self.end = self.start + size
+        self.start = t - size
+
+
+def arriving_at(state: int, record: Record, arriving: Cotangents) -> list[Tensor]:
     """Cotangents that enter at one of the record's times."""
     found = []
     direct = arriving.states[state]

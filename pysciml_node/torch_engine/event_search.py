@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,25 +18,12 @@ class EventSearch:
     def __init__(self, events: tuple[Event, ...], problem: ODEProblem) -> None:
         self.events, self.problem = events, problem
         start = problem.spec.flatten(problem.u0).detach()
-        self.before = [self._value(event, problem.t0, start) for event in events]
+        self.before = [condition_value(event, problem, problem.t0, start) for event in events]
         self.found: int | None = None
-
-    def _value(self, event: Event, t: float, u: Tensor) -> float:
-        with torch.no_grad():
-            value = event.condition(
-                self.problem.time_tensor([t])[0], self.problem.spec.unflatten(u.detach())
-            )
-        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
-                f"an event's condition must return one real number as a tensor, but gave {shape}."
-                "\n  Reduce it, for example by .min() or .max() over the batch."
-            )
-        return float(value)
 
     def __call__(self, step: Step, march: March) -> Step | None:
         """The step cut at its first event, or `None` where there is none."""
-        after = [self._value(event, step.end, step.u1) for event in self.events]
+        after = [condition_value(event, self.problem, step.end, step.u1) for event in self.events]
         crossing = [
             i for i, event in enumerate(self.events) if event.crosses(self.before[i], after[i])
         ]
@@ -50,19 +39,53 @@ class EventSearch:
         return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, h)
 
     def _locate(self, i: int, step: Step, march: March) -> float:
-        """The crossing of one condition by bisection on the dense output, as a fraction."""
         event = self.events[i]
-        eps = torch.finfo(self.problem.spec.real_dtype).eps
-        width = max(event.xtol or 0.0, 4 * eps)
-        low, high = 0.0, 1.0
-        sign = 1.0 if self.before[i] > 0 else -1.0
+
+        def value(theta: float) -> float:
+            at = torch.tensor([theta], dtype=torch.float64)
+            u = march.stages.dense(step.t, step.h, step.u.detach(), at)[0]
+            return condition_value(event, self.problem, step.t + theta * step.h, u)
+
         with torch.no_grad():
-            while high - low > width:
-                middle = 0.5 * (low + high)
-                at = torch.tensor([middle], dtype=torch.float64)
-                u = march.stages.dense(step.t, step.h, step.u.detach(), at)[0]
-                if sign * self._value(event, step.t + middle * step.h, u) > 0:
-                    low = middle
-                else:
-                    high = middle
-        return high
+            return locate_crossing(value, event, self.before[i], self.problem)
+
+
+def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> float:
+    """An event's condition at a time and a flat state.
+
+    Raises:
+        TypeError: it is no single real number.
+    """
+    with torch.no_grad():
+        value = event.condition(problem.time_tensor([t])[0], problem.spec.unflatten(u.detach()))
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"an event's condition must return one real number as a tensor, but gave {shape}."
+            "\n  Reduce it, for example by .min() or .max() over the batch."
+        )
+    return float(value)
+
+
+def locate_crossing(
+    value: Callable[[float], float], event: Event, before: float, problem: ODEProblem
+) -> float:
+    """Where in a step a condition crosses zero, as a fraction, by bisection.
+
+    Args:
+        value: the condition at a fraction of the step.
+        event: for its `xtol`.
+        before: the condition at the step's start.
+        problem: for its precision.
+    """
+    eps = torch.finfo(problem.spec.real_dtype).eps
+    width = max(event.xtol or 0.0, 4 * eps)
+    low, high = 0.0, 1.0
+    sign = 1.0 if before > 0 else -1.0
+    while high - low > width:
+        middle = 0.5 * (low + high)
+        if sign * value(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,0 +1,108 @@
+"""
+SciMLSensitivity's adjoints for the fields of this package.
+
+Its "Zygote" vector-Jacobian products find the rule below, so that they call the field's own.
+"""
+module PySciMLNodeSensitivityExt
+
+using PySciMLNode
+using PySciMLNode: RightHandSide, inside, reserve!, linearize!, vjp!, evaluate!, Settings
+using ChainRulesCore: ChainRulesCore, NoTangent
+using ForwardDiff
+using LinearAlgebra
+using PySciMLNode.SciMLBase
+using SciMLSensitivity
+using Zygote
+
+function ChainRulesCore.rrule(rhs::RightHandSide, u, p, t)
+    reserve!(rhs.field, 1)
+    du = similar(u)
+    time = inside(rhs, t)
+    linearize!(du, rhs.field, u, p, time, 1)
+    rhs.evaluations += 1
+    function pull(v)
+        ubar, pbar = similar(u), zero(p)
+        tbar = vjp!(ubar, pbar, rhs.field, u, p, time, 1, ChainRulesCore.unthunk(v))
+        return NoTangent(), ubar, pbar, tbar
+    end
+    return du, pull
+end
+
+method(s::Settings) = method(Val(Symbol(s.method)))
+method(::Val{:GaussAdjoint}) = GaussAdjoint(; autojacvec = ZygoteVJP())
+method(::Val{:InterpolatingAdjoint}) = InterpolatingAdjoint(; autojacvec = ZygoteVJP())
+method(::Val{:BacksolveAdjoint}) = BacksolveAdjoint(; autojacvec = ZygoteVJP())
+method(::Val{:QuadratureAdjoint}) = QuadratureAdjoint(; autojacvec = ZygoteVJP())
+
+function PySciMLNode.sensitivities!(
+    solution, rhs, settings, times, cotangents, u0bar, pbar; poll
+)
+    settings.method == "ForwardDiffSensitivity" &&
+        return forward!(solution, rhs, settings, times, cotangents, u0bar, pbar)
+    function jump!(out, u, p, t, i)
+        poll()
+        copyto!(out, cotangents[i])
+        return nothing
+    end
+    ubar, gradient = adjoint_sensitivities(
+        solution, settings.algorithm;
+        t = times, dgdu_discrete = jump!, sensealg = method(settings), abstol = settings.abstol,
+        reltol = settings.reltol, maxiters = settings.max_steps,
+    )
+    copyto!(u0bar, ubar)
+    copyto!(pbar, gradient)
+    return nothing
+end
+
+# Dual numbers through the solver: the field's derivatives by its vector-Jacobian products.
+function (rhs::RightHandSide)(u::AbstractVector{D}, p, t) where {D<:ForwardDiff.Dual}
+    return dual(rhs, u, p, t)
+end
+
+function (rhs::RightHandSide)(u::AbstractVector, p::AbstractVector{D}, t) where {D<:ForwardDiff.Dual}
+    return dual(rhs, u, p, t)
+end
+
+function (rhs::RightHandSide)(
+    u::AbstractVector{D}, p::AbstractVector{D}, t
+) where {D<:ForwardDiff.Dual}
+    return dual(rhs, u, p, t)
+end
+
+function dual(rhs, u, p, t)
+    D = promote_type(eltype(u), eltype(p))
+    x, q, s = ForwardDiff.value.(u), ForwardDiff.value.(p), ForwardDiff.value(t)
+    value, pull = ChainRulesCore.rrule(rhs, x, q, s)
+    v = zero(value)
+    return map(eachindex(value)) do i
+        v[i] = 1
+        _, ubar, pbar, tbar = pull(v)
+        v[i] = 0
+        tangent = sum(ubar .* tangents(u)) + sum(pbar .* tangents(p)) + tbar * tangents(t)
+        return D(value[i], tangent)
+    end
+end
+
+tangents(x::ForwardDiff.Dual) = ForwardDiff.partials(x)
+tangents(x::AbstractArray) = tangents.(x)
+tangents(x::Real) = false
+
+function forward!(solution, rhs, settings, times, cotangents, u0bar, pbar)
+    prob = solution.prob
+    n = length(u0bar)
+    function loss(z)
+        changed = remake(prob; u0 = z[1:n], p = z[(n + 1):end])
+        # The steps that the solve took, as they are.
+        found = solve(
+            changed, settings.algorithm; saveat = times, save_start = false, adaptive = false,
+            tstops = solution.t,
+        )
+        return sum(dot(cotangents[i], found.u[i]) for i in eachindex(times))
+    end
+    gradient = ForwardDiff.gradient(loss, vcat(prob.u0, prob.p))
+    copyto!(u0bar, view(gradient, 1:n))
+    copyto!(pbar, view(gradient, (n + 1):length(gradient)))
+    return nothing
+end
+
+end

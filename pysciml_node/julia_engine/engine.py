@@ -1,0 +1,246 @@
+"""The engine's door: a checked problem and options in, a solution out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint
+from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
+from pysciml_node.julia_engine import plans, runtime
+from pysciml_node.julia_engine.fields import CallbackField, Field
+from pysciml_node.julia_engine.forward import Forward, place, run
+from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
+from pysciml_node.julia_engine.trajectory import SciMLTrajectory
+from pysciml_node.julia_engine.watching import Watcher, last_step
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import ODEProblem, Problem
+from pysciml_node.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
+from pysciml_node.torch_engine.autograd import SolveNode
+from pysciml_node.torch_engine.finish import build_solution
+from pysciml_node.torch_engine.record import Record, check_finite
+from pysciml_node.torch_engine.stages import Method
+from pysciml_node.torch_engine.trajectory import TorchTrajectory
+
+NAME = "julia"
+
+
+def supports(algorithm: Algorithm) -> bool:
+    """Whether this engine has the algorithm."""
+    return plans.supports(algorithm)
+
+
+def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
+    """Why this engine cannot run a solve as asked, with the remedy; `None` when it can."""
+    if not isinstance(problem, ODEProblem):
+        return 'the Julia engine solves no SDEProblem.\n  Use engine="torch".'
+    name = type(algorithm).__name__
+    dtype = problem.spec.real_dtype
+    if not supports(algorithm):
+        return f"{algorithm!r} is not an algorithm of the Julia engine.\n  Use Tsit5() there."
+    if dtype not in (torch.float32, torch.float64):
+        return f"the Julia engine solves in float32 or float64, not in {dtype}.\n  Convert u0."
+    if options.compile:
+        return "compile=True is the torch engine's.\n  Leave it out: Julia compiles by itself."
+    if name in plans.FIXED_ONLY and options.controller.adaptive:
+        return (
+            f"{name} has no error estimate in SciML.\n"
+            f'  Give controller=FixedStep() and dt0, or use engine="torch", which has one.'
+        )
+    if isinstance(options.adjoint, DirectAdjoint):
+        return (
+            "DirectAdjoint records torch's operations, and there are none in Julia.\n"
+            '  Use adjoint=DiscreteAdjoint(), or engine="torch".'
+        )
+    if isinstance(options.adjoint, DiscreteAdjoint) and not isinstance(
+        algorithm, ExplicitRungeKutta
+    ):
+        return (
+            f"DiscreteAdjoint replays explicit Runge-Kutta steps, which {name} does not take.\n"
+            "  Use adjoint=GaussAdjoint() or QuadratureAdjoint()."
+        )
+    return None
+
+
+class Work:
+    """One solve: its parts, and the ways to run it."""
+
+    def __init__(self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+        self.problem, self.algorithm, self.options = problem, algorithm, options
+        spec = problem.spec
+        self.u0 = spec.flatten(problem.u0)
+        self.stats = Stats()
+        self.plan = plans.plan(algorithm, options, spec.dtype, self.u0.numel())
+        self.watcher = Watcher(problem, options)
+        self.explicit = isinstance(algorithm, ExplicitRungeKutta)
+        # The stages of explicit methods are replayed by the tableau; others need SciML's own.
+        self.replayed = self.explicit and isinstance(options.adjoint, DiscreteAdjoint)
+        self.solution: Handle | None = None
+        self._field: Field | None = None
+
+    def run(self, field: Field, u0: Tensor, keep_solution: bool) -> Forward:
+        """Solve forward, ending at the first event."""
+        parameters = field.parameters()
+        observer = self.watcher if self.watcher.needed else None
+        with self.watcher:
+            found = run(
+                self.problem,
+                self.options,
+                self.plan,
+                field,
+                u0,
+                parameters,
+                keep_solution,
+                observer,
+            )
+        if self.watcher.event is not None:
+            self._end_at_event(found, field, parameters)
+        self.solution = found.solution
+        self.stats.nfe += found.nfe
+        return found
+
+    def _end_at_event(self, found: Forward, field: Field, parameters: Tensor) -> None:
+        """Take the last step again, so that the state at the event is a step's own result."""
+        record, end = found.record, self.watcher.t
+        start = record.times[-2]
+        saveat = [t for t in self.options.saveat or () if self.problem.direction * (end - t) >= 0]
+        inside = tuple(saveat[record.saved :])
+        options = last_step(self.options, end - start, inside)
+        problem = dataclasses.replace(self.problem, tspan=(start, end))
+        plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel())
+        last = run(problem, options, plan, field, found.states[-2], parameters, False)
+        found.saved = torch.cat([found.saved, last.saved])
+        found.states[-1] = last.states[-1]
+        found.nfe += last.nfe
+        record.times[-1], record.sizes[-1] = end, end - start
+        record.stops[-1] = None
+        record.event, record.saved = self.watcher.event, len(saveat)
+        record.retcode = ReturnCode.Terminated
+        record.inside.clear()
+        record.at_end.clear()
+        place(record, saveat, self.options.saveat_tensor is not None, self.problem)
+
+    def plain(self) -> tuple[Record, list[Tensor], Tensor]:
+        """Without gradients."""
+        found = self.run(field_of(self.problem, self.u0, False), self.u0, not self.explicit)
+        return found.record, found.states, found.saved
+
+    def node(self) -> tuple[Record, list[Tensor], Tensor]:
+        """As one node of the graph, its backward the sweep of the adjoint."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "the Julia engine cannot run inside a torch.func transform.\n"
+                '  Use engine="torch" with adjoint=DirectAdjoint() there.'
+            )
+        self._field = field = field_of(self.problem, self.u0, True)
+
+        def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
+            found = self.run(field, u0, not self.replayed)
+            return found.record, found.states, found.saved
+
+        keep: list[Record] = []
+        saved, *states = self.apply(forward, field, keep, self.options.saveat_tensor, self.options)
+        return keep[0], [self.u0, *states], saved
+
+    def apply(
+        self,
+        forward: Callable[[Tensor], tuple[Record, list[Tensor], Tensor]],
+        field: Field,
+        keep: list[Record],
+        saveat: Tensor | None,
+        options: SolveOptions,
+    ) -> tuple[Tensor, ...]:
+        """Record a solve in the graph."""
+
+        def sweep(
+            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
+        ) -> Gradients:
+            return self._sweep(field, options, record, states, arriving, with_times)
+
+        t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
+        found: tuple[Tensor, ...] = SolveNode.apply(  # type: ignore[no-untyped-call]
+            forward, sweep, keep, self.u0, t0, t1, saveat, *field.inputs
+        )
+        return found
+
+    def dense(
+        self,
+        record: Record,
+        times: list[float],
+        moving: Tensor | None,
+        interpolate: Callable[[list[float]], Tensor],
+    ) -> Tensor:
+        """Dense output as a node of its own, with a sweep of its own.
+
+        Args:
+            record: the steps, and where the times lie in them.
+            times: in the order of integration.
+            moving: the same as a tensor, where they receive gradients.
+            interpolate: dense output without gradients.
+        """
+        assert self._field is not None
+
+        def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
+            return record, [u0], interpolate(times)
+
+        options = dataclasses.replace(self.options, saveat=tuple(times), saveat_tensor=moving)
+        found = self.apply(forward, self._field, [], moving, options)
+        return found[0]
+
+    def _sweep(
+        self,
+        field: Field,
+        options: SolveOptions,
+        record: Record,
+        states: tuple[Tensor, ...],
+        arriving: Cotangents,
+        with_times: bool,
+    ) -> Gradients:
+        if not self.replayed:
+            assert self.solution is not None
+            return continuous_sweep(
+                field, self.plan, self.solution, options, record, arriving, with_times, self.stats
+            )
+        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        spec = self.problem.spec
+        if isinstance(field, CallbackField):
+            method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
+            return discrete_sweep(
+                field.linearizer, method, record, states, arriving, with_times, self.stats
+            )
+        tableau = plans.tableau(self.algorithm.tableau)
+        return replayed_sweep(field, tableau, record, states, arriving, with_times, self.stats)
+
+
+def field_of(problem: ODEProblem, u0: Tensor, gradients: bool) -> Field:
+    """The right-hand side of a problem as Julia evaluates it."""
+    return CallbackField(problem, u0, gradients)
+
+
+def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
+    """Run a checked problem; a failed solve is returned like any other.
+
+    Raises:
+        EngineUnavailable: Julia cannot be started, or lacks a package.
+        JuliaError: Julia raised.
+        KeyboardInterrupt: Ctrl-C stopped the solve.
+    """
+    assert isinstance(problem, ODEProblem)
+    runtime.start()
+    work = Work(problem, algorithm, options)
+    record, states, saved = work.node() if torch.is_grad_enabled() else work.plain()
+    check_finite(record, states, options.controller.adaptive)
+    stats, spec = work.stats, problem.spec
+    stats.naccept, stats.nreject = record.naccept, record.nreject
+    trajectory: Trajectory
+    if isinstance(algorithm, ExplicitRungeKutta):
+        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        trajectory = TorchTrajectory(problem, method, lambda: (record, states), stats, options)
+    else:
+        trajectory = SciMLTrajectory(problem, record, states, stats, options, work)
+    return build_solution(problem, algorithm, NAME, options, record, states, saved, stats, trajectory)

@@ -1,0 +1,166 @@
+"""Right-hand sides for Julia: any Python callable, by callback."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, to_real
+from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.problem import ODEProblem
+from pysciml_node.torch_engine.field import DifferentiableField, FlatField, Linearized
+
+
+class Field(Protocol):
+    """What a solve needs of a right-hand side.
+
+    Attributes:
+        handle: of the field in Julia.
+        calls_python: whether Julia calls back, and so needs Python's lock.
+        inputs: tensors that receive gradients.
+        host: whether its states are in the processor's memory, wherever `u0` is.
+    """
+
+    handle: Handle
+    calls_python: bool
+    inputs: list[Tensor]
+    host: bool
+
+    def parameters(self) -> Tensor:
+        """The flat vector of what the field depends on, in the state's real dtype."""
+
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        """A gradient of `parameters` as those of `inputs`."""
+
+
+def flat_parameters(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All tensors as one real vector."""
+    if not tensors:
+        return torch.empty(0, dtype=dtype, device=device)
+    return torch.cat([to_real(x.detach().reshape(-1)).to(device, dtype) for x in tensors])
+
+
+def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+    """The parts of a flat gradient, like the tensors."""
+    sizes = [x.numel() * (2 if x.is_complex() else 1) for x in tensors]
+    parts = torch.split(gradient, sizes)
+    return [
+        from_real(part.to(x.device, x.dtype.to_real()), x.dtype).reshape(x.shape)
+        for part, x in zip(parts, tensors, strict=True)
+    ]
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a function that does not keep its object alive.
+
+    Julia holds on to what it may call, and a field owns its handle in Julia: a cycle that neither
+    side's collector would see.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: float) -> Any:
+        bound = reference()
+        assert bound is not None
+        return bound(*arguments)
+
+    return call
+
+
+class CallbackField:
+    """A Python callable that Julia evaluates through memory that both sides see.
+
+    Args:
+        problem: gives the callable, the state's structure and `p`.
+        u0: flat initial state.
+        gradients: whether inputs are looked for, by one evaluation at the start.
+    """
+
+    calls_python = True
+    host = True
+
+    def __init__(self, problem: ODEProblem, u0: Tensor, gradients: bool) -> None:
+        self.problem = problem
+        spec = problem.spec
+        self._u0 = u0.detach()
+        self.field = self._differentiable.field if gradients else FlatField(problem)
+        self.inputs = self._differentiable.inputs if gradients else []
+        like = to_real(u0.detach()).cpu()
+        self._state, self._slope = torch.empty_like(like), torch.empty_like(like)
+        self._gradient = torch.zeros_like(self.parameters())
+        self._lines: dict[int, Linearized] = {}
+        self.handle = Handle(
+            runtime.call(
+                "make_python_field",
+                CODES[spec.real_dtype],
+                _weakly(self._evaluate),
+                _weakly(self._linearize),
+                _weakly(self._pull),
+                like.numel(),
+                pointer(self._state),
+                pointer(self._slope),
+                self._gradient.numel(),
+                pointer(self._gradient),
+            )
+        )
+
+    @cached_property
+    def _differentiable(self) -> DifferentiableField:
+        t0 = self.problem.time_tensor([self.problem.t0])[0]
+        return DifferentiableField(self.problem, t0, self._u0)
+
+    @property
+    def linearizer(self) -> DifferentiableField:
+        """The callable prepared for gradients, for the sweep of the torch engine."""
+        return self._differentiable
+
+    def parameters(self) -> Tensor:
+        """Their values are read by the callable itself; Julia needs the length."""
+        return flat_parameters(self.inputs, self.problem.spec.real_dtype, torch.device("cpu"))
+
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        """A gradient of `parameters` as those of `inputs`."""
+        return split_parameters(gradient, self.inputs)
+
+    def _time(self, t: float) -> Tensor:
+        return self.problem.time_tensor([t])[0]
+
+    def _current(self) -> Tensor:
+        # A copy: the callable may keep its argument, and this memory is used again.
+        spec = self.problem.spec
+        return from_real(self._state.clone(), spec.dtype).to(spec.device)
+
+    def _evaluate(self, t: float) -> None:
+        with torch.no_grad():
+            self._slope.copy_(to_real(self.field(self._time(t), self._current())))
+
+    def _linearize(self, t: float, slot: int) -> None:
+        line = self._differentiable.linearize(self._time(t), self._current(), time_gradient=True)
+        self._slope.copy_(to_real(line.value))
+        self._lines[slot] = line
+
+    def _pull(self, slot: int) -> float:
+        spec = self.problem.spec
+        cotangent = from_real(self._slope.clone(), spec.dtype).to(spec.device)
+        # Implicit methods ask for Jacobians without any input needing a gradient.
+        line = self._lines[slot]
+        state, time, inputs = line.vjp(cotangent, with_leaves=bool(self.inputs))
+        inputs = inputs if self.inputs else []
+        if state is None:
+            self._state.zero_()
+        else:
+            self._state.copy_(to_real(state))
+        parts = torch.split(
+            self._gradient, [x.numel() * (2 if x.is_complex() else 1) for x in self.inputs]
+        )
+        for part, found in zip(parts, inputs, strict=True):
+            if found is None:
+                part.zero_()
+            else:
+                part.copy_(to_real(found.reshape(-1)))
+        return 0.0 if time is None else float(time)

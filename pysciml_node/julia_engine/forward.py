@@ -1,0 +1,178 @@
+"""Runs a forward solve in Julia and brings back what the rest of the package works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.buffers import (
+    address,
+    device_code,
+    doubles,
+    from_real,
+    integers,
+    pointer,
+    to_real,
+)
+from pysciml_node.julia_engine.fields import Field
+from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import ODEProblem
+from pysciml_node.solution import ReturnCode
+from pysciml_node.torch_engine.record import Record
+
+_CODES = (
+    ReturnCode.Success,
+    ReturnCode.Terminated,
+    ReturnCode.MaxIters,
+    ReturnCode.DtLessThanMin,
+    ReturnCode.Unstable,
+    ReturnCode.ConvergenceFailure,
+)
+Observer = Callable[[float, float], bool]
+
+
+@dataclass
+class Forward:
+    """What a forward solve brings back.
+
+    Attributes:
+        record: the accepted steps.
+        states: the states at their ends, flat, `u0` first.
+        saved: the states at `saveat`, `(saved, N)`.
+        nfe: evaluations of the field.
+        solution: SciML's own solution, for its adjoints and dense output; where it was asked for.
+    """
+
+    record: Record
+    states: list[Tensor]
+    saved: Tensor
+    nfe: int
+    solution: Handle | None
+
+
+def run(
+    problem: ODEProblem,
+    options: SolveOptions,
+    plan: Handle,
+    field: Field,
+    u0: Tensor,
+    parameters: Tensor,
+    keep_solution: bool,
+    observer: Observer | None = None,
+) -> Forward:
+    """Solve forward.
+
+    Args:
+        problem: what to solve.
+        options: of the solve.
+        plan: the same for Julia.
+        field: its right-hand side.
+        u0: flat initial state `(N,)`.
+        parameters: the field's, flat.
+        keep_solution: whether SciML's solution is kept.
+        observer: called with the ends of each accepted step; ends the solve by returning `True`.
+    """
+    spec = problem.spec
+    device = torch.device("cpu") if field.host else spec.device
+    start = to_real(u0.detach()).to(device)
+    size, times = start.numel(), options.saveat or ()
+    saved = torch.empty((len(times), size), dtype=start.dtype, device=device)
+    marks = doubles((problem.t0, *options.tstops, problem.t1))
+    saveat, report = doubles(times), integers((0,) * 5)
+    mass = problem.mass_matrix
+    if mass is not None:
+        mass = mass.detach().to(device, start.dtype).contiguous()
+    handle = runtime.call_released(
+        "solve!",
+        field.handle.number,
+        plan.number,
+        device_code(device),
+        size,
+        pointer(start),
+        parameters.numel(),
+        pointer(parameters),
+        len(marks),
+        address(marks),
+        options.dt0 or 0.0,
+        len(times),
+        address(saveat),
+        pointer(saved),
+        pointer(mass),
+        keep_solution,
+        observer,
+        address(report),
+        wrap=Handle,
+        release=not field.calls_python and observer is None,
+    )
+    steps, count, nfe, rejected, code = report
+    ends, errors = doubles((0.0,) * (steps + 1)), doubles((0.0,) * steps)
+    rows = [torch.empty_like(start) for _ in range(steps + 1)]
+    addresses = integers([row.data_ptr() for row in rows])
+    runtime.call(
+        "fetch!",
+        handle.number,
+        device_code(device),
+        size,
+        address(ends),
+        address(errors),
+        address(addresses),
+    )
+    if not keep_solution:
+        handle.close()
+    record = _record(problem, options, list(ends), list(errors))
+    record.nreject, record.saved, record.retcode = rejected, count, _CODES[code]
+    states = [from_real(row.to(spec.device), spec.dtype) for row in rows]
+    states[0] = u0
+    return Forward(
+        record,
+        states,
+        from_real(saved[:count].to(spec.device), spec.dtype),
+        nfe,
+        handle if keep_solution else None,
+    )
+
+
+def _record(
+    problem: ODEProblem, options: SolveOptions, times: list[float], errors: list[float]
+) -> Record:
+    """The steps, and where the stops and the saved times lie in them."""
+    marks = (problem.t0, *options.tstops, problem.t1)
+    stops = {t: i for i, t in enumerate(marks[1:])}
+    record = Record(times=times, t1_stop=len(options.tstops), marks=marks)
+    record.sizes = [after - before for before, after in zip(times, times[1:], strict=False)]
+    record.errors = errors
+    record.stops = [stops.get(t) for t in times[1:]]
+    record.naccept = len(record.sizes)
+    place(record, options.saveat or (), options.saveat_tensor is not None, problem)
+    return record
+
+
+def place(record: Record, saveat: Sequence[float], moving: bool, problem: ODEProblem) -> None:
+    """Note in which steps the saved times lie.
+
+    Args:
+        record: the steps; changed in place.
+        saveat: the times, in the order of integration.
+        moving: whether they receive gradients; such a time lies in the step that ends on it, since
+            it moves along the dense output. The end of the interval has a gradient of its own.
+        problem: for the interval.
+    """
+    sign, step = problem.direction, 0
+    for i, t in enumerate(saveat):
+        while step < len(record.sizes) and sign * record.times[step + 1] < sign * t:
+            step += 1
+        if t == record.times[0]:
+            record.at_end.setdefault(0, []).append(i)
+        elif step == len(record.sizes):
+            return
+        elif t == record.times[step + 1] and not (moving and t != problem.t1):
+            record.at_end.setdefault(step + 1, []).append(i)
+        else:
+            indices, thetas = record.inside.setdefault(step, ([], []))
+            indices.append(i)
+            thetas.append((t - record.times[step]) / record.sizes[step])

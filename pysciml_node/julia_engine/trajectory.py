@@ -1,0 +1,149 @@
+"""Dense output of solves whose steps only SciML can interpolate."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms import ExplicitRungeKutta
+from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.buffers import address, doubles, from_real, pointer
+from pysciml_node.julia_engine.forward import place
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import ODEProblem
+from pysciml_node.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.stages import Method
+from pysciml_node.torch_engine.trajectory import TorchTrajectory
+
+if TYPE_CHECKING:
+    from pysciml_node.julia_engine.engine import Work
+
+
+@dataclass
+class SciMLTrajectory:
+    """The accepted steps of a solve, with SciML's own interpolation.
+
+    Gradients of dense output are taken by the solve's adjoint, in a sweep of their own.
+    """
+
+    problem: ODEProblem
+    record: Record
+    flat_states: list[Tensor]
+    stats: Stats
+    options: SolveOptions
+    work: Work
+
+    @property
+    def times(self) -> list[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return self.record.times
+
+    @property
+    def errors(self) -> list[float]:
+        """Scaled error estimates of the accepted steps."""
+        return self.record.errors
+
+    def states(self) -> Tensor:
+        """The states at `times`, `(n + 1, N)`."""
+        return torch.stack(self.flat_states)
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output `(m, N)` at `times` `(m,)`."""
+        host = times.detach().double().tolist()
+        if not torch.is_grad_enabled():
+            return self._interpolate(host)
+        order = sorted(range(len(host)), key=lambda i: host[i] * self.problem.direction)
+        ordered = [host[i] for i in order]
+        moving = times[order] if times.requires_grad else None
+        record = dataclasses.replace(self.record, inside={}, at_end={}, saved=len(host))
+        place(record, ordered, moving is not None, self.problem)
+        rows = self.work.dense(record, ordered, moving, self._interpolate)
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        return rows[back]
+
+    def _interpolate(self, times: list[float]) -> Tensor:
+        spec = self.problem.spec
+        assert self.work.solution is not None
+        size = sum(spec.sizes) * (2 if spec.dtype.is_complex else 1)
+        out = torch.empty((len(times), size), dtype=spec.real_dtype)
+        numbers = doubles(times)
+        runtime.call(
+            "interpolate!",
+            self.work.solution.number,
+            size,
+            len(times),
+            address(numbers),
+            pointer(out),
+        )
+        return from_real(out, spec.dtype).to(spec.device)
+
+    def stiffness(self) -> Tensor:
+        """NaN for each step: these methods have no such estimate."""
+        like = self.flat_states[0].detach().abs()
+        return like.new_full((len(self.record.sizes),), float("nan"))
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
+        """One step of an explicit pair from the solution at `t`.
+
+        Raises:
+            TypeError: the algorithm is none.
+        """
+        if not isinstance(algorithm, ExplicitRungeKutta):
+            raise TypeError(
+                f"a local step needs an explicit Runge-Kutta pair, not {algorithm!r}.\n"
+                "  Name one: LocalError(..., algorithm=Tsit5())."
+            )
+        spec = self.problem.spec
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+            u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
+        # From here on it is a step like any other: the solve that starts at `t`.
+        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        start = Record(times=[t, self.problem.t1], sizes=[self.problem.t1 - t])
+        states = [u, self.flat_states[-1]]
+        local = TorchTrajectory(
+            self.problem, method, lambda: (start, states), self.stats, self.options
+        )
+        return local.estimate(t, algorithm, stop_gradient, dt)
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Not for these methods.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.work.algorithm!r} has no embedded explicit pair whose estimates could be "
+            "differentiated.\n  Use LocalError with algorithm=Tsit5()."
+        )
+
+    def restrict(self, problem: ODEProblem) -> SciMLTrajectory:
+        """The same trajectory for the leading part of its state."""
+        return _Restricted(
+            problem, self.record, self.flat_states, self.stats, self.options, self.work, self
+        )
+
+
+@dataclass
+class _Restricted(SciMLTrajectory):
+    """Of a larger trajectory the leading part of the state."""
+
+    whole: SciMLTrajectory
+
+    @property
+    def _size(self) -> int:
+        return sum(self.problem.spec.sizes)
+
+    def states(self) -> Tensor:
+        """The states at `times`, `(n + 1, N)`."""
+        return self.whole.states()[:, : self._size]
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output `(m, N)` at `times` `(m,)`."""
+        return self.whole.evaluate(times)[:, : self._size]

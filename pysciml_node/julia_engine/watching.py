@@ -1,0 +1,115 @@
+"""What looks at each accepted step of a solve in Julia: events and the progress bar."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pysciml_node.controllers import FixedStep
+from pysciml_node.events import Event
+from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.buffers import from_real, pointer
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import ODEProblem
+from pysciml_node.progress import step_listener
+from pysciml_node.torch_engine.event_search import condition_value, locate_crossing
+
+
+@dataclass
+class _Shown:
+    """A step as the progress bar wants it."""
+
+    end: float
+    h: float
+
+
+class Watcher:
+    """Looks at accepted steps; ends the solve at the first event.
+
+    Attributes:
+        event: index of the event that was found, or `None`.
+        t: its time.
+    """
+
+    def __init__(self, problem: ODEProblem, options: SolveOptions) -> None:
+        self.problem, self.events = problem, options.events
+        self.progress = options.progress
+        self.event: int | None = None
+        self.t = problem.t0
+        self._stack = ExitStack()
+        start = problem.spec.flatten(problem.u0).detach()
+        self._before = [condition_value(e, problem, problem.t0, start) for e in self.events]
+
+    def __enter__(self) -> Self:
+        self._show = self._stack.enter_context(step_listener(self.progress, self.problem))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self.events) or self.progress
+
+    def __call__(self, t: float, end: float) -> bool:
+        """Look at the step from `t` to `end`; whether the solve ends in it."""
+        if self._show is not None:
+            self._show(_Shown(end, end - t))
+        if not self.events:
+            return False
+        after = [self._value(event, end) for event in self.events]
+        crossing = [
+            i for i, event in enumerate(self.events) if event.crosses(self._before[i], after[i])
+        ]
+        if not crossing:
+            self._before = after
+            return False
+        theta, self.event = min((self._locate(i, t, end), i) for i in crossing)
+        self.t = t + theta * (end - t)
+        return True
+
+    def _state(self, t: float) -> Tensor:
+        """Dense output inside the step that Julia has just taken."""
+        spec = self.problem.spec
+        size = sum(spec.sizes) * (2 if spec.dtype.is_complex else 1)
+        out = torch.empty(size, dtype=spec.real_dtype)
+        runtime.call("look!", t, pointer(out), size)
+        return from_real(out, spec.dtype).to(spec.device)
+
+    def _value(self, event: Event, t: float) -> float:
+        return condition_value(event, self.problem, t, self._state(t))
+
+    def _locate(self, i: int, t: float, end: float) -> float:
+        event = self.events[i]
+        return locate_crossing(
+            lambda theta: self._value(event, t + theta * (end - t)),
+            event,
+            self._before[i],
+            self.problem,
+        )
+
+
+def last_step(options: SolveOptions, h: float, saveat: tuple[float, ...]) -> SolveOptions:
+    """Options of the single step of size `h` that ends at an event."""
+    return dataclasses.replace(
+        options,
+        saveat=saveat,
+        saveat_tensor=None,
+        tstops=(),
+        events=(),
+        progress=False,
+        controller=FixedStep(),
+        dt0=abs(h),
+    )
