@@ -181,12 +181,20 @@ CNF_DIGITS = replace(
         time="concat",
         architecture="flat",
         levels=17,
+        alpha=1e-5,
         step_size="solver",
         stop_gradient=False,
         taylor_order=2,
         evaluate_every=50,
     ),
-    reduced=Budget(),
+    # Data as small as these are fitted within minutes, by weights that are larger accordingly.
+    weights={
+        **IMAGE_WEIGHTS,
+        "kinetic": (0.1, 0.1),
+        "jacobian": (0.1, 0.1),
+        "rnode": (0.1, 0.1),
+    },
+    reduced=Budget({"steps": 200, "evaluate_every": 40}),
     quick=Budget(
         {"steps": 4, "batch_size": 64, "hidden": 8, "tolerance": 1e-2, "evaluate_every": 2}
     ),

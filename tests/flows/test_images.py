@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.data import digits
 from pysciml_node.flows import (
     CNF,
     Chain,
@@ -114,6 +115,20 @@ def test_penalties_of_the_pieces_add_up() -> None:
     assert density.nfe == sum(piece.nfe for piece in pieces)
     torch.testing.assert_close(density.penalty, sum(piece.penalty for piece in pieces))
     assert flow.eval()(x).penalty.item() == 0
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
+def test_digits_come_back_to_tolerance(tolerance: float) -> None:
+    """Pixels, 64 dimensions: the round trip is off by a small multiple of the tolerance."""
+    pixels = (digits(dtype=torch.float64).test.x[:20] * 16).round().flatten(1)
+    x = dequantize(pixels, 17, generator=generator())
+    curved = TimedField.mlp(64, (32,), start_at_rest=False, generator=generator()).double()
+    cnf = CNF(curved, exact=False, generator=generator(), rtol=tolerance, atol=tolerance)
+    flow = Chain([Logit(1e-3), cnf], event_shape=64)
+    there = flow.transform(x)
+    torch.testing.assert_close(flow.decode(there.u), x, rtol=0, atol=20 * tolerance)
+    u = flow.transforms[0].transform(x).u
+    torch.testing.assert_close(cnf.decode(there.u), u, rtol=20 * tolerance, atol=20 * tolerance)
 
 
 def test_schedules_of_shared_regularizers_are_stepped_once() -> None:
