@@ -28,6 +28,7 @@ from pysciml_node.julia_engine.program_builder import (
     UnsupportedModule,
     View,
 )
+from pysciml_node.julia_engine.program_check import check_program
 from pysciml_node.julia_engine.program_layers import HANDLERS
 from pysciml_node.state import StateSpec
 
@@ -94,8 +95,8 @@ def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
         The program, and the tensors that it depends on.
 
     Raises:
-        UnsupportedModule: an operation that programs do not have, or control flow that depends on
-            the numbers.
+        UnsupportedModule: an operation that programs do not have, control flow that depends on the
+            numbers, or a derivative that is not that of the operations.
 
     Example:
         >>> import torch
@@ -126,7 +127,9 @@ def _translate(module: nn.Module, spec: StateSpec) -> _Translation:
     exported = _export(module, spec)
     walk = _Walk(module, spec, exported)
     program = walk.run()
-    return _Translation(program, program.to_json(), tuple(walk.builder.tensors))
+    translation = _Translation(program, program.to_json(), tuple(walk.builder.tensors))
+    check_program(module, spec, program, translation.of(module).parameters)
+    return translation
 
 
 def _export(module: nn.Module, spec: StateSpec) -> ExportedProgram:
