@@ -194,7 +194,7 @@ class _PIDSizes(StepSizes):
 class AlgorithmController(Controller):
     """The control that an algorithm of the Julia engine brings itself; the default of these."""
 
-    def start(self, error_order: int) -> StepSizes:
+    def start(self, error_order: float) -> StepSizes:
         """Begin a solve; not for the torch engine, whose algorithms have none of their own."""
         raise ValueError("AlgorithmController belongs to algorithms of the Julia engine only.")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.events import Event
+from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Solution
 from pysciml_node.torch_engine.autograd import first_derivative
 from pysciml_node.torch_engine.field import FlatField
@@ -44,6 +45,7 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
         tstops: times the solver had to step to.
     """
     problem = solution.problem
+    assert isinstance(problem, ODEProblem)
     spec = problem.spec
     t = problem.time_tensor([solution.trajectory.times[-1]])[0]
     if not torch.is_grad_enabled():

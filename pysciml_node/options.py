@@ -35,6 +35,7 @@ class SolveOptions:
         progress: show a progress bar.
         throw: raise on failure.
         compile: compile the solve.
+        seed: of the Brownian motions; `None` for ordinary equations.
     """
 
     rtol: float | Tensor
@@ -53,3 +54,4 @@ class SolveOptions:
     progress: bool
     throw: bool
     compile: bool
+    seed: int | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problem import Problem
 
 
 class ProgressLine:
@@ -31,7 +31,7 @@ class ProgressLine:
 
 
 @contextmanager
-def step_listener(enabled: bool, problem: ODEProblem) -> Iterator[Callable[[Any], None] | None]:
+def step_listener(enabled: bool, problem: Problem) -> Iterator[Callable[[Any], None] | None]:
     """A listener for accepted steps that draws a solve's progress; `None` where not wanted."""
     if not enabled:
         yield None

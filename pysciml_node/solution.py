@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pysciml_node.algorithms import Algorithm
-    from pysciml_node.problem import ODEProblem
+    from pysciml_node.problem import Problem
 
 
 StopGradient = bool | Literal["state"]
@@ -28,6 +28,7 @@ class ReturnCode(enum.Enum):
     MaxIters = "ran into max_steps"
     DtLessThanMin = "the step size fell below dtmin"
     Unstable = "the field or the state became NaN or infinite"
+    ConvergenceFailure = "the iterations of an implicit step did not converge"
 
     @property
     def successful(self) -> bool:
@@ -40,7 +41,7 @@ class Stats:
     """What a solve cost. The backward fields are filled when gradients have been taken.
 
     Attributes:
-        nfe: evaluations of the vector field.
+        nfe: evaluations of the vector field (of a stochastic equation: of the drift).
         naccept: accepted steps.
         nreject: rejected steps.
         nfe_backward: evaluations during the backward sweep (each followed by one
@@ -48,6 +49,7 @@ class Stats:
         nvjp: vector-Jacobian products of the field.
         naccept_backward: accepted (or replayed) steps of the backward sweep.
         nreject_backward: rejected steps of the backward sweep.
+        nfe_diffusion: evaluations of the diffusion of a stochastic equation.
     """
 
     nfe: int = 0
@@ -57,6 +59,7 @@ class Stats:
     nvjp: int = 0
     naccept_backward: int = 0
     nreject_backward: int = 0
+    nfe_diffusion: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Trajectory(Protocol):
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable."""
 
-    def restrict(self, problem: ODEProblem) -> Trajectory:
+    def restrict(self, problem: Problem) -> Trajectory:
         """The same trajectory for the leading part of its state."""
 
 
@@ -129,7 +132,7 @@ class Solution:
     recomputes the stages of the steps that are asked for.
     """
 
-    problem: ODEProblem
+    problem: Problem
     algorithm: Algorithm
     engine: str
     retcode: ReturnCode
@@ -175,6 +178,26 @@ class Solution:
         Multiply by `|dt|` and compare with the method's `stability_radius`.
         """
         return self.trajectory.stiffness()
+
+    def brownian(self, start: float, end: float) -> Any:
+        """Increment `W(end) - W(start)` of the Brownian motions that drove a stochastic solve.
+
+        In the state's structure for diagonal noise (and additive noise of that structure), `(B,)`
+        for scalar, `(B, m)` for other noise, without `B` for a single system.
+
+        Raises:
+            TypeError: the equation is not stochastic.
+            ValueError: times outside the interval, or out of order.
+        """
+        found = getattr(self.trajectory, "brownian", None)
+        if found is None:
+            raise TypeError("there is no Brownian motion in the solution of an ODEProblem.")
+        if not self.problem.t0 <= start <= end <= self.problem.t1:
+            raise ValueError(
+                f"start and end must be in order and inside ({self.problem.t0}, "
+                f"{self.problem.t1}), but are {start} and {end}."
+            )
+        return found(start, end)
 
     def local_estimate(
         self,

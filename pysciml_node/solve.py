@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysciml_node import engines
-from pysciml_node.adjoints import Adjoint, DiscreteAdjoint
-from pysciml_node.algorithms import Algorithm, Tsit5
+from pysciml_node.adjoints import Adjoint, BacksolveAdjoint
+from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta, Tsit5
 from pysciml_node.controllers import Controller, FixedStep
 from pysciml_node.diagnosis import failure_message
 from pysciml_node.errors import SolverFailure
 from pysciml_node.events import Event
 from pysciml_node.implicit_event import differentiable_event
 from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problem import ODEProblem, Problem
+from pysciml_node.sde_algorithms import StochasticRungeKutta, default_algorithm
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Solution
 
 
 def solve(
-    problem: ODEProblem,
+    problem: Problem,
     algorithm: Algorithm | None = None,
     *,
-    rtol: Any = 1e-6,
-    atol: Any = 1e-6,
+    rtol: Any = None,
+    atol: Any = None,
     saveat: Sequence[float] | Tensor | None = None,
     engine: str | None = None,
     adjoint: Adjoint | None = None,
@@ -41,14 +45,17 @@ def solve(
     progress: bool = False,
     throw: bool = True,
     compile: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Solution:
     """Solve an initial value problem.
 
     Args:
-        problem: what to solve.
-        algorithm: how; default `Tsit5()`.
+        problem: what to solve: an `ODEProblem` or an `SDEProblem`.
+        algorithm: how; default `Tsit5()`, and for an `SDEProblem` what its noise asks for:
+            `SOSRI()`, `SOSRA()`, `EM()`, or `EulerHeun()` for Stratonovich equations.
         rtol: relative tolerance on the root-mean-square of the local error; a number, a tensor that
-            broadcasts to `u0`, or a tuple or dict of these like `u0`.
+            broadcasts to `u0`, or a tuple or dict of these like `u0`. Default 1e-6, and 1e-2 for an
+            `SDEProblem`.
         atol: absolute tolerance, likewise; parts and entries of `inf` never drive the step size.
         saveat: times of the output, in the order of integration, inside `tspan`; a tensor that
             requires gradients receives them. Without it: the ends of the accepted steps.
@@ -67,6 +74,9 @@ def solve(
             with the reason in `retcode`.
         compile: run the solve and its discrete adjoint as compiled loops (see the docs, "Compiled
             solves"); without a C++ compiler it says so once and goes on uncompiled.
+        generator: draws the seed of an `SDEProblem`'s Brownian motions, one number a solve; default
+            torch's own. The seed and the interval give the path, whatever the algorithm, the
+            tolerances and the steps are.
 
     Returns:
         The solution; time comes first in its states, `(T, *u0.shape)`.
@@ -82,13 +92,16 @@ def solve(
         >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)
         0.367879
     """
-    if not isinstance(problem, ODEProblem):
+    if not isinstance(problem, ODEProblem | SDEProblem):
         raise TypeError(
-            f"solve takes an ODEProblem, but was given {type(problem).__name__}.\n"
+            f"solve takes an ODEProblem or SDEProblem, but was given {type(problem).__name__}.\n"
             "  Make one: ODEProblem(f, u0, (t0, t1))."
         )
-    algorithm = _instance("algorithm", algorithm, Algorithm, Tsit5)
-    adjoint = _instance("adjoint", adjoint, Adjoint, DiscreteAdjoint)
+    stochastic = isinstance(problem, SDEProblem)
+    default = partial(default_algorithm, problem) if isinstance(problem, SDEProblem) else Tsit5
+    algorithm = _instance("algorithm", algorithm, Algorithm, default)
+    _check_kind(problem, algorithm)
+    adjoint = _instance("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
     controller = _instance("controller", controller, Controller, algorithm.default_controller)
     events = _check_events(events)
     length = abs(problem.t1 - problem.t0)
@@ -97,8 +110,9 @@ def solve(
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
     times, time_tensor = _check_saveat(saveat, problem)
-    relative, _ = _check_tolerance("rtol", rtol, problem)
-    absolute, driven = _check_tolerance("atol", atol, problem)
+    usual = 1e-2 if stochastic else 1e-6
+    relative, _ = _check_tolerance("rtol", usual if rtol is None else rtol, problem)
+    absolute, driven = _check_tolerance("atol", usual if atol is None else atol, problem)
     if isinstance(relative, Tensor) and driven < relative.numel():
         relative = relative[:driven]
     options = SolveOptions(
@@ -119,10 +133,16 @@ def solve(
         throw=throw,
         compile=compile,
     )
+    if isinstance(problem, SDEProblem):
+        options = _for_noise(problem, options, generator)
+    elif generator is not None:
+        raise ValueError(
+            "generator draws Brownian motions, and an ODEProblem has none.\n  Leave it out."
+        )
     if options.dtmin > options.dtmax:
         raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
     _check_both_zero(options)
-    chosen = engines.choose(engine, algorithm, adjoint)
+    chosen = engines.choose(engine, problem, algorithm, options)
     solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
         differentiable_event(solution, events[solution.event], options.tstops)
@@ -144,6 +164,59 @@ def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
     return value
 
 
+def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
+    """Ordinary methods for ordinary equations, stochastic ones for stochastic ones."""
+    if isinstance(problem, SDEProblem) and isinstance(algorithm, StochasticRungeKutta):
+        algorithm.check(problem)
+    elif isinstance(problem, SDEProblem) and isinstance(algorithm, ExplicitRungeKutta):
+        raise ValueError(
+            f"{algorithm!r} is for ordinary equations, but the problem is an SDEProblem.\n"
+            f"  Use {default_algorithm(problem)!r}."
+        )
+    elif isinstance(algorithm, StochasticRungeKutta) and not isinstance(problem, SDEProblem):
+        raise ValueError(
+            f"{algorithm!r} is for stochastic equations, but the problem is an ODEProblem.\n"
+            "  Use Tsit5(), or make an SDEProblem(drift, diffusion, u0, tspan)."
+        )
+
+
+def _for_noise(
+    problem: SDEProblem, options: SolveOptions, generator: torch.Generator | None
+) -> SolveOptions:
+    """The options of a stochastic solve: with a seed, and without what does not fit."""
+    if options.events:
+        raise ValueError(
+            "events are not found in stochastic solutions, which cross zero infinitely often.\n"
+            "  Look for the crossing in solution.u, or in solution(t)."
+        )
+    if options.compile:
+        raise ValueError("compile=True is for ODEProblems.\n  Leave it out.")
+    if options.saveat_tensor is not None:
+        raise ValueError(
+            "saveat of an SDEProblem must not require gradients: Brownian motion has no "
+            "derivative in time.\n  Detach it: saveat.detach()."
+        )
+    adjoint = options.adjoint
+    if isinstance(adjoint, BacksolveAdjoint):
+        if problem.interpretation == "ito" and problem.noise != "additive":
+            raise ValueError(
+                "BacksolveAdjoint goes backward in time, which only Stratonovich equations allow, "
+                'but the problem\'s interpretation is "ito".\n'
+                "  Use adjoint=DiscreteAdjoint(), or convert the drift (subtract (1/2) (dg/du) g)."
+            )
+    elif not adjoint.discrete:
+        raise ValueError(
+            f"{type(adjoint).__name__} is for ODEProblems.\n"
+            "  Use DiscreteAdjoint(), DirectAdjoint(), or BacksolveAdjoint() for Stratonovich "
+            "equations."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, but is {generator!r}.")
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    return dataclasses.replace(options, seed=int(drawn))
+
+
 def _positive(name: str, value: float, allow_inf: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         raise TypeError(f"{name} must be a number, but is {type(value).__name__}.")
@@ -156,7 +229,7 @@ def _positive(name: str, value: float, allow_inf: bool = False) -> float:
     return number
 
 
-def _check_tolerance(name: str, value: Any, problem: ODEProblem) -> tuple[float | Tensor, int]:
+def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | Tensor, int]:
     """A tolerance as a number or flat tensor, and how many leading entries of the state it counts.
 
     The entries of a state behind the last finite absolute tolerance need not be looked at at all.
@@ -188,7 +261,7 @@ def _check_tolerance(name: str, value: Any, problem: ODEProblem) -> tuple[float 
     return torch.cat([part.to(spec.device, spec.real_dtype) for part in flat]), sum(spec.sizes)
 
 
-def _check_part(name: str, value: Any, problem: ODEProblem, shape: torch.Size) -> float | Tensor:
+def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> float | Tensor:
     """One tolerance of one part of the state."""
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number or a tensor, but is {value!r}.")
@@ -230,7 +303,7 @@ def _numbers(name: str, values: Sequence[float] | Tensor) -> list[float]:
 
 
 def _check_saveat(
-    saveat: Sequence[float] | Tensor | None, problem: ODEProblem
+    saveat: Sequence[float] | Tensor | None, problem: Problem
 ) -> tuple[tuple[float, ...] | None, Tensor | None]:
     if saveat is None:
         return None, None
@@ -259,7 +332,7 @@ def _check_saveat(
     return tuple(times), tensor
 
 
-def _check_tstops(tstops: Sequence[float] | Tensor, problem: ODEProblem) -> tuple[float, ...]:
+def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[float, ...]:
     times = _numbers("tstops", tstops)
     low, high = sorted((problem.t0, problem.t1))
     for i, t in enumerate(times):

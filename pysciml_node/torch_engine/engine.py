@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint, _ContinuousAdjoint
+from pysciml_node.adjoints import (
+    DirectAdjoint,
+    DiscreteAdjoint,
+    ForwardDiffSensitivity,
+    QuadratureAdjoint,
+    _ContinuousAdjoint,
+)
 from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problem import ODEProblem, Problem
 from pysciml_node.progress import step_listener
-from pysciml_node.solution import ReturnCode, Solution, Stats
+from pysciml_node.sde_algorithms import StochasticRungeKutta
+from pysciml_node.sde_problem import SDEProblem
+from pysciml_node.solution import Solution, Stats
 from pysciml_node.torch_engine.adjoint_continuous import backward_controller, continuous_sweep
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.compiled_engine import can_compile, solve_compiled
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.field import DifferentiableField, FlatField
+from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.norms import Tolerance
-from pysciml_node.torch_engine.record import Record, follow
+from pysciml_node.torch_engine.record import Record, check_finite, follow
+from pysciml_node.torch_engine.sde.engine import solve_sde
 from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
@@ -32,7 +41,27 @@ NAME = "torch"
 
 def supports(algorithm: Algorithm) -> bool:
     """Whether this engine has the algorithm."""
-    return isinstance(algorithm, ExplicitRungeKutta)
+    return isinstance(algorithm, ExplicitRungeKutta | StochasticRungeKutta)
+
+
+def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
+    """Why this engine cannot run a solve as asked, with the remedy; `None` when it can."""
+    if not supports(algorithm):
+        return (
+            f"{algorithm!r} is not an algorithm of the torch engine.\n"
+            '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
+        )
+    if isinstance(problem, ODEProblem) and problem.mass_matrix is not None:
+        return (
+            "mass matrices need an implicit method of the Julia engine.\n"
+            '  Use Rodas5P() with engine="julia" or "auto".'
+        )
+    if isinstance(options.adjoint, QuadratureAdjoint | ForwardDiffSensitivity):
+        return (
+            f"{type(options.adjoint).__name__} is an adjoint of the Julia engine.\n"
+            '  Use engine="julia", or adjoint=DiscreteAdjoint().'
+        )
+    return None
 
 
 class _Solve:
@@ -166,8 +195,12 @@ def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in times)
 
 
-def solve(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Solution:
+def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
     """Run a checked problem; a failed solve is returned like any other."""
+    if isinstance(problem, SDEProblem):
+        assert isinstance(algorithm, StochasticRungeKutta)
+        return solve_sde(problem, algorithm, options, NAME)
+    assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, ExplicitRungeKutta)
     if options.compile and can_compile():
         return solve_compiled(problem, algorithm, options, NAME)
@@ -178,60 +211,11 @@ def solve(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> S
         record, states, saved = work.direct()
     else:
         record, states, saved = work.node()
-    return _solution(work, algorithm, record, states, saved)
-
-
-def _solution(
-    work: _Solve,
-    algorithm: ExplicitRungeKutta,
-    record: Record,
-    states: list[Tensor],
-    saved: Tensor,
-) -> Solution:
-    problem, options, spec = work.problem, work.options, work.problem.spec
-    stats = work.stats
-    _check_finite(record, states, options)
-    stats.naccept, stats.nreject = record.naccept, record.nreject
-    trajectory = TorchTrajectory(problem, work.method, lambda: (record, states), stats, options)
-    if options.saveat is None:
-        t = problem.time_tensor(record.times)
-    elif options.saveat_tensor is not None:
-        t = options.saveat_tensor[: record.saved].to(work.method.nodes)
-    else:
-        t = problem.time_tensor(list(options.saveat[: record.saved]))
-    return Solution(
-        problem=problem,
-        algorithm=algorithm,
-        engine=NAME,
-        retcode=record.retcode,
-        stats=stats,
-        t=t,
-        u1=spec.unflatten(states[-1]),
-        trajectory=trajectory,
-        make_states=_make_states(
-            spec.unflatten, trajectory, None if options.saveat is None else saved[: record.saved]
-        ),
-        event=record.event,
+    check_finite(record, states, options.controller.adaptive)
+    work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
+    trajectory = TorchTrajectory(
+        problem, work.method, lambda: (record, states), work.stats, options
     )
-
-
-def _make_states(
-    unflatten: Callable[[Tensor], object], trajectory: TorchTrajectory, saved: Tensor | None
-) -> Callable[[], object]:
-    # Stacking the steps' states copies them: only when somebody looks.
-    return lambda: unflatten(trajectory.states() if saved is None else saved)
-
-
-def _check_finite(record: Record, states: list[Tensor], options: SolveOptions) -> None:
-    """Fixed steps see no error estimate: look once, at the end, for what has gone wrong."""
-    if options.controller.adaptive or not record.retcode.successful:
-        return
-    if math.isfinite(float(states[-1].detach().abs().sum())):
-        return
-    # u0 stays, whatever it is.
-    good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
-    if good is None:
-        return
-    record.retcode = ReturnCode.Unstable
-    record.truncate(good)
-    del states[good:]
+    return build_solution(
+        problem, algorithm, NAME, options, record, states, saved, work.stats, trajectory
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.problem import ODEProblem
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.state import StateSpec, map_tensors, tensors_of
 
 
@@ -17,11 +18,11 @@ class FlatField:
     """`f` on flat states `(N,)`, with its evaluations counted and its output checked.
 
     Args:
-        problem: gives `f`, the state's structure and `p`.
+        problem: gives `f` (the drift of a stochastic one), the state's structure and `p`.
         p: replaces the problem's `p` (a detached copy during a backward sweep).
     """
 
-    def __init__(self, problem: ODEProblem, p: Any = None) -> None:
+    def __init__(self, problem: ODEProblem | SDEProblem, p: Any = None) -> None:
         self.f = problem.f
         self.spec: StateSpec = problem.spec
         self.p = problem.p if p is None else p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -154,7 +155,25 @@ def follow(
     record.naccept, record.nreject = march.naccept, march.nreject
     record.retcode = march.retcode
     if march.last is not None and not march.retcode.successful:
-        # Detached: a record must not hold on to the graph that it is part of.
-        last = march.last
-        record.last = replace(last, u=last.u.detach(), u1=last.u1.detach())
+        record.last = detached(march.last)
     return record, states, saver.result(march.u)
+
+
+def detached(attempt: Attempt) -> Attempt:
+    """An attempt for a record, which must not hold on to the graph that it is part of."""
+    return replace(attempt, u=attempt.u.detach(), u1=attempt.u1.detach())
+
+
+def check_finite(record: Record, states: list[Tensor], adaptive: bool) -> None:
+    """Fixed steps see no error estimate: look once, at the end, for what has gone wrong."""
+    if adaptive or not record.retcode.successful:
+        return
+    if math.isfinite(float(states[-1].detach().abs().sum())):
+        return
+    # u0 stays, whatever it is.
+    good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
+    if good is None:
+        return
+    record.retcode = ReturnCode.Unstable
+    record.truncate(good)
+    del states[good:]

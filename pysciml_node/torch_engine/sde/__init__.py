@@ -1,0 +1,1 @@
+"""Stochastic equations: the parts of the torch engine that solve them."""

@@ -1,0 +1,161 @@
+"""Gradients of stochastic solves: the accepted steps replayed backward on the same path.
+
+`discrete_sweep` differentiates each step again, one at a time. `backsolve_sweep` solves the
+continuous adjoint equation of a Stratonovich equation backward,
+
+    d lambda = -(df/du)^T lambda dt - (dg/du)^T lambda o dW,
+
+beside the state, by the Euler-Heun scheme on the steps of the forward solve.
+
+Reference: X. Li, T.-K. L. Wong, R. T. Q. Chen, D. Duvenaud, Scalable gradients for stochastic
+differential equations, arXiv 2001.01328.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pysciml_node.solution import Stats
+from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, arriving_at
+from pysciml_node.torch_engine.field import Accumulator
+from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.sde.brownian import BrownianPath, Increment
+from pysciml_node.torch_engine.sde.fields import DifferentiableFields
+from pysciml_node.torch_engine.sde.step import Stepper
+
+
+def saved_inside(
+    record: Record, n: int, saved: Tensor | None
+) -> Iterator[tuple[int, float, Tensor]]:
+    """The saved times inside step `n`: their indices, the times, and their cotangents."""
+    indices, times = record.inside.get(n, ([], []))
+    if saved is not None:
+        for i, t in zip(indices, times, strict=True):
+            yield i, t, saved[i]
+
+
+def discrete_sweep(
+    prepared: DifferentiableFields,
+    stepper: Stepper,
+    path: BrownianPath,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    stats: Stats,
+) -> Gradients:
+    """Pull all cotangents of a solve back to its inputs, through its steps.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+        path: the Brownian motions of the forward solve.
+        record: its accepted steps; `inside` holds times.
+        states: the vectors at `record.times`.
+        arriving: cotangents of the saved and of the step states.
+        stats: its backward fields are filled.
+    """
+    fields = prepared.fields
+    before = fields.nfe
+    sums = Accumulator(prepared.leaves)
+    cotangent = torch.zeros_like(states[0])
+
+    def pull(n: int, motion: Increment, upon: Tensor) -> Tensor:
+        """The cotangent of the start of step `n`, from that of a step from there."""
+        with torch.enable_grad():
+            start = states[n].detach().requires_grad_()
+            end, _ = stepper.take(record.times[n], start, motion)
+        prepared.expect_known(end, start)
+        wanted = [start, *prepared.leaves]
+        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
+        )
+        sums.add(found[1:])
+        return torch.zeros_like(start) if found[0] is None else found[0]
+
+    live = False
+    for n in reversed(range(len(record.sizes))):
+        for extra in arriving_at(n + 1, record, arriving):
+            cotangent, live = cotangent + extra, True
+        t, total = record.times[n], None
+        if live:
+            total = pull(n, path.increment(t, record.times[n + 1]), cotangent)
+        for _, at, upon in saved_inside(record, n, arriving.saved):
+            part = pull(n, path.increment(t, at), upon)
+            total, live = part if total is None else total + part, True
+        if total is not None:
+            cotangent = total
+            stats.naccept_backward += 1
+    for extra in arriving_at(0, record, arriving):
+        cotangent = cotangent + extra
+    stats.nfe_backward += fields.nfe - before
+    stats.nvjp += fields.nfe - before
+    return Gradients(cotangent, None, None, None, sums.sums)
+
+
+def backsolve_sweep(
+    prepared: DifferentiableFields,
+    stepper: Stepper,
+    path: BrownianPath,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    stats: Stats,
+) -> Gradients:
+    """Pull all cotangents back by the adjoint equation; arguments as for `discrete_sweep`."""
+    fields = prepared.fields
+    before = fields.nfe
+    sums = Accumulator(prepared.leaves)
+    u, costate = stepper.state(states[-1]).clone(), torch.zeros_like(stepper.state(states[-1]))
+
+    def rates(
+        t: float, u: Tensor, costate: Tensor, motion: Increment
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Changes of state, costate and parameter gradients over the step, backward."""
+        time = stepper.method.nodes.new_tensor(t)
+        with torch.enable_grad():
+            state = u.detach().requires_grad_()
+            noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
+            change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
+        prepared.expect_known(change, state)
+        wanted = [state, *prepared.leaves]
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(change, wanted, costate, retain_graph=True, allow_unused=True)
+        )
+        pulled = torch.zeros_like(u) if found[0] is None else found[0]
+        return -change.detach(), pulled, found[1:]
+
+    def back(start: float, end: float, u: Tensor, costate: Tensor) -> tuple[Tensor, Tensor]:
+        motion = path.increment(start, end)
+        du, dl, leaves = rates(end, u, costate, motion)
+        du1, dl1, leaves1 = rates(start, u + du, costate + dl, motion)
+        sums.add(leaves, scale=0.5)
+        sums.add(leaves1, scale=0.5)
+        stats.naccept_backward += 1
+        return u + (du + du1) / 2, costate + (dl + dl1) / 2
+
+    live = False
+    for n in reversed(range(len(record.sizes))):
+        t, at = record.times[n], record.times[n + 1]
+        for extra in arriving_at(n + 1, record, arriving):
+            costate = costate + stepper.state(extra)
+            u, live = stepper.state(states[n + 1]), True
+        for _, s, upon in reversed(list(saved_inside(record, n, arriving.saved))):
+            if live and s < at:
+                u, costate = back(s, at, u, costate)
+            if not live:
+                start, motion = states[n], path.increment(t, s)
+                u, live = stepper.state(stepper.take(t, start, motion)[0]), True
+            costate, at = costate + stepper.state(upon), s
+        if live:
+            u, costate = back(t, at, u, costate)
+    for extra in arriving_at(0, record, arriving):
+        costate = costate + stepper.state(extra)
+    stats.nfe_backward += fields.nfe - before
+    stats.nvjp += fields.nfe - before
+    whole = torch.cat((costate, torch.zeros_like(costate)))
+    carried = stepper.method.tableau.carry
+    return Gradients(whole if carried else costate, None, None, None, sums.sums)

@@ -1,0 +1,167 @@
+"""The time loop of stochastic equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.controllers import FixedStep
+from pysciml_node.options import SolveOptions
+from pysciml_node.sde_problem import SDEProblem
+from pysciml_node.solution import ReturnCode
+from pysciml_node.torch_engine.march import Attempt, Step
+from pysciml_node.torch_engine.norms import Tolerance
+from pysciml_node.torch_engine.sde.brownian import DEPTH, BrownianPath, Normals
+from pysciml_node.torch_engine.sde.step import Stepper, Taken, initial_step
+
+# A step that ends within this fraction of itself from a stop is made to end on it.
+_SLIVER = 1e-8
+
+
+def path_for(problem: SDEProblem, options: SolveOptions, size: int) -> BrownianPath:
+    """The Brownian motions of a solve.
+
+    The root of the tree is the interval; with fixed steps it is the next `dt0 * 2**k`, so that
+    their ends are found quickly and halving `dt0` keeps the path.
+    """
+    assert options.seed is not None
+    span = problem.t1 - problem.t0
+    length = span
+    if isinstance(options.controller, FixedStep) and options.dt0 is not None:
+        length = math.ldexp(options.dt0, max(0, math.ceil(math.log2(span / options.dt0) - 1e-9)))
+        # A last step that is a sliver shorter than the others ends where the tree ends.
+        length = max(length, span)
+    normals = Normals(options.seed, size, problem.spec.dtype, problem.spec.device)
+    return BrownianPath(normals, problem.t0, length)
+
+
+@dataclass
+class SDEMarch:
+    """Steps from `t0` to `t1`: iterate to get the accepted ones.
+
+    The path is what it is before the first step: a rejected step looks at it again over a shorter
+    interval, and so rejection cannot bias the solution. After the last step `retcode` says how
+    the march ended.
+
+    Args:
+        stepper: method and fields.
+        problem: what is solved.
+        options: step control.
+        path: the Brownian motions.
+        vector: what is stepped, at `t0`.
+        slope: drift and diffusion there, where they are known.
+    """
+
+    stepper: Stepper
+    problem: SDEProblem
+    options: SolveOptions
+    path: BrownianPath
+    vector: Tensor
+    slope: tuple[Tensor, Tensor] | None = None
+    naccept: int = 0
+    nreject: int = 0
+    retcode: ReturnCode = ReturnCode.Default
+    last: Attempt | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        options, problem, stepper = self.options, self.problem, self.stepper
+        adaptive = options.controller.adaptive
+        sizes = options.controller.start(stepper.method.tableau.error_order)
+        tolerance = Tolerance(options.rtol, options.atol, options.driven)
+        stops = (*options.tstops, problem.t1)
+        t, next_stop, rejecting = problem.t0, 0, False
+        # Below this the path does not tell times apart.
+        smallest = max(
+            options.dtmin, math.ldexp(self.path.length, 4 - DEPTH), 8 * math.ulp(problem.t1)
+        )
+        h = self._first_size(tolerance)
+        # Autograd has not recorded what the search for a first size has evaluated.
+        first = None if torch.is_grad_enabled() or not self._first_is_at_start else self.slope
+        while True:
+            if not math.isfinite(h):
+                self.retcode = ReturnCode.Unstable
+                return
+            if self.naccept + self.nreject >= options.max_steps:
+                self.retcode = ReturnCode.MaxIters
+                return
+            proposed = min(h, options.dtmax)
+            stop = stops[next_stop]
+            lands = stop - t <= proposed * (1 + _SLIVER)
+            if adaptive and proposed < smallest and not lands:
+                bad = self.last is not None and not math.isfinite(self.last.error)
+                self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
+                return
+            end = stop if lands else t + proposed
+            if adaptive and not lands:
+                end = self.path.aligned(t, proposed, down=rejecting or proposed == options.dtmax)
+                lands = end >= stop
+                end = min(end, stop)
+            motion = self.path.increment(t, end)
+            u = self.vector
+            u1, taken = stepper.take(t, u, motion, with_error=adaptive, first=first)
+            error = math.nan
+            if adaptive:
+                with torch.no_grad():
+                    # The one host read of a step.
+                    error = stepper.error(taken, u, u1, motion, tolerance).item()
+            self.last = Attempt(t, motion.h, u, u1, error)
+            if adaptive and not error <= 1.0:
+                self.nreject += 1
+                rejecting = True
+                if self._first_is_at_start:
+                    first = _both(taken, 0)
+                h = sizes.rejected(min(proposed, 1.125 * (end - t)), error)
+                continue
+            self.naccept += 1
+            self.vector, rejecting = u1, False
+            stop_index = next_stop if lands else None
+            yield Step(t, motion.h, end, u, u1, error, stop_index, t, motion.h)
+            # The fields may jump at a stop: their values there belong to the next step.
+            first = _both(taken, -1) if stepper.method.tableau.fsal and not lands else None
+            h = proposed
+            if adaptive:
+                # A step cut short by a stop says little: keep the size that was proposed. What the
+                # alignment has changed is not fed back: small factors would be rounded away.
+                cut = end - t < 0.7 * proposed
+                following = sizes.accepted(end - t if cut else proposed, error)
+                h = max(following, proposed) if cut else following
+            t = end
+            if lands:
+                next_stop += 1
+                if next_stop == len(stops):
+                    self.retcode = ReturnCode.Success
+                    return
+
+    @property
+    def _first_is_at_start(self) -> bool:
+        """Whether the first stages of drift and diffusion do not depend on the step's size."""
+        tableau = self.stepper.method.tableau
+        first = tableau.diffusion[0]
+        return first is not None and first.c == 0.0
+
+    def _first_size(self, tolerance: Tolerance) -> float:
+        options, problem = self.options, self.problem
+        if options.dt0 is not None:
+            return options.dt0
+        u = self.stepper.state(self.vector).detach()
+        with torch.no_grad():
+            if self.slope is None:
+                self.slope = starting_slope(self.stepper, problem.t0, u)
+            fields, method = self.stepper.fields, self.stepper.method
+            span = problem.t1 - problem.t0
+            return initial_step(fields, method, tolerance, problem.t0, u, self.slope, span)
+
+
+def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:
+    f, g = taken.f[stage], taken.g[stage]
+    return None if f is None or g is None else (f, g)
+
+
+def starting_slope(stepper: Stepper, t: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Drift and diffusion at a time and state."""
+    time = stepper.method.nodes.new_tensor(t)
+    return stepper.fields.drift(time, u), stepper.fields.diffusion(time, u)
