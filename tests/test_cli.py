@@ -79,19 +79,20 @@ def test_doctor_names_a_julia_that_is_set_but_absent():
     assert "torch (set by PYSCIML_NODE_ENGINE)" in shown
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "words"),
-    [
-        ("OPENBLAS_CORETYPE", "Haswell", "1.3 times as long"),
-        ("JULIA_LOAD_PATH", "@", "JULIA_LOAD_PATH is set"),
-        ("PYTHON_JULIACALL_EXE", "julia", "or neither"),
-        ("PYTHON_JULIACALL_INIT", "no", "keeps Julia from starting"),
-    ],
-)
-def test_doctor_says_what_to_do_about_the_environment(variable, value, words):
-    shown = doctor_in_a_process(**{variable: value, "PYSCIML_NODE_JULIA": "/nowhere/julia"})
-    assert f"{value}\n" in shown
-    assert any(line.startswith("* ") and words in line for line in shown.splitlines())
+def test_doctor_says_what_to_do_about_the_environment():
+    amiss = {
+        "OPENBLAS_CORETYPE": ("Haswell", "1.3 times as long"),
+        "JULIA_LOAD_PATH": ("@", "JULIA_LOAD_PATH is set"),
+        "JULIA_NUM_THREADS": ("4", "can crash"),
+        "PYTHON_JULIACALL_HANDLE_SIGNALS": ("no", "can crash"),
+        "PYTHON_JULIACALL_EXE": ("julia", "or neither"),
+        "PYTHON_JULIACALL_INIT": ("no", "keeps Julia from starting"),
+    }
+    variables = {name: value for name, (value, _) in amiss.items()}
+    shown = doctor_in_a_process(**variables, PYSCIML_NODE_JULIA="/nowhere/julia").splitlines()
+    for name, (value, words) in amiss.items():
+        assert any(line.split() == [name, value] for line in shown)
+        assert any(line.startswith("* ") and words in line for line in shown)
 
 
 def test_a_package_that_is_not_installed_has_no_version():

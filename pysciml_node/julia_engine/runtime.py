@@ -202,9 +202,10 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _released(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = _function(name)._jl_call_nogil  # type: ignore[attr-defined]
-    _runtime.released[name] = function
-    return function
+    function: Any = _runtime.functions.get(name) or _function(name)
+    released: Callable[..., Any] = function._jl_call_nogil
+    _runtime.released[name] = released
+    return released
 
 
 def _match_threads() -> None:

@@ -160,6 +160,7 @@ end
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is not passed on to Julia there")
 def test_ctrl_c_stops_julia_within_a_second_and_leaves_it_usable(define):
     define("loop", LOOP)
+    runtime.call_released("loop", 0.01)  # compiled
     for _ in range(3):
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -225,7 +226,7 @@ def test_memory_is_flat_over_failing_and_good_calls(define):
     values = juliacall.PythonCall.JlWrap.Cjl.PYJLVALUES
 
     def run() -> int:
-        for _ in range(100):
+        for _ in range(30):
             runtime.call("good", 1)
             with pytest.raises(JuliaError):
                 runtime.call("fail", "no")
