@@ -4,9 +4,6 @@
 "A run of a Vector."
 const Run{T} = SubArray{T,1,Vector{T},Tuple{UnitRange{Int}},true}
 
-"Every so many entries of a Vector."
-const Strip{T} = SubArray{T,1,Vector{T},Tuple{StepRange{Int,Int}},false}
-
 "`y .= f.(x)`"
 function apply!(f::F, y::Run, x::Run) where {F}
     @inbounds @simd ivdep for i in eachindex(y, x)

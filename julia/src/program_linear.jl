@@ -37,32 +37,59 @@ end
     return Mat(data, w.offset + start * o.outputs, o.outputs, o.outputs, term.width)
 end
 
-"The weights of a scalar input: first index and step in the weight's values."
-@inline scalar_weights(o::Linear, term::Term) =
-    o.by_input ? (term.start + 1, o.inputs) : (term.start * o.outputs + 1, 1)
-@inline function scalar_weights(m, o::Linear, term::Term)
-    first, step = scalar_weights(o, term)
-    return view(values_of(m, o.weight), first:step:(first + step * (o.outputs - 1)))
+"Every `step`-th entry of a vector from `first` on, `n` of them."
+struct Row{V<:AbstractVector}
+    data::V
+    first::Int
+    step::Int
+    n::Int
+end
+entries_of(r::Row) = view(r.data, r.first:(r.step):(r.first + r.step * (r.n - 1)))
+
+"The weights of a scalar input."
+@inline function weight_row(m, o::Linear, term::Term)
+    w = o.weight.block
+    first, step = o.by_input ? (term.start, o.inputs) : (term.start * o.outputs, 1)
+    return Row(vector(m, w.space), w.offset + first + 1, step, o.outputs)
 end
 
-function total_bias(m::Memory, o::Linear)
-    isempty(o.scalars) && return o.bias === nothing ? nothing : values_of(m, o.bias)
-    total = scratch(m, 0, o.outputs)
+"`y += row * s` for a one-entry vector `s`."
+function add_scaled!(y::Run, row::Row{<:Vector}, s::Run)
+    @inbounds factor = s[1]
+    @inbounds @simd ivdep for i in 1:row.n
+        y[i] += factor * row.data[row.first + row.step * (i - 1)]
+    end
+end
+add_scaled!(y, row::Row, s) = (y .+= entries_of(row) .* s; nothing)
+
+"`row += x * s` for a one-entry vector `s`."
+function add_to_row!(row::Row{<:Vector}, x::Run, s::Run)
+    @inbounds factor = s[1]
+    @inbounds @simd ivdep for i in 1:row.n
+        row.data[row.first + row.step * (i - 1)] += factor * x[i]
+    end
+end
+add_to_row!(row::Row, x, s) = (entries_of(row) .+= x .* s; nothing)
+
+"`s += dot(row, x)` for a one-entry vector `s`."
+function add_dot!(s::Run, row::Row{<:Vector}, x::Run)
+    total = zero(eltype(s))
+    @inbounds @simd for i in 1:row.n
+        total += x[i] * row.data[row.first + row.step * (i - 1)]
+    end
+    @inbounds s[1] += total
+    return nothing
+end
+add_dot!(s, row::Row, x) = (s .+= sum(entries_of(row) .* x; dims=1); nothing)
+
+"The bias, shifted by the scalar inputs, in `total`."
+function total_bias!(total, o::Linear, m::Memory)
     o.bias === nothing ? fill!(total, 0) : copyto!(total, values_of(m, o.bias))
     for term in o.scalars
-        add_scaled!(total, scalar_weights(m, o, term), values_of(m, term.x))
+        add_scaled!(total, weight_row(m, o, term), values_of(m, term.x))
     end
-    return total
+    return nothing
 end
-
-"`y += x * s` for a one-entry vector `s`."
-function add_scaled!(y::Union{Run,Strip}, x::Union{Run,Strip}, s::Run)
-    factor = s[1]
-    @inbounds @simd ivdep for i in eachindex(y, x)
-        y[i] += factor * x[i]
-    end
-end
-add_scaled!(y, x, s) = (y .+= x .* s; nothing)
 
 function forward!(o::Linear, m::Memory)
     y = Mat(m, o.y, o.outputs, o.columns)
@@ -71,12 +98,21 @@ function forward!(o::Linear, m::Memory)
         gemm!(o.by_input ? 'T' : 'N', 'N', weight_part(m, o, term), x, i > 1, y)
     end
     isempty(o.terms) && fill!(values_of(m, o.y), 0)
-    finish!(o.f, values_of(m, o.y), total_bias(m, o), o.outputs)
+    if !isempty(o.scalars)
+        total = scratch(m, 0, o.outputs)
+        total_bias!(total, o, m)
+        finish!(o.f, values_of(m, o.y), total, o.outputs)
+    elseif o.bias === nothing
+        finish!(o.f, values_of(m, o.y), nothing, o.outputs)
+    else
+        finish!(o.f, values_of(m, o.y), values_of(m, o.bias), o.outputs)
+    end
     return nothing
 end
 
 function backward!(o::Linear, m::Memory, c::Cotangents)
-    z, total = preactivation_cotangent!(o, m, c)
+    total = scratch(m, 0, o.outputs)
+    z = preactivation_cotangent!(total, o, m, c)
     if o.bias !== nothing && wanted(c, o.bias)
         copy_or_add!(values_of(c, o.bias), total, o.bias.add)
     end
@@ -94,17 +130,17 @@ function backward!(o::Linear, m::Memory, c::Cotangents)
     return nothing
 end
 
-function preactivation_cotangent!(o::Linear, m::Memory, c::Cotangents)
+"The cotangent before the activation; its sum over the samples in `total`."
+function preactivation_cotangent!(total, o::Linear, m::Memory, c::Cotangents)
     ybar = values_of(c, o.y)
-    total = scratch(m, 0, o.outputs)
     if o.f isa Identity
         o.bias === nothing && isempty(o.scalars) || sum_columns!(total, ybar, o.outputs)
-        return Mat(c, o.y, o.outputs, o.columns), total
+        return Mat(c, o.y, o.outputs, o.columns)
     end
     offset = aligned(o.outputs)
     zbar = scratch(m, offset, o.outputs * o.columns)
     unfinish!(o.f, zbar, total, ybar, values_of(m, o.y), o.outputs)
-    return Mat(m.scratch, offset, o.outputs, o.outputs, o.columns), total
+    return Mat(m.scratch, offset, o.outputs, o.outputs, o.columns)
 end
 
 function pull_term!(o::Linear, term::Term, z::Mat, add::Bool, m::Memory, c::Cotangents)
@@ -121,24 +157,14 @@ end
 
 function pull_scalar!(o::Linear, term::Term, total, m::Memory, c::Cotangents)
     if wanted(c, o.weight)
-        add_scaled!(scalar_weights(c, o, term), total, values_of(m, term.x))
+        add_to_row!(weight_row(c, o, term), total, values_of(m, term.x))
     end
     if wanted(c, term.x)
         term.x.add || fill!(values_of(c, term.x), 0)
-        add_dot!(values_of(c, term.x), scalar_weights(m, o, term), total)
+        add_dot!(values_of(c, term.x), weight_row(m, o, term), total)
     end
     return nothing
 end
-"`s[1] += dot(x, y)`"
-function add_dot!(s::Run, x::Strip, y::Run)
-    total = zero(eltype(s))
-    @inbounds @simd for i in eachindex(y)
-        total += x[i] * y[i]
-    end
-    s[1] += total
-    return nothing
-end
-add_dot!(s, x, y) = (s .+= sum(x .* y; dims=1); nothing)
 
 function linear(T, layout, node::Node)
     a = node.attributes
