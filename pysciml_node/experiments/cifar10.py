@@ -23,7 +23,7 @@ from pysciml_node.layers.timed import ConcatConv2d
 SIDE = 32
 _COLOURS = 3
 _CHANNELS = 8
-QUICK_SAMPLES = 64
+QUICK_SAMPLES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,14 @@ CIFAR10 = Experiment(
         }
     ),
     quick=Budget(
-        {"steps": 2, "batch_size": 4, "hidden": 4, "tolerance": 1e-2, "evaluate_every": 2}
+        {
+            "timed_predictions": 2,
+            "steps": 2,
+            "batch_size": 4,
+            "hidden": 4,
+            "tolerance": 1e-2,
+            "evaluate_every": 2,
+        }
     ),
     data_dir=Path("data/cifar10"),
     load=load_cifar10,

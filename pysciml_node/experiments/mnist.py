@@ -51,7 +51,7 @@ MNIST_ODE = Experiment(
         },
         {"local-unbiased": (12.0, 3.6), "local-biased": (12.0, 3.6)},
     ),
-    quick=Budget({"steps": 20, "tolerance": 1e-4, "evaluate_every": 10}),
+    quick=Budget({"timed_predictions": 2, "steps": 20, "tolerance": 1e-4, "evaluate_every": 10}),
     data_dir=Path("data/mnist"),
     load=load_mnist,
     load_quick=load_few,

@@ -269,7 +269,16 @@ CIFAR10_MULTI_SCALE = Experiment(
             **FULL_GRADIENT,
         }
     ),
-    quick=Budget({"steps": 2, "batch_size": 4, "hidden": 4, "expansion": 1, "evaluate_every": 2}),
+    quick=Budget(
+        {
+            "timed_predictions": 2,
+            "steps": 2,
+            "batch_size": 4,
+            "hidden": 4,
+            "expansion": 1,
+            "evaluate_every": 2,
+        }
+    ),
     data_dir=Path("data/cifar10"),
     load=load_cifar10,
     load_quick=load_large_digits,

@@ -322,10 +322,11 @@ PHYSIONET = Experiment(
             "evaluate_every": 50,
             "train_samples": 800,
         },
-        {"local-unbiased": (1000.0, 100.0), "local-biased": (1000.0, 100.0)},
+        {"local-unbiased": (3000.0, 300.0), "local-biased": (3000.0, 300.0)},
     ),
     quick=Budget(
         {
+            "timed_predictions": 2,
             "steps": 6,
             "batch_size": 8,
             "tolerance": 1e-3,

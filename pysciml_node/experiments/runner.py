@@ -84,7 +84,9 @@ def measure(trainer: Trainer, data: Splits[Any]) -> RunResult:
     train = evaluate(model, data.train[: trainer.settings.train_samples], size)
     test = evaluate(model, data.test, size)
     validation = evaluate(model, data.validation, size) if len(data.validation) else None
-    wall, cpu = predict_seconds(model, data.test, min(size, len(data.test)))
+    wall, cpu = predict_seconds(
+        model, data.test, min(size, len(data.test)), repeats=trainer.settings.timed_predictions
+    )
     return RunResult(
         variant=trainer.run.variant,
         seed=trainer.run.seed,
