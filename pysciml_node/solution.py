@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pysciml_node.algorithms import Algorithm
-    from pysciml_node.problem import Problem
+    from pysciml_node.problem import ODEProblem, Problem
 
 
 StopGradient = bool | Literal["state"]
@@ -105,7 +105,7 @@ class Trajectory(Protocol):
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable."""
 
-    def restrict(self, problem: Problem) -> Trajectory:
+    def restrict(self, problem: ODEProblem) -> Trajectory:
         """The same trajectory for the leading part of its state."""
 
 

@@ -26,12 +26,22 @@ from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Solution
 
 
+class _Usual:
+    """A tolerance that is not given: what it is depends on the kind of problem."""
+
+    def __repr__(self) -> str:
+        return "1e-6, or 1e-2 for an SDEProblem"
+
+
+_USUAL: Any = _Usual()
+
+
 def solve(
     problem: Problem,
     algorithm: Algorithm | None = None,
     *,
-    rtol: Any = None,
-    atol: Any = None,
+    rtol: Any = _USUAL,
+    atol: Any = _USUAL,
     saveat: Sequence[float] | Tensor | None = None,
     engine: str | None = None,
     adjoint: Adjoint | None = None,
@@ -97,7 +107,6 @@ def solve(
             f"solve takes an ODEProblem or SDEProblem, but was given {type(problem).__name__}.\n"
             "  Make one: ODEProblem(f, u0, (t0, t1))."
         )
-    stochastic = isinstance(problem, SDEProblem)
     default = partial(default_algorithm, problem) if isinstance(problem, SDEProblem) else Tsit5
     algorithm = _instance("algorithm", algorithm, Algorithm, default)
     _check_kind(problem, algorithm)
@@ -110,9 +119,9 @@ def solve(
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
     times, time_tensor = _check_saveat(saveat, problem)
-    usual = 1e-2 if stochastic else 1e-6
-    relative, _ = _check_tolerance("rtol", usual if rtol is None else rtol, problem)
-    absolute, driven = _check_tolerance("atol", usual if atol is None else atol, problem)
+    usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
+    relative, _ = _check_tolerance("rtol", usual if rtol is _USUAL else rtol, problem)
+    absolute, driven = _check_tolerance("atol", usual if atol is _USUAL else atol, problem)
     if isinstance(relative, Tensor) and driven < relative.numel():
         relative = relative[:driven]
     options = SolveOptions(

@@ -2,6 +2,15 @@
 
 from pysciml_node.layers.latent_ode import LatentODE, LatentSolution, Posterior
 from pysciml_node.layers.neural_ode import NeuralODE
+from pysciml_node.layers.neural_sde import NeuralSDE
 from pysciml_node.layers.recognition import GRUEncoder, ODERNNEncoder
 
-__all__ = ["GRUEncoder", "LatentODE", "LatentSolution", "NeuralODE", "ODERNNEncoder", "Posterior"]
+__all__ = [
+    "GRUEncoder",
+    "LatentODE",
+    "LatentSolution",
+    "NeuralODE",
+    "NeuralSDE",
+    "ODERNNEncoder",
+    "Posterior",
+]

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pysciml_node.adjoints import Adjoint
 from pysciml_node.algorithms import Algorithm, Tsit5
+from pysciml_node.layers.neural_de import NeuralDE
 from pysciml_node.problem import ODEProblem, Time
 from pysciml_node.regularizers.augmented import Rate, augment, integrals, without_extra
-from pysciml_node.regularizers.base import Regularizer, Times, attach_penalties, check_names
+from pysciml_node.regularizers.base import Regularizer, Times
 from pysciml_node.regularizers.integral import IntegralRegularizer
 from pysciml_node.regularizers.probes import Probes
 from pysciml_node.solution import Solution
-from pysciml_node.solve import solve
 from pysciml_node.state import State
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
 
 
-class NeuralODE(nn.Module):
+class NeuralODE(NeuralDE):
     """Solves `du/dt = field(t, u)` from its input over a fixed interval.
 
     In training mode the regularizers are evaluated and `solution.penalty` is their weighted sum; in
@@ -70,16 +69,20 @@ class NeuralODE(nn.Module):
         engine: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            Tsit5() if algorithm is None else algorithm,
+            tspan,
+            rtol=rtol,
+            atol=atol,
+            regularizers=regularizers,
+            adjoint=adjoint,
+            saveat=saveat,
+            engine=engine,
+            options=options,
+        )
         if not callable(field):
             raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
         self.field = field
-        self.algorithm = Tsit5() if algorithm is None else algorithm
-        self.tspan = tspan
-        self.rtol, self.atol = rtol, atol
-        self.regularizers = nn.ModuleList(check_names(regularizers))
-        self.adjoint, self.saveat, self.engine = adjoint, saveat, engine
-        self.options = options
 
     def forward(
         self,
@@ -127,7 +130,7 @@ class NeuralODE(nn.Module):
         """
         problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
         saveat = self.saveat if saveat is None else saveat
-        regularizers = self._active() if regularize else []
+        regularizers = self.active_regularizers() if regularize else []
         for regularizer in regularizers:
             problem, saveat = regularizer.prepare(problem, saveat)
         probes = Probes(problem.u0) if isinstance(problem.u0, Tensor) else None
@@ -141,14 +144,7 @@ class NeuralODE(nn.Module):
         for name in beside.keys() & rates.keys():
             raise ValueError(f"a regularizer is named {name!r}, which is taken: give it name=...")
         solution = self._solve(problem, saveat, rates, beside)
-        solution.penalty = torch.zeros(
-            (), dtype=problem.spec.real_dtype, device=problem.spec.device
-        )
-        attach_penalties(solution, regularizers)
-        return solution
-
-    def _active(self) -> list[Regularizer]:
-        return [r for r in self.regularizers if isinstance(r, Regularizer)] if self.training else []
+        return self.penalize(solution, regularizers)
 
     def _solve(
         self,
@@ -161,28 +157,10 @@ class NeuralODE(nn.Module):
         augmented = bool(rates or driven)
         if augmented:
             whole, rtol, atol = augment(problem, rates, rtol, atol, driven)
-        solution = solve(
-            whole,
-            self.algorithm,
-            rtol=rtol,
-            atol=atol,
-            saveat=saveat,
-            engine=self.engine,
-            adjoint=self.adjoint,
-            **self.options,
-        )
+        solution = self.solve(whole, rtol=rtol, atol=atol, saveat=saveat)
         if not augmented:
             return solution
         found = integrals(solution)
         solution = without_extra(solution, problem)
         solution.integrals = found
         return solution
-
-    def step_schedules(self) -> None:
-        """Count one training step of every regularizer's weight schedule."""
-        for regularizer in self.regularizers:
-            regularizer.step()  # type: ignore[operator]
-
-    def extra_repr(self) -> str:
-        """Configuration for `repr`."""
-        return f"{self.algorithm}, tspan={self.tspan}, rtol={self.rtol}, atol={self.atol}"

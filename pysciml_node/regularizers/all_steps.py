@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.regularizers.base import Regularizer, stability_radius
 from pysciml_node.schedules import Schedule
 from pysciml_node.solution import Solution
 
@@ -105,14 +105,9 @@ class GlobalStiffness(_GlobalRegularizer):
 
     def forward(self, solution: Solution) -> Tensor:
         """The penalty, a 0-d tensor."""
-        tableau = getattr(solution.algorithm, "tableau", None)
-        if tableau is None or tableau.stiffness_stages is None:
-            raise ValueError(
-                f"{solution.algorithm!r} has no stiffness estimate; use Tsit5, DP5, DP8, Vern7 or "
-                "Vern9."
-            )
+        radius = stability_radius(solution.algorithm)
         steps = solution.trajectory.step_estimates()
-        values = [step.stiffness / tableau.stability_radius for step in steps]
+        values = [step.stiffness / radius for step in steps]
         if self.aggregate == "sum":
             values = [v * step.dt.abs() for v, step in zip(values, steps, strict=True)]
         return self._over_steps(values)

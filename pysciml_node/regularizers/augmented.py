@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pysciml_node.problem import ODEProblem
-from pysciml_node.solution import Solution
+from pysciml_node.solution import Solution, StepEstimate, StopGradient, Trajectory
 from pysciml_node.state import StateSpec
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
@@ -70,6 +71,7 @@ class AugmentedField(nn.Module):
 
     def __init__(self, problem: ODEProblem, rates: dict[str, Rate]) -> None:
         super().__init__()
+        self.problem = problem
         self.inner = problem.f
         self.spec: StateSpec = problem.spec
         self.with_p = problem.p is not None
@@ -148,18 +150,84 @@ def integrals(solution: Solution) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class DrivenTrajectory:
+    """The steps of a state, with the estimates of the bigger system whose errors drive them.
+
+    Attributes:
+        own: of the state alone.
+        driving: of the state with the rates that have tolerances.
+    """
+
+    own: Trajectory
+    driving: Trajectory
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return self.own.times
+
+    @property
+    def errors(self) -> Sequence[float]:
+        """Scaled error estimate of each accepted step."""
+        return self.own.errors
+
+    def states(self) -> Tensor:
+        """The states at `times`."""
+        return self.own.states()
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output at `times`."""
+        return self.own.evaluate(times)
+
+    def stiffness(self) -> Tensor:
+        """Stiffness estimate of each accepted step."""
+        return self.driving.stiffness()
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
+        """One step of `algorithm` from the solution at `t`."""
+        return self.driving.estimate(t, algorithm, stop_gradient, dt)
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable."""
+        return self.driving.step_estimates()
+
+    def restrict(self, problem: ODEProblem) -> Trajectory:
+        """The same trajectory for the leading part of its state."""
+        return self.own.restrict(problem)
+
+
+def _driving(augmented: ODEProblem) -> ODEProblem:
+    """An augmented problem without the rates that have no tolerance."""
+    field = augmented.f
+    assert isinstance(field, AugmentedField)
+    u0 = {key: part for key, part in augmented.u0.items() if not key.startswith(f"{_EXTRA} ")}
+    rates = {key: rate for key, rate in field.rates.items() if key in u0}
+    smaller = AugmentedField(field.problem, rates)
+    return dataclasses.replace(augmented, f=smaller, u0=u0)
+
+
 def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
-    """The solution of the problem itself, from that of the augmented one."""
+    """The solution of the problem itself, from that of the augmented one.
+
+    Estimates of its steps are those of the system that has driven them.
+    """
     spec = problem.spec
 
     def own(state: dict[str, Tensor]) -> Any:
         return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
 
+    trajectory = solution.trajectory.restrict(problem)
+    if any(key.startswith(f"{_DRIVEN} ") for key in solution.problem.u0):
+        driving = solution.trajectory.restrict(_driving(solution.problem))
+        trajectory = DrivenTrajectory(trajectory, driving)
     return dataclasses.replace(
         solution,
         problem=problem,
         u1=own(solution.u1),
-        trajectory=solution.trajectory.restrict(problem),
+        trajectory=trajectory,
         make_states=lambda: own(solution.u),
         _states=None,
     )

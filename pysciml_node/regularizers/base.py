@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pysciml_node.algorithms import Algorithm
 from pysciml_node.problem import ODEProblem
 from pysciml_node.schedules import Schedule, as_schedule
 from pysciml_node.solution import Solution
@@ -61,6 +62,22 @@ class Regularizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
         return f"weight={self.weight}"
+
+
+def stability_radius(algorithm: Algorithm) -> float:
+    """The unit of an algorithm's stiffness estimate.
+
+    Raises:
+        ValueError: the algorithm has no such estimate.
+    """
+    tableau = getattr(algorithm, "tableau", None)
+    radius: float | None = getattr(tableau, "stability_radius", None)
+    if getattr(tableau, "stiffness_stages", None) is None or radius is None:
+        raise ValueError(
+            f"{algorithm!r} has no stiffness estimate; use Tsit5, DP5, DP8, Vern7 or Vern9, and "
+            "for stochastic equations SOSRI2 or SOSRA2."
+        )
+    return radius
 
 
 def check_names(regularizers: Sequence[Any]) -> list[Regularizer]:

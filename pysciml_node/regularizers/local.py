@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms import ExplicitRungeKutta, Tsit5
-from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta, Tsit5
+from pysciml_node.regularizers.base import Regularizer, stability_radius
 from pysciml_node.schedules import Schedule
+from pysciml_node.sde_algorithms import StochasticRungeKutta
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Solution, StepEstimate, StopGradient
 
 Sampling = Literal["unbiased", "biased"]
@@ -38,7 +40,9 @@ class _LocalRegularizer(Regularizer):
         include_start: let `"biased"` draw the start of the interval too. The paper's code does
             not, where there are other steps.
         algorithm: the embedded pair; default `Tsit5()`, whatever the solve used, as in the paper's
-            code.
+            code; for stochastic solves the solve's own method. A stochastic step has noise of its
+            own, new each time, and its first stage is part of it (`stop_gradient=True` is `"state"`
+            there).
         generator: draws the times; a CPU generator. Default torch's own.
         name: key in `Solution.penalties`.
     """
@@ -51,7 +55,7 @@ class _LocalRegularizer(Regularizer):
         step_size: StepSize = "hairer",
         stop_gradient: StopGradient = True,
         include_start: bool = False,
-        algorithm: ExplicitRungeKutta | None = None,
+        algorithm: ExplicitRungeKutta | StochasticRungeKutta | None = None,
         generator: torch.Generator | None = None,
         name: str | None = None,
     ) -> None:
@@ -66,7 +70,7 @@ class _LocalRegularizer(Regularizer):
             raise ValueError(f'step_size must be "hairer" or "solver", but is {step_size!r}.')
         self.sampling, self.step_size = sampling, step_size
         self.stop_gradient, self.include_start = stop_gradient, include_start
-        self.algorithm = Tsit5() if algorithm is None else algorithm
+        self.algorithm = algorithm
         self.generator = generator
 
     def sample_time(self, solution: Solution) -> float:
@@ -78,11 +82,18 @@ class _LocalRegularizer(Regularizer):
         first = 0 if self.include_start or len(times) == 2 else 1
         return times[int(torch.randint(first, len(times) - 1, (), generator=self.generator))]
 
+    def pair(self, solution: Solution) -> Algorithm:
+        """The method of the local step."""
+        if self.algorithm is not None:
+            return self.algorithm
+        return solution.algorithm if isinstance(solution.problem, SDEProblem) else Tsit5()
+
     def estimate(self, solution: Solution, t: float | None = None) -> StepEstimate:
         """The step at `t`, or at a sampled time."""
         t = self.sample_time(solution) if t is None else t
         dt = solution.step_size(t) if self.step_size == "solver" else None
-        return solution.local_estimate(t, self.algorithm, dt=dt, stop_gradient=self.stop_gradient)
+        pair = self.pair(solution)
+        return solution.local_estimate(t, pair, dt=dt, stop_gradient=self.stop_gradient)
 
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
@@ -125,9 +136,5 @@ class LocalStiffness(_LocalRegularizer):
 
     def forward(self, solution: Solution) -> Tensor:
         """The penalty, a 0-d tensor."""
-        radius = self.algorithm.tableau.stability_radius
-        if self.algorithm.tableau.stiffness_stages is None or radius is None:
-            raise ValueError(
-                f"{self.algorithm!r} has no stiffness estimate; use Tsit5, DP5, Vern7 or Vern9."
-            )
+        radius = stability_radius(self.pair(solution))
         return self.estimate(solution).stiffness / radius

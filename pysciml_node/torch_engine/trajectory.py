@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms import ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem, Problem
+from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
@@ -228,7 +228,7 @@ class TorchTrajectory:
         dt = stages.method.nodes.new_tensor(h)
         return StepEstimate(dt, error, stages.stiffness(t, h, u))
 
-    def restrict(self, problem: Problem) -> TorchTrajectory:
+    def restrict(self, problem: ODEProblem) -> TorchTrajectory:
         """The same trajectory for the leading part of its state, which has dynamics of its own."""
         size = sum(problem.spec.sizes)
 
@@ -244,5 +244,4 @@ class TorchTrajectory:
             rtol=leading(self.options.rtol),
             atol=leading(self.options.atol),
         )
-        assert isinstance(problem, ODEProblem)
         return TorchTrajectory(problem, self.method, load, self.stats, options)

@@ -1,0 +1,138 @@
+"""A neural stochastic differential equation as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.adjoints import Adjoint
+from pysciml_node.algorithms import Algorithm
+from pysciml_node.layers.neural_de import NeuralDE
+from pysciml_node.problem import Time
+from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.regularizers.end_time import RandomEndTime
+from pysciml_node.regularizers.integral import IntegralRegularizer
+from pysciml_node.sde_problem import Interpretation, Noise, SDEProblem
+from pysciml_node.solution import Solution
+from pysciml_node.state import State
+
+
+class NeuralSDE(NeuralDE):
+    """Solves `du = drift(t, u) dt + diffusion(t, u) dW` from its input over a fixed interval.
+
+    Every call draws a new Brownian path. In training mode the regularizers are evaluated and
+    `solution.penalty` is their weighted sum; in eval mode they cost nothing and it is 0.
+
+    Args:
+        drift: `drift(t, u)`, or with a third argument `p`; usually an `nn.Module`.
+        diffusion: likewise, in the shape that `noise` asks for.
+        algorithm: default what the noise asks for (`SOSRI()` for diagonal noise).
+        tspan: the interval.
+        noise: `"diagonal"`, `"scalar"`, `"additive"` or `"general"`.
+        interpretation: `"ito"` or `"stratonovich"`.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        regularizers: what is added to the loss; those of local and of all steps' estimates.
+        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
+        saveat: times of `solution.u`; without it the ends of the steps.
+        engine: `"torch"`, `"julia"` or `"auto"`.
+        generator: draws the seeds of the Brownian paths; default torch's own.
+        options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.
+
+    Raises:
+        TypeError: a drift or diffusion that is not callable, a regularizer of another kind.
+        ValueError: a regularizer that is an integral along the solution, or moves its end.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> class Linear(torch.nn.Linear):
+        ...     def forward(self, t, u):
+        ...         return super().forward(u)
+        >>> node = psn.NeuralSDE(Linear(3, 3), Linear(3, 3), psn.SOSRI(), rtol=0.1, atol=0.1,
+        ...                      regularizers=[psn.LocalError("unbiased", weight=10.0)])
+        >>> solution = node(torch.ones(8, 3))
+        >>> solution.u1.shape, bool(solution.penalty > 0)
+        (torch.Size([8, 3]), True)
+    """
+
+    def __init__(
+        self,
+        drift: Callable[..., Any],
+        diffusion: Callable[..., Any],
+        algorithm: Algorithm | None = None,
+        tspan: tuple[Time, Time] = (0.0, 1.0),
+        *,
+        noise: Noise = "diagonal",
+        interpretation: Interpretation = "ito",
+        rtol: float | Tensor = 1e-2,
+        atol: float | Tensor = 1e-2,
+        regularizers: Sequence[Regularizer] = (),
+        adjoint: Adjoint | None = None,
+        saveat: Sequence[float] | Tensor | None = None,
+        engine: str | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            algorithm,
+            tspan,
+            rtol=rtol,
+            atol=atol,
+            regularizers=regularizers,
+            adjoint=adjoint,
+            saveat=saveat,
+            engine=engine,
+            options=options,
+        )
+        for name, given in (("drift", drift), ("diffusion", diffusion)):
+            if not callable(given):
+                raise TypeError(f"{name} must be callable as {name}(t, u), but is {given!r}.")
+        for regularizer in regularizers:
+            if isinstance(regularizer, IntegralRegularizer | RandomEndTime):
+                raise ValueError(
+                    f"{type(regularizer).__name__} is for ordinary equations.\n"
+                    "  Use LocalError, LocalStiffness, GlobalError or GlobalStiffness."
+                )
+        self.drift, self.diffusion = drift, diffusion
+        self.noise, self.interpretation = noise, interpretation
+        self.generator = generator
+
+    def forward(
+        self,
+        u0: State,
+        p: Any = None,
+        tspan: tuple[Time, Time] | None = None,
+        saveat: Sequence[float] | Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Solution:
+        """Solve from `u0` of shape `(B, *D)`.
+
+        Args:
+            u0: initial state.
+            p: extra argument of drift and diffusion.
+            tspan: another interval, for this call.
+            saveat: other times of `solution.u`, for this call.
+            generator: another source of the path's seed, for this call.
+
+        Returns:
+            The solution; `solution.u1` has the shape of `u0`.
+        """
+        problem = SDEProblem(
+            self.drift,
+            self.diffusion,
+            u0,
+            self.tspan if tspan is None else tspan,
+            self.noise,
+            self.interpretation,
+            p,
+        )
+        solution = self.solve(
+            problem,
+            saveat=self.saveat if saveat is None else saveat,
+            generator=self.generator if generator is None else generator,
+        )
+        return self.penalize(solution, self.active_regularizers())
