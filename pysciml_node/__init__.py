@@ -27,7 +27,7 @@ from pysciml_node.controllers import FixedStep, IController, PIController, PIDCo
 from pysciml_node.engines import get_engine, set_engine
 from pysciml_node.errors import EngineUnavailable, PsnWarning, SolverFailure
 from pysciml_node.events import Event
-from pysciml_node.layers import NeuralODE
+from pysciml_node.layers import NeuralODE, NeuralSDE
 from pysciml_node.problem import ODEProblem
 from pysciml_node.regularizers import (
     GlobalError,
@@ -41,6 +41,19 @@ from pysciml_node.regularizers import (
     Regularizer,
     TaylorDerivative,
 )
+from pysciml_node.sde_algorithms import (
+    EM,
+    SOSRA,
+    SOSRA2,
+    SOSRI,
+    SOSRI2,
+    SRA1,
+    SRIW1,
+    EulerHeun,
+    ReversibleHeun,
+    RKMil,
+)
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import ReturnCode, Solution, Stats, StepEstimate
 from pysciml_node.solve import solve
 from pysciml_node.torch_engine.compiled import CompileError
@@ -51,7 +64,14 @@ __all__ = [
     "BS3",
     "DP5",
     "DP8",
+    "EM",
     "RK4",
+    "SOSRA",
+    "SOSRA2",
+    "SOSRI",
+    "SOSRI2",
+    "SRA1",
+    "SRIW1",
     "BacksolveAdjoint",
     "CompileError",
     "DirectAdjoint",
@@ -60,6 +80,7 @@ __all__ = [
     "Dopri8",
     "EngineUnavailable",
     "Euler",
+    "EulerHeun",
     "Event",
     "FixedStep",
     "GaussAdjoint",
@@ -75,14 +96,18 @@ __all__ = [
     "LocalStiffness",
     "Midpoint",
     "NeuralODE",
+    "NeuralSDE",
     "ODEProblem",
     "PIController",
     "PIDController",
     "PsnWarning",
+    "RKMil",
     "Ralston",
     "RandomEndTime",
     "Regularizer",
     "ReturnCode",
+    "ReversibleHeun",
+    "SDEProblem",
     "Solution",
     "SolverFailure",
     "Stats",
