@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from pysciml_node.options import SolveOptions
+from pysciml_node.problem import Problem
 from pysciml_node.solution import ReturnCode, Solution
 from pysciml_node.torch_engine.field import FlatField
+from pysciml_node.torch_engine.march import Attempt
+from pysciml_node.torch_engine.sde.fields import Fields
+from pysciml_node.torch_engine.sde.trajectory import SDETrajectory
+from pysciml_node.torch_engine.stages import FlatFunction
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 
 
@@ -30,39 +37,61 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
     trajectory = solution.trajectory
     stiff = False
     if isinstance(trajectory, TorchTrajectory):
-        details, stiff = _details(trajectory, options)
-        lines += details
+        problem = trajectory.problem
+        fields = {"f(t0, u0)": FlatField(problem)}
+        lines += _attempt(
+            trajectory.record.last, trajectory.flat_states[0], fields, options, problem
+        )
+        found, stiff = _stiffness(trajectory)
+        lines += found
+    elif isinstance(trajectory, SDETrajectory):
+        both = Fields(trajectory.problem)
+        rates = {"drift(t0, u0)": both.drift, "diffusion(t0, u0)": both.diffusion}
+        start = trajectory.states()[0]
+        lines += _attempt(trajectory.record.last, start, rates, options, trajectory.problem)
     lines += _remedies(solution, options, stiff)
     lines.append(f"  The solution up to t={t:.6g} is in .solution.")
     return "\n".join(lines)
 
 
-def _details(trajectory: TorchTrajectory, options: SolveOptions) -> tuple[list[str], bool]:
-    """The worst component of the last attempt, and the stiffness of the last accepted step."""
+def _attempt(
+    last: Attempt | None,
+    start: Tensor,
+    fields: Mapping[str, FlatFunction],
+    options: SolveOptions,
+    problem: Problem,
+) -> list[str]:
+    """The worst component of the last attempt, or what is wrong before the first one."""
     lines: list[str] = []
-    last = trajectory.record.last
-    problem, spec = trajectory.problem, trajectory.problem.spec
+    spec = problem.spec
     if last is None:
-        start = trajectory.flat_states[0].detach()
         with torch.no_grad():
-            rate = FlatField(problem)(problem.time_tensor([problem.t0])[0], start)
-        for name, vector in (("u0", start), ("f(t0, u0)", rate)):
+            time = problem.time_tensor([problem.t0])[0]
+            rates = {name: field(time, start.detach()) for name, field in fields.items()}
+        for name, vector in {"u0": start.detach(), **rates}.items():
             bad = ~torch.isfinite(vector)
             if bool(bad.any()):
-                lines.append(f"  {name} is not finite: {spec.locate(int(bad.nonzero()[0]))}.")
-    else:
-        u, u1 = last.u.detach(), last.u1.detach()
-        bad = ~torch.isfinite(u1)
-        if bool(bad.any()):
-            index = int(bad.nonzero()[0])
-            lines.append(f"  First value that is not finite: {spec.locate(index)}.")
-        else:
-            scale = torch.maximum(u.abs(), u1.abs()) * options.rtol + options.atol
-            index = int(((u1 - u).abs() / scale).argmax())
-            lines.append(
-                f"  Fastest change in units of the tolerance: {spec.locate(index)}; "
-                f"scaled error {last.error:.3g} at dt={last.h:.3g}."
-            )
+                # A matrix of noise has several entries for each of the state's.
+                index = int(bad.nonzero()[0]) * start.numel() // vector.numel()
+                lines.append(f"  {name} is not finite: {spec.locate(index)}.")
+        return lines
+    # What a method carries beside the state is not looked at.
+    u, u1 = (vector.detach()[: start.numel()] for vector in (last.u, last.u1))
+    bad = ~torch.isfinite(u1)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        return [f"  First value that is not finite: {spec.locate(index)}."]
+    scale = torch.maximum(u.abs(), u1.abs()) * options.rtol + options.atol
+    index = int(((u1 - u).abs() / scale).argmax())
+    return [
+        f"  Fastest change in units of the tolerance: {spec.locate(index)}; "
+        f"scaled error {last.error:.3g} at dt={last.h:.3g}."
+    ]
+
+
+def _stiffness(trajectory: TorchTrajectory) -> tuple[list[str], bool]:
+    """The stiffness of the last accepted step."""
+    lines: list[str] = []
     radius = trajectory.method.tableau.stability_radius
     stiff = False
     if trajectory.record.sizes and radius and torch.isfinite(trajectory.flat_states[-1]).all():
