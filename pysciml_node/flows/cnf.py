@@ -50,8 +50,8 @@ class CNF(Flow):
         generator: draws the probes; of the state's device. Default torch's own.
         rtol: relative tolerance.
         atol: absolute tolerance.
-        regularizers: what is added to the loss in training mode, as for `NeuralODE`. They see the
-            state, not the log-determinant.
+        regularizers: what is added to the loss in training mode, as for `NeuralODE`. The estimates
+            of local and global ones are of state and log-determinant, which drive the steps.
         adjoint: how gradients are taken; default `DiscreteAdjoint()`.
         engine: `"torch"`, `"julia"` or `"auto"`.
         options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.

@@ -82,6 +82,10 @@ class AugmentedField(nn.Module):
         own = [part for key, part in state.items() if key.startswith(_OWN)]
         outer_grad = torch.is_grad_enabled()
         with torch.enable_grad():
+            # A view made without gradients may claim to require them and yet lead nowhere: only
+            # where gradients are on is the state itself what the field is differentiated at.
+            if not outer_grad:
+                own = [part.detach() for part in own]
             parts = [part if part.requires_grad else part.requires_grad_() for part in own]
             u = self.spec.assemble(parts)
 
@@ -199,14 +203,16 @@ class DrivenTrajectory:
         return self.own.restrict(problem)
 
 
-def _driving(augmented: ODEProblem) -> ODEProblem:
-    """An augmented problem without the rates that have no tolerance."""
-    field = augmented.f
+def _driving(augmented: ODEProblem) -> ODEProblem | None:
+    """An augmented problem with the driven rates alone; `None` where it has none."""
+    field, u0 = augmented.f, augmented.u0
     assert isinstance(field, AugmentedField)
-    u0 = {key: part for key, part in augmented.u0.items() if not key.startswith(f"{_EXTRA} ")}
-    rates = {key: rate for key, rate in field.rates.items() if key in u0}
-    smaller = AugmentedField(field.problem, rates)
-    return dataclasses.replace(augmented, f=smaller, u0=u0)
+    assert isinstance(u0, dict)
+    rates = {key: rate for key, rate in field.rates.items() if key.startswith(f"{_DRIVEN} ")}
+    if not rates:
+        return None
+    parts = {key: part for key, part in u0.items() if key.startswith(_OWN) or key in rates}
+    return dataclasses.replace(augmented, f=AugmentedField(field.problem, rates), u0=parts)
 
 
 def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
@@ -220,9 +226,10 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
         return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
 
     trajectory = solution.trajectory.restrict(problem)
-    if any(key.startswith(f"{_DRIVEN} ") for key in solution.problem.u0):
-        driving = solution.trajectory.restrict(_driving(solution.problem))
-        trajectory = DrivenTrajectory(trajectory, driving)
+    assert isinstance(solution.problem, ODEProblem)
+    driving = _driving(solution.problem)
+    if driving is not None:
+        trajectory = DrivenTrajectory(trajectory, solution.trajectory.restrict(driving))
     return dataclasses.replace(
         solution,
         problem=problem,

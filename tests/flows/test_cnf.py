@@ -282,6 +282,29 @@ def test_the_log_determinant_drives_the_steps() -> None:
     assert flow.node.integrate(x).stats.naccept < 10
 
 
+def test_estimates_are_those_of_the_system_that_drives_the_steps() -> None:
+    """State and log-determinant, solved as one plain problem with the same steps."""
+    field, u0 = curved(), points()
+    flow = CNF(field, regularizers=[psn.GlobalError(), psn.KineticEnergy()])
+
+    def both(t: Tensor, u: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = u[0] if u[0].grad_fn is not None else u[0].detach().requires_grad_()
+            f = field(t, x)
+            rows = [torch.autograd.grad(f[:, i].sum(), x, create_graph=True)[0] for i in (0, 1)]
+        return f, rows[0][:, 0] + rows[1][:, 1]
+
+    plain = psn.NeuralODE(both, regularizers=[psn.GlobalError()], adjoint=psn.DirectAdjoint())
+    expected = plain((u0, torch.zeros(len(u0), dtype=torch.float64)))
+    found = flow(u0).penalties["GlobalError"]
+    torch.testing.assert_close(found, expected.penalties["GlobalError"], rtol=1e-6, atol=0)
+    solution = flow.node.integrate(u0, driven={"log_det": flow._divergence})
+    estimate, other = (s.local_estimate(0.4, dt=0.1) for s in (solution, expected))
+    torch.testing.assert_close(estimate.error, other.error, rtol=1e-6, atol=0)
+    torch.testing.assert_close(solution.step_stiffness, expected.step_stiffness)
+    assert solution(0.3).shape == solution.u1.shape == u0.shape
+
+
 @pytest.mark.parametrize(
     "regularizer",
     [
