@@ -54,14 +54,24 @@ class JuliaError(RuntimeError):
 
 
 class UnsupportedModule(TypeError):
-    """A module that cannot be translated for Julia; the message names the operation and the remedy.
+    """A module that cannot be made into a program for Julia.
+
+    Args:
+        message: what is in the way.
+        operation: the torch operation in the way, if it is one.
+        captured: whether the module uses tensors that require gradients and are not its parameters.
 
     Attributes:
-        captured: whether the only obstacle is a tensor outside the module that requires a gradient.
+        operation: as given.
+        captured: as given.
     """
 
-    def __init__(self, message: str, *, captured: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, operation: str | None = None, captured: bool = False) -> None:
+        super().__init__(
+            f"{message}\n  Pass a function instead: lambda t, u: module(t, u). It is called back "
+            "by Julia and may do anything."
+        )
+        self.operation = operation
         self.captured = captured
 
 

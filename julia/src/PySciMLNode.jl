@@ -26,6 +26,7 @@ include("buffers.jl")
 include("interrupt.jl")
 include("info.jl")
 include("python_field.jl")
+include("source_field.jl")
 include("entry.jl")
 include("sensitivity.jl")
 

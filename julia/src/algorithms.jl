@@ -33,7 +33,7 @@ end
 Root-mean-square norm over the leading `driven` entries of a state, of which `counted` have a finite
 tolerance; the absolute value of a number.
 """
-struct DrivenNorm
+struct DrivenNorm <: Function
     driven::Int
     counted::Int
 end

@@ -54,6 +54,52 @@ function make_python_field(
 end
 
 """
+    make_program(json, dtype) -> handle
+"""
+make_program(json::String, dtype::Int) = keep(RightHandSide(program(json, REAL[dtype + 1])))
+
+"""
+    make_source(text, dtype, dims, shape) -> handle
+
+A field written in Julia; `shape` is the address of the `dims` sizes of the state, as Julia sees it.
+"""
+make_source(text::String, dtype::Int, dims::Int, shape::Int) =
+    keep(RightHandSide(SourceField{REAL[dtype + 1]}(text, host(Int, shape, dims))))
+
+"""
+    evaluate_once!(field, dtype, device, n, u, np, p, t, du)
+
+One evaluation of a field.
+"""
+function evaluate_once!(
+    field::Int, dtype::Int, device::Int, n::Int, u::Int, np::Int, p::Int, t::Float64, du::Int
+)
+    T, rhs = REAL[dtype + 1], OBJECTS[field]::RightHandSide
+    vector(address, length) = memory(T, device, address, length)
+    evaluate!(vector(du, n), rhs.field, vector(u, n), vector(p, np), T(t))
+    return nothing
+end
+
+"""
+    pull_once!(field, dtype, device, n, u, np, p, t, v, ubar, pbar) -> tbar
+
+One vector-Jacobian product of a field; `pbar` is added to.
+"""
+function pull_once!(
+    field::Int, dtype::Int, device::Int, n::Int, u::Int, np::Int, p::Int, t::Float64, v::Int,
+    ubar::Int, pbar::Int,
+)
+    T, f = REAL[dtype + 1], (OBJECTS[field]::RightHandSide).field
+    vector(address, length) = memory(T, device, address, length)
+    state, parameters, time = vector(u, n), vector(p, np), T(t)
+    reserve!(f, 1)
+    linearize!(vector(ubar, n), f, state, parameters, time, 1)
+    return Float64(
+        vjp!(vector(ubar, n), vector(pbar, np), f, state, parameters, time, 1, vector(v, n))
+    )
+end
+
+"""
     solve!(fd, field, plan, device, n, u0, np, p, nmarks, marks, dt0, m, saveat, saved, mass, dense,
            observer, report) -> handle of the record
 

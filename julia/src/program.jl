@@ -175,7 +175,7 @@ function evaluate!(du::V, f::Program{T,V}, u::V, p::V, t) where {T,V}
     return nothing
 end
 
-function linearize!(du::V, f::Program{T,V}, u::V, p::V, t, slot::Int) where {T,V}
+function linearize!(du, f::Program{T,V}, u::V, p::V, t, slot::Int) where {T,V}
     kept = slot!(f, slot + 1)
     run!(f.operations, prepare!(f, kept, kept.result, u, p, t))
     copyto!(du, kept.result)

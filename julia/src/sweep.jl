@@ -19,7 +19,8 @@ struct StepPullback{T,V<:AbstractVector{T},M<:AbstractMatrix{T}}
     pbar::V
     K::M
     C::M
-    argument::V
+    arguments::Vector{V}
+    sum::V
     kbar::V
     weights::Vector{T}
 end
@@ -31,7 +32,8 @@ function StepPullback(rhs, tableau, p, pbar, u, outputs::Int)
     K, C = similar(u, N, s), similar(u, N, columns)
     reserve!(rhs.field, s)
     weights = Vector{T}(undef, columns)
-    return StepPullback(rhs, tableau, p, pbar, K, C, similar(u), similar(u), weights)
+    arguments = [similar(u) for _ in 1:s]
+    return StepPullback(rhs, tableau, p, pbar, K, C, arguments, similar(u), similar(u), weights)
 end
 
 # y = alpha * A[:, from:to] * w + beta * y, the weights copied to the device of A.
@@ -50,9 +52,9 @@ on_device(like, w) = copyto!(similar(like, length(w)), collect(w))
 Evaluate the first `count` stages of a step from `u`, keeping what their pullbacks need.
 """
 function stages!(pull::StepPullback{T}, t, h, u, count) where {T}
-    (; rhs, tableau, p, K, argument, weights) = pull
+    (; rhs, tableau, p, K, weights) = pull
     for i in 1:count
-        copyto!(argument, u)
+        argument = copyto!(pull.arguments[i], u)
         if i > 1
             weights[1:(i - 1)] .= tableau.a[i]
             combine!(argument, K, 1, i - 1, weights, h, 1)
@@ -73,7 +75,7 @@ Replace the cotangent `ubar` of a step's end by that of its start.
 step's start time and size; those of `thetas` have parts of their own, see `theta_bars`.
 """
 function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
-    (; rhs, tableau, p, pbar, K, C, argument, kbar, weights) = pull
+    (; rhs, tableau, p, pbar, K, C, arguments, kbar, weights) = pull
     m = length(thetas)
     # Without dense outputs the last stage of a first-same-as-last method has no cotangent here.
     count = m > 0 ? tableau.all_stages : tableau.stages - tableau.fsal
@@ -96,8 +98,8 @@ function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
         combine!(kbar, C, 1, last, weights, h, 0)
         time = inside(rhs, T(t + tableau.c[i] * h))
         along = Float64(dot(kbar, view(K, :, i)))
-        slope = vjp!(argument, pbar, rhs.field, u, p, time, i, kbar)
-        C[:, last + 1] .= argument
+        slope = vjp!(pull.sum, pbar, rhs.field, arguments[i], p, time, i, kbar)
+        C[:, last + 1] .= pull.sum
         tbar += slope
         hbar += along / h + tableau.c[i] * slope
     end
@@ -112,10 +114,10 @@ end
 Cotangent of the fraction at which a dense output was taken, right after the `pull!` of its step.
 """
 function theta_bar(pull::StepPullback, h, output, theta)
-    (; tableau, K, argument, weights) = pull
+    (; tableau, K, weights) = pull
     weights[1:(tableau.all_stages)] .= dense_slopes(tableau, theta)
-    combine!(argument, K, 1, tableau.all_stages, weights, h, 0)
-    return Float64(dot(output, argument))
+    combine!(pull.sum, K, 1, tableau.all_stages, weights, h, 0)
+    return Float64(dot(output, pull.sum))
 end
 
 """

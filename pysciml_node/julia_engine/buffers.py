@@ -32,7 +32,7 @@ def from_real(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `to_real`, without copying; leading dimensions are kept."""
     if not dtype.is_complex:
         return vector
-    return torch.view_as_complex(vector.reshape(*vector.shape[:-1], -1, 2))
+    return torch.view_as_complex(vector.reshape(*vector.shape[:-1], vector.shape[-1] // 2, 2))
 
 
 def doubles(numbers: Sequence[float] = ()) -> array[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint
 from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
 from pysciml_node.julia_engine import plans, runtime
-from pysciml_node.julia_engine.fields import CallbackField, Field
+from pysciml_node.julia_engine.fields import CallbackField, Field, field_of
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
@@ -217,11 +217,6 @@ class Work:
         return replayed_sweep(field, tableau, record, states, arriving, with_times, self.stats)
 
 
-def field_of(problem: ODEProblem, u0: Tensor, gradients: bool) -> Field:
-    """The right-hand side of a problem as Julia evaluates it."""
-    return CallbackField(problem, u0, gradients)
-
-
 def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
     """Run a checked problem; a failed solve is returned like any other.
 
@@ -243,4 +238,6 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         trajectory = TorchTrajectory(problem, method, lambda: (record, states), stats, options)
     else:
         trajectory = SciMLTrajectory(problem, record, states, stats, options, work)
-    return build_solution(problem, algorithm, NAME, options, record, states, saved, stats, trajectory)
+    return build_solution(
+        problem, algorithm, NAME, options, record, states, saved, stats, trajectory
+    )

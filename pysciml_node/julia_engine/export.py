@@ -20,12 +20,12 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine.program import Program
 from pysciml_node.julia_engine.program_builder import (
     Builder,
     Joined,
     Traced,
-    UnsupportedModule,
     View,
 )
 from pysciml_node.julia_engine.program_check import check_program

@@ -1,4 +1,4 @@
-"""Right-hand sides for Julia: any Python callable, by callback."""
+"""Right-hand sides as Julia evaluates them: translated modules, source, Python callables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine import runtime
 from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, to_real
+from pysciml_node.julia_engine.export import translate
 from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.problem import ODEProblem
 from pysciml_node.torch_engine.field import DifferentiableField, FlatField, Linearized
 
@@ -54,6 +57,105 @@ def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | N
         from_real(part.to(x.device, x.dtype.to_real()), x.dtype).reshape(x.shape)
         for part, x in zip(parts, tensors, strict=True)
     ]
+
+
+def field_of(problem: ODEProblem, u0: Tensor, gradients: bool) -> Field:
+    """The right-hand side of a problem as Julia evaluates it.
+
+    A module is translated, a `JuliaField` taken as it is, and any other callable called back.
+
+    Args:
+        problem: gives the callable, the state's structure and `p`.
+        u0: flat initial state.
+        gradients: whether the field's inputs will receive gradients.
+
+    Raises:
+        UnsupportedModule: a module has an operation that cannot be translated.
+    """
+    if isinstance(problem.f, JuliaField):
+        return SourceField(problem, gradients)
+    real = not problem.spec.dtype.is_complex
+    if isinstance(problem.f, nn.Module) and problem.p is None and real:
+        try:
+            return ProgramField(problem)
+        except UnsupportedModule as error:
+            # A tensor from outside receives its gradient through the callback.
+            if not error.captured:
+                raise
+    return CallbackField(problem, u0, gradients)
+
+
+_programs: dict[tuple[str, torch.dtype], Handle] = {}
+
+
+class ProgramField:
+    """A module translated for Julia.
+
+    Args:
+        problem: its `f` is the module.
+    """
+
+    calls_python = False
+    host = False
+
+    def __init__(self, problem: ODEProblem) -> None:
+        assert isinstance(problem.f, nn.Module)
+        self._spec = problem.spec
+        translated = translate(problem.f, problem.spec)
+        self._all = translated.parameters
+        self.inputs = [x for x in self._all if x.requires_grad]
+        key = (translated.json, problem.spec.dtype)
+        if key not in _programs:
+            made = runtime.call("make_program", translated.json, CODES[problem.spec.dtype])
+            _programs[key] = Handle(made)
+        self.handle = _programs[key]
+
+    def parameters(self) -> Tensor:
+        """All parameters, buffers and constants of the module."""
+        return flat_parameters(self._all, self._spec.dtype, self._spec.device)
+
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        """A gradient of `parameters` as those of `inputs`."""
+        parts = split_parameters(gradient, self._all)
+        return [part for part, x in zip(parts, self._all, strict=True) if x.requires_grad]
+
+
+class SourceField:
+    """A field written in Julia.
+
+    Args:
+        problem: its `f` is a `JuliaField`; its `p` a tensor, or nothing.
+        gradients: whether Zygote is needed.
+
+    Raises:
+        TypeError: complex states, or states and parameters of several parts.
+    """
+
+    calls_python = False
+    host = False
+
+    def __init__(self, problem: ODEProblem, gradients: bool) -> None:
+        spec, p = problem.spec, problem.p
+        if spec.keys is not None or spec.dtype.is_complex or not isinstance(p, Tensor | None):
+            raise TypeError(
+                "a JuliaField takes one real tensor as state and one as p.\n"
+                "  Join the parts with torch.cat, or write the field in Python."
+            )
+        assert isinstance(problem.f, JuliaField)
+        # Implicit methods need Jacobians without any gradient being asked for.
+        runtime.require("Zygote")
+        self._spec, self._p = spec, p
+        self.inputs = [p] if gradients and p is not None and p.requires_grad else []
+        self.handle = problem.f.handle(spec.dtype, spec.shapes[0])
+
+    def parameters(self) -> Tensor:
+        """The problem's `p` as a vector."""
+        given = [] if self._p is None else [self._p]
+        return flat_parameters(given, self._spec.dtype, self._spec.device)
+
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        """A gradient of `parameters` as those of `inputs`."""
+        return split_parameters(gradient, self.inputs) if self.inputs else []
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -202,7 +202,8 @@ def _cat(step: Operation, inputs: list[Tensor]) -> Tensor:
 
 def _view(step: Operation, inputs: list[Tensor]) -> Tensor:
     a = step.attributes
-    return torch.as_strided(inputs[0].contiguous(), a["size"], a["stride"], a["offset"])
+    x = inputs[0].contiguous()
+    return x.as_strided(a["size"], a["stride"], x.storage_offset() + a["offset"])
 
 
 def _range(step: Operation, inputs: list[Tensor]) -> Tensor:

@@ -22,28 +22,6 @@ FUSABLE = {"tanh", "sigmoid", "relu"}
 """Activations whose derivative follows from their value."""
 
 
-class UnsupportedModule(TypeError):
-    """A module that cannot be made into a program for Julia.
-
-    Args:
-        message: what is in the way.
-        operation: the torch operation in the way, if it is one.
-        captured: whether the module uses tensors that require gradients and are not its parameters.
-
-    Attributes:
-        operation: as given.
-        captured: as given.
-    """
-
-    def __init__(self, message: str, operation: str | None = None, captured: bool = False) -> None:
-        super().__init__(
-            f"{message}\n  Pass a function instead: lambda t, u: module(t, u). It is called back "
-            "by Julia and may do anything."
-        )
-        self.operation = operation
-        self.captured = captured
-
-
 @dataclass(frozen=True)
 class View:
     """Entries of a value: `shape`, `stride` and `offset` as torch has them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine.program import Program
-from pysciml_node.julia_engine.program_builder import UnsupportedModule
 from pysciml_node.state import StateSpec
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}

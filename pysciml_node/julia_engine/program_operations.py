@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine.program_builder import (
     MAX_RUNS,
     Builder,
     Joined,
     Shape,
     Traced,
-    UnsupportedModule,
     View,
     runs,
 )
