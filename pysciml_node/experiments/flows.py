@@ -49,10 +49,10 @@ PLANE_WEIGHTS: Weights = {
     "rnode": (0.05, 0.05),
     "local-unbiased": (1.0, 1.0),
     "local-biased": (1.0, 1.0),
-    "local-stiffness": (0.1, 0.1),
+    "local-stiffness": (0.05, 0.05),
     "global-error": (1.0, 1.0),
-    "global-stiffness": (0.1, 0.1),
-    "taylor": (0.01, 0.01),
+    "global-stiffness": (0.05, 0.05),
+    "taylor": (0.05, 0.05),
     "steer": (0.25, 0.25),
 }
 
@@ -190,9 +190,9 @@ CNF_DIGITS = replace(
     # Data as small as these are fitted within minutes, by weights that are larger accordingly.
     weights={
         **IMAGE_WEIGHTS,
-        "kinetic": (0.1, 0.1),
-        "jacobian": (0.1, 0.1),
-        "rnode": (0.1, 0.1),
+        "kinetic": (0.05, 0.05),
+        "jacobian": (0.05, 0.05),
+        "rnode": (0.05, 0.05),
     },
     reduced=Budget({"steps": 200, "evaluate_every": 40}),
     quick=Budget(
