@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pysciml_node import adjoints, algorithms
+from pysciml_node import adjoints, algorithms, sde_algorithms
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
 from pysciml_node.experiments.settings import AdjointName, Run, Settings
@@ -57,7 +57,7 @@ def make_algorithm(name: str) -> algorithms.Algorithm:
     Raises:
         ValueError: there is none of this name.
     """
-    kind = getattr(algorithms, name, None)
+    kind = getattr(algorithms, name, None) or getattr(sde_algorithms, name, None)
     if not (isinstance(kind, type) and issubclass(kind, algorithms.Algorithm)):
         raise ValueError(f"solver must name an algorithm, such as Tsit5 or BS3, but is {name!r}.")
     return kind()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.stand_in import blobs
 from torch import nn
 
 from pysciml_node.data import Splits
@@ -15,6 +16,7 @@ from pysciml_node.experiments.cifar10 import CIFAR10, SIDE, ConvField
 from pysciml_node.experiments.command import NAMES, make_parser, make_runs, settings_of
 from pysciml_node.experiments.image_layers import FieldBatchNorm, channel_mask, tracking
 from pysciml_node.experiments.mnist import MNIST_ODE
+from pysciml_node.experiments.mnist_sde import MNIST_SDE
 from pysciml_node.experiments.multiscale import CIFAR10_MULTI_SCALE, MultiScaleField
 from pysciml_node.experiments.physionet import PHYSIONET, interpolation_errors
 from pysciml_node.experiments.published import TABLES, compare
@@ -23,9 +25,8 @@ from pysciml_node.experiments.runner import make_trainer
 from pysciml_node.experiments.settings import COMPARED, Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EXPERIMENTS = [MNIST_ODE, PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE]
-# Those whose quick data is at hand without files.
-WITHOUT_FILES = [PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE]
+TRAINED = [MNIST_SDE, PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE]
+EXPERIMENTS = [MNIST_ODE, *TRAINED]
 NOWHERE = Path("no folder of this name")
 
 
@@ -49,13 +50,16 @@ def quick(experiment, steps: int = 4):
     """Quick settings and a handful of samples."""
     settings, _ = experiment.at("quick")
     settings = replace(settings, steps=steps, batch_size=2, evaluate_every=steps, engine="torch")
-    data = experiment.data("quick", NOWHERE, False, settings)
+    if experiment is MNIST_SDE:
+        data = blobs()
+    else:
+        data = experiment.data("quick", NOWHERE, False, settings)
     few = slice(4)
     return settings, Splits(data.train[few], data.validation[:0], data.test[few])
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "local-biased"])
-@pytest.mark.parametrize("experiment", WITHOUT_FILES, ids=by_name)
+@pytest.mark.parametrize("experiment", TRAINED, ids=by_name)
 def test_a_continued_run_ends_bit_for_bit_as_one_never_interrupted(tmp_path, experiment, variant):
     settings, data = quick(experiment)
     run = Run(variant=variant, seed=1)
@@ -66,8 +70,6 @@ def test_a_continued_run_ends_bit_for_bit_as_one_never_interrupted(tmp_path, exp
     whole = trainer()
     whole.train()
     trainer().train(until=2, checkpoint=tmp_path / "run.pt")
-    interrupted = trainer()
-    interrupted.train(until=2, checkpoint=tmp_path / "run.pt")
     continued = trainer()
     torch.manual_seed(99)
     continued.resume(tmp_path / "run.pt")
@@ -79,7 +81,7 @@ def test_a_continued_run_ends_bit_for_bit_as_one_never_interrupted(tmp_path, exp
     assert continued.history == whole.history
 
 
-@pytest.mark.parametrize("experiment", WITHOUT_FILES, ids=by_name)
+@pytest.mark.parametrize("experiment", TRAINED, ids=by_name)
 def test_variants_of_a_seed_start_alike(experiment):
     settings, data = quick(experiment)
     models = [
@@ -94,7 +96,7 @@ def test_variants_of_a_seed_start_alike(experiment):
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("experiment", WITHOUT_FILES, ids=by_name)
+@pytest.mark.parametrize("experiment", TRAINED, ids=by_name)
 def test_every_parameter_learns(experiment):
     settings, data = quick(experiment)
     model = experiment.build(data, settings, Run(variant="local-unbiased")).train()
@@ -140,6 +142,8 @@ def test_the_settings_are_the_papers():
     conv = CIFAR10.settings
     assert (conv.steps, conv.batch_size, conv.tolerance) == (31250, 32, 1e-4)
     assert conv.learning_rates()(conv.steps) == pytest.approx(1e-4)
+    noisy = MNIST_SDE.settings
+    assert (noisy.steps, noisy.tolerance, noisy.state, noisy.hidden) == (4000, 0.14, 32, 64)
     large = CIFAR10_MULTI_SCALE.settings
     assert (large.hidden, large.expansion, large.dropout) == (24, 5, 0.2)
     field = ConvField(8, 64, generator=generator())
@@ -179,6 +183,21 @@ def test_the_injected_input_drives_the_scales():
     first, second = field(t, z, {"x": x}), field(t, z, {"x": 2 * x})
     changed = [part.abs().max() > 1e-3 for part in field.split(first - second)]
     assert all(changed)
+
+
+def test_predictions_of_an_sde_repeat_and_average_trajectories():
+    settings, data = quick(MNIST_SDE)
+    run = Run(variant="vanilla")
+    one, many = (
+        MNIST_SDE.build(data, replace(settings, trajectories=count), run).eval() for count in (1, 8)
+    )
+    x = data.test.x
+    assert torch.equal(one(x).logits, one(x).logits)
+    torch.testing.assert_close(one.train()(x).penalty, torch.zeros(()))
+    assert not torch.equal(one(x).logits, one(x).logits)
+    assert not torch.equal(many(x).logits, one.eval()(x).logits)
+    with pytest.raises(ValueError, match="trajectories"):
+        replace(settings, trajectories=0)
 
 
 def test_hidden_rows_are_predicted_about_as_well_as_by_means_before_training():

@@ -1,0 +1,165 @@
+"""MNIST classified by a neural SDE: arXiv:2303.02262, section 4.2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pysciml_node.data import LabelledData, Splits
+from pysciml_node.experiments.experiment import Budget, Experiment
+from pysciml_node.experiments.mnist import load_few, load_mnist
+from pysciml_node.experiments.model import make_adjoint, make_algorithm
+from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.settings import DecayName, Run, Settings
+from pysciml_node.experiments.trainable import Classifier, Prediction
+from pysciml_node.layers.neural_sde import NeuralSDE
+from pysciml_node.layers.recognition import dense
+from pysciml_node.layers.timed import Ignore, IgnoreLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDESettings(Settings):
+    """What the runs of a neural SDE have in common; the defaults are paper D's.
+
+    Its text names SOSRI2, its code takes SOSRI.
+
+    Args:
+        state: size of the state, to which the images are mapped linearly.
+        trajectories: whose logits a prediction averages; training takes one.
+    """
+
+    steps: int = 4000
+    learning_rate: float = 0.01
+    decay: DecayName = "inverse"
+    solver: str = "SOSRI2"
+    tolerance: float = 0.14
+    hidden: int = 64
+    evaluate_every: int = 500
+    state: int = 32
+    trajectories: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trajectories < 1:
+            raise ValueError(f"trajectories must be at least 1, but is {self.trajectories}.")
+
+
+class SDEClassifier(Classifier):
+    """A linear map to the state, a flow with diagonal noise from t = 0 to 1, a linear readout.
+
+    The drift has one hidden tanh layer, the diffusion is linear. A prediction draws its Brownian
+    paths from a seed of its own, so that evaluations repeat and leave training alone.
+
+    Args:
+        features: size of the flattened input.
+        classes: number of classes.
+        settings: sizes, tolerance, engine and adjoint.
+        run: variant, seed and weight.
+    """
+
+    def __init__(self, features: int, classes: int, settings: SDESettings, run: Run) -> None:
+        super().__init__()
+        initial = torch.Generator().manual_seed(run.seed)
+        self._generators = {
+            "penalty": penalty_generator(run),
+            "paths": torch.Generator().manual_seed(run.seed + 3_000_003),
+        }
+        self._evaluation_seed = run.seed + 4_000_003
+        self.trajectories = settings.trajectories
+        self.down = dense(features, settings.state, initial)
+        self.node = NeuralSDE(
+            Ignore(
+                nn.Sequential(
+                    dense(settings.state, settings.hidden, initial),
+                    nn.Tanh(),
+                    dense(settings.hidden, settings.state, initial),
+                )
+            ),
+            IgnoreLinear(settings.state, settings.state, generator=initial),
+            make_algorithm(settings.solver),
+            tspan=(0.0, 1.0),
+            rtol=settings.tolerance,
+            atol=settings.tolerance,
+            engine=settings.engine,
+            adjoint=make_adjoint(settings.adjoint),
+            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
+        )
+        self.head = dense(settings.state, classes, initial)
+        self.dtype = getattr(torch, settings.dtype)
+        self.to(self.dtype)
+
+    def forward(self, x: Tensor) -> Prediction:
+        """Predict for a batch ``x`` of shape ``(B, *D)``, converted to the parameters' dtype."""
+        start = self.down(x.flatten(1).to(self.dtype))
+        if self.training:
+            solution = self.node(start, generator=self._generators["paths"])
+            return Prediction(self.head(solution.u1), solution.penalty, int(solution.stats.nfe))
+        paths = torch.Generator().manual_seed(self._evaluation_seed)
+        solutions = [self.node(start, generator=paths) for _ in range(self.trajectories)]
+        logits = torch.stack([self.head(solution.u1) for solution in solutions]).mean(0)
+        # The evaluations of one solve, which is what the published figures count.
+        nfe = sum(int(solution.stats.nfe) for solution in solutions) // self.trajectories
+        return Prediction(logits, solutions[0].penalty, nfe)
+
+    def step_schedules(self) -> None:
+        """Advance the penalty weight by one optimizer step."""
+        self.node.step_schedules()
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The states of the generators."""
+        return {name: generator.get_state() for name, generator in self._generators.items()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `get_extra_state` returned."""
+        for name, generator in self._generators.items():
+            generator.set_state(state[name])
+
+
+def make_sde_classifier(
+    data: Splits[LabelledData], settings: SDESettings, run: Run
+) -> SDEClassifier:
+    """The classifier that fits the data."""
+    features = data.train.x[0].numel()
+    return SDEClassifier(features, int(data.train.y.max()) + 1, settings, run)
+
+
+MNIST_SDE = Experiment(
+    name="mnist-sde",
+    title="MNIST, neural SDE",
+    settings=SDESettings(monitor_samples=2048),
+    # The weights of the other variants are those of arXiv:2105.03918.
+    weights={
+        "local-unbiased": (1000.0, 1000.0),
+        "local-biased": (1000.0, 1000.0),
+        "global-error": (10.0, 10.0),
+        "global-stiffness": (0.1, 0.1),
+    },
+    reduced=Budget(
+        {
+            "steps": 200,
+            "batch_size": 128,
+            "step_size": "solver",
+            "stop_gradient": False,
+            "evaluate_every": 50,
+            "train_samples": 10_000,
+        }
+    ),
+    quick=Budget(
+        {
+            "timed_predictions": 2,
+            "steps": 10,
+            "batch_size": 64,
+            "tolerance": 0.5,
+            "evaluate_every": 5,
+        }
+    ),
+    data_dir=Path("data/mnist"),
+    load=load_mnist,
+    load_quick=load_few,
+    build=make_sde_classifier,
+    options={
+        "state": "size of the state",
+        "trajectories": "whose logits a prediction averages",
+    },
+)
