@@ -6,6 +6,7 @@ seeds.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -80,7 +81,7 @@ def test_disjoint_increments_are_independent() -> None:
     tree = path()
     times = [0.0, 0.1, 0.5, 0.75, 1.0, 1.3, 2.0]
     rows: list[Tensor] = []
-    for start, end in zip(times, times[1:], strict=False):
+    for start, end in itertools.pairwise(times):
         motion = tree.increment(start, end)
         rows += [motion.w / math.sqrt(motion.h), motion.area / math.sqrt(motion.h / 12)]
     products = torch.stack(rows) @ torch.stack(rows).T / SIZE
