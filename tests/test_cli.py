@@ -81,7 +81,7 @@ def test_doctor_names_a_julia_that_is_set_but_absent():
 
 def test_doctor_says_what_to_do_about_the_environment():
     amiss = {
-        "OPENBLAS_CORETYPE": ("Haswell", "1.3 times as long"),
+        "OPENBLAS_CORETYPE": ("Prescott", "1.3 to 5 times as long"),
         "JULIA_LOAD_PATH": ("@", "JULIA_LOAD_PATH is set"),
         "JULIA_NUM_THREADS": ("4", "can crash"),
         "PYTHON_JULIACALL_HANDLE_SIGNALS": ("no", "can crash"),

@@ -10,6 +10,8 @@ import warnings
 from functools import cache
 from typing import Any
 
+import torch
+
 from pysciml_node.errors import EngineUnavailable
 from pysciml_node.julia_engine import env
 from pysciml_node.julia_engine.errors import translate
@@ -18,6 +20,8 @@ MODULE = "PySciMLNode"
 INSTALL = "python -m pysciml_node install"
 _DOCTOR = "See what is wrong with: python -m pysciml_node doctor"
 _MINUTES = "10 to 40"
+KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
+"""OpenBLAS's name for its kernels by what torch finds in the processor."""
 
 
 def runs_already() -> bool:
@@ -143,7 +147,23 @@ def prepare(*, install: bool) -> None:
         if not install or choose().problem is not None:
             raise EngineUnavailable(reason)
         install_packages()
+    named = choose().executable
+    if named is not None:
+        julia = env.describe(named)
+        if isinstance(julia, env.Julia):
+            env.take_over(julia)
     env.set_defaults()
+    _name_kernels()
+
+
+def _name_kernels() -> None:
+    """Tell OpenBLAS this processor's kernels.
+
+    Builds that do not know a processor fall back to kernels without AVX, at a fifth of the speed.
+    """
+    kernels = KERNELS.get(torch.backends.cpu.get_cpu_capability())
+    if kernels is not None:
+        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
 
 
 def launch() -> tuple[Any, Any]:

@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from pysciml_node.julia_engine import env, launch, runtime
 
 _PREFIXES = ("JULIA_", "PYTHON_JULIACALL_", "PYTHON_JULIAPKG_", "PYSCIML_NODE_", "OPENBLAS_")
@@ -70,11 +72,12 @@ def advice() -> list[str]:
         said.append(
             "several threads of Julia with PYTHON_JULIACALL_HANDLE_SIGNALS=no can crash. Unset it."
         )
-    if "OPENBLAS_CORETYPE" in variables:
+    kernels = variables.get("OPENBLAS_CORETYPE")
+    own = launch.KERNELS.get(torch.backends.cpu.get_cpu_capability())
+    if kernels is not None and kernels != own:
         said.append(
-            f"OPENBLAS_CORETYPE={variables['OPENBLAS_CORETYPE']} overrides the kernels that "
-            "Julia's linear algebra would choose for this processor; where they differ, a network "
-            "took 1.3 times as long. Unset it unless it is there for a reason."
+            f"OPENBLAS_CORETYPE={kernels} names other kernels than this processor's ({own}); a "
+            "network took 1.3 to 5 times as long. Unset it unless it is there for a reason."
         )
     if sys.platform == "darwin":
         said.append("on macOS, `import juliacall` before torch: the other order is known to crash.")
