@@ -345,13 +345,17 @@ def set_defaults() -> None:
     os.environ.setdefault("PYTHON_JULIACALL_HANDLE_SIGNALS", "yes" if several else "no")
 
 
+def take_over(julia: Julia) -> None:
+    """Use the depots of an executable, which a wrapper round it may have set."""
+    os.environ.setdefault("JULIA_DEPOT_PATH", os.pathsep.join(julia.depots))
+
+
 def point_to(installation: Installation) -> None:
     """Make juliacall start an existing installation, without reaching for the network."""
     julia = installation.julia
     os.environ["PYTHON_JULIACALL_EXE"] = julia.executable
     os.environ["PYTHON_JULIACALL_PROJECT"] = installation.project
-    # What a wrapper round the program sets does not reach a library: take it over.
-    os.environ.setdefault("JULIA_DEPOT_PATH", os.pathsep.join(julia.depots))
+    take_over(julia)
     os.environ.setdefault("JULIA_PKG_OFFLINE", "true")
     # From 0.9.35 on, juliacall then need not run Julia once more to ask.
     os.environ.setdefault("PYTHON_JULIACALL_LIB", julia.library)
