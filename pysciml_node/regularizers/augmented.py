@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Solution, StepEstimate, StopGradient, Trajectory
@@ -66,18 +66,21 @@ class FieldPoint:
 Rate = Callable[[FieldPoint], Tensor]
 
 
-class AugmentedField(nn.Module):
-    """A problem's field with rates to integrate beside it, by their part of the state."""
+class AugmentedField:
+    """A problem's field with rates to integrate beside it, by their part of the state.
+
+    No module: an engine that translates modules could not translate the vector-Jacobian products
+    inside, but can call it.
+    """
 
     def __init__(self, problem: ODEProblem, rates: dict[str, Rate]) -> None:
-        super().__init__()
         self.problem = problem
         self.inner = problem.f
         self.spec: StateSpec = problem.spec
         self.with_p = problem.p is not None
         self.rates = rates
 
-    def forward(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
+    def __call__(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
         """Derivative of the augmented state."""
         own = [part for key, part in state.items() if key.startswith(_OWN)]
         outer_grad = torch.is_grad_enabled()
