@@ -128,7 +128,8 @@ class Program:
                 for id, shape in zip(step.inputs, step.in_shapes, strict=True)
             ]
             values[step.out] = _run(step, inputs).reshape(step.shape)
-        return [values[id] for id in self.outputs]
+        shapes = [shape for _, shape in self.state]
+        return [values[id].reshape(shape) for id, shape in zip(self.outputs, shapes, strict=True)]
 
 
 def _run(step: Operation, inputs: list[Tensor]) -> Tensor:

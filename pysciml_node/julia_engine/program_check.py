@@ -26,7 +26,7 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
         p: the tensors that make up the program's parameter vector.
 
     Raises:
-        UnsupportedModule: they differ.
+        UnsupportedModule: they differ, or torch cannot differentiate the module.
     """
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
@@ -37,7 +37,13 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
         expected = spec.flatten(module(t, spec.unflatten(u)))
         state = list(spec.parts(spec.unflatten(u)))
         found = torch.cat([part.reshape(-1) for part in program.evaluate(t, state, flat)])
-        pulled = [_pull(x, inputs, v) for x in (found, expected)]
+        try:
+            pulled = [_pull(x, inputs, v) for x in (found, expected)]
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedModule(
+                f"{type(module).__name__} cannot be differentiated by torch: {reason}"
+            ) from error
     for one, other in zip([found, *pulled[0]], [expected, *pulled[1]], strict=True):
         bound = _TOLERANCE.get(spec.dtype, 1e-1)
         size = float(other.detach().nan_to_num(posinf=0, neginf=0).abs().max()) if len(other) else 0
