@@ -6,6 +6,8 @@ A function `f(u, p, t)` of the user's, given as text. `u` has the state's shape 
 """
 struct SourceField{T} <: AbstractField
     f::Any
+    # Where the function was defined: without it the collector would take the function's type.
+    scope::Module
     shape::Dims
     pullbacks::Vector{Any}
 end
@@ -18,7 +20,7 @@ function SourceField{T}(text::String, shape) where {T}
     f isa Base.Callable || throw(
         ArgumentError("the source must end in a function f(u, p, t), but ends in a $(typeof(f))")
     )
-    return SourceField{T}(f, Dims(shape), [])
+    return SourceField{T}(f, scope, Dims(shape), [])
 end
 
 function evaluate!(du, f::SourceField{T}, u, p, t) where {T}
