@@ -1,9 +1,11 @@
-"""Peak memory of a gradient under each adjoint, at a fixed number of steps.
+"""Peak memory of a gradient under each adjoint, with and without regularization.
 
     python benchmarks/memory.py --steps 200
 
 Every measurement is a process of its own. It takes a warm-up gradient over two steps, notes the
-peak resident size so far, takes the gradient, and reports by how much the peak has risen.
+peak resident size so far, takes the gradient, and reports by how much the peak has risen. The last
+columns give it in states, beside what arXiv:2303.02262 (section 3) counts for `t` steps of a method
+with `k` stages: what an adjoint keeps, and what local regularization adds to it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,20 @@ from pathlib import Path
 
 from timing import pin, table
 
-ADJOINTS = ("DirectAdjoint", "DiscreteAdjoint")
+STAGES = 7  # of DP5
+# States that the paper counts for t steps, without and with local regularization. It knows no
+# discrete adjoint by replay, whose tape is the accepted states, and none by Gauss quadrature.
+PUBLISHED = {
+    "BacksolveAdjoint": lambda t: (1, 1 + STAGES),
+    "InterpolatingAdjoint": lambda t: (t, t + STAGES),
+    "GaussAdjoint": None,
+    "DiscreteAdjoint": None,
+    "DirectAdjoint": lambda t: (t * STAGES, (t + 1) * STAGES),
+}
+PENALTIES = ("none", "local", "global")
+# Differentiated through the steps, which a continuous adjoint does not know.
+WITH_GLOBAL = ("DiscreteAdjoint", "DirectAdjoint")
+FEATURES = 784
 
 
 def peak() -> float:
@@ -25,7 +40,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(adjoint: str, steps: int, batch: int) -> float:
+def measure(adjoint: str, penalty: str, steps: int, batch: int) -> float:
     """Rise of the peak in MiB, in this process."""
     import torch
     from workloads import mnist
@@ -35,18 +50,22 @@ def measure(adjoint: str, steps: int, batch: int) -> float:
     torch.set_num_threads(1)
     workload = mnist(batch)
     u0 = workload.u0.clone().requires_grad_()
+    kinds = {"none": [], "local": [psn.LocalError], "global": [psn.GlobalError]}
 
     def gradient(count: int) -> None:
-        solution = psn.solve(
-            psn.ODEProblem(workload.field, u0, (0.0, 1.0)),
+        node = psn.NeuralODE(
+            workload.field,
             psn.DP5(),
             saveat=[1.0],
             dt0=1 / count,
             controller=psn.FixedStep(),
             adjoint=getattr(psn, adjoint)(),
             engine="torch",
+            regularizers=[kind(weight=1.0) for kind in kinds[penalty]],
         )
-        torch.autograd.grad((solution.u * workload.cotangent).sum(), [u0, *workload.parameters])
+        solution = node(u0)
+        loss = (solution.u * workload.cotangent).sum() + solution.penalty
+        torch.autograd.grad(loss, [u0, *workload.parameters])
 
     gradient(2)
     before = peak()
@@ -61,25 +80,50 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--adjoint", choices=ADJOINTS, help="measure one, in this process")
+    parser.add_argument("--adjoint", choices=list(PUBLISHED), help="measure one, in this process")
+    parser.add_argument("--penalty", choices=PENALTIES, default="none")
     arguments = parser.parse_args()
     pin(None)
     if arguments.adjoint:
-        print(measure(arguments.adjoint, arguments.steps, arguments.batch))
+        print(measure(arguments.adjoint, arguments.penalty, arguments.steps, arguments.batch))
         return
     size = ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
-    found = {}
-    for adjoint in ADJOINTS:
-        command = [sys.executable, __file__, *size, "--adjoint", adjoint]
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[adjoint] = float(run.stdout.split()[-1])
-    direct = found["DirectAdjoint"]
-    rows = [[name, f"{value:.0f}", f"{direct / value:.1f}"] for name, value in found.items()]
-    print(f"784-100-784 field, batch {arguments.batch}, {arguments.steps} fixed steps of DP5:\n")
-    print(table(["adjoint", "peak above the warm-up, MiB", "times less than direct"], rows))
+    found: dict[str, dict[str, float]] = {}
+    for adjoint in PUBLISHED:
+        for penalty in PENALTIES:
+            if penalty == "global" and adjoint not in WITH_GLOBAL:
+                continue
+            choice = ["--adjoint", adjoint, "--penalty", penalty]
+            command = [sys.executable, __file__, *size, *choice]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found.setdefault(adjoint, {})[penalty] = float(run.stdout.split()[-1])
+    state = arguments.batch * FEATURES * 4 / 2**20
+    print(
+        f"784-100-784 field, batch {arguments.batch}, {arguments.steps} fixed steps of DP5; "
+        f"a state is {state:.2f} MiB.\nPeak above the warm-up, MiB:\n"
+    )
+    print(table(HEADING, [row(name, found[name], state, arguments.steps) for name in found]))
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = {"steps": arguments.steps, "batch": arguments.batch, "peak_mib": found}
     (arguments.out / "memory.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+HEADING = ["adjoint", *PENALTIES, "in states", "local adds", "paper", "local adds (paper)"]
+
+
+def row(adjoint: str, peaks: dict[str, float], state: float, steps: int) -> list[str]:
+    """A line of the table."""
+    cells = [f"{peaks[name]:.0f}" if name in peaks else "refused" for name in PENALTIES]
+    counted = PUBLISHED[adjoint]
+    plain, local = (None, None) if counted is None else counted(steps)
+    return [
+        adjoint,
+        *cells,
+        f"{peaks['none'] / state:.0f}",
+        f"{(peaks['local'] - peaks['none']) / state:+.0f}",
+        "-" if plain is None else str(plain),
+        "-" if plain is None else f"+{local - plain}",
+    ]
 
 
 if __name__ == "__main__":
