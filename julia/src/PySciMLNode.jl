@@ -8,6 +8,7 @@ module PySciMLNode
 using DiffEqBase: DiffEqBase, DEVerbosity
 using JSON
 using LinearAlgebra
+using PrecompileTools: @compile_workload, @setup_workload
 using PythonCall
 using SciMLBase
 using OrdinaryDiffEqCore
@@ -29,5 +30,6 @@ include("python_field.jl")
 include("source_field.jl")
 include("entry.jl")
 include("sensitivity.jl")
+include("workload.jl")
 
 end

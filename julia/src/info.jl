@@ -24,14 +24,25 @@ function info()
 end
 
 """
+Folder for what is compiled for this copy of the package, where its project is not its own.
+"""
+const DEPOT = Ref("")
+
+"""
     load(name)
 
-Load a package of the project that only some solves need.
+Load a package of the project that only some solves need, and with it the extensions it completes.
 """
 function load(name::String)
     id = Base.identify_package(name)
     id === nothing &&
         throw(ArgumentError("the project $(dirname(Base.active_project())) has no package $name"))
-    Base.require(id)
+    depot = DEPOT[]
+    isempty(depot) || pushfirst!(DEPOT_PATH, depot)
+    try
+        Base.require(id)
+    finally
+        isempty(depot) || filter!(!=(depot), DEPOT_PATH)
+    end
     return nothing
 end
