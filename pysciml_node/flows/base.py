@@ -53,7 +53,7 @@ class Mapped:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Density(Mapped):
     """The density of a batch under a flow; `u` is in the base distribution's space.
 
@@ -61,7 +61,7 @@ class Density(Mapped):
         log_prob: in nats, `(B,)`.
     """
 
-    log_prob: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    log_prob: Tensor
 
 
 class Transform(nn.Module, ABC):
