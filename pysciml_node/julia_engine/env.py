@@ -7,6 +7,7 @@ project found here needs).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -135,6 +136,21 @@ def record_paths() -> tuple[Path, ...]:
     own = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
     user = _home() / name
     return (Path(sys.prefix) / "share" / name, user) if own else (user,)
+
+
+def compiled_folder() -> Path:
+    """Where Julia keeps what it compiles for this copy of the package.
+
+    Julia names compiled files after the active project. Copies of the package that share a project
+    would therefore replace each other's, and each would compile at every start. A folder of one's
+    own also serves where the project's depot cannot be written.
+    """
+    digest = hashlib.sha256(os.fsencode(bundled_project())).hexdigest()[:12]
+    own = record_paths()[0].parent
+    nearest = next(folder for folder in (own, *own.parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        own = record_paths()[-1].parent
+    return own / f"julia-{digest}"
 
 
 def read_record() -> Record | None:

@@ -212,16 +212,24 @@ def _unblock_interrupts() -> None:
 
 
 _LOAD = """
-function (name, bundled)
+function (name, bundled, depot)
     here = Base.identify_package(name)
-    if here === nothing
+    shared = here === nothing
+    if shared
         push!(LOAD_PATH, bundled)
         here = Base.identify_package(name)
+        pushfirst!(DEPOT_PATH, depot)
     end
-    if !Base.isprecompiled(here)
-        println(stderr, "pysciml_node: precompiling the Julia part of the engine, once.")
+    try
+        if !Base.isprecompiled(here)
+            println(stderr, "pysciml_node: precompiling the Julia part of the engine, once.")
+        end
+        engine = Base.require(here)
+        shared && (engine.DEPOT[] = depot)
+        return engine
+    finally
+        shared && filter!(!=(depot), DEPOT_PATH)
     end
-    Base.require(here)
 end
 """
 
@@ -229,7 +237,7 @@ end
 def _load(juliacall: Any) -> Any:
     load = juliacall.Main.seval(_LOAD)
     try:
-        return load(MODULE, str(env.bundled_project()))
+        return load(MODULE, str(env.bundled_project()), str(env.compiled_folder()))
     except juliacall.JuliaError as error:
         translated = translate(error)
         raise EngineUnavailable(

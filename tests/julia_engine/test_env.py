@@ -230,3 +230,17 @@ def test_the_file_says_nothing_where_no_julia_is(tmp_path):
 def test_the_record_is_plain_json():
     path = env.write_record(env.Record("julia", "/project"))
     assert json.loads(path.read_text()) == {"julia": "julia", "project": "/project"}
+
+
+def test_copies_of_the_package_compile_into_folders_of_their_own(monkeypatch, tmp_path):
+    here = env.compiled_folder()
+    monkeypatch.setattr(env, "bundled_project", lambda: tmp_path)
+    assert env.compiled_folder() != here
+    assert env.compiled_folder().parent == here.parent == env.record_paths()[0].parent
+
+
+def test_a_read_only_environment_compiles_into_the_users_folder(monkeypatch, tmp_path):
+    places = (tmp_path / "own" / "julia.json", tmp_path / "user" / "julia.json")
+    monkeypatch.setattr(env, "record_paths", lambda: places)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert env.compiled_folder().parent == tmp_path / "user"
