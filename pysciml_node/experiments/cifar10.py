@@ -176,14 +176,15 @@ CIFAR10 = Experiment(
     },
     reduced=Budget(
         {
-            "steps": 80,
+            "steps": 60,
             "batch_size": 16,
             "hidden": 16,
-            "evaluate_every": 40,
+            "evaluate_every": 30,
             "monitor_samples": 128,
             "train_samples": 256,
             **FULL_GRADIENT,
-        }
+        },
+        {"local-unbiased": (1000.0, 1000.0), "local-biased": (1000.0, 1000.0)},
     ),
     quick=Budget(
         {

@@ -259,11 +259,11 @@ CIFAR10_MULTI_SCALE = Experiment(
     },
     reduced=Budget(
         {
-            "steps": 40,
+            "steps": 60,
             "batch_size": 8,
             "hidden": 8,
             "expansion": 3,
-            "evaluate_every": 20,
+            "evaluate_every": 30,
             "monitor_samples": 64,
             "train_samples": 128,
             **FULL_GRADIENT,

@@ -311,18 +311,20 @@ PHYSIONET = Experiment(
         "steer": (1.0, 1.0),
         "taylor": (0.01, 0.01),
     },
+    # Batches of 64 for a thousand steps learn more in the same time than fewer of 512. Weights go
+    # with the step size and gradient of the penalty, and with the tolerance.
     reduced=Budget(
         {
-            "steps": 300,
-            "batch_size": 128,
-            "tolerance": 1e-7,
+            "steps": 1000,
+            "batch_size": 64,
+            "tolerance": 1e-5,
             "dtype": "float64",
             "step_size": "solver",
             "stop_gradient": False,
-            "evaluate_every": 50,
+            "evaluate_every": 250,
             "train_samples": 800,
         },
-        {"local-unbiased": (3000.0, 300.0), "local-biased": (3000.0, 300.0)},
+        {"local-unbiased": (1000.0, 100.0), "local-biased": (1000.0, 100.0)},
     ),
     quick=Budget(
         {
