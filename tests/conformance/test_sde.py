@@ -203,8 +203,8 @@ def test_the_discrete_adjoint_is_autograd_through_the_steps(
         )  # fmt: skip
         step = {} if adaptive else {"dt0": 0.1, "controller": psn.FixedStep()}
         solution = psn.solve(
-            problem, algorithm, adjoint=adjoint, saveat=[0.0, 0.33, 0.5, 0.77, 1.0], rtol=0.1,
-            atol=0.1, generator=seeded(), engine=sde_engine, **step,
+            problem, algorithm, adjoint=adjoint, saveat=[0.0, 0.33, 0.5, 0.77, 1.0], rtol=0.3,
+            atol=0.3, generator=seeded(), engine=sde_engine, **step,
         )  # fmt: skip
         loss = solution.u.square().sum() + solution.u1.sum() + solution(0.61).prod()
         return list(torch.autograd.grad(loss, (start, p, *drift.parameters())))

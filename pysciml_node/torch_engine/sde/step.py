@@ -256,7 +256,7 @@ def initial_step(
         A step, at most `span`. Costs one evaluation of both fields and two host reads.
 
     Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4;
-    StochasticDiffEq.jl, `sde_determine_initdt`.
+    the three deviations are StochasticDiffEq.jl's.
     """
     f, g = first[0], 3 * fields.layout.magnitude(first[1])
     scale = tolerance.scale(u)
@@ -268,7 +268,7 @@ def initial_step(
     h0 = min(h0, span)
     time, ahead = method.nodes.new_tensor(t + h0), torch.add(u, f, alpha=h0)
     f1, g1 = fields.drift(time, ahead), 3 * fields.layout.magnitude(fields.diffusion(time, ahead))
-    change = tolerance.norm((f1 - f).abs() + g + g1, scale)
+    change = tolerance.norm((f1 - f).abs() + (g1 - g).abs(), scale)
     d2 = change.item() * tolerance.factor / h0
     largest = max(d1, d2)
     if not math.isfinite(largest):
