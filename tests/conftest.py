@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import pytest
@@ -11,6 +12,10 @@ from pysciml_node.julia_engine import runtime
 
 # The states here are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
+
+
+# Nothing is installed by running the tests: without Julia, those that need it are skipped.
+os.environ.setdefault("PYTHON_JULIAPKG_OFFLINE", "yes")
 
 
 @cache

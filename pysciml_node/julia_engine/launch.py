@@ -108,7 +108,7 @@ def install_packages(*, force: bool = False) -> None:
     if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
         raise EngineUnavailable(
             "the Julia packages of the engine are not installed, and PYTHON_JULIAPKG_OFFLINE=yes "
-            f"forbids it.\n  Unset it and run {INSTALL}, or name an existing Julia and project: "
+            f"forbids to install them.\n  Unset it and run {INSTALL}, or name an existing Julia and project: "
             f"{INSTALL} --julia PATH --project PATH"
         )
     print(
