@@ -108,8 +108,8 @@ def install_packages(*, force: bool = False) -> None:
     if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
         raise EngineUnavailable(
             "the Julia packages of the engine are not installed, and PYTHON_JULIAPKG_OFFLINE=yes "
-            f"forbids to install them.\n  Unset it and run {INSTALL}, or name an existing Julia and "
-            f"project: {INSTALL} --julia PATH --project PATH"
+            f"forbids to install them.\n  Unset it and run {INSTALL}, or name an existing Julia "
+            f"and project: {INSTALL} --julia PATH --project PATH"
         )
     print(
         f"pysciml_node: installing the Julia packages of the engine, about {_MINUTES} minutes, "
