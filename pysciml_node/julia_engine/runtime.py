@@ -7,6 +7,7 @@ thread that started it and by no forked child: its memory manager knows of neith
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from pysciml_node.julia_engine.errors import translate
 from pysciml_node.julia_engine.interrupt import Listening
 
 _NOBODY = 0
+# Loads Enzyme, whose start alone can take half a minute.
+_SLOW = frozenset({"SciMLSensitivity"})
 
 
 class _Runtime:
@@ -185,6 +188,12 @@ def require(*packages: str) -> None:
     for name in packages:
         if name in _runtime.loaded:
             continue
+        if name in _SLOW:
+            print(
+                f"pysciml_node: loading {name}, up to a minute, and longer the first time.",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
             call("load", name)
         except JuliaError as error:
