@@ -100,11 +100,13 @@ def test_juliapkg_finds_it_in_a_checkout_and_in_an_installed_wheel(built, tmp_pa
         assert sum(name.endswith("pysciml_node/juliapkg.json") for name in found["files"]) == 1
 
 
-def test_juliapkg_resolves_again_when_the_julia_project_has_changed():
-    """It looks at juliapkg.json alone, which therefore holds a digest of Project.toml."""
-    digest = hashlib.sha256(PROJECT).hexdigest()
-    assert REQUIREMENTS["x-project-sha256"] == digest, (
-        f"set x-project-sha256 in pysciml_node/juliapkg.json to {digest}"
+def test_juliapkg_resolves_again_when_the_needs_of_the_julia_project_change():
+    """It looks at juliapkg.json alone, which therefore holds a digest of what is needed."""
+    project = tomllib.loads(PROJECT.decode())
+    needs = {name: project.get(name, {}) for name in ("deps", "weakdeps", "compat")}
+    digest = hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()
+    assert REQUIREMENTS["x-needs-sha256"] == digest, (
+        f"set x-needs-sha256 in pysciml_node/juliapkg.json to {digest}"
     )
 
 
