@@ -8,7 +8,7 @@ module PySciMLNode
 using DiffEqBase: DiffEqBase, DEVerbosity
 using JSON
 using LinearAlgebra
-using PrecompileTools: @compile_workload, @setup_workload
+using PrecompileTools: PrecompileTools, @compile_workload, @setup_workload
 using PythonCall
 using SciMLBase
 using OrdinaryDiffEqCore

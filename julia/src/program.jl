@@ -198,3 +198,26 @@ function vjp!(
     end
     return f.time_used ? get_first(c.work, f.time.offset) : zero(T)
 end
+
+"""
+    lux_model(program)
+
+A program as a layer of Lux; needs `using Lux`. See the extension's `ProgramLayer`.
+"""
+function lux_model end
+
+"""
+    named_parameters(layer, p)
+
+A flat parameter vector (torch's, say) as the parameters of `lux_model`'s layer.
+"""
+function named_parameters end
+
+"""
+    on_gpu(program)
+
+The program on vectors of the GPU; needs `using CUDA`.
+"""
+function on_gpu end
+
+include("program_precompile.jl")

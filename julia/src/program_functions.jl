@@ -41,7 +41,7 @@ end
 end
 @inline fast_exp(x) = exp(x)
 
-# expm1 for 0 <= x <= 80 (Float64) or 40 (Float32), where 2^n stays in range.
+# expm1 where 2^n stays in range: for x from -80 to 700 (Float64) or 88 (Float32).
 @inline function expm1_moderate(x::Float)
     k, _, r = reduce_exponent(x)
     scale = power_of_two(k)
@@ -59,6 +59,26 @@ end
     e = fast_exp(-abs(x))
     return ifelse(x < 0, e, one(e)) / (1 + e)
 end
+
+@inline function fast_expm1(x::T) where {T<:Float}
+    e = expm1_moderate(ifelse(x < -60, T(-60), ifelse(x > 80, T(80), x)))
+    return ifelse(x > 80, fast_exp(x), e)
+end
+@inline fast_expm1(x) = expm1(x)
+
+# log(1 + y) for 0 <= y <= 1, as 2 atanh(y / (2 + y)) by its series.
+@inline log1p_series(s::Float64) = evalpoly(s, (
+    1.0, 1 / 3, 1 / 5, 1 / 7, 1 / 9, 1 / 11, 1 / 13, 1 / 15, 1 / 17, 1 / 19, 1 / 21, 1 / 23, 1 / 25,
+    1 / 27, 1 / 29, 1 / 31, 1 / 33))
+@inline log1p_series(s::Float32) = evalpoly(s, (
+    1f0, 1f0 / 3, 1f0 / 5, 1f0 / 7, 1f0 / 9, 1f0 / 11, 1f0 / 13, 1f0 / 15))
+@inline function log1p_unit(y::Float)
+    z = y / (2 + y)
+    return 2 * z * log1p_series(z * z)
+end
+@inline log1p_unit(y) = log1p(y)
+
+@inline fast_softplus(x) = ifelse(x > 0, x, zero(x)) + log1p_unit(fast_exp(-abs(x)))
 
 "The error function of the C library."
 @inline erf(x::Float64) = ccall((:erf, Base.Math.libm), Float64, (Float64,), x)
@@ -106,7 +126,7 @@ struct Reciprocal <: OutputScalar end
 @inline derivative_at_output(::Reciprocal, y) = -y * y
 
 struct Expm1 <: OutputScalar end
-@inline (::Expm1)(x) = expm1(x)
+@inline (::Expm1)(x) = fast_expm1(x)
 @inline derivative_at_output(::Expm1, y) = y + 1
 
 struct Square <: Scalar end
@@ -175,18 +195,20 @@ struct ELU{T} <: Scalar
     scale::T
     input_scale::T
 end
-@inline (f::ELU)(x) = x > 0 ? f.scale * x : f.scale * f.alpha * expm1(f.input_scale * x)
-@inline derivative(f::ELU, x, y) =
-    x > 0 ? one(x) * f.scale : f.scale * f.alpha * f.input_scale * fast_exp(f.input_scale * x)
+@inline (f::ELU)(x) =
+    ifelse(x > 0, f.scale * x, f.scale * f.alpha * fast_expm1(f.input_scale * x))
+@inline derivative(f::ELU, x, y) = ifelse(
+    x > 0, one(x) * f.scale, f.scale * f.alpha * f.input_scale * fast_exp(f.input_scale * x)
+)
 
 struct Softplus{T} <: Scalar
     beta::T
     threshold::T
 end
 @inline (f::Softplus)(x) =
-    f.beta * x > f.threshold ? x : log1p(fast_exp(f.beta * x)) / f.beta
+    ifelse(f.beta * x > f.threshold, x, fast_softplus(f.beta * x) / f.beta)
 @inline derivative(f::Softplus, x, y) =
-    f.beta * x > f.threshold ? one(x) : fast_sigmoid(f.beta * x)
+    ifelse(f.beta * x > f.threshold, one(x), fast_sigmoid(f.beta * x))
 
 struct Clamp{T} <: Scalar
     low::T

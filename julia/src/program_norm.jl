@@ -27,10 +27,8 @@ runs(o::Normalization) = o.y.block.length ÷ run_length(o)
 function forward!(o::Normalization, m::Memory)
     saved = values_of(m, o.saved)
     normalize!(values_of(m, o.y), values_of(m, o.x), saved, o)
-    weight = o.weight === nothing ? nothing : values_of(m, o.weight)
-    bias = o.bias === nothing ? nothing : values_of(m, o.bias)
-    weight === nothing && bias === nothing && return nothing
-    affine!(values_of(m, o.y), weight, bias, o)
+    o.weight === nothing || scale_channels!(values_of(m, o.y), values_of(m, o.weight), o)
+    o.bias === nothing || shift_channels!(values_of(m, o.y), values_of(m, o.bias), o)
     return nothing
 end
 
@@ -70,23 +68,29 @@ end
     end
 end
 
-entry(::Nothing, i, default) = default
-entry(x, i, default) = @inbounds x[i]
+channels_first(x, o::Normalization) = reshape(x, o.pixels, o.channels * o.groups, :)
 
-function affine!(y::Run{T}, weight, bias, o::Normalization) where {T}
+function scale_channels!(y::Run, weight::Run, o::Normalization)
     each_channel(o) do start, channel
-        w, b = entry(weight, channel, one(T)), entry(bias, channel, zero(T))
+        @inbounds factor = weight[channel]
         @inbounds @simd ivdep for i in (start + 1):(start + o.pixels)
-            y[i] = y[i] * w + b
+            y[i] *= factor
         end
     end
 end
-channels_first(x, o::Normalization) = reshape(x, o.pixels, o.channels * o.groups, :)
-function affine!(y, weight, bias, o::Normalization)
-    weight === nothing || (channels_first(y, o) .*= reshape(weight, 1, :, 1))
-    bias === nothing || (channels_first(y, o) .+= reshape(bias, 1, :, 1))
-    return nothing
+scale_channels!(y, weight, o::Normalization) =
+    (channels_first(y, o) .*= reshape(weight, 1, :, 1); nothing)
+
+function shift_channels!(y::Run, bias::Run, o::Normalization)
+    each_channel(o) do start, channel
+        @inbounds shift = bias[channel]
+        @inbounds @simd ivdep for i in (start + 1):(start + o.pixels)
+            y[i] += shift
+        end
+    end
 end
+shift_channels!(y, bias, o::Normalization) =
+    (channels_first(y, o) .+= reshape(bias, 1, :, 1); nothing)
 
 function backward!(o::Normalization, m::Memory, c::Cotangents)
     ybar, x, saved = values_of(c, o.y), values_of(m, o.x), values_of(m, o.saved)
@@ -101,7 +105,7 @@ function backward!(o::Normalization, m::Memory, c::Cotangents)
     if wanted(c, o.x)
         g = scratch(m, 0, length(ybar))
         copyto!(g, ybar)
-        o.weight === nothing || affine!(g, values_of(m, o.weight), nothing, o)
+        o.weight === nothing || scale_channels!(g, values_of(m, o.weight), o)
         pull_normalized!(values_of(c, o.x), g, x, saved, o)
     end
     return nothing
