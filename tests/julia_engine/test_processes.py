@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 
 import pytest
 
-from pysciml_node.julia_engine import launch
+from pysciml_node.julia_engine import launch, runtime
 
 pytestmark = pytest.mark.julia
 
@@ -92,3 +93,10 @@ def test_ctrl_c_stops_several_threads_too():
     """With several threads Julia handles signals itself, and must leave this one to Python."""
     start = "from pysciml_node.julia_engine import runtime\nruntime.start(install=False)"
     run(start + INTERRUPT, PYTHON_JULIACALL_THREADS="2")
+
+
+def test_a_spawned_child_has_a_julia_of_its_own():
+    before = runtime.call("held")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply_async(runtime.call, ("held",)).get(timeout=300) == 0
+    assert runtime.call("held") == before
