@@ -46,7 +46,10 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
         lines += found
     elif isinstance(trajectory, SDETrajectory):
         both = Fields(trajectory.problem)
-        rates = {"drift(t0, u0)": both.drift, "diffusion(t0, u0)": both.diffusion}
+        rates: dict[str, FlatFunction] = {
+            "drift(t0, u0)": both.drift,
+            "diffusion(t0, u0)": both.diffusion,
+        }
         start = trajectory.states()[0]
         lines += _attempt(trajectory.record.last, start, rates, options, trajectory.problem)
     lines += _remedies(solution, options, stiff)
