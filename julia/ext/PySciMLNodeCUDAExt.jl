@@ -2,19 +2,17 @@
 
 module PySciMLNodeCUDAExt
 
-using CUDA: CUDA, CuVector
+using CUDA: CUDA, CuArray
 using PySciMLNode: PySciMLNode, Program, on
 
-"""
-    on_gpu(program)
+# Operations are launched on the stream of the current task; whoever shares memory with another
+# library orders the streams around the call.
+PySciMLNode.on_gpu(program::Program{T}) where {T} = on(CuArray{T,1,CUDA.DeviceMemory}, program)
 
-The program on vectors of the GPU. Its operations are launched on the stream of the current task;
-whoever shares the memory with other libraries orders the streams around the call.
-"""
-PySciMLNode.on_gpu(program::Program{T}) where {T} = on(CuVector{T,CUDA.DeviceMemory}, program)
-
-# The C library's error function is not there.
-CUDA.@device_override PySciMLNode.erf(x::Float64) = CUDA.erf(x)
-CUDA.@device_override PySciMLNode.erf(x::Float32) = CUDA.erf(x)
+# The C library's error function is not on the device.
+CUDA.@device_override PySciMLNode.erf(x::Float64) =
+    ccall("extern __nv_erf", llvmcall, Cdouble, (Cdouble,), x)
+CUDA.@device_override PySciMLNode.erf(x::Float32) =
+    ccall("extern __nv_erff", llvmcall, Cfloat, (Cfloat,), x)
 
 end
