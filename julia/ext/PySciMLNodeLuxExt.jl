@@ -10,8 +10,8 @@ using PySciMLNode: PySciMLNode, Program, evaluate!, linearize!, reserve!, vjp!
 """
     ProgramLayer(program)
 
-`layer((u, t), ps, st)` is the derivative that the program gives, of the shape of `u`; `ps` holds the
-parameters as arrays by name, their dimensions those of torch reversed. Its gradient is the
+`layer((u, t), ps, st)` is the derivative that the program gives, of the shape of `u`; `ps` holds
+the parameters as arrays by name, their dimensions those of torch reversed. Its gradient is the
 program's own.
 """
 struct ProgramLayer{P<:Program} <: Lux.AbstractLuxLayer

@@ -1,5 +1,5 @@
-# Programs: exported networks as data. Nothing here depends on the network's type, so a program needs
-# no compilation of its own.
+# Programs: exported networks as data. Nothing here depends on the network's type, so a program
+# needs no compilation of its own.
 
 "One step of a program: `forward!(op, memory)` and `backward!(op, memory, cotangents)`."
 abstract type Operation end
@@ -63,8 +63,8 @@ end
 A field made of operations on blocks of a few vectors of type `V`. Evaluations work in place and do
 not allocate on `Vector`s; derivatives are written by hand, operation by operation.
 
-`linearize!` keeps every intermediate value in its slot; `vjp!` reads `u` and `p` again, so they must
-be those of `linearize!`. A program serves one task at a time: `copy` it for another.
+`linearize!` keeps every intermediate value in its slot; `vjp!` reads `u` and `p` again, so they
+must be those of `linearize!`. A program serves one task at a time: `copy` it for another.
 """
 struct Program{T,V<:AbstractVector{T}} <: AbstractField
     operations::Vector{Operation}
@@ -95,7 +95,9 @@ function program(json::AbstractString, ::Type{T}, ::Type{V}=Vector{T}) where {T,
     text = JSON.parse(json)
     version = get(text, "version", nothing)
     version == PROGRAM_VERSION || throw(
-        ArgumentError("a program of version $version was given; this package reads $PROGRAM_VERSION"),
+        ArgumentError(
+            "a program of version $version was given; this package reads $PROGRAM_VERSION"
+        ),
     )
     graph = Graph{T}(text)
     operations = build_operations(graph)

@@ -1,5 +1,5 @@
-# Convolutions (cross-correlations, as in torch) in two dimensions, as products of matrices; those in
-# one dimension have a height of 1.
+# Convolutions (cross-correlations, as in torch) in two dimensions, as products of matrices; those
+# in one dimension have a height of 1.
 
 "The geometry of one group of one sample."
 struct Window

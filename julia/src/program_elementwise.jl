@@ -12,7 +12,7 @@ forward!(o::Unary, m::Memory) = apply!(o.f, values_of(m, o.y), values_of(m, o.x)
 function backward!(o::Unary, m::Memory, c::Cotangents)
     wanted(c, o.x) || return nothing
     xbar, ybar = values_of(c, o.x), values_of(c, o.y)
-    pull!(o.f, xbar, ybar, values_of(m, o.x), values_of(m, o.y), o.x.add)
+    pull_entries!(o.f, xbar, ybar, values_of(m, o.x), values_of(m, o.y), o.x.add)
     return nothing
 end
 
@@ -26,7 +26,7 @@ struct Binary{F<:Pairwise} <: Operation
 end
 
 forward!(o::Binary, m::Memory) =
-    combine!(o.f, values_of(m, o.y), values_of(m, o.a), values_of(m, o.b), o.pattern)
+    apply_pairs!(o.f, values_of(m, o.y), values_of(m, o.a), values_of(m, o.b), o.pattern)
 
 function backward!(o::Binary, m::Memory, c::Cotangents)
     pull_operand!(by_first, o, o.a, o.pattern.a, m, c)

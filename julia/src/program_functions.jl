@@ -1,11 +1,11 @@
-# Scalar functions of programs, with derivatives. On Float32 and Float64 exp, tanh and the sigmoid are
-# written without branches, so that loops over them are vectorized; errors are a few units in the
+# Scalar functions of programs, with derivatives. On Float32 and Float64 exp, tanh and the sigmoid
+# are written without branches, so that loops over them are vectorized; errors are a few units in the
 # last place. Definitions at the edges (thresholds, kinks) are torch's.
 
 const Float = Union{Float32,Float64}
 
-# exp(x) = 2^n exp(r), |r| <= log(2) / 2. Adding `magic` rounds x / log(2) to the integer n, which is
-# then in the low bits of the sum.
+# exp(x) = 2^n exp(r), |r| <= log(2) / 2. Adding `magic` rounds x / log(2) to the integer n, which
+# is then in the low bits of the sum.
 @inline magic(::Type{Float64}) = 6.755399441055744e15
 @inline magic(::Type{Float32}) = 1.2582912f7
 @inline log2_parts(::Type{Float64}) = (0.6931471803691238, 1.9082149292705877e-10)
@@ -85,8 +85,8 @@ end
 @inline erf(x::Float32) = ccall((:erff, Base.Math.libm), Float32, (Float32,), x)
 
 """
-A scalar function `f(x)`; `derivative(f, x, y)` with `y = f(x)`. Those whose derivative is a function
-of `y` alone define `derivative_at_output(f, y)`, and can be fused with the operation before them.
+A scalar function `f(x)`; `derivative(f, x, y)` with `y = f(x)`. Those whose derivative is a
+function of `y` alone define `derivative_at_output(f, y)`, and can be fused with the operation before them.
 """
 abstract type Scalar end
 abstract type OutputScalar <: Scalar end

@@ -21,8 +21,8 @@ entries(shape) = prod(shape; init=1)
 
 function Graph{T}(text) where {T}
     g = Graph{T}(
-        text["ops"], Dict(), Set(), Dict(), text["outputs"], text["inputs"]["t"], Extent(0, 0), 0, 0,
-        [], [], [], [],
+        text["ops"], Dict(), Set(), Dict(), text["outputs"], text["inputs"]["t"], Extent(0, 0),
+        0, 0, [], [], [], [],
     )
     g.blocks[g.time] = allocate!(g.extent, 1)
     push!(g.active, g.time)

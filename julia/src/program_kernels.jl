@@ -13,7 +13,7 @@ end
 apply!(f::F, y, x) where {F} = (y .= f.(x); nothing)
 
 "`xbar = ybar * f'(x)`, added to what is there if `add`."
-function pull!(f::F, xbar::Run, ybar::Run, x::Run, y::Run, add::Bool) where {F}
+function pull_entries!(f::F, xbar::Run, ybar::Run, x::Run, y::Run, add::Bool) where {F}
     if add
         @inbounds @simd ivdep for i in eachindex(xbar, ybar, x, y)
             xbar[i] += ybar[i] * derivative(f, x[i], y[i])
@@ -24,7 +24,7 @@ function pull!(f::F, xbar::Run, ybar::Run, x::Run, y::Run, add::Bool) where {F}
         end
     end
 end
-function pull!(f::F, xbar, ybar, x, y, add::Bool) where {F}
+function pull_entries!(f::F, xbar, ybar, x, y, add::Bool) where {F}
     if add
         xbar .+= ybar .* derivative.(f, x, y)
     else
@@ -164,7 +164,7 @@ extents(dims::Four, strides::Four) = ntuple(i -> strides[i] == 0 ? 1 : dims[i], 
 end
 
 "`y .= f.(a, b)`"
-function combine!(f::F, y::Run, a::Run, b::Run, p::Pattern) where {F}
+function apply_pairs!(f::F, y::Run, a::Run, b::Run, p::Pattern) where {F}
     n = p.dims[1]
     each_run(p) do yo, ao, bo
         @inbounds if p.a[1] == 1 && p.b[1] == 1
@@ -189,7 +189,7 @@ function combine!(f::F, y::Run, a::Run, b::Run, p::Pattern) where {F}
         end
     end
 end
-function combine!(f::F, y, a, b, p::Pattern) where {F}
+function apply_pairs!(f::F, y, a, b, p::Pattern) where {F}
     left, right = reshape(a, extents(p.dims, p.a)), reshape(b, extents(p.dims, p.b))
     reshape(y, p.dims) .= f.(left, right)
     return nothing

@@ -10,8 +10,8 @@ end
 """
     Linear
 
-`y = f.(W [x1; x2; ...; s1; ...] .+ b)` on `columns` samples, for `W` with `outputs` rows. The inputs
-`x` are not put together first, and the scalars `s` (the time, say) that stand for a whole row of
+`y = f.(W [x1; x2; ...; s1; ...] .+ b)` on `columns` samples, for `W` with `outputs` rows. The
+inputs `x` are not put together first, and the scalars `s` (the time, say) that stand for a whole row of
 equal entries only shift the bias.
 
 The weight is stored with its inputs (`by_input`) or its outputs first.

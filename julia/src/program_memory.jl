@@ -36,7 +36,7 @@ mutable struct Memory{V}
     scratch::V
 end
 
-"Cotangents, laid out as the values are. Without `with_parameters` those of the parameters are left."
+"Cotangents, laid out as values are. Without `with_parameters` those of the parameters are left."
 mutable struct Cotangents{V}
     state::V
     parameters::V

@@ -11,8 +11,8 @@ function precompile_programs(::Type{T}) where {T}
     )
     pairs = (Add, Subtract, Multiply, Divide, Raise, Maximum, Minimum)
     kinds = (
-        (Unary{F} for F in scalars)..., (Binary{F} for F in pairs)..., (Linear{F} for F in outputs)...,
-        BatchedProduct, Convolution, Normalization{T}, Gather, Concatenation, Reduction{T},
+        (Unary{F} for F in scalars)..., (Binary{F} for F in pairs)...,
+        (Linear{F} for F in outputs)..., BatchedProduct, Convolution, Normalization{T}, Gather, Concatenation, Reduction{T},
     )
     for kind in kinds
         precompile(forward!, (kind, m))

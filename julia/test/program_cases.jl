@@ -106,7 +106,9 @@ const PROGRAMS = Dict{String,String}(
         step("view", [1], [[24]], [2, 4, 2]; out=8, size=[2, 4, 2], stride=[12, 3, 1], offset=0),
         step("cat", [8, 0], [[2, 4, 2], [1]], [2, 4, 3]; dim=2, widths=[2, 1]),
     ),
-    "view" => case(step("view", [1], [[24]], [4, 3, 2]; size=[4, 3, 2], stride=[1, 4, 12], offset=0)),
+    "view" => case(
+        step("view", [1], [[24]], [4, 3, 2]; size=[4, 3, 2], stride=[1, 4, 12], offset=0)
+    ),
     "repeated view" => case(
         step("view", [1], [[24]], [4, 6]; size=[4, 6], stride=[0, 2], offset=3)
     ),

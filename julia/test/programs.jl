@@ -25,7 +25,8 @@ derivative_of(f, u, p, t) = (du = similar(u); evaluate!(du, f, u, p, t); du)
     h = 1e-6
     ahead = derivative_of(f, u + h * u1, p + h * p1, t + h * t1)
     behind = derivative_of(f, u - h * u1, p - h * p1, t - h * t1)
-    @test dot(v, ahead - behind) / 2h ≈ dot(ubar, u1) + dot(pbar, p1) + tbar * t1 rtol = 1e-7 atol = 1e-8
+    slope = dot(v, ahead - behind) / 2h
+    @test slope ≈ dot(ubar, u1) + dot(pbar, p1) + tbar * t1 rtol = 1e-7 atol = 1e-8
     kept = copy(pbar)
     again = similar(u)
     @test vjp!(again, pbar, f, u, p, t, 2, v) ≈ tbar

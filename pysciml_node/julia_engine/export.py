@@ -71,10 +71,29 @@ class _Translation:
     def of(self, module: nn.Module) -> TranslatedModule:
         """With the module's tensors as they are now."""
         tensors = [
-            operator.attrgetter(source)(module) if isinstance(source, str) else source
+            _attribute(module, source) if isinstance(source, str) else source
             for source in self.sources
         ]
         return TranslatedModule(self.json, tensors, self.program)
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    """A tensor by its dotted name; past `__getattr__`, as this happens at every solve."""
+    *parts, name = path.split(".")
+    owner: Any = module
+    for part in parts:
+        owner = owner._modules.get(part) or getattr(owner, part)
+    tensor: Tensor | None = owner._parameters.get(name)
+    return operator.attrgetter(path)(module) if tensor is None else tensor
+
+
+def _modes(module: nn.Module) -> list[bool]:
+    """Whether the module and its parts are in training mode."""
+    modes = [module.training]
+    for part in module._modules.values():
+        if part is not None:
+            modes += _modes(part)
+    return modes
 
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Translation]] = weakref.WeakKeyDictionary()
@@ -113,12 +132,12 @@ def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    modes = tuple(part.training for part in module.modules())
     translations = _CACHE.setdefault(module, {})
-    key = (spec, modes)
-    if key not in translations:
-        translations[key] = _translate(module, spec)
-    return translations[key].of(module)
+    key = (spec, *_modes(module))
+    translation = translations.get(key)
+    if translation is None:
+        translation = translations[key] = _translate(module, spec)
+    return translation.of(module)
 
 
 def _translate(module: nn.Module, spec: StateSpec) -> _Translation:
