@@ -142,7 +142,9 @@ MNIST_SDE = Experiment(
             "step_size": "solver",
             "stop_gradient": False,
             "evaluate_every": 50,
-            "train_samples": 10_000,
+            "train_samples": 2048,
+            "test_samples": 2048,
+            "monitor_samples": 512,
         },
         # With the paper's 1000 and the gradient of the whole step, the task is not learned.
         {"local-unbiased": (100.0, 100.0), "local-biased": (100.0, 100.0)},

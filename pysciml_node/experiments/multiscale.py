@@ -266,6 +266,7 @@ CIFAR10_MULTI_SCALE = Experiment(
             "evaluate_every": 30,
             "monitor_samples": 64,
             "train_samples": 128,
+            "test_samples": 256,
             **FULL_GRADIENT,
         }
     ),

@@ -82,7 +82,7 @@ def measure(trainer: Trainer, data: Splits[Any]) -> RunResult:
     """
     model, size = trainer.model, trainer.settings.batch_size
     train = evaluate(model, data.train[: trainer.settings.train_samples], size)
-    test = evaluate(model, data.test, size)
+    test = evaluate(model, data.test[: trainer.settings.test_samples], size)
     validation = evaluate(model, data.validation, size) if len(data.validation) else None
     wall, cpu = predict_seconds(
         model, data.test, min(size, len(data.test)), repeats=trainer.settings.timed_predictions

@@ -62,6 +62,7 @@ class Settings:
         evaluate_every: optimizer steps between evaluations.
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
         train_samples: how many training samples the last evaluation uses; all of them when None.
+        test_samples: how many test samples the last evaluation uses; all of them when None.
         timed_predictions: how many predictions the time of one is the median of.
 
     Raises:
@@ -90,6 +91,7 @@ class Settings:
     evaluate_every: int = 250
     monitor_samples: int | None = None
     train_samples: int | None = None
+    test_samples: int | None = None
     timed_predictions: int = 20
 
     def __post_init__(self) -> None:
