@@ -5,8 +5,10 @@ from pysciml_node.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
     DiscreteAdjoint,
+    ForwardDiffSensitivity,
     GaussAdjoint,
     InterpolatingAdjoint,
+    QuadratureAdjoint,
 )
 from pysciml_node.algorithms import (
     BS3,
@@ -25,8 +27,15 @@ from pysciml_node.algorithms import (
 )
 from pysciml_node.controllers import FixedStep, IController, PIController, PIDController
 from pysciml_node.engines import get_engine, set_engine
-from pysciml_node.errors import EngineUnavailable, PsnWarning, SolverFailure
+from pysciml_node.errors import (
+    EngineUnavailable,
+    JuliaError,
+    PsnWarning,
+    SolverFailure,
+    UnsupportedModule,
+)
 from pysciml_node.events import Event
+from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.layers import NeuralODE, NeuralSDE
 from pysciml_node.problem import ODEProblem
 from pysciml_node.regularizers import (
@@ -40,6 +49,20 @@ from pysciml_node.regularizers import (
     RandomEndTime,
     Regularizer,
     TaylorDerivative,
+)
+from pysciml_node.sciml_algorithms import (
+    FBDF,
+    QNDF,
+    TRBDF2,
+    VCABM,
+    AutoTsit5,
+    AutoVern7,
+    KenCarp4,
+    Rodas5P,
+    Rosenbrock23,
+    SciMLAlgorithm,
+    Vern6,
+    Vern8,
 )
 from pysciml_node.sde_algorithms import (
     EM,
@@ -65,6 +88,8 @@ __all__ = [
     "DP5",
     "DP8",
     "EM",
+    "FBDF",
+    "QNDF",
     "RK4",
     "SOSRA",
     "SOSRA2",
@@ -72,6 +97,10 @@ __all__ = [
     "SOSRI2",
     "SRA1",
     "SRIW1",
+    "TRBDF2",
+    "VCABM",
+    "AutoTsit5",
+    "AutoVern7",
     "BacksolveAdjoint",
     "CompileError",
     "DirectAdjoint",
@@ -83,6 +112,7 @@ __all__ = [
     "EulerHeun",
     "Event",
     "FixedStep",
+    "ForwardDiffSensitivity",
     "GaussAdjoint",
     "GlobalError",
     "GlobalStiffness",
@@ -91,6 +121,9 @@ __all__ = [
     "Integral",
     "InterpolatingAdjoint",
     "JacobianFrobenius",
+    "JuliaError",
+    "JuliaField",
+    "KenCarp4",
     "KineticEnergy",
     "LocalError",
     "LocalStiffness",
@@ -101,20 +134,27 @@ __all__ = [
     "PIController",
     "PIDController",
     "PsnWarning",
+    "QuadratureAdjoint",
     "RKMil",
     "Ralston",
     "RandomEndTime",
     "Regularizer",
     "ReturnCode",
     "ReversibleHeun",
+    "Rodas5P",
+    "Rosenbrock23",
     "SDEProblem",
+    "SciMLAlgorithm",
     "Solution",
     "SolverFailure",
     "Stats",
     "StepEstimate",
     "TaylorDerivative",
     "Tsit5",
+    "UnsupportedModule",
+    "Vern6",
     "Vern7",
+    "Vern8",
     "Vern9",
     "compat",
     "get_engine",

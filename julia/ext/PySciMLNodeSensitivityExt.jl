@@ -6,7 +6,7 @@ Its "Zygote" vector-Jacobian products find the rule below, so that they call the
 module PySciMLNodeSensitivityExt
 
 using PySciMLNode
-using PySciMLNode: RightHandSide, inside, reserve!, linearize!, vjp!, evaluate!, Settings
+using PySciMLNode: RightHandSide, inside, reserve!, linearize!, vjp!, evaluate!, plain, Settings
 using ChainRulesCore: ChainRulesCore, NoTangent
 using ForwardDiff
 using LinearAlgebra
@@ -14,7 +14,8 @@ using PySciMLNode.SciMLBase
 using SciMLSensitivity
 using Zygote
 
-function ChainRulesCore.rrule(rhs::RightHandSide, u, p, t)
+function ChainRulesCore.rrule(rhs::RightHandSide, state, parameters, t)
+    u, p = plain(state), plain(parameters)
     reserve!(rhs.field, 1)
     du = similar(u)
     time = inside(rhs, t)
@@ -22,7 +23,7 @@ function ChainRulesCore.rrule(rhs::RightHandSide, u, p, t)
     rhs.evaluations += 1
     function pull(v)
         ubar, pbar = similar(u), zero(p)
-        tbar = vjp!(ubar, pbar, rhs.field, u, p, time, 1, ChainRulesCore.unthunk(v))
+        tbar = vjp!(ubar, pbar, rhs.field, u, p, time, 1, plain(ChainRulesCore.unthunk(v)))
         return NoTangent(), ubar, pbar, tbar
     end
     return du, pull

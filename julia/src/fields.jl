@@ -65,10 +65,14 @@ end
 
 # Out of place, for the adjoints of SciMLSensitivity.
 function (f::RightHandSide)(u, p, t)
-    du = similar(u)
-    f(du, u, p, t)
+    du = similar(u, length(u))
+    f(du, plain(u), plain(p), t)
     return du
 end
+
+# Fields take plain vectors; the adjoints of SciMLSensitivity pass views.
+plain(x::SubArray) = copy(x)
+plain(x) = x
 
 """
     Jacobian(rhs)

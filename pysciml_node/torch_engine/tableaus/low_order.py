@@ -24,7 +24,7 @@ EULER = Tableau(
     b=(1.0, 0.0),
     b_error=(1 / 2, -1 / 2),
     fsal=True,
-    interpolant=Interpolant(weights=((1.0,), (0.0,)), order=1),
+    interpolant=hermite((1.0, 0.0), fsal=True),
     stability_radius=2.0,
 )
 
