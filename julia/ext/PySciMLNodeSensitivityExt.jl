@@ -79,14 +79,15 @@ function dual(rhs, u, p, t)
         v[i] = 1
         _, ubar, pbar, tbar = pull(v)
         v[i] = 0
-        tangent = sum(ubar .* tangents(u)) + sum(pbar .* tangents(p)) + tbar * tangents(t)
-        return D(value[i], tangent)
+        parts = (along(ubar, u), along(pbar, p), along(tbar, t))
+        return D(value[i], sum(filter(!isnothing, parts)))
     end
 end
 
-tangents(x::ForwardDiff.Dual) = ForwardDiff.partials(x)
-tangents(x::AbstractArray) = tangents.(x)
-tangents(x::Real) = false
+# What a perturbation of one argument adds; nothing where it carries none.
+along(bar, x::ForwardDiff.Dual) = bar * ForwardDiff.partials(x)
+along(bar, x::AbstractArray{<:ForwardDiff.Dual}) = sum(b * ForwardDiff.partials(y) for (b, y) in zip(bar, x))
+along(bar, x) = nothing
 
 function forward!(solution, rhs, settings, times, cotangents, u0bar, pbar)
     prob = solution.prob

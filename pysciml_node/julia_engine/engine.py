@@ -72,18 +72,19 @@ class Work:
 
     def __init__(self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
         self.problem, self.algorithm, self.options = problem, algorithm, options
-        spec = problem.spec
-        self.u0 = spec.flatten(problem.u0)
+        self.u0 = problem.spec.flatten(problem.u0)
         self.stats = Stats()
-        self.plan = plans.plan(algorithm, options, spec.dtype, self.u0.numel())
         self.watcher = Watcher(problem, options)
         self.explicit = isinstance(algorithm, ExplicitRungeKutta)
         # The stages of explicit methods are replayed by the tableau; others need SciML's own.
         self.replayed = self.explicit and isinstance(options.adjoint, DiscreteAdjoint)
+        keep = not (self.replayed if torch.is_grad_enabled() else self.explicit)
+        self.keep_solution = keep
+        self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
         self.solution: Handle | None = None
         self._field: Field | None = None
 
-    def run(self, field: Field, u0: Tensor, keep_solution: bool) -> Forward:
+    def run(self, field: Field, u0: Tensor) -> Forward:
         """Solve forward, ending at the first event."""
         parameters = field.parameters()
         observer = self.watcher if self.watcher.needed else None
@@ -95,7 +96,7 @@ class Work:
                 field,
                 u0,
                 parameters,
-                keep_solution,
+                self.keep_solution,
                 observer,
             )
         if self.watcher.event is not None:
@@ -112,7 +113,7 @@ class Work:
         inside = tuple(saveat[record.saved :])
         options = last_step(self.options, end - start, inside)
         problem = dataclasses.replace(self.problem, tspan=(start, end))
-        plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel())
+        plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel(), False)
         last = run(problem, options, plan, field, found.states[-2], parameters, False)
         found.saved = torch.cat([found.saved, last.saved])
         found.states[-1] = last.states[-1]
@@ -127,7 +128,7 @@ class Work:
 
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
-        found = self.run(field_of(self.problem, self.u0, False), self.u0, not self.explicit)
+        found = self.run(field_of(self.problem, self.u0, False), self.u0)
         return found.record, found.states, found.saved
 
     def node(self) -> tuple[Record, list[Tensor], Tensor]:
@@ -140,7 +141,7 @@ class Work:
         self._field = field = field_of(self.problem, self.u0, True)
 
         def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            found = self.run(field, u0, not self.replayed)
+            found = self.run(field, u0)
             return found.record, found.states, found.saved
 
         keep: list[Record] = []

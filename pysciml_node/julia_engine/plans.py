@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import torch
@@ -30,16 +31,27 @@ _PACKAGES = {
 FIXED_ONLY = ("Euler",)
 """Methods that have no error estimate in SciML."""
 
+_LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
+
 _plans: dict[str, Handle] = {}
 _tableaus: dict[int, Handle] = {}
 
 
-def expression_of(algorithm: Algorithm) -> tuple[str, tuple[str, ...]]:
-    """How Julia makes an algorithm, and the packages with the names for it."""
+def expression_of(algorithm: Algorithm, keep_solution: bool) -> tuple[str, tuple[str, ...]]:
+    """How Julia makes an algorithm, and the packages with the names for it.
+
+    Verner's methods evaluate the stages of dense output when it is asked for, which the adjoints of
+    SciMLSensitivity do not do: where the solution is kept they are evaluated at once.
+    """
     if isinstance(algorithm, SciMLAlgorithm):
-        return algorithm.expression, algorithm.packages
-    name = type(algorithm).__name__
-    return f"{name}()", (_PACKAGES[name],)
+        expression, packages = algorithm.expression, algorithm.packages
+    else:
+        name = type(algorithm).__name__
+        expression, packages = f"{name}()", (_PACKAGES[name],)
+    if keep_solution and _LAZY.match(expression):
+        separator = "" if expression.endswith("()") and expression.count("(") == 1 else "; "
+        expression = f"{expression[:-1]}{separator}lazy = false)"
+    return expression, packages
 
 
 def supports(algorithm: Algorithm) -> bool:
@@ -63,7 +75,13 @@ def _controller(controller: Controller, algorithm: Algorithm) -> dict[str, Any] 
     return {"name": type(controller).__name__, "options": options}
 
 
-def plan(algorithm: Algorithm, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
+def plan(
+    algorithm: Algorithm,
+    options: SolveOptions,
+    dtype: torch.dtype,
+    size: int,
+    keep_solution: bool,
+) -> Handle:
     """The handle of a plan, made once for equal descriptions.
 
     Args:
@@ -71,6 +89,7 @@ def plan(algorithm: Algorithm, options: SolveOptions, dtype: torch.dtype, size: 
         options: of the solve.
         dtype: of the state.
         size: length of the flat state.
+        keep_solution: whether the solve keeps SciML's solution.
     """
     real = dtype.to_real()
     parts = 2 if dtype.is_complex else 1
@@ -84,7 +103,7 @@ def plan(algorithm: Algorithm, options: SolveOptions, dtype: torch.dtype, size: 
             for value in (rtol, atol)
         ]
     counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else options.driven
-    expression, packages = expression_of(algorithm)
+    expression, packages = expression_of(algorithm, keep_solution)
     description = json.dumps(
         {
             "dtype": CODES[real],

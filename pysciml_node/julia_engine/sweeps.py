@@ -204,17 +204,28 @@ def continuous_sweep(
         t0_bar = -torch.vdot(lam, rates[0]).real
         along = {t: rates[i + 1] for i, t in enumerate(moments)}
         t1_bar = torch.zeros_like(t0_bar)
+        problem_end = record.marks[-1]
+        free = _moving_with_start(record)
         if arriving.saved is not None:
             saveat_bar = t0_bar.new_zeros(arriving.saved.shape[0])
         for t, cotangent, index in entries:
             slope = torch.vdot(cotangent, along[t]).real
-            if index is None and t == record.times[-1]:
-                t1_bar = t1_bar + slope
-            elif index is not None and saveat_bar is not None:
+            if index is not None:
+                assert saveat_bar is not None
                 saveat_bar[index] += slope
+            elif t == problem_end:
+                t1_bar = t1_bar + slope
+            elif t in free:
+                t0_bar = t0_bar + slope
     if at_start is not None:
         lam = lam + at_start
     return Gradients(lam, t0_bar, t1_bar, saveat_bar, field.split(p_bar))
+
+
+def _moving_with_start(record: Record) -> set[float]:
+    """Ends of steps that move with `t0`: free steps keep their sizes, until a stop fixes an end."""
+    fixed = next((n for n, stop in enumerate(record.stops) if stop is not None), len(record.stops))
+    return set(record.times[1 : fixed + 1])
 
 
 def _forward(record: Record) -> bool:
