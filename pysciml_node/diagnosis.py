@@ -124,7 +124,7 @@ def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[st
         ]
     else:
         if stiff:
-            tries.append('a stiff solver such as Rodas5P (engine="julia", not in this version yet)')
+            tries.append('a stiff solver such as Rodas5P() (engine="julia")')
         if solution.retcode is ReturnCode.MaxIters:
             tries.append(f"a larger max_steps than {options.max_steps}")
         eps = torch.finfo(solution.problem.spec.real_dtype).eps

@@ -143,7 +143,6 @@ class QNDF(_Named):
     package = "OrdinaryDiffEqBDF"
 
 
-
 def _switching(name: str, package: str, stiff: SciMLAlgorithm) -> SciMLAlgorithm:
     if not isinstance(stiff, SciMLAlgorithm):
         raise TypeError(
@@ -155,7 +154,7 @@ def _switching(name: str, package: str, stiff: SciMLAlgorithm) -> SciMLAlgorithm
     )
 
 
-def AutoTsit5(stiff: SciMLAlgorithm) -> SciMLAlgorithm:  # noqa: N802 - a name of SciML's
+def AutoTsit5(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
     """`Tsit5` where the problem is not stiff, `stiff` where it is.
 
     Args:
@@ -167,7 +166,7 @@ def AutoTsit5(stiff: SciMLAlgorithm) -> SciMLAlgorithm:  # noqa: N802 - a name o
     return _switching("AutoTsit5", "OrdinaryDiffEqTsit5", stiff)
 
 
-def AutoVern7(stiff: SciMLAlgorithm) -> SciMLAlgorithm:  # noqa: N802 - a name of SciML's
+def AutoVern7(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
     """`Vern7` where the problem is not stiff, `stiff` where it is.
 
     Args:

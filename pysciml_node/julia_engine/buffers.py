@@ -1,7 +1,7 @@
 """Tensors as Julia sees them: real numbers, one after the other, at an address.
 
-Julia works on vectors of float32 or float64. A complex state is the vector of its real and imaginary
-parts; half precision is refused where the engine is chosen.
+Julia works on vectors of float32 or float64. A complex state is the vector of its real and
+imaginary parts; half precision is refused where the engine is chosen.
 """
 
 from __future__ import annotations

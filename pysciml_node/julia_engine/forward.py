@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def _record(
     marks = (problem.t0, *options.tstops, problem.t1)
     stops = {t: i for i, t in enumerate(marks[1:])}
     record = Record(times=times, t1_stop=len(options.tstops), marks=marks)
-    record.sizes = [after - before for before, after in zip(times, times[1:], strict=False)]
+    record.sizes = [after - before for before, after in pairwise(times)]
     record.errors = errors
     record.stops = [stops.get(t) for t in times[1:]]
     record.naccept = len(record.sizes)

@@ -167,11 +167,10 @@ def _bmm(step: Operation, inputs: list[Tensor]) -> Tensor:
 
 def _conv(step: Operation, inputs: list[Tensor]) -> Tensor:
     a = step.attributes
-    x, weight, *bias = inputs
+    x, weight = inputs[:2]
+    bias = inputs[2] if len(inputs) > 2 else None
     groups = x.shape[1] // weight.shape[1]
-    return functional.conv2d(
-        x, weight, *bias or (None,), a["stride"], a["padding"], a["dilation"], groups
-    )
+    return functional.conv2d(x, weight, bias, a["stride"], a["padding"], a["dilation"], groups)
 
 
 def _norm(step: Operation, inputs: list[Tensor]) -> Tensor:
@@ -186,7 +185,8 @@ def _norm(step: Operation, inputs: list[Tensor]) -> Tensor:
 
 def _sum(step: Operation, inputs: list[Tensor]) -> Tensor:
     a = step.attributes
-    return inputs[0].sum(dim=a["dims"], keepdim=True) * a["factor"]
+    factor: float = a["factor"]
+    return inputs[0].sum(dim=a["dims"], keepdim=True) * factor
 
 
 def _cat(step: Operation, inputs: list[Tensor]) -> Tensor:

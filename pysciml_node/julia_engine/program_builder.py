@@ -87,6 +87,11 @@ def row_strides(shape: Sequence[int]) -> Shape:
     return tuple(reversed(strides))
 
 
+def broadcast(*shapes: Shape) -> Shape:
+    """The shape to which all of them expand."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
 def runs(shape: Shape, first: Shape, second: Shape) -> int:
     """Runs of neighbouring dimensions in which each operand is either whole or repeated."""
     kinds = [(a == n, b == n) for n, a, b in zip(shape, first, second, strict=True) if n != 1]
@@ -191,7 +196,7 @@ class Builder:
 
     def _concatenate(self, x: Joined) -> View:
         if ("cat", x) not in self._made:
-            inputs = []
+            inputs: list[tuple[int, Shape]] = []
             for piece in x.pieces:
                 if piece.is_single:
                     inputs.append((self.whole(piece.core()).id, (1,)))
@@ -216,7 +221,7 @@ class Builder:
 
     def binary(self, op: str, a: Traced, b: Traced) -> View:
         """A function of two operands, broadcast."""
-        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        shape = broadcast(a.shape, b.shape)
         views = [(x if isinstance(x, View) else self.whole(x)).expand(shape) for x in (a, b)]
         pairs = zip(views[0].stride, views[1].stride, strict=True)
         repeated = [s == 0 and r == 0 for s, r in pairs]

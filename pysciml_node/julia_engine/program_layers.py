@@ -22,7 +22,9 @@ def _pieces(
     g: Builder, x: Traced, rows: int
 ) -> tuple[list[tuple[int, Shape]], list[list[int]], list[tuple[int, Shape]], list[int]]:
     """The inputs of a product: pieces with their columns, and single numbers with theirs."""
-    views, columns, singles, places = [], [], [], []
+    views: list[tuple[int, Shape]] = []
+    singles: list[tuple[int, Shape]] = []
+    columns, places = [], []
     start = 0
     joined = isinstance(x, Joined) and x.dim == len(x.shape) - 1
     for piece in x.pieces if isinstance(x, Joined) and joined else [g.whole(x)]:
@@ -120,8 +122,8 @@ def _batched(g: Builder, left: View, right: View) -> View:
 
 def _aligned(a: Shape, b: Shape) -> list[tuple[int, int]]:
     rank = max(len(a), len(b))
-    pad = lambda s: (1,) * (rank - len(s)) + s  # noqa: E731
-    return list(zip(pad(a), pad(b), strict=True))
+    first, second = ((1,) * (rank - len(shape)) + shape for shape in (a, b))
+    return list(zip(first, second, strict=True))
 
 
 @handles("addmm")
@@ -262,7 +264,10 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         raise refuse("batch normalization by the statistics of the batch", "aten.batch_norm")
     shape = (1, input.shape[1], *[1] * (len(input.shape) - 2))
-    channelwise = lambda x: g.whole(x).reshape(shape)  # noqa: E731
+
+    def channelwise(x: Traced) -> View:
+        return g.whole(x).reshape(shape)
+
     scale: Traced = g.unary("rsqrt", g.affine(channelwise(running_var), 1.0, eps))
     if weight is not None:
         scale = g.binary("mul", scale, channelwise(weight))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,20 +16,22 @@ from pysciml_node.julia_engine.program_builder import (
     Shape,
     Traced,
     View,
+    broadcast,
     runs,
 )
 
 Number = int | float
 Handler = Callable[..., Any]
+HandlerT = TypeVar("HandlerT", bound=Handler)
 
 HANDLERS: dict[str, Handler] = {}
 """By the name of the aten operation, called with the builder and the operation's arguments."""
 
 
-def handles(*names: str) -> Callable[[Handler], Handler]:
+def handles(*names: str) -> Callable[[HandlerT], HandlerT]:
     """Register the handler of some operations."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: HandlerT) -> HandlerT:
         HANDLERS.update(dict.fromkeys(names, handler))
         return handler
 
@@ -124,7 +126,7 @@ def _operand(g: Builder, x: Traced | Number) -> Traced | float:
 
 def _shape_of(*operands: Any) -> Shape:
     shapes = [x.shape for x in operands if isinstance(x, View | Joined)]
-    return tuple(torch.broadcast_shapes(*shapes))
+    return broadcast(*shapes)
 
 
 def _expanded(g: Builder, x: Traced, shape: Shape) -> Traced:

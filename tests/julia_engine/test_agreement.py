@@ -208,5 +208,5 @@ def test_local_estimates_agree() -> None:
 @pytest.mark.parametrize("source", ["1 + 1", '(u, p, t) -> error("no")', "(u, p, t) -> u[1:1]"])
 def test_faulty_source_says_what_is_wrong(source: str) -> None:
     problem = psn.ODEProblem(psn.JuliaField(source), torch.ones(3), (0.0, 1.0))
-    with pytest.raises(psn.JuliaError, match="source|no|size"):
+    with pytest.raises(psn.JuliaError, match=r"source|no|size"):
         psn.solve(problem, engine="julia")

@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from pysciml_node.torch_engine.tableaus.base import Interpolant, Tableau, hermite
+from pysciml_node.torch_engine.tableaus.base import Tableau, hermite
 
 # The second stage is the next step's first; Heun's corrector, which needs nothing more, is the
 # embedded solution, so the estimate is h/2 (k1 - k2) = O(h^2).
