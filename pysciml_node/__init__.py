@@ -35,8 +35,9 @@ from pysciml_node.errors import (
     UnsupportedModule,
 )
 from pysciml_node.events import Event
+from pysciml_node.flows import CNF
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.layers import NeuralODE, NeuralSDE
+from pysciml_node.layers import LatentODE, NeuralODE, NeuralSDE
 from pysciml_node.problem import ODEProblem
 from pysciml_node.regularizers import (
     GlobalError,
@@ -85,6 +86,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BS3",
+    "CNF",
     "DP5",
     "DP8",
     "EM",
@@ -125,6 +127,7 @@ __all__ = [
     "JuliaField",
     "KenCarp4",
     "KineticEnergy",
+    "LatentODE",
     "LocalError",
     "LocalStiffness",
     "Midpoint",
