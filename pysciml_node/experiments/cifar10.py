@@ -84,7 +84,7 @@ class ConvClassifier(Classifier):
     def __init__(self, classes: int, settings: Settings, run: Run) -> None:
         super().__init__()
         initial = torch.Generator().manual_seed(run.seed)
-        self._penalty_generator = penalty_generator(run)
+        self._generators = {"penalty": penalty_generator(run)}
         self.more = nn.Conv2d(_COLOURS, _CHANNELS - _COLOURS, 3, padding=1)
         self.norm = nn.BatchNorm2d(_CHANNELS)
         self.fewer = nn.Conv2d(_CHANNELS, 1, 3, padding=1)
@@ -100,7 +100,7 @@ class ConvClassifier(Classifier):
             atol=settings.tolerance,
             engine=settings.engine,
             adjoint=make_adjoint(settings.adjoint),
-            regularizers=make_regularizers(settings, run, self._penalty_generator),
+            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
         )
         self.to(getattr(torch, settings.dtype))
 
@@ -116,18 +116,6 @@ class ConvClassifier(Classifier):
                     self.field(u.new_tensor(t), u.detach())
         logits = self.head(functional.gelu(self.fewer(solution.u1)).flatten(1))
         return Prediction(logits, solution.penalty, int(solution.stats.nfe))
-
-    def step_schedules(self) -> None:
-        """Advance the penalty weight by one optimizer step."""
-        self.node.step_schedules()
-
-    def get_extra_state(self) -> Tensor:
-        """The state of the penalty's generator."""
-        return self._penalty_generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue from what `get_extra_state` returned."""
-        self._penalty_generator.set_state(state)
 
 
 def make_conv_classifier(

@@ -145,15 +145,6 @@ class FlowModel(Trainable):
         """Advance the penalty weights by one optimizer step."""
         self.flow.step_schedules()
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The state of the generators; the regularizers keep their schedules' position."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `get_extra_state` returned."""
-        for name, generator in self._generators.items():
-            generator.set_state(state[name])
-
 
 class PlaneFlow(FlowModel):
     """A flow of points in the plane, its trace exact."""

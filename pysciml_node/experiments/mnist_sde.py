@@ -102,19 +102,6 @@ class SDEClassifier(Classifier):
         nfe = sum(int(solution.stats.nfe) for solution in solutions) // self.trajectories
         return Prediction(logits, solutions[0].penalty, nfe)
 
-    def step_schedules(self) -> None:
-        """Advance the penalty weight by one optimizer step."""
-        self.node.step_schedules()
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The states of the generators."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `get_extra_state` returned."""
-        for name, generator in self._generators.items():
-            generator.set_state(state[name])
-
 
 def make_sde_classifier(
     data: Splits[LabelledData], settings: SDESettings, run: Run

@@ -81,7 +81,7 @@ class ODEClassifier(Classifier):
     def __init__(self, features: int, classes: int, settings: Settings, run: Run) -> None:
         super().__init__()
         initial = torch.Generator().manual_seed(run.seed)
-        self._penalty_generator = penalty_generator(run)
+        self._generators = {"penalty": penalty_generator(run)}
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
             make_algorithm(settings.solver),
@@ -90,7 +90,7 @@ class ODEClassifier(Classifier):
             atol=settings.tolerance,
             engine=settings.engine,
             adjoint=make_adjoint(settings.adjoint),
-            regularizers=make_regularizers(settings, run, self._penalty_generator),
+            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
         )
         weight_matrix, bias = glorot_linear(features, classes, initial)
         self.head_weight = nn.Parameter(weight_matrix)
@@ -103,18 +103,6 @@ class ODEClassifier(Classifier):
         solution = self.node(x.flatten(1).to(self.head_weight.dtype))
         logits = functional.linear(solution.u1, self.head_weight, self.head_bias)
         return Prediction(logits, solution.penalty, int(solution.stats.nfe))
-
-    def step_schedules(self) -> None:
-        """Advance the penalty weight by one optimizer step."""
-        self.node.step_schedules()
-
-    def get_extra_state(self) -> Tensor:
-        """The state of the penalty's generator; the regularizers keep their schedules' position."""
-        return self._penalty_generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue from what `get_extra_state` returned."""
-        self._penalty_generator.set_state(state)
 
 
 def make_classifier(data: Splits[LabelledData], settings: Settings, run: Run) -> ODEClassifier:

@@ -167,15 +167,6 @@ class SeriesModel(Trainable):
         """Advance the penalty's and the divergence's weights by one optimizer step."""
         self.latent_ode.step_schedules()
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The states of the generators."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from what `get_extra_state` returned."""
-        for name, generator in self._generators.items():
-            generator.set_state(state[name])
-
 
 def make_series_model(
     data: Splits[IrregularSeries], settings: SeriesSettings, run: Run

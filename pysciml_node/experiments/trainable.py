@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pysciml_node.data import LabelledData
+from pysciml_node.layers.neural_de import NeuralDE
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,15 @@ class Outcome:
 class Trainable(nn.Module, ABC):
     """A module that the trainer can train; its penalty weights may have schedules.
 
-    A subclass whose training draws random numbers or follows a schedule keeps both in its extra
-    state, so that its state dictionary continues a run exactly.
+    A subclass whose training draws random numbers names its generators in `_generators`: their
+    states are part of the state dictionary, which so continues a run exactly.
     """
 
     metric: ClassVar[Metric]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generators: dict[str, torch.Generator] = {}
 
     @abstractmethod
     def outcome(self, batch: Any) -> Outcome:
@@ -85,6 +91,15 @@ class Trainable(nn.Module, ABC):
     def step_schedules(self) -> None:
         """Advance the weights by one optimizer step."""
         return
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The states of the generators; the regularizers keep their schedules' position."""
+        return {name: generator.get_state() for name, generator in self._generators.items()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `get_extra_state` returned."""
+        for name, generator in self._generators.items():
+            generator.set_state(state[name])
 
 
 @dataclass(frozen=True)
@@ -106,10 +121,15 @@ class Classifier(Trainable):
     """Trained with the cross entropy ``mean_i -log softmax(logits_i)[y_i]``."""
 
     metric = ACCURACY
+    node: NeuralDE
 
     @abstractmethod
     def forward(self, x: Tensor) -> Prediction:
         """Predict for a batch ``x`` of shape ``(B, *D)``."""
+
+    def step_schedules(self) -> None:
+        """Advance the penalty weight by one optimizer step."""
+        self.node.step_schedules()
 
     def predict(self, batch: LabelledData) -> Prediction:
         """Predict for a batch."""
