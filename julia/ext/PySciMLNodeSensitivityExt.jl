@@ -11,6 +11,7 @@ using ChainRulesCore: ChainRulesCore, NoTangent
 using ForwardDiff
 using LinearAlgebra
 using PySciMLNode.SciMLBase
+using PySciMLNode.OrdinaryDiffEqCore: AutoFiniteDiff, CompositeAlgorithm
 using SciMLSensitivity
 using Zygote
 
@@ -46,13 +47,20 @@ function PySciMLNode.sensitivities!(
         return nothing
     end
     ubar, gradient = adjoint_sensitivities(
-        solution, settings.algorithm;
+        solution, backward(settings.algorithm);
         t = times, dgdu_discrete = jump!, sensealg = method(settings), abstol = settings.abstol,
         reltol = settings.reltol, maxiters = settings.max_steps,
     )
     copyto!(u0bar, ubar)
     copyto!(pbar, gradient)
     return nothing
+end
+
+# The adjoint equation is linear in its state, so that differences give an implicit method its exact
+# Jacobian; dual numbers would have to pass through the field's own vector-Jacobian product.
+backward(alg) = hasfield(typeof(alg), :autodiff) ? remake(alg; autodiff = AutoFiniteDiff()) : alg
+function backward(alg::CompositeAlgorithm)
+    return CompositeAlgorithm(map(backward, alg.algs), alg.choice_function)
 end
 
 # Dual numbers through the solver: the field's derivatives by its vector-Jacobian products.

@@ -112,10 +112,11 @@ function solve!(
     marks::Int, dt0::Float64, m::Int, saveat::Int, saved::Int, mass::Int, dense::Bool, observer,
     report::Int,
 )
-    return run_solve!(
+    record = run_solve!(
         OBJECTS[field]::RightHandSide, OBJECTS[plan], device, n, u0, np, p, host(Float64, marks, nmarks),
         dt0, m, host(Float64, saveat, m), saved, mass, dense, fd, observer, host(Int, report, 5),
     )
+    return keep(record)
 end
 
 function run_solve!(
@@ -130,7 +131,7 @@ function run_solve!(
     watch = observer === nothing ? Returns(false) : integrator -> observed(observer, integrator)
     if dense
         # SciML's solution outlives the call.
-        parameters = np == 0 ? zeros(T, 1) : copy(parameters)
+        parameters = copy(parameters)
         start = copy(start)
     end
     record = march(
@@ -141,7 +142,7 @@ function run_solve!(
     code = get(CODES, record.retcode, UNSTABLE)
     # `stats.nf` counts what OrdinaryDiffEq knows of; the field counts all.
     report .= (steps, record.saved, rhs.evaluations, record.rejected, code)
-    return keep(record)
+    return record
 end
 
 """

@@ -49,9 +49,7 @@ function run_sensitivity!(
     ubar, gradient = host(T, u0bar, n), host(T, pbar, np)
     poll = () -> stop_when_interrupted(fd)
     cotangents = [copy(host(T, address, n)) for address in addresses]
-    padded = zeros(T, max(np, 1))
-    sensitivities!(solution, rhs, settings, T.(times), cotangents, ubar, padded; poll)
-    copyto!(gradient, view(padded, 1:np))
+    sensitivities!(solution, rhs, settings, T.(times), cotangents, ubar, gradient; poll)
     rates = reshape(host(T, slopes, n * (length(times) + 1)), n, :)
     p = solution.prob.p
     for (i, t) in enumerate((start, T.(times)...))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint
+from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
 from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
 from pysciml_node.julia_engine import plans, runtime
-from pysciml_node.julia_engine.fields import CallbackField, Field, field_of
+from pysciml_node.julia_engine.ensembles import run_many
+from pysciml_node.julia_engine.fields import CallbackField, Field, ProgramField, field_of
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
@@ -57,6 +58,15 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             "DirectAdjoint records torch's operations, and there are none in Julia.\n"
             '  Use adjoint=DiscreteAdjoint(), or engine="torch".'
         )
+    if problem.mass_matrix is not None and isinstance(algorithm, ExplicitRungeKutta):
+        return f"{name} takes no mass matrix.\n  Use an implicit method, such as Rodas5P()."
+    if isinstance(options.adjoint, ForwardDiffSensitivity) and not isinstance(
+        algorithm, ExplicitRungeKutta
+    ):
+        return (
+            f"ForwardDiffSensitivity differentiates explicit steps, which {name} does not take.\n"
+            "  Use adjoint=GaussAdjoint() or QuadratureAdjoint()."
+        )
     if isinstance(options.adjoint, DiscreteAdjoint) and not isinstance(
         algorithm, ExplicitRungeKutta
     ):
@@ -71,6 +81,11 @@ class Work:
     """One solve: its parts, and the ways to run it."""
 
     def __init__(self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+        if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "the Julia engine cannot run inside a torch.func transform.\n"
+                '  Use engine="torch" with adjoint=DirectAdjoint() there.'
+            )
         self.problem, self.algorithm, self.options = problem, algorithm, options
         self.u0 = problem.spec.flatten(problem.u0)
         self.stats = Stats()
@@ -82,10 +97,28 @@ class Work:
         self.keep_solution = keep
         self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
         self.solution: Handle | None = None
+        self.forward: Forward | None = None
         self._field: Field | None = None
 
+    @property
+    def field(self) -> Field:
+        """The right-hand side, made when it is first asked for."""
+        if self._field is None:
+            self._field = field_of(self.problem, self.u0, torch.is_grad_enabled())
+        return self._field
+
+    @field.setter
+    def field(self, field: Field) -> None:
+        self._field = field
+
     def run(self, field: Field, u0: Tensor) -> Forward:
-        """Solve forward, ending at the first event."""
+        """Solve forward, ending at the first event, unless that has been done beforehand."""
+        found, self.forward = self.forward or self._run(field, u0), None
+        self.solution = found.solution
+        self.stats.nfe += found.nfe
+        return found
+
+    def _run(self, field: Field, u0: Tensor) -> Forward:
         parameters = field.parameters()
         observer = self.watcher if self.watcher.needed else None
         with self.watcher:
@@ -101,8 +134,6 @@ class Work:
             )
         if self.watcher.event is not None:
             self._end_at_event(found, field, parameters)
-        self.solution = found.solution
-        self.stats.nfe += found.nfe
         return found
 
     def _end_at_event(self, found: Forward, field: Field, parameters: Tensor) -> None:
@@ -128,17 +159,13 @@ class Work:
 
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
-        found = self.run(field_of(self.problem, self.u0, False), self.u0)
+        found = self.run(self.field, self.u0)
+        self._field = None
         return found.record, found.states, found.saved
 
     def node(self) -> tuple[Record, list[Tensor], Tensor]:
         """As one node of the graph, its backward the sweep of the adjoint."""
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "the Julia engine cannot run inside a torch.func transform.\n"
-                '  Use engine="torch" with adjoint=DirectAdjoint() there.'
-            )
-        self._field = field = field_of(self.problem, self.u0, True)
+        field = self.field
 
         def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
             found = self.run(field, u0)
@@ -228,17 +255,67 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     """
     assert isinstance(problem, ODEProblem)
     runtime.start()
-    work = Work(problem, algorithm, options)
+    return _solution(Work(problem, algorithm, options))
+
+
+def solve_many(
+    problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
+) -> list[Solution]:
+    """Run checked problems that differ in `u0` and `p` alone, over threads where these suffice.
+
+    What calls Python, a field or an event, needs its lock, and runs one after the other.
+
+    Args:
+        problems: one or more.
+        algorithm: for all.
+        options: the same for all.
+
+    Raises:
+        EngineUnavailable: Julia cannot be started, or lacks a package.
+        JuliaError: Julia raised.
+        KeyboardInterrupt: Ctrl-C stopped the solves.
+    """
+    runtime.start()
+    works = []
+    for problem, chosen in zip(problems, options, strict=True):
+        assert isinstance(problem, ODEProblem)
+        works.append(Work(problem, algorithm, chosen))
+    first = works[0]
+    if not first.watcher.needed and not first.field.calls_python:
+        for work in works[1:]:
+            # A module is the same for all; the parameters of source are each member's own.
+            if isinstance(first.field, ProgramField):
+                work.field = first.field
+        forwards = run_many(
+            first.problem,
+            first.options,
+            first.plan,
+            [work.field for work in works],
+            [work.u0 for work in works],
+            first.keep_solution,
+        )
+        for work, forward in zip(works, forwards, strict=True):
+            work.forward = forward
+    return [_solution(work) for work in works]
+
+
+def _solution(work: Work) -> Solution:
+    """Run a solve."""
+    problem, algorithm, options = work.problem, work.algorithm, work.options
     record, states, saved = work.node() if torch.is_grad_enabled() else work.plain()
     check_finite(record, states, options.controller.adaptive)
     stats, spec = work.stats, problem.spec
     stats.naccept, stats.nreject = record.naccept, record.nreject
+
+    def load() -> tuple[Record, list[Tensor]]:
+        return record, states
+
     trajectory: Trajectory
     if isinstance(algorithm, ExplicitRungeKutta):
         method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        trajectory = TorchTrajectory(problem, method, lambda: (record, states), stats, options)
+        trajectory = TorchTrajectory(problem, method, load, stats, options)
     else:
-        trajectory = SciMLTrajectory(problem, record, states, stats, options, work)
+        trajectory = SciMLTrajectory(problem, load, stats, options, work)
     return build_solution(
         problem, algorithm, NAME, options, record, states, saved, stats, trajectory
     )

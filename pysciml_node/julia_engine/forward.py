@@ -110,14 +110,38 @@ def run(
         wrap=Handle,
         release=not field.calls_python and observer is None,
     )
+    return collect(problem, options, handle, keep_solution, u0, saved, report)
+
+
+def collect(
+    problem: ODEProblem,
+    options: SolveOptions,
+    handle: Handle,
+    keep_solution: bool,
+    u0: Tensor,
+    saved: Tensor,
+    report: Sequence[int],
+) -> Forward:
+    """Bring back what a solve left in Julia.
+
+    Args:
+        problem: what was solved.
+        options: of the solve.
+        handle: of the record in Julia.
+        keep_solution: whether SciML's solution, and so the record, stays there.
+        u0: flat initial state `(N,)`.
+        saved: real, where Julia wrote the states at `saveat`.
+        report: accepted steps, saved states, evaluations, rejected steps, return code.
+    """
+    spec, size = problem.spec, saved.shape[1]
     steps, count, nfe, rejected, code = report
     ends, errors = doubles((0.0,) * (steps + 1)), doubles((0.0,) * steps)
-    rows = [torch.empty_like(start) for _ in range(steps + 1)]
+    rows = [saved.new_empty(size) for _ in range(steps + 1)]
     addresses = integers([row.data_ptr() for row in rows])
     runtime.call(
         "fetch!",
         handle.number,
-        device_code(device),
+        device_code(saved.device),
         size,
         address(ends),
         address(errors),

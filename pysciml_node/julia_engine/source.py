@@ -15,7 +15,6 @@ from pysciml_node.julia_engine.buffers import (
     device_code,
     integers,
     pointer,
-    to_real,
 )
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.torch_engine.autograd import first_derivative
@@ -86,43 +85,35 @@ class _Evaluate(torch.autograd.Function):
     def forward(ctx: Any, field: JuliaField, t: Tensor, u: Tensor, p: Tensor) -> Tensor:
         ctx.field = field
         ctx.save_for_backward(t, u, p)
-        state, parameters = to_real(u.reshape(-1)), p.contiguous()
-        out = torch.empty_like(state)
-        runtime.call(
-            "evaluate_once!",
-            field.handle(u.dtype, u.shape).number,
-            CODES[u.dtype],
-            device_code(u.device),
-            state.numel(),
-            pointer(state),
-            parameters.numel(),
-            pointer(parameters),
-            float(t),
-            pointer(out),
-        )
-        return out.reshape(u.shape)
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        _call_at("evaluate_once!", field, t, u, p, out)
+        return out
 
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         t, u, p = ctx.saved_tensors
         runtime.require("Zygote")
-        state, parameters = to_real(u.reshape(-1)), p.contiguous()
         v = cotangents[0].contiguous()
-        u_bar, p_bar = torch.empty_like(state), torch.zeros_like(parameters)
-        t_bar = runtime.call(
-            "pull_once!",
-            ctx.field.handle(u.dtype, u.shape).number,
-            CODES[u.dtype],
-            device_code(u.device),
-            state.numel(),
-            pointer(state),
-            parameters.numel(),
-            pointer(parameters),
-            float(t),
-            pointer(v),
-            pointer(u_bar),
-            pointer(p_bar),
-        )
-        gradients = (t.new_tensor(t_bar), u_bar.reshape(u.shape), p_bar)
+        u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
+        p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
+        gradients = (t.new_tensor(t_bar), u_bar, p_bar)
         return (None, *first_derivative(gradients, (t, u, p)))
+
+
+def _call_at(entry: str, field: JuliaField, t: Tensor, u: Tensor, p: Tensor, *rest: Tensor) -> Any:
+    """Call Julia with the field, `(u, p, t)` and the addresses of further contiguous tensors."""
+    state, parameters = u.contiguous(), p.contiguous()
+    return runtime.call(
+        entry,
+        field.handle(u.dtype, u.shape).number,
+        CODES[u.dtype],
+        device_code(u.device),
+        state.numel(),
+        pointer(state),
+        parameters.numel(),
+        pointer(parameters),
+        float(t),
+        *(pointer(tensor) for tensor in rest),
+    )

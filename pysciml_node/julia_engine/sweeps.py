@@ -157,6 +157,9 @@ def continuous_sweep(
         stats: its backward fields are filled.
     """
     runtime.require(*SENSITIVITY)
+    # Dense output comes without the states at the steps.
+    missing = len(record.times) - len(arriving.states)
+    arriving = Cotangents(arriving.saved, [*arriving.states, *[None] * missing])
     entries = _entries(record, options, arriving)
     at_start = _sum(arriving_at(0, record, arriving))
     dtype = next(x.dtype for x in (arriving.saved, *arriving.states) if x is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pysciml_node.julia_engine.forward import place
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
-from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.record import Record, Recorded
 from pysciml_node.torch_engine.stages import Method
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 
@@ -25,28 +26,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SciMLTrajectory:
+class SciMLTrajectory(Recorded):
     """The accepted steps of a solve, with SciML's own interpolation.
 
     Gradients of dense output are taken by the solve's adjoint, in a sweep of their own.
     """
 
     problem: ODEProblem
-    record: Record
-    flat_states: list[Tensor]
+    load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
     work: Work
 
     @property
-    def times(self) -> list[float]:
-        """Ends of the accepted steps, `t0` first."""
-        return self.record.times
-
-    @property
-    def errors(self) -> list[float]:
-        """Scaled error estimates of the accepted steps."""
-        return self.record.errors
+    def flat_states(self) -> list[Tensor]:
+        """The states at `times`, each `(N,)`."""
+        return self._loaded[1]
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
@@ -125,9 +120,7 @@ class SciMLTrajectory:
 
     def restrict(self, problem: ODEProblem) -> SciMLTrajectory:
         """The same trajectory for the leading part of its state."""
-        return _Restricted(
-            problem, self.record, self.flat_states, self.stats, self.options, self.work, self
-        )
+        return _Restricted(problem, self.load, self.stats, self.options, self.work, self)
 
 
 @dataclass
