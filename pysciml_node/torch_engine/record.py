@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -157,6 +158,34 @@ def follow(
     if march.last is not None and not march.retcode.successful:
         record.last = detached(march.last)
     return record, states, saver.result(march.u)
+
+
+class Recorded:
+    """What trajectories read off the accepted steps of a solve.
+
+    `load` gives the steps and the states at their ends, when something looks at them.
+    """
+
+    load: Callable[[], tuple[Record, list[Tensor]]]
+
+    @cached_property
+    def _loaded(self) -> tuple[Record, list[Tensor]]:
+        return self.load()
+
+    @property
+    def record(self) -> Record:
+        """The accepted steps."""
+        return self._loaded[0]
+
+    @property
+    def times(self) -> list[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return self.record.times
+
+    @property
+    def errors(self) -> list[float]:
+        """Scaled error estimates of the accepted steps."""
+        return self.record.errors
 
 
 def detached(attempt: Attempt) -> Attempt:

@@ -6,7 +6,6 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
-from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.record import Record, Recorded
 from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.vectors import Real, RecordedVectors, vectors_like
 
 
 @dataclass
-class TorchTrajectory:
+class TorchTrajectory(Recorded):
     """The accepted steps of a solve with their states, and what can be had from them.
-
-    `load` gives both, when something looks at them.
 
     Gradients flow through the step states, whichever adjoint produced them, and through the
     replayed step itself.
@@ -40,29 +37,10 @@ class TorchTrajectory:
     stats: Stats
     options: SolveOptions
 
-    @cached_property
-    def _loaded(self) -> tuple[Record, list[Tensor]]:
-        return self.load()
-
-    @property
-    def record(self) -> Record:
-        """The accepted steps."""
-        return self._loaded[0]
-
     @property
     def flat_states(self) -> list[Tensor]:
         """The states at `times`, each `(N,)`."""
         return self._loaded[1]
-
-    @property
-    def times(self) -> list[float]:
-        """Ends of the accepted steps, `t0` first."""
-        return self.record.times
-
-    @property
-    def errors(self) -> list[float]:
-        """Scaled error estimates of the accepted steps."""
-        return self.record.errors
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""

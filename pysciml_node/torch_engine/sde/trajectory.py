@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.norms import Tolerance
-from pysciml_node.torch_engine.record import Record
+from pysciml_node.torch_engine.record import Record, Recorded
 from pysciml_node.torch_engine.sde.brownian import BrownianPath, Increment, Normals
 from pysciml_node.torch_engine.sde.fields import Fields
 from pysciml_node.torch_engine.sde.march import starting_slope
@@ -29,7 +28,7 @@ _FRESH = 2**20
 
 
 @dataclass
-class SDETrajectory:
+class SDETrajectory(Recorded):
     """The accepted steps of a stochastic solve with their states, and what can be had from them.
 
     Between the ends of steps the solution is the method's own shorter step from the start of the
@@ -46,29 +45,10 @@ class SDETrajectory:
     options: SolveOptions
     _fresh: int = field(default=0, init=False)
 
-    @cached_property
-    def _loaded(self) -> tuple[Record, list[Tensor]]:
-        return self.load()
-
-    @property
-    def record(self) -> Record:
-        """The accepted steps."""
-        return self._loaded[0]
-
     @property
     def vectors(self) -> list[Tensor]:
         """What was stepped, at `times`."""
         return self._loaded[1]
-
-    @property
-    def times(self) -> list[float]:
-        """Ends of the accepted steps, `t0` first."""
-        return self.record.times
-
-    @property
-    def errors(self) -> list[float]:
-        """Scaled error estimates of the accepted steps."""
-        return self.record.errors
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
