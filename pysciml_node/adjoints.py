@@ -73,7 +73,7 @@ class InterpolatingAdjoint(_ContinuousAdjoint):
     The parameter gradient is integrated beside the adjoint state and does not drive the step size
     (Kidger, Chen, Lyons: "Hey, that's not an ODE", arXiv 2009.09457).
 
-    Reference: Rackauckas et al., arXiv 1812.01892.
+    Reference: Y. Ma et al., arXiv 1812.01892.
     """
 
 
@@ -84,7 +84,8 @@ class GaussAdjoint(_ContinuousAdjoint):
     The cheapest of the continuous adjoints where there are many parameters: they are differentiated
     at the quadrature nodes only, not at every stage.
 
-    Reference: A. Wu et al., arXiv 2305.00527 (GaussAdjoint of SciMLSensitivity.jl).
+    Reference: A. Norcliffe, M. P. Deisenroth, arXiv 2308.10644; GaussAdjoint of
+    SciMLSensitivity.jl.
     """
 
 

@@ -128,7 +128,7 @@ class TRBDF2(_Named):
 class FBDF(_Named):
     """Backward differentiation of order 1 to 5 with fixed leading coefficient, for large systems.
 
-    Reference: L. F. Shampine, Appl. Numer. Math. 42 (2002) 455-466.
+    Reference: L. F. Shampine, J. Numer. Math. 10 (2002) 291-310.
     """
 
     package = "OrdinaryDiffEqBDF"
