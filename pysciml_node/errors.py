@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pysciml_node.ensemble import EnsembleSolution
     from pysciml_node.solution import ReturnCode, Solution
 
 # What fits a screen: types in Julia's messages can fill pages.
@@ -91,3 +92,18 @@ class SolverFailure(RuntimeError):
     def retcode(self) -> ReturnCode:
         """Why the solve stopped."""
         return self.solution.retcode
+
+
+class EnsembleFailure(SolverFailure):
+    """Members of an ensemble that did not reach the end of the interval.
+
+    Attributes:
+        solution: of the first member that failed.
+        ensemble: all members, those that succeeded included.
+        members: indices of those that failed.
+    """
+
+    def __init__(self, message: str, ensemble: EnsembleSolution, members: tuple[int, ...]) -> None:
+        super().__init__(message, ensemble[members[0]])
+        self.ensemble = ensemble
+        self.members = members

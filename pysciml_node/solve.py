@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pysciml_node.adjoints import Adjoint, BacksolveAdjoint
 from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta, Tsit5
 from pysciml_node.controllers import Controller, FixedStep
 from pysciml_node.diagnosis import failure_message
+from pysciml_node.ensemble import EnsembleProblem, EnsembleSolution, solve_members
 from pysciml_node.errors import SolverFailure
 from pysciml_node.events import Event
 from pysciml_node.implicit_event import differentiable_event
@@ -36,8 +37,39 @@ class _Usual:
 _USUAL: Any = _Usual()
 
 
+@overload
 def solve(
     problem: Problem,
+    algorithm: Algorithm | None = ...,
+    *,
+    rtol: Any = ...,
+    atol: Any = ...,
+    saveat: Sequence[float] | Tensor | None = ...,
+    engine: str | None = ...,
+    adjoint: Adjoint | None = ...,
+    dt0: float | None = ...,
+    dtmin: float | None = ...,
+    dtmax: float | None = ...,
+    tstops: Sequence[float] | Tensor = ...,
+    max_steps: int = ...,
+    controller: Controller | None = ...,
+    events: Event | Sequence[Event] = ...,
+    progress: bool = ...,
+    throw: bool = ...,
+    compile: bool = ...,
+    generator: torch.Generator | None = ...,
+) -> Solution: ...
+
+
+@overload
+def solve(
+    problem: EnsembleProblem, algorithm: Algorithm | None = None, **options: Any
+) -> EnsembleSolution: ...
+
+
+# The options of an ensemble are those of a single problem.
+def solve(  # type: ignore[misc]
+    problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
     *,
     rtol: Any = _USUAL,
@@ -56,11 +88,11 @@ def solve(
     throw: bool = True,
     compile: bool = False,
     generator: torch.Generator | None = None,
-) -> Solution:
-    """Solve an initial value problem.
+) -> Solution | EnsembleSolution:
+    """Solve an initial value problem, or an ensemble of them.
 
     Args:
-        problem: what to solve: an `ODEProblem` or an `SDEProblem`.
+        problem: what to solve: an `ODEProblem` or an `SDEProblem`, or an `EnsembleProblem` of many.
         algorithm: how; default `Tsit5()`, and for an `SDEProblem` what its noise asks for:
             `SOSRI()`, `SOSRA()`, `EM()`, or `EulerHeun()` for Stratonovich equations.
         rtol: relative tolerance on the root-mean-square of the local error; a number, a tensor that
@@ -89,12 +121,14 @@ def solve(
             tolerances and the steps are.
 
     Returns:
-        The solution; time comes first in its states, `(T, *u0.shape)`.
+        The solution; time comes first in its states, `(T, *u0.shape)`. Of an `EnsembleProblem` an
+        `EnsembleSolution`.
 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: an argument out of range.
-        SolverFailure: the end of the interval was not reached (with `throw=True`).
+        SolverFailure: the end of the interval was not reached (with `throw=True`); of an
+            ensemble an `EnsembleFailure`.
 
     Example:
         >>> import torch, pysciml_node as psn
@@ -102,6 +136,12 @@ def solve(
         >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)
         0.367879
     """
+    ensemble = problem if isinstance(problem, EnsembleProblem) else None
+    members: list[Problem] = []
+    if isinstance(problem, EnsembleProblem):
+        # Options are checked once: the members differ in values alone.
+        members = problem.members()
+        problem = members[0]
     if not isinstance(problem, ODEProblem | SDEProblem):
         raise TypeError(
             f"solve takes an ODEProblem or SDEProblem, but was given {type(problem).__name__}.\n"
@@ -152,6 +192,9 @@ def solve(
         raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
     _check_both_zero(options)
     chosen = engines.choose(engine, problem, algorithm, options)
+    if ensemble is not None:
+        several = [options, *(_another(options, generator) for _ in members[1:])]
+        return solve_members(ensemble, members, chosen, algorithm, several)
     solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
         differentiable_event(solution, events[solution.event], options.tstops)
@@ -221,9 +264,19 @@ def _for_noise(
         )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, but is {generator!r}.")
+    return dataclasses.replace(options, seed=_draw_seed(generator))
+
+
+def _another(options: SolveOptions, generator: torch.Generator | None) -> SolveOptions:
+    """The options of another member of an ensemble: Brownian motions are its own."""
+    if options.seed is None:
+        return options
+    return dataclasses.replace(options, seed=_draw_seed(generator))
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
     device = "cpu" if generator is None else generator.device
-    drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return dataclasses.replace(options, seed=int(drawn))
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def _positive(name: str, value: float, allow_inf: bool = False) -> float:

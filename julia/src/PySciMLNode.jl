@@ -29,6 +29,7 @@ include("info.jl")
 include("python_field.jl")
 include("source_field.jl")
 include("entry.jl")
+include("ensemble.jl")
 include("sensitivity.jl")
 include("workload.jl")
 

@@ -23,6 +23,9 @@ function SourceField{T}(text::String, shape) where {T}
     return SourceField{T}(f, scope, Dims(shape), [])
 end
 
+# For another task: the function is shared, what is kept between evaluations is not.
+Base.copy(f::SourceField{T}) where {T} = SourceField{T}(f.f, f.scope, f.shape, [])
+
 function evaluate!(du, f::SourceField{T}, u, p, t) where {T}
     return store!(du, Base.invokelatest(f.f, reshape(u, f.shape), p, t), f.shape)
 end

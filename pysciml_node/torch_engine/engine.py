@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -217,3 +219,12 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     return build_solution(
         problem, algorithm, NAME, options, record, states, saved, work.stats, trajectory
     )
+
+
+def solve_many(
+    problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
+) -> list[Solution]:
+    """Run checked problems one after the other."""
+    return [
+        solve(problem, algorithm, chosen) for problem, chosen in zip(problems, options, strict=True)
+    ]

@@ -1,0 +1,277 @@
+"""Ensembles: many initial states or parameters of one problem, each with steps of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms import Algorithm
+from pysciml_node.diagnosis import failure_message
+from pysciml_node.errors import EnsembleFailure
+from pysciml_node.implicit_event import differentiable_event
+from pysciml_node.options import SolveOptions
+from pysciml_node.problem import Problem
+from pysciml_node.solution import ReturnCode, Solution, Stats
+from pysciml_node.state import State, StateSpec, map_tensors, tensors_of
+
+
+@dataclass(frozen=True)
+class EnsembleProblem:
+    """Many initial states `u_m(t0)` and parameters `p_m` of one problem, `m = 1, ..., M`.
+
+    Each member is solved for itself, with step sizes of its own; the rows of a batch in one `u0`
+    share theirs. `solve` takes it with the options of a single problem and returns an
+    `EnsembleSolution`.
+
+    The Julia engine solves the members by one call, over the threads of Julia (the environment
+    variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the field is a module or a
+    `JuliaField` and nothing watches the steps; other callables need Python's lock, and run one
+    after the other, as they do in the torch engine.
+
+    Args:
+        problem: what the members share.
+        u0: their initial states, like the problem's with a leading `M`; default the problem's for
+            all.
+        p: their parameters, like the problem's with a leading `M` in each tensor; default the
+            problem's for all.
+
+    Raises:
+        TypeError: `problem` is no problem, or there are neither initial states nor parameters.
+        ValueError: shapes that do not fit the problem or one another.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1).double(), (0.0, 1.0))
+        >>> starts = torch.tensor([[1.0], [2.0]]).double()
+        >>> solution = psn.solve(psn.EnsembleProblem(problem, starts), rtol=1e-9, atol=1e-9)
+        >>> [round(x, 6) for x in solution.u1[:, 0].tolist()]
+        [0.367879, 0.735759]
+    """
+
+    problem: Problem
+    u0: State | None = None
+    p: Any = None
+    size: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.problem, Problem):
+            raise TypeError(
+                f"an EnsembleProblem is made of one problem, but was given "
+                f"{type(self.problem).__name__}.\n"
+                "  Write EnsembleProblem(ODEProblem(f, u0, tspan), u0=many)."
+            )
+        given: list[tuple[str, Tensor, torch.Size | None]] = []
+        if self.u0 is not None:
+            given += _states("u0", self.u0, self.problem.spec)
+        if self.p is not None:
+            shared = [x.shape for x in tensors_of(self.problem.p)]
+            many = list(tensors_of(self.p))
+            if shared and len(shared) != len(many):
+                raise ValueError(
+                    f"p must have the {len(shared)} tensors of the problem's p, each with a "
+                    f"leading size M, but has {len(many)}."
+                )
+            shapes: list[torch.Size | None] = [*shared] if shared else [None] * len(many)
+            given += [("p", x, shape) for x, shape in zip(many, shapes, strict=True)]
+        if not given:
+            raise TypeError(
+                "an EnsembleProblem needs u0 or p with a leading size M, and got neither.\n"
+                "  One solve: solve(problem)."
+            )
+        object.__setattr__(self, "size", _common_size(given))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def members(self) -> list[Problem]:
+        """The single problems; gradients flow back from them to the tensors of the ensemble."""
+        # One node of the graph for each tensor, not one for each member.
+        starts = None if self.u0 is None else _unbind(self.u0, self.size)
+        parameters = None if self.p is None else _unbind(self.p, self.size)
+        found: list[Problem] = []
+        for i in range(self.size):
+            changes: dict[str, Any] = {}
+            if starts is not None:
+                changes["u0"] = starts[i]
+            if parameters is not None:
+                changes["p"] = parameters[i]
+            problem: Any = self.problem
+            found.append(dataclasses.replace(problem, **changes))
+        return found
+
+
+def _states(
+    name: str, states: State, spec: StateSpec
+) -> list[tuple[str, Tensor, torch.Size | None]]:
+    """The parts of many states with the shapes that theirs have to end in."""
+    try:
+        parts = spec.parts(states)
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(
+            f"{name} must have the parts of the problem's u0, {list(spec.keys or ())}, but is a "
+            f"{type(states).__name__}."
+        ) from None
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name} must be made of tensors, but has a {type(part).__name__}.")
+        if part.dtype != spec.dtype or part.device != spec.device:
+            raise ValueError(
+                f"{name} must be {spec.dtype} on {spec.device} like the problem's u0, but is "
+                f"{part.dtype} on {part.device}.\n  Convert it with .to(...)."
+            )
+    return [(name, part, shape) for part, shape in zip(parts, spec.shapes, strict=True)]
+
+
+def _common_size(given: Sequence[tuple[str, Tensor, torch.Size | None]]) -> int:
+    for name, tensor, shape in given:
+        if tensor.ndim == 0 or (shape is not None and tensor.shape[1:] != shape):
+            wanted = "(M, ...)" if shape is None else f"(M, {', '.join(map(str, shape))})"
+            raise ValueError(
+                f"{name} of an ensemble must have shape {wanted}, but has {tuple(tensor.shape)}."
+            )
+    sizes = {tensor.shape[0] for _, tensor, _ in given}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            f"the leading sizes of u0 and p must be one number of members, at least 1, but are "
+            f"{sorted(sizes)}."
+        )
+    return sizes.pop()
+
+
+def _unbind(tree: Any, size: int) -> list[Any]:
+    rows = [iter(x.unbind(0)) for x in tensors_of(tree)]
+    found = []
+    for _ in range(size):
+        members = iter([next(row) for row in rows])
+        found.append(map_tensors(lambda _, members=members: next(members), tree))
+    return found
+
+
+@dataclass
+class EnsembleSolution:
+    """The result of `solve` for an `EnsembleProblem`.
+
+    `solution[m]` is the `Solution` of a member, with its steps and dense output; iteration goes
+    over these.
+
+    Attributes:
+        problem: what was solved.
+        solutions: of the members.
+        t: times of `u`, shape `(T,)`: `saveat`, or `None` where each member has its own.
+    """
+
+    problem: EnsembleProblem
+    solutions: tuple[Solution, ...] = field(repr=False)
+    t: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.solutions)
+
+    def __getitem__(self, index: int) -> Solution:
+        return self.solutions[index]
+
+    def __iter__(self) -> Iterator[Solution]:
+        return iter(self.solutions)
+
+    @cached_property
+    def u1(self) -> Any:
+        """States at the end, shape `(M, *u0.shape)`; of a failed member where it got to."""
+        return self._stack([solution.u1 for solution in self.solutions])
+
+    @cached_property
+    def u(self) -> Any:
+        """States at `saveat`, shape `(M, T, *u0.shape)`; NaN where a member did not get to.
+
+        Raises:
+            ValueError: there was no `saveat`, so that the members have times of their own.
+        """
+        if self.t is None:
+            raise ValueError(
+                "the members of an ensemble take steps of their own: u needs saveat.\n"
+                "  Give saveat=..., or take solution[m].u."
+            )
+        spec, length = self.problem.problem.spec, len(self.t)
+
+        def filled(part: Tensor) -> Tensor:
+            missing = length - part.shape[0]
+            if not missing:
+                return part
+            return torch.cat([part, part.new_full((missing, *part.shape[1:]), torch.nan)])
+
+        rows = [solution.u for solution in self.solutions]
+        return self._stack([spec.assemble([filled(x) for x in spec.parts(row)]) for row in rows])
+
+    def _stack(self, states: list[Any]) -> Any:
+        spec = self.problem.problem.spec
+        columns = zip(*(spec.parts(state) for state in states), strict=True)
+        return spec.assemble([torch.stack(column) for column in columns])
+
+    @property
+    def retcodes(self) -> tuple[ReturnCode, ...]:
+        """How each member ended."""
+        return tuple(solution.retcode for solution in self.solutions)
+
+    @property
+    def success(self) -> bool:
+        """Whether all members reached their end."""
+        return all(solution.success for solution in self.solutions)
+
+    @property
+    def member_stats(self) -> tuple[Stats, ...]:
+        """What each member cost."""
+        return tuple(solution.stats for solution in self.solutions)
+
+    @property
+    def stats(self) -> Stats:
+        """What all cost together, as it stands now."""
+        names = [f.name for f in dataclasses.fields(Stats)]
+        return Stats(**{name: sum(getattr(s, name) for s in self.member_stats) for name in names})
+
+
+def solve_members(
+    ensemble: EnsembleProblem,
+    members: Sequence[Problem],
+    engine: ModuleType,
+    algorithm: Algorithm,
+    options: Sequence[SolveOptions],
+) -> EnsembleSolution:
+    """Solve the members of an ensemble by an engine that has been chosen.
+
+    Args:
+        ensemble: what is solved.
+        members: its single problems.
+        engine: runs them.
+        algorithm: how.
+        options: of each member.
+
+    Raises:
+        EnsembleFailure: members did not reach the end of the interval (with `throw=True`).
+    """
+    solutions: list[Solution] = engine.solve_many(members, algorithm, options)
+    common = options[0]
+    for solution in solutions:
+        if solution.event is not None:
+            differentiable_event(solution, common.events[solution.event], common.tstops)
+    t = None
+    if common.saveat is not None:
+        t = common.saveat_tensor
+        t = members[0].time_tensor(list(common.saveat)) if t is None else t
+    found = EnsembleSolution(ensemble, tuple(solutions), t)
+    failed = tuple(i for i, solution in enumerate(solutions) if not solution.success)
+    if common.throw and failed:
+        named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
+        raise EnsembleFailure(
+            f"{len(failed)} of {len(solutions)} members failed: {named}. Member {failed[0]}: "
+            f"{failure_message(solutions[failed[0]], common)}\n"
+            "  All members are in .ensemble; throw=False returns them.",
+            found,
+            failed,
+        )
+    return found
