@@ -20,27 +20,44 @@ MODULES = ["pysciml_node"] + [
 ]
 
 
-def blocks(text: str) -> list[tuple[int, str]]:
+def blocks(text: str, *, julia: bool = False) -> list[tuple[int, str]]:
     """The Python blocks of a page that are to run, each with the number of its first line."""
+    marks = ("", "julia") if julia else ("",)
     return [
         (text.count("\n", 0, match.start("code")) + 1, match["code"])
         for match in BLOCK.finditer(text)
-        if match["mark"] != "no-run"
+        if match["mark"] in marks
     ]
+
+
+def run(page, found):
+    namespace = {"__name__": f"docs_{page.stem}"}
+    for line, code in found:
+        # Blank lines in front give a traceback the page's own line numbers.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": f"docs_{page.stem}"}
-    for line, code in blocks(page.read_text(encoding="utf-8")):
-        # Blank lines in front give a traceback the page's own line numbers.
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    run(page, blocks(page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if "```python julia\n" in page.read_text(encoding="utf-8")],
+    ids=lambda page: page.name,
+)
+def test_code_for_julia_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page, blocks(page.read_text(encoding="utf-8"), julia=True))
 
 
 def test_marked_blocks_are_left_out():
-    text = "a\n```python no-run\n1 / 0\n```\n```python\nx = 1\n```\n"
+    text = "a\n```python no-run\n1 / 0\n```\n```python\nx = 1\n```\n```python julia\ny\n```\n"
     assert blocks(text) == [(6, "x = 1\n")]
+    assert blocks(text, julia=True) == [(6, "x = 1\n"), (9, "y\n")]
 
 
 @pytest.mark.parametrize("name", MODULES)
