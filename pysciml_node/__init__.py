@@ -27,8 +27,10 @@ from pysciml_node.algorithms import (
 )
 from pysciml_node.controllers import FixedStep, IController, PIController, PIDController
 from pysciml_node.engines import get_engine, set_engine
+from pysciml_node.ensemble import EnsembleProblem, EnsembleSolution
 from pysciml_node.errors import (
     EngineUnavailable,
+    EnsembleFailure,
     JuliaError,
     PsnWarning,
     SolverFailure,
@@ -110,6 +112,9 @@ __all__ = [
     "Dopri5",
     "Dopri8",
     "EngineUnavailable",
+    "EnsembleFailure",
+    "EnsembleProblem",
+    "EnsembleSolution",
     "Euler",
     "EulerHeun",
     "Event",
