@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.experiment import Budget, Experiment
 from pysciml_node.experiments.mnist import load_few, load_mnist
-from pysciml_node.experiments.model import make_adjoint, make_algorithm
-from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.model import node_options
+from pysciml_node.experiments.penalties import penalty_generator
 from pysciml_node.experiments.settings import DecayName, Run, Settings
 from pysciml_node.experiments.trainable import Classifier, Prediction
 from pysciml_node.layers.neural_sde import NeuralSDE
@@ -77,13 +77,7 @@ class SDEClassifier(Classifier):
                 )
             ),
             IgnoreLinear(settings.state, settings.state, generator=initial),
-            make_algorithm(settings.solver),
-            tspan=(0.0, 1.0),
-            rtol=settings.tolerance,
-            atol=settings.tolerance,
-            engine=settings.engine,
-            adjoint=make_adjoint(settings.adjoint),
-            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
+            **node_options(settings, run, self._generators["penalty"]),
         )
         self.head = dense(settings.state, classes, initial)
         self.dtype = getattr(torch, settings.dtype)

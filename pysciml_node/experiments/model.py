@@ -1,6 +1,7 @@
 """The classifier of the local-regularization paper: flatten, neural ODE, linear head."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,25 @@ def make_algorithm(name: str) -> algorithms.Algorithm:
     return kind()
 
 
+def node_options(settings: Settings, run: Run, penalties: torch.Generator) -> dict[str, Any]:
+    """How a classifier's equation is solved and regularized, from t = 0 to 1.
+
+    Args:
+        settings: solver, tolerance, engine and adjoint.
+        run: variant and weights.
+        penalties: draws the regularizers' random numbers.
+    """
+    return {
+        "algorithm": make_algorithm(settings.solver),
+        "tspan": (0.0, 1.0),
+        "rtol": settings.tolerance,
+        "atol": settings.tolerance,
+        "engine": settings.engine,
+        "adjoint": make_adjoint(settings.adjoint),
+        "regularizers": make_regularizers(settings, run, penalties),
+    }
+
+
 class ODEClassifier(Classifier):
     """Flatten the input, let it flow from t = 0 to 1 along a field, read the classes off linearly.
 
@@ -84,13 +104,7 @@ class ODEClassifier(Classifier):
         self._generators = {"penalty": penalty_generator(run)}
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
-            make_algorithm(settings.solver),
-            tspan=(0.0, 1.0),
-            rtol=settings.tolerance,
-            atol=settings.tolerance,
-            engine=settings.engine,
-            adjoint=make_adjoint(settings.adjoint),
-            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
+            **node_options(settings, run, self._generators["penalty"]),
         )
         weight_matrix, bias = glorot_linear(features, classes, initial)
         self.head_weight = nn.Parameter(weight_matrix)

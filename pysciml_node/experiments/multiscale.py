@@ -17,8 +17,8 @@ from pysciml_node.experiments.cifar10 import (
 )
 from pysciml_node.experiments.experiment import Budget, Experiment
 from pysciml_node.experiments.image_layers import channel_mask, initialize_
-from pysciml_node.experiments.model import make_adjoint, make_algorithm
-from pysciml_node.experiments.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.model import node_options
+from pysciml_node.experiments.penalties import penalty_generator
 from pysciml_node.experiments.settings import DecayName, Run, Settings
 from pysciml_node.experiments.trainable import Classifier, Prediction
 from pysciml_node.layers import NeuralODE
@@ -200,13 +200,7 @@ class MultiScaleClassifier(Classifier):
         initialize_(self, torch.Generator().manual_seed(run.seed))
         self.node = NeuralODE(
             self.field,
-            make_algorithm(settings.solver),
-            tspan=(0.0, 1.0),
-            rtol=settings.tolerance,
-            atol=settings.tolerance,
-            engine=settings.engine,
-            adjoint=make_adjoint(settings.adjoint),
-            regularizers=make_regularizers(settings, run, self._generators["penalty"]),
+            **node_options(settings, run, self._generators["penalty"]),
         )
         self.to(getattr(torch, settings.dtype))
 

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pysciml_node.adjoints import Adjoint
 from pysciml_node.solution import ReturnCode
 from pysciml_node.torch_engine.march import Attempt, March, Step
 
@@ -186,6 +187,20 @@ class Recorded:
     def errors(self) -> list[float]:
         """Scaled error estimates of the accepted steps."""
         return self.record.errors
+
+
+def check_discrete(adjoint: Adjoint) -> None:
+    """Estimates of all steps can be differentiated by the adjoints that see the steps.
+
+    Raises:
+        ValueError: the adjoint is a continuous one.
+    """
+    if not adjoint.discrete:
+        raise ValueError(
+            f"the estimates of all steps are not differentiable with {type(adjoint).__name__}: "
+            "the stages of a step are not part of the continuous equation.\n"
+            "  Use adjoint=DiscreteAdjoint(), or LocalError, which works with every adjoint."
+        )
 
 
 def detached(attempt: Attempt) -> Attempt:

@@ -18,7 +18,7 @@ from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
-from pysciml_node.torch_engine.record import Record, Recorded
+from pysciml_node.torch_engine.record import Record, Recorded, check_discrete
 from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.vectors import Real, RecordedVectors, vectors_like
 
@@ -170,13 +170,7 @@ class TorchTrajectory(Recorded):
         Raises:
             ValueError: the solve's adjoint is a continuous one.
         """
-        adjoint = self.options.adjoint
-        if not adjoint.discrete:
-            raise ValueError(
-                f"the estimates of all steps are not differentiable with {type(adjoint).__name__}: "
-                "the stages of a step are not part of the continuous equation.\n"
-                "  Use adjoint=DiscreteAdjoint(), or LocalError, which works with every adjoint."
-            )
+        check_discrete(self.options.adjoint)
         return [self._step_estimate(n) for n in range(len(self.record.sizes))]
 
     def _step_estimate(self, n: int) -> StepEstimate:

@@ -17,7 +17,7 @@ from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
 from pysciml_node.torch_engine.norms import Tolerance
-from pysciml_node.torch_engine.record import Record, Recorded
+from pysciml_node.torch_engine.record import Record, Recorded, check_discrete
 from pysciml_node.torch_engine.sde.brownian import BrownianPath, Increment, Normals
 from pysciml_node.torch_engine.sde.fields import Fields
 from pysciml_node.torch_engine.sde.march import starting_slope
@@ -152,13 +152,7 @@ class SDETrajectory(Recorded):
         Raises:
             ValueError: the solve's adjoint is a continuous one.
         """
-        adjoint = self.options.adjoint
-        if not adjoint.discrete:
-            raise ValueError(
-                f"the estimates of all steps are not differentiable with {type(adjoint).__name__}: "
-                "the stages of a step are not part of the continuous equation.\n"
-                "  Use adjoint=DiscreteAdjoint(), or LocalError, which works with every adjoint."
-            )
+        check_discrete(self.options.adjoint)
         found = []
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]
