@@ -346,12 +346,19 @@ def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> f
     return full.reshape(-1)
 
 
+_BOTH_ZERO = "rtol and atol must not both be 0: no step could be accepted."
+
+
 def _check_both_zero(options: SolveOptions) -> None:
     if not options.controller.adaptive:
         return
+    if isinstance(options.rtol, float) and isinstance(options.atol, float):
+        if options.rtol == options.atol == 0:
+            raise ValueError(_BOTH_ZERO)
+        return
     both = torch.as_tensor(options.rtol == 0) & torch.as_tensor(options.atol == 0)
     if bool(both.any()):
-        raise ValueError("rtol and atol must not both be 0: no step could be accepted.")
+        raise ValueError(_BOTH_ZERO)
 
 
 def _numbers(name: str, values: Sequence[float] | Tensor) -> list[float]:

@@ -174,7 +174,7 @@ end
     fetch!(record, device, n, times, errors, states)
 
 Copy what a solve left: `times` and `errors` in double precision, and each state to the address
-that stands for it in `states`.
+that stands for it in `states`. Frees the record, unless SciML's solution was kept with it.
 """
 function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, states::Int)
     found = OBJECTS[record]
@@ -185,6 +185,7 @@ function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, state
     for (address, state) in zip(addresses, found.states)
         copyto!(memory(eltype(state), device, address, n), state)
     end
+    found.solution === nothing && free(record)
     return nothing
 end
 

@@ -49,7 +49,6 @@ function rehearse(dtype)
             addresses = at.(states)
             GC.@preserve times errors states addresses begin
                 fetch!(record, 0, n, at(times), at(errors), at(addresses))
-                free(record)
                 sizes, bars = diff(times), zeros(2 * count + 1)
                 cotangents = [zeros(Int, count); at(u0)]
                 outputs, inside, theta, done = [at(u0)], [1], [0.5], zeros(Int, 2)

@@ -46,6 +46,8 @@ def flat_parameters(tensors: list[Tensor], dtype: torch.dtype, device: torch.dev
     """All tensors as one real vector."""
     if not tensors:
         return torch.empty(0, dtype=dtype, device=device)
+    if all(x.dtype is dtype and x.device == device for x in tensors):
+        return torch.cat([x.detach().reshape(-1) for x in tensors])
     return torch.cat([to_real(x.detach().reshape(-1)).to(device, dtype) for x in tensors])
 
 

@@ -148,7 +148,7 @@ def collect(
         address(addresses),
     )
     if not keep_solution:
-        handle.close()
+        handle.forget()
     record = _record(problem, options, list(ends), list(errors))
     record.nreject, record.saved, record.retcode = rejected, count, _CODES[code]
     states = [from_real(row.to(spec.device), spec.dtype) for row in rows]

@@ -52,6 +52,10 @@ class Handle:
         if number:
             pending.append(number)
 
+    def forget(self) -> None:
+        """Julia has freed the object by itself."""
+        self._number = 0
+
     def __del__(self) -> None:
         self.close()
 

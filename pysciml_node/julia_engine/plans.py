@@ -33,7 +33,7 @@ FIXED_ONLY = ("Euler",)
 
 _LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
 
-_plans: dict[str, Handle] = {}
+_plans: dict[tuple[Any, ...], Handle] = {}
 _tableaus: dict[int, Handle] = {}
 
 
@@ -91,6 +91,25 @@ def plan(
         size: length of the flat state.
         keep_solution: whether the solve keeps SciML's solution.
     """
+    numbers = isinstance(options.rtol, float) and isinstance(options.atol, float)
+    limits = (options.dtmin, options.dtmax, options.max_steps)
+    key = (algorithm, options.controller, options.rtol, options.atol, options.driven, *limits)
+    if not numbers:
+        return _make(algorithm, options, dtype, size, keep_solution)
+    found = _plans.get((*key, dtype, keep_solution))
+    if found is None:
+        found = _make(algorithm, options, dtype, size, keep_solution)
+        _plans[(*key, dtype, keep_solution)] = found
+    return found
+
+
+def _make(
+    algorithm: Algorithm,
+    options: SolveOptions,
+    dtype: torch.dtype,
+    size: int,
+    keep_solution: bool,
+) -> Handle:
     real = dtype.to_real()
     parts = 2 if dtype.is_complex else 1
     rtol, atol = (_full(tolerance, size, real) for tolerance in (options.rtol, options.atol))
@@ -120,8 +139,6 @@ def plan(
             "max_steps": options.max_steps,
         }
     )
-    if not vectors and description in _plans:
-        return _plans[description]
     runtime.require(*packages)
     made = runtime.call(
         "make_plan",
@@ -129,10 +146,7 @@ def plan(
         *(pointer(vector) for vector in vectors or (None, None)),
         size * parts if vectors else 0,
     )
-    handle = Handle(made)
-    if not vectors:
-        _plans[description] = handle
-    return handle
+    return Handle(made)
 
 
 def _full(value: float | Tensor, size: int, dtype: torch.dtype) -> float | Tensor:
