@@ -22,7 +22,7 @@ MODULES = ["pysciml_node"] + [
 
 def blocks(text: str, *, julia: bool = False) -> list[tuple[int, str]]:
     """The Python blocks of a page that are to run, each with the number of its first line."""
-    marks = ("", "julia") if julia else ("",)
+    marks = ("", "{.julia}") if julia else ("",)
     return [
         (text.count("\n", 0, match.start("code")) + 1, match["code"])
         for match in BLOCK.finditer(text)
@@ -44,9 +44,10 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.julia
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "```python julia\n" in page.read_text(encoding="utf-8")],
+    [page for page in PAGES if "```python {.julia}\n" in page.read_text(encoding="utf-8")],
     ids=lambda page: page.name,
 )
 def test_code_for_julia_runs(page, tmp_path, monkeypatch):
@@ -55,7 +56,17 @@ def test_code_for_julia_runs(page, tmp_path, monkeypatch):
 
 
 def test_marked_blocks_are_left_out():
-    text = "a\n```python no-run\n1 / 0\n```\n```python\nx = 1\n```\n```python julia\ny\n```\n"
+    text = """a
+```python {.no-run}
+1 / 0
+```
+```python
+x = 1
+```
+```python {.julia}
+y
+```
+"""
     assert blocks(text) == [(6, "x = 1\n")]
     assert blocks(text, julia=True) == [(6, "x = 1\n"), (9, "y\n")]
 
