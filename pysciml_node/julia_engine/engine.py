@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,13 @@ from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSen
 from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
 from pysciml_node.julia_engine import plans, runtime
 from pysciml_node.julia_engine.ensembles import run_many
-from pysciml_node.julia_engine.fields import CallbackField, Field, ProgramField, field_of
+from pysciml_node.julia_engine.fields import (
+    CallbackField,
+    Field,
+    ProgramField,
+    TranslatedFlatField,
+    field_of,
+)
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
@@ -23,6 +30,7 @@ from pysciml_node.problem import ODEProblem, Problem
 from pysciml_node.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
+from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.record import Record, check_finite
 from pysciml_node.torch_engine.stages import Method
@@ -302,6 +310,7 @@ def solve_many(
 def _solution(work: Work) -> Solution:
     """Run a solve."""
     problem, algorithm, options = work.problem, work.algorithm, work.options
+    field = work.field
     record, states, saved = work.node() if torch.is_grad_enabled() else work.plain()
     check_finite(record, states, options.controller.adaptive)
     stats, spec = work.stats, problem.spec
@@ -313,7 +322,10 @@ def _solution(work: Work) -> Solution:
     trajectory: Trajectory
     if isinstance(algorithm, ExplicitRungeKutta):
         method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        trajectory = TorchTrajectory(problem, method, load, stats, options)
+        make_field: Callable[[ODEProblem], FlatField] = FlatField
+        if isinstance(field, ProgramField):
+            make_field = partial(TranslatedFlatField, field)
+        trajectory = TorchTrajectory(problem, method, load, stats, options, make_field)
     else:
         trajectory = SciMLTrajectory(problem, load, stats, options, work)
     return build_solution(

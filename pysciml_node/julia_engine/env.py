@@ -358,7 +358,10 @@ def set_defaults() -> None:
     os.environ.setdefault("PYTHON_JULIACALL_THREADS", count)
     # Several threads of Julia stop one another for garbage collection by signals.
     several = count not in ("1", "1,0")
-    os.environ.setdefault("PYTHON_JULIACALL_HANDLE_SIGNALS", "yes" if several else "no")
+    os.environ.setdefault("PYTHON_JULIACALL_HANDLE_SIGNALS", "no")
+    if several:
+        # A "no" here, perhaps inherited from a process with one thread, would end in a crash.
+        os.environ["PYTHON_JULIACALL_HANDLE_SIGNALS"] = "yes"
 
 
 def take_over(julia: Julia) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine import runtime
 from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, to_real
+from pysciml_node.julia_engine.evaluation import evaluate
 from pysciml_node.julia_engine.export import translate
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
@@ -120,6 +121,29 @@ class ProgramField:
         """A gradient of `parameters` as those of `inputs`."""
         parts = split_parameters(gradient, self._all)
         return [part for part, x in zip(parts, self._all, strict=True) if x.requires_grad]
+
+    def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
+        """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
+        flat = [x.reshape(-1).to(u) for x in self._all]
+        return evaluate(self.handle, t, u, torch.cat(flat) if flat else u.new_empty(0), ())
+
+
+class TranslatedFlatField(FlatField):
+    """A translated module for replayed steps, evaluated in Julia.
+
+    Args:
+        field: the module in Julia.
+        problem: of the solve.
+    """
+
+    def __init__(self, field: ProgramField, problem: ODEProblem) -> None:
+        super().__init__(problem)
+        self._field = field
+
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        """Evaluate the derivative; shape `(N,)`."""
+        self.nfe += 1
+        return self._field.evaluate(t, u)
 
 
 class SourceField:

@@ -6,18 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from pysciml_node.julia_engine import runtime
 from pysciml_node.julia_engine.buffers import (
     CODES,
     address,
-    device_code,
     integers,
-    pointer,
 )
+from pysciml_node.julia_engine.evaluation import evaluate
 from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.torch_engine.autograd import first_derivative
 
 
 class JuliaField:
@@ -73,47 +70,4 @@ class JuliaField:
             )
         parameters = u.new_empty(0) if p is None else p.reshape(-1).to(u)
         time = t if isinstance(t, Tensor) else u.new_tensor(t)
-        found: Tensor = _Evaluate.apply(self, time, u, parameters)  # type: ignore[no-untyped-call]
-        return found
-
-
-class _Evaluate(torch.autograd.Function):
-    """One evaluation in Julia, and its pullback there."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, field: JuliaField, t: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        ctx.field = field
-        ctx.save_for_backward(t, u, p)
-        out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        _call_at("evaluate_once!", field, t, u, p, out)
-        return out
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        t, u, p = ctx.saved_tensors
-        runtime.require("Zygote")
-        v = cotangents[0].contiguous()
-        u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
-        p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
-        gradients = (t.new_tensor(t_bar), u_bar, p_bar)
-        return (None, *first_derivative(gradients, (t, u, p)))
-
-
-def _call_at(entry: str, field: JuliaField, t: Tensor, u: Tensor, p: Tensor, *rest: Tensor) -> Any:
-    """Call Julia with the field, `(u, p, t)` and the addresses of further contiguous tensors."""
-    state, parameters = u.contiguous(), p.contiguous()
-    return runtime.call(
-        entry,
-        field.handle(u.dtype, u.shape).number,
-        CODES[u.dtype],
-        device_code(u.device),
-        state.numel(),
-        pointer(state),
-        parameters.numel(),
-        pointer(parameters),
-        float(t),
-        *(pointer(tensor) for tensor in rest),
-    )
+        return evaluate(self.handle(u.dtype, u.shape), time, u, parameters, ("Zygote",))

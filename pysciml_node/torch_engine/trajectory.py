@@ -36,6 +36,7 @@ class TorchTrajectory(Recorded):
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
+    make_field: Callable[[ODEProblem], FlatField] = FlatField
 
     @property
     def flat_states(self) -> list[Tensor]:
@@ -47,7 +48,7 @@ class TorchTrajectory(Recorded):
         return torch.stack(self.flat_states)
 
     def _stages(self, method: Method) -> tuple[Stages, FlatField]:
-        field = FlatField(self.problem)
+        field = self.make_field(self.problem)
         marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()

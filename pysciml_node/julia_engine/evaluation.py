@@ -1,0 +1,72 @@
+"""Single evaluations of a field in Julia, as operations that autograd knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.buffers import CODES, device_code, pointer
+from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.torch_engine.autograd import first_derivative
+
+
+def evaluate(field: Handle, t: Tensor, u: Tensor, p: Tensor, packages: tuple[str, ...]) -> Tensor:
+    """The derivative at `(t, u)`, differentiable once.
+
+    Args:
+        field: in Julia.
+        t: the time.
+        u: the state, real; the result is like it.
+        p: the field's flat parameters.
+        packages: Julia packages that its vector-Jacobian product needs.
+    """
+    found: Tensor = _Evaluate.apply(field, packages, t, u, p)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Evaluate(torch.autograd.Function):
+    """One evaluation in Julia, and its pullback there."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, field: Handle, packages: tuple[str, ...], t: Tensor, u: Tensor, p: Tensor
+    ) -> Tensor:
+        ctx.field, ctx.packages = field, packages
+        ctx.save_for_backward(t, u, p)
+        out = torch.empty_like(u, memory_format=torch.contiguous_format)
+        _call_at("evaluate_once!", field, t, u, p, out)
+        return out
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        t, u, p = ctx.saved_tensors
+        runtime.require(*ctx.packages)
+        v = cotangents[0].contiguous()
+        u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
+        p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
+        gradients = (t.new_tensor(t_bar), u_bar, p_bar)
+        return (None, None, *first_derivative(gradients, (t, u, p)))
+
+
+def _call_at(entry: str, field: Handle, t: Tensor, u: Tensor, p: Tensor, *rest: Tensor) -> Any:
+    """Call Julia with the field, `(u, p, t)` and the addresses of further contiguous tensors."""
+    state, parameters = u.contiguous(), p.contiguous()
+    return runtime.call(
+        entry,
+        field.number,
+        CODES[u.dtype],
+        device_code(u.device),
+        state.numel(),
+        pointer(state),
+        parameters.numel(),
+        pointer(parameters),
+        float(t),
+        *(pointer(tensor) for tensor in rest),
+    )
