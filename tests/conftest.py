@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from functools import cache
 
 import pytest
 import torch
 
 from pysciml_node.julia_engine import runtime
+
+# A shell that runs the tests in the background has them, and their subprocesses, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The states here are tiny: threads would only wait for one another.
 torch.set_num_threads(1)
