@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,18 +55,22 @@ def draw(count: int) -> list[tuple[float, float, float, float, float]]:
     ]
 
 
-def test_one_dimensional_law_for_200_random_problems() -> None:
+@pytest.mark.parametrize("engine", ["torch", pytest.param("julia", marks=pytest.mark.julia)])
+def test_one_dimensional_law_for_200_random_problems(engine: str) -> None:
     """`u <- u - lr (1 - exp(-u))` to 1e-10, and the proved interval of the loss ratio."""
-    x0 = normal(4, 1, seed=0)
+    x0, field = normal(4, 1, seed=0), Scalar(0.0)
+    options: dict[str, Any] = {"engine": engine, **TIGHT}
     for index, (u, target, t, sigma, lr) in enumerate(draw(200)):
-        field = Scalar(target + u / t)
+        with torch.no_grad():
+            field.a.fill_(target + u / t)
+        field.a.grad = None
         start = sigma * x0
         if index % 2:
-            node = psn.NeuralODE(field, psn.Vern9(), tspan=(0.0, t), **TIGHT)
-            solve = lambda node=node, start=start: node(start)  # noqa: E731
+            node = psn.NeuralODE(field, psn.Vern9(), tspan=(0.0, t), **options)
+            solve = partial(node, start)
         else:
             problem = psn.ODEProblem(field, start, (0.0, t))
-            solve = lambda problem=problem: psn.solve(problem, psn.Vern9(), **TIGHT)  # noqa: E731
+            solve = partial(psn.solve, problem, psn.Vern9(), **options)
         y = start * math.exp(target * t)
         sol = solve()
         loss = paper_loss(sol.u1, y)
