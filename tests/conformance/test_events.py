@@ -1,0 +1,78 @@
+"""Events on every engine: where they stop a solve, what is saved, how their times move."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import pysciml_node as psn
+
+GROUND = psn.Event(lambda t, u: u[0], direction=-1)
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def fall(t: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    """Height and velocity under gravity."""
+    return torch.stack((u[1], -g))
+
+
+def leaves() -> tuple[Tensor, Tensor]:
+    u0 = torch.tensor([2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    return u0, torch.tensor(9.81, dtype=torch.float64, requires_grad=True)
+
+
+def landing(u0: Tensor, g: Tensor) -> Tensor:
+    return (u0[1] + torch.sqrt(u0[1] ** 2 + 2 * g * u0[0])) / g
+
+
+@pytest.mark.parametrize(
+    "adjoint", [None, psn.InterpolatingAdjoint()], ids=["default", "continuous"]
+)
+def test_landing_time_and_velocity_with_their_gradients(
+    adjoint: psn.InterpolatingAdjoint | None, engine: str
+) -> None:
+    u0, g = leaves()
+    problem = psn.ODEProblem(fall, u0, (0.0, 5.0), p=g)
+    solution = psn.solve(problem, events=GROUND, adjoint=adjoint, engine=engine, **TIGHT)
+    assert solution.retcode is psn.ReturnCode.Terminated
+    assert solution.event == 0
+    assert solution.event_t is not None
+    time = landing(u0, g)
+    torch.testing.assert_close(solution.event_t, time, rtol=1e-9, atol=0)
+    velocity = u0[1] - g * time
+    torch.testing.assert_close(solution.u1[1], velocity, rtol=1e-9, atol=0)
+    found = torch.autograd.grad(solution.event_t + solution.u1[1], (u0, g))
+    expected = torch.autograd.grad(time + velocity, (u0, g))
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_what_is_saved_ends_with_the_event(engine: str) -> None:
+    u0, g = (x.detach() for x in leaves())
+    times = torch.linspace(0.0, 5.0, 51, dtype=torch.float64)
+    problem = psn.ODEProblem(fall, u0, (0.0, 5.0), p=g)
+    solution = psn.solve(problem, events=GROUND, saveat=times, engine=engine, **TIGHT)
+    count = int(torch.floor(landing(u0, g) / 0.1)) + 1
+    assert solution.u.shape == (count, 2)
+    t = times[:count]
+    height = u0[0] + u0[1] * t - g * t**2 / 2
+    torch.testing.assert_close(solution.u[:, 0], height, rtol=1e-8, atol=1e-8)
+
+
+def test_the_first_of_several_events_stops(engine: str) -> None:
+    u0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    events = [psn.Event(lambda t, u, c=c: u[0] - c) for c in (-0.5, 0.5)]
+    problem = psn.ODEProblem(lambda t, u: torch.stack((u[1], -u[0])), u0, (0.0, 10.0))
+    solution = psn.solve(problem, events=events, engine=engine, **TIGHT)
+    assert solution.event == 1
+    assert solution.event_t is not None
+    assert float(solution.event_t) == pytest.approx(math.pi / 3, rel=1e-9)
+
+
+def test_no_event_no_stop(engine: str) -> None:
+    problem = psn.ODEProblem(lambda t, u: u, torch.ones(1, dtype=torch.float64), (0.0, 1.0))
+    solution = psn.solve(problem, events=psn.Event(lambda t, u: u[0]), engine=engine)
+    assert solution.success
+    assert solution.event is None
