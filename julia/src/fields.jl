@@ -75,6 +75,26 @@ plain(x::SubArray) = copy(x)
 plain(x) = x
 
 """
+    each_row(visit, rhs, u, p, t)
+
+Call `visit(i, row, tbar)` for each component `i` of a field with its row of `df/du` and its `df/dt`,
+from the vector-Jacobian product; `row` is used again.
+"""
+function each_row(visit, f::RightHandSide, u, p, t)
+    t = inside(f, t)
+    reserve!(f.field, 1)
+    row, pbar, v = similar(u), zero(p), fill!(similar(u), 0)
+    linearize!(row, f.field, u, p, t, 1)
+    f.evaluations += 1
+    for i in eachindex(u)
+        v[i] = 1
+        visit(i, row, vjp!(row, pbar, f.field, u, p, t, 1, v))
+        v[i] = 0
+    end
+    return nothing
+end
+
+"""
     Jacobian(rhs)
 
 `df/du` of a field, row by row from its vector-Jacobian product, for implicit methods.
@@ -83,21 +103,7 @@ struct Jacobian <: Function
     rhs::RightHandSide
 end
 
-function (j::Jacobian)(J, u, p, t)
-    f = j.rhs
-    t = inside(f, t)
-    reserve!(f.field, 1)
-    row, pbar, v = similar(u), zero(p), fill!(similar(u), 0)
-    linearize!(row, f.field, u, p, t, 1)
-    f.evaluations += 1
-    for i in eachindex(u)
-        v[i] = 1
-        vjp!(row, pbar, f.field, u, p, t, 1, v)
-        v[i] = 0
-        J[i, :] .= row
-    end
-    return nothing
-end
+(j::Jacobian)(J, u, p, t) = each_row((i, row, tbar) -> (J[i, :] .= row), j.rhs, u, p, t)
 
 (j::Jacobian)(u, p, t) = (J = similar(u, length(u), length(u)); j(J, u, p, t); J)
 
@@ -110,20 +116,7 @@ struct TimeGradient <: Function
     rhs::RightHandSide
 end
 
-function (g::TimeGradient)(dT, u, p, t)
-    f = g.rhs
-    t = inside(f, t)
-    reserve!(f.field, 1)
-    ubar, pbar, v = similar(u), zero(p), fill!(similar(u), 0)
-    linearize!(ubar, f.field, u, p, t, 1)
-    f.evaluations += 1
-    for i in eachindex(u)
-        v[i] = 1
-        dT[i] = vjp!(ubar, pbar, f.field, u, p, t, 1, v)
-        v[i] = 0
-    end
-    return nothing
-end
+(g::TimeGradient)(dT, u, p, t) = each_row((i, row, tbar) -> (dT[i] = tbar), g.rhs, u, p, t)
 
 (g::TimeGradient)(u, p, t) = (dT = similar(u); g(dT, u, p, t); dT)
 

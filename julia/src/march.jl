@@ -3,9 +3,8 @@
 
 """
 What a forward solve leaves: ends of the accepted `times`, scaled `errors` of the steps, `states` at
-the times, how it ended, and what it cost.
-
-`last` is the time of the last attempt and its size, which tell where a failed solve stood.
+the times, how it ended, how many states were saved and how many steps rejected, and SciML's own
+solution where that is kept.
 """
 mutable struct Record{V}
     const times::Vector{Float64}
@@ -13,9 +12,7 @@ mutable struct Record{V}
     const states::Vector{V}
     retcode::ReturnCode.T
     saved::Int
-    evaluations::Int
     rejected::Int
-    last_dt::Float64
     solution::Any
 end
 
@@ -26,24 +23,25 @@ Solve from `marks[1]` to `marks[end]`, stepping to all marks between them.
 
 The states at `saveat`, in the order of integration, are written to the columns of `saved`. `poll()`
 is called at each step and may throw. `watch(integrator)` sees each accepted step and ends the solve
-where it returns true; nothing is saved in that step. With `dense` SciML's own solution is kept in the record, and the field
-is called out of place, as the adjoints of SciMLSensitivity want it.
+where it returns true; nothing is saved in that step. With `dense` SciML's own solution is kept in the
+record, and the field is called out of place, as the adjoints of SciMLSensitivity want it.
 """
 function march(
     rhs::RightHandSide, plan::Plan{T}, u0::V, p::V, marks, dt0, saveat, saved;
     poll, watch, dense, mass_matrix
 ) where {T,V}
-    record = Record{V}([marks[1]], Float64[], [copy(u0)], ReturnCode.Default, 0, 0, 0, 0.0, nothing)
+    record = Record{V}([marks[1]], Float64[], [copy(u0)], ReturnCode.Default, 0, 0, nothing)
     bound!(rhs, T, marks, marks[1], marks[2])
     problem = ode_problem(rhs, u0, T.((marks[1], marks[end])), p, mass_matrix, Val(dense))
     integrator = start(problem, plan, T.(view(marks, 2:(length(marks) - 1))), dt0, Val(dense))
     follow!(record, integrator, rhs, plan, marks, saveat, saved, poll, watch)
     if dense
-        integrator.sol.retcode == ReturnCode.Default && (integrator.sol = SciMLBase.solution_new_retcode(integrator.sol, ReturnCode.Success))
+        if integrator.sol.retcode == ReturnCode.Default
+            integrator.sol = SciMLBase.solution_new_retcode(integrator.sol, ReturnCode.Success)
+        end
         SciMLBase.postamble!(integrator)
         record.solution = integrator.sol
     end
-    record.evaluations = integrator.stats.nf
     record.rejected = integrator.stats.nreject
     return record
 end
@@ -74,7 +72,6 @@ function follow!(record, integrator, rhs, plan::Plan{T}, marks, saveat, saved, p
     end
     while next <= goal
         poll()
-        record.last_dt = integrator.dt
         OrdinaryDiffEqCore.step!(integrator)
         code = integrator.sol.retcode
         if code != ReturnCode.Default && code != ReturnCode.Success

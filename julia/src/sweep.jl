@@ -72,7 +72,7 @@ end
 Replace the cotangent `ubar` of a step's end by that of its start.
 
 `outputs` are cotangents of dense outputs at the fractions `thetas`. Returns the cotangents of the
-step's start time and size; those of `thetas` have parts of their own, see `theta_bars`.
+step's start time and size; those of `thetas` have parts of their own, see `theta_bar`.
 """
 function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
     (; rhs, tableau, p, pbar, K, C, arguments, kbar, weights) = pull
