@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pysciml_node.state import StateSpec
+
 CODES = {torch.float32: 0, torch.float64: 1}
 """How the boundary names real dtypes."""
 
@@ -19,6 +21,16 @@ CODES = {torch.float32: 0, torch.float64: 1}
 def device_code(device: torch.device) -> int:
     """How the boundary names devices: 0 for the processor, 1 for CUDA."""
     return 1 if device.type == "cuda" else 0
+
+
+def real_length(tensor: Tensor) -> int:
+    """Real numbers in a tensor."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def real_size(spec: StateSpec) -> int:
+    """Real numbers in a state."""
+    return sum(spec.sizes) * (2 if spec.dtype.is_complex else 1)
 
 
 def to_real(vector: Tensor) -> Tensor:

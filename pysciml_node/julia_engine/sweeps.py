@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import Adjoint, _ContinuousAdjoint
 from pysciml_node.julia_engine import runtime
 from pysciml_node.julia_engine.buffers import (
     CODES,
@@ -21,6 +20,7 @@ from pysciml_node.julia_engine.fields import Field
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.options import SolveOptions
 from pysciml_node.solution import Stats
+from pysciml_node.torch_engine.adjoint_continuous import backward_limits
 from pysciml_node.torch_engine.adjoint_discrete import (
     Cotangents,
     Gradients,
@@ -156,27 +156,26 @@ def continuous_sweep(
         time_gradient: whether `t0`, `t1` and `saveat` need gradients.
         stats: its backward fields are filled.
     """
-    runtime.require(*SENSITIVITY)
     # Dense output comes without the states at the steps.
     missing = len(record.times) - len(arriving.states)
     arriving = Cotangents(arriving.saved, [*arriving.states, *[None] * missing])
     entries = _entries(record, options, arriving)
     at_start = _sum(arriving_at(0, record, arriving))
-    dtype = next(x.dtype for x in (arriving.saved, *arriving.states) if x is not None)
-    device = next(x.device for x in (arriving.saved, *arriving.states) if x is not None)
+    if not entries:
+        assert at_start is not None
+        return Gradients(at_start, None, None, None, [None] * len(field.inputs))
+    runtime.require(*SENSITIVITY)
+    dtype, device = entries[0][1].dtype, entries[0][1].device
     moments = sorted({t for t, _, _ in entries}, key=lambda t: t * (1 if _forward(record) else -1))
     sums = {t: _sum([x for s, x, _ in entries if s == t]) for t in moments}
     rows = [to_real(x).cpu() for x in sums.values() if x is not None]
     parameters = field.parameters()
-    size = rows[0].numel() if rows else 0
-    if not rows:
-        assert at_start is not None
-        return Gradients(at_start, None, None, None, [None] * len(field.inputs))
+    size = rows[0].numel()
     u0_bar, p_bar = torch.zeros_like(rows[0]), torch.zeros_like(parameters)
     slopes = rows[0].new_zeros((len(moments) + 1, size))
     times, addresses = doubles(moments), integers([pointer(row) for row in rows])
     report = integers((0,))
-    rtol, atol, max_steps = _tolerances(options.adjoint, options)
+    rtol, atol, max_steps = backward_limits(options.adjoint, options)
     runtime.call_released(
         "sensitivity!",
         solution.number,
@@ -248,15 +247,3 @@ def _entries(
         for indices, _ in record.inside.values():
             found += [((options.saveat or ())[i], arriving.saved[i], i) for i in indices]
     return found
-
-
-def _tolerances(adjoint: Adjoint, options: SolveOptions) -> tuple[float, float, int]:
-    """Relative and absolute tolerance and step limit of the backward solve."""
-
-    def tightest(value: float | Tensor) -> float:
-        return float(value[torch.isfinite(value)].min()) if isinstance(value, Tensor) else value
-
-    rtol, atol = tightest(options.rtol), tightest(options.atol)
-    if not isinstance(adjoint, _ContinuousAdjoint):
-        return rtol, atol, options.max_steps
-    return adjoint.rtol or rtol, adjoint.atol or atol, adjoint.max_steps or options.max_steps

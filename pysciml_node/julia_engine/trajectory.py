@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms import ExplicitRungeKutta
 from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import address, doubles, from_real, pointer
+from pysciml_node.julia_engine.buffers import address, doubles, from_real, pointer, real_size
 from pysciml_node.julia_engine.forward import place
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
@@ -64,7 +64,7 @@ class SciMLTrajectory(Recorded):
     def _interpolate(self, times: list[float]) -> Tensor:
         spec = self.problem.spec
         assert self.work.solution is not None
-        size = sum(spec.sizes) * (2 if spec.dtype.is_complex else 1)
+        size = real_size(spec)
         out = torch.empty((len(times), size), dtype=spec.real_dtype)
         numbers = doubles(times)
         runtime.call(

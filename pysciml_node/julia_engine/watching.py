@@ -14,11 +14,15 @@ from torch import Tensor
 from pysciml_node.controllers import FixedStep
 from pysciml_node.events import Event
 from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import from_real, pointer
+from pysciml_node.julia_engine.buffers import from_real, pointer, real_size
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.progress import step_listener
-from pysciml_node.torch_engine.event_search import condition_value, locate_crossing
+from pysciml_node.torch_engine.event_search import (
+    condition_value,
+    first_crossing,
+    locate_crossing,
+)
 
 
 @dataclass
@@ -70,20 +74,20 @@ class Watcher:
         if not self.events:
             return False
         after = [self._value(event, end) for event in self.events]
-        crossing = [
-            i for i, event in enumerate(self.events) if event.crosses(self._before[i], after[i])
-        ]
-        if not crossing:
+        crossing = first_crossing(
+            self.events, self._before, after, lambda i: self._locate(i, t, end)
+        )
+        if crossing is None:
             self._before = after
             return False
-        theta, self.event = min((self._locate(i, t, end), i) for i in crossing)
+        theta, self.event = crossing
         self.t = t + theta * (end - t)
         return True
 
     def _state(self, t: float) -> Tensor:
         """Dense output inside the step that Julia has just taken."""
         spec = self.problem.spec
-        size = sum(spec.sizes) * (2 if spec.dtype.is_complex else 1)
+        size = real_size(spec)
         out = torch.empty(size, dtype=spec.real_dtype)
         runtime.call("look!", t, pointer(out), size)
         return from_real(out, spec.dtype).to(spec.device)

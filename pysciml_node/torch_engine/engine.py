@@ -21,7 +21,11 @@ from pysciml_node.progress import step_listener
 from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import Solution, Stats
-from pysciml_node.torch_engine.adjoint_continuous import backward_controller, continuous_sweep
+from pysciml_node.torch_engine.adjoint_continuous import (
+    backward_controller,
+    backward_limits,
+    continuous_sweep,
+)
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.compiled_engine import can_compile, solve_compiled
@@ -169,9 +173,7 @@ class _Solve:
                 arriving,
                 adjoint,
                 backward_controller(options.controller),
-                adjoint.rtol or _tightest(options.rtol),
-                adjoint.atol or _tightest(options.atol),
-                adjoint.max_steps or options.max_steps,
+                *backward_limits(adjoint, options),
                 with_times,
                 stats,
             )
@@ -182,12 +184,6 @@ class _Solve:
             run, sweep, keep, self.u0, t0, t1, options.saveat_tensor, *field.inputs
         )
         return keep[0], [self.u0, *states], saved
-
-
-def _tightest(tolerance: float | Tensor) -> float:
-    if not isinstance(tolerance, Tensor):
-        return tolerance
-    return float(tolerance[torch.isfinite(tolerance)].min())
 
 
 def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:

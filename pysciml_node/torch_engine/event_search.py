@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,14 +24,13 @@ class EventSearch:
     def __call__(self, step: Step, march: March) -> Step | None:
         """The step cut at its first event, or `None` where there is none."""
         after = [condition_value(event, self.problem, step.end, step.u1) for event in self.events]
-        crossing = [
-            i for i, event in enumerate(self.events) if event.crosses(self.before[i], after[i])
-        ]
-        if not crossing:
+        crossing = first_crossing(
+            self.events, self.before, after, lambda i: self._locate(i, step, march)
+        )
+        if crossing is None:
             self.before = after
             return None
-        theta, first = min((self._locate(i, step, march), i) for i in crossing)
-        self.found = first
+        theta, self.found = crossing
         # Taken again with the shorter size: the state at the event is the step's own result.
         h = theta * step.h
         march.stages.count = 1
@@ -65,6 +64,24 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
             "\n  Reduce it, for example by .min() or .max() over the batch."
         )
     return float(value)
+
+
+def first_crossing(
+    events: Sequence[Event],
+    before: Sequence[float],
+    after: Sequence[float],
+    locate: Callable[[int], float],
+) -> tuple[float, int] | None:
+    """Where in a step the first event lies, as a fraction, and which it is; `None` without one.
+
+    Args:
+        events: all that are watched.
+        before: their conditions at the step's start.
+        after: and at its end.
+        locate: the crossing of one event in the step.
+    """
+    crossing = [i for i, event in enumerate(events) if event.crosses(before[i], after[i])]
+    return min(((locate(i), i) for i in crossing), default=None)
 
 
 def locate_crossing(
