@@ -66,21 +66,13 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             "DirectAdjoint records torch's operations, and there are none in Julia.\n"
             '  Use adjoint=DiscreteAdjoint(), or engine="torch".'
         )
-    if problem.mass_matrix is not None and isinstance(algorithm, ExplicitRungeKutta):
+    explicit = isinstance(algorithm, ExplicitRungeKutta)
+    if problem.mass_matrix is not None and explicit:
         return f"{name} takes no mass matrix.\n  Use an implicit method, such as Rodas5P()."
-    if isinstance(options.adjoint, ForwardDiffSensitivity) and not isinstance(
-        algorithm, ExplicitRungeKutta
-    ):
+    if isinstance(options.adjoint, DiscreteAdjoint | ForwardDiffSensitivity) and not explicit:
         return (
-            f"ForwardDiffSensitivity differentiates explicit steps, which {name} does not take.\n"
-            "  Use adjoint=GaussAdjoint() or QuadratureAdjoint()."
-        )
-    if isinstance(options.adjoint, DiscreteAdjoint) and not isinstance(
-        algorithm, ExplicitRungeKutta
-    ):
-        return (
-            f"DiscreteAdjoint replays explicit Runge-Kutta steps, which {name} does not take.\n"
-            "  Use adjoint=GaussAdjoint() or QuadratureAdjoint()."
+            f"{type(options.adjoint).__name__} differentiates explicit steps, which "
+            f"{name} does not take.\n  Use adjoint=GaussAdjoint() or QuadratureAdjoint()."
         )
     return None
 
@@ -112,7 +104,9 @@ class Work:
     def field(self) -> Field:
         """The right-hand side, made when it is first asked for."""
         if self._field is None:
-            self._field = field_of(self.problem, self.u0, torch.is_grad_enabled())
+            self._field = field_of(
+                self.problem, self.u0, torch.is_grad_enabled(), implicit=not self.explicit
+            )
         return self._field
 
     @field.setter
@@ -180,7 +174,7 @@ class Work:
             return found.record, found.states, found.saved
 
         keep: list[Record] = []
-        saved, *states = self.apply(forward, field, keep, self.options.saveat_tensor, self.options)
+        saved, *states = self.apply(forward, field, keep, self.options)
         return keep[0], [self.u0, *states], saved
 
     def apply(
@@ -188,7 +182,6 @@ class Work:
         forward: Callable[[Tensor], tuple[Record, list[Tensor], Tensor]],
         field: Field,
         keep: list[Record],
-        saveat: Tensor | None,
         options: SolveOptions,
     ) -> tuple[Tensor, ...]:
         """Record a solve in the graph."""
@@ -200,7 +193,7 @@ class Work:
 
         t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
         found: tuple[Tensor, ...] = SolveNode.apply(  # type: ignore[no-untyped-call]
-            forward, sweep, keep, self.u0, t0, t1, saveat, *field.inputs
+            forward, sweep, keep, self.u0, t0, t1, options.saveat_tensor, *field.inputs
         )
         return found
 
@@ -225,7 +218,7 @@ class Work:
             return record, [u0], interpolate(times)
 
         options = dataclasses.replace(self.options, saveat=tuple(times), saveat_tensor=moving)
-        found = self.apply(forward, self._field, [], moving, options)
+        found = self.apply(forward, self._field, [], options)
         return found[0]
 
     def _sweep(

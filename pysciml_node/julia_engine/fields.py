@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, to_real
+from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, real_length, to_real
 from pysciml_node.julia_engine.evaluation import evaluate
 from pysciml_node.julia_engine.export import translate
 from pysciml_node.julia_engine.handles import Handle
@@ -54,15 +54,14 @@ def flat_parameters(tensors: list[Tensor], dtype: torch.dtype, device: torch.dev
 
 def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
     """The parts of a flat gradient, like the tensors."""
-    sizes = [x.numel() * (2 if x.is_complex() else 1) for x in tensors]
-    parts = torch.split(gradient, sizes)
+    parts = torch.split(gradient, [real_length(x) for x in tensors])
     return [
         from_real(part.to(x.device, x.dtype.to_real()), x.dtype).reshape(x.shape)
         for part, x in zip(parts, tensors, strict=True)
     ]
 
 
-def field_of(problem: ODEProblem, u0: Tensor, gradients: bool) -> Field:
+def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -> Field:
     """The right-hand side of a problem as Julia evaluates it.
 
     A module is translated, a `JuliaField` taken as it is, and any other callable called back.
@@ -71,12 +70,13 @@ def field_of(problem: ODEProblem, u0: Tensor, gradients: bool) -> Field:
         problem: gives the callable, the state's structure and `p`.
         u0: flat initial state.
         gradients: whether the field's inputs will receive gradients.
+        implicit: whether the solve may ask for Jacobians.
 
     Raises:
         UnsupportedModule: a module has an operation that cannot be translated.
     """
     if isinstance(problem.f, JuliaField):
-        return SourceField(problem, gradients)
+        return SourceField(problem, gradients, implicit)
     real = not problem.spec.dtype.is_complex
     if isinstance(problem.f, nn.Module) and problem.p is None and real:
         try:
@@ -151,7 +151,8 @@ class SourceField:
 
     Args:
         problem: its `f` is a `JuliaField`; its `p` a tensor, or nothing.
-        gradients: whether Zygote is needed.
+        gradients: whether `p` may receive a gradient.
+        implicit: whether the solve may ask for Jacobians, without any gradient being asked for.
 
     Raises:
         TypeError: complex states, or states and parameters of several parts.
@@ -160,7 +161,7 @@ class SourceField:
     calls_python = False
     host = False
 
-    def __init__(self, problem: ODEProblem, gradients: bool) -> None:
+    def __init__(self, problem: ODEProblem, gradients: bool, implicit: bool) -> None:
         spec, p = problem.spec, problem.p
         if spec.keys is not None or spec.dtype.is_complex or not isinstance(p, Tensor | None):
             raise TypeError(
@@ -168,8 +169,8 @@ class SourceField:
                 "  Join the parts with torch.cat, or write the field in Python."
             )
         assert isinstance(problem.f, JuliaField)
-        # Implicit methods need Jacobians without any gradient being asked for.
-        runtime.require("Zygote")
+        if gradients or implicit:
+            runtime.require("Zygote")
         self._spec, self._p = spec, p
         self.inputs = [p] if gradients and p is not None and p.requires_grad else []
         self.handle = problem.f.handle(spec.dtype, spec.shapes[0])
@@ -283,9 +284,7 @@ class CallbackField:
             self._state.zero_()
         else:
             self._state.copy_(to_real(state))
-        parts = torch.split(
-            self._gradient, [x.numel() * (2 if x.is_complex() else 1) for x in self.inputs]
-        )
+        parts = torch.split(self._gradient, [real_length(x) for x in self.inputs])
         for part, found in zip(parts, inputs, strict=True):
             if found is None:
                 part.zero_()
