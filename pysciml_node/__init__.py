@@ -76,6 +76,7 @@ from pysciml_node.sde_algorithms import (
     SRA1,
     SRIW1,
     EulerHeun,
+    LambaEM,
     ReversibleHeun,
     RKMil,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "JuliaField",
     "KenCarp4",
     "KineticEnergy",
+    "LambaEM",
     "LatentODE",
     "LocalError",
     "LocalStiffness",

@@ -93,6 +93,22 @@ class EM(StochasticRungeKutta):
 
 
 @dataclass(frozen=True)
+class LambaEM(EM):
+    """As `EM`, with the diffusion at the end of the step's interval.
+
+    StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine; for a diffusion that
+    does not depend on time it takes `EM`'s steps.
+
+    Reference: H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
+    """
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients for a problem's noise."""
+        general = problem.noise in ("general", "additive")
+        return tableaus.LAMBA_EM_GENERAL if general else tableaus.LAMBA_EM
+
+
+@dataclass(frozen=True)
 class RKMil(StochasticRungeKutta):
     """Milstein without derivatives, strong and weak order 1; Ito or Stratonovich.
 

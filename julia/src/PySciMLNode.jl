@@ -30,6 +30,7 @@ include("python_field.jl")
 include("source_field.jl")
 include("entry.jl")
 include("ensemble.jl")
+include("stochastic.jl")
 include("sensitivity.jl")
 include("workload.jl")
 

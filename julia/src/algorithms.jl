@@ -41,6 +41,8 @@ end
 (::DrivenNorm)(x::Number, t) = abs(x)
 
 function (n::DrivenNorm)(x::AbstractVector, t)
+    # Stochastic solvers also measure Brownian motions, of which there may be fewer.
+    length(x) < n.driven && return sqrt(sum(abs2, x) / length(x))
     driven = n.driven == length(x) ? x : view(x, 1:(n.driven))
     return sqrt(sum(abs2, driven) / max(n.counted, 1))
 end

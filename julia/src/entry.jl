@@ -37,16 +37,17 @@ function make_plan(json::String, rtol::Int, atol::Int, n::Int)
 end
 
 """
-    make_python_field(dtype, evaluate, linearize, pull, n, state, slope, np, gradient) -> handle
+    make_python_field(dtype, evaluate, linearize, pull, n, state, m, slope, np, gradient) -> handle
 """
 function make_python_field(
-    dtype::Int, evaluate, linearize, pull, n::Int, state::Int, slope::Int, np::Int, gradient::Int
+    dtype::Int, evaluate, linearize, pull, n::Int, state::Int, m::Int, slope::Int, np::Int,
+    gradient::Int,
 )
     T = REAL[dtype + 1]
     return keep(
         RightHandSide(
             PythonField{T}(
-                evaluate, linearize, pull, host(T, state, n), host(T, slope, n),
+                evaluate, Py(linearize), Py(pull), host(T, state, n), host(T, slope, m),
                 host(T, gradient, np),
             ),
         ),

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ QUICK_SAMPLES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSettings(Settings):
-    """What the convolutional runs have in common; the defaults are paper D's."""
+    """What the convolutional runs have in common; the defaults are paper D's.
+
+    Args:
+        side: of the images, in pixels; smaller ones are averages of blocks of the data's 32.
+    """
 
     steps: int = 31250
     batch_size: int = 32
@@ -39,6 +43,21 @@ class ConvSettings(Settings):
     hidden: int = 64
     taylor_order: int = 2
     evaluate_every: int = 2500
+    side: int = SIDE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_side(self.side)
+
+
+def check_side(side: int) -> None:
+    """Refuse sides that 32 pixels cannot be divided into, and those too small to convolve twice.
+
+    Raises:
+        ValueError: such a side.
+    """
+    if side < 4 or SIDE % side:
+        raise ValueError(f"side must be 4, 8, 16 or {SIDE}, but is {side}.")
 
 
 class ConvField(nn.Module):
@@ -81,14 +100,14 @@ class ConvClassifier(Classifier):
         run: variant, seed and weight.
     """
 
-    def __init__(self, classes: int, settings: Settings, run: Run) -> None:
+    def __init__(self, classes: int, settings: ConvSettings, run: Run) -> None:
         super().__init__()
         initial = torch.Generator().manual_seed(run.seed)
         self._generators = {"penalty": penalty_generator(run)}
         self.more = nn.Conv2d(_COLOURS, _CHANNELS - _COLOURS, 3, padding=1)
         self.norm = nn.BatchNorm2d(_CHANNELS)
         self.fewer = nn.Conv2d(_CHANNELS, 1, 3, padding=1)
-        self.head = nn.Linear(SIDE * SIDE, classes)
+        self.head = nn.Linear(settings.side**2, classes)
         for layer in (self.more, self.fewer, self.head):
             initialize_(layer, initial)
         self.field = ConvField(_CHANNELS, settings.hidden, generator=initial)
@@ -99,7 +118,7 @@ class ConvClassifier(Classifier):
         self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for images ``(B, 3, 32, 32)``, converted to the parameters' dtype."""
+        """Predict for images ``(B, 3, side, side)``, converted to the parameters' dtype."""
         x = x.to(self.head.weight.dtype)
         u0 = self.norm(torch.cat((x, self.more(x)), 1))
         solution = self.node(u0)
@@ -113,26 +132,41 @@ class ConvClassifier(Classifier):
 
 
 def make_conv_classifier(
-    data: Splits[LabelledData], settings: Settings, run: Run
+    data: Splits[LabelledData], settings: ConvSettings, run: Run
 ) -> ConvClassifier:
     """The classifier that fits the data."""
     return ConvClassifier(int(data.train.y.max()) + 1, settings, run)
 
 
-def load_cifar10(folder: Path, download: bool, settings: Settings) -> Splits[LabelledData]:
-    """CIFAR-10, or the subset that the folder holds, whatever the settings."""
-    del settings
-    return datasets.cifar10(folder, download=download)
+class Sized(Protocol):
+    """Settings that say how large images are."""
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        ...
 
 
-def load_large_digits(folder: Path, download: bool, settings: Settings) -> Splits[LabelledData]:
+def load_cifar10(folder: Path, download: bool, settings: Sized) -> Splits[LabelledData]:
+    """CIFAR-10, or the subset that the folder holds, in the settings' size."""
+    whole = datasets.cifar10(folder, download=download)
+
+    def reduced(part: LabelledData) -> LabelledData:
+        if settings.side == SIDE or not len(part):
+            return part
+        return LabelledData(functional.avg_pool2d(part.x, SIDE // settings.side), part.y)
+
+    return Splits(*(reduced(part) for part in (whole.train, whole.validation, whole.test)))
+
+
+def load_large_digits(folder: Path, download: bool, settings: Sized) -> Splits[LabelledData]:
     """A few of scikit-learn's digits, as large as CIFAR-10's images: nothing is downloaded."""
-    del folder, download, settings
+    del folder, download
     whole = datasets.digits()
 
     def enlarged(part: LabelledData) -> LabelledData:
         few = part[:QUICK_SAMPLES]
-        size = SIDE // few.x.shape[-1]
+        size = settings.side // few.x.shape[-1]
         images = few.x.repeat_interleave(size, 1).repeat_interleave(size, 2)
         return LabelledData(images[:, None].repeat(1, _COLOURS, 1, 1), few.y)
 
@@ -183,4 +217,5 @@ CIFAR10 = Experiment(
     load=load_cifar10,
     load_quick=load_large_digits,
     build=make_conv_classifier,
+    options={"side": "of the images, in pixels; 4, 8, 16 or 32"},
 )

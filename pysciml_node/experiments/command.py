@@ -47,6 +47,7 @@ _CHOICES = {"dtype": DTYPES, "adjoint": ADJOINTS, "step_size": STEP_SIZES}
 _SHARED = {
     "steps": "optimizer steps",
     "batch_size": "samples a batch",
+    "validation_samples": "training samples held out to choose settings on",
     "learning_rate": "the first one",
     "solver": "name of the algorithm",
     "tolerance": "relative and absolute",

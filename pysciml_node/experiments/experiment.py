@@ -72,7 +72,12 @@ class Experiment:
             budget: whose.
             folder: where it is, or is to be put.
             download: whether files that are missing may be fetched.
-            settings: of the runs.
+            settings: of the runs; the last training samples are held out for validation where
+                they say so.
         """
         load = self.load_quick if budget == "quick" else self.load
-        return load(folder, download, settings)
+        parts = load(folder, download, settings)
+        held = settings.validation_samples
+        if not held:
+            return parts
+        return Splits(parts.train[:-held], parts.train[-held:], parts.test)

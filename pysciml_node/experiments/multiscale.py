@@ -12,6 +12,7 @@ from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.cifar10 import (
     FULL_GRADIENT,
     SIDE,
+    check_side,
     load_cifar10,
     load_large_digits,
 )
@@ -42,6 +43,7 @@ class MultiScaleSettings(Settings):
         expansion: factor from them to those inside a residual block.
         dropout: share of the channels inside a block that training leaves out.
         last_channels: that the head averages over the image.
+        side: of the images, in pixels; smaller ones are averages of blocks of the data's 32.
     """
 
     steps: int = 20000
@@ -57,9 +59,11 @@ class MultiScaleSettings(Settings):
     expansion: int = 5
     dropout: float = 0.2
     last_channels: int = 200
+    side: int = SIDE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_side(self.side)
         if self.hidden % _GROUPS:
             raise ValueError(f"hidden must be a multiple of {_GROUPS}, but is {self.hidden}.")
         if not 0 <= self.dropout < 1:
@@ -92,21 +96,23 @@ class _Block(nn.Module):
 class MultiScaleField(nn.Module):
     """`dz/dt = F(z; x) - z` for images on two scales: a residual block on each, then an exchange.
 
-    The state is flat, ``(B, C 32^2 + C 16^2)``, and ``p`` holds the injected input ``"x"`` of the
-    first scale and, in training, the dropout masks ``"mask 0"`` and ``"mask 1"``.
+    The state is flat, ``(B, C S^2 + C (S / 2)^2)`` for images of ``S`` pixels a side, and ``p``
+    holds the injected input ``"x"`` of the first scale and, in training, the dropout masks
+    ``"mask 0"`` and ``"mask 1"``.
 
     Args:
         channels: ``C`` of each scale.
         expansion: inside the blocks.
+        side: ``S``.
 
     Reference:
         S. Bai, V. Koltun, J. Z. Kolter, Multiscale Deep Equilibrium Models, arXiv:2006.08656;
         A. Pal, A. Edelman, C. Rackauckas, Continuous Deep Equilibrium Models, arXiv:2201.12240.
     """
 
-    def __init__(self, channels: int, expansion: int) -> None:
+    def __init__(self, channels: int, expansion: int, side: int = SIDE) -> None:
         super().__init__()
-        self.shapes = [(channels, SIDE >> scale, SIDE >> scale) for scale in range(_SCALES)]
+        self.shapes = [(channels, side >> scale, side >> scale) for scale in range(_SCALES)]
         self.sizes = [c * h * w for c, h, w in self.shapes]
         self.blocks = nn.ModuleList([_Block(channels, expansion) for _ in range(_SCALES)])
         self.up = nn.Sequential(_conv(channels, channels, 1), nn.GroupNorm(_GROUPS, channels))
@@ -195,7 +201,7 @@ class MultiScaleClassifier(Classifier):
             nn.BatchNorm2d(channels),
             nn.ReLU(),
         )
-        self.field = MultiScaleField(channels, settings.expansion)
+        self.field = MultiScaleField(channels, settings.expansion, settings.side)
         self.head = _Head(channels, settings.last_channels, classes)
         initialize_(self, torch.Generator().manual_seed(run.seed))
         self.node = NeuralODE(
@@ -205,7 +211,7 @@ class MultiScaleClassifier(Classifier):
         self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for images ``(B, 3, 32, 32)``, converted to the parameters' dtype."""
+        """Predict for images ``(B, 3, side, side)``, converted to the parameters' dtype."""
         injected = self.stem(x.to(self.head.linear.weight.dtype))
         flat = injected.flatten(1)
         p = {"x": injected}
@@ -267,6 +273,7 @@ CIFAR10_MULTI_SCALE = Experiment(
     build=make_multi_scale_classifier,
     options={
         "expansion": "channels inside a residual block, in multiples of --hidden",
+        "side": "of the images, in pixels; 4, 8, 16 or 32",
         "dropout": "share of these channels that training leaves out",
     },
 )

@@ -80,7 +80,7 @@ def measure(trainer: Trainer, data: Splits[Any]) -> RunResult:
     Returns:
         The figures, with the run's settings and history.
     """
-    model, size = trainer.model, trainer.settings.batch_size
+    model, size = trainer.model, trainer.settings.evaluated_at_once
     train = evaluate(model, data.train[: trainer.settings.train_samples], size)
     test = evaluate(model, data.test[: trainer.settings.test_samples], size)
     validation = evaluate(model, data.validation, size) if len(data.validation) else None

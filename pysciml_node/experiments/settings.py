@@ -60,6 +60,10 @@ class Settings:
             the paper's code does.
         taylor_order: of the derivative that the Taylor variant penalizes.
         evaluate_every: optimizer steps between evaluations.
+        evaluation_batch_size: samples a batch in evaluations and timed predictions; the training's
+            when None. The steps of a solve are shared by the batch, so evaluations of the field and
+            times depend on it.
+        validation_samples: training samples that are held out to choose settings on.
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
         train_samples: how many training samples the last evaluation uses; all of them when None.
         test_samples: how many test samples the last evaluation uses; all of them when None.
@@ -89,6 +93,8 @@ class Settings:
     stop_gradient: bool = True
     taylor_order: int = 3
     evaluate_every: int = 250
+    evaluation_batch_size: int | None = None
+    validation_samples: int = 0
     monitor_samples: int | None = None
     train_samples: int | None = None
     test_samples: int | None = None
@@ -109,6 +115,10 @@ class Settings:
         for name in numbers:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
+        if self.validation_samples < 0:
+            raise ValueError(
+                f"validation_samples must not be negative, but is {self.validation_samples}."
+            )
         choices = {
             "dtype": DTYPES,
             "step_size": STEP_SIZES,
@@ -121,6 +131,11 @@ class Settings:
                 raise ValueError(
                     f"{name} must be one of {allowed}, but is {getattr(self, name)!r}."
                 )
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Samples a batch in evaluations and timed predictions."""
+        return self.evaluation_batch_size or self.batch_size
 
     def learning_rates(self) -> schedules.Schedule:
         """The learning rate of each optimizer step."""

@@ -138,7 +138,7 @@ class Trainer:
         self.history.nfe.append(outcome.nfe)
 
     def _evaluate(self) -> None:
-        evaluation = evaluate(self.model, self._watched, self.settings.batch_size)
+        evaluation = evaluate(self.model, self._watched, self.settings.evaluated_at_once)
         self.history.evaluated_at.append(self.step)
         self.history.score.append(evaluation.score)
         self.history.evaluation_nfe.append(evaluation.nfe)

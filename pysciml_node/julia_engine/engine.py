@@ -22,17 +22,21 @@ from pysciml_node.julia_engine.fields import (
 )
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.stochastic import JuliaSteps
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem, Problem
+from pysciml_node.sde_algorithms import StochasticRungeKutta
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
 from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.record import Record, check_finite
+from pysciml_node.torch_engine.sde.engine import solve_sde
 from pysciml_node.torch_engine.stages import Method
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 
@@ -46,8 +50,6 @@ def supports(algorithm: Algorithm) -> bool:
 
 def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
     """Why this engine cannot run a solve as asked, with the remedy; `None` when it can."""
-    if not isinstance(problem, ODEProblem):
-        return 'the Julia engine solves no SDEProblem.\n  Use engine="torch".'
     name = type(algorithm).__name__
     dtype = problem.spec.real_dtype
     if not supports(algorithm):
@@ -66,6 +68,8 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             "DirectAdjoint records torch's operations, and there are none in Julia.\n"
             '  Use adjoint=DiscreteAdjoint(), or engine="torch".'
         )
+    if not isinstance(problem, ODEProblem):
+        return None
     explicit = isinstance(algorithm, ExplicitRungeKutta)
     if problem.mass_matrix is not None and explicit:
         return f"{name} takes no mass matrix.\n  Use an implicit method, such as Rodas5P()."
@@ -254,8 +258,11 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         JuliaError: Julia raised.
         KeyboardInterrupt: Ctrl-C stopped the solve.
     """
-    assert isinstance(problem, ODEProblem)
     runtime.start()
+    if isinstance(problem, SDEProblem):
+        assert isinstance(algorithm, StochasticRungeKutta)
+        return solve_sde(problem, algorithm, options, NAME, partial(JuliaSteps, algorithm))
+    assert isinstance(problem, ODEProblem)
     return _solution(Work(problem, algorithm, options))
 
 
@@ -277,6 +284,9 @@ def solve_many(
         KeyboardInterrupt: Ctrl-C stopped the solves.
     """
     runtime.start()
+    if isinstance(problems[0], SDEProblem):
+        pairs = zip(problems, options, strict=True)
+        return [solve(problem, algorithm, chosen) for problem, chosen in pairs]
     works = []
     for problem, chosen in zip(problems, options, strict=True):
         assert isinstance(problem, ODEProblem)

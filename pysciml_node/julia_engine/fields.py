@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import CODES, from_real, pointer, real_length, to_real
+from pysciml_node.julia_engine.buffers import (
+    CODES,
+    from_real,
+    pointer,
+    real_length,
+    real_size,
+    to_real,
+)
 from pysciml_node.julia_engine.evaluation import evaluate
 from pysciml_node.julia_engine.export import translate
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problem import ODEProblem, Problem
 from pysciml_node.torch_engine.field import DifferentiableField, FlatField, Linearized
+
+FlatFunction = Callable[[Tensor, Tensor], Tensor]
+"""Takes the time, a 0-d tensor, and a flat state; gives a flat result."""
 
 
 class Field(Protocol):
@@ -75,6 +85,12 @@ def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -
     Raises:
         UnsupportedModule: a module has an operation that cannot be translated.
     """
+    field = native_field(problem, gradients, implicit)
+    return CallbackField(problem, u0, gradients) if field is None else field
+
+
+def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> Field | None:
+    """As `field_of`; `None` for what has to be called back."""
     if isinstance(problem.f, JuliaField):
         return SourceField(problem, gradients, implicit)
     real = not problem.spec.dtype.is_complex
@@ -85,7 +101,7 @@ def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -
             # A tensor from outside receives its gradient through the callback.
             if not error.captured:
                 raise
-    return CallbackField(problem, u0, gradients)
+    return None
 
 
 _programs: dict[tuple[str, torch.dtype], Handle] = {}
@@ -201,52 +217,48 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class CallbackField:
+class CalledField:
     """A Python callable that Julia evaluates through memory that both sides see.
 
     Args:
-        problem: gives the callable, the state's structure and `p`.
-        u0: flat initial state.
-        gradients: whether inputs are looked for, by one evaluation at the start.
+        problem: gives the structure of the state.
+        evaluate: the callable on flat states.
+        outputs: length of its flat result.
+        inputs: tensors that receive gradients.
+        pullback: `linearize(t, slot)` and `pull(slot)`, where Julia differentiates it.
     """
 
     calls_python = True
     host = True
 
-    def __init__(self, problem: ODEProblem, u0: Tensor, gradients: bool) -> None:
-        self.problem = problem
+    def __init__(
+        self,
+        problem: Problem,
+        evaluate: FlatFunction,
+        outputs: int,
+        inputs: list[Tensor],
+        pullback: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    ) -> None:
+        self.problem, self.inputs, self._function = problem, inputs, evaluate
         spec = problem.spec
-        self._u0 = u0.detach()
-        self.field = self._differentiable.field if gradients else FlatField(problem)
-        self.inputs = self._differentiable.inputs if gradients else []
-        like = to_real(u0.detach()).cpu()
-        self._state, self._slope = torch.empty_like(like), torch.empty_like(like)
+        parts = 2 if spec.dtype.is_complex else 1
+        self._state = torch.empty(real_size(spec), dtype=spec.real_dtype)
+        self._slope = torch.empty(outputs * parts, dtype=spec.real_dtype)
         self._gradient = torch.zeros_like(self.parameters())
-        self._lines: dict[int, Linearized] = {}
         self.handle = Handle(
             runtime.call(
                 "make_python_field",
                 CODES[spec.real_dtype],
                 _weakly(self._evaluate),
-                _weakly(self._linearize),
-                _weakly(self._pull),
-                like.numel(),
+                *(map(_weakly, pullback) if pullback else (None, None)),
+                self._state.numel(),
                 pointer(self._state),
+                self._slope.numel(),
                 pointer(self._slope),
                 self._gradient.numel(),
                 pointer(self._gradient),
             )
         )
-
-    @cached_property
-    def _differentiable(self) -> DifferentiableField:
-        t0 = self.problem.time_tensor([self.problem.t0])[0]
-        return DifferentiableField(self.problem, t0, self._u0)
-
-    @property
-    def linearizer(self) -> DifferentiableField:
-        """The callable prepared for gradients, for the sweep of the torch engine."""
-        return self._differentiable
 
     def parameters(self) -> Tensor:
         """Their values are read by the callable itself; Julia needs the length."""
@@ -266,7 +278,34 @@ class CallbackField:
 
     def _evaluate(self, t: float) -> None:
         with torch.no_grad():
-            self._slope.copy_(to_real(self.field(self._time(t), self._current())))
+            self._slope.copy_(to_real(self._function(self._time(t), self._current())))
+
+
+class CallbackField(CalledField):
+    """The right-hand side of an ordinary equation, called back.
+
+    Args:
+        problem: gives the callable, the state's structure and `p`.
+        u0: flat initial state.
+        gradients: whether inputs are looked for, by one evaluation at the start.
+    """
+
+    def __init__(self, problem: ODEProblem, u0: Tensor, gradients: bool) -> None:
+        self._equation, self._u0 = problem, u0.detach()
+        self._lines: dict[int, Linearized] = {}
+        field = self._differentiable.field if gradients else FlatField(problem)
+        inputs = self._differentiable.inputs if gradients else []
+        super().__init__(problem, field, u0.numel(), inputs, (self._linearize, self._pull))
+
+    @cached_property
+    def _differentiable(self) -> DifferentiableField:
+        problem = self._equation
+        return DifferentiableField(problem, problem.time_tensor([problem.t0])[0], self._u0)
+
+    @property
+    def linearizer(self) -> DifferentiableField:
+        """The callable prepared for gradients, for the sweep of the torch engine."""
+        return self._differentiable
 
     def _linearize(self, t: float, slot: int) -> None:
         line = self._differentiable.linearize(self._time(t), self._current(), time_gradient=True)

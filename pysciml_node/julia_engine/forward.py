@@ -26,7 +26,7 @@ from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import ReturnCode
 from pysciml_node.torch_engine.record import Record
 
-_CODES = (
+RETCODES = (
     ReturnCode.Success,
     ReturnCode.Terminated,
     ReturnCode.MaxIters,
@@ -150,7 +150,7 @@ def collect(
     if not keep_solution:
         handle.forget()
     record = _record(problem, options, list(ends), list(errors))
-    record.nreject, record.saved, record.retcode = rejected, count, _CODES[code]
+    record.nreject, record.saved, record.retcode = rejected, count, RETCODES[code]
     states = [from_real(row.to(spec.device), spec.dtype) for row in rows]
     states[0] = u0
     return Forward(

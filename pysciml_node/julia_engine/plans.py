@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ from pysciml_node.julia_engine.buffers import CODES, pointer
 from pysciml_node.julia_engine.handles import Handle
 from pysciml_node.options import SolveOptions
 from pysciml_node.sciml_algorithms import SciMLAlgorithm
+from pysciml_node.sde_algorithms import (
+    EM,
+    EulerHeun,
+    ReversibleHeun,
+    RKMil,
+    StochasticRungeKutta,
+)
+from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.torch_engine.tableaus import Tableau
 
 _LOW_ORDER, _VERNER = "OrdinaryDiffEqLowOrderRK", "OrdinaryDiffEqVerner"
@@ -28,7 +38,7 @@ _PACKAGES = {
     "Vern7": _VERNER,
     "Vern9": _VERNER,
 }
-FIXED_ONLY = ("Euler",)
+FIXED_ONLY = ("Euler", "EM")
 """Methods that have no error estimate in SciML."""
 
 _LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
@@ -58,20 +68,64 @@ def supports(algorithm: Algorithm) -> bool:
     """Whether the Julia engine has the algorithm."""
     if isinstance(algorithm, ExplicitRungeKutta):
         return type(algorithm).__name__ in _PACKAGES
+    if isinstance(algorithm, StochasticRungeKutta):
+        return not isinstance(algorithm, ReversibleHeun)
     return isinstance(algorithm, SciMLAlgorithm)
 
 
-def _controller(controller: Controller, algorithm: Algorithm) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Solver:
+    """An algorithm as Julia makes it.
+
+    Args:
+        expression: Julia code.
+        packages: with the names for it, loaded beforehand.
+        error_order: of its embedded solution, where Python knows it.
+        first_factor: whether the first step may grow by more than the others.
+    """
+
+    expression: str
+    packages: tuple[str, ...]
+    error_order: float | None = None
+    first_factor: bool = True
+
+
+@functools.cache
+def _solver_of(algorithm: Algorithm, keep_solution: bool) -> _Solver:
+    expression, packages = expression_of(algorithm, keep_solution)
+    order = algorithm.tableau.error_order if isinstance(algorithm, ExplicitRungeKutta) else None
+    return _Solver(expression, packages, order)
+
+
+def _stochastic_solver(
+    algorithm: StochasticRungeKutta, problem: SDEProblem, adaptive: bool
+) -> _Solver:
+    name = type(algorithm).__name__
+    expression, packages = f"{name}()", ["StochasticDiffEq"]
+    if isinstance(algorithm, EM):
+        # Their default is the split step, another method.
+        expression = f"{name}(false)"
+    elif isinstance(algorithm, EulerHeun) and adaptive:
+        expression = "LambaEulerHeun()"
+    elif isinstance(algorithm, RKMil) and problem.interpretation == "stratonovich":
+        packages.append("SciMLBase")
+        expression = "RKMil(interpretation = SciMLBase.AlgorithmInterpretation.Stratonovich)"
+    order = algorithm.tableau_for(problem).error_order
+    return _Solver(expression, tuple(packages), order, first_factor=False)
+
+
+def _controller(controller: Controller, solver: _Solver) -> dict[str, Any] | None:
     """Name and coefficients, those that follow from the method's order filled in."""
     if not isinstance(controller, IController | PIController | PIDController):
         return None
     options = dataclasses.asdict(controller)
     if isinstance(controller, PIController):
-        if isinstance(algorithm, ExplicitRungeKutta):
-            error_order = algorithm.tableau.error_order
-            options["beta1"], options["beta2"] = controller.exponents(error_order)
+        if solver.error_order is not None:
+            options["beta1"], options["beta2"] = controller.exponents(solver.error_order)
         else:
             options = {key: value for key, value in options.items() if value is not None}
+    if not solver.first_factor and not isinstance(controller, PIDController):
+        options["qmax_first_step"] = options["qmax"]
     return {"name": type(controller).__name__, "options": options}
 
 
@@ -91,25 +145,35 @@ def plan(
         size: length of the flat state.
         keep_solution: whether the solve keeps SciML's solution.
     """
-    numbers = isinstance(options.rtol, float) and isinstance(options.atol, float)
-    limits = (options.dtmin, options.dtmax, options.max_steps)
-    key = (algorithm, options.controller, options.rtol, options.atol, options.driven, *limits)
-    if not numbers:
-        return _make(algorithm, options, dtype, size, keep_solution)
-    found = _plans.get((*key, dtype, keep_solution))
-    if found is None:
-        found = _make(algorithm, options, dtype, size, keep_solution)
-        _plans[(*key, dtype, keep_solution)] = found
-    return found
+    return _made_once(_solver_of(algorithm, keep_solution), options, dtype, size)
 
 
-def _make(
-    algorithm: Algorithm,
-    options: SolveOptions,
-    dtype: torch.dtype,
-    size: int,
-    keep_solution: bool,
+def stochastic_plan(
+    problem: SDEProblem, algorithm: StochasticRungeKutta, options: SolveOptions
 ) -> Handle:
+    """The handle of a plan for a stochastic equation, made once for equal descriptions.
+
+    Args:
+        problem: what is solved.
+        algorithm: of this engine.
+        options: of the solve.
+    """
+    solver = _stochastic_solver(algorithm, problem, options.controller.adaptive)
+    return _made_once(solver, options, problem.spec.dtype, sum(problem.spec.sizes))
+
+
+def _made_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
+    if isinstance(options.rtol, Tensor) or isinstance(options.atol, Tensor):
+        return _make(solver, options, dtype, size)
+    limits = (options.dtmin, options.dtmax, options.max_steps)
+    tolerances = (options.rtol, options.atol, options.driven)
+    key = (solver, options.controller, *tolerances, *limits, dtype)
+    if key not in _plans:
+        _plans[key] = _make(solver, options, dtype, size)
+    return _plans[key]
+
+
+def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
     real = dtype.to_real()
     parts = 2 if dtype.is_complex else 1
     rtol, atol = (_full(tolerance, size, real) for tolerance in (options.rtol, options.atol))
@@ -122,14 +186,13 @@ def _make(
             for value in (rtol, atol)
         ]
     counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else options.driven
-    expression, packages = expression_of(algorithm, keep_solution)
     description = json.dumps(
         {
             "dtype": CODES[real],
-            "algorithm": expression,
-            "packages": packages,
+            "algorithm": solver.expression,
+            "packages": solver.packages,
             "adaptive": options.controller.adaptive,
-            "controller": _controller(options.controller, algorithm),
+            "controller": _controller(options.controller, solver),
             "rtol": None if vectors else rtol,
             "atol": None if vectors else atol,
             "driven": parts * options.driven,
@@ -139,7 +202,7 @@ def _make(
             "max_steps": options.max_steps,
         }
     )
-    runtime.require(*packages)
+    runtime.require(*(name for name in solver.packages if name != "SciMLBase"))
     made = runtime.call(
         "make_plan",
         description,

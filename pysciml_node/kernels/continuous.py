@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pysciml_node.kernels.blocks import map_blocks
 from pysciml_node.kernels.collocation import Scheme, lagrange, nodes, split, square
 from pysciml_node.kernels.errors import KernelConvergenceError
 from pysciml_node.kernels.expectations import Features, PairMoments
@@ -142,19 +143,18 @@ def _solve_pairs(
     features = model.expectation.features(variances)
     numbers = len(scheme.weights) * (4 + sum(len(part) for part in features))
     bound = torch.sqrt(variances.amax(1))
-    out: list[Tensor] = []
-    for block in torch.split(which, max(1, _CHUNK_NUMBERS // numbers)):
+
+    def solve(block: Tensor) -> Tensor:
         i, j, initial = pairs.i[block], pairs.j[block], pairs.covariance[block]
         pair = _moments(model, scheme, features, i, j)
         sigma = _fixed_point(
-            lambda sigma, pair=pair, initial=initial: (  # type: ignore[misc]
-                initial[:, None] + model.coupling * pair.value(sigma) @ scheme.forward.T
-            ),
+            lambda sigma: initial[:, None] + model.coupling * pair.value(sigma) @ scheme.forward.T,
             initial[:, None].expand(-1, len(scheme.weights)),
             (bound[i] * bound[j])[:, None],
         )
-        out.append(_finish(model, scheme, sigma, pair, initial).stacked())
-    return Values(*torch.cat(out, 1))
+        return _finish(model, scheme, sigma, pair, initial).stacked()
+
+    return Values(*map_blocks(solve, torch.split(which, max(1, _CHUNK_NUMBERS // numbers))))
 
 
 def _relative_change(new: Tensor, old: Tensor, scale: Tensor) -> Tensor:

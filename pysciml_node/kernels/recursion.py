@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pysciml_node.kernels.blocks import map_blocks
 from pysciml_node.kernels.errors import KernelConvergenceError
 from pysciml_node.kernels.expectations import Features
 from pysciml_node.kernels.inputs import Model, Pairs, Values, take
@@ -84,12 +85,11 @@ def euler_kernels(model: Model, pairs: Pairs, steps: int) -> Values:
     """NNGP and NTK of every pair, for the network of ``steps`` residual layers."""
     distinct, who = torch.unique(pairs.variance, return_inverse=True)
     features = take(_layers(model, distinct, steps), who)
-    out = []
     numbers = (steps + 1) * (2 * (steps + 1) + sum(len(part) for part in features))
-    for block in torch.split(
-        torch.arange(len(pairs.i), device=pairs.i.device), max(1, _CHUNK_NUMBERS // numbers)
-    ):
+
+    def solve(block: Tensor) -> Tensor:
         first, second = take(features, pairs.i[block]), take(features, pairs.j[block])
-        values = _block(model, pairs.covariance[block], first, second, steps)
-        out.append(values.stacked())
-    return Values(*torch.cat(out, 1))
+        return _block(model, pairs.covariance[block], first, second, steps).stacked()
+
+    everyone = torch.arange(len(pairs.i), device=pairs.i.device)
+    return Values(*map_blocks(solve, torch.split(everyone, max(1, _CHUNK_NUMBERS // numbers))))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -10,11 +13,11 @@ from pysciml_node.options import SolveOptions
 from pysciml_node.progress import step_listener
 from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import Solution, Stats
+from pysciml_node.solution import ReturnCode, Solution, Stats
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients
 from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.finish import build_solution
-from pysciml_node.torch_engine.march import Step
+from pysciml_node.torch_engine.march import Attempt, Step
 from pysciml_node.torch_engine.record import Record, check_finite, detached
 from pysciml_node.torch_engine.sde.adjoints import backsolve_sweep, discrete_sweep
 from pysciml_node.torch_engine.sde.brownian import BrownianPath
@@ -24,15 +27,40 @@ from pysciml_node.torch_engine.sde.step import SDEMethod, Stepper
 from pysciml_node.torch_engine.sde.trajectory import SDETrajectory
 
 Found = tuple[Record, list[Tensor], Tensor]
+Slope = tuple[Tensor, Tensor]
+
+
+class Steps(Protocol):
+    """Accepted steps in time, and how they ended: `SDEMarch`, or another engine's."""
+
+    vector: Tensor
+    naccept: int
+    nreject: int
+    retcode: ReturnCode
+    last: Attempt | None
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+    @property
+    def evaluations(self) -> tuple[int, int]:
+        """Of drift and diffusion, so far."""
+
+
+MakeSteps = Callable[[Stepper, SDEProblem, SolveOptions, BrownianPath, Tensor, Slope | None], Steps]
+"""Takes what `SDEMarch` takes."""
 
 
 class _SDESolve:
     """One solve: its parts, made once, and the ways to run it."""
 
     def __init__(
-        self, problem: SDEProblem, algorithm: StochasticRungeKutta, options: SolveOptions
+        self,
+        problem: SDEProblem,
+        algorithm: StochasticRungeKutta,
+        options: SolveOptions,
+        make_steps: MakeSteps,
     ) -> None:
-        self.problem, self.options = problem, options
+        self.problem, self.options, self.make_steps = problem, options, make_steps
         spec = problem.spec
         tableau = algorithm.tableau_for(problem)
         self.method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
@@ -47,17 +75,17 @@ class _SDESolve:
         self.path = path_for(self.problem, self.options, fields.layout.size)
         return self.stepper.start(self.u0)
 
-    def march(self, vector: Tensor, slope: tuple[Tensor, Tensor] | None) -> Found:
+    def march(self, vector: Tensor, slope: Slope | None) -> Found:
         """Run the time loop and keep what the options ask for."""
-        options, fields = self.options, self.stepper.fields
-        march = SDEMarch(self.stepper, self.problem, options, self.path, vector, slope)
+        options = self.options
+        march = self.make_steps(self.stepper, self.problem, options, self.path, vector, slope)
         with step_listener(options.progress, self.problem) as on_step:
             saver = _Saver(self, march)
             for step in march:
                 saver.see(step)
                 if on_step is not None:
                     on_step(step)
-        self.stats.nfe, self.stats.nfe_diffusion = fields.nfe, fields.nfe_diffusion
+        self.stats.nfe, self.stats.nfe_diffusion = march.evaluations
         return saver.finish()
 
     def recorded(self) -> Found:
@@ -96,7 +124,7 @@ class _SDESolve:
 class _Saver:
     """Keeps the accepted steps, and the solution at the times that were asked for."""
 
-    def __init__(self, work: _SDESolve, march: SDEMarch) -> None:
+    def __init__(self, work: _SDESolve, march: Steps) -> None:
         self.work, self.march = work, march
         options, problem = work.options, work.problem
         marks = (problem.t0, *options.tstops, problem.t1)
@@ -153,10 +181,22 @@ class _Saver:
 
 
 def solve_sde(
-    problem: SDEProblem, algorithm: StochasticRungeKutta, options: SolveOptions, name: str
+    problem: SDEProblem,
+    algorithm: StochasticRungeKutta,
+    options: SolveOptions,
+    name: str,
+    make_steps: MakeSteps = SDEMarch,
 ) -> Solution:
-    """Run a checked problem; a failed solve is returned like any other."""
-    work = _SDESolve(problem, algorithm, options)
+    """Run a checked problem; a failed solve is returned like any other.
+
+    Args:
+        problem: what to solve.
+        algorithm: how.
+        options: of the solve.
+        name: of the engine.
+        make_steps: the engine's steps; all else is the same for every engine.
+    """
+    work = _SDESolve(problem, algorithm, options, make_steps)
     if not torch.is_grad_enabled() or isinstance(options.adjoint, DirectAdjoint):
         record, vectors, saved = work.recorded()
     else:

@@ -63,6 +63,15 @@ class NoiseLayout:
             return (g.view(self.samples, -1, self.motions) * each).sum(-1).reshape(-1)
         return (g.view(self.samples, -1) * each[:, 0]).reshape(-1)
 
+    def by_entry(self, integral: Tensor) -> Tensor:
+        """An integral of each motion, repeated for every entry that it drives alone, `(N,)`.
+
+        Matrices of diffusions mix the motions: for them it is returned as it is.
+        """
+        if self.motions is None or self.matrix:
+            return integral
+        return integral.repeat_interleave(self.entries // self.samples)
+
     def magnitude(self, g: Tensor) -> Tensor:
         """Standard deviation of `g dW / dt**0.5` for each entry, `(N,)`."""
         return g.view(self.entries, -1).norm(dim=-1) if self.matrix else g.abs()

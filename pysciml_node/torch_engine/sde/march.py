@@ -74,11 +74,8 @@ class SDEMarch:
         tolerance = Tolerance(options.rtol, options.atol, options.driven)
         stops = (*options.tstops, problem.t1)
         t, next_stop, rejecting = problem.t0, 0, False
-        # Below this the path does not tell times apart.
-        smallest = max(
-            options.dtmin, math.ldexp(self.path.length, 4 - DEPTH), 8 * math.ulp(problem.t1)
-        )
-        h = self._first_size(tolerance)
+        smallest = smallest_step(options, self.path, problem)
+        h, self.slope = first_size(stepper, problem, options, self.vector, self.slope)
         # Autograd has not recorded what the search for a first size has evaluated.
         first = None if torch.is_grad_enabled() or not self._first_is_at_start else self.slope
         while True:
@@ -143,17 +140,35 @@ class SDEMarch:
         first = tableau.diffusion[0]
         return first is not None and first.c == 0.0
 
-    def _first_size(self, tolerance: Tolerance) -> float:
-        options, problem = self.options, self.problem
-        if options.dt0 is not None:
-            return options.dt0
-        u = self.stepper.state(self.vector).detach()
-        with torch.no_grad():
-            if self.slope is None:
-                self.slope = starting_slope(self.stepper, problem.t0, u)
-            fields, method = self.stepper.fields, self.stepper.method
-            span = problem.t1 - problem.t0
-            return initial_step(fields, method, tolerance, problem.t0, u, self.slope, span)
+    @property
+    def evaluations(self) -> tuple[int, int]:
+        """Of drift and diffusion, so far."""
+        return self.stepper.fields.nfe, self.stepper.fields.nfe_diffusion
+
+
+def smallest_step(options: SolveOptions, path: BrownianPath, problem: SDEProblem) -> float:
+    """The least size of a step: below it the path does not tell times apart."""
+    return max(options.dtmin, math.ldexp(path.length, 4 - DEPTH), 8 * math.ulp(problem.t1))
+
+
+def first_size(
+    stepper: Stepper,
+    problem: SDEProblem,
+    options: SolveOptions,
+    vector: Tensor,
+    slope: tuple[Tensor, Tensor] | None,
+) -> tuple[float, tuple[Tensor, Tensor] | None]:
+    """The size that the first step should have; drift and diffusion at the start, where known."""
+    if options.dt0 is not None:
+        return options.dt0, slope
+    u = stepper.state(vector).detach()
+    tolerance = Tolerance(options.rtol, options.atol, options.driven)
+    with torch.no_grad():
+        if slope is None:
+            slope = starting_slope(stepper, problem.t0, u)
+        span = problem.t1 - problem.t0
+        size = initial_step(stepper.fields, stepper.method, tolerance, problem.t0, u, slope, span)
+    return size, slope
 
 
 def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:

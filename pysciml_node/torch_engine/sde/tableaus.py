@@ -126,6 +126,11 @@ EM = SDETableau(
     per_root=True,
 )
 
+# StochasticDiffEq's adaptive method: the diffusion is evaluated at the end of the step's interval.
+LAMBA_EM = replace(
+    EM, diffusion=(Stage(c=1.0), Stage(c=1.0, a=(1.0,), noise=(("sqrt_h", (1.0,)),)))
+)
+
 # For general noise one stage cannot give the corrections of all pairs of motions: the change of the
 # diffusion over the step stands in for them.
 EM_GENERAL = SDETableau(
@@ -139,6 +144,10 @@ EM_GENERAL = SDETableau(
     weak_order=1.0,
     controller_order=0.5,
     per_root=True,
+)
+
+LAMBA_EM_GENERAL = replace(
+    EM_GENERAL, diffusion=(Stage(c=1.0), Stage(c=1.0, a=(1.0,), noise=(("w", (1.0,)),)))
 )
 
 RKMIL = SDETableau(

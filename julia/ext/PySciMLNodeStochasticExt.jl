@@ -1,0 +1,24 @@
+"""
+Stochastic equations: StochasticDiffEq's steps on a Brownian path that Python owns.
+
+The path is a function of its seed, so that a rejected step looks at it again over a shorter interval,
+and a sweep backward finds the same increments.
+"""
+module PySciMLNodeStochasticExt
+
+using PySciMLNode
+using PySciMLNode: RightHandSide, Plan, OBJECTS, CODES, REAL, SILENT, UNSTABLE
+using PySciMLNode: host, keep, memory, stop_when_interrupted
+using PySciMLNode.LinearAlgebra
+using PySciMLNode.OrdinaryDiffEqCore
+using PySciMLNode.PythonCall
+using PySciMLNode.SciMLBase
+using StochasticDiffEq
+using StochasticDiffEq.DiffEqNoiseProcess
+
+include("stochastic/path.jl")
+include("stochastic/aligned.jl")
+include("stochastic/blocks.jl")
+include("stochastic/walk.jl")
+
+end

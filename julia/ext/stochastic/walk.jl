@@ -1,0 +1,83 @@
+"""
+Drift or diffusion as StochasticDiffEq calls it; `P` of `p` are its parameters. Times have double
+precision, whatever the state has.
+"""
+struct Part{P} <: Function
+    rhs::RightHandSide
+end
+
+(f::Part{P})(du, u, p, t) where {P} = f.rhs(values(du), u, p[P], eltype(u)(t))
+
+"""
+A solve on its way.
+"""
+struct Walk
+    integrator::Any
+    drift::RightHandSide
+    diffusion::RightHandSide
+end
+
+function PySciMLNode.start_sde!(
+    fd::Int, drift::Int, diffusion::Int, plan::Int, device::Int, delta::Float64, n::Int, u0::Int,
+    nf::Int, pf::Int, ng::Int, pg::Int, nmarks::Int, marks::Int, dt0::Float64, proposed::Float64,
+    motions::Int, samples::Int, length::Float64, w::Int, z::Int, noise,
+)
+    stop_when_interrupted(fd)
+    return keep(
+        walk(
+            OBJECTS[drift]::RightHandSide, OBJECTS[diffusion]::RightHandSide, OBJECTS[plan], device,
+            delta, (n, u0), (nf, pf), (ng, pg), copy(host(Float64, marks, nmarks)), dt0, proposed,
+            (motions, w), (motions, z), samples, length, noise,
+        ),
+    )
+end
+
+function walk(
+    drift, diffusion, plan::Plan{T}, device, delta, u0, pf, pg, marks, dt0, proposed, w, z, samples,
+    length, noise,
+) where {T}
+    vector((count, address)) = memory(T, device, address, count)
+    # What Python owns may be gone before the walk ends; the increments are written there by design.
+    start, parameters = copy(vector(u0)), (copy(vector(pf)), copy(vector(pg)))
+    drift.evaluations = diffusion.evaluations = 0
+    path = Path((from, to) -> (noise(from, to); nothing), vector(w), vector(z), marks[1])
+    rates = samples == 0 ? nothing : blocks(start, samples, first(w))
+    problem = SDEProblem{true}(
+        SDEFunction{true,SciMLBase.FullSpecialize}(Part{1}(drift), Part{2}(diffusion)),
+        start, (marks[1], marks[end]), parameters; noise = path, noise_rate_prototype = rates,
+    )
+    control = plan.controller
+    control === nothing || length == 0 ||
+        (control = Aligned(control, marks[1], length, proposed))
+    integrator = init(
+        problem, plan.algorithm;
+        plan.adaptive, plan.abstol, plan.reltol, controller = control, delta, dt = dt0,
+        dtmin = Float64(plan.dtmin), dtmax = Float64(plan.dtmax), internalnorm = plan.norm,
+        maxiters = plan.max_steps, tstops = marks[2:(end - 1)], save_everystep = false,
+        save_start = false, save_end = false, verbose = SILENT,
+    )
+    return Walk(integrator, drift, diffusion)
+end
+
+function blocks(u, samples, motions)
+    m, d = motions ÷ samples, Base.length(u) ÷ samples
+    return Blocks(fill!(similar(u, m, d, samples), 0))
+end
+
+function PySciMLNode.step_sde!(fd::Int, handle::Int, device::Int, n::Int, u::Int, report::Int)
+    return advance!(OBJECTS[handle]::Walk, fd, device, n, u, host(Float64, report, 5))
+end
+
+function advance!(walk::Walk, fd, device, n, address, report)
+    integrator = walk.integrator
+    stop_when_interrupted(fd)
+    step!(integrator)
+    code = integrator.sol.retcode
+    error = integrator.opts.adaptive ? Float64(OrdinaryDiffEqCore.get_EEst(integrator)) : NaN
+    report .= (
+        integrator.t, error, integrator.stats.nreject, walk.drift.evaluations,
+        walk.diffusion.evaluations,
+    )
+    copyto!(memory(eltype(integrator.u), device, address, n), integrator.u)
+    return code == ReturnCode.Default || code == ReturnCode.Success ? -1 : get(CODES, code, UNSTABLE)
+end
