@@ -8,7 +8,7 @@ module PySciMLNodeStochasticExt
 
 using PySciMLNode
 using PySciMLNode: RightHandSide, Plan, OBJECTS, CODES, REAL, SILENT, UNSTABLE
-using PySciMLNode: host, keep, memory, stop_when_interrupted
+using PySciMLNode: combine!, host, keep, linearize!, memory, reserve!, stop_when_interrupted, vjp!
 using PySciMLNode.LinearAlgebra
 using PySciMLNode.OrdinaryDiffEqCore
 using PySciMLNode.PythonCall
@@ -20,5 +20,6 @@ include("stochastic/path.jl")
 include("stochastic/aligned.jl")
 include("stochastic/blocks.jl")
 include("stochastic/walk.jl")
+include("stochastic/pullback.jl")
 
 end

@@ -24,3 +24,26 @@ precision: its end, its error, all rejected steps, and the evaluations of drift 
 Returns -1, or the return code of a solve that has failed. Throws when `fd` tells of an interrupt.
 """
 function step_sde! end
+
+"""
+    make_sde_method(json) -> handle
+
+The coefficients of a stochastic method, for its discrete adjoint.
+"""
+function make_sde_method end
+
+"""
+    make_sde_pullback(drift, diffusion, method, dtype, device, n, nf, pf, pfbar, ng, pg, pgbar, w, z)
+        -> handle
+
+The discrete adjoint of steps with diagonal noise. Addresses: the parameters of drift and diffusion
+with their gradients, which are added to, and the increments `w` and `z` `(n)`, which each pull reads.
+"""
+function make_sde_pullback end
+
+"""
+    pull_sde!(fd, pullback, device, n, t, h, u, ubar)
+
+Replace the cotangent at the address `ubar` of the end of a step from `t`, `u` by that of its start.
+"""
+function pull_sde! end

@@ -22,7 +22,7 @@ from pysciml_node.julia_engine.fields import (
 )
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.julia_engine.stochastic import JuliaSteps
+from pysciml_node.julia_engine.stochastic import JuliaParts
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
@@ -261,7 +261,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     runtime.start()
     if isinstance(problem, SDEProblem):
         assert isinstance(algorithm, StochasticRungeKutta)
-        return solve_sde(problem, algorithm, options, NAME, partial(JuliaSteps, algorithm))
+        return solve_sde(problem, algorithm, options, NAME, JuliaParts(algorithm))
     assert isinstance(problem, ODEProblem)
     return _solution(Work(problem, algorithm, options))
 

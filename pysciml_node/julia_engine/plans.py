@@ -28,6 +28,8 @@ from pysciml_node.sde_algorithms import (
     StochasticRungeKutta,
 )
 from pysciml_node.sde_problem import SDEProblem
+from pysciml_node.torch_engine.sde.step import SDEMethod
+from pysciml_node.torch_engine.sde.tableaus import Stage
 from pysciml_node.torch_engine.tableaus import Tableau
 
 _LOW_ORDER, _VERNER = "OrdinaryDiffEqLowOrderRK", "OrdinaryDiffEqVerner"
@@ -233,3 +235,24 @@ def tableau(method: Tableau) -> Handle:
         }
         _tableaus[id(method)] = Handle(runtime.call("make_tableau", json.dumps(description)))
     return _tableaus[id(method)]
+
+
+def stochastic_method(method: SDEMethod) -> Handle:
+    """The handle of a stochastic method's coefficients, for its discrete adjoint."""
+    key = id(method.tableau)
+    if key not in _tableaus:
+        drift, diffusion = method.needed
+        count = max(len(drift), len(diffusion))
+
+        def described(stages: list[Stage | None]) -> list[dict[str, Any] | None]:
+            padded = [*stages, *[None] * (count - len(stages))]
+            return [None if s is None else dataclasses.asdict(s) for s in padded]
+
+        description = {
+            "drift": described(drift),
+            "diffusion": described(diffusion),
+            "alpha": method.tableau.alpha[:count],
+            "beta": [(kind, weights[:count]) for kind, weights in method.tableau.beta],
+        }
+        _tableaus[key] = Handle(runtime.call("make_sde_method", json.dumps(description)))
+    return _tableaus[key]

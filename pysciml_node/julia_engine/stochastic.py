@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.julia_engine import plans, runtime
-from pysciml_node.julia_engine.buffers import address, device_code, doubles, pointer
+from pysciml_node.julia_engine.buffers import CODES, address, device_code, doubles, pointer
 from pysciml_node.julia_engine.fields import CalledField, Field, native_field
 from pysciml_node.julia_engine.forward import RETCODES
 from pysciml_node.julia_engine.handles import Handle
@@ -23,12 +24,50 @@ from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import ReturnCode
 from pysciml_node.torch_engine.march import Attempt, Step
-from pysciml_node.torch_engine.sde.brownian import BrownianPath
-from pysciml_node.torch_engine.sde.fields import Fields
+from pysciml_node.torch_engine.sde.adjoints import Pullback, StepPullback
+from pysciml_node.torch_engine.sde.brownian import BrownianPath, Increment
+from pysciml_node.torch_engine.sde.engine import Parts
+from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields
 from pysciml_node.torch_engine.sde.march import first_size, smallest_step
 from pysciml_node.torch_engine.sde.step import Stepper
 
 _RUNNING = -1
+
+
+class JuliaParts(Parts):
+    """What this engine has of its own of a stochastic solve.
+
+    Args:
+        algorithm: of the solve.
+    """
+
+    def __init__(self, algorithm: StochasticRungeKutta) -> None:
+        self._algorithm = algorithm
+        self._gradients = torch.is_grad_enabled()
+        self._fields: tuple[Field, Field]
+
+    @override
+    def steps(
+        self,
+        stepper: Stepper,
+        problem: SDEProblem,
+        options: SolveOptions,
+        path: BrownianPath,
+        vector: Tensor,
+        slope: tuple[Tensor, Tensor] | None,
+    ) -> JuliaSteps:
+        self._fields = fields_of(stepper.fields, self._gradients)
+        parts = self._algorithm, *self._fields
+        return JuliaSteps(*parts, stepper, problem, options, path, vector, slope)
+
+    @override
+    def pullback(
+        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
+    ) -> Pullback:
+        # A field that is called back is differentiated where it lives.
+        if any(field.calls_python for field in self._fields):
+            return StepPullback(prepared, stepper)
+        return JuliaPullback(*self._fields, prepared.inputs, stepper, path)
 
 
 @dataclass
@@ -37,6 +76,8 @@ class JuliaSteps:
 
     Args:
         algorithm: of the solve.
+        drift: in Julia.
+        diffusion: in Julia.
         stepper: the method and the fields in torch.
         problem: what is solved.
         options: step control.
@@ -46,6 +87,8 @@ class JuliaSteps:
     """
 
     algorithm: StochasticRungeKutta
+    drift: Field
+    diffusion: Field
     stepper: Stepper
     problem: SDEProblem
     options: SolveOptions
@@ -66,10 +109,9 @@ class JuliaSteps:
 
     def __iter__(self) -> Iterator[Step]:
         problem, options = self.problem, self.options
-        drift, diffusion = fields_of(self.stepper.fields)
+        drift, diffusion = self.drift, self.diffusion
         device = torch.device("cpu") if drift.host or diffusion.host else problem.spec.device
-        noise = _Noise(self.stepper, self.path, device)
-        walk = self._start(drift, diffusion, noise, device)
+        walk = self._start(_Noise(self.stepper, self.path, device), device)
         calls = [int(not field.calls_python) for field in (drift, diffusion)]
         stops = {t: i for i, t in enumerate((*options.tstops, problem.t1))}
         report, t, goal = doubles((0.0,) * 5), problem.t0, problem.t1
@@ -96,7 +138,7 @@ class JuliaSteps:
             t = end
         self.retcode = ReturnCode.Success
 
-    def _start(self, drift: Field, diffusion: Field, noise: _Noise, device: torch.device) -> Handle:
+    def _start(self, noise: _Noise, device: torch.device) -> Handle:
         problem, options, layout = self.problem, self.options, self.stepper.fields.layout
         adaptive = options.controller.adaptive
         proposed, self.slope = first_size(self.stepper, problem, options, self.vector, self.slope)
@@ -107,11 +149,11 @@ class JuliaSteps:
         plan = plans.stochastic_plan(problem, self.algorithm, limited)
         marks = doubles((problem.t0, *options.tstops, problem.t1))
         start = self.vector.detach().to(device)
-        parameters = [field.parameters() for field in (drift, diffusion)]
+        parameters = [field.parameters() for field in (self.drift, self.diffusion)]
         made = runtime.call_released(
             "start_sde!",
-            drift.handle.number,
-            diffusion.handle.number,
+            self.drift.handle.number,
+            self.diffusion.handle.number,
             plan.number,
             device_code(device),
             self.algorithm.delta,
@@ -135,11 +177,15 @@ class JuliaSteps:
         return handle
 
 
-def fields_of(fields: Fields) -> tuple[Field, Field]:
+def fields_of(fields: Fields, gradients: bool) -> tuple[Field, Field]:
     """Drift and diffusion as Julia evaluates them.
 
     Modules are translated and a `JuliaField` is taken as it is, where their values have the state's
     structure; everything else is called back.
+
+    Args:
+        fields: both in torch.
+        gradients: whether their inputs will receive gradients.
 
     Raises:
         UnsupportedModule: a module has an operation that cannot be translated.
@@ -154,7 +200,7 @@ def fields_of(fields: Fields) -> tuple[Field, Field]:
         native = None
         if not matrix:
             part = ODEProblem(function, problem.u0, problem.tspan, problem.p)
-            native = native_field(part, gradients=False, implicit=False)
+            native = native_field(part, gradients, implicit=False)
         outputs = layout.entries * (layout.motions or 1) if matrix else layout.entries
         parts.append(CalledField(problem, called, outputs, []) if native is None else native)
     return parts[0], parts[1]
@@ -181,7 +227,86 @@ class _Noise:
         self.z = torch.empty_like(self.w)
 
     def __call__(self, start: float, end: float) -> None:
-        motion = self._path.increment(start, end)
+        self.write(self._path.increment(start, end))
+
+    def write(self, motion: Increment) -> None:
+        """Put a motion where Julia reads it."""
         self.w.copy_(self._layout.by_entry(motion.w))
         # I_(1,0) = h (w / 2 + area).
         torch.mul(self._layout.by_entry(motion.area), math.sqrt(12), out=self.z)
+
+
+class JuliaPullback(Pullback):
+    """The discrete adjoint of single steps in Julia, by the fields' own vector-Jacobian products.
+
+    Args:
+        drift: in Julia.
+        diffusion: in Julia.
+        inputs: tensors that receive gradients, in the order that the solve knows them by.
+        stepper: the method and the fields in torch.
+        path: the Brownian motions.
+
+    Attributes:
+        evaluations: of the drift.
+    """
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Field,
+        inputs: list[Tensor],
+        stepper: Stepper,
+        path: BrownianPath,
+    ) -> None:
+        spec = stepper.fields.problem.spec
+        self._fields, self._inputs, self._device = (drift, diffusion), inputs, spec.device
+        self._noise = _Noise(stepper, path, spec.device)
+        self._parameters = [field.parameters() for field in self._fields]
+        self._sums = [torch.zeros_like(p) for p in self._parameters]
+        self._stages = sum(s is not None for s in stepper.method.needed[0])
+        self.evaluations = 0
+        addresses = [
+            (p.numel(), pointer(p), pointer(total))
+            for p, total in zip(self._parameters, self._sums, strict=True)
+        ]
+        self._handle = Handle(
+            runtime.call(
+                "make_sde_pullback",
+                drift.handle.number,
+                diffusion.handle.number,
+                plans.stochastic_method(stepper.method).number,
+                CODES[spec.dtype],
+                device_code(spec.device),
+                sum(spec.sizes),
+                *(number for triple in addresses for number in triple),
+                pointer(self._noise.w),
+                pointer(self._noise.z),
+            )
+        )
+
+    @override
+    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+        self._noise.write(motion)
+        u = start.detach().contiguous()
+        bar = upon.clone(memory_format=torch.contiguous_format)
+        runtime.call_released(
+            "pull_sde!",
+            self._handle.number,
+            device_code(self._device),
+            u.numel(),
+            t,
+            motion.h,
+            pointer(u),
+            pointer(bar),
+        )
+        self.evaluations += self._stages
+        return bar
+
+    @override
+    def inputs(self) -> list[Tensor | None]:
+        found: dict[int, Tensor] = {}
+        for field, total in zip(self._fields, self._sums, strict=True):
+            for x, part in zip(field.inputs, field.split(total), strict=True):
+                if part is not None:
+                    found[id(x)] = found[id(x)] + part if id(x) in found else part
+        return [found.get(id(x)) for x in self._inputs]

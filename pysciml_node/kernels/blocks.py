@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def map_blocks(solve: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
     """Join ``solve(block)`` of all blocks along the last axis.
 

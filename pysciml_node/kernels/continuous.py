@@ -29,7 +29,7 @@ _SPLIT_DEGREES = (7, 10, 14, 20, 28, 36)
 _SWITCH_DEGREE = 14  # a pair whose kink the tensor grid has not resolved by now gets the split one
 _PICARD_LIMIT = 300
 _PICARD_RTOL = 1e-12
-_CHUNK_NUMBERS = 1 << 19  # 4 MB of float64: what a block of pairs may keep
+_CHUNK_NUMBERS = 1 << 20  # 8 MB of float64: what a block of pairs may keep
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,29 @@ Features: TypeAlias = tuple[Tensor, ...]
 """Tensors of shape ``(F, *q.shape)``, one row a feature."""
 
 
-def correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-    """``c / sqrt(q1 q2)`` in [-1, 1]; zero where a variance vanishes."""
-    scale = torch.sqrt(q1 * q2)
-    return torch.where(scale > 0, c / scale.clamp_min(torch.finfo(c.dtype).tiny), 0.0).clamp(-1, 1)
+class Correlation:
+    """Correlations of a block of pairs, as functions of their covariance.
 
-
-def snapped_correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-    """The correlation, exactly 1 or -1 within rounding of it.
-
-    The arc sine turns a rounding error ``e`` at 1 into ``sqrt(2 e)``, 1e-8; a state and itself are
-    perfectly correlated, and this keeps them so.
+    Args:
+        scale: ``sqrt(q1 q2)``; where it vanishes the correlation is taken to be zero.
     """
-    r = correlation(q1, q2, c)
-    return torch.where(1 - r.abs() < 64 * torch.finfo(r.dtype).eps, r.sign(), r)
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+        self._inverse = torch.where(scale > 0, 1 / scale, 0.0)
+
+    def __call__(self, c: Tensor) -> Tensor:
+        """``c / sqrt(q1 q2)`` in [-1, 1]."""
+        return (c * self._inverse).clamp_(-1, 1)
+
+    def snapped(self, c: Tensor) -> Tensor:
+        """The correlation, exactly 1 or -1 within rounding of it.
+
+        The arc sine turns a rounding error ``e`` at 1 into ``sqrt(2 e)``, 1e-8; a state and itself
+        are perfectly correlated, and this keeps them so.
+        """
+        r = self(c)
+        return torch.where(1 - r.abs() < 64 * torch.finfo(r.dtype).eps, r.sign(), r)
 
 
 class PairMoments(ABC):
@@ -122,14 +131,15 @@ class LeakyReLU(ClosedForm):
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """``m^2 c + g^2 E|u||v|``."""
         odd, even = self._weights
-        r = snapped_correlation(q1, q2, c)
+        scale = torch.sqrt(q1 * q2)
+        r = Correlation(scale).snapped(c)
         absolute = torch.sqrt((1 - r) * (1 + r)) + r * torch.asin(r)
-        return odd * c + even * (2 / math.pi) * torch.sqrt(q1 * q2) * absolute
+        return odd * c + even * (2 / math.pi) * scale * absolute
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """``m^2 + g^2 (2/pi) asin r``."""
         odd, even = self._weights
-        return odd + even * (2 / math.pi) * torch.asin(snapped_correlation(q1, q2, c))
+        return odd + even * (2 / math.pi) * torch.asin(Correlation(torch.sqrt(q1 * q2)).snapped(c))
 
 
 class Identity(ClosedForm):

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pysciml_node.kernels.errors import KernelConvergenceError
 from pysciml_node.kernels.expectations import (
+    Correlation,
     Features,
     GaussianExpectation,
     PairMoments,
-    correlation,
 )
 
 _HALF_WIDTH = 13.0  # exp(-z^2/4) is below 1e-18 beyond, and it bounds every integrand's envelope
@@ -139,20 +139,19 @@ class HermiteSeries(GaussianExpectation):
 
     def pair(self, f1: Features, f2: Features) -> PairMoments:
         """The power series with the products of coefficients filled in."""
-        return SeriesPair(f1[0][0] ** 2, f2[0][0] ** 2, f1[1] * f2[1], f1[2] * f2[2])
+        return SeriesPair(Correlation(f1[0][0] * f2[0][0]), f1[1] * f2[1], f1[2] * f2[2])
 
 
 @dataclass(frozen=True)
 class SeriesPair(PairMoments):
     """``sum_k p_k r^k``, by Horner's rule."""
 
-    q1: Tensor
-    q2: Tensor
+    correlation: Correlation
     value_products: Tensor
     slope_products: Tensor
 
     def _evaluate(self, products: Tensor, c: Tensor) -> Tensor:
-        r = correlation(self.q1, self.q2, c)
+        r = self.correlation(c)
         total = products[-1].expand_as(c).clone()
         for k in range(len(products) - 2, -1, -1):
             total.mul_(r).add_(products[k])
@@ -216,4 +215,4 @@ class Polynomial(GaussianExpectation):
 
     def pair(self, f1: Features, f2: Features) -> PairMoments:
         """The power series with the products of coefficients filled in."""
-        return SeriesPair(f1[0][0] ** 2, f2[0][0] ** 2, f1[1] * f2[1], f1[2] * f2[2])
+        return SeriesPair(Correlation(f1[0][0] * f2[0][0]), f1[1] * f2[1], f1[2] * f2[2])

@@ -11,7 +11,7 @@ Reference: Cho and Saul, Kernel Methods for Deep Learning (NIPS 2009), equations
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pysciml_node.kernels.expectations import (
+    Correlation,
     Features,
     GaussianExpectation,
     PairMoments,
-    snapped_correlation,
 )
 from pysciml_node.kernels.hermite import HermiteSeries, SeriesPair, derivative, hermite_basis
 
@@ -56,19 +56,23 @@ def _half_powers() -> Tensor:
     return torch.stack(rows)
 
 
-def _arc_cosine(order: int, q1: Tensor, q2: Tensor, r: Tensor) -> Tensor:
-    """``E[u_+^n v_+^n] / n!^2``."""
-    angle = math.pi / 2 + torch.asin(r)  # pi - theta
+def _arc_cosines(r: Tensor, scale: Tensor, weights: Sequence[float]) -> Tensor:
+    """``sum_n weights[n] E[u_+^n v_+^n] / n!^2`` at correlation ``r``, ``scale = sqrt(q1 q2)``."""
+    angle = torch.asin(r).add_(math.pi / 2)  # pi - theta
     sine = torch.sqrt((1 - r) * (1 + r))
-    if order == 0:
-        shape = angle
-    elif order == 1:
-        shape = sine + angle * r
-    elif order == 2:
-        shape = 3 * sine * r + angle * (1 + 2 * r * r)
-    else:
-        shape = sine * (4 + 11 * r * r) + angle * r * (9 + 6 * r * r)
-    return (q1 * q2) ** (order / 2) * shape / (2 * math.pi * math.factorial(order) ** 2)
+    square = r * r
+    shapes: tuple[Callable[[], Tensor], ...] = (
+        lambda: angle,
+        lambda: sine + angle * r,
+        lambda: 3 * sine * r + angle * (1 + 2 * square),
+        lambda: sine * (4 + 11 * square) + angle * r * (9 + 6 * square),
+    )
+    total = torch.zeros_like(r)
+    for n, weight in enumerate(weights):
+        if weight != 0:
+            part = shapes[n]() * scale**n
+            total.add_(part, alpha=weight / (2 * math.pi * math.factorial(n) ** 2))
+    return total
 
 
 @dataclass(frozen=True)
@@ -130,24 +134,19 @@ class KinkedSeries(GaussianExpectation):
             for power, kink in self._kinks(lowered, both, len(a1)):
                 product.addcmul_(kink**2, both**power, value=-1)
             products.append(product)
-        q1, q2 = root1**2, root2**2
-        return _KinkedPair(SeriesPair(q1, q2, *products), q1, q2, self.jumps)
+        correlation = Correlation(both)
+        return _KinkedPair(SeriesPair(correlation, *products), correlation, self.jumps)
 
 
 @dataclass(frozen=True)
 class _KinkedPair(PairMoments):
     series: SeriesPair
-    q1: Tensor
-    q2: Tensor
+    correlation: Correlation
     jumps: tuple[float, ...]
 
     def _closed(self, c: Tensor, lowered: int) -> Tensor:
-        r = snapped_correlation(self.q1, self.q2, c)
-        total = torch.zeros_like(c)
-        for n, jump in enumerate(self.jumps, start=1):
-            if jump != 0:
-                total += jump**2 * _arc_cosine(n - lowered, self.q1, self.q2, r)
-        return total
+        weights = [0.0] * (1 - lowered) + [jump**2 for jump in self.jumps]
+        return _arc_cosines(self.correlation.snapped(c), self.correlation.scale, weights)
 
     def value(self, c: Tensor) -> Tensor:
         return self.series.value(c) + self._closed(c, lowered=0)

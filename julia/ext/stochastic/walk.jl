@@ -37,6 +37,7 @@ function walk(
     length, noise,
 ) where {T}
     vector((count, address)) = memory(T, device, address, count)
+    drift, diffusion = distinct(drift, diffusion)
     # What Python owns may be gone before the walk ends; the increments are written there by design.
     start, parameters = copy(vector(u0)), (copy(vector(pf)), copy(vector(pg)))
     drift.evaluations = diffusion.evaluations = 0
@@ -58,6 +59,10 @@ function walk(
     )
     return Walk(integrator, drift, diffusion)
 end
+
+# Modules of one architecture are one program: each part needs room, and a count, of its own.
+distinct(drift, diffusion) =
+    drift === diffusion ? (drift, RightHandSide(copy(drift.field))) : (drift, diffusion)
 
 function blocks(u, samples, motions)
     m, d = motions ÷ samples, Base.length(u) ÷ samples

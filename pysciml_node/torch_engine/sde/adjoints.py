@@ -14,9 +14,11 @@ differential equations, arXiv 2001.01328.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.solution import Stats
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, arriving_at
@@ -37,9 +39,65 @@ def saved_inside(
             yield i, t, saved[i]
 
 
+class Pullback(Protocol):
+    """The discrete adjoint of single steps: `StepPullback`, or another engine's."""
+
+    evaluations: int
+
+    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+        """The cotangent of a step's start from that of its end.
+
+        Args:
+            t: start of the step.
+            start: the vector there.
+            motion: the Brownian motion over the step.
+            upon: cotangent of the vector at its end.
+        """
+
+    def inputs(self) -> list[Tensor | None]:
+        """What has been added up for the inputs of the solve."""
+
+
+class StepPullback(Pullback):
+    """Differentiates single steps by autograd.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+
+    Attributes:
+        evaluations: of the drift.
+    """
+
+    def __init__(self, prepared: DifferentiableFields, stepper: Stepper) -> None:
+        self._prepared, self._stepper = prepared, stepper
+        self._sums = Accumulator(prepared.leaves)
+        self.evaluations = 0
+
+    @override
+    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+        prepared = self._prepared
+        before = prepared.fields.nfe
+        with torch.enable_grad():
+            start = start.detach().requires_grad_()
+            end, _ = self._stepper.take(t, start, motion)
+        prepared.expect_known(end, start)
+        wanted = [start, *prepared.leaves]
+        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
+        )
+        self._sums.add(found[1:])
+        self.evaluations += prepared.fields.nfe - before
+        return torch.zeros_like(start) if found[0] is None else found[0]
+
+    @override
+    def inputs(self) -> list[Tensor | None]:
+        return self._sums.sums
+
+
 def discrete_sweep(
-    prepared: DifferentiableFields,
-    stepper: Stepper,
+    pull: Pullback,
     path: BrownianPath,
     record: Record,
     states: tuple[Tensor, ...],
@@ -49,51 +107,32 @@ def discrete_sweep(
     """Pull all cotangents of a solve back to its inputs, through its steps.
 
     Args:
-        prepared: the fields with their inputs.
-        stepper: the method with these fields.
+        pull: the adjoint of single steps.
         path: the Brownian motions of the forward solve.
         record: its accepted steps; `inside` holds times.
         states: the vectors at `record.times`.
         arriving: cotangents of the saved and of the step states.
         stats: its backward fields are filled.
     """
-    fields = prepared.fields
-    before = fields.nfe
-    sums = Accumulator(prepared.leaves)
     cotangent = torch.zeros_like(states[0])
-
-    def pull(n: int, motion: Increment, upon: Tensor) -> Tensor:
-        """The cotangent of the start of step `n`, from that of a step from there."""
-        with torch.enable_grad():
-            start = states[n].detach().requires_grad_()
-            end, _ = stepper.take(record.times[n], start, motion)
-        prepared.expect_known(end, start)
-        wanted = [start, *prepared.leaves]
-        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
-        found: list[Tensor | None] = list(
-            torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
-        )
-        sums.add(found[1:])
-        return torch.zeros_like(start) if found[0] is None else found[0]
-
     live = False
     for n in reversed(range(len(record.sizes))):
         for extra in arriving_at(n + 1, record, arriving):
             cotangent, live = cotangent + extra, True
         t, total = record.times[n], None
         if live:
-            total = pull(n, path.increment(t, record.times[n + 1]), cotangent)
+            total = pull(t, states[n], path.increment(t, record.times[n + 1]), cotangent)
         for _, at, upon in saved_inside(record, n, arriving.saved):
-            part = pull(n, path.increment(t, at), upon)
+            part = pull(t, states[n], path.increment(t, at), upon)
             total, live = part if total is None else total + part, True
         if total is not None:
             cotangent = total
             stats.naccept_backward += 1
     for extra in arriving_at(0, record, arriving):
         cotangent = cotangent + extra
-    stats.nfe_backward += fields.nfe - before
-    stats.nvjp += fields.nfe - before
-    return Gradients(cotangent, None, None, None, sums.sums)
+    stats.nfe_backward += pull.evaluations
+    stats.nvjp += pull.evaluations
+    return Gradients(cotangent, None, None, None, pull.inputs())
 
 
 def backsolve_sweep(
@@ -105,7 +144,17 @@ def backsolve_sweep(
     arriving: Cotangents,
     stats: Stats,
 ) -> Gradients:
-    """Pull all cotangents back by the adjoint equation; arguments as for `discrete_sweep`."""
+    """Pull all cotangents back by the adjoint equation.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+        path: as for `discrete_sweep`, like the other arguments.
+        record: the accepted steps.
+        states: the vectors at their ends.
+        arriving: cotangents.
+        stats: of the solve.
+    """
     fields = prepared.fields
     before = fields.nfe
     sums = Accumulator(prepared.leaves)

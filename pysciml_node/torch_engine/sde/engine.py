@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.adjoints import BacksolveAdjoint, DirectAdjoint
 from pysciml_node.options import SolveOptions
@@ -19,7 +20,12 @@ from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.march import Attempt, Step
 from pysciml_node.torch_engine.record import Record, check_finite, detached
-from pysciml_node.torch_engine.sde.adjoints import backsolve_sweep, discrete_sweep
+from pysciml_node.torch_engine.sde.adjoints import (
+    Pullback,
+    StepPullback,
+    backsolve_sweep,
+    discrete_sweep,
+)
 from pysciml_node.torch_engine.sde.brownian import BrownianPath
 from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields
 from pysciml_node.torch_engine.sde.march import SDEMarch, path_for
@@ -46,8 +52,46 @@ class Steps(Protocol):
         """Of drift and diffusion, so far."""
 
 
-MakeSteps = Callable[[Stepper, SDEProblem, SolveOptions, BrownianPath, Tensor, Slope | None], Steps]
-"""Takes what `SDEMarch` takes."""
+class Parts(Protocol):
+    """What an engine has of its own; all else of a solve is the same for every engine."""
+
+    def steps(
+        self,
+        stepper: Stepper,
+        problem: SDEProblem,
+        options: SolveOptions,
+        path: BrownianPath,
+        vector: Tensor,
+        slope: Slope | None,
+    ) -> Steps:
+        """The accepted steps; takes what `SDEMarch` takes."""
+
+    def pullback(
+        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
+    ) -> Pullback:
+        """The adjoint of single steps, once they have been taken."""
+
+
+class TorchParts(Parts):
+    """The embedded engine's."""
+
+    @override
+    def steps(
+        self,
+        stepper: Stepper,
+        problem: SDEProblem,
+        options: SolveOptions,
+        path: BrownianPath,
+        vector: Tensor,
+        slope: Slope | None,
+    ) -> Steps:
+        return SDEMarch(stepper, problem, options, path, vector, slope)
+
+    @override
+    def pullback(
+        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
+    ) -> Pullback:
+        return StepPullback(prepared, stepper)
 
 
 class _SDESolve:
@@ -58,9 +102,9 @@ class _SDESolve:
         problem: SDEProblem,
         algorithm: StochasticRungeKutta,
         options: SolveOptions,
-        make_steps: MakeSteps,
+        parts: Parts,
     ) -> None:
-        self.problem, self.options, self.make_steps = problem, options, make_steps
+        self.problem, self.options, self.parts = problem, options, parts
         spec = problem.spec
         tableau = algorithm.tableau_for(problem)
         self.method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
@@ -78,7 +122,7 @@ class _SDESolve:
     def march(self, vector: Tensor, slope: Slope | None) -> Found:
         """Run the time loop and keep what the options ask for."""
         options = self.options
-        march = self.make_steps(self.stepper, self.problem, options, self.path, vector, slope)
+        march = self.parts.steps(self.stepper, self.problem, options, self.path, vector, slope)
         with step_listener(options.progress, self.problem) as on_step:
             saver = _Saver(self, march)
             for step in march:
@@ -101,9 +145,6 @@ class _SDESolve:
             )
         prepared = DifferentiableFields(self.problem, self.u0)
         start = self._with(prepared.fields)
-        sweep_back = discrete_sweep
-        if isinstance(self.options.adjoint, BacksolveAdjoint):
-            sweep_back = backsolve_sweep
 
         def run(vector: Tensor) -> Found:
             return self.march(vector, prepared.first)
@@ -111,8 +152,11 @@ class _SDESolve:
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
         ) -> Gradients:
-            parts = prepared, self.stepper, self.path, record, states, arriving, self.stats
-            return sweep_back(*parts)
+            arrived = record, states, arriving, self.stats
+            if isinstance(self.options.adjoint, BacksolveAdjoint):
+                return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
+            pull = self.parts.pullback(prepared, self.stepper, self.path)
+            return discrete_sweep(pull, self.path, *arrived)
 
         keep: list[Record] = []
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
@@ -185,7 +229,7 @@ def solve_sde(
     algorithm: StochasticRungeKutta,
     options: SolveOptions,
     name: str,
-    make_steps: MakeSteps = SDEMarch,
+    parts: Parts,
 ) -> Solution:
     """Run a checked problem; a failed solve is returned like any other.
 
@@ -194,9 +238,9 @@ def solve_sde(
         algorithm: how.
         options: of the solve.
         name: of the engine.
-        make_steps: the engine's steps; all else is the same for every engine.
+        parts: the engine's own.
     """
-    work = _SDESolve(problem, algorithm, options, make_steps)
+    work = _SDESolve(problem, algorithm, options, parts)
     if not torch.is_grad_enabled() or isinstance(options.adjoint, DirectAdjoint):
         record, vectors, saved = work.recorded()
     else:

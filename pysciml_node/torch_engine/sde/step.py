@@ -47,6 +47,13 @@ class SDEMethod:
         self.for_step = _last_used(tableau, with_error=False)
         self.for_error = _last_used(tableau, with_error=True)
 
+    @property
+    def needed(self) -> tuple[list[Stage | None], list[Stage | None]]:
+        """The stages of drift and of diffusion that the step itself needs."""
+        drifts, diffusions = self.for_step
+        tableau = self.tableau
+        return list(tableau.drift[:drifts]), list(tableau.diffusion[:diffusions])
+
     @classmethod
     def of(
         cls, tableau: SDETableau, delta: float, dtype: torch.dtype, device: torch.device

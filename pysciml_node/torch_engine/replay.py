@@ -1,0 +1,106 @@
+"""What is read off every accepted step, as one node of the autograd graph.
+
+A checkpoint a step would bound the graph as well, but leaves many small objects alive among the
+large vectors of each step, and a heap in such pieces is not used again: 8 states a step were lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.torch_engine.autograd import first_derivative
+from pysciml_node.torch_engine.field import Accumulator, graph_leaves
+
+# From a step's number and the state at its start to numbers, each a 0-d tensor.
+Measure = Callable[[int, Tensor], tuple[Tensor, ...]]
+
+
+def measure_steps(
+    measure: Measure, states: Sequence[Tensor], outer: Sequence[Tensor], inner: Sequence[Tensor]
+) -> Tensor:
+    """Measure each step from its own start, and once more in backward, one step at a time.
+
+    Args:
+        measure: what is read off a step; called without gradients, and with them in backward.
+        states: at the starts of the steps, each `(N,)`.
+        outer: tensors that receive gradients.
+        inner: leaves that stand for them inside `measure`. Other leaves that it is found to depend
+            on receive theirs too.
+
+    Returns:
+        What was measured, a row for each step.
+
+    Raises:
+        RuntimeError: in backward, when a second derivative is asked for, or when a step depends on
+            a tensor that the first one did not.
+    """
+    start = states[0].detach().requires_grad_()
+    known = {id(start), *(id(x) for x in inner)}
+    with torch.enable_grad():
+        first = torch.stack(measure(0, start))
+    captured = [x for x in graph_leaves(first) if id(x) not in known]
+    del first
+    leaves = [*inner, *{id(x): x for x in captured}.values()]
+    found: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
+        measure, leaves, len(states), *states, *outer, *leaves[len(inner) :]
+    )
+    return found
+
+
+class _Measured(torch.autograd.Function):
+    """The measure of all steps; its backward evaluates them again."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, measure: Measure, leaves: list[Tensor], count: int, *inputs: Tensor
+    ) -> Tensor:
+        ctx.measure, ctx.leaves, ctx.count = measure, leaves, count
+        ctx.save_for_backward(*inputs)
+        return torch.stack([torch.stack(measure(n, u)) for n, u in enumerate(inputs[:count])])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        (cotangent,) = cotangents
+        states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        sums = Accumulator(ctx.leaves)
+        state_bars: list[Tensor | None] = []
+        for n, u in enumerate(states):
+            if not cotangent[n].any():
+                state_bars.append(None)
+                continue
+            start = u.detach().requires_grad_()
+            with torch.enable_grad():
+                found = torch.stack(ctx.measure(n, start))
+            _expect_known(found, (start, *ctx.leaves))
+            # A field's output may be in none of the numbers (no estimate of stiffness, for one).
+            bar, *others = torch.autograd.grad(
+                found,
+                (start, *ctx.leaves),
+                cotangent[n],
+                # Parts of the graph may be the caller's own (a captured tensor that is no leaf).
+                retain_graph=True,
+                allow_unused=True,
+            )
+            state_bars.append(bar)
+            sums.add(others)
+        gradients = (*state_bars, *sums.sums)
+        return (None, None, None, *first_derivative(gradients, (*states, *sources)))
+
+
+def _expect_known(found: Tensor, known: Sequence[Tensor]) -> None:
+    """Refuse tensors that a step uses and the first one did not."""
+    late = [x for x in graph_leaves(found) if all(x is not one for one in known)]
+    if late:
+        raise RuntimeError(
+            f"the field uses {len(late)} tensor(s) that need gradients and were not seen at t0, "
+            f"the first of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
+            "  Pass them as p=, make the field an nn.Module that owns them, or use "
+            "adjoint=DirectAdjoint()."
+        )
