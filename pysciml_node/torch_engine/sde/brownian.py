@@ -12,7 +12,7 @@ For halves of an interval of length `h`, with independent standard normals `n1, 
 
 References: J. Foster, T. Lyons, H. Oberhauser, SIAM J. Numer. Anal. 58 (2020) 1393-1421; A.
 Jelincic, J. Foster, P. Kidger, arXiv 2405.06464; J. K. Salmon et al., Parallel random numbers: as
-easy as 1, 2, 3, SC 2011 (Philox).
+easy as 1, 2, 3, SC 2011 (Philox); G. E. P. Box, M. E. Muller, Ann. Math. Stat. 29 (1958) 610-611.
 """
 
 from __future__ import annotations
@@ -98,16 +98,31 @@ class Normals:
             )
             return drawn.to(self.dtype)
         # The counter's first word counts the draws themselves.
-        bits = np.random.Philox(key=[self.seed, 0], counter=[0, 0, index, level])
-        source, shape = np.random.Generator(bits), (2, self.size)
+        source = np.random.Philox(key=[self.seed, 0], counter=[0, 0, index, level])
         if self._wide:
-            return torch.from_numpy(source.standard_normal(shape))
-        return torch.from_numpy(source.standard_normal(shape, dtype=np.float32)).to(self.dtype)
+            bits = source.random_raw((2, self.size)).view(np.int64)
+        else:
+            bits = source.random_raw(self.size).view(np.int32).reshape(2, self.size)
+        return _normal(torch.from_numpy(bits)).to(self.dtype)
 
     def increment(self, level: int, index: int, h: float) -> Increment:
         """An increment over an interval of length `h` of which nothing is known."""
         first, second = self.pair(level, index).unbind()
         return Increment(h, first * math.sqrt(h), second * math.sqrt(h / 12))
+
+
+def _normal(bits: Tensor) -> Tensor:
+    """Two normal numbers from two integers of all bits, shape `(2, size)`: Box and Muller's formula.
+
+    Of 32 bits in float32, of 64 in float64. Several times faster than the sequential methods.
+    """
+    wide = bits.dtype == torch.int64
+    scale = 2.0 ** (-63 if wide else -31)
+    uniform, angle = bits.to(torch.float64 if wide else torch.float32).unbind()
+    # In (0, 1]: half a unit keeps the logarithm finite.
+    radius = uniform.abs_().add_(0.5).mul_(scale).log_().mul_(-2).sqrt_()
+    angle.mul_(math.pi * scale)
+    return torch.stack((torch.cos(angle), torch.sin(angle))).mul_(radius)
 
 
 class BrownianPath:
