@@ -1,7 +1,8 @@
 """What is read off every accepted step, as one node of the autograd graph.
 
-A checkpoint a step would bound the graph as well, but leaves many small objects alive among the
-large vectors of each step, and a heap in such pieces is not used again: 8 states a step were lost.
+All that outlives a step is written to memory taken before the first one. With a checkpoint a step
+the graph is as small, but what it leaves alive lies scattered among the large vectors that each
+step frees, and the next step's do not fit between: the heap grew by 8 states a step.
 """
 
 from __future__ import annotations
@@ -44,10 +45,9 @@ def measure_steps(
     with torch.enable_grad():
         first = torch.stack(measure(0, start))
     captured = [x for x in graph_leaves(first) if id(x) not in known]
-    del first
     leaves = [*inner, *{id(x): x for x in captured}.values()]
     found: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
-        measure, leaves, len(states), *states, *outer, *leaves[len(inner) :]
+        measure, first.detach(), leaves, len(states), *states, *outer, *leaves[len(inner) :]
     )
     return found
 
@@ -58,11 +58,19 @@ class _Measured(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, measure: Measure, leaves: list[Tensor], count: int, *inputs: Tensor
+        ctx: Any,
+        measure: Measure,
+        first: Tensor,
+        leaves: list[Tensor],
+        count: int,
+        *inputs: Tensor,
     ) -> Tensor:
         ctx.measure, ctx.leaves, ctx.count = measure, leaves, count
         ctx.save_for_backward(*inputs)
-        return torch.stack([torch.stack(measure(n, u)) for n, u in enumerate(inputs[:count])])
+        found = first.new_empty((count, len(first)))
+        for n, u in enumerate(inputs[:count]):
+            torch.stack(measure(n, u), out=found[n])
+        return found
 
     @staticmethod
     @override
@@ -70,28 +78,32 @@ class _Measured(torch.autograd.Function):
         (cotangent,) = cotangents
         states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         sums = Accumulator(ctx.leaves)
+        bars = states[0].new_empty((ctx.count, states[0].numel()))
         state_bars: list[Tensor | None] = []
+        wanted = (cotangent != 0).tolist()
         for n, u in enumerate(states):
-            if not cotangent[n].any():
+            if not any(wanted[n]):
                 state_bars.append(None)
                 continue
             start = u.detach().requires_grad_()
             with torch.enable_grad():
-                found = torch.stack(ctx.measure(n, start))
+                found = torch.stack(ctx.measure(n, start))[wanted[n]]
+            if not found.requires_grad:
+                state_bars.append(None)
+                continue
             _expect_known(found, (start, *ctx.leaves))
-            # A field's output may be in none of the numbers (no estimate of stiffness, for one).
             bar, *others = torch.autograd.grad(
                 found,
                 (start, *ctx.leaves),
-                cotangent[n],
+                cotangent[n][wanted[n]],
                 # Parts of the graph may be the caller's own (a captured tensor that is no leaf).
                 retain_graph=True,
                 allow_unused=True,
             )
-            state_bars.append(bar)
-            sums.add(others)
+            state_bars.append(bars[n].copy_(bar))
+            sums.add([*others])
         gradients = (*state_bars, *sums.sums)
-        return (None, None, None, *first_derivative(gradients, (*states, *sources)))
+        return (None, None, None, None, *first_derivative(gradients, (*states, *sources)))
 
 
 def _expect_known(found: Tensor, known: Sequence[Tensor]) -> None:

@@ -6,19 +6,23 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pysciml_node.adjoints import DirectAdjoint
 from pysciml_node.algorithms import ExplicitRungeKutta
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.state import map_tensors, tensors_of
 from pysciml_node.torch_engine.field import FlatField
 from pysciml_node.torch_engine.norms import Tolerance, initial_step
 from pysciml_node.torch_engine.record import Record, Recorded, check_discrete
+from pysciml_node.torch_engine.replay import measure_steps
 from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.vectors import Real, RecordedVectors, vectors_like
 
@@ -47,8 +51,10 @@ class TorchTrajectory(Recorded):
         """The states at `times`, `(n + 1, N)`."""
         return torch.stack(self.flat_states)
 
-    def _stages(self, method: Method) -> tuple[Stages, FlatField]:
-        field = self.make_field(self.problem)
+    def _stages(
+        self, method: Method, problem: ODEProblem | None = None
+    ) -> tuple[Stages, FlatField]:
+        field = self.make_field(self.problem if problem is None else problem)
         marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()
@@ -166,30 +172,45 @@ class TorchTrajectory(Recorded):
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable with respect to all.
 
-        Each step is evaluated again, and once more in backward, so that no graph is kept.
+        Each step is evaluated again, and once more in backward, so that no graph is kept. With
+        `DirectAdjoint` it is a checkpoint a step, which has higher derivatives too.
 
         Raises:
             ValueError: the solve's adjoint is a continuous one.
         """
         check_discrete(self.options.adjoint)
-        return [self._step_estimate(n) for n in range(len(self.record.sizes))]
-
-    def _step_estimate(self, n: int) -> StepEstimate:
-        t, h = self.record.times[n], self.record.sizes[n]
-
-        def run(u: Tensor) -> tuple[Tensor, Tensor]:
-            stages, field = self._stages(self.method)
-            tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
-            found = self._measure(stages, tolerance, t, h, u)
-            self.stats.nfe += field.nfe
-            return found.error, found.stiffness
-
-        u = self.flat_states[n]
-        if torch.is_grad_enabled():
-            error, stiffness = checkpoint(run, u, use_reentrant=False)
+        sizes = self.record.sizes
+        if not sizes:
+            return []
+        starts = self.flat_states[: len(sizes)]
+        if not torch.is_grad_enabled():
+            found = [self._replay(self.problem, n, u) for n, u in enumerate(starts)]
+        elif isinstance(self.options.adjoint, DirectAdjoint):
+            found = [
+                checkpoint(self._replay, self.problem, n, u, use_reentrant=False)
+                for n, u in enumerate(starts)
+            ]
         else:
-            error, stiffness = run(u)
-        return StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
+            outer = {id(x): x for x in tensors_of(self.problem.p) if x.requires_grad}
+            inner = {key: x.detach().requires_grad_() for key, x in outer.items()}
+            p = map_tensors(lambda x: inner.get(id(x), x), self.problem.p)
+            problem = dataclasses.replace(self.problem, p=p)
+            rows = measure_steps(
+                partial(self._replay, problem), starts, [*outer.values()], [*inner.values()]
+            )
+            found = [(error, stiffness) for error, stiffness in rows]
+        return [
+            StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
+            for h, (error, stiffness) in zip(sizes, found, strict=True)
+        ]
+
+    def _replay(self, problem: ODEProblem, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Error and stiffness of an accepted step from the state at its start."""
+        stages, field = self._stages(self.method, problem)
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        found = self._measure(stages, tolerance, self.record.times[n], self.record.sizes[n], u)
+        self.stats.nfe += field.nfe
+        return found.error, found.stiffness
 
     @staticmethod
     def _measure(

@@ -1,5 +1,8 @@
 """Global regularizers against the solver's own estimates and direct differentiation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +53,66 @@ def test_gradients_of_replay_equal_direct_ones(regularizer: type[psn.Regularizer
         solution = solve(adjoint, regularizer(), **fixed)
         found.append(torch.autograd.grad(solution.penalty, solution.parameters)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_reach_parameters_wherever_they_come_from() -> None:
+    """Through p, computed from others; through a closure, as leaf and as the result of a sum."""
+    start = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    sources = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.7, 1.3, -0.4)]
+    rate, leaf, other = sources
+    p, captured = rate.square(), other.exp() + other
+    problem = psn.ODEProblem(lambda t, u, p: p * torch.sin(leaf * u) + captured, start, (0, 1), p)
+    found = []
+    for adjoint in (psn.DirectAdjoint(), psn.DiscreteAdjoint()):
+        fixed = {"controller": psn.FixedStep(), "dt0": 0.1, "adjoint": adjoint}
+        solution = psn.solve(problem, psn.Tsit5(), **fixed)
+        penalty = psn.GlobalError()(solution) + 0.1 * psn.GlobalStiffness()(solution)
+        found.append(torch.autograd.grad(penalty, [p, *sources], retain_graph=True))
+    for replayed, direct in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(replayed, direct, rtol=1e-9, atol=1e-14)
+
+
+def test_a_second_derivative_of_replayed_estimates_is_refused() -> None:
+    solution = solve(psn.DiscreteAdjoint(), psn.GlobalError())
+    (first,) = torch.autograd.grad(solution.penalty, solution.parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="DirectAdjoint"):
+        first.sum().backward()
+
+
+_RISE = """
+import resource
+import torch
+import pysciml_node as psn
+from pysciml_node.experiments.model import TimeDependentMLP
+
+field = TimeDependentMLP(784, 100, generator=torch.Generator().manual_seed(0))
+start = torch.rand(128, 784, requires_grad=True)
+
+
+def gradient(steps):
+    node = psn.NeuralODE(
+        field,
+        psn.DP5(),
+        saveat=[1.0],
+        dt0=1 / steps,
+        controller=psn.FixedStep(),
+        regularizers=[psn.GlobalError()],
+    )
+    solution = node(start)
+    torch.autograd.grad(solution.u.sum() + solution.penalty, [start, *field.parameters()])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+before = gradient(2)
+print((gradient(50) - before) / (4 * start.numel()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
+def test_estimates_of_all_steps_cost_two_states_a_step_and_the_graph_of_one() -> None:
+    """The state and its cotangent, 100 in all for 50 steps."""
+    run = subprocess.run([sys.executable, "-c", _RISE], check=True, capture_output=True, text=True)
+    assert float(run.stdout) < 300
 
 
 @pytest.mark.parametrize(
