@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-download", action="store_true", help="do not fetch files that are missing")
     add("--output-dir", type=Path, default=Path("runs/reproduce"))
     add("--resume", action="store_true", help="continue from checkpoints, if any")
+    add("--markdown", action="store_true", help="print the comparison as a table of Markdown")
     add("--threads", type=int, default=1, help="threads of torch")
     for name in CHANGEABLE:
         kind = {"steps": int, "batch_size": int, "hidden": int, "tolerance": float}.get(name, str)
@@ -84,13 +85,17 @@ def reproduce(experiment: Experiment, arguments: argparse.Namespace) -> None:
         data = experiment.data(arguments.budget, place.data_dir, place.download, settings)
         held = run_all(experiment, data, settings, runs, place)
     summary = summarize(held)
+    used = {run.variant: run.settings["weight"] for run in held if run.settings["weight"]}
     print(
         f"\n{experiment.title}: {settings.steps} steps of {settings.batch_size}, tolerance "
-        f"{settings.tolerance:g}, {settings.dtype}, seeds {sorted({r.seed for r in held})}"
+        f"{settings.tolerance:g}, {settings.dtype}, engine {settings.engine}, "
+        f"seeds {sorted({r.seed for r in held})}, weights "
+        + ", ".join(f"{variant} {a:g} to {b:g}" for variant, (a, b) in used.items())
     )
-    print(format_table(summary))
-    print("\nbeside the paper (costs: ours in CPU seconds; † measured on other hardware):")
-    print(compare(experiment.name, summary))
+    if not arguments.markdown:
+        print(format_table(summary))
+    print("\nbeside the paper (costs: ours in CPU seconds; † measured on other hardware):\n")
+    print(compare(experiment.name, summary, markdown=arguments.markdown))
 
 
 def main() -> None:

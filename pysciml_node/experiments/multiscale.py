@@ -246,14 +246,16 @@ CIFAR10_MULTI_SCALE = Experiment(
     },
     reduced=Budget(
         {
-            "steps": 60,
-            "batch_size": 8,
+            "steps": 200,
+            "batch_size": 16,
+            "side": 16,
             "hidden": 8,
             "expansion": 3,
-            "evaluate_every": 30,
-            "monitor_samples": 64,
-            "train_samples": 128,
-            "test_samples": 256,
+            "evaluate_every": 100,
+            "evaluation_batch_size": 32,
+            "validation_samples": 1000,
+            "monitor_samples": 512,
+            "train_samples": 1000,
             **FULL_GRADIENT,
         }
     ),

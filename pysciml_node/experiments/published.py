@@ -1,5 +1,6 @@
 """The published figures, and ours beside them."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pysciml_node.experiments.results import Summary, lay_out
@@ -79,12 +80,13 @@ TABLES: dict[str, dict[str, Published]] = {
 }
 
 
-def compare(experiment: str, summary: Summary) -> str:
+def compare(experiment: str, summary: Summary, *, markdown: bool = False) -> str:
     """Our figures beside the published ones, as ratios to vanilla where figures are costs.
 
     Args:
         experiment: a key of `TABLES`.
         summary: what `pysciml_node.experiments.results.summarize` returned.
+        markdown: as a table of Markdown, and not in columns of equal width.
 
     Returns:
         Lines of text. ``†`` marks published rows that were measured elsewhere than their vanilla.
@@ -102,7 +104,14 @@ def compare(experiment: str, summary: Summary) -> str:
         rows.append([variant, *_scores(figures, published)])
         for ours, theirs in _COSTS.items():
             rows[-1] += [_ours(figures, vanilla, ours), _theirs(published, table, theirs)]
-    return lay_out(rows)
+    return as_markdown(rows) if markdown else lay_out(rows)
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table of Markdown, the first one its heading."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rule = "|---" + "|---:" * (len(rows[0]) - 1) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 # Of ours, CPU seconds: those do not depend on what else the machine does.
@@ -112,7 +121,7 @@ _COSTS = {"train_cpu_seconds": "training", "predict_cpu_seconds": "prediction", 
 def _scores(figures: dict[str, dict[str, float]], published: Published | None) -> list[str]:
     """The metric on the test data, ours and theirs, in the units of tables."""
     ours = [
-        metric.show(figures[f"test_{name}"]["mean"])
+        metric.show(figures[f"test_{name}"]["mean"]) + _spread(figures[f"test_{name}"], metric.show)
         for name, metric in METRICS.items()
         if f"test_{name}" in figures
     ]
@@ -124,17 +133,26 @@ def _ours(
 ) -> str:
     if name not in figures:
         return "-"
-    mean = figures[name]["mean"]
-    return _number(mean) if vanilla is None else _number(mean, vanilla[name]["mean"])
+    shown = _number(figures[name]["mean"]) + _spread(figures[name], _number)
+    return shown if vanilla is None else shown + _ratio(figures[name], vanilla[name])
+
+
+def _spread(figure: dict[str, float], show: Callable[[float], str]) -> str:
+    """The spread over the seeds, where there are several."""
+    return f" ± {show(figure['std'])}" if figure["std"] > 0 else ""
+
+
+def _ratio(figure: dict[str, float], vanilla: dict[str, float]) -> str:
+    return f" x{figure['mean'] / vanilla['mean']:.3f}"
 
 
 def _theirs(published: Published | None, table: dict[str, Published], name: str) -> str:
     if published is None:
         return "-"
     mark = "†" if published.copied else ""
-    return _number(getattr(published, name)[0], getattr(table["vanilla"], name)[0]) + mark
+    value, vanilla = getattr(published, name)[0], getattr(table["vanilla"], name)[0]
+    return f"{_number(value)} x{value / vanilla:.3f}{mark}"
 
 
-def _number(value: float, vanilla: float | None = None) -> str:
-    shown = f"{value:.1f}" if value >= 10 else f"{value:.3f}"
-    return shown if vanilla is None else f"{shown} x{value / vanilla:.3f}"
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"

@@ -11,7 +11,8 @@ import torch
 from experiments.stand_in import blobs
 from torch import nn
 
-from pysciml_node.data import Splits
+from pysciml_node.data import LabelledData, Splits
+from pysciml_node.experiments import cifar10
 from pysciml_node.experiments.cifar10 import CIFAR10, SIDE, ConvField
 from pysciml_node.experiments.command import NAMES, make_parser, make_runs, settings_of
 from pysciml_node.experiments.image_layers import FieldBatchNorm, channel_mask, tracking
@@ -271,6 +272,63 @@ def test_the_comparison_gives_ratios_to_vanilla_on_both_sides():
     _, _, vanilla, steer = compare("physionet", ours).splitlines()
     assert vanilla.split()[:3] == ["vanilla", "5.000", "3.41"]
     assert steer.split()[-4:] == ["150.0", "x0.750", "699.0", "x0.922†"]
+    ours["steer"]["nfe"]["std"] = 12.0
+    *_, steer = compare("physionet", ours, markdown=True).splitlines()
+    assert steer.endswith("| 150.0 ± 12.0 x0.750 | 699.0 x0.922† |")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=by_name)
+def test_weights_of_the_reduced_budget_can_be_chosen_on_held_out_samples(experiment):
+    """They are training samples: the test data stay what they are."""
+    settings, _ = experiment.at("reduced")
+    assert settings.validation_samples > 0
+    whole = blobs()
+    few = replace(experiment, load=lambda *_: Splits(whole.train, whole.train[:0], whole.test))
+    parts = few.data("reduced", NOWHERE, False, replace(settings, validation_samples=5))
+    assert len(parts.validation) == 5
+    assert torch.equal(torch.cat((parts.train.y, parts.validation.y)), whole.train.y)
+    assert torch.equal(parts.test.y, whole.test.y)
+    with pytest.raises(ValueError, match="validation_samples"):
+        replace(settings, validation_samples=-1)
+
+
+def test_evaluations_take_a_batch_size_of_their_own():
+    settings, _ = MNIST_SDE.at("quick")
+    assert settings.evaluated_at_once == settings.batch_size
+    assert replace(settings, evaluation_batch_size=7).evaluated_at_once == 7
+
+
+@pytest.mark.parametrize("experiment", [CIFAR10, CIFAR10_MULTI_SCALE], ids=by_name)
+def test_smaller_images_are_classified_too(experiment):
+    settings, _ = experiment.at("quick")
+    settings = replace(settings, side=8, engine="torch")
+    data = experiment.data("quick", NOWHERE, False, settings)
+    assert data.train.x.shape[1:] == (3, 8, 8)
+    model = experiment.build(data, settings, Run(variant="vanilla"))
+    assert len(model.predict(data.test[:2]).logits) == 2
+    with pytest.raises(ValueError, match="side must be"):
+        replace(settings, side=12)
+
+
+def test_images_are_averaged_over_blocks(monkeypatch):
+    x = torch.rand(3, 3, SIDE, SIDE, generator=generator())
+    part = LabelledData(x, torch.arange(3))
+    monkeypatch.setattr(cifar10.datasets, "cifar10", lambda *_, **__: Splits(part, part[:0], part))
+    settings = replace(CIFAR10.settings, side=16)
+    train = cifar10.load_cifar10(NOWHERE, False, settings).train
+    torch.testing.assert_close(train.x[1, 2, 3, 5], x[1, 2, 6:8, 10:12].mean())
+    assert cifar10.load_cifar10(NOWHERE, False, CIFAR10.settings).train is part
+
+
+def test_the_sdes_error_is_weighed_as_in_the_papers_code():
+    settings, data = quick(MNIST_SDE)
+    assert (settings.solver, settings.delta) == ("SOSRI", pytest.approx(1 / 6))
+    for solver, delta in (("SOSRI", 0.5), ("SOSRI2", 1.0)):
+        changed = replace(settings, solver=solver, delta=delta)
+        algorithm = MNIST_SDE.build(data, changed, Run(variant="vanilla")).node.algorithm
+        assert (type(algorithm).__name__, algorithm.delta) == (solver, delta)
+    plain = replace(settings, solver="EM")
+    MNIST_SDE.build(data, plain, Run(variant="vanilla"))
 
 
 def test_the_published_ratios_are_those_of_the_abstract():
