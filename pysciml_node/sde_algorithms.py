@@ -70,7 +70,7 @@ def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
         return SOSRA()
     if problem.interpretation == "stratonovich":
         return EulerHeun()
-    return EM() if problem.noise == "general" else SOSRI()
+    return LambaEM() if problem.noise == "general" else SOSRI()
 
 
 @dataclass(frozen=True)

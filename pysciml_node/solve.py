@@ -94,7 +94,7 @@ def solve(  # type: ignore[misc]
     Args:
         problem: what to solve: an `ODEProblem` or an `SDEProblem`, or an `EnsembleProblem` of many.
         algorithm: how; default `Tsit5()`, and for an `SDEProblem` what its noise asks for:
-            `SOSRI()`, `SOSRA()`, `EM()`, or `EulerHeun()` for Stratonovich equations.
+            `SOSRI()`, `SOSRA()`, `LambaEM()`, or `EulerHeun()` for Stratonovich equations.
         rtol: relative tolerance on the root-mean-square of the local error; a number, a tensor that
             broadcasts to `u0`, or a tuple or dict of these like `u0`. Default 1e-6, and 1e-2 for an
             `SDEProblem`.

@@ -10,17 +10,21 @@ the names that the solver `packages`, which have been loaded, export.
 """
 function algorithm(expression::String, packages)
     return get!(ALGORITHMS, expression) do
-        scope = Module(:Algorithms)
-        for package in packages
+        scope, parsed = Module(:Algorithms), Meta.parse(expression)
+        # Only what is named: looking at every export of a package also finds its clashes.
+        for name in symbols(parsed), package in packages
             owner = loaded_package(package)
-            for name in names(owner)
-                isdefined(owner, name) && !isdefined(scope, name) || continue
-                Core.eval(scope, :(const $name = $(getfield(owner, name))))
-            end
+            Base.isexported(owner, name) && isdefined(owner, name) && !isdefined(scope, name) ||
+                continue
+            Core.eval(scope, :(const $name = $(getfield(owner, name))))
         end
-        Core.eval(scope, Meta.parse(expression))
+        Core.eval(scope, parsed)
     end
 end
+
+symbols(::Any) = Symbol[]
+symbols(name::Symbol) = [name]
+symbols(expression::Expr) = mapreduce(symbols, vcat, expression.args; init = Symbol[])
 
 function loaded_package(name)
     for (id, owner) in Base.loaded_modules

@@ -28,7 +28,7 @@ from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem, Problem
-from pysciml_node.sde_algorithms import StochasticRungeKutta
+from pysciml_node.sde_algorithms import StochasticRungeKutta, default_algorithm
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
@@ -53,15 +53,18 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
     name = type(algorithm).__name__
     dtype = problem.spec.real_dtype
     if not supports(algorithm):
-        return f"{algorithm!r} is not an algorithm of the Julia engine.\n  Use Tsit5() there."
+        known = "Tsit5()"
+        if isinstance(problem, SDEProblem):
+            known = repr(default_algorithm(problem))
+        return f"{algorithm!r} is not an algorithm of the Julia engine.\n  Use {known} there."
     if dtype not in (torch.float32, torch.float64):
         return f"the Julia engine solves in float32 or float64, not in {dtype}.\n  Convert u0."
     if options.compile:
         return "compile=True is the torch engine's.\n  Leave it out: Julia compiles by itself."
     if name in plans.FIXED_ONLY and options.controller.adaptive:
         return (
-            f"{name} has no error estimate in SciML.\n"
-            f'  Give controller=FixedStep() and dt0, or use engine="torch", which has one.'
+            f"{name} has no error estimate in SciML.\n  Use {plans.FIXED_ONLY[name]}, or "
+            'controller=FixedStep() and dt0, or engine="torch", which has one.'
         )
     if isinstance(options.adjoint, DirectAdjoint):
         return (

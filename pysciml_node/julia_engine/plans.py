@@ -40,8 +40,8 @@ _PACKAGES = {
     "Vern7": _VERNER,
     "Vern9": _VERNER,
 }
-FIXED_ONLY = ("Euler", "EM")
-"""Methods that have no error estimate in SciML."""
+FIXED_ONLY = {"Euler": "Tsit5()", "EM": "LambaEM()"}
+"""Methods that have no error estimate in SciML, and what to take instead."""
 
 _LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
 

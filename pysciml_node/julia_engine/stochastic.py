@@ -131,6 +131,9 @@ class JuliaSteps:
             self._counted = (calls[0] * int(counts[0]), calls[1] * int(counts[1]))
             if code != _RUNNING:
                 self.retcode = RETCODES[code]
+                # No step is small enough for a field that is not finite.
+                if self.retcode is ReturnCode.DtLessThanMin and not math.isfinite(error):
+                    self.retcode = ReturnCode.Unstable
                 return
             u, self.vector = self.vector, u1.to(problem.spec.device)
             self.naccept += 1
@@ -142,9 +145,11 @@ class JuliaSteps:
         problem, options, layout = self.problem, self.options, self.stepper.fields.layout
         adaptive = options.controller.adaptive
         proposed, self.slope = first_size(self.stepper, problem, options, self.vector, self.slope)
-        proposed = first = min(proposed, options.dtmax, problem.t1 - problem.t0)
+        proposed = min(proposed, options.dtmax)
+        first = min(proposed, problem.t1 - problem.t0)
         if adaptive and math.isfinite(first):
-            first = self.path.aligned(problem.t0, first, down=True) - problem.t0
+            end = self.path.aligned(problem.t0, first, down=proposed == options.dtmax)
+            first = min(end, problem.t1) - problem.t0
         limited = replace(options, dtmin=smallest_step(options, self.path, problem))
         plan = plans.stochastic_plan(problem, self.algorithm, limited)
         marks = doubles((problem.t0, *options.tstops, problem.t1))

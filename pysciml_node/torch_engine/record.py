@@ -210,7 +210,8 @@ def detached(attempt: Attempt) -> Attempt:
 
 def check_finite(record: Record, states: list[Tensor], adaptive: bool) -> None:
     """Fixed steps see no error estimate: look once, at the end, for what has gone wrong."""
-    if adaptive or not record.retcode.successful:
+    code = record.retcode
+    if adaptive or not (code.successful or code is ReturnCode.Unstable):
         return
     if math.isfinite(float(states[-1].detach().abs().sum())):
         return

@@ -36,5 +36,5 @@ end
 
 LinearAlgebra.mul!(y::AbstractVector, b::Blocks, w::AbstractVector) = mul!(y, b, w, true, false)
 
-values(g::AbstractVector) = g
-values(g::Blocks) = vec(g.data)
+entries(g::AbstractVector) = g
+entries(g::Blocks) = vec(g.data)

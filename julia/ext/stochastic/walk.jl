@@ -6,7 +6,7 @@ struct Part{P} <: Function
     rhs::RightHandSide
 end
 
-(f::Part{P})(du, u, p, t) where {P} = f.rhs(values(du), u, p[P], eltype(u)(t))
+(f::Part{P})(du, u, p, t) where {P} = f.rhs(entries(du), u, p[P], eltype(u)(t))
 
 """
 A solve on its way.
@@ -24,28 +24,43 @@ function PySciMLNode.start_sde!(
 )
     stop_when_interrupted(fd)
     return keep(
-        walk(
+        start_walk(
             OBJECTS[drift]::RightHandSide, OBJECTS[diffusion]::RightHandSide, OBJECTS[plan], device,
-            delta, (n, u0), (nf, pf), (ng, pg), copy(host(Float64, marks, nmarks)), dt0, proposed,
+            delta, (n, u0), (nf, pf), (ng, pg), host(Float64, marks, nmarks), dt0, proposed,
             (motions, w), (motions, z), samples, length, noise,
         ),
     )
 end
 
-function walk(
+function start_walk(
     drift, diffusion, plan::Plan{T}, device, delta, u0, pf, pg, marks, dt0, proposed, w, z, samples,
     length, noise,
 ) where {T}
     vector((count, address)) = memory(T, device, address, count)
-    drift, diffusion = distinct(drift, diffusion)
     # What Python owns may be gone before the walk ends; the increments are written there by design.
-    start, parameters = copy(vector(u0)), (copy(vector(pf)), copy(vector(pg)))
+    return walk(
+        drift, diffusion, plan, copy(vector(u0)), (copy(vector(pf)), copy(vector(pg))), vector(w),
+        vector(z), copy(marks);
+        delta, dt0, proposed, samples, length, draw = (from, to) -> (noise(from, to); nothing),
+    )
+end
+
+"""
+    walk(drift, diffusion, plan, u0, parameters, w, z, marks; delta, dt0, proposed, samples, length, draw)
+
+As `start_sde!`, on vectors; `draw(start, end)` writes to `w` and `z`.
+"""
+function walk(
+    drift, diffusion, plan, u0, parameters, w, z, marks;
+    delta, dt0, proposed, samples, length, draw,
+)
+    drift, diffusion = distinct(drift, diffusion)
     drift.evaluations = diffusion.evaluations = 0
-    path = Path((from, to) -> (noise(from, to); nothing), vector(w), vector(z), marks[1])
-    rates = samples == 0 ? nothing : blocks(start, samples, first(w))
+    path = Path(draw, w, z, marks[1])
+    rates = samples == 0 ? nothing : blocks(u0, samples, Base.length(w))
     problem = SDEProblem{true}(
         SDEFunction{true,SciMLBase.FullSpecialize}(Part{1}(drift), Part{2}(diffusion)),
-        start, (marks[1], marks[end]), parameters; noise = path, noise_rate_prototype = rates,
+        u0, (marks[1], marks[end]), parameters; noise = path, noise_rate_prototype = rates,
     )
     control = plan.controller
     control === nothing || length == 0 ||

@@ -99,10 +99,9 @@ class Normals:
             return drawn.to(self.dtype)
         # The counter's first word counts the draws themselves.
         source = np.random.Philox(key=[self.seed, 0], counter=[0, 0, index, level])
-        if self._wide:
-            bits = source.random_raw((2, self.size)).view(np.int64)
-        else:
-            bits = source.random_raw(self.size).view(np.int32).reshape(2, self.size)
+        # Two numbers of 32 bits come from each word.
+        words = source.random_raw(2 * self.size if self._wide else self.size)
+        bits = words.view(np.int64 if self._wide else np.int32).reshape(2, self.size)
         return _normal(torch.from_numpy(bits)).to(self.dtype)
 
     def increment(self, level: int, index: int, h: float) -> Increment:
@@ -112,7 +111,7 @@ class Normals:
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Two normal numbers from two integers of all bits, shape `(2, size)`: Box and Muller's formula.
+    """Normal numbers from integers of all bits, shape `(2, size)`, by Box and Muller's formula.
 
     Of 32 bits in float32, of 64 in float64. Several times faster than the sequential methods.
     """
