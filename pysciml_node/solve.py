@@ -220,7 +220,7 @@ def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
     """Ordinary methods for ordinary equations, stochastic ones for stochastic ones."""
     if isinstance(problem, SDEProblem) and isinstance(algorithm, StochasticRungeKutta):
         algorithm.check(problem)
-    elif isinstance(problem, SDEProblem) and isinstance(algorithm, ExplicitRungeKutta):
+    elif isinstance(problem, SDEProblem):
         raise ValueError(
             f"{algorithm!r} is for ordinary equations, but the problem is an SDEProblem.\n"
             f"  Use {default_algorithm(problem)!r}."

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.julia_engine import runtime
 
 pytestmark = pytest.mark.julia
 
@@ -208,3 +214,48 @@ def test_an_ensemble_of_stochastic_equations() -> None:
         for engine in ENGINES
     )  # fmt: skip
     torch.testing.assert_close(found.u1, expected.u1, rtol=1e-12, atol=1e-12)
+
+
+def held() -> int:
+    """Objects that Julia keeps for Python."""
+    gc.collect()
+    runtime.free_pending()
+    return int(runtime.call("held"))
+
+
+def test_good_and_failing_solves_leave_nothing_in_julia() -> None:
+    def iterate(count: int) -> None:
+        for _ in range(count):
+            solve("julia", psn.SOSRI(), "diagonal", "ito", states(), **FIXED)
+            with pytest.raises(psn.SolverFailure):
+                solve("julia", psn.SOSRI(), "diagonal", "ito", states(), max_steps=1)
+
+    iterate(1)
+    before = held()
+    iterate(20)
+    assert held() <= before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is not passed on to Julia there")
+@pytest.mark.parametrize("translated", [True, False], ids=["translated", "called back"])
+def test_ctrl_c_stops_a_solve_within_a_second(translated: bool) -> None:
+    drift: Any = Drift().double()
+    if not translated:
+        drift = lambda t, u: -u  # noqa: E731
+
+    def run(**options: Any) -> psn.Solution:
+        problem = psn.SDEProblem(drift, Diffusion("diagonal").double(), states(), (0.0, 1.0))
+        return psn.solve(
+            problem, psn.SOSRI(), controller=psn.FixedStep(), engine="julia", **options
+        )
+
+    with torch.no_grad():
+        run(dt0=0.1)  # compiled
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        start = time.perf_counter()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            run(dt0=1e-7, max_steps=100_000_000, saveat=[1.0])
+        assert time.perf_counter() - start < 1.3
+        timer.join()
+        assert run(dt0=0.1).retcode is psn.ReturnCode.Success
