@@ -11,6 +11,7 @@ using PySciMLNode: RightHandSide, Plan, OBJECTS, CODES, REAL, SILENT, UNSTABLE
 using PySciMLNode: combine!, host, keep, linearize!, memory, reserve!, stop_when_interrupted, vjp!
 using PySciMLNode.LinearAlgebra
 using PySciMLNode.OrdinaryDiffEqCore
+using PySciMLNode.PrecompileTools: @compile_workload, @setup_workload
 using PySciMLNode.PythonCall
 using PySciMLNode.SciMLBase
 using StochasticDiffEq
@@ -21,5 +22,6 @@ include("stochastic/aligned.jl")
 include("stochastic/blocks.jl")
 include("stochastic/walk.jl")
 include("stochastic/pullback.jl")
+include("stochastic/workload.jl")
 
 end

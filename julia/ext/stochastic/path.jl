@@ -3,8 +3,8 @@ The Brownian path as StochasticDiffEq sees it: `draw(start, end)` writes the inc
 
 For a step of size `h` these make `I_(1,0) = h (dW + dZ / sqrt(3)) / 2`.
 """
-mutable struct Path{T,V<:AbstractVector{T},D} <: SciMLBase.AbstractNoiseProcess{T,2,Vector{V},true}
-    const draw::D
+mutable struct Path{T,V<:AbstractVector{T}} <: SciMLBase.AbstractNoiseProcess{T,2,Vector{V},true}
+    const draw::Any  # not a parameter: solvers are compiled for the path's type
     const dW::V
     const dZ::V
     const W::Vector{V}  # where solvers look up how many motions there are
@@ -14,7 +14,7 @@ mutable struct Path{T,V<:AbstractVector{T},D} <: SciMLBase.AbstractNoiseProcess{
 end
 
 Path(draw, dW::V, dZ::V, t) where {T,V<:AbstractVector{T}} =
-    Path{T,V,typeof(draw)}(draw, dW, dZ, [dW], t, 0.0, false)
+    Path{T,V}(draw, dW, dZ, [dW], t, 0.0, false)
 
 # A solver copies the noise of its problem, and this one is for a single solve.
 Base.copy(path::Path) = path
