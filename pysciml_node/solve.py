@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pysciml_node import engines
 from pysciml_node.adjoints import Adjoint, BacksolveAdjoint
-from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta, Tsit5
+from pysciml_node.algorithms import Algorithm, Tsit5
 from pysciml_node.controllers import Controller, FixedStep
 from pysciml_node.diagnosis import failure_message
 from pysciml_node.ensemble import EnsembleProblem, EnsembleSolution, solve_members

@@ -2,7 +2,7 @@
 
 """
     start_sde!(fd, drift, diffusion, plan, device, delta, n, u0, nf, pf, ng, pg, nmarks, marks, dt0,
-               proposed, motions, samples, length, w, z, noise) -> handle of a walk
+               proposed, dtmin, motions, samples, length, w, z, noise) -> handle of a walk
 
 Get ready to solve `du = f dt + g dW` from `marks[1]` to `marks[end]` by steps to all marks between.
 

@@ -36,7 +36,7 @@ function walk_and_pull(field, u0::V, p::V, cotangent::V, motions) where {V}
     draw(from, to) = (copyto!(w, motions[round(Int, from / h) + 1]); nothing)
     walk = EXTENSION.walk(
         parts..., plan, copy(u0), (p, p), w, z, [0.0, 1.0];
-        delta = 1.0, dt0 = h, proposed = h, samples = 0, length = 0.0, draw,
+        delta = 1.0, dt0 = h, proposed = h, dtmin = 0.0, samples = 0, length = 0.0, draw,
     )
     states = [copy(u0)]
     for _ in 1:COUNT

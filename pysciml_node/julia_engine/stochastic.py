@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -109,13 +109,16 @@ class JuliaSteps:
 
     def __iter__(self) -> Iterator[Step]:
         problem, options = self.problem, self.options
-        drift, diffusion = self.drift, self.diffusion
-        device = torch.device("cpu") if drift.host or diffusion.host else problem.spec.device
-        walk = self._start(_Noise(self.stepper, self.path, device), device)
-        calls = [int(not field.calls_python) for field in (drift, diffusion)]
+        both = self.drift, self.diffusion
+        device = torch.device("cpu") if any(f.host for f in both) else problem.spec.device
+        proposed, self.slope = first_size(self.stepper, problem, options, self.vector, self.slope)
+        if not math.isfinite(proposed):
+            self.retcode = ReturnCode.Unstable
+            return
+        walk = self._start(min(proposed, options.dtmax), device)
         stops = {t: i for i, t in enumerate((*options.tstops, problem.t1))}
-        report, t, goal = doubles((0.0,) * 5), problem.t0, problem.t1
-        while t < goal:
+        report, t = doubles((0.0,) * 5), problem.t0
+        while t < problem.t1:
             u1 = torch.empty_like(self.vector, device=device)
             code = runtime.call_released(
                 "step_sde!",
@@ -126,9 +129,13 @@ class JuliaSteps:
                 address(report),
                 release=False,
             )
-            end, error, rejected, *counts = report
+            end, error, rejected, drifts, diffusions = report
             self.nreject = int(rejected)
-            self._counted = (calls[0] * int(counts[0]), calls[1] * int(counts[1]))
+            # What is called back has been counted in torch.
+            self._counted = (
+                0 if self.drift.calls_python else int(drifts),
+                0 if self.diffusion.calls_python else int(diffusions),
+            )
             if code != _RUNNING:
                 self.retcode = RETCODES[code]
                 # No step is small enough for a field that is not finite.
@@ -141,25 +148,28 @@ class JuliaSteps:
             t = end
         self.retcode = ReturnCode.Success
 
-    def _start(self, noise: _Noise, device: torch.device) -> Handle:
+    def _start(self, proposed: float, device: torch.device) -> Handle:
+        """Get ready in Julia.
+
+        Args:
+            proposed: size that the first step should have.
+            device: where Julia has the state.
+        """
         problem, options, layout = self.problem, self.options, self.stepper.fields.layout
         adaptive = options.controller.adaptive
-        proposed, self.slope = first_size(self.stepper, problem, options, self.vector, self.slope)
-        proposed = min(proposed, options.dtmax)
         first = min(proposed, problem.t1 - problem.t0)
-        if adaptive and math.isfinite(first):
+        if adaptive:
             end = self.path.aligned(problem.t0, first, down=proposed == options.dtmax)
             first = min(end, problem.t1) - problem.t0
-        limited = replace(options, dtmin=smallest_step(options, self.path, problem))
-        plan = plans.stochastic_plan(problem, self.algorithm, limited)
+        noise = _Noise(self.stepper, self.path, device)
         marks = doubles((problem.t0, *options.tstops, problem.t1))
         start = self.vector.detach().to(device)
-        parameters = [field.parameters() for field in (self.drift, self.diffusion)]
+        parameters = [field.parameters().to(device) for field in (self.drift, self.diffusion)]
         made = runtime.call_released(
             "start_sde!",
             self.drift.handle.number,
             self.diffusion.handle.number,
-            plan.number,
+            plans.stochastic_plan(problem, self.algorithm, options).number,
             device_code(device),
             self.algorithm.delta,
             start.numel(),
@@ -169,6 +179,7 @@ class JuliaSteps:
             address(marks),
             first,
             proposed,
+            smallest_step(options, self.path, problem),
             noise.w.numel(),
             layout.samples if layout.matrix else 0,
             self.path.length if adaptive else 0.0,
@@ -238,7 +249,7 @@ class _Noise:
         """Put a motion where Julia reads it."""
         self.w.copy_(self._layout.by_entry(motion.w))
         # I_(1,0) = h (w / 2 + area).
-        torch.mul(self._layout.by_entry(motion.area), math.sqrt(12), out=self.z)
+        self.z.copy_(self._layout.by_entry(motion.area)).mul_(math.sqrt(12))
 
 
 class JuliaPullback(Pullback):

@@ -20,39 +20,41 @@ end
 function PySciMLNode.start_sde!(
     fd::Int, drift::Int, diffusion::Int, plan::Int, device::Int, delta::Float64, n::Int, u0::Int,
     nf::Int, pf::Int, ng::Int, pg::Int, nmarks::Int, marks::Int, dt0::Float64, proposed::Float64,
-    motions::Int, samples::Int, length::Float64, w::Int, z::Int, noise,
+    dtmin::Float64, motions::Int, samples::Int, length::Float64, w::Int, z::Int, noise,
 )
     stop_when_interrupted(fd)
     return keep(
         start_walk(
             OBJECTS[drift]::RightHandSide, OBJECTS[diffusion]::RightHandSide, OBJECTS[plan], device,
             delta, (n, u0), (nf, pf), (ng, pg), host(Float64, marks, nmarks), dt0, proposed,
-            (motions, w), (motions, z), samples, length, noise,
+            dtmin, (motions, w), (motions, z), samples, length, noise,
         ),
     )
 end
 
 function start_walk(
-    drift, diffusion, plan::Plan{T}, device, delta, u0, pf, pg, marks, dt0, proposed, w, z, samples,
-    length, noise,
+    drift, diffusion, plan::Plan{T}, device, delta, u0, pf, pg, marks, dt0, proposed, dtmin, w, z,
+    samples, length, noise,
 ) where {T}
     vector((count, address)) = memory(T, device, address, count)
     # What Python owns may be gone before the walk ends; the increments are written there by design.
     return walk(
         drift, diffusion, plan, copy(vector(u0)), (copy(vector(pf)), copy(vector(pg))), vector(w),
         vector(z), copy(marks);
-        delta, dt0, proposed, samples, length, draw = (from, to) -> (noise(from, to); nothing),
+        delta, dt0, proposed, dtmin, samples, length,
+        draw = (from, to) -> (noise(from, to); nothing),
     )
 end
 
 """
-    walk(drift, diffusion, plan, u0, parameters, w, z, marks; delta, dt0, proposed, samples, length, draw)
+    walk(drift, diffusion, plan, u0, parameters, w, z, marks;
+         delta, dt0, proposed, dtmin, samples, length, draw)
 
 As `start_sde!`, on vectors; `draw(start, end)` writes to `w` and `z`.
 """
 function walk(
     drift, diffusion, plan, u0, parameters, w, z, marks;
-    delta, dt0, proposed, samples, length, draw,
+    delta, dt0, proposed, dtmin, samples, length, draw,
 )
     drift, diffusion = distinct(drift, diffusion)
     drift.evaluations = diffusion.evaluations = 0
@@ -68,7 +70,7 @@ function walk(
     integrator = init(
         problem, plan.algorithm;
         plan.adaptive, plan.abstol, plan.reltol, controller = control, delta, dt = dt0,
-        dtmin = Float64(plan.dtmin), dtmax = Float64(plan.dtmax), internalnorm = plan.norm,
+        dtmin, dtmax = Float64(plan.dtmax), internalnorm = plan.norm,
         maxiters = plan.max_steps, tstops = marks[2:(end - 1)], save_everystep = false,
         save_start = false, save_end = false, verbose = SILENT,
     )

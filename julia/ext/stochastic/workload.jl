@@ -27,7 +27,7 @@ function rehearse_stochastic(dtype, adaptive)
     GC.@preserve u0 u p pbar w z marks report begin
         walk = PySciMLNode.start_sde!(
             -1, field, field, plan, 0, 1.0, 4, at(u0), 26, at(p), 26, at(p), 2, at(marks), 0.125,
-            0.125, 4, 0, adaptive ? 1.0 : 0.0, at(w), at(z), Returns(nothing),
+            0.125, 0.0, 4, 0, adaptive ? 1.0 : 0.0, at(w), at(z), Returns(nothing),
         )
         PySciMLNode.step_sde!(-1, walk, 0, 4, at(u), at(report))
         PySciMLNode.step_sde!(-1, walk, 0, 4, at(u), at(report))
