@@ -52,7 +52,7 @@ MNIST_ODE = Experiment(
             "train_samples": 5000,
         },
         # Chosen on the images held out for validation.
-        {"local-unbiased": (50.0, 15.0), "local-biased": (50.0, 15.0)},
+        {"local-unbiased": (25.0, 7.5), "local-biased": (25.0, 7.5)},
     ),
     quick=Budget({"timed_predictions": 2, "steps": 20, "tolerance": 1e-4, "evaluate_every": 10}),
     data_dir=Path("data/mnist"),
