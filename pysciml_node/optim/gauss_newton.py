@@ -144,11 +144,15 @@ class GaussNewton:
         self._fd_length = fd_step * (1.0 + float(flatten(self._saved).norm()))
         self._double: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Return `C v` for a flat vector."""
-        tangent = self.push_forward(vector).view_as(self._outputs)
-        product = flatten(pull_back(self._outputs, self._params, tangent))
-        return product.div_(self._outputs.shape[0])
+    @property
+    def weight(self) -> float:
+        """`1 / B`, the weight of a sample in `C`."""
+        return 1.0 / self._outputs.shape[0]
+
+    def pull_back(self, tangent: Tensor) -> Tensor:
+        """Return `J^T w / B`, flat, for `w` of the shape of the outputs."""
+        product = flatten(pull_back(self._outputs, self._params, tangent.view_as(self._outputs)))
+        return product.mul_(self.weight)
 
     def push_forward(self, vector: Tensor) -> Tensor:
         """Return `J v`, `(B, n)`, for a flat vector."""
@@ -188,7 +192,7 @@ class GaussNewton:
 
 
 class DampedSolve(NamedTuple):
-    """Solution of `(C + shift) s = g` by conjugate gradients.
+    """Solution of `(C + shift) s = g` in a space of products.
 
     Attributes:
         step: `s`, flat.
@@ -199,51 +203,87 @@ class DampedSolve(NamedTuple):
     image: Tensor
 
 
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],
-    gradient: Tensor,
-    damping: Tensor,
-    *,
-    max_steps: int,
-    rtol: float,
-) -> DampedSolve:
-    r"""Solve `(C + diag(damping) c) s = g`, where `c = g . C g / g . g`.
+class ProductSpace:
+    r"""Solves `(C + diag(damping) c) s = g`, `c = g . C g / g . g`, for one `g` and any damping.
 
     Measuring the damping in units of the curvature along the gradient makes the step equivariant:
     units of time, state, or loss do not change how strongly it is damped.
 
+    The equations are solved on a space that grows by its own residual, which for equal damping
+    makes it the space of conjugate gradients. Keeping an orthonormal basis `v_1, v_2, ...` of it
+    with the products `C v_i` costs their memory, and saves the products of every further damping;
+    orthogonality is not lost, so that a space as large as the rank of `C` holds the solution. On
+    it `C` is the matrix of the inner products of `J v_i`, which is positive semidefinite whatever
+    the errors of differencing, and does not square the condition of `J`.
+
     Args:
-        product: `v -> C v`, positive semidefinite.
+        operator: products with `C` and `J`.
         gradient: `g`, flat.
-        damping: nonnegative, flat, dimensionless.
-        max_steps: products at most.
-        rtol: stop when the residual has fallen by this factor.
 
-    Returns:
-        The step and its product with `C`.
-
-    Reference: Hestenes, Stiefel, J. Res. Natl. Bur. Stand. 49 (1952) 409-436.
+    Reference: Saad, Iterative Methods for Sparse Linear Systems (2003), section 6.4.1.
     """
-    solved = DampedSolve(torch.zeros_like(gradient), torch.zeros_like(gradient))
-    residual = gradient.clone()
-    direction = gradient.clone()
-    initial = square = float(residual @ residual)
-    shift = torch.zeros_like(gradient)
-    for index in range(max_steps if initial > 0.0 else 0):
-        image = product(direction)
-        if index == 0:
-            shift = damping * ((direction @ image) / initial)
-        damped = torch.addcmul(image, shift, direction)
-        along = float(direction @ damped)
-        # Rounding and differencing leave a singular operator's null space slightly indefinite.
-        if not along > 0.0:
-            break
-        length = square / along
-        solved.step.add_(direction, alpha=length)
-        solved.image.add_(image, alpha=length)
-        residual.sub_(damped, alpha=length)
-        previous, square = square, float(residual @ residual)
-        if square <= rtol * rtol * initial:
-            break
-        direction = torch.add(residual, direction, alpha=square / previous)
-    return solved
+
+    def __init__(self, operator: GaussNewton, gradient: Tensor) -> None:
+        self._operator = operator
+        self._gradient = gradient
+        self._size = float(gradient.norm())
+        self._basis = gradient.new_empty(0, len(gradient))
+        self._products = gradient.new_empty(0, len(gradient))
+        self._tangents = gradient.new_empty(0, 0)
+
+    def solve(self, damping: Tensor, *, max_steps: int, rtol: float) -> DampedSolve:
+        """Solve to a residual of `rtol |g|`, with a space of dimension `max_steps` at most.
+
+        Args:
+            damping: nonnegative, flat, dimensionless.
+            max_steps: products at most, over all calls.
+            rtol: residual at which to stop, relative to the gradient.
+        """
+        if self._size == 0.0:
+            return DampedSolve(*torch.zeros_like(self._gradient).expand(2, -1).clone())
+        if len(self._basis) == 0:
+            self._extend(self._gradient)
+        while True:
+            shift = damping * self._along_gradient
+            weights = self._project(shift)
+            solved = DampedSolve(weights @ self._basis, weights @ self._products)
+            residual = self._gradient - solved.image - shift * solved.step
+            done = float(residual.norm()) <= rtol * self._size
+            if done or len(self._basis) >= max_steps or not self._extend(residual):
+                return solved
+
+    @property
+    def _along_gradient(self) -> float:
+        return float(self._tangents[0].square().sum()) * self._operator.weight
+
+    def _extend(self, direction: Tensor) -> bool:
+        """Add a direction; False if it lies in the space to rounding."""
+        fresh = direction / direction.norm()
+        for _ in range(2):  # the second time for what rounding left of the first
+            fresh = fresh - (self._basis @ fresh) @ self._basis
+        left = float(fresh.norm())
+        if not left > len(fresh) * torch.finfo(fresh.dtype).eps:
+            return False
+        fresh = fresh / left
+        tangent = self._operator.push_forward(fresh)
+        product = self._operator.pull_back(tangent)
+        # The error of a difference is mostly one of length, and (J v) . w = v . J^T w is known.
+        square = float(tangent.square().sum()) * self._operator.weight
+        correction = float(fresh @ product) / square if square > 0.0 else 1.0
+        tangent, product = tangent * correction, product * correction
+        self._basis = torch.cat([self._basis, fresh[None]])
+        self._products = torch.cat([self._products, product[None]])
+        self._tangents = torch.cat(
+            [self._tangents.reshape(-1, tangent.numel()), tangent.reshape(1, -1)]
+        )
+        return True
+
+    def _project(self, shift: Tensor) -> Tensor:
+        """Coordinates of the solution on the space."""
+        inner = self._tangents @ self._tangents.T * self._operator.weight
+        inner = inner + (self._basis * shift) @ self._basis.T
+        values, vectors = torch.linalg.eigh(inner)
+        kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        inverse = torch.where(kept, 1.0 / values, 0.0)
+        coordinates: Tensor = vectors @ (inverse * (vectors.T @ (self._basis @ self._gradient)))
+        return coordinates

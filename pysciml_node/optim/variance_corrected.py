@@ -15,7 +15,7 @@ from pysciml_node.errors import SolverFailure
 from pysciml_node.optim.gauss_newton import (
     DampedSolve,
     GaussNewton,
-    conjugate_gradients,
+    ProductSpace,
     flatten,
     hutchinson_diagonal,
     set_parameters,
@@ -118,7 +118,8 @@ class VarianceCorrected(Optimizer):
             solves with ``DirectAdjoint``.
         fd_step: length of the difference relative to `1 + |theta|`; default the fourth root of
             the machine epsilon. Raise it for loose solver tolerances.
-        cg_steps: conjugate gradient steps at most. Default 20.
+        cg_steps: conjugate gradient steps at most, over all trials of a step. Default 20. The
+            memory of twice as many gradients is needed.
         cg_rtol: their relative residual. Default 1e-3.
         max_trials: steps tried before the safeguard gives up and leaves the parameters as they
             are. Default 10.
@@ -373,20 +374,17 @@ class VarianceCorrected(Optimizer):
         gradient = flatten([grad for row in rows for grad in row.grads])
         exact = self._shared("jvp") == "double-backward"
         fd_step = self._shared("fd_step") or torch.finfo(gradient.dtype).eps ** 0.25
-        product = GaussNewton(
+        operator = GaussNewton(
             terminal_state(model.solution), params, None if exact else model.outputs_here, fd_step
         )
+        space = ProductSpace(operator, gradient)
         safeguard = self._shared("safeguard")
         rates = [float(row.group["lr"]) for row in rows]
         growth = 2.0
         for _ in range(self._shared("max_trials")):
             damping = flatten([self.state[param]["damping"].expand_as(param) for param in params])
-            solved = conjugate_gradients(
-                product,
-                gradient,
-                damping,
-                max_steps=self._shared("cg_steps"),
-                rtol=self._shared("cg_rtol"),
+            solved = space.solve(
+                damping, max_steps=self._shared("cg_steps"), rtol=self._shared("cg_rtol")
             )
             pieces = iter(unflatten(solved.step, params))
             directions = [[next(pieces) for _ in row.params] for row in rows]

@@ -12,7 +12,7 @@ from optim.flows import linear_closure, normal, paper_loss, scalar, solve_linear
 from pysciml_node.optim import VarianceCorrected
 from pysciml_node.optim.gauss_newton import (
     GaussNewton,
-    conjugate_gradients,
+    ProductSpace,
     flatten,
     hutchinson_diagonal,
     unflatten,
@@ -124,7 +124,9 @@ def test_products_are_those_of_the_gauss_newton_matrix(
     for seed in range(3):
         v = normal(full.shape[1], seed=seed)
         expected = full.T @ (full @ v) / len(INPUTS)
-        torch.testing.assert_close(operator(v), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            operator.pull_back(operator.push_forward(v)), expected, rtol=tolerance, atol=tolerance
+        )
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert float(operator.push_forward(torch.zeros_like(v)).abs().max()) == 0.0
 
@@ -138,37 +140,83 @@ def test_parameters_are_put_back_when_an_evaluation_fails(field: Field) -> None:
 
     operator = GaussNewton(field(INPUTS), params, fail, fd_step=1e-4)
     with pytest.raises(RuntimeError, match="no solution"):
-        operator(torch.ones_like(before))
+        operator.push_forward(torch.ones_like(before))
     assert torch.equal(flatten(params), before)
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_conjugate_gradients_solve_the_damped_system(damping: float) -> None:
-    root = normal(6, 6, seed=5)
-    matrix, g = root @ root.T, normal(6, seed=6)
-    solved = conjugate_gradients(
-        lambda v: matrix @ v, g, torch.full_like(g, damping), max_steps=50, rtol=1e-13
-    )
+class LinearOperator(GaussNewton):
+    """`C = J^T J / B` of outputs `theta J^T` of one sample, counting its products."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.theta = torch.zeros(matrix.shape[1], dtype=matrix.dtype, requires_grad=True)
+        super().__init__((matrix @ self.theta)[None], [self.theta], None, fd_step=1e-4)
+        self.count = 0
+
+    def push_forward(self, vector: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().push_forward(vector)
+
+
+def damped(matrix: torch.Tensor, g: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """`(C + diag(damping) c)^-1 g`, `c` the curvature along `g`."""
     shift = damping * (g @ matrix @ g) / (g @ g)
-    expected = torch.linalg.solve(matrix + shift * torch.eye(6, dtype=g.dtype), g)
-    torch.testing.assert_close(solved.step, expected, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(solved.image, matrix @ solved.step, rtol=1e-8, atol=1e-8)
+    return torch.linalg.solve(matrix + shift.diag(), g)
 
 
-def test_conjugate_gradients_find_the_shortest_solution_of_a_singular_system() -> None:
-    root = normal(6, 3, seed=7)
-    matrix = root @ root.T
+def test_one_space_solves_for_every_damping() -> None:
+    root, g = normal(9, 6, seed=5), normal(6, seed=6)
+    operator = LinearOperator(root)
+    space = ProductSpace(operator, g)
+    matrix = root.T @ root
+    for damping in (torch.zeros_like(g), torch.full_like(g, 0.1), torch.linspace(0, 3, 6).double()):
+        solved = space.solve(damping, max_steps=50, rtol=1e-13)
+        expected = damped(matrix, g, damping)
+        torch.testing.assert_close(solved.step, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(solved.image, matrix @ expected, rtol=1e-9, atol=1e-11)
+    assert operator.count == 6
+
+
+def test_the_space_holds_the_solution_of_an_ill_conditioned_system() -> None:
+    """Condition 1e12 of `C`: orthogonality is kept, so six products do."""
+    left, right = (torch.linalg.qr(normal(6, 6, seed=seed)).Q for seed in (15, 16))
+    root = left * torch.logspace(0, -6, 6).double() @ right.T
+    expected = normal(6, seed=17)
+    operator = LinearOperator(root)
+    solved = ProductSpace(operator, root.T @ (root @ expected)).solve(
+        torch.zeros_like(expected), max_steps=50, rtol=1e-16
+    )
+    assert operator.count <= 6
+    assert float((root @ (solved.step - expected)).norm()) < 1e-9
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_are_those_of_conjugate_gradients(steps: int) -> None:
+    """The minimizer of the quadratic model over the Krylov space."""
+    root, g = normal(9, 6, seed=5), normal(6, seed=6)
+    matrix = root.T @ root + 0.2 * (g @ root.T @ root @ g) / (g @ g) * torch.eye(6).double()
+    krylov = torch.stack([torch.linalg.matrix_power(matrix, k) @ g for k in range(steps)], dim=1)
+    expected = krylov @ torch.linalg.solve(krylov.T @ matrix @ krylov, krylov.T @ g)
+    operator = LinearOperator(root)
+    solved = ProductSpace(operator, g).solve(torch.full_like(g, 0.2), max_steps=steps, rtol=1e-13)
+    assert operator.count == steps
+    torch.testing.assert_close(solved.step, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_shortest_solution_of_a_singular_system() -> None:
+    root = normal(3, 6, seed=7)
+    matrix = root.T @ root
     g = matrix @ normal(6, seed=8)
-    solved = conjugate_gradients(
-        lambda v: matrix @ v, g, torch.zeros_like(g), max_steps=50, rtol=1e-12
+    solved = ProductSpace(LinearOperator(root), g).solve(
+        torch.zeros_like(g), max_steps=50, rtol=1e-12
     )
     torch.testing.assert_close(solved.step, torch.linalg.pinv(matrix) @ g)
 
 
-def test_conjugate_gradients_at_a_stationary_point_take_no_step() -> None:
-    zero = torch.zeros(3)
-    solved = conjugate_gradients(lambda v: v, zero, zero, max_steps=5, rtol=1e-3)
-    assert float(solved.step.norm()) == 0.0
+def test_no_step_at_a_stationary_point() -> None:
+    operator = LinearOperator(normal(4, 3, seed=9))
+    zero = torch.zeros(3, dtype=torch.float64)
+    solved = ProductSpace(operator, zero).solve(zero, max_steps=5, rtol=1e-3)
+    assert float(solved.step.norm()) == operator.count == 0
 
 
 def test_flatten_and_unflatten_are_inverse(field: Field) -> None:
