@@ -6,11 +6,11 @@ and by the variance-corrected rule, over initializations, horizons and learning 
 of the rule are straight lines of one slope. Then what the paper leaves open: random linear systems
 of many dimensions and a network fitted to a damped pendulum, with SGD, Adam, LBFGS and the three
 curvatures of `VarianceCorrected` (with backtracking); and the rate of Gauss-Newton over
-initializations and horizons.
+initializations and horizons, for linear systems and for a network with more parameters than data.
 
     python examples/simplest_ode.py --output-dir runs/simplest_ode
 
-writes results.json, paper.png and systems.png, and prints the tables. Values of a*, a0, t and the
+writes results.json and a picture a study, and prints the tables. Values of a*, a0, t and the
 learning rates are not published; those used here are in results.json.
 """
 
@@ -19,20 +19,29 @@ import itertools
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import pysciml_node as psn
 from pysciml_node._optional import require
 from pysciml_node.doctor import environment
 from pysciml_node.experiments.figures import save_figure
+from pysciml_node.experiments.terminal_fits import (
+    BLOWN_UP,
+    Run,
+    Task,
+    asymptotic_rate,
+    descend,
+    linear_task,
+    network_task,
+    scalar_task,
+    straight_line_of_flows,
+)
 from pysciml_node.optim import VarianceCorrected
 from pysciml_node.optim.options import Curvature
 
@@ -42,8 +51,11 @@ TARGET, START, HORIZON, RATE = -1.0, 1.0, 1.0, 0.1
 STARTS = (-4.0, -3.0, -2.0, 0.0, 1.0, 2.0)
 HORIZONS = (0.5, 1.0, 2.0, 3.0)
 RATES = (0.03, 0.1, 0.3, 1.0)
-RATE_HORIZONS = (0.5, 1.0, 2.0, 4.0)
-FLOOR, BLOWN_UP = 1e-13, 1e6
+RATE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # the pendulum turns by t; at pi straight lines end
+STUDIES = ("paper", "rates", "systems")
+RATE_LIMIT = 60  # iterations; a start that needs more stands in a valley
+FLOOR = 1e-13
+THEORY = 2.0 * math.log(2.0)
 COLORS = {
     "SGD": "#999999",
     "Adam": "#e69f00",
@@ -98,125 +110,6 @@ METHODS = (
 )
 
 
-class LinearField(nn.Module):
-    """`u' = A u`."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(matrix)
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        """`A u` for rows `u`."""
-        return u @ self.matrix.T
-
-
-class NetworkField(nn.Module):
-    """A tanh network with one hidden layer of 16."""
-
-    def __init__(self, generator: torch.Generator, hidden: int = 16) -> None:
-        super().__init__()
-        self.into = nn.Parameter(normal(hidden, 2, generator=generator) / math.sqrt(2.0))
-        self.bias = nn.Parameter(torch.zeros(hidden, dtype=torch.float64))
-        self.out = nn.Parameter(0.1 * normal(2, hidden, generator=generator))
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        """Its value; autonomous."""
-        return torch.tanh(u @ self.into.T + self.bias) @ self.out.T
-
-
-def pendulum(t: Tensor, u: Tensor) -> Tensor:
-    angle, speed = u.unbind(dim=1)
-    return torch.stack([speed, -torch.sin(angle) - 0.1 * speed], dim=1)
-
-
-def normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@dataclass
-class Task:
-    """A field to fit to terminal states; `closure` gives the loss `E|x_t - y|^2 / 2`."""
-
-    field: nn.Module
-    truth: Callable[[Tensor, Tensor], Tensor]
-    x0: Tensor
-    horizon: float
-    tolerance: float = 1e-5
-    scale: float = field(init=False)
-    solves: int = 0
-
-    def __post_init__(self) -> None:
-        options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance, "max_steps": 500}
-        span = (0.0, self.horizon)
-        with torch.no_grad():
-            self.y = psn.NeuralODE(self.truth, psn.Tsit5(), span, **options)(self.x0).u1
-        self.node = psn.NeuralODE(self.field, psn.Tsit5(), span, **options)
-        self.scale = float(self.y.square().sum(dim=1).mean()) / 2.0
-
-    def closure(self) -> tuple[Tensor, psn.Solution]:
-        """Solve, count it, and compare."""
-        self.solves += 1
-        sol = self.node(self.x0)
-        return (sol.u1 - self.y).square().sum(dim=1).mean() / 2.0, sol
-
-
-def scalar_task(start: float, horizon: float) -> Task:
-    x0 = normal(32, 1, generator=torch.Generator().manual_seed(0))
-    student, truth = (LinearField(torch.full((1, 1), a).double()) for a in (start, TARGET))
-    return Task(student, truth, x0, horizon, tolerance=1e-8)
-
-
-def linear_task(dimension: int, horizon: float, seed: int, spread: float = 0.5, **kw: Any) -> Task:
-    """Start and truth are independent Gaussian matrices of spectral radius about `spread`, 0.5."""
-    generator = torch.Generator().manual_seed(1000 * seed + dimension)
-    start, truth = (normal(dimension, dimension, generator=generator) for _ in range(2))
-    x0 = normal(4 * dimension, dimension, generator=generator)
-    size = math.sqrt(dimension)
-    fields = LinearField(spread * start / size), LinearField(0.5 * truth / size)
-    return Task(*fields, x0, horizon, **kw)
-
-
-def network_task(horizon: float, seed: int) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    student = NetworkField(generator)
-    return Task(student, pendulum, normal(64, 2, generator=generator), horizon)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One descent. `losses` are relative to `E|y|^2 / 2`; `seconds` are of the processor."""
-
-    losses: list[float]
-    seconds: float
-    solves: int
-    reached: bool
-
-
-def descend(task: Task, optimizer: Optimizer, target: float, iterations: int) -> Run:
-    """Step until the relative loss is below `target`, the flow blows up, or iterations end."""
-
-    def standard() -> Tensor:
-        optimizer.zero_grad()
-        loss, _ = task.closure()
-        torch.autograd.backward(loss)
-        return loss
-
-    closure: Any = task.closure if isinstance(optimizer, VarianceCorrected) else standard
-    losses: list[float] = []
-    started = time.process_time()
-    for _ in range(iterations):
-        try:
-            loss = float(torch.as_tensor(optimizer.step(closure)).detach()) / task.scale
-        except psn.SolverFailure:
-            losses.append(BLOWN_UP)
-            break
-        losses.append(min(loss, BLOWN_UP) if loss == loss else BLOWN_UP)
-        if losses[-1] >= BLOWN_UP or loss < target:
-            break
-    seconds = time.process_time() - started
-    return Run(losses, seconds, task.solves, bool(losses) and losses[-1] < target)
-
-
 def paper_study(iterations: int) -> dict[str, dict[str, dict[str, Run]]]:
     """`study -> method -> label -> run`, one of start, horizon and learning rate varied a study."""
     studies = {
@@ -235,31 +128,70 @@ def paper_study(iterations: int) -> dict[str, dict[str, dict[str, Run]]]:
         for name, make in methods.items():
             results[study][name] = {}
             for label, (start, horizon, lr) in cases.items():
-                task = scalar_task(start, horizon)
+                task = scalar_task(start, TARGET, horizon)
                 optimizer = make(list(task.field.parameters()), lr)
                 results[study][name][label] = descend(task, optimizer, FLOOR, iterations)
     return results
 
 
-def asymptotic_rate(losses: Sequence[float], steps: int = 6) -> float:
-    """Mean of `log(L_k / L_{k+1})` over the last steps."""
-    tail = losses[-steps - 1 :]
-    return math.log(tail[0] / tail[-1]) / (len(tail) - 1) if len(tail) > 1 else math.nan
+@dataclass(frozen=True)
+class Rate:
+    """A descent of gauss-newton at `lr = 0.5`; the rate is the mean of its last iterations.
+
+    `straight` says whether the end-point map can go straight to the truth (None: not known).
+    """
+
+    family: str
+    horizon: float
+    spread: float
+    seed: int
+    straight: bool | None
+    reached: bool
+    iterations: int
+    rate: float
 
 
-def rate_study(horizons: Sequence[float], seeds: int, iterations: int) -> dict[str, list[float]]:
-    """Asymptotic rate of gauss-newton at `lr = 0.5` over starts; `2 log 2 = 1.386` in theory."""
-    rates: dict[str, list[float]] = {}
-    for horizon in horizons:
-        rates[f"{horizon:g}"] = []
-        for spread, seed in itertools.product((0.0, 0.5, 1.0, 2.0), range(1, seeds + 1)):
-            task = linear_task(3, horizon, seed, spread, tolerance=1e-8)
+def rate_study(horizons: Sequence[float], seeds: int) -> list[Rate]:
+    """Rates over starts; in theory `2 log 2 = 1.386` where the loss can be brought to zero."""
+    network = partial(network_task, hidden=64, samples=8)
+    # name, task, scales of the start, accuracy of the solver, target
+    cases: tuple[tuple[str, Callable[..., Task], tuple[float, ...], float, float], ...] = (
+        ("linear 3", partial(linear_task, 3), (0.0, 0.5, 1.0, 2.0), 1e-8, 1e-12),
+        ("network 64", network, (0.0, 0.5, 1.0), 1e-7, 1e-9),
+    )
+    rates: list[Rate] = []
+    for name, make_task, spreads, tolerance, target in cases:
+        for horizon, spread, seed in itertools.product(horizons, spreads, range(1, seeds + 1)):
+            task = make_task(horizon, seed, spread=spread, tolerance=tolerance)
+            straight = straight_line_of_flows(task) if name.startswith("linear") else None
             optimizer = VarianceCorrected(
                 task.field.parameters(), lr=0.5, curvature="gauss-newton", cg_rtol=1e-4
             )
-            run = descend(task, optimizer, 1e-12, iterations)
-            rates[f"{horizon:g}"].append(asymptotic_rate(run.losses))
+            run = descend(task, optimizer, target, RATE_LIMIT)
+            rate = asymptotic_rate(run.losses)
+            count = len(run.losses) - 1
+            rates.append(Rate(name, horizon, spread, seed, straight, run.reached, count, rate))
     return rates
+
+
+def print_rates(rates: Sequence[Rate]) -> None:
+    """A line for each family, horizon and kind of start."""
+    print(f"\ngauss-newton, lr = 0.5: rate per iteration (in theory 2 log 2 = {THEORY:.4f})")
+    kinds = {True: "straight", False: "not straight", None: "any"}
+    groups: dict[tuple[str, float, bool | None], list[Rate]] = {}
+    for row in rates:
+        groups.setdefault((row.family, row.horizon, row.straight), []).append(row)
+    for (family, horizon, straight), rows in groups.items():
+        done = [row for row in rows if row.reached]
+        line = f"{family:<10} t = {horizon:<4g} starts {kinds[straight]:<12} reached "
+        line += f"{len(done)}/{len(rows)}"
+        if done:
+            values = [row.rate for row in done]
+            counts = [row.iterations for row in done]
+            line += f"   rate {min(values):.4f} to {max(values):.4f}"
+            line += f"   iterations {min(counts)} to {max(counts)}"
+        print(line)
+    print(flush=True)
 
 
 @dataclass(frozen=True)
@@ -375,14 +307,14 @@ def plot_paper(results: dict[str, dict[str, dict[str, Run]]], path: Path) -> Non
     save_figure(figure, path)
 
 
-def plot_systems(summaries: Sequence[Summary], rates: dict[str, list[float]], path: Path) -> None:
-    figure, grid = new_grid(2, 2)
-    (per_dimension, seconds), (per_horizon, gauss_newton) = grid
+def plot_systems(summaries: Sequence[Summary], path: Path) -> None:
+    figure, grid = new_grid(1, 3)
+    per_dimension, seconds, per_horizon = grid[0]
     for method, color in COLORS.items():
         rows = [row for row in summaries if row.method == method]
         linear = [row for row in rows if row.family.startswith("linear")]
         style = {"color": color, "marker": "o", "linestyle": "-", "label": method}
-        horizon = max(row.horizon for row in rows)
+        horizon = max(row.horizon for row in summaries)
         longest = [row for row in linear if row.horizon == horizon]
         dimensions = [int(row.family.split()[1]) for row in longest]
         per_dimension.loglog(dimensions, [row.iterations for row in longest], **style)
@@ -395,15 +327,28 @@ def plot_systems(summaries: Sequence[Summary], rates: dict[str, list[float]], pa
     seconds.set(xlabel="dimension", ylabel="CPU seconds", title=f"linear, t = {horizon:g}")
     per_horizon.set(xlabel="horizon t", ylabel="iterations", title="pendulum, network of 16")
     per_dimension.legend(fontsize=7)
-    for t, values in rates.items():
-        gauss_newton.semilogx([float(t)] * len(values), values, "o", color=COLORS["gauss-newton"])
-    theory = 2.0 * math.log(2.0)
-    gauss_newton.axhspan(0.9 * theory, 1.1 * theory, color="#dddddd")
-    gauss_newton.axhline(theory, color="#444444")
-    gauss_newton.set(
+    save_figure(figure, path)
+
+
+def plot_rates(rates: Sequence[Rate], path: Path) -> None:
+    figure, grid = new_grid(1, 1)
+    axes = grid[0][0]
+    axes.axhspan(0.9 * THEORY, 1.1 * THEORY, color="#dddddd")
+    axes.axhline(THEORY, color="#444444")
+    markers = (("linear 3", True, "o"), ("linear 3", False, "x"), ("network 64", None, "s"))
+    for shift, (family, straight, marker) in zip((0.95, 1.0, 1.05), markers, strict=True):
+        rows = [row for row in rates if (row.family, row.straight) == (family, straight)]
+        axes.semilogx(
+            [shift * row.horizon for row in rows],
+            [row.rate for row in rows],
+            marker,
+            label=family if straight is not False else f"{family}, no straight line",
+        )
+    axes.legend(fontsize=7)
+    axes.set(
         xlabel="horizon t",
         ylabel="rate per iteration",
-        ylim=(0.0, 2.0 * theory),
+        ylim=(0.0, 1.5 * THEORY),
         title="gauss-newton, lr = 0.5, all starts",
     )
     save_figure(figure, path)
@@ -425,6 +370,32 @@ def print_paper(results: dict[str, dict[str, dict[str, Run]]]) -> None:
         print(f"{'rate':<10}" + "".join(f"{rate:>12.4f}" for rate in rates))
 
 
+def run_study(name: str, arguments: argparse.Namespace, out: Path) -> Any:
+    """Run a study, print its table, draw its picture, and return what goes into the results."""
+    picture = out / f"{name}.png"
+    if name == "paper":
+        paper = paper_study(arguments.iterations)
+        print_paper(paper)
+        plot_paper(paper, picture)
+        return {
+            study: {
+                m: {label: asdict(run) for label, run in runs.items()} for m, runs in by.items()
+            }
+            for study, by in paper.items()
+        }
+    if name == "rates":
+        rates = rate_study(RATE_HORIZONS[:: 2 if arguments.quick else 1], arguments.seeds)
+        print_rates(rates)
+        plot_rates(rates, picture)
+        return [asdict(row) for row in rates]
+    print(HEADER)
+    summaries = systems_study(
+        arguments.dimensions, arguments.horizons, arguments.seeds, arguments.iterations
+    )
+    plot_systems(summaries, picture)
+    return [asdict(row) for row in summaries]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="The simplest neural ODE, and the variance-corrected rule beyond it.",
@@ -432,10 +403,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/simplest_ode"), help="results and pictures")
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="what to run")
     add("--dimensions", type=int, nargs="+", default=[2, 5, 10, 20, 50], help="linear systems")
     add("--horizons", type=float, nargs="+", default=[0.5, 2.0], help="of the larger systems")
-    add("--seeds", type=int, default=3, help="runs of each case")
-    add("--iterations", type=int, default=300, help="at most")
+    add("--seeds", type=int, default=2, help="runs of each case")
+    add("--iterations", type=int, default=200, help="at most")
     add("--threads", type=int, default=1, help="threads of torch; one is fastest at these sizes")
     add("--quick", action="store_true", help="small systems, few iterations, one seed")
     return parser.parse_args()
@@ -448,22 +420,11 @@ def main() -> None:
     if arguments.quick:
         arguments.dimensions, arguments.horizons = [2, 5], [0.5]
         arguments.seeds, arguments.iterations = 1, 12
-    paper = paper_study(arguments.iterations)
-    print_paper(paper)
-    # Fewer iterations would measure the way there, not the rate.
-    rate_horizons = RATE_HORIZONS[:: 3 if arguments.quick else 1]
-    rates = rate_study(rate_horizons, arguments.seeds, max(40, arguments.iterations))
-    print("\ngauss-newton, lr = 0.5: rate per iteration (2 log 2 = 1.386), lowest to highest start")
-    for t, values in rates.items():
-        print(f"t = {t:<4} {min(values):.4f} to {max(values):.4f}")
-    print(f"\n{HEADER}")
-    summaries = systems_study(
-        arguments.dimensions, arguments.horizons, arguments.seeds, arguments.iterations
-    )
     out = arguments.output_dir
-    plot_paper(paper, out / "paper.png")
-    plot_systems(summaries, rates, out / "systems.png")
-    results = {
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results |= {
         "environment": environment(),
         "settings": {
             "a*": TARGET,
@@ -473,17 +434,11 @@ def main() -> None:
             "loss": "E|x_t - y|^2 / E|y|^2",
             **{key: str(value) for key, value in vars(arguments).items()},
         },
-        "paper": {
-            study: {
-                m: {label: asdict(run) for label, run in runs.items()} for m, runs in by.items()
-            }
-            for study, by in paper.items()
-        },
-        "gauss_newton_rates": rates,
-        "systems": [asdict(row) for row in summaries],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / 'results.json'}, {out / 'paper.png'}, {out / 'systems.png'}")
+    for name in arguments.studies:
+        results[name] = run_study(name, arguments, out)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {path} and {', '.join(f'{name}.png' for name in arguments.studies)}")
 
 
 if __name__ == "__main__":
