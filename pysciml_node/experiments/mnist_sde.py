@@ -133,7 +133,7 @@ MNIST_SDE = Experiment(
     },
     reduced=Budget(
         {
-            "steps": 300,
+            "steps": 800,
             "batch_size": 128,
             "step_size": "solver",
             "stop_gradient": False,

@@ -96,6 +96,21 @@ def test_discrete_gradients_on_the_same_steps_agree(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("translated", [True, False], ids=["translated", "called back"])
+def test_gradients_of_the_estimates_of_all_steps_agree(translated: bool) -> None:
+    """Of the global penalties, with respect to the start and all parameters."""
+
+    def gradients(engine: str) -> tuple[Tensor, ...]:
+        module, u0 = network(), start().requires_grad_()
+        field = module if translated else lambda t, u: module(t, u)
+        solution = fixed_steps("Tsit5", engine, field, u0)
+        penalty = psn.GlobalError()(solution) + psn.GlobalStiffness()(solution)
+        return torch.autograd.grad(penalty, (u0, *module.parameters()))
+
+    found, expected = both(gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["Tsit5", "Vern9"])
 def test_adaptive_solves_agree(name: str) -> None:
     field = network()
