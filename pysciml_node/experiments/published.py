@@ -133,7 +133,9 @@ def _ours(
 ) -> str:
     if name not in figures:
         return "-"
-    shown = _number(figures[name]["mean"]) + _spread(figures[name], _number)
+    shown = _number(figures[name]["mean"]) + _spread(
+        figures[name], lambda std: _number(std, figures[name]["mean"])
+    )
     return shown if vanilla is None else shown + _ratio(figures[name], vanilla[name])
 
 
@@ -154,5 +156,6 @@ def _theirs(published: Published | None, table: dict[str, Published], name: str)
     return f"{_number(value)} x{value / vanilla:.3f}{mark}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+def _number(value: float, like: float | None = None) -> str:
+    """With as many decimals as suit it, or another number."""
+    return f"{value:.1f}" if (value if like is None else like) >= 10 else f"{value:.3f}"
