@@ -76,7 +76,11 @@ class Method:
 
 
 def variance_corrected(curvature: Curvature, **options: Any) -> MakeOptimizer:
-    return lambda params, lr: VarianceCorrected(params, lr, curvature=curvature, **options)
+    def make(params: Sequence[Tensor], lr: float) -> Optimizer:
+        probes = torch.Generator().manual_seed(0)
+        return VarianceCorrected(params, lr, curvature=curvature, generator=probes, **options)
+
+    return make
 
 
 def lbfgs(params: Sequence[Tensor], lr: float) -> Optimizer:
