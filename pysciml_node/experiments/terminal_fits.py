@@ -66,9 +66,11 @@ class Task:
 
     def __post_init__(self) -> None:
         # A field that needs ten times the steps of a good one has blown up for our purpose.
-        options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance, "max_steps": 100}
+        loose = self.tolerance > 1e-6
+        algorithm, max_steps = (psn.Tsit5(), 100) if loose else (psn.Vern7(), 500)
+        options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance}
+        options["max_steps"] = max_steps
         span = (0.0, self.horizon)
-        algorithm = psn.Tsit5() if self.tolerance > 1e-6 else psn.Vern7()
         with torch.no_grad():
             self.y = psn.NeuralODE(self.truth, algorithm, span, **options)(self.x0).u1
         self.node = psn.NeuralODE(self.field, algorithm, span, **options)
