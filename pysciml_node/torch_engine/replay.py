@@ -100,7 +100,7 @@ class _Measured(torch.autograd.Function):
                 retain_graph=True,
                 allow_unused=True,
             )
-            state_bars.append(bars[n].copy_(bar))
+            state_bars.append(None if bar is None else bars[n].copy_(bar))
             sums.add([*others])
         gradients = (*state_bars, *sums.sums)
         return (None, None, None, None, *first_derivative(gradients, (*states, *sources)))

@@ -55,6 +55,19 @@ def test_gradients_of_replay_equal_direct_ones(regularizer: type[psn.Regularizer
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
+def test_estimates_that_do_not_see_the_state() -> None:
+    """An integral, on absolute tolerances alone."""
+    p = torch.tensor([0.5, 0.2], dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(2, dtype=torch.float64)
+    problem = psn.ODEProblem(lambda t, u, p: torch.sin(9 * t) * p, start, (0.0, 1.0), p)
+    found = []
+    for adjoint in (psn.DirectAdjoint(), psn.DiscreteAdjoint()):
+        fixed = {"controller": psn.FixedStep(), "dt0": 0.1, "rtol": 0.0, "atol": 1e-4}
+        solution = psn.solve(problem, psn.Tsit5(), adjoint=adjoint, **fixed)
+        found.append(torch.autograd.grad(psn.GlobalError()(solution), p)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_reach_parameters_wherever_they_come_from() -> None:
     """Through p, computed from others; through a closure, as leaf and as the result of a sum."""
     start = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
