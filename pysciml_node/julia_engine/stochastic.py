@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,17 +17,15 @@ from pysciml_node.julia_engine.buffers import CODES, address, device_code, doubl
 from pysciml_node.julia_engine.fields import CalledField, Field, native_field
 from pysciml_node.julia_engine.forward import RETCODES
 from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.options import SolveOptions
 from pysciml_node.problem import ODEProblem
 from pysciml_node.sde_algorithms import StochasticRungeKutta
-from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.solution import ReturnCode
-from pysciml_node.torch_engine.march import Attempt, Step
-from pysciml_node.torch_engine.sde.adjoints import Pullback, StepPullback
-from pysciml_node.torch_engine.sde.brownian import BrownianPath, Increment
+from pysciml_node.torch_engine.march import Step
+from pysciml_node.torch_engine.sde.adjoints import Pullback
+from pysciml_node.torch_engine.sde.brownian import Increment
 from pysciml_node.torch_engine.sde.engine import Parts
-from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields
-from pysciml_node.torch_engine.sde.march import first_size, smallest_step
+from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields, NoiseLayout
+from pysciml_node.torch_engine.sde.march import Start, Steps
 from pysciml_node.torch_engine.sde.step import Stepper
 
 _RUNNING = -1
@@ -47,71 +44,47 @@ class JuliaParts(Parts):
         self._fields: tuple[Field, Field]
 
     @override
-    def steps(
-        self,
-        stepper: Stepper,
-        problem: SDEProblem,
-        options: SolveOptions,
-        path: BrownianPath,
-        vector: Tensor,
-        slope: tuple[Tensor, Tensor] | None,
-    ) -> JuliaSteps:
-        self._fields = fields_of(stepper.fields, self._gradients)
-        parts = self._algorithm, *self._fields
-        return JuliaSteps(*parts, stepper, problem, options, path, vector, slope)
+    def steps(self, start: Start) -> JuliaSteps:
+        self._fields = fields_of(start.stepper.fields, self._gradients)
+        return JuliaSteps(start, self._algorithm, *self._fields)
 
     @override
-    def pullback(
-        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
-    ) -> Pullback:
+    def pullback(self, prepared: DifferentiableFields, stepper: Stepper) -> Pullback:
         # A field that is called back is differentiated where it lives.
         if any(field.calls_python for field in self._fields):
-            return StepPullback(prepared, stepper)
-        return JuliaPullback(*self._fields, prepared.inputs, stepper, path)
+            return super().pullback(prepared, stepper)
+        return JuliaPullback(*self._fields, prepared.inputs, stepper)
 
 
-@dataclass
-class JuliaSteps:
-    """Steps that StochasticDiffEq takes; the counterpart of the torch engine's `SDEMarch`.
+class JuliaSteps(Steps):
+    """Steps that StochasticDiffEq takes.
 
     Args:
+        start: what they begin from.
         algorithm: of the solve.
         drift: in Julia.
         diffusion: in Julia.
-        stepper: the method and the fields in torch.
-        problem: what is solved.
-        options: step control.
-        path: the Brownian motions.
-        vector: the state at `t0`.
-        slope: drift and diffusion there, where they are known.
     """
 
-    algorithm: StochasticRungeKutta
-    drift: Field
-    diffusion: Field
-    stepper: Stepper
-    problem: SDEProblem
-    options: SolveOptions
-    path: BrownianPath
-    vector: Tensor
-    slope: tuple[Tensor, Tensor] | None = None
-    naccept: int = 0
-    nreject: int = 0
-    retcode: ReturnCode = ReturnCode.Default
-    last: Attempt | None = None
-    _counted: tuple[int, int] = (0, 0)
+    def __init__(
+        self, start: Start, algorithm: StochasticRungeKutta, drift: Field, diffusion: Field
+    ) -> None:
+        super().__init__(start)
+        self.algorithm, self.drift, self.diffusion = algorithm, drift, diffusion
+        self._counted = (0, 0)
 
     @property
+    @override
     def evaluations(self) -> tuple[int, int]:
-        """Of drift and diffusion, so far."""
-        fields = self.stepper.fields
-        return fields.nfe + self._counted[0], fields.nfe_diffusion + self._counted[1]
+        drifts, diffusions = super().evaluations
+        return drifts + self._counted[0], diffusions + self._counted[1]
 
+    @override
     def __iter__(self) -> Iterator[Step]:
-        problem, options = self.problem, self.options
+        problem, options = self.start.problem, self.start.options
         both = self.drift, self.diffusion
         device = torch.device("cpu") if any(f.host for f in both) else problem.spec.device
-        proposed, self.slope = first_size(self.stepper, problem, options, self.vector, self.slope)
+        proposed, _ = self.start.first_size()
         if not math.isfinite(proposed):
             self.retcode = ReturnCode.Unstable
             return
@@ -155,13 +128,14 @@ class JuliaSteps:
             proposed: size that the first step should have.
             device: where Julia has the state.
         """
-        problem, options, layout = self.problem, self.options, self.stepper.fields.layout
+        given, path = self.start, self.start.path
+        problem, options, layout = given.problem, given.options, given.stepper.fields.layout
         adaptive = options.controller.adaptive
         first = min(proposed, problem.t1 - problem.t0)
         if adaptive:
-            end = self.path.aligned(problem.t0, first, down=proposed == options.dtmax)
+            end = path.aligned(problem.t0, first, down=proposed == options.dtmax)
             first = min(end, problem.t1) - problem.t0
-        noise = _Noise(self.stepper, self.path, device)
+        noise = _Noise(layout, problem.spec.dtype, device)
         marks = doubles((problem.t0, *options.tstops, problem.t1))
         start = self.vector.detach().to(device)
         parameters = [field.parameters().to(device) for field in (self.drift, self.diffusion)]
@@ -179,13 +153,13 @@ class JuliaSteps:
             address(marks),
             first,
             proposed,
-            smallest_step(options, self.path, problem),
+            given.smallest,
             noise.w.numel(),
             layout.samples if layout.matrix else 0,
-            self.path.length if adaptive else 0.0,
+            path.length if adaptive else 0.0,
             pointer(noise.w),
             pointer(noise.z),
-            noise,
+            lambda start, end: noise.write(path.increment(start, end)),
             wrap=Handle,
             release=False,
         )
@@ -223,11 +197,11 @@ def fields_of(fields: Fields, gradients: bool) -> tuple[Field, Field]:
 
 
 class _Noise:
-    """Writes the motion over an interval to memory that Julia reads.
+    """Memory from which Julia reads the motion over an interval.
 
     Args:
-        stepper: for the layout of the motions.
-        path: the motions.
+        layout: of the motions.
+        dtype: of the state.
         device: where Julia reads.
 
     Attributes:
@@ -235,18 +209,14 @@ class _Noise:
         z: increments of the motions with `I_(1,0) = h (w + z / 3**0.5) / 2`.
     """
 
-    def __init__(self, stepper: Stepper, path: BrownianPath, device: torch.device) -> None:
-        self._layout, self._path = stepper.fields.layout, path
-        layout = self._layout
+    def __init__(self, layout: NoiseLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout = layout
         size = layout.size if layout.matrix else layout.entries
-        self.w = torch.empty(size, dtype=path.normals.dtype, device=device)
+        self.w = torch.empty(size, dtype=dtype, device=device)
         self.z = torch.empty_like(self.w)
 
-    def __call__(self, start: float, end: float) -> None:
-        self.write(self._path.increment(start, end))
-
     def write(self, motion: Increment) -> None:
-        """Put a motion where Julia reads it."""
+        """Put a motion there."""
         self.w.copy_(self._layout.by_entry(motion.w))
         # I_(1,0) = h (w / 2 + area).
         self.z.copy_(self._layout.by_entry(motion.area)).mul_(math.sqrt(12))
@@ -260,23 +230,17 @@ class JuliaPullback(Pullback):
         diffusion: in Julia.
         inputs: tensors that receive gradients, in the order that the solve knows them by.
         stepper: the method and the fields in torch.
-        path: the Brownian motions.
 
     Attributes:
         evaluations: of the drift.
     """
 
     def __init__(
-        self,
-        drift: Field,
-        diffusion: Field,
-        inputs: list[Tensor],
-        stepper: Stepper,
-        path: BrownianPath,
+        self, drift: Field, diffusion: Field, inputs: list[Tensor], stepper: Stepper
     ) -> None:
         spec = stepper.fields.problem.spec
         self._fields, self._inputs, self._device = (drift, diffusion), inputs, spec.device
-        self._noise = _Noise(stepper, path, spec.device)
+        self._noise = _Noise(stepper.fields.layout, spec.dtype, spec.device)
         self._parameters = [field.parameters() for field in self._fields]
         self._sums = [torch.zeros_like(p) for p in self._parameters]
         self._stages = sum(s is not None for s in stepper.method.needed[0])

@@ -35,7 +35,7 @@ from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.norms import Tolerance
 from pysciml_node.torch_engine.record import Record, check_finite, follow
-from pysciml_node.torch_engine.sde.engine import TorchParts, solve_sde
+from pysciml_node.torch_engine.sde.engine import Parts, solve_sde
 from pysciml_node.torch_engine.stages import Method, Stages
 from pysciml_node.torch_engine.trajectory import TorchTrajectory
 from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
@@ -195,7 +195,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     """Run a checked problem; a failed solve is returned like any other."""
     if isinstance(problem, SDEProblem):
         assert isinstance(algorithm, StochasticRungeKutta)
-        return solve_sde(problem, algorithm, options, NAME, TorchParts())
+        return solve_sde(problem, algorithm, options, NAME, Parts())
     assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, ExplicitRungeKutta)
     if options.compile and can_compile():

@@ -40,7 +40,7 @@ function start_walk(
     # What Python owns may be gone before the walk ends; the increments are written there by design.
     return walk(
         drift, diffusion, plan, copy(vector(u0)), (copy(vector(pf)), copy(vector(pg))), vector(w),
-        vector(z), copy(marks);
+        vector(z), marks;
         delta, dt0, proposed, dtmin, samples, length,
         draw = (from, to) -> (noise(from, to); nothing),
     )

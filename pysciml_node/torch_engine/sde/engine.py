@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
-
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from pysciml_node.adjoints import BacksolveAdjoint, DirectAdjoint
 from pysciml_node.options import SolveOptions
 from pysciml_node.progress import step_listener
 from pysciml_node.sde_algorithms import StochasticRungeKutta
 from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import ReturnCode, Solution, Stats
+from pysciml_node.solution import Solution, Stats
 from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients
 from pysciml_node.torch_engine.autograd import SolveNode
 from pysciml_node.torch_engine.finish import build_solution
-from pysciml_node.torch_engine.march import Attempt, Step
+from pysciml_node.torch_engine.march import Step
 from pysciml_node.torch_engine.record import Record, check_finite, detached
 from pysciml_node.torch_engine.sde.adjoints import (
     Pullback,
@@ -28,69 +24,22 @@ from pysciml_node.torch_engine.sde.adjoints import (
 )
 from pysciml_node.torch_engine.sde.brownian import BrownianPath
 from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields
-from pysciml_node.torch_engine.sde.march import SDEMarch, path_for
+from pysciml_node.torch_engine.sde.march import SDEMarch, Slope, Start, Steps, path_for
 from pysciml_node.torch_engine.sde.step import SDEMethod, Stepper
 from pysciml_node.torch_engine.sde.trajectory import SDETrajectory
 
 Found = tuple[Record, list[Tensor], Tensor]
-Slope = tuple[Tensor, Tensor]
 
 
-class Steps(Protocol):
-    """Accepted steps in time, and how they ended: `SDEMarch`, or another engine's."""
+class Parts:
+    """What an engine has of its own, here the embedded one's; all else is shared."""
 
-    vector: Tensor
-    naccept: int
-    nreject: int
-    retcode: ReturnCode
-    last: Attempt | None
+    def steps(self, start: Start) -> Steps:
+        """The accepted steps."""
+        return SDEMarch(start)
 
-    def __iter__(self) -> Iterator[Step]: ...
-
-    @property
-    def evaluations(self) -> tuple[int, int]:
-        """Of drift and diffusion, so far."""
-
-
-class Parts(Protocol):
-    """What an engine has of its own; all else of a solve is the same for every engine."""
-
-    def steps(
-        self,
-        stepper: Stepper,
-        problem: SDEProblem,
-        options: SolveOptions,
-        path: BrownianPath,
-        vector: Tensor,
-        slope: Slope | None,
-    ) -> Steps:
-        """The accepted steps; takes what `SDEMarch` takes."""
-
-    def pullback(
-        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
-    ) -> Pullback:
+    def pullback(self, prepared: DifferentiableFields, stepper: Stepper) -> Pullback:
         """The adjoint of single steps, once they have been taken."""
-
-
-class TorchParts(Parts):
-    """The embedded engine's."""
-
-    @override
-    def steps(
-        self,
-        stepper: Stepper,
-        problem: SDEProblem,
-        options: SolveOptions,
-        path: BrownianPath,
-        vector: Tensor,
-        slope: Slope | None,
-    ) -> Steps:
-        return SDEMarch(stepper, problem, options, path, vector, slope)
-
-    @override
-    def pullback(
-        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
-    ) -> Pullback:
         return StepPullback(prepared, stepper)
 
 
@@ -122,7 +71,7 @@ class _SDESolve:
     def march(self, vector: Tensor, slope: Slope | None) -> Found:
         """Run the time loop and keep what the options ask for."""
         options = self.options
-        march = self.parts.steps(self.stepper, self.problem, options, self.path, vector, slope)
+        march = self.parts.steps(Start(self.stepper, options, self.path, vector, slope))
         with step_listener(options.progress, self.problem) as on_step:
             saver = _Saver(self, march)
             for step in march:
@@ -155,7 +104,7 @@ class _SDESolve:
             arrived = record, states, arriving, self.stats
             if isinstance(self.options.adjoint, BacksolveAdjoint):
                 return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
-            pull = self.parts.pullback(prepared, self.stepper, self.path)
+            pull = self.parts.pullback(prepared, self.stepper)
             return discrete_sweep(pull, self.path, *arrived)
 
         keep: list[Record] = []

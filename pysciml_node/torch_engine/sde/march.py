@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.controllers import FixedStep
 from pysciml_node.options import SolveOptions
@@ -39,17 +41,16 @@ def path_for(problem: SDEProblem, options: SolveOptions, size: int) -> BrownianP
     return BrownianPath(normals, problem.t0, length)
 
 
-@dataclass
-class SDEMarch:
-    """Steps from `t0` to `t1`: iterate to get the accepted ones.
+Slope = tuple[Tensor, Tensor]
+"""Drift and diffusion at a time and state."""
 
-    The path is what it is before the first step: a rejected step looks at it again over a shorter
-    interval, and so rejection cannot bias the solution. After the last step `retcode` says how
-    the march ended.
+
+@dataclass(frozen=True)
+class Start:
+    """What the steps of a solve begin from.
 
     Args:
         stepper: method and fields.
-        problem: what is solved.
         options: step control.
         path: the Brownian motions.
         vector: what is stepped, at `t0`.
@@ -57,27 +58,87 @@ class SDEMarch:
     """
 
     stepper: Stepper
-    problem: SDEProblem
     options: SolveOptions
     path: BrownianPath
     vector: Tensor
-    slope: tuple[Tensor, Tensor] | None = None
-    naccept: int = 0
-    nreject: int = 0
-    retcode: ReturnCode = ReturnCode.Default
-    last: Attempt | None = None
+    slope: Slope | None
 
+    @property
+    def problem(self) -> SDEProblem:
+        """What is solved."""
+        return self.stepper.fields.problem
+
+    @property
+    def smallest(self) -> float:
+        """The least size of a step: below it the path does not tell times apart."""
+        resolved = math.ldexp(self.path.length, 4 - DEPTH)
+        return max(self.options.dtmin, resolved, 8 * math.ulp(self.problem.t1))
+
+    def first_size(self) -> tuple[float, Slope | None]:
+        """The size that the first step should have; drift and diffusion at the start, if known."""
+        options, problem, slope = self.options, self.problem, self.slope
+        if options.dt0 is not None:
+            return options.dt0, slope
+        stepper = self.stepper
+        u = stepper.state(self.vector).detach()
+        tolerance = Tolerance(options.rtol, options.atol, options.driven)
+        with torch.no_grad():
+            if slope is None:
+                slope = starting_slope(stepper, problem.t0, u)
+            span, fields = problem.t1 - problem.t0, stepper.fields
+            size = initial_step(fields, stepper.method, tolerance, problem.t0, u, slope, span)
+        return size, slope
+
+
+class Steps(ABC):
+    """Accepted steps from `t0` to `t1`: iterate to get them.
+
+    Attributes:
+        vector: what is stepped, at the end of the last one.
+        naccept: how many there are.
+        nreject: how many attempts were rejected.
+        retcode: after the last step, how it ended.
+        last: the last attempt, where it is known.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.vector = start.vector
+        self.naccept = self.nreject = 0
+        self.retcode = ReturnCode.Default
+        self.last: Attempt | None = None
+
+    @abstractmethod
     def __iter__(self) -> Iterator[Step]:
-        options, problem, stepper = self.options, self.problem, self.stepper
+        """The steps, once."""
+
+    @property
+    def evaluations(self) -> tuple[int, int]:
+        """Of drift and diffusion, so far."""
+        fields = self.start.stepper.fields
+        return fields.nfe, fields.nfe_diffusion
+
+
+class SDEMarch(Steps):
+    """Steps that the torch engine takes.
+
+    The path is what it is before the first step: a rejected step looks at it again over a shorter
+    interval, and so rejection cannot bias the solution.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Step]:
+        start = self.start
+        options, problem, stepper, path = start.options, start.problem, start.stepper, start.path
         adaptive = options.controller.adaptive
         sizes = options.controller.start(stepper.method.tableau.error_order)
         tolerance = Tolerance(options.rtol, options.atol, options.driven)
         stops = (*options.tstops, problem.t1)
         t, next_stop, rejecting = problem.t0, 0, False
-        smallest = smallest_step(options, self.path, problem)
-        h, self.slope = first_size(stepper, problem, options, self.vector, self.slope)
+        smallest = start.smallest
+        h, slope = start.first_size()
         # Autograd has not recorded what the search for a first size has evaluated.
-        first = None if torch.is_grad_enabled() or not self._first_is_at_start else self.slope
+        first = None if torch.is_grad_enabled() or not self._first_is_at_start else slope
         while True:
             if not math.isfinite(h):
                 self.retcode = ReturnCode.Unstable
@@ -94,10 +155,10 @@ class SDEMarch:
                 return
             end = stop if lands else t + proposed
             if adaptive and not lands:
-                end = self.path.aligned(t, proposed, down=rejecting or proposed == options.dtmax)
+                end = path.aligned(t, proposed, down=rejecting or proposed == options.dtmax)
                 lands = end >= stop
                 end = min(end, stop)
-            motion = self.path.increment(t, end)
+            motion = path.increment(t, end)
             u = self.vector
             u1, taken = stepper.take(t, u, motion, with_error=adaptive, first=first)
             error = math.nan
@@ -136,39 +197,9 @@ class SDEMarch:
     @property
     def _first_is_at_start(self) -> bool:
         """Whether the first stages of drift and diffusion do not depend on the step's size."""
-        tableau = self.stepper.method.tableau
+        tableau = self.start.stepper.method.tableau
         first = tableau.diffusion[0]
         return first is not None and first.c == 0.0
-
-    @property
-    def evaluations(self) -> tuple[int, int]:
-        """Of drift and diffusion, so far."""
-        return self.stepper.fields.nfe, self.stepper.fields.nfe_diffusion
-
-
-def smallest_step(options: SolveOptions, path: BrownianPath, problem: SDEProblem) -> float:
-    """The least size of a step: below it the path does not tell times apart."""
-    return max(options.dtmin, math.ldexp(path.length, 4 - DEPTH), 8 * math.ulp(problem.t1))
-
-
-def first_size(
-    stepper: Stepper,
-    problem: SDEProblem,
-    options: SolveOptions,
-    vector: Tensor,
-    slope: tuple[Tensor, Tensor] | None,
-) -> tuple[float, tuple[Tensor, Tensor] | None]:
-    """The size that the first step should have; drift and diffusion at the start, where known."""
-    if options.dt0 is not None:
-        return options.dt0, slope
-    u = stepper.state(vector).detach()
-    tolerance = Tolerance(options.rtol, options.atol, options.driven)
-    with torch.no_grad():
-        if slope is None:
-            slope = starting_slope(stepper, problem.t0, u)
-        span = problem.t1 - problem.t0
-        size = initial_step(stepper.fields, stepper.method, tolerance, problem.t0, u, slope, span)
-    return size, slope
 
 
 def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:
@@ -176,7 +207,7 @@ def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:
     return None if f is None or g is None else (f, g)
 
 
-def starting_slope(stepper: Stepper, t: float, u: Tensor) -> tuple[Tensor, Tensor]:
+def starting_slope(stepper: Stepper, t: float, u: Tensor) -> Slope:
     """Drift and diffusion at a time and state."""
     time = stepper.method.nodes.new_tensor(t)
     return stepper.fields.drift(time, u), stepper.fields.diffusion(time, u)
