@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,33 @@ def graph_leaves(root: Tensor) -> list[Tensor]:
     return leaves
 
 
+def expect_known(
+    value: Tensor,
+    known: Sequence[Tensor],
+    who: str = "the field uses",
+    remedy: str = "make the field an nn.Module that owns them",
+) -> None:
+    """Refuse tensors that need gradients and were not seen at `t0`.
+
+    Args:
+        value: of what the user gave.
+        known: the leaves that its graph may end in.
+        who: the beginning of the message.
+        remedy: what to do, beside the ways that are open to all.
+
+    Raises:
+        RuntimeError: the graph of the value ends in others.
+    """
+    ids = {id(x) for x in known}
+    late = [x for x in graph_leaves(value) if id(x) not in ids]
+    if late:
+        raise RuntimeError(
+            f"{who} {len(late)} tensor(s) that need gradients and were not seen at t0, the first "
+            f"of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
+            f"  Pass them as p=, {remedy}, or use adjoint=DirectAdjoint()."
+        )
+
+
 class DifferentiableField:
     """A field prepared for gradients: its inputs found, its vector-Jacobian product at hand.
 
@@ -182,20 +210,8 @@ class DifferentiableField:
             k = self.field(time, state)
         if not self._looked_again:
             self._looked_again = True
-            self._expect_known(k, state, time)
+            expect_known(k, (state, time, *self.leaves))
         return Linearized(k, state, time if time_gradient else None, self.leaves)
-
-    def _expect_known(self, k: Tensor, state: Tensor, time: Tensor) -> None:
-        """Refuse tensors that the field has come to use since `t0`."""
-        known = {id(x) for x in (state, time, *self.leaves)}
-        late = [x for x in graph_leaves(k) if id(x) not in known]
-        if late:
-            raise RuntimeError(
-                f"the field uses {len(late)} tensor(s) that need gradients and were not seen at "
-                f"t0, the first of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
-                "  Pass them as p=, make the field an nn.Module that owns them, or use "
-                "adjoint=DirectAdjoint()."
-            )
 
 
 class Linearized:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.torch_engine.autograd import first_derivative
-from pysciml_node.torch_engine.field import Accumulator, graph_leaves
+from pysciml_node.torch_engine.field import Accumulator, expect_known, graph_leaves
 
 # From a step's number and the state at its start to numbers, each a 0-d tensor.
 Measure = Callable[[int, Tensor], tuple[Tensor, ...]]
@@ -68,7 +68,8 @@ class _Measured(torch.autograd.Function):
         ctx.measure, ctx.leaves, ctx.count = measure, leaves, count
         ctx.save_for_backward(*inputs)
         found = first.new_empty((count, len(first)))
-        for n, u in enumerate(inputs[:count]):
+        found[0] = first
+        for n, u in enumerate(inputs[1:count], start=1):
             torch.stack(measure(n, u), out=found[n])
         return found
 
@@ -91,7 +92,7 @@ class _Measured(torch.autograd.Function):
             if not found.requires_grad:
                 state_bars.append(None)
                 continue
-            _expect_known(found, (start, *ctx.leaves))
+            expect_known(found, (start, *ctx.leaves))
             bar, *others = torch.autograd.grad(
                 found,
                 (start, *ctx.leaves),
@@ -104,15 +105,3 @@ class _Measured(torch.autograd.Function):
             sums.add([*others])
         gradients = (*state_bars, *sums.sums)
         return (None, None, None, None, *first_derivative(gradients, (*states, *sources)))
-
-
-def _expect_known(found: Tensor, known: Sequence[Tensor]) -> None:
-    """Refuse tensors that a step uses and the first one did not."""
-    late = [x for x in graph_leaves(found) if all(x is not one for one in known)]
-    if late:
-        raise RuntimeError(
-            f"the field uses {len(late)} tensor(s) that need gradients and were not seen at t0, "
-            f"the first of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
-            "  Pass them as p=, make the field an nn.Module that owns them, or use "
-            "adjoint=DirectAdjoint()."
-        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pysciml_node.sde_problem import SDEProblem
 from pysciml_node.state import map_tensors, tensors_of
-from pysciml_node.torch_engine.field import FlatField, _modules, graph_leaves
+from pysciml_node.torch_engine.field import FlatField, _modules, expect_known, graph_leaves
 
 
 class NoiseLayout:
@@ -194,12 +194,9 @@ class DifferentiableFields:
         if self._looked_again:
             return
         self._looked_again = True
-        known = {id(x) for x in (state, *self.leaves)}
-        late = [x for x in graph_leaves(value) if id(x) not in known]
-        if late:
-            raise RuntimeError(
-                f"the drift or diffusion uses {len(late)} tensor(s) that need gradients and were "
-                f"not seen at t0, the first of shape {tuple(late[0].shape)}: the gradient would "
-                "miss them.\n  Pass them as p=, make the functions nn.Modules that own them, or "
-                "use adjoint=DirectAdjoint()."
-            )
+        expect_known(
+            value,
+            (state, *self.leaves),
+            "the drift or diffusion uses",
+            "make the functions nn.Modules that own them",
+        )
