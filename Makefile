@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	         "Name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@# A Julia project that exists already needs the juliacall of its PythonCall's version.
-	@juliacall=$$($(PYTHON) pysciml_node/julia_engine/env.py) || juliacall=; \
+	@juliacall=$$($(PYTHON) pysciml_node/julia_engine/process/env.py) || juliacall=; \
 	  sed "s/^juliacall==.*/$${juliacall:-&}/" constraints.txt > $(CONSTRAINTS)
 	$(PIP) install -e '.[dev,examples]' -c $(CONSTRAINTS)
 	@touch $@

@@ -26,7 +26,7 @@ from timing import pin, table
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.sde_algorithms import StochasticRungeKutta
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 
 ITO = (psn.EM(), psn.LambaEM(), psn.RKMil(), psn.SRIW1(), psn.SOSRI(), psn.SOSRI2())
 STRATONOVICH = (psn.RKMil(), psn.EulerHeun(), psn.ReversibleHeun())

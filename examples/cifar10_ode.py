@@ -13,9 +13,9 @@ On a CPU, start with --budget reduced. --quick takes scikit-learn's digits inste
 
 import argparse
 
-from pysciml_node.experiments.cifar10 import CIFAR10
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.multiscale import CIFAR10_MULTI_SCALE
+from pysciml_node.experiments.published.cifar10 import CIFAR10
+from pysciml_node.experiments.published.multiscale import CIFAR10_MULTI_SCALE
+from pysciml_node.experiments.trainer.command import main
 
 MODELS = {"standard": CIFAR10, "multi-scale": CIFAR10_MULTI_SCALE}
 

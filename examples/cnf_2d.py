@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 from pysciml_node.data.plane import SHAPES
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.flows import plane_experiment
+from pysciml_node.experiments.published.flows import plane_experiment
+from pysciml_node.experiments.trainer.command import main
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)

@@ -16,8 +16,8 @@ on where it stopped when it is repeated with --resume.
 
 import sys
 
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.flows import CNF_DIGITS, CNF_MNIST
+from pysciml_node.experiments.published.flows import CNF_DIGITS, CNF_MNIST
+from pysciml_node.experiments.trainer.command import main
 
 if __name__ == "__main__":
     with_folder = any(word.partition("=")[0] == "--data-dir" for word in sys.argv[1:])

@@ -26,15 +26,20 @@ from typing import Any
 import torch
 
 from pysciml_node.data import Splits, digits
-from pysciml_node.experiments import digits_demo
-from pysciml_node.experiments.experiment import Budget, Experiment
-from pysciml_node.experiments.figures import plot_training
-from pysciml_node.experiments.flows import plane_experiment
-from pysciml_node.experiments.model import make_classifier
-from pysciml_node.experiments.results import RunResult, lay_out, load_results, merge_results
-from pysciml_node.experiments.runner import make_trainer, measure
-from pysciml_node.experiments.settings import VARIANTS, Run, Settings
-from pysciml_node.experiments.trainable import METRICS
+from pysciml_node.experiments.demo import digits_demo
+from pysciml_node.experiments.published.flows import plane_experiment
+from pysciml_node.experiments.reporting.figures import plot_training
+from pysciml_node.experiments.reporting.results import (
+    RunResult,
+    lay_out,
+    load_results,
+    merge_results,
+)
+from pysciml_node.experiments.trainer.experiment import Budget, Experiment
+from pysciml_node.experiments.trainer.model import make_classifier
+from pysciml_node.experiments.trainer.runner import make_trainer, measure
+from pysciml_node.experiments.trainer.settings import VARIANTS, Run, Settings
+from pysciml_node.experiments.trainer.trainable import METRICS
 
 
 def load_digits(folder: Path, download: bool, settings: Settings) -> Splits[Any]:

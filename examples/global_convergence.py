@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from pysciml_node.doctor import environment
-from pysciml_node.experiments.figures import new_figure, save_figure
-from pysciml_node.experiments.infinite_width import (
+from pysciml_node.cli.doctor import environment
+from pysciml_node.experiments.reporting.figures import new_figure, save_figure
+from pysciml_node.experiments.studies.infinite_width import (
     QUICK,
     Digits,
     Sizes,

@@ -11,8 +11,8 @@ and seed is added to OUTPUT_DIR/results.json:
 An interrupted call goes on where it stopped when it is repeated with --resume.
 """
 
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.mnist import MNIST_ODE
+from pysciml_node.experiments.published.mnist import MNIST_ODE
+from pysciml_node.experiments.trainer.command import main
 
 if __name__ == "__main__":
     main(MNIST_ODE, __doc__)

@@ -10,8 +10,8 @@ diagonal noise from t = 0 to 1 and are read linearly.
 On a CPU, start with --budget reduced. An interrupted call goes on with --resume.
 """
 
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.mnist_sde import MNIST_SDE
+from pysciml_node.experiments.published.mnist_sde import MNIST_SDE
+from pysciml_node.experiments.trainer.command import main
 
 if __name__ == "__main__":
     main(MNIST_SDE, __doc__)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.experiments.figures import new_figure, save_figure
-from pysciml_node.progress import ProgressLine
+from pysciml_node.experiments.reporting.figures import new_figure, save_figure
+from pysciml_node.steps.progress import ProgressLine
 
 REGULARIZERS: dict[str, tuple[type[psn.Regularizer], dict[str, Any], float]] = {
     "none": (psn.Regularizer, {}, 0.0),

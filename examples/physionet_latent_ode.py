@@ -12,8 +12,8 @@ Each run adds to OUTPUT_DIR/results.json, and draws what the model makes of pati
 seen only 70 % of the times. --quick takes a small series that matplotlib ships instead.
 """
 
-from pysciml_node.experiments.command import main
-from pysciml_node.experiments.physionet import PHYSIONET
+from pysciml_node.experiments.published.physionet import PHYSIONET
+from pysciml_node.experiments.trainer.command import main
 
 if __name__ == "__main__":
     main(PHYSIONET, __doc__)

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from pysciml_node.experiments.cifar10 import CIFAR10
-from pysciml_node.experiments.command import NAMES, Place, make_runs, run_all
-from pysciml_node.experiments.experiment import BUDGETS, Experiment
-from pysciml_node.experiments.mnist import MNIST_ODE
-from pysciml_node.experiments.mnist_sde import MNIST_SDE
-from pysciml_node.experiments.multiscale import CIFAR10_MULTI_SCALE
-from pysciml_node.experiments.physionet import PHYSIONET
-from pysciml_node.experiments.published import compare
-from pysciml_node.experiments.results import format_table, load_results, summarize
+from pysciml_node.experiments.published.cifar10 import CIFAR10
+from pysciml_node.experiments.published.mnist import MNIST_ODE
+from pysciml_node.experiments.published.mnist_sde import MNIST_SDE
+from pysciml_node.experiments.published.multiscale import CIFAR10_MULTI_SCALE
+from pysciml_node.experiments.published.physionet import PHYSIONET
+from pysciml_node.experiments.reporting.published import compare
+from pysciml_node.experiments.reporting.results import format_table, load_results, summarize
+from pysciml_node.experiments.trainer.command import NAMES, Place, make_runs, run_all
+from pysciml_node.experiments.trainer.experiment import BUDGETS, Experiment
 
 ALL = (MNIST_ODE, MNIST_SDE, PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE)
 EXPERIMENTS = {experiment.name: experiment for experiment in ALL}

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from pysciml_node._optional import require
-from pysciml_node.doctor import environment
-from pysciml_node.experiments.figures import save_figure
-from pysciml_node.experiments.terminal_fits import (
+from pysciml_node.cli.doctor import environment
+from pysciml_node.experiments.reporting.figures import save_figure
+from pysciml_node.experiments.studies.terminal_fits import (
     BLOWN_UP,
     Run,
     Task,

@@ -1,7 +1,7 @@
 """Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
 
 from pysciml_node import compat, init, kernels, optim, schedules
-from pysciml_node.adjoints import (
+from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
     DiscreteAdjoint,
@@ -10,7 +10,8 @@ from pysciml_node.adjoints import (
     InterpolatingAdjoint,
     QuadratureAdjoint,
 )
-from pysciml_node.algorithms import (
+from pysciml_node.algorithms.controllers import FixedStep, IController, PIController, PIDController
+from pysciml_node.algorithms.explicit import (
     BS3,
     DP5,
     DP8,
@@ -25,35 +26,7 @@ from pysciml_node.algorithms import (
     Vern7,
     Vern9,
 )
-from pysciml_node.controllers import FixedStep, IController, PIController, PIDController
-from pysciml_node.engines import get_engine, set_engine
-from pysciml_node.ensemble import EnsembleProblem, EnsembleSolution
-from pysciml_node.errors import (
-    EngineUnavailable,
-    EnsembleFailure,
-    JuliaError,
-    PsnWarning,
-    SolverFailure,
-    UnsupportedModule,
-)
-from pysciml_node.events import Event
-from pysciml_node.flows import CNF
-from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.layers import LatentODE, NeuralODE, NeuralSDE
-from pysciml_node.problem import ODEProblem
-from pysciml_node.regularizers import (
-    GlobalError,
-    GlobalStiffness,
-    Integral,
-    JacobianFrobenius,
-    KineticEnergy,
-    LocalError,
-    LocalStiffness,
-    RandomEndTime,
-    Regularizer,
-    TaylorDerivative,
-)
-from pysciml_node.sciml_algorithms import (
+from pysciml_node.algorithms.sciml import (
     FBDF,
     QNDF,
     TRBDF2,
@@ -67,7 +40,7 @@ from pysciml_node.sciml_algorithms import (
     Vern6,
     Vern8,
 )
-from pysciml_node.sde_algorithms import (
+from pysciml_node.algorithms.stochastic import (
     EM,
     SOSRA,
     SOSRA2,
@@ -80,10 +53,38 @@ from pysciml_node.sde_algorithms import (
     ReversibleHeun,
     RKMil,
 )
-from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import ReturnCode, Solution, Stats, StepEstimate
-from pysciml_node.solve import solve
-from pysciml_node.torch_engine.compiled import CompileError
+from pysciml_node.errors import (
+    EngineUnavailable,
+    EnsembleFailure,
+    JuliaError,
+    PsnWarning,
+    SolverFailure,
+    UnsupportedModule,
+)
+from pysciml_node.flows import CNF
+from pysciml_node.julia_engine.source import JuliaField
+from pysciml_node.layers import LatentODE, NeuralODE, NeuralSDE
+from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.regularizers import (
+    GlobalError,
+    GlobalStiffness,
+    Integral,
+    JacobianFrobenius,
+    KineticEnergy,
+    LocalError,
+    LocalStiffness,
+    RandomEndTime,
+    Regularizer,
+    TaylorDerivative,
+)
+from pysciml_node.solutions.ensemble import EnsembleSolution
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, StepEstimate
+from pysciml_node.solving.engines import get_engine, set_engine
+from pysciml_node.solving.solve import solve
+from pysciml_node.torch_engine.compiled.stepper import CompileError
 
 __version__ = "0.1.0.dev0"
 

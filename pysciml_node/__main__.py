@@ -26,23 +26,23 @@ COMMANDS = (
     Command(
         "demo",
         "train the digits classifier with and without local-error regularization",
-        "pysciml_node.experiments.digits_demo",
+        "pysciml_node.experiments.demo.digits_demo",
     ),
-    Command("doctor", "show what was found, and what to do about it", "pysciml_node.doctor"),
+    Command("doctor", "show what was found, and what to do about it", "pysciml_node.cli.doctor"),
     Command(
         "install",
         "install the Julia engine, or name a Julia that exists already",
-        "pysciml_node.julia_engine.install",
+        "pysciml_node.julia_engine.commands.install",
     ),
     Command(
         "precompile",
         "load every part of the Julia engine once, so that no solve has to compile it",
-        "pysciml_node.julia_engine.precompile",
+        "pysciml_node.julia_engine.commands.precompile",
     ),
     Command(
         "test",
         "run the tests of the Julia engine and of what all engines agree on",
-        "pysciml_node.julia_engine.selftest",
+        "pysciml_node.julia_engine.commands.selftest",
     ),
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pysciml_node.ensemble import EnsembleSolution
-    from pysciml_node.solution import ReturnCode, Solution
+    from pysciml_node.solutions.ensemble import EnsembleSolution
+    from pysciml_node.solutions.solution import ReturnCode, Solution
 
 # What fits a screen: types in Julia's messages can fill pages.
 _MOST_LINES = 20

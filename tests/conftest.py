@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.process import runtime
 
 # A shell that runs the tests in the background has them, and their subprocesses, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.export import TranslatedModule, translate
-from pysciml_node.state import StateSpec
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.translation.export import TranslatedModule, translate
 
 SOURCE = """
 function (json, double, n, m, t, u, p, v, du, ubar, pbar)

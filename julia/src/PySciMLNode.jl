@@ -15,7 +15,7 @@ using OrdinaryDiffEqCore
 using OrdinaryDiffEqTsit5
 
 include("fields.jl")
-include("program.jl")
+include("program/program.jl")
 include("tableau.jl")
 include("sweep.jl")
 const SILENT = DEVerbosity(DiffEqBase.None())

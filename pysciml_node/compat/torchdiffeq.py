@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import DirectAdjoint, InterpolatingAdjoint
+from pysciml_node.algorithms.adjoints import DirectAdjoint, InterpolatingAdjoint
 from pysciml_node.compat.torchdiffeq_plan import Options, Tolerances, as_time, make_plan
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]

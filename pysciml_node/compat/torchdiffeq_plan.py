@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import (
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.controllers import FixedStep, IController
+from pysciml_node.algorithms.explicit import (
     BS3,
     DP5,
     DP8,
@@ -26,13 +27,12 @@ from pysciml_node.algorithms import (
     Midpoint,
     Tsit5,
 )
-from pysciml_node.controllers import FixedStep, IController
 from pysciml_node.errors import PsnWarning, SolverFailure
-from pysciml_node.events import Event
-from pysciml_node.problem import ODEProblem, Time
-from pysciml_node.solution import ReturnCode, Solution
-from pysciml_node.solve import solve
-from pysciml_node.torch_engine.tableaus.base import Interpolant, Tableau, hermite
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.solutions.solution import ReturnCode, Solution
+from pysciml_node.solving.solve import solve
+from pysciml_node.tableaus.base import Interpolant, Tableau, hermite
 
 Tolerances = float | Tensor | Sequence[float | Tensor]
 Options = Mapping[str, Any]

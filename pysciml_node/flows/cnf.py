@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import Algorithm
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.flows.base import Flow, Mapped
 from pysciml_node.layers.neural_ode import NeuralODE
-from pysciml_node.problem import ODEProblem, Time
+from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.regularizers.probes import Distribution as ProbeDistribution

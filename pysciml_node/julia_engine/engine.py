@@ -9,9 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
-from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
-from pysciml_node.julia_engine import plans, runtime
+from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_algorithm
+from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.ensembles import run_many
 from pysciml_node.julia_engine.fields import (
     CallbackField,
@@ -21,24 +23,24 @@ from pysciml_node.julia_engine.fields import (
     field_of,
 )
 from pysciml_node.julia_engine.forward import Forward, place, run
-from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.stochastic import JuliaParts
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem, Problem
-from pysciml_node.sde_algorithms import StochasticRungeKutta, default_algorithm
-from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import ReturnCode, Solution, Stats, Trajectory
-from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
-from pysciml_node.torch_engine.autograd import SolveNode
-from pysciml_node.torch_engine.field import FlatField
-from pysciml_node.torch_engine.finish import build_solution
-from pysciml_node.torch_engine.record import Record, check_finite
-from pysciml_node.torch_engine.sde.engine import solve_sde
-from pysciml_node.torch_engine.stages import Method
-from pysciml_node.torch_engine.trajectory import TorchTrajectory
+from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.stages import Method
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.record import Record, check_finite
+from pysciml_node.stochastic.solve import solve_sde
 
 NAME = "julia"
 

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import (
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.julia_engine.fields import Field
+from pysciml_node.julia_engine.forward import Forward, collect
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
     address,
     device_code,
     doubles,
     integers,
     pointer,
 )
-from pysciml_node.julia_engine.fields import Field
-from pysciml_node.julia_engine.forward import Forward, collect
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.problems.ode import ODEProblem
 
 _REPORTED = 5
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import CODES, device_code, pointer
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.torch_engine.autograd import first_derivative
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import CODES, device_code, pointer
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.steps.autograd import first_derivative
 
 
 def evaluate(field: Handle, t: Tensor, u: Tensor, p: Tensor, packages: tuple[str, ...]) -> Tensor:

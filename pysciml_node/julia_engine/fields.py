@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.errors import UnsupportedModule
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import (
+from pysciml_node.julia_engine.evaluation import evaluate
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
     CODES,
     from_real,
     pointer,
@@ -20,12 +21,11 @@ from pysciml_node.julia_engine.buffers import (
     real_size,
     to_real,
 )
-from pysciml_node.julia_engine.evaluation import evaluate
-from pysciml_node.julia_engine.export import translate
-from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.problem import ODEProblem, Problem
-from pysciml_node.torch_engine.field import DifferentiableField, FlatField, Linearized
+from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
+from pysciml_node.translation.export import translate
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 """Takes the time, a 0-d tensor, and a flat state; gives a flat result."""

@@ -9,8 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import (
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.julia_engine.fields import Field
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
     address,
     device_code,
     doubles,
@@ -19,12 +21,10 @@ from pysciml_node.julia_engine.buffers import (
     pointer,
     to_real,
 )
-from pysciml_node.julia_engine.fields import Field
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
-from pysciml_node.solution import ReturnCode
-from pysciml_node.torch_engine.record import Record
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.record import Record
 
 RETCODES = (
     ReturnCode.Success,

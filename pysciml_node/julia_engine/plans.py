@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
-from pysciml_node.controllers import Controller, IController, PIController, PIDController
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import CODES, pointer
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.options import SolveOptions
-from pysciml_node.sciml_algorithms import SciMLAlgorithm
-from pysciml_node.sde_algorithms import (
+from pysciml_node.algorithms.controllers import Controller, IController, PIController, PIDController
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.sciml import SciMLAlgorithm
+from pysciml_node.algorithms.stochastic import (
     EM,
     EulerHeun,
     ReversibleHeun,
     RKMil,
     StochasticRungeKutta,
 )
-from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.torch_engine.sde.step import SDEMethod
-from pysciml_node.torch_engine.sde.tableaus import Stage
-from pysciml_node.torch_engine.tableaus import Tableau
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import CODES, pointer
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.stochastic.step import SDEMethod
+from pysciml_node.tableaus import Tableau
+from pysciml_node.tableaus.stochastic import Stage
 
 _LOW_ORDER, _VERNER = "OrdinaryDiffEqLowOrderRK", "OrdinaryDiffEqVerner"
 _PACKAGES = {

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import (
+from pysciml_node.julia_engine.evaluation import evaluate
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
     CODES,
     address,
     integers,
 )
-from pysciml_node.julia_engine.evaluation import evaluate
-from pysciml_node.julia_engine.handles import Handle
+from pysciml_node.julia_engine.process.handles import Handle
 
 
 class JuliaField:

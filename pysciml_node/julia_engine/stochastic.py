@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.julia_engine import plans, runtime
-from pysciml_node.julia_engine.buffers import CODES, address, device_code, doubles, pointer
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.fields import CalledField, Field, native_field
 from pysciml_node.julia_engine.forward import RETCODES
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.problem import ODEProblem
-from pysciml_node.sde_algorithms import StochasticRungeKutta
-from pysciml_node.solution import ReturnCode
-from pysciml_node.torch_engine.march import Step
-from pysciml_node.torch_engine.sde.adjoints import Pullback
-from pysciml_node.torch_engine.sde.brownian import Increment
-from pysciml_node.torch_engine.sde.engine import Parts
-from pysciml_node.torch_engine.sde.fields import DifferentiableFields, Fields, NoiseLayout
-from pysciml_node.torch_engine.sde.march import Start, Steps
-from pysciml_node.torch_engine.sde.step import Stepper
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import CODES, address, device_code, doubles, pointer
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.step import Step
+from pysciml_node.stochastic.adjoints import Pullback
+from pysciml_node.stochastic.brownian import Increment
+from pysciml_node.stochastic.fields import DifferentiableFields, Fields, NoiseLayout
+from pysciml_node.stochastic.march import Start, Steps
+from pysciml_node.stochastic.solve import Parts
+from pysciml_node.stochastic.step import Stepper
 
 _RUNNING = -1
 

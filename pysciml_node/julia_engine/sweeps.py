@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import (
+from pysciml_node.algorithms.options import SolveOptions, backward_limits
+from pysciml_node.julia_engine.fields import Field
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
     CODES,
     address,
     device_code,
@@ -16,18 +18,10 @@ from pysciml_node.julia_engine.buffers import (
     pointer,
     to_real,
 )
-from pysciml_node.julia_engine.fields import Field
-from pysciml_node.julia_engine.handles import Handle
-from pysciml_node.options import SolveOptions
-from pysciml_node.solution import Stats
-from pysciml_node.torch_engine.adjoint_continuous import backward_limits
-from pysciml_node.torch_engine.adjoint_discrete import (
-    Cotangents,
-    Gradients,
-    TimeCotangents,
-    arriving_at,
-)
-from pysciml_node.torch_engine.record import Record
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.solutions.solution import Stats
+from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents, arriving_at
+from pysciml_node.steps.record import Record
 
 SENSITIVITY = ("SciMLSensitivity", "Zygote", "ForwardDiff", "ChainRulesCore")
 """Julia packages of the continuous adjoints, loaded when one is asked for."""

@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms import ExplicitRungeKutta
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import address, doubles, from_real, pointer, real_size
+from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine.forward import place
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
-from pysciml_node.solution import Stats, StepEstimate, StopGradient
-from pysciml_node.torch_engine.record import Record, Recorded
-from pysciml_node.torch_engine.stages import Method
-from pysciml_node.torch_engine.trajectory import TorchTrajectory
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import (
+    address,
+    doubles,
+    from_real,
+    pointer,
+    real_size,
+)
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.stages import Method
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.steps.record import Record, Recorded
 
 if TYPE_CHECKING:
     from pysciml_node.julia_engine.engine import Work

@@ -11,18 +11,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pysciml_node.controllers import FixedStep
-from pysciml_node.events import Event
-from pysciml_node.julia_engine import runtime
-from pysciml_node.julia_engine.buffers import from_real, pointer, real_size
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem
-from pysciml_node.progress import step_listener
-from pysciml_node.torch_engine.event_search import (
+from pysciml_node.algorithms.controllers import FixedStep
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.process.buffers import from_real, pointer, real_size
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.steps.event_search import (
     condition_value,
     first_crossing,
     locate_crossing,
 )
+from pysciml_node.steps.progress import step_listener
 
 
 @dataclass

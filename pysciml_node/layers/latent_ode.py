@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import Algorithm
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.data.series import IrregularSeries
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.schedules import Schedule, as_schedule
-from pysciml_node.solution import Solution
+from pysciml_node.solutions.solution import Solution
 
 Reduction = Literal["mean", "sum"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import Algorithm
-from pysciml_node.problem import Problem, Time
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.problems.ode import Problem, Time
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
-from pysciml_node.solution import Solution
-from pysciml_node.solve import solve
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.solving.solve import solve
 
 
 class NeuralDE(nn.Module):

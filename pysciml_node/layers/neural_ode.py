@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import Algorithm, Tsit5
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.neural_de import NeuralDE
-from pysciml_node.problem import ODEProblem, Time
+from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.problems.state import State
 from pysciml_node.regularizers.augmented import Rate, augment, integrals, without_extra
 from pysciml_node.regularizers.base import Regularizer, Times
 from pysciml_node.regularizers.integral import IntegralRegularizer
 from pysciml_node.regularizers.probes import Probes
-from pysciml_node.solution import Solution
-from pysciml_node.state import State
+from pysciml_node.solutions.solution import Solution
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import Adjoint
-from pysciml_node.algorithms import Algorithm
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.layers.neural_de import NeuralDE
-from pysciml_node.problem import Time
+from pysciml_node.problems.ode import Time
+from pysciml_node.problems.sde import Interpretation, Noise, SDEProblem
+from pysciml_node.problems.state import State
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.regularizers.end_time import RandomEndTime
 from pysciml_node.regularizers.integral import IntegralRegularizer
-from pysciml_node.sde_problem import Interpretation, Noise, SDEProblem
-from pysciml_node.solution import Solution
-from pysciml_node.state import State
+from pysciml_node.solutions.solution import Solution
 
 
 class NeuralSDE(NeuralDE):

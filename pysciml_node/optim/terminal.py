@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pysciml_node.state import tensors_of
+from pysciml_node.problems.state import tensors_of
 
 
 class TerminalSolution(Protocol):

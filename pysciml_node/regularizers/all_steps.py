@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pysciml_node.regularizers.base import Regularizer, stability_radius
 from pysciml_node.schedules import Schedule
-from pysciml_node.solution import Solution
+from pysciml_node.solutions.solution import Solution
 
 Aggregate = Literal["sum", "mean", "max"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysciml_node.problem import ODEProblem
-from pysciml_node.solution import Solution, StepEstimate, StopGradient, Trajectory
-from pysciml_node.state import StateSpec
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.solutions.solution import Solution, StepEstimate, StopGradient, Trajectory
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.

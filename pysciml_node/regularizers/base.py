@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.algorithms import Algorithm
-from pysciml_node.problem import ODEProblem
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.schedules import Schedule, as_schedule
-from pysciml_node.solution import Solution
+from pysciml_node.solutions.solution import Solution
 
 Times = Sequence[float] | Tensor
 

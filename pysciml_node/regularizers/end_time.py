@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.base import Regularizer, Times
-from pysciml_node.solution import Solution
+from pysciml_node.solutions.solution import Solution
 
 
 class RandomEndTime(Regularizer):

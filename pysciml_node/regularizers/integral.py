@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import tensors_of
 from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.regularizers.probes import Distribution, Probes, check_distribution, samples_of
 from pysciml_node.schedules import Schedule
-from pysciml_node.solution import Solution
-from pysciml_node.state import tensors_of
+from pysciml_node.solutions.solution import Solution
 
 Reduction = Literal["mean", "sum"]
 

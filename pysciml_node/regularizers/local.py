@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta, Tsit5
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta, Tsit5
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.regularizers.base import Regularizer, stability_radius
 from pysciml_node.schedules import Schedule
-from pysciml_node.sde_algorithms import StochasticRungeKutta
-from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import Solution, StepEstimate, StopGradient
+from pysciml_node.solutions.solution import Solution, StepEstimate, StopGradient
 
 Sampling = Literal["unbiased", "biased"]
 StepSize = Literal["hairer", "solver"]

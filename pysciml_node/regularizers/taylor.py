@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pysciml_node.problem import ODEProblem
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.integral import (
     IntegralRegularizer,

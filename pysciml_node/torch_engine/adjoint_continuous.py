@@ -13,45 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import (
-    Adjoint,
+from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     GaussAdjoint,
     InterpolatingAdjoint,
     _ContinuousAdjoint,
 )
-from pysciml_node.controllers import Controller, FixedStep
+from pysciml_node.algorithms.controllers import Controller, FixedStep
 from pysciml_node.errors import SolverFailure
-from pysciml_node.options import SolveOptions
-from pysciml_node.solution import Stats
-from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients
-from pysciml_node.torch_engine.field import Accumulator, DifferentiableField
-from pysciml_node.torch_engine.march import March, MarchOptions, Step
-from pysciml_node.torch_engine.norms import Tolerance
-from pysciml_node.torch_engine.record import Record
-from pysciml_node.torch_engine.stages import Method, Stages
-from pysciml_node.torch_engine.vectors import vectors_like
-
-
-def backward_limits(adjoint: Adjoint, options: SolveOptions) -> tuple[float, float, int]:
-    """Relative and absolute tolerance and step limit of a backward solve.
-
-    Args:
-        adjoint: its own ones come first.
-        options: of the forward solve; of tolerances that differ the tightest.
-    """
-
-    def tightest(tolerance: float | Tensor) -> float:
-        if not isinstance(tolerance, Tensor):
-            return tolerance
-        return float(tolerance[torch.isfinite(tolerance)].min())
-
-    own = adjoint if isinstance(adjoint, _ContinuousAdjoint) else _ContinuousAdjoint()
-    return (
-        own.rtol or tightest(options.rtol),
-        own.atol or tightest(options.atol),
-        own.max_steps or options.max_steps,
-    )
+from pysciml_node.replay.norms import Tolerance
+from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.vectors import vectors_like
+from pysciml_node.solutions.solution import Stats
+from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.field import Accumulator, DifferentiableField
+from pysciml_node.steps.record import Record
+from pysciml_node.steps.step import Step
+from pysciml_node.torch_engine.march import March, MarchOptions
 
 
 class BackwardFailure(RuntimeError):

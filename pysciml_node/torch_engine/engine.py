@@ -7,38 +7,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pysciml_node.adjoints import (
+from pysciml_node.algorithms.adjoints import (
     DirectAdjoint,
     DiscreteAdjoint,
     ForwardDiffSensitivity,
     QuadratureAdjoint,
     _ContinuousAdjoint,
 )
-from pysciml_node.algorithms import Algorithm, ExplicitRungeKutta
-from pysciml_node.options import SolveOptions
-from pysciml_node.problem import ODEProblem, Problem
-from pysciml_node.progress import step_listener
-from pysciml_node.sde_algorithms import StochasticRungeKutta
-from pysciml_node.sde_problem import SDEProblem
-from pysciml_node.solution import Solution, Stats
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions, backward_limits
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.norms import Tolerance
+from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.replay.vectors import RecordedVectors, vectors_like
+from pysciml_node.solutions.solution import Solution, Stats
+from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.field import DifferentiableField, FlatField
+from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.record import Record, check_finite
+from pysciml_node.stochastic.solve import Parts, solve_sde
 from pysciml_node.torch_engine.adjoint_continuous import (
     backward_controller,
-    backward_limits,
     continuous_sweep,
 )
-from pysciml_node.torch_engine.adjoint_discrete import Cotangents, Gradients, discrete_sweep
-from pysciml_node.torch_engine.autograd import SolveNode
-from pysciml_node.torch_engine.compiled_engine import can_compile, solve_compiled
+from pysciml_node.torch_engine.compiled.engine import can_compile, solve_compiled
 from pysciml_node.torch_engine.event_search import EventSearch
-from pysciml_node.torch_engine.field import DifferentiableField, FlatField
-from pysciml_node.torch_engine.finish import build_solution
 from pysciml_node.torch_engine.march import March, MarchOptions
-from pysciml_node.torch_engine.norms import Tolerance
-from pysciml_node.torch_engine.record import Record, check_finite, follow
-from pysciml_node.torch_engine.sde.engine import Parts, solve_sde
-from pysciml_node.torch_engine.stages import Method, Stages
-from pysciml_node.torch_engine.trajectory import TorchTrajectory
-from pysciml_node.torch_engine.vectors import RecordedVectors, vectors_like
+from pysciml_node.torch_engine.saver import follow
 
 NAME = "torch"
 

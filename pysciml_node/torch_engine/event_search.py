@@ -1,15 +1,14 @@
-"""Finds where a condition crosses zero inside an accepted step."""
+"""Cuts accepted steps at events."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
-from torch import Tensor
 
-from pysciml_node.events import Event
-from pysciml_node.problem import ODEProblem
-from pysciml_node.torch_engine.march import March, Step
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.stages import Stages
+from pysciml_node.steps.event_search import condition_value, first_crossing, locate_crossing
+from pysciml_node.steps.step import Step
 
 
 class EventSearch:
@@ -21,11 +20,11 @@ class EventSearch:
         self.before = [condition_value(event, problem, problem.t0, start) for event in events]
         self.found: int | None = None
 
-    def __call__(self, step: Step, march: March) -> Step | None:
+    def __call__(self, step: Step, stages: Stages) -> Step | None:
         """The step cut at its first event, or `None` where there is none."""
         after = [condition_value(event, self.problem, step.end, step.u1) for event in self.events]
         crossing = first_crossing(
-            self.events, self.before, after, lambda i: self._locate(i, step, march)
+            self.events, self.before, after, lambda i: self._locate(i, step, stages)
         )
         if crossing is None:
             self.before = after
@@ -33,76 +32,17 @@ class EventSearch:
         theta, self.found = crossing
         # Taken again with the shorter size: the state at the event is the step's own result.
         h = theta * step.h
-        march.stages.count = 1
-        u1 = march.stages.solution(step.time, h, step.u, with_error=False)
+        stages.count = 1
+        u1 = stages.solution(step.time, h, step.u, with_error=False)
         return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, h)
 
-    def _locate(self, i: int, step: Step, march: March) -> float:
+    def _locate(self, i: int, step: Step, stages: Stages) -> float:
         event = self.events[i]
 
         def value(theta: float) -> float:
             at = torch.tensor([theta], dtype=torch.float64)
-            u = march.stages.dense(step.t, step.h, step.u.detach(), at)[0]
+            u = stages.dense(step.t, step.h, step.u.detach(), at)[0]
             return condition_value(event, self.problem, step.t + theta * step.h, u)
 
         with torch.no_grad():
             return locate_crossing(value, event, self.before[i], self.problem)
-
-
-def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> float:
-    """An event's condition at a time and a flat state.
-
-    Raises:
-        TypeError: it is no single real number.
-    """
-    with torch.no_grad():
-        value = event.condition(problem.time_tensor([t])[0], problem.spec.unflatten(u.detach()))
-    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(
-            f"an event's condition must return one real number as a tensor, but gave {shape}."
-            "\n  Reduce it, for example by .min() or .max() over the batch."
-        )
-    return float(value)
-
-
-def first_crossing(
-    events: Sequence[Event],
-    before: Sequence[float],
-    after: Sequence[float],
-    locate: Callable[[int], float],
-) -> tuple[float, int] | None:
-    """Where in a step the first event lies, as a fraction, and which it is; `None` without one.
-
-    Args:
-        events: all that are watched.
-        before: their conditions at the step's start.
-        after: and at its end.
-        locate: the crossing of one event in the step.
-    """
-    crossing = [i for i, event in enumerate(events) if event.crosses(before[i], after[i])]
-    return min(((locate(i), i) for i in crossing), default=None)
-
-
-def locate_crossing(
-    value: Callable[[float], float], event: Event, before: float, problem: ODEProblem
-) -> float:
-    """Where in a step a condition crosses zero, as a fraction, by bisection.
-
-    Args:
-        value: the condition at a fraction of the step.
-        event: for its `xtol`.
-        before: the condition at the step's start.
-        problem: for its precision.
-    """
-    eps = torch.finfo(problem.spec.real_dtype).eps
-    width = max(event.xtol or 0.0, 4 * eps)
-    low, high = 0.0, 1.0
-    sign = 1.0 if before > 0 else -1.0
-    while high - low > width:
-        middle = 0.5 * (low + high)
-        if sign * value(middle) > 0:
-            low = middle
-        else:
-            high = middle
-    return high

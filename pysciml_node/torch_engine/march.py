@@ -9,34 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pysciml_node.controllers import Controller
-from pysciml_node.solution import ReturnCode
-from pysciml_node.torch_engine.norms import Tolerance, initial_step
-from pysciml_node.torch_engine.stages import Stages
-from pysciml_node.torch_engine.vectors import Real
+from pysciml_node.algorithms.controllers import Controller
+from pysciml_node.replay.norms import Tolerance, initial_step
+from pysciml_node.replay.stages import Stages
+from pysciml_node.replay.vectors import Real
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.step import Attempt, Step
 
 # A step that ends within this fraction of itself from a stop is made to end on it, so that
 # rounding never leaves a sliver.
 _SLIVER = 1e-8
-
-
-@dataclass
-class Step:
-    """An accepted step: `u` at `t` to `u1` at `end = t + h` (the stop itself where it ends on one).
-
-    `error` is its scaled error estimate (NaN for fixed steps); `stop` says which of the stops
-    it ends on (`len(tstops)` is `t1`), or is `None`.
-    """
-
-    t: float
-    h: float
-    end: float
-    u: Tensor
-    u1: Tensor
-    error: float
-    stop: int | None
-    time: Real
-    size: Real
 
 
 @dataclass
@@ -52,17 +34,6 @@ class MarchOptions:
     tstops: tuple[float, ...] = ()  # in the order of integration, strictly between t0 and t1
     # Ends of the interval as tensors, where they receive gradients through the steps.
     time_tensors: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass
-class Attempt:
-    """The last attempt, kept to explain a failure."""
-
-    t: float
-    h: float
-    u: Tensor
-    u1: Tensor
-    error: float
 
 
 @dataclass

@@ -195,7 +195,7 @@ sys.path.insert(0, {here!r})
 import pytest, torch
 torch.set_num_threads(1)
 import pysciml_node as psn
-from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.process import runtime
 import test_ensembles as t
 
 t.test_members_are_the_single_solves(True, "julia")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pysciml_node.data import LabelledData, Splits
-from pysciml_node.experiments.trainable import Classifier, Prediction
+from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 
 
 class NoisyLinear(Classifier):

@@ -7,10 +7,17 @@ import torch
 from experiments.stand_in import blobs
 
 import pysciml_node as psn
-from pysciml_node.experiments.model import ODEClassifier
-from pysciml_node.experiments.runner import make_trainer, measure
-from pysciml_node.experiments.settings import ADJOINTS, COMPARED, DTYPES, VARIANTS, Run, Settings
-from pysciml_node.experiments.trade_off import trade_off
+from pysciml_node.experiments.reporting.trade_off import trade_off
+from pysciml_node.experiments.trainer.model import ODEClassifier
+from pysciml_node.experiments.trainer.runner import make_trainer, measure
+from pysciml_node.experiments.trainer.settings import (
+    ADJOINTS,
+    COMPARED,
+    DTYPES,
+    VARIANTS,
+    Run,
+    Settings,
+)
 
 SETTINGS = Settings(
     steps=6, batch_size=16, tolerance=1e-3, hidden=5, engine="torch", evaluate_every=3

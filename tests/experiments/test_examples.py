@@ -13,9 +13,9 @@ from experiments.stand_in import blobs
 from pysciml_node import data as psn_data
 from pysciml_node.__main__ import main
 from pysciml_node.data import LabelledData, Splits
-from pysciml_node.experiments import digits_demo
-from pysciml_node.experiments.results import COSTS
-from pysciml_node.experiments.settings import COMPARED
+from pysciml_node.experiments.demo import digits_demo
+from pysciml_node.experiments.reporting.results import COSTS
+from pysciml_node.experiments.trainer.settings import COMPARED
 
 FIGURES = {*COSTS, "test_accuracy", "train_accuracy"}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mnist_ode.py"

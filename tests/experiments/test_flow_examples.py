@@ -11,15 +11,15 @@ import torch
 from pysciml_node import data as psn_data
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.data.plane import plane_splits
-from pysciml_node.experiments.flow_model import (
+from pysciml_node.experiments.published.flow_model import (
     FlowSettings,
     ImageFlow,
     ImageFlowSettings,
     PlaneFlow,
 )
-from pysciml_node.experiments.flow_pictures import density_grid, paths
-from pysciml_node.experiments.runner import make_trainer
-from pysciml_node.experiments.settings import Run
+from pysciml_node.experiments.reporting.flow_pictures import density_grid, paths
+from pysciml_node.experiments.trainer.runner import make_trainer
+from pysciml_node.experiments.trainer.settings import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURE = b"\x89PNG"

@@ -12,18 +12,18 @@ from experiments.stand_in import blobs
 from torch import nn
 
 from pysciml_node.data import LabelledData, Splits
-from pysciml_node.experiments import cifar10
-from pysciml_node.experiments.cifar10 import CIFAR10, SIDE, ConvField
-from pysciml_node.experiments.command import NAMES, make_parser, make_runs, settings_of
-from pysciml_node.experiments.image_layers import FieldBatchNorm, channel_mask, tracking
-from pysciml_node.experiments.mnist import MNIST_ODE
-from pysciml_node.experiments.mnist_sde import MNIST_SDE
-from pysciml_node.experiments.multiscale import CIFAR10_MULTI_SCALE, MultiScaleField
-from pysciml_node.experiments.physionet import PHYSIONET, interpolation_errors
-from pysciml_node.experiments.published import TABLES, compare
-from pysciml_node.experiments.results import COSTS
-from pysciml_node.experiments.runner import make_trainer
-from pysciml_node.experiments.settings import COMPARED, Run
+from pysciml_node.experiments.published import cifar10
+from pysciml_node.experiments.published.cifar10 import CIFAR10, SIDE, ConvField
+from pysciml_node.experiments.published.image_layers import FieldBatchNorm, channel_mask, tracking
+from pysciml_node.experiments.published.mnist import MNIST_ODE
+from pysciml_node.experiments.published.mnist_sde import MNIST_SDE
+from pysciml_node.experiments.published.multiscale import CIFAR10_MULTI_SCALE, MultiScaleField
+from pysciml_node.experiments.published.physionet import PHYSIONET, interpolation_errors
+from pysciml_node.experiments.reporting.published import TABLES, compare
+from pysciml_node.experiments.reporting.results import COSTS
+from pysciml_node.experiments.trainer.command import NAMES, make_parser, make_runs, settings_of
+from pysciml_node.experiments.trainer.runner import make_trainer
+from pysciml_node.experiments.trainer.settings import COMPARED, Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINED = [MNIST_SDE, PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE]

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from pysciml_node.experiments import results
-from pysciml_node.experiments.figures import plot_trade_off, plot_training
-from pysciml_node.experiments.results import (
+from pysciml_node.experiments.reporting import results
+from pysciml_node.experiments.reporting.figures import plot_trade_off, plot_training
+from pysciml_node.experiments.reporting.results import (
     COSTS,
     RunResult,
     check_mergeable,
@@ -19,8 +19,8 @@ from pysciml_node.experiments.results import (
     save_results,
     summarize,
 )
-from pysciml_node.experiments.settings import VARIANTS, Run, Settings, describe
-from pysciml_node.experiments.trainable import METRICS
+from pysciml_node.experiments.trainer.settings import VARIANTS, Run, Settings, describe
+from pysciml_node.experiments.trainer.trainable import METRICS
 
 HISTORY = {
     "monitor": "validation",

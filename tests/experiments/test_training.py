@@ -5,9 +5,9 @@ import torch
 from experiments.stand_in import NoisyLinear, blobs
 
 from pysciml_node.data import LabelledData
-from pysciml_node.experiments.evaluation import evaluate, predict_seconds
-from pysciml_node.experiments.settings import COMPARED, Run, Settings, describe
-from pysciml_node.experiments.training import Trainer, progress_bar
+from pysciml_node.experiments.trainer.evaluation import evaluate, predict_seconds
+from pysciml_node.experiments.trainer.settings import COMPARED, Run, Settings, describe
+from pysciml_node.experiments.trainer.training import Trainer, progress_bar
 
 SETTINGS = Settings(steps=23, batch_size=16, learning_rate=0.05, evaluate_every=5)
 

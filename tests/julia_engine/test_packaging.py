@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pysciml_node.julia_engine import env
+from pysciml_node.julia_engine.process import env
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = json.loads((ROOT / "pysciml_node" / "juliapkg.json").read_text())

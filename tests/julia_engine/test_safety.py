@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pysciml_node as psn
-from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.process import runtime
 
 pytestmark = pytest.mark.julia
 

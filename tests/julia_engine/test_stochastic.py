@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.julia_engine import runtime
+from pysciml_node.julia_engine.process import runtime
 
 pytestmark = pytest.mark.julia
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pysciml_node.experiments.terminal_fits import (
+from pysciml_node.experiments.studies.terminal_fits import (
     asymptotic_rate,
     descend,
     linear_task,

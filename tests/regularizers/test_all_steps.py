@@ -96,7 +96,7 @@ _RISE = """
 import resource
 import torch
 import pysciml_node as psn
-from pysciml_node.experiments.model import TimeDependentMLP
+from pysciml_node.experiments.trainer.model import TimeDependentMLP
 
 torch.set_num_threads(1)  # two of a busy machine wait for one another
 field = TimeDependentMLP(784, 100, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.solution import StopGradient
+from pysciml_node.solutions.solution import StopGradient
 
 C = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 A = (

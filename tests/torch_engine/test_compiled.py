@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.compiled import (
+from pysciml_node.tableaus import BS3, EULER, HEUN, TSIT5
+from pysciml_node.torch_engine.compiled.stepper import (
     CompiledResult,
     CompileError,
     Status,
@@ -20,7 +21,6 @@ from pysciml_node.torch_engine.compiled import (
     compiled_solver,
     compiler_available,
 )
-from pysciml_node.torch_engine.tableaus import BS3, EULER, HEUN, TSIT5
 
 pytestmark = pytest.mark.skipif(not compiler_available()[0], reason=compiler_available()[1])
 

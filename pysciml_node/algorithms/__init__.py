@@ -1,0 +1,1 @@
+"""Algorithms, adjoints and step size control: how a problem is solved."""

@@ -1,0 +1,178 @@
+"""Algorithms that only the Julia engine has: SciML's, by SciML's names.
+
+They are for what explicit methods of medium order do not serve: stiff problems, equations with a
+mass matrix, very smooth problems at high accuracy.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pysciml_node.algorithms.adjoints import Adjoint, GaussAdjoint
+from pysciml_node.algorithms.controllers import AlgorithmController, Controller
+from pysciml_node.algorithms.explicit import Algorithm
+
+_CALL = re.compile(r"[A-Za-z_]\w*\(.*\)")
+
+
+@dataclass(frozen=True)
+class SciMLAlgorithm(Algorithm):
+    """Any algorithm of SciML's solver packages, by name; runs on the Julia engine.
+
+    Args:
+        expression: how it is made in Julia, such as `"Tsit5()"` or `"Rodas4P(autodiff=...)"`.
+        packages: Julia packages that export the names in it; they must be in the Julia project.
+
+    Raises:
+        ValueError: the expression is no call.
+
+    Example:
+        >>> import pysciml_node as psn
+        >>> psn.SciMLAlgorithm("ROCK4()", ("OrdinaryDiffEqStabilizedRK",))
+        SciMLAlgorithm(expression='ROCK4()', packages=('OrdinaryDiffEqStabilizedRK',))
+    """
+
+    expression: str
+    packages: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not _CALL.fullmatch(self.expression):
+            raise ValueError(
+                f"expression must make an algorithm, but is {self.expression!r}.\n"
+                '  Write it as Julia does, for example "Rodas5P()".'
+            )
+
+    def default_controller(self) -> Controller:
+        """The algorithm's own."""
+        return AlgorithmController()
+
+    def default_adjoint(self) -> Adjoint:
+        """A continuous one: only explicit Runge-Kutta methods are replayed step by step."""
+        return GaussAdjoint()
+
+
+@dataclass(frozen=True)
+class _Named(SciMLAlgorithm):
+    """An algorithm of a fixed name without options."""
+
+    package: ClassVar[str]
+    expression: str = field(init=False, repr=False)
+    packages: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expression", f"{type(self).__name__}()")
+        object.__setattr__(self, "packages", (self.package,))
+
+
+class Vern6(_Named):
+    """Verner's efficient 6(5). Reference: J. H. Verner, Numer. Algorithms 53 (2010) 383-396."""
+
+    package = "OrdinaryDiffEqVerner"
+
+
+class Vern8(_Named):
+    """Verner's efficient 8(7). Reference: J. H. Verner, Numer. Algorithms 53 (2010) 383-396."""
+
+    package = "OrdinaryDiffEqVerner"
+
+
+class VCABM(_Named):
+    """Adams-Bashforth-Moulton of variable order and step, for expensive smooth fields.
+
+    Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5.
+    """
+
+    package = "OrdinaryDiffEqAdamsBashforthMoulton"
+
+
+class Rosenbrock23(_Named):
+    """Rosenbrock-W 2(3), L-stable, for stiff problems at tolerances above 1e-2.
+
+    Reference: L. F. Shampine, M. W. Reichelt, SIAM J. Sci. Comput. 18 (1997) 1-22.
+    """
+
+    package = "OrdinaryDiffEqRosenbrock"
+
+
+class Rodas5P(_Named):
+    """Rosenbrock method of order 5, stiffly stable: the first choice for stiff problems.
+
+    Takes singular mass matrices (differential-algebraic equations of index one).
+
+    Reference: G. Steinebach, BIT 63 (2023) 27.
+    """
+
+    package = "OrdinaryDiffEqRosenbrock"
+
+
+class KenCarp4(_Named):
+    """Singly diagonally implicit Runge-Kutta of order 4, stiffly accurate.
+
+    Reference: C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44 (2003) 139-181.
+    """
+
+    package = "OrdinaryDiffEqSDIRK"
+
+
+class TRBDF2(_Named):
+    """Trapezoidal rule and second-order backward differentiation in one step.
+
+    Reference: R. E. Bank et al., IEEE Trans. Electron Devices 32 (1985) 1992-2007.
+    """
+
+    package = "OrdinaryDiffEqSDIRK"
+
+
+class FBDF(_Named):
+    """Backward differentiation of order 1 to 5 with fixed leading coefficient, for large systems.
+
+    Reference: L. F. Shampine, J. Numer. Math. 10 (2002) 291-310.
+    """
+
+    package = "OrdinaryDiffEqBDF"
+
+
+class QNDF(_Named):
+    """Numerical differentiation formulas of order 1 to 5, quasi-constant step.
+
+    Reference: L. F. Shampine, M. W. Reichelt, SIAM J. Sci. Comput. 18 (1997) 1-22.
+    """
+
+    package = "OrdinaryDiffEqBDF"
+
+
+def _switching(name: str, package: str, stiff: SciMLAlgorithm) -> SciMLAlgorithm:
+    if not isinstance(stiff, SciMLAlgorithm):
+        raise TypeError(
+            f"{name} switches to a stiff algorithm, but was given {stiff!r}.\n"
+            f"  Write for example {name}(Rosenbrock23())."
+        )
+    return SciMLAlgorithm(
+        f"{name}({stiff.expression})", ("OrdinaryDiffEqCore", package, *stiff.packages)
+    )
+
+
+def AutoTsit5(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
+    """`Tsit5` where the problem is not stiff, `stiff` where it is.
+
+    Args:
+        stiff: the stiff algorithm, such as `Rosenbrock23()`.
+
+    Raises:
+        TypeError: `stiff` is no algorithm of the Julia engine.
+    """
+    return _switching("AutoTsit5", "OrdinaryDiffEqTsit5", stiff)
+
+
+def AutoVern7(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
+    """`Vern7` where the problem is not stiff, `stiff` where it is.
+
+    Args:
+        stiff: the stiff algorithm, such as `Rodas5P()`.
+
+    Raises:
+        TypeError: `stiff` is no algorithm of the Julia engine.
+    """
+    return _switching("AutoVern7", "OrdinaryDiffEqVerner", stiff)

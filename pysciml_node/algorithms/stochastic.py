@@ -1,0 +1,231 @@
+"""Algorithms for stochastic equations. The names are SciML's.
+
+A method is a tableau and a citation; the loop that runs them is shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pysciml_node.algorithms.controllers import Controller, PIController
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.problems.sde import Interpretation, Noise, SDEProblem
+from pysciml_node.tableaus import stochastic as tableaus
+from pysciml_node.tableaus.stochastic import SDETableau
+
+_EVERY: tuple[Noise, ...] = ("diagonal", "scalar", "additive", "general")
+_BOTH: tuple[Interpretation, ...] = ("ito", "stratonovich")
+
+
+@dataclass(frozen=True)
+class StochasticRungeKutta(Algorithm):
+    """A stochastic Runge-Kutta method with an embedded error estimate.
+
+    Args:
+        delta: weight of the drift part of the error estimate beside the diffusion part; SciML's
+            parameter of the same name.
+    """
+
+    tableau: ClassVar[SDETableau]
+    noises: ClassVar[tuple[Noise, ...]] = ("diagonal", "scalar", "additive")
+    interpretations: ClassVar[tuple[Interpretation, ...]] = ("ito",)
+
+    delta: float = 1.0
+
+    def default_controller(self) -> Controller:
+        """PI control that lets steps grow slowly: one lucky increment says little of the next."""
+        return PIController(qmax=1.125)
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients for a problem's noise and interpretation."""
+        return self.tableau
+
+    def check(self, problem: SDEProblem) -> None:
+        """Refuse problems that the method does not converge for.
+
+        Raises:
+            ValueError: another noise or interpretation than the method is made for.
+        """
+        name = type(self).__name__
+        # The two integrals agree where the diffusion does not depend on the state.
+        if problem.noise != "additive" and problem.interpretation not in self.interpretations:
+            raise ValueError(
+                f"{name} solves {' and '.join(self.interpretations)} equations, but the problem's "
+                f'interpretation is "{problem.interpretation}".\n'
+                f"  Use {default_algorithm(problem)!r}, or convert the drift: Ito's is "
+                "Stratonovich's plus (1/2) (dg/du) g."
+            )
+        if problem.noise not in self.noises:
+            served = ", ".join(self.noises)
+            raise ValueError(
+                f'{name} is for {served} noise, but the problem\'s noise is "{problem.noise}".\n'
+                f"  Use {default_algorithm(problem)!r}."
+            )
+
+
+def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
+    """The method a problem is solved with when none is given."""
+    if problem.noise == "additive":
+        return SOSRA()
+    if problem.interpretation == "stratonovich":
+        return EulerHeun()
+    return LambaEM() if problem.noise == "general" else SOSRI()
+
+
+@dataclass(frozen=True)
+class EM(StochasticRungeKutta):
+    """Euler-Maruyama, strong order 1/2 (1 for additive noise), weak order 1; Ito, any noise.
+
+    Adaptive by what it lacks of Milstein's step (Lamba's estimate).
+
+    Reference: Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 10.2;
+    H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.EM
+    noises: ClassVar[tuple[Noise, ...]] = _EVERY
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients for a problem's noise."""
+        general = problem.noise in ("general", "additive")
+        return tableaus.EM_GENERAL if general else self.tableau
+
+
+@dataclass(frozen=True)
+class LambaEM(EM):
+    """As `EM`, with the diffusion at the end of the step's interval.
+
+    StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine; for a diffusion that
+    does not depend on time it takes `EM`'s steps.
+
+    Reference: H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
+    """
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients for a problem's noise."""
+        general = problem.noise in ("general", "additive")
+        return tableaus.LAMBA_EM_GENERAL if general else tableaus.LAMBA_EM
+
+
+@dataclass(frozen=True)
+class RKMil(StochasticRungeKutta):
+    """Milstein without derivatives, strong and weak order 1; Ito or Stratonovich.
+
+    For diagonal and scalar noise. Adaptive by its correction of the Euler-Maruyama step.
+
+    Reference: Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 11.1.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.RKMIL
+    noises: ClassVar[tuple[Noise, ...]] = ("diagonal", "scalar")
+    interpretations: ClassVar[tuple[Interpretation, ...]] = _BOTH
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients for a problem's interpretation."""
+        ito = problem.interpretation == "ito"
+        return self.tableau if ito else tableaus.RKMIL_STRATONOVICH
+
+
+@dataclass(frozen=True)
+class EulerHeun(StochasticRungeKutta):
+    """Euler-Heun for Stratonovich equations, any noise; weak order 1.
+
+    Strong order 1 where the noise commutes (diagonal, scalar and additive noise do), else 1/2.
+
+    Reference: W. Ruemelin, SIAM J. Numer. Anal. 19 (1982) 604-613.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.EULER_HEUN
+    noises: ClassVar[tuple[Noise, ...]] = _EVERY
+    interpretations: ClassVar[tuple[Interpretation, ...]] = ("stratonovich",)
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients, with the order that a problem's noise leaves."""
+        return tableaus.EULER_HEUN_GENERAL if problem.noise == "general" else self.tableau
+
+
+@dataclass(frozen=True)
+class ReversibleHeun(StochasticRungeKutta):
+    """Reversible Heun for Stratonovich equations, any noise; one evaluation a step.
+
+    Carries the state at which the fields were last evaluated. Strong order 1 for additive noise,
+    1/2 in general; weak order 1.
+
+    Reference: Kidger, Foster, Li, Lyons, arXiv 2105.13493, algorithm 1.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.REVERSIBLE_HEUN
+    noises: ClassVar[tuple[Noise, ...]] = _EVERY
+    interpretations: ClassVar[tuple[Interpretation, ...]] = ("stratonovich",)
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients, with the order that a problem's noise leaves."""
+        return tableaus.REVERSIBLE_HEUN_GENERAL if problem.noise == "general" else self.tableau
+
+
+@dataclass(frozen=True)
+class SRA1(StochasticRungeKutta):
+    """Roessler's SRA1 for additive noise, two stages; strong order 3/2, weak order 2.
+
+    Reference: A. Roessler, SIAM J. Numer. Anal. 48 (2010) 922-952, table 6.3.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SRA1
+    noises: ClassVar[tuple[Noise, ...]] = ("additive",)
+    interpretations: ClassVar[tuple[Interpretation, ...]] = _BOTH
+
+
+@dataclass(frozen=True)
+class SOSRA(SRA1):
+    """Stability-optimized SRA for additive noise, three stages; strong order 3/2, weak order 2.
+
+    Reference: Rackauckas and Nie, arXiv 1804.04344.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SOSRA
+
+
+@dataclass(frozen=True)
+class SOSRA2(SRA1):
+    """As `SOSRA`, with two stages at one time, which give a stiffness estimate.
+
+    Reference: Rackauckas and Nie, arXiv 1804.04344.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SOSRA2
+
+
+@dataclass(frozen=True)
+class SRIW1(StochasticRungeKutta):
+    """Roessler's SRIW1 for diagonal and scalar Ito noise; strong order 3/2, weak order 2.
+
+    Reference: A. Roessler, SIAM J. Numer. Anal. 48 (2010) 922-952, table 6.1.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SRIW1
+    noises: ClassVar[tuple[Noise, ...]] = ("diagonal", "scalar")
+    delta: float = 1 / 6
+
+
+@dataclass(frozen=True)
+class SOSRI(StochasticRungeKutta):
+    """Stability-optimized SRI for diagonal and scalar Ito noise; strong order 3/2, weak order 2.
+
+    The default for such noise.
+
+    Reference: Rackauckas and Nie, arXiv 1804.04344.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SOSRI
+    noises: ClassVar[tuple[Noise, ...]] = ("diagonal", "scalar")
+
+
+@dataclass(frozen=True)
+class SOSRI2(SOSRI):
+    """As `SOSRI`, with two stages at one time, which give a stiffness estimate.
+
+    Reference: Rackauckas and Nie, arXiv 1804.04344.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.SOSRI2

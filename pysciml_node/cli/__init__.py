@@ -1,0 +1,1 @@
+"""The commands of python -m pysciml_node."""

@@ -1,0 +1,1 @@
+"""Studies of the theory: infinite width, fits of the end of a flow."""

@@ -1,0 +1,1 @@
+"""A small trainer whose runs can be stopped and continued bit for bit."""

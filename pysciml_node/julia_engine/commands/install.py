@@ -1,0 +1,98 @@
+"""The command ``install``: a Julia and its packages, made by juliapkg or named by the user."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from pysciml_node.julia_engine.commands.precompile import precompile
+from pysciml_node.julia_engine.process import env, launch
+
+_CUDA = {"uuid": "052768ef-5323-5732-b1bb-66c8b64840ba", "version": "5, 6"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options.
+
+    Args:
+        parser: of the command.
+    """
+    parser.add_argument("--julia", metavar="PATH", help="use this Julia, and remember it")
+    parser.add_argument(
+        "--project", metavar="PATH", help="use this existing project as it is, and remember it"
+    )
+    parser.add_argument("--cuda", action="store_true", help="install CUDA.jl too")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="forget a remembered Julia, and install again even if everything is there",
+    )
+
+
+def record(executable: str, project: str | None) -> env.Record:
+    """Check a Julia that exists, with its project, and remember both.
+
+    Args:
+        executable: a path, or a name on the path.
+        project: folder of a project that holds what the engine needs; None for the one that is
+            active in that Julia if it does, and else for one that juliapkg makes.
+
+    Returns:
+        What was written down.
+
+    Raises:
+        ValueError: the executable is no Julia that the engine runs on, or the project named lacks
+            something.
+    """
+    julia = env.describe(executable)
+    if isinstance(julia, str):
+        raise ValueError(f"{julia}.")
+    folder = os.path.abspath(project) if project else julia.project
+    why = env.misfit(julia, folder)
+    if why is not None and project:
+        raise ValueError(why)
+    kept = env.Record(os.path.abspath(julia.executable), folder if why is None else None)
+    print(f"remembered in {env.write_record(kept)}")
+    return kept
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Install, and load everything once.
+
+    Args:
+        arguments: those of `add_arguments`.
+
+    Returns:
+        0, or 1 when a package is missing.
+    """
+    if arguments.julia or arguments.project:
+        record(arguments.julia or "julia", arguments.project)
+    elif arguments.force:
+        for path in env.remove_record():
+            print(f"removed {path}")
+    choice = launch.choose()
+    if choice.problem is not None:
+        raise ValueError(choice.problem)
+    if choice.installation is not None:
+        found = choice.installation
+        if arguments.cuda:
+            raise ValueError(
+                f"the project {found.project} exists already and is not changed.\n  Add CUDA to it:"
+                f" {found.julia.executable} --project={found.project} -e 'using Pkg; "
+                'Pkg.add("CUDA")\''
+            )
+        print(f"nothing to install: {launch.describe()}")
+    else:
+        _install(cuda=arguments.cuda, force=arguments.force)
+    return 1 if precompile() else 0
+
+
+def _install(*, cuda: bool, force: bool) -> None:
+    import juliapkg
+
+    if cuda:
+        juliapkg.add("CUDA", **_CUDA)
+    if not force and launch.resolved():
+        print("the Julia packages are installed already (--force installs them again)")
+        return
+    launch.install_packages(force=force)

@@ -1,0 +1,1 @@
+"""Julia's life in this process: found, started, called, interrupted."""

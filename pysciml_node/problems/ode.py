@@ -1,0 +1,144 @@
+"""Problems: what is to be solved. A problem is checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problems.state import State, StateSpec, tensors_of
+
+Time = float | Tensor
+VectorField = Callable[..., Any]
+
+
+def _check_time(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"{name} must be one real number, but is a tensor of shape {tuple(value.shape)} "
+                f"and dtype {value.dtype}."
+            )
+        number = float(value.detach())
+    elif isinstance(value, int | float) or hasattr(value, "__float__"):
+        number = float(value)
+    else:
+        raise TypeError(f"{name} must be a number or a 0-d tensor, but is {type(value).__name__}.")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, but is {number}.")
+    return number
+
+
+def _number(time: Time) -> float:
+    return float(time.detach()) if isinstance(time, Tensor) else time
+
+
+class Problem:
+    """What initial value problems have in common: a state, an interval, an extra argument."""
+
+    u0: State
+    tspan: tuple[Time, Time]
+    p: Any
+    spec: StateSpec
+
+    def _check(self) -> None:
+        """Check state, interval and extra argument, and set `spec`."""
+        object.__setattr__(self, "spec", StateSpec.of(self.u0))
+        if self.spec.device.type == "meta":
+            raise ValueError(
+                "u0 must have values, but is on the meta device.\n"
+                "  Make it on a device that computes, such as cpu."
+            )
+        span = tuple(self.tspan.unbind()) if isinstance(self.tspan, Tensor) else self.tspan
+        if not hasattr(span, "__len__") or len(span) != 2:
+            raise TypeError(f"tspan must be a pair (t0, t1), but is {self.tspan!r}.")
+        t0, t1 = (_check_time(f"tspan[{i}]", t) for i, t in enumerate(span))
+        if t0 == t1:
+            raise ValueError(
+                f"tspan must have two different ends, but both are {t0}.\n"
+                "  The state at t0 is u0 itself: no solve is needed."
+            )
+        ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
+        object.__setattr__(self, "tspan", ends)
+        for tensor in tensors_of(self.p):
+            if tensor.device != self.spec.device:
+                raise ValueError(
+                    f"p must be on the device of u0 ({self.spec.device}), but is on "
+                    f"{tensor.device}.\n  Move it: p.to(u0.device)."
+                )
+
+    @property
+    def t0(self) -> float:
+        """Start time as a number."""
+        return _number(self.tspan[0])
+
+    @property
+    def t1(self) -> float:
+        """End time as a number."""
+        return _number(self.tspan[1])
+
+    @property
+    def direction(self) -> int:
+        """`1` forward in time, `-1` backward."""
+        return 1 if self.t1 > self.t0 else -1
+
+    def time_tensor(self, times: list[float]) -> Tensor:
+        """Times as a tensor of the state's real dtype on its device."""
+        return torch.tensor(times, dtype=self.spec.real_dtype, device=self.spec.device)
+
+
+@dataclass(frozen=True)
+class ODEProblem(Problem):
+    """The initial value problem `du/dt = f(t, u)`, or `f(t, u, p)` where `p` is given.
+
+    Args:
+        f: the vector field; takes `t` (a 0-d tensor of the state's real dtype) and the state, and
+            returns its derivative in the same structure, shapes and dtype. Any callable; an
+            `nn.Module`'s parameters receive gradients, and so does every tensor that `f` uses.
+        u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
+            one dtype and device; float32, float64, complex64 or complex128.
+        tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
+            `t1 < t0` integrates backward in time.
+        p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
+            gradients.
+        mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
+            entries; singular for differential-algebraic equations. For implicit methods of the
+            Julia engine; receives no gradients.
+
+    Raises:
+        TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
+        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite, a mass matrix of
+            another shape.
+
+    Example:
+        >>> import torch, pysciml_node as psn
+        >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
+        >>> problem.tspan
+        (0.0, 1.0)
+    """
+
+    f: VectorField
+    u0: State
+    tspan: tuple[Time, Time]
+    p: Any = None
+    mass_matrix: Tensor | None = None
+    spec: StateSpec = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.f):
+            raise TypeError(
+                f"f must be callable as f(t, u), but is {type(self.f).__name__}.\n"
+                "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
+            )
+        self._check()
+        size = sum(self.spec.sizes)
+        mass = self.mass_matrix
+        if mass is not None and (mass.shape != (size, size) or mass.is_complex()):
+            raise ValueError(
+                f"mass_matrix must be real of shape {(size, size)}, a row and a column for each "
+                f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}."
+            )

@@ -1,0 +1,1 @@
+"""Single steps taken again: dense output, local estimates and the discrete adjoint."""

@@ -1,0 +1,182 @@
+"""The stages of one Runge-Kutta step, for any tableau."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pysciml_node.replay.vectors import Real, Vectors, Weights
+from pysciml_node.tableaus import Tableau
+
+FlatFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Method:
+    """A tableau's coefficients as tensors of one dtype on one device."""
+
+    _known: ClassVar[dict[tuple[int, torch.dtype, torch.device], Method]] = {}
+
+    def __init__(self, tableau: Tableau, dtype: torch.dtype, device: torch.device) -> None:
+        def tensor(row: tuple[float, ...], as_dtype: torch.dtype = dtype) -> Tensor:
+            return torch.tensor(row, dtype=torch.float64).to(device, as_dtype)
+
+        extra = tableau.interpolant
+        self.tableau = tableau
+        self.stages = tableau.stages
+        self.all_stages = tableau.stages + len(extra.c)
+        self.nodes = tensor(tableau.c + extra.c, dtype.to_real())
+        self.host_nodes = tableau.c + extra.c
+        self.host_rows = tableau.a + extra.a
+        like = tensor(())
+        self.rows = [Weights.of(row, like) for row in self.host_rows]
+        self.b = Weights.of(tableau.b, like)
+        self.b_error = Weights.of(tableau.b_error, like)
+        low = tableau.b_error_low
+        self.b_error_low = None if low is None else Weights.of(low, like)
+        # Polynomials of theta cancel: their weights are formed in float64 on the host.
+        self.dense = torch.tensor(extra.weights, dtype=torch.float64)
+        self.end_stage = _end_stage(tableau)
+
+    @classmethod
+    def of(cls, tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Method:
+        """The method, built once for each dtype and device."""
+        key = (id(tableau), dtype, device)
+        if key not in cls._known:
+            cls._known[key] = cls(tableau, dtype, device)
+        return cls._known[key]
+
+    def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:
+        """`b_i(theta)`, or its derivative, for `theta` of shape `(m,)`; shape `(m, all_stages)`."""
+        power = torch.arange(1, self.dense.shape[1] + 1, dtype=torch.float64)
+        theta = theta.to(device="cpu", dtype=torch.float64).unsqueeze(1)
+        basis = power * theta ** (power - 1) if derivative else theta**power
+        return (basis @ self.dense.T).to(self.b.tensor)
+
+
+def _end_stage(tableau: Tableau) -> int | None:
+    """Index of the stage `f(t + h, u1)`, the next step's first; `None` where there is none."""
+    if tableau.fsal:
+        return tableau.stages - 1
+    extra = tableau.interpolant
+    if extra.c and extra.c[0] == 1.0 and extra.a[0] == tableau.b:
+        return tableau.stages
+    return None
+
+
+class Stages:
+    """The stages `k_1 ... k_s` of the step being taken.
+
+    Args:
+        method: the method.
+        field: the derivative as a function of time and flat state.
+        marks: start, stops and end of the solve, in its order. Times stay inside the interval, and
+            inside the step where it starts or ends on a stop: the field may jump there.
+        vectors: holds the stage derivatives.
+    """
+
+    def __init__(
+        self, method: Method, field: FlatFunction, marks: tuple[float, ...], vectors: Vectors
+    ) -> None:
+        self.method = method
+        self.field = field
+        self.low, self.high = min(marks[0], marks[-1]), max(marks[0], marks[-1])
+        # For each stop the last time before it and the first after it.
+        stops = torch.tensor(marks[1:-1], dtype=method.nodes.dtype)
+        infinity = torch.full_like(stops, math.inf)
+        sides = zip(
+            torch.nextafter(stops, -infinity).tolist(),
+            torch.nextafter(stops, infinity).tolist(),
+            strict=True,
+        )
+        self._sides = dict(zip(marks[1:-1], sides, strict=True))
+        self.vectors = vectors
+        self.count = 0  # stages evaluated so far in this step
+
+    def times(self, t: Real, h: Real) -> tuple[Tensor, ...]:
+        """The stage times, kept inside the interval where rounding would leave it."""
+        times = self.method.nodes * h + t
+        low, high = self._limits(t, h) if self._sides else (self.low, self.high)
+        if isinstance(t, Tensor) or isinstance(h, Tensor):
+            inside = times.detach().clamp(low, high)
+            return (times + (inside - times.detach())).unbind()
+        return times.clamp_(low, high).unbind()
+
+    def _limits(self, t: Real, h: Real) -> tuple[float, float]:
+        """The interval's ends, or what stops leave of the step."""
+        start, size = (float(x.detach()) if isinstance(x, Tensor) else x for x in (t, h))
+        low, high = self.low, self.high
+        near = 1e-9 * abs(size)
+        for stop, (before, after) in self._sides.items():
+            if abs(min(start, start + size) - stop) < near:
+                low = after
+            if abs(max(start, start + size) - stop) < near:
+                high = before
+        return low, high
+
+    def begin(self, k1: Tensor) -> None:
+        """Start a step whose first stage is known."""
+        self.vectors.put(0, k1)
+        self.count = 1
+
+    def argument(self, i: int, h: Real, u: Tensor) -> Tensor:
+        """The state at which stage `i` is evaluated."""
+        return self.vectors.combine(u, h, self.method.rows[i]) if i else u
+
+    def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
+        """Evaluate the stages that are missing up to `upto`; returns the last one's argument."""
+        if self.count >= upto:
+            return None
+        times = self.times(t, h)
+        argument = u
+        for i in range(self.count, upto):
+            argument = self.argument(i, h, u)
+            self.vectors.put(i, self.field(times[i], argument))
+            if 0 < i < upto - 1:
+                self.vectors.recycle(argument)
+        self.count = upto
+        return argument
+
+    def solution(self, t: Real, h: Real, u: Tensor, with_error: bool) -> Tensor:
+        """The state at the end of the step."""
+        tableau = self.method.tableau
+        if not tableau.fsal:
+            self.evaluate(t, h, u, tableau.stages)
+            return self.vectors.combine(u, h, self.method.b)
+        if with_error:
+            end = self.evaluate(t, h, u, tableau.stages)
+            if end is not None:
+                return end
+        else:
+            # The last stage serves the error estimate and the next step alone.
+            self.evaluate(t, h, u, tableau.stages - 1)
+        return self.argument(tableau.stages - 1, h, u)
+
+    def dense(self, t: Real, h: Real, u: Tensor, theta: Tensor) -> Tensor:
+        """Dense output at `t + theta * h` for `theta` of shape `(m,)`; returns `(m, N)`."""
+        self.evaluate(t, h, u, self.method.all_stages)
+        return self.vectors.combine_many(u, h, self.method.dense_weights(theta))
+
+    def next_first(self) -> Tensor | None:
+        """`f(t + h, u1)` where this step has evaluated it."""
+        end = self.method.end_stage
+        return self.vectors.get(end) if end is not None and end < self.count else None
+
+    def stiffness(self, t: Real, h: Real, u: Tensor) -> Tensor:
+        """Shampine's estimate of the dominant eigenvalue, `|k_i - k_j| / |g_i - g_j|`.
+
+        `k` are two stages with the same node and `g` their arguments. NaN where the method has no
+        such pair.
+        """
+        pair = self.method.tableau.stiffness_stages
+        if pair is None:
+            return torch.full((), float("nan"), dtype=self.method.nodes.dtype, device=u.device)
+        self.evaluate(t, h, u, max(pair) + 1)
+        first, second = (self.argument(i, h, u) for i in pair)
+        top = torch.linalg.vector_norm(self.vectors.get(pair[0]) - self.vectors.get(pair[1]))
+        bottom = torch.linalg.vector_norm(first - second)
+        ratio: Tensor = top / (bottom + torch.finfo(top.dtype).eps)
+        return ratio

@@ -1,0 +1,241 @@
+"""Dense output and local estimates of a solve, by replaying single steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pysciml_node.algorithms.adjoints import DirectAdjoint
+from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import map_tensors, tensors_of
+from pysciml_node.replay.measure import measure_steps
+from pysciml_node.replay.norms import Tolerance, initial_step
+from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
+from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.record import Record, Recorded, check_discrete
+
+
+@dataclass
+class TorchTrajectory(Recorded):
+    """The accepted steps of a solve with their states, and what can be had from them.
+
+    Gradients flow through the step states, whichever adjoint produced them, and through the
+    replayed step itself.
+    """
+
+    problem: ODEProblem
+    method: Method
+    load: Callable[[], tuple[Record, list[Tensor]]]
+    stats: Stats
+    options: SolveOptions
+    make_field: Callable[[ODEProblem], FlatField] = FlatField
+
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """The states at `times`, each `(N,)`."""
+        return self._loaded[1]
+
+    def states(self) -> Tensor:
+        """The states at `times`, `(n + 1, N)`."""
+        return torch.stack(self.flat_states)
+
+    def _stages(
+        self, method: Method, problem: ODEProblem | None = None
+    ) -> tuple[Stages, FlatField]:
+        field = self.make_field(self.problem if problem is None else problem)
+        marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
+        vectors = (
+            RecordedVectors()
+            if torch.is_grad_enabled()
+            else vectors_like(self.flat_states[0], method.all_stages)
+        )
+        return Stages(method, field, marks, vectors), field
+
+    def step_of(self, t: float) -> int:
+        """Index of the accepted step that contains `t` (the later one at a boundary)."""
+        sign = self.problem.direction
+        n = bisect_right(self.record.times, sign * t, key=lambda x: sign * x) - 1
+        return min(max(n, 0), len(self.record.sizes) - 1)
+
+    def _moving_step(self, n: int) -> tuple[Real, Real]:
+        """Start and size of step `n`, as they move with the ends of the interval.
+
+        Free steps keep their sizes when `t0` moves, until a stop fixes where one ends.
+        """
+        record, problem = self.record, self.problem
+        start: Real = record.times[n]
+        h: Real = record.sizes[n]
+        if not torch.is_grad_enabled():
+            return start, h
+        t0, t1 = (
+            (t - t.detach()).double().reshape(())
+            if isinstance(t, Tensor) and t.requires_grad
+            else 0.0
+            for t in problem.tspan
+        )
+        if isinstance(t0, Tensor) and all(stop is None for stop in record.stops[:n]):
+            start = start + t0
+        if record.stops[n] is not None:
+            moves = t1 if record.stops[n] == record.t1_stop else 0.0
+            if isinstance(moves, Tensor) or isinstance(start, Tensor):
+                h = record.times[n + 1] + moves - start
+        return start, h
+
+    def _known_states(self, n: int, moving: bool) -> dict[float, Tensor]:
+        """The states at the ends of step `n` by time; a moving step has them at fixed times only.
+
+        The ends of the interval belong to it: the states there move with them.
+        """
+        known = {self.record.times[n + i]: (n + i, self.flat_states[n + i]) for i in (0, 1)}
+        last = len(self.record.sizes)
+        return {t: u for t, (i, u) in known.items() if not moving or i in (0, last)}
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output `(m, N)` at `times` `(m,)`."""
+        if not self.record.sizes:
+            return self.flat_states[0].expand(times.numel(), -1)
+        host = times.detach().double().tolist()
+        groups: dict[int, list[int]] = {}
+        for i, t in enumerate(host):
+            groups.setdefault(self.step_of(t), []).append(i)
+        stages, field = self._stages(self.method)
+        rows: list[Tensor | None] = [None] * len(host)
+        for n, members in groups.items():
+            u, (start, h) = self.flat_states[n], self._moving_step(n)
+            ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
+            if not times.requires_grad and all(host[i] in ends for i in members):
+                for i in members:
+                    rows[i] = ends[host[i]]
+                continue
+            stages.count = 0
+            theta = (times[members].double() - start) / h
+            for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
+                rows[i] = row
+        self.stats.nfe += field.nfe
+        return torch.stack([row for row in rows if row is not None])
+
+    def stiffness(self) -> Tensor:
+        """Stiffness estimate of each accepted step, `(n,)`."""
+        with torch.no_grad():
+            stages, field = self._stages(self.method)
+            found = []
+            for n, h in enumerate(self.record.sizes):
+                stages.count = 0
+                found.append(stages.stiffness(self.record.times[n], h, self.flat_states[n]))
+        self.stats.nfe += field.nfe
+        return torch.stack(found) if found else self.method.nodes.new_empty(0)
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
+        """One step of `algorithm` from the solution at `t`.
+
+        Args:
+            t: where it starts.
+            algorithm: an explicit method with an embedded pair.
+            stop_gradient: treat the starting state (`"state"`), and the first stage (`True`), as
+                constants.
+            dt: positive size of the step; default Hairer's first step from there.
+        """
+        if not isinstance(algorithm, ExplicitRungeKutta):
+            raise TypeError(f"a local step needs an explicit method, not {algorithm!r}.")
+        method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+            u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
+        stages, field = self._stages(method)
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
+            k = field(stages.times(t, 0.0)[0], u)
+        span = self.problem.t1 - t
+        with torch.no_grad():
+            if dt is None:
+                h = initial_step(field, method, tolerance, t, u.detach(), k.detach(), span)
+            else:
+                h = min(dt, abs(span)) * self.problem.direction
+        stages.begin(k)
+        found = self._measure(stages, tolerance, t, h, u)
+        self.stats.nfe += field.nfe
+        return found
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable with respect to all.
+
+        Each step is evaluated again, and once more in backward, so that no graph is kept. With
+        `DirectAdjoint` it is a checkpoint a step, which has higher derivatives too.
+
+        Raises:
+            ValueError: the solve's adjoint is a continuous one.
+        """
+        check_discrete(self.options.adjoint)
+        sizes = self.record.sizes
+        if not sizes:
+            return []
+        starts = self.flat_states[: len(sizes)]
+        if not torch.is_grad_enabled():
+            found = [self._replay(self.problem, n, u) for n, u in enumerate(starts)]
+        elif isinstance(self.options.adjoint, DirectAdjoint):
+            found = [
+                checkpoint(self._replay, self.problem, n, u, use_reentrant=False)
+                for n, u in enumerate(starts)
+            ]
+        else:
+            outer = {id(x): x for x in tensors_of(self.problem.p) if x.requires_grad}
+            inner = {key: x.detach().requires_grad_() for key, x in outer.items()}
+            p = map_tensors(lambda x: inner.get(id(x), x), self.problem.p)
+            problem = dataclasses.replace(self.problem, p=p)
+            rows = measure_steps(
+                partial(self._replay, problem), starts, [*outer.values()], [*inner.values()]
+            )
+            found = [(error, stiffness) for error, stiffness in rows]
+        return [
+            StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
+            for h, (error, stiffness) in zip(sizes, found, strict=True)
+        ]
+
+    def _replay(self, problem: ODEProblem, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Error and stiffness of an accepted step from the state at its start."""
+        stages, field = self._stages(self.method, problem)
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        found = self._measure(stages, tolerance, self.record.times[n], self.record.sizes[n], u)
+        self.stats.nfe += field.nfe
+        return found.error, found.stiffness
+
+    @staticmethod
+    def _measure(
+        stages: Stages, tolerance: Tolerance, t: float, h: float, u: Tensor
+    ) -> StepEstimate:
+        """One step from `u`, with the first stage evaluated already or not."""
+        u1 = stages.solution(t, h, u, with_error=True)
+        error = tolerance.step_error(stages, u, u1) * (tolerance.factor * abs(h))
+        dt = stages.method.nodes.new_tensor(h)
+        return StepEstimate(dt, error, stages.stiffness(t, h, u))
+
+    def restrict(self, problem: ODEProblem) -> TorchTrajectory:
+        """The same trajectory for the leading part of its state, which has dynamics of its own."""
+        size = sum(problem.spec.sizes)
+
+        def load() -> tuple[Record, list[Tensor]]:
+            return self.record, [u[:size] for u in self.flat_states]
+
+        def leading(tolerance: float | Tensor) -> float | Tensor:
+            return tolerance[:size] if isinstance(tolerance, Tensor) else tolerance
+
+        options = dataclasses.replace(
+            self.options,
+            driven=size,
+            rtol=leading(self.options.rtol),
+            atol=leading(self.options.atol),
+        )
+        return TorchTrajectory(problem, self.method, load, self.stats, options)

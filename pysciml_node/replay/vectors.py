@@ -1,0 +1,259 @@
+"""A few long vectors and their linear combinations: all the linear algebra a solver does.
+
+Three ways to hold them, chosen by what is cheapest: `StackedVectors` copies them into one matrix,
+so that a combination is a single fused call (short vectors, and other devices); `BlockedVectors`
+keeps references and works through blocks that fit a core's cache, without copies (long vectors on a
+CPU, where memory bandwidth is all that counts); `RecordedVectors` is what autograd can follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from pysciml_node.replay.norms import Tolerance
+
+Real = float | Tensor
+
+# Entries above which blocks beat the copies into one matrix, and the size of a block (about): the
+# blocks of a few vectors fit a core's cache.
+_LONG = 32_768
+_BLOCK = 50_000
+
+
+@functools.cache
+def _settle_heap() -> None:
+    """Make the C library keep freed vectors, once for the process.
+
+    glibc returns large freed blocks to the system and pages them in anew, zeroed, at each use: half
+    the time of a step with long states. Freeing one block raises its threshold to that block's size
+    (32 MB at most), for good; where there is another allocator it costs microseconds.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Coefficients of a combination, as numbers and as a tensor of the state's dtype."""
+
+    numbers: tuple[float, ...]
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, numbers: tuple[float, ...], like: Tensor) -> Weights:
+        """Weights with the dtype and device of `like`."""
+        return cls(numbers, torch.tensor(numbers, dtype=torch.float64).to(like))
+
+
+def _storage_uses(vector: Tensor) -> int | None:
+    """How many tensors share a vector's memory (in torch's count); `None` where it cannot tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else int(count(vector.untyped_storage()._cdata))
+
+
+class Vectors(ABC):
+    """Numbered vectors of one length."""
+
+    @abstractmethod
+    def put(self, i: int, vector: Tensor) -> None:
+        """Store vector `i`; those after it are forgotten."""
+
+    @abstractmethod
+    def get(self, i: int) -> Tensor:
+        """Vector `i`, valid until it is replaced."""
+
+    @abstractmethod
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        """`base + h * sum_j weights_j v_j` over the first vectors, a new tensor."""
+
+    @abstractmethod
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        """`combine` for each row of `weights`, shape `(m, n)`; returns `(m, N)`."""
+
+    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
+        """Norm of `sum_j weights_j v_j` over its scale, `tolerance.factor` left out; 0-d."""
+        return tolerance.norm(self.combine(None, 1.0, weights), tolerance.scale(u, u1))
+
+    def recycle(self, vector: Tensor) -> None:  # noqa: B027 - most holders have no use for it
+        """Told that the caller is done with a vector that `combine` has made."""
+
+
+class StackedVectors(Vectors):
+    """Vectors as the rows of one buffer `(count, N)`."""
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        self._buffer = like.new_empty((count, like.numel()))
+        self._rows = self._buffer.unbind()
+        # The first i vectors as columns, made once: slicing costs more than the product.
+        self._heads: dict[int, Tensor] = {}
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        self._rows[i].copy_(vector)
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._rows[i]
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        count, scale = len(weights.numbers), cast(float, h)
+        columns = self._heads.get(count)
+        if columns is None:
+            columns = self._heads[count] = self._buffer[:count].T
+        if base is None:
+            return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=scale)
+        return torch.addmv(base, columns, weights.tensor, alpha=scale)
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        rows = self._buffer[: weights.shape[1]]
+        scale = cast(float, h)
+        if base is None:
+            return torch.addmm(rows[:1], weights, rows, beta=0, alpha=scale)
+        return torch.addmm(base.expand(weights.shape[0], -1), weights, rows, alpha=scale)
+
+
+class BlockedVectors(Vectors):
+    """References to the vectors, combined block by block."""
+
+    def __init__(self, like: Tensor) -> None:
+        _settle_heap()
+        self._vectors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._blocks: list[tuple[Tensor, ...]] = []
+        self._size = math.ceil(like.numel() / round(like.numel() / _BLOCK + 0.5))
+        self._scratch = [like.new_empty(self._size) for _ in range(3)]
+        self._base: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._spare: Tensor | None = None
+        self._uses = _storage_uses(like.new_empty(1))
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        del self._vectors[i:], self._versions[i:], self._blocks[i:]
+        # A view shares its base's version: it tells a constant field from one that reuses memory.
+        held = zip(self._vectors, self._versions, strict=True)
+        if any(v.data_ptr() == vector.data_ptr() and n != vector._version for v, n in held):
+            raise RuntimeError(
+                "the field returned the same memory for two evaluations, and so has overwritten "
+                "its earlier result.\n  Return a new tensor each time, for example out.clone()."
+            )
+        self._vectors.append(vector)
+        self._versions.append(vector._version)
+        self._blocks.append(torch.split(vector, self._size))
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._vectors[i]
+
+    @staticmethod
+    def _terms(h: float, numbers: tuple[float, ...]) -> list[tuple[int, float]]:
+        return [(j, h * w) for j, w in enumerate(numbers) if w != 0.0]
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        terms = self._terms(cast(float, h), weights.numbers)
+        like = self._vectors[0] if base is None else base
+        if not terms:
+            return torch.zeros_like(like) if base is None else base.clone()
+        out, self._spare = self._spare, None
+        if out is None:
+            out = torch.empty_like(like)
+        (i, w), *rest = terms
+        starts = self._base_blocks(base)
+        blocks = torch.split(out, self._size)
+        # From the end: the last vector's last blocks were written last, and are in the cache.
+        for n in reversed(range(len(blocks))):
+            block = blocks[n]
+            if starts is None:
+                torch.mul(self._blocks[i][n], w, out=block)
+            else:
+                torch.add(starts[n], self._blocks[i][n], alpha=w, out=block)
+            for j, v in rest:
+                block.add_(self._blocks[j][n], alpha=v)
+        return out
+
+    def _base_blocks(self, base: Tensor | None) -> tuple[Tensor, ...] | None:
+        if base is None:
+            return None
+        if self._base is None or self._base[0] is not base:
+            self._base = (base, torch.split(base, self._size))
+        return self._base[1]
+
+    @override
+    def recycle(self, vector: Tensor) -> None:
+        # Only if nobody has kept it, or a view of it: not the field, not its output.
+        if self._uses is not None and _storage_uses(vector) == self._uses:
+            self._spare = vector
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        rows = [self.combine(base, h, Weights(tuple(row.tolist()), row)) for row in weights]
+        return torch.stack(rows)
+
+    @override
+    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
+        rtol, atol = tolerance.rtol, tolerance.atol
+        if isinstance(rtol, Tensor) or isinstance(atol, Tensor) or rtol == 0:
+            return super().scaled_norm(weights, u, u1, tolerance)
+        (i, w), *rest = self._terms(1.0, weights.numbers)
+        norms = []
+        starts = torch.split(tolerance.counted(u), self._size)
+        ends = torch.split(tolerance.counted(u1), self._size)
+        for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            size = start.numel()
+            error, scale, other = (block[:size] for block in self._scratch)
+            torch.mul(self._blocks[i][n][:size], w, out=error)
+            for j, v in rest:
+                error.add_(self._blocks[j][n][:size], alpha=v)
+            torch.abs(start, out=scale)
+            torch.maximum(scale, torch.abs(end, out=other), out=scale)
+            error.div_(scale.add_(atol / rtol))
+            norms.append(torch.linalg.vector_norm(error))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
+
+
+class RecordedVectors(Vectors):
+    """Separate tensors with their autograd history."""
+
+    def __init__(self) -> None:
+        self._vectors: list[Tensor] = []
+
+    @override
+    def put(self, i: int, vector: Tensor) -> None:
+        del self._vectors[i:]
+        self._vectors.append(vector)
+
+    @override
+    def get(self, i: int) -> Tensor:
+        return self._vectors[i]
+
+    @override
+    def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        columns = torch.stack(self._vectors[: len(weights.numbers)]).T
+        if base is not None and not isinstance(h, Tensor):
+            # Few nodes in the graph: backward costs as much as the nodes it visits.
+            return torch.addmv(base, columns, weights.tensor, alpha=h)
+        increment = h * torch.mv(columns, weights.tensor)
+        return increment if base is None else base + increment
+
+    @override
+    def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
+        increment = h * (weights @ torch.stack(self._vectors[: weights.shape[1]]))
+        return increment if base is None else base + increment
+
+
+def vectors_like(like: Tensor, count: int) -> Vectors:
+    """The cheapest holder of `count` vectors like this one, nothing recorded for autograd."""
+    if like.device.type == "cpu" and like.numel() > _LONG and not like.is_complex():
+        return BlockedVectors(like)
+    return StackedVectors(count, like)

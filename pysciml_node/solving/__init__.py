@@ -1,0 +1,1 @@
+"""The verb: input checked once, an engine chosen, failures explained."""

@@ -1,0 +1,84 @@
+"""Gradients of event times by the implicit function theorem, for any engine and adjoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.steps.autograd import first_derivative
+from pysciml_node.steps.field import FlatField
+
+
+class _NewtonShift(torch.autograd.Function):
+    """`-g / (dg/dt)` at a root of `g`: zero, with the derivative of the root."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(value, slope)
+        return torch.zeros_like(value)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        value, slope = ctx.saved_tensors
+        with torch.no_grad():
+            pulled = -cotangents[0] / slope
+        # One Newton step has the first derivative of the root, and not its second.
+        return (*first_derivative((pulled,), (value,)), None)
+
+
+def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, ...]) -> None:
+    """Set `event_t`, and let `u1` move with it.
+
+    With `g(t, u(t)) = 0` at the event, `dt = -dg / (dg/dt + dg/du . f)`; `u1` moves along `f`.
+
+    Args:
+        solution: stopped by `event`; changed in place.
+        event: the event.
+        tstops: times the solver had to step to.
+    """
+    problem = solution.problem
+    assert isinstance(problem, ODEProblem)
+    spec = problem.spec
+    t = problem.time_tensor([solution.trajectory.times[-1]])[0]
+    if not torch.is_grad_enabled():
+        solution.event_t = t
+        return
+    t = _moving(t, solution, tstops)
+    u = spec.flatten(solution.u1)
+    with torch.no_grad():
+        rate = FlatField(problem)(t, u)
+    solution.stats.nfe += 1
+    time = t.detach().requires_grad_()
+    state = u.detach().requires_grad_()
+    g = event.condition(time, spec.unflatten(state))
+    dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
+    slope = torch.zeros_like(time)
+    if dg_du is not None:
+        slope = slope + torch.vdot(dg_du, rate).real
+    if dg_dt is not None:
+        slope = slope + dg_dt
+    shift = _NewtonShift.apply(event.condition(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
+    solution.event_t = t + shift
+    solution.u1 = spec.unflatten(u + rate * shift)
+
+
+def _moving(t: Tensor, solution: Solution, tstops: tuple[float, ...]) -> Tensor:
+    """The end of the last step as it moves with `t0`: the free steps keep their sizes.
+
+    A stop that lies before it fixes it.
+    """
+    start = solution.problem.tspan[0]
+    length = abs(solution.trajectory.times[-1] - solution.problem.t0)
+    if not isinstance(start, Tensor) or any(
+        abs(stop - solution.problem.t0) <= length for stop in tstops
+    ):
+        return t
+    return t + (start - start.detach()).to(t)

@@ -1,0 +1,120 @@
+"""What a forward solve leaves behind: the accepted steps and where the saved states lie in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.step import Attempt
+
+
+@dataclass
+class Record:
+    """The accepted steps of a solve, as numbers; the states are kept beside it.
+
+    Attributes:
+        times: ends of the steps, `t0` first, length `n + 1`.
+        sizes: signed step sizes, length `n`.
+        errors: scaled error estimates, length `n`.
+        stops: for each step the stop it ends on, or `None`.
+        inside: for a step, the saved times that lie inside it: their indices and `theta`.
+        at_end: for a state index, the saved times that coincide with it.
+        saved: how many of the requested times were reached.
+        last: of a failed solve, the last attempt.
+        marks: start, stops and end that were asked for.
+    """
+
+    times: list[float]
+    sizes: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    stops: list[int | None] = field(default_factory=list)
+    inside: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+    at_end: dict[int, list[int]] = field(default_factory=dict)
+    saved: int = 0
+    naccept: int = 0
+    nreject: int = 0
+    retcode: ReturnCode = ReturnCode.Default
+    last: Attempt | None = None
+    marks: tuple[float, ...] = ()
+    event: int | None = None
+    t1_stop: int = 0
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` times, and what was saved up to there."""
+        steps = count - 1
+        del self.times[count:], self.sizes[steps:], self.errors[steps:], self.stops[steps:]
+        self.inside = {n: found for n, found in self.inside.items() if n < steps}
+        self.at_end = {n: found for n, found in self.at_end.items() if n < count}
+        self.saved = sum(len(indices) for indices, _ in self.inside.values())
+        self.saved += sum(len(indices) for indices in self.at_end.values())
+        self.naccept = steps
+
+
+class Recorded:
+    """What trajectories read off the accepted steps of a solve.
+
+    `load` gives the steps and the states at their ends, when something looks at them.
+    """
+
+    load: Callable[[], tuple[Record, list[Tensor]]]
+
+    @cached_property
+    def _loaded(self) -> tuple[Record, list[Tensor]]:
+        return self.load()
+
+    @property
+    def record(self) -> Record:
+        """The accepted steps."""
+        return self._loaded[0]
+
+    @property
+    def times(self) -> list[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return self.record.times
+
+    @property
+    def errors(self) -> list[float]:
+        """Scaled error estimates of the accepted steps."""
+        return self.record.errors
+
+
+def check_discrete(adjoint: Adjoint) -> None:
+    """Estimates of all steps can be differentiated by the adjoints that see the steps.
+
+    Raises:
+        ValueError: the adjoint is a continuous one.
+    """
+    if not adjoint.discrete:
+        raise ValueError(
+            f"the estimates of all steps are not differentiable with {type(adjoint).__name__}: "
+            "the stages of a step are not part of the continuous equation.\n"
+            "  Use adjoint=DiscreteAdjoint(), or LocalError, which works with every adjoint."
+        )
+
+
+def detached(attempt: Attempt) -> Attempt:
+    """An attempt for a record, which must not hold on to the graph that it is part of."""
+    return replace(attempt, u=attempt.u.detach(), u1=attempt.u1.detach())
+
+
+def check_finite(record: Record, states: list[Tensor], adaptive: bool) -> None:
+    """Fixed steps see no error estimate: look once, at the end, for what has gone wrong."""
+    code = record.retcode
+    if adaptive or not (code.successful or code is ReturnCode.Unstable):
+        return
+    if math.isfinite(float(states[-1].detach().abs().sum())):
+        return
+    # u0 stays, whatever it is.
+    good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
+    if good is None:
+        return
+    record.retcode = ReturnCode.Unstable
+    record.truncate(good)
+    del states[good:]

@@ -1,0 +1,39 @@
+"""One step: accepted, or attempted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pysciml_node.problems.ode import Time as Real
+
+
+@dataclass
+class Step:
+    """An accepted step: `u` at `t` to `u1` at `end = t + h` (the stop itself where it ends on one).
+
+    `error` is its scaled error estimate (NaN for fixed steps); `stop` says which of the stops
+    it ends on (`len(tstops)` is `t1`), or is `None`.
+    """
+
+    t: float
+    h: float
+    end: float
+    u: Tensor
+    u1: Tensor
+    error: float
+    stop: int | None
+    time: Real
+    size: Real
+
+
+@dataclass
+class Attempt:
+    """The last attempt, kept to explain a failure."""
+
+    t: float
+    h: float
+    u: Tensor
+    u1: Tensor
+    error: float

@@ -1,0 +1,1 @@
+"""Stochastic equations: fields, Brownian paths, steps and adjoints, for any engine."""

@@ -1,0 +1,210 @@
+"""Gradients of stochastic solves: the accepted steps replayed backward on the same path.
+
+`discrete_sweep` differentiates each step again, one at a time. `backsolve_sweep` solves the
+continuous adjoint equation of a Stratonovich equation backward,
+
+    d lambda = -(df/du)^T lambda dt - (dg/du)^T lambda o dW,
+
+beside the state, by the Euler-Heun scheme on the steps of the forward solve.
+
+Reference: X. Li, T.-K. L. Wong, R. T. Q. Chen, D. Duvenaud, Scalable gradients for stochastic
+differential equations, arXiv 2001.01328.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.solutions.solution import Stats
+from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
+from pysciml_node.steps.field import Accumulator
+from pysciml_node.steps.record import Record
+from pysciml_node.stochastic.brownian import BrownianPath, Increment
+from pysciml_node.stochastic.fields import DifferentiableFields
+from pysciml_node.stochastic.step import Stepper
+
+
+def saved_inside(
+    record: Record, n: int, saved: Tensor | None
+) -> Iterator[tuple[int, float, Tensor]]:
+    """The saved times inside step `n`: their indices, the times, and their cotangents."""
+    indices, times = record.inside.get(n, ([], []))
+    if saved is not None:
+        for i, t in zip(indices, times, strict=True):
+            yield i, t, saved[i]
+
+
+class Pullback(Protocol):
+    """The discrete adjoint of single steps: `StepPullback`, or another engine's."""
+
+    evaluations: int
+
+    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+        """The cotangent of a step's start from that of its end.
+
+        Args:
+            t: start of the step.
+            start: the vector there.
+            motion: the Brownian motion over the step.
+            upon: cotangent of the vector at its end.
+        """
+
+    def inputs(self) -> list[Tensor | None]:
+        """What has been added up for the inputs of the solve."""
+
+
+class StepPullback(Pullback):
+    """Differentiates single steps by autograd.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+
+    Attributes:
+        evaluations: of the drift.
+    """
+
+    def __init__(self, prepared: DifferentiableFields, stepper: Stepper) -> None:
+        self._prepared, self._stepper = prepared, stepper
+        self._sums = Accumulator(prepared.leaves)
+        self.evaluations = 0
+
+    @override
+    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+        prepared = self._prepared
+        before = prepared.fields.nfe
+        with torch.enable_grad():
+            start = start.detach().requires_grad_()
+            end, _ = self._stepper.take(t, start, motion)
+        prepared.expect_known(end, start)
+        wanted = [start, *prepared.leaves]
+        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
+        )
+        self._sums.add(found[1:])
+        self.evaluations += prepared.fields.nfe - before
+        return torch.zeros_like(start) if found[0] is None else found[0]
+
+    @override
+    def inputs(self) -> list[Tensor | None]:
+        return self._sums.sums
+
+
+def discrete_sweep(
+    pull: Pullback,
+    path: BrownianPath,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    stats: Stats,
+) -> Gradients:
+    """Pull all cotangents of a solve back to its inputs, through its steps.
+
+    Args:
+        pull: the adjoint of single steps.
+        path: the Brownian motions of the forward solve.
+        record: its accepted steps; `inside` holds times.
+        states: the vectors at `record.times`.
+        arriving: cotangents of the saved and of the step states.
+        stats: its backward fields are filled.
+    """
+    cotangent = torch.zeros_like(states[0])
+    live = False
+    for n in reversed(range(len(record.sizes))):
+        for extra in arriving_at(n + 1, record, arriving):
+            cotangent, live = cotangent + extra, True
+        t, total = record.times[n], None
+        if live:
+            total = pull(t, states[n], path.increment(t, record.times[n + 1]), cotangent)
+        for _, at, upon in saved_inside(record, n, arriving.saved):
+            part = pull(t, states[n], path.increment(t, at), upon)
+            total, live = part if total is None else total + part, True
+        if total is not None:
+            cotangent = total
+            stats.naccept_backward += 1
+    for extra in arriving_at(0, record, arriving):
+        cotangent = cotangent + extra
+    stats.nfe_backward += pull.evaluations
+    stats.nvjp += pull.evaluations
+    return Gradients(cotangent, None, None, None, pull.inputs())
+
+
+def backsolve_sweep(
+    prepared: DifferentiableFields,
+    stepper: Stepper,
+    path: BrownianPath,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    stats: Stats,
+) -> Gradients:
+    """Pull all cotangents back by the adjoint equation.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+        path: as for `discrete_sweep`, like the other arguments.
+        record: the accepted steps.
+        states: the vectors at their ends.
+        arriving: cotangents.
+        stats: of the solve.
+    """
+    fields = prepared.fields
+    before = fields.nfe
+    sums = Accumulator(prepared.leaves)
+    u, costate = stepper.state(states[-1]).clone(), torch.zeros_like(stepper.state(states[-1]))
+
+    def rates(
+        t: float, u: Tensor, costate: Tensor, motion: Increment
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Changes of state, costate and parameter gradients over the step, backward."""
+        time = stepper.method.nodes.new_tensor(t)
+        with torch.enable_grad():
+            state = u.detach().requires_grad_()
+            noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
+            change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
+        prepared.expect_known(change, state)
+        wanted = [state, *prepared.leaves]
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(change, wanted, costate, retain_graph=True, allow_unused=True)
+        )
+        pulled = torch.zeros_like(u) if found[0] is None else found[0]
+        return -change.detach(), pulled, found[1:]
+
+    def back(start: float, end: float, u: Tensor, costate: Tensor) -> tuple[Tensor, Tensor]:
+        motion = path.increment(start, end)
+        du, dl, leaves = rates(end, u, costate, motion)
+        du1, dl1, leaves1 = rates(start, u + du, costate + dl, motion)
+        sums.add(leaves, scale=0.5)
+        sums.add(leaves1, scale=0.5)
+        stats.naccept_backward += 1
+        return u + (du + du1) / 2, costate + (dl + dl1) / 2
+
+    live = False
+    for n in reversed(range(len(record.sizes))):
+        t, at = record.times[n], record.times[n + 1]
+        for extra in arriving_at(n + 1, record, arriving):
+            costate = costate + stepper.state(extra)
+            u, live = stepper.state(states[n + 1]), True
+        for _, s, upon in reversed(list(saved_inside(record, n, arriving.saved))):
+            if live and s < at:
+                u, costate = back(s, at, u, costate)
+            if not live:
+                start, motion = states[n], path.increment(t, s)
+                u, live = stepper.state(stepper.take(t, start, motion)[0]), True
+            costate, at = costate + stepper.state(upon), s
+        if live:
+            u, costate = back(t, at, u, costate)
+    for extra in arriving_at(0, record, arriving):
+        costate = costate + stepper.state(extra)
+    stats.nfe_backward += fields.nfe - before
+    stats.nvjp += fields.nfe - before
+    whole = torch.cat((costate, torch.zeros_like(costate)))
+    carried = stepper.method.tableau.carry
+    return Gradients(whole if carried else costate, None, None, None, sums.sums)

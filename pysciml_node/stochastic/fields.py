@@ -1,0 +1,202 @@
+"""The drift and the diffusion as counted functions of flat states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.problems.state import map_tensors, tensors_of
+from pysciml_node.steps.field import FlatField, _modules, expect_known, graph_leaves
+
+
+class NoiseLayout:
+    """How the Brownian motions of a problem act on its flat state.
+
+    Args:
+        samples: systems with motions of their own.
+        motions: motions of each; `None` where every entry of the state has its own.
+        entries: entries of the flat state.
+        matrix: the diffusion has one more axis than the state, over the motions.
+    """
+
+    def __init__(self, samples: int, motions: int | None, entries: int, matrix: bool) -> None:
+        self.samples, self.motions, self.entries, self.matrix = samples, motions, entries, matrix
+        self.size = entries if motions is None else samples * motions
+
+    @classmethod
+    def of(cls, problem: SDEProblem, fields: Fields) -> NoiseLayout:
+        """The layout of a problem, from one value of its diffusion where that has to be seen.
+
+        Raises:
+            TypeError: the diffusion returns no tensor.
+            ValueError: the diffusion has another shape than the noise asks for.
+        """
+        entries = sum(problem.spec.sizes)
+        if problem.noise == "diagonal":
+            return cls(entries, None, entries, matrix=False)
+        if problem.noise == "scalar":
+            return cls(problem.samples, 1, entries, matrix=False)
+        with torch.no_grad():
+            value = fields.raw_diffusion(problem.time_tensor([problem.t0])[0], problem.u0)
+        shape = problem.spec.shapes[0]
+        if problem.noise == "additive" and (problem.spec.keys is not None or value.shape == shape):
+            return cls(entries, None, entries, matrix=False)
+        if not isinstance(value, Tensor) or value.shape[:-1] != shape or value.ndim == 0:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            wanted = f"({', '.join(str(n) for n in (*shape, 'm'))})"
+            also = f"{tuple(shape)} or " if problem.noise == "additive" else ""
+            raise ValueError(
+                f"the diffusion must have shape {also}{wanted} for {problem.noise} noise, but "
+                f"returned {found}.\n  The last axis is over the m Brownian motions."
+            )
+        return cls(problem.samples, value.shape[-1], entries, matrix=True)
+
+    def apply(self, g: Tensor, integral: Tensor | float) -> Tensor:
+        """The diffusion times an integral of each motion; flat, `(N,)`."""
+        if self.motions is None or isinstance(integral, float):
+            return g * integral
+        each = integral.view(self.samples, 1, self.motions)
+        if self.matrix:
+            return (g.view(self.samples, -1, self.motions) * each).sum(-1).reshape(-1)
+        return (g.view(self.samples, -1) * each[:, 0]).reshape(-1)
+
+    def by_entry(self, integral: Tensor) -> Tensor:
+        """An integral of each motion, repeated for every entry that it drives alone, `(N,)`.
+
+        Matrices of diffusions mix the motions: for them it is returned as it is.
+        """
+        if self.motions is None or self.matrix:
+            return integral
+        return integral.repeat_interleave(self.entries // self.samples)
+
+    def magnitude(self, g: Tensor) -> Tensor:
+        """Standard deviation of `g dW / dt**0.5` for each entry, `(N,)`."""
+        return g.view(self.entries, -1).norm(dim=-1) if self.matrix else g.abs()
+
+    def shaped(self, w: Tensor, problem: SDEProblem) -> Any:
+        """Motions in a form to read: the state's, `(B,)` for scalar, `(B, m)` for others.
+
+        Without the `B` for a single system.
+        """
+        if self.motions is None:
+            return problem.spec.unflatten(w)
+        lead = (self.samples,) if len(problem.spec.shapes[0]) >= 2 else ()
+        return w.view((*lead, self.motions) if self.matrix else lead)
+
+
+class Fields:
+    """Drift and diffusion on flat states, with their evaluations counted.
+
+    Args:
+        problem: gives both, the state's structure and `p`.
+        p: replaces the problem's `p` (a detached copy during a backward sweep).
+    """
+
+    def __init__(self, problem: SDEProblem, p: Any = None) -> None:
+        self.drift = FlatField(problem, p)
+        self.problem, self.p = problem, self.drift.p
+        self.spec = problem.spec
+        self.nfe_diffusion = 0
+        self.layout = NoiseLayout.of(problem, self)
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the drift so far."""
+        return self.drift.nfe
+
+    def raw_diffusion(self, t: Tensor, state: Any) -> Any:
+        """The diffusion as it is given."""
+        self.nfe_diffusion += 1
+        g = self.problem.diffusion
+        return g(t, state) if self.p is None else g(t, state, self.p)
+
+    def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
+        """The diffusion; flat, `(N,)` or `(N * m,)`."""
+        out = self.raw_diffusion(t, self.spec.unflatten(u))
+        if self.spec.keys is not None:
+            parts = self.spec.parts(out) if self._same_structure(out) else None
+            if parts is None:
+                raise TypeError(
+                    f"the diffusion must return the structure of u0, but returned "
+                    f"{type(out).__name__}."
+                )
+            pieces = zip(parts, self.spec.shapes, strict=True)
+            return torch.cat([self._checked(part, shape).reshape(-1) for part, shape in pieces])
+        shape = self.spec.shapes[0]
+        if self.layout.matrix:
+            shape = torch.Size((*shape, self.layout.motions or 0))
+        return self._checked(out, shape).reshape(-1)
+
+    def _same_structure(self, out: Any) -> bool:
+        keys = self.spec.keys or ()
+        if keys and isinstance(keys[0], int):
+            return isinstance(out, tuple | list) and len(out) == len(keys)
+        return isinstance(out, dict) and set(out) == set(keys)
+
+    def _checked(self, out: Any, shape: torch.Size) -> Tensor:
+        spec = self.spec
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the diffusion must return tensors, but returned {type(out)}.")
+        if out.shape != shape:
+            raise ValueError(
+                f"the diffusion must have shape {tuple(shape)} for {self.problem.noise} noise, but "
+                f"has {tuple(out.shape)}.\n  A constant c is c * torch.ones_like(u)."
+            )
+        if out.dtype != spec.dtype or out.device != spec.device:
+            raise TypeError(
+                f"the diffusion must be {spec.dtype} on {spec.device} like u0, but is {out.dtype} "
+                f"on {out.device}."
+            )
+        return out
+
+
+class DifferentiableFields:
+    """Drift and diffusion prepared for gradients: their inputs found.
+
+    Attributes:
+        fields: both, with the tensors of `p` replaced by leaves.
+        inputs: the outer tensors that receive gradients, in the order of `leaves`.
+        leaves: what stands for them inside.
+        first: drift and diffusion at `(t0, u0)`, from the evaluation that looked for the inputs.
+    """
+
+    def __init__(self, problem: SDEProblem, u0: Tensor) -> None:
+        outer = list({id(x): x for x in tensors_of(problem.p) if x.requires_grad}.values())
+        inner = {id(x): x.detach().requires_grad_() for x in outer}
+        p = None
+        if problem.p is not None:
+            p = map_tensors(lambda x: inner.get(id(x), x), problem.p)
+        self.fields = Fields(problem, p)
+        with torch.enable_grad():
+            start = u0.detach().requires_grad_()
+            time = problem.time_tensor([problem.t0])[0]
+            values = self.fields.drift(time, start), self.fields.diffusion(time, start)
+        known = {id(start), *(id(x) for x in inner.values())}
+        found: list[Tensor] = [
+            x
+            for function in (problem.drift, problem.diffusion)
+            for module in _modules(function)
+            for x in module.parameters()
+            if x.requires_grad
+        ]
+        found += [x for value in values for x in graph_leaves(value) if id(x) not in known]
+        captured = list({id(x): x for x in found}.values())
+        self.first = values[0].detach(), values[1].detach()
+        self.inputs = outer + captured
+        self.leaves = [inner[id(x)] for x in outer] + captured
+        self._looked_again = False
+
+    def expect_known(self, value: Tensor, state: Tensor) -> None:
+        """Refuse tensors that the fields have come to use since `t0`; looks once."""
+        if self._looked_again:
+            return
+        self._looked_again = True
+        expect_known(
+            value,
+            (state, *self.leaves),
+            "the drift or diffusion uses",
+            "make the functions nn.Modules that own them",
+        )

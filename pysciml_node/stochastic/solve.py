@@ -1,0 +1,205 @@
+"""The torch engine's door for stochastic problems."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import BacksolveAdjoint, DirectAdjoint
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.solutions.solution import Solution, Stats
+from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.record import Record, check_finite, detached
+from pysciml_node.steps.step import Step
+from pysciml_node.stochastic.adjoints import (
+    Pullback,
+    StepPullback,
+    backsolve_sweep,
+    discrete_sweep,
+)
+from pysciml_node.stochastic.brownian import BrownianPath
+from pysciml_node.stochastic.fields import DifferentiableFields, Fields
+from pysciml_node.stochastic.march import SDEMarch, Slope, Start, Steps, path_for
+from pysciml_node.stochastic.step import SDEMethod, Stepper
+from pysciml_node.stochastic.trajectory import SDETrajectory
+
+Found = tuple[Record, list[Tensor], Tensor]
+
+
+class Parts:
+    """What an engine has of its own, here the embedded one's; all else is shared."""
+
+    def steps(self, start: Start) -> Steps:
+        """The accepted steps."""
+        return SDEMarch(start)
+
+    def pullback(self, prepared: DifferentiableFields, stepper: Stepper) -> Pullback:
+        """The adjoint of single steps, once they have been taken."""
+        return StepPullback(prepared, stepper)
+
+
+class _SDESolve:
+    """One solve: its parts, made once, and the ways to run it."""
+
+    def __init__(
+        self,
+        problem: SDEProblem,
+        algorithm: StochasticRungeKutta,
+        options: SolveOptions,
+        parts: Parts,
+    ) -> None:
+        self.problem, self.options, self.parts = problem, options, parts
+        spec = problem.spec
+        tableau = algorithm.tableau_for(problem)
+        self.method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
+        self.stats = Stats()
+        self.u0 = spec.flatten(problem.u0)
+        self.stepper: Stepper
+        self.path: BrownianPath
+
+    def _with(self, fields: Fields) -> Tensor:
+        """Use these fields; returns the vector to start from."""
+        self.stepper = Stepper(self.method, fields)
+        self.path = path_for(self.problem, self.options, fields.layout.size)
+        return self.stepper.start(self.u0)
+
+    def march(self, vector: Tensor, slope: Slope | None) -> Found:
+        """Run the time loop and keep what the options ask for."""
+        options = self.options
+        march = self.parts.steps(Start(self.stepper, options, self.path, vector, slope))
+        with step_listener(options.progress, self.problem) as on_step:
+            saver = _Saver(self, march)
+            for step in march:
+                saver.see(step)
+                if on_step is not None:
+                    on_step(step)
+        self.stats.nfe, self.stats.nfe_diffusion = march.evaluations
+        return saver.finish()
+
+    def recorded(self) -> Found:
+        """Without gradients, or with every operation recorded by autograd."""
+        return self.march(self._with(Fields(self.problem)), None)
+
+    def node(self) -> Found:
+        """As one node of the graph, its backward the sweep of the adjoint."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{type(self.options.adjoint).__name__} cannot run inside a torch.func transform.\n"
+                "  Use adjoint=DirectAdjoint() there."
+            )
+        prepared = DifferentiableFields(self.problem, self.u0)
+        start = self._with(prepared.fields)
+
+        def run(vector: Tensor) -> Found:
+            return self.march(vector, prepared.first)
+
+        def sweep(
+            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
+        ) -> Gradients:
+            arrived = record, states, arriving, self.stats
+            if isinstance(self.options.adjoint, BacksolveAdjoint):
+                return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
+            pull = self.parts.pullback(prepared, self.stepper)
+            return discrete_sweep(pull, self.path, *arrived)
+
+        keep: list[Record] = []
+        saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
+            run, sweep, keep, start, None, None, None, *prepared.inputs
+        )
+        return keep[0], [start, *states], saved
+
+
+class _Saver:
+    """Keeps the accepted steps, and the solution at the times that were asked for."""
+
+    def __init__(self, work: _SDESolve, march: Steps) -> None:
+        self.work, self.march = work, march
+        options, problem = work.options, work.problem
+        marks = (problem.t0, *options.tstops, problem.t1)
+        self.record = Record(times=[problem.t0], t1_stop=len(options.tstops), marks=marks)
+        self.states = [march.vector]
+        self.pieces: list[Tensor] = []
+        self._keep_ends(0)
+
+    @property
+    def _waiting(self) -> tuple[float, ...]:
+        return (self.work.options.saveat or ())[self.record.saved :]
+
+    def _keep_ends(self, state: int) -> None:
+        """Save the times that coincide with the end of a step."""
+        t = self.record.times[-1]
+        count = sum(1 for s in self._waiting if s == t)
+        if count:
+            first = self.record.saved
+            self.record.at_end[state] = list(range(first, first + count))
+            self.pieces.extend([self.states[-1]] * count)
+            self.record.saved += count
+
+    def see(self, step: Step) -> None:
+        """Keep an accepted step."""
+        record, work = self.record, self.work
+        inside = [s for s in self._waiting if s < step.end]
+        if inside:
+            first, n = record.saved, len(record.sizes)
+            record.inside[n] = (list(range(first, first + len(inside))), inside)
+            for s in inside:
+                motion = work.path.increment(step.t, s)
+                vector = step.u
+                if motion.h > 0:
+                    vector, _ = work.stepper.take(step.t, step.u, motion)
+                self.pieces.append(vector)
+            record.saved += len(inside)
+        record.times.append(step.end)
+        record.sizes.append(step.h)
+        record.errors.append(step.error)
+        record.stops.append(step.stop)
+        self.states.append(step.u1)
+        self._keep_ends(len(record.sizes))
+
+    def finish(self) -> Found:
+        """The record, the vectors at its times, and the saved ones."""
+        record, march = self.record, self.march
+        record.naccept, record.nreject = march.naccept, march.nreject
+        record.retcode = march.retcode
+        if march.last is not None and not march.retcode.successful:
+            record.last = detached(march.last)
+        like = self.states[0]
+        saved = torch.stack(self.pieces) if self.pieces else like.new_empty((0, like.numel()))
+        return record, self.states, saved
+
+
+def solve_sde(
+    problem: SDEProblem,
+    algorithm: StochasticRungeKutta,
+    options: SolveOptions,
+    name: str,
+    parts: Parts,
+) -> Solution:
+    """Run a checked problem; a failed solve is returned like any other.
+
+    Args:
+        problem: what to solve.
+        algorithm: how.
+        options: of the solve.
+        name: of the engine.
+        parts: the engine's own.
+    """
+    work = _SDESolve(problem, algorithm, options, parts)
+    if not torch.is_grad_enabled() or isinstance(options.adjoint, DirectAdjoint):
+        record, vectors, saved = work.recorded()
+    else:
+        record, vectors, saved = work.node()
+    check_finite(record, vectors, options.controller.adaptive)
+    work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
+    trajectory = SDETrajectory(
+        problem, work.stepper, work.path, lambda: (record, vectors), work.stats, options
+    )
+    states, saved = [work.stepper.state(v) for v in vectors], work.stepper.state(saved)
+    return build_solution(
+        problem, algorithm, name, options, record, states, saved, work.stats, trajectory
+    )

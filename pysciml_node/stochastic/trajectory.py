@@ -1,0 +1,186 @@
+"""Dense output and local estimates of a stochastic solve, on its own Brownian path."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.ode import Problem
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.replay.norms import Tolerance
+from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.steps.record import Record, Recorded, check_discrete
+from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
+from pysciml_node.stochastic.fields import Fields
+from pysciml_node.stochastic.march import starting_slope
+from pysciml_node.stochastic.step import SDEMethod, Stepper, initial_step
+
+# Counters of fresh noise stand where a tree of the solve's own never reaches.
+_FRESH = 2**20
+
+
+@dataclass
+class SDETrajectory(Recorded):
+    """The accepted steps of a stochastic solve with their states, and what can be had from them.
+
+    Between the ends of steps the solution is the method's own shorter step from the start of the
+    step that contains the time, on the solve's Brownian path: it has the method's strong order and
+    is continuous, and averages and variances between the steps are right (those of a straight line
+    are not).
+    """
+
+    problem: SDEProblem
+    stepper: Stepper
+    path: BrownianPath
+    load: Callable[[], tuple[Record, list[Tensor]]]
+    stats: Stats
+    options: SolveOptions
+    _fresh: int = field(default=0, init=False)
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What was stepped, at `times`."""
+        return self._loaded[1]
+
+    def states(self) -> Tensor:
+        """The states at `times`, `(n + 1, N)`."""
+        return self.stepper.state(torch.stack(self.vectors))
+
+    def brownian(self, start: float, end: float) -> Any:
+        """`W(end) - W(start)` of the solve's path."""
+        layout = self.stepper.fields.layout
+        return layout.shaped(self.path.increment(start, end).w, self.problem)
+
+    def _step_of(self, t: float) -> int:
+        n = bisect_right(self.record.times, t) - 1
+        return min(max(n, 0), len(self.record.sizes) - 1)
+
+    def _fields(self) -> Fields:
+        return Fields(self.problem)
+
+    def _count(self, fields: Fields) -> None:
+        self.stats.nfe += fields.nfe
+        self.stats.nfe_diffusion += fields.nfe_diffusion
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """The solution `(m, N)` at `times` `(m,)`."""
+        if times.requires_grad:
+            raise ValueError(
+                "the solution of an SDEProblem has no derivative in time.\n"
+                "  Detach the times: sol(t.detach())."
+            )
+        fields = self._fields()
+        stepper = Stepper(self.stepper.method, fields)
+        known = {t: n for n, t in enumerate(self.record.times)}
+        rows = []
+        for t in times.double().tolist():
+            if t in known or not self.record.sizes:
+                vector = self.vectors[known.get(t, 0)]
+            else:
+                n = self._step_of(t)
+                start = self.record.times[n]
+                motion = self.path.increment(start, t)
+                vector = self.vectors[n]
+                if motion.h > 0:
+                    vector, _ = stepper.take(start, vector, motion)
+            rows.append(stepper.state(vector))
+        self._count(fields)
+        return torch.stack(rows)
+
+    def stiffness(self) -> Tensor:
+        """Stiffness estimate of each accepted step, `(n,)`."""
+        with torch.no_grad():
+            found = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
+        return torch.stack(found) if found else self.stepper.method.nodes.new_empty(0)
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
+        """One step of `algorithm` from the solution at `t`, on fresh noise of its own.
+
+        Args:
+            t: where it starts.
+            algorithm: a stochastic method that serves the problem.
+            stop_gradient: treat the starting state as constant (no stage of the step is known
+                from the solve, so that `True` and `"state"` agree).
+            dt: positive size of the step; default the size a solve would try first from there.
+        """
+        if not isinstance(algorithm, StochasticRungeKutta):
+            raise TypeError(
+                f"the local step of an SDE needs a stochastic method, not {algorithm!r}.\n"
+                "  Leave algorithm out to take the solve's own, or give one such as SOSRI()."
+            )
+        tableau = algorithm.tableau_for(self.problem)
+        spec = self.problem.spec
+        fields = self._fields()
+        method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
+        stepper = Stepper(method, fields)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+            u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        span = self.problem.t1 - t
+        with torch.no_grad():
+            if dt is None:
+                start = u.detach()
+                slope = starting_slope(stepper, t, start)
+                dt = initial_step(fields, method, tolerance, t, start, slope, span)
+        motion = self._fresh_motion(fields.layout.size, min(dt, span))
+        error, stiffness = _measure(stepper, tolerance, t, stepper.start(u), motion)
+        self._count(fields)
+        return StepEstimate(method.nodes.new_tensor(motion.h), error, stiffness)
+
+    def _fresh_motion(self, size: int, h: float) -> Increment:
+        """Noise that the solve has not seen, new at each call and given by the solve's seed."""
+        self._fresh += 1
+        normals = self.path.normals
+        fresh = Normals(normals.seed, size, normals.dtype, normals.device)
+        return fresh.increment(_FRESH, self._fresh, h)
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable with respect to all.
+
+        Each step is evaluated again, and once more in backward, so that no graph is kept.
+
+        Raises:
+            ValueError: the solve's adjoint is a continuous one.
+        """
+        check_discrete(self.options.adjoint)
+        found = []
+        for n, h in enumerate(self.record.sizes):
+            vector = self.vectors[n]
+            if torch.is_grad_enabled():
+                error, stiffness = checkpoint(self._replay, n, vector, use_reentrant=False)
+            else:
+                error, stiffness = self._replay(n, vector)
+            found.append(StepEstimate(self.stepper.method.nodes.new_tensor(h), error, stiffness))
+        return found
+
+    def _replay(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Error and stiffness of an accepted step, from the vector at its start."""
+        fields = self._fields()
+        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        t, end = self.record.times[n : n + 2]
+        motion = self.path.increment(t, end)
+        found = _measure(Stepper(self.stepper.method, fields), tolerance, t, vector, motion)
+        self._count(fields)
+        return found
+
+    def restrict(self, problem: Problem) -> SDETrajectory:
+        """Refused: integrals along a solution are for ordinary equations."""
+        raise TypeError("the state of an SDEProblem cannot be augmented with integrals.")
+
+
+def _measure(
+    stepper: Stepper, tolerance: Tolerance, t: float, vector: Tensor, motion: Increment
+) -> tuple[Tensor, Tensor]:
+    end, taken = stepper.take(t, vector, motion, with_error=True)
+    error = stepper.error(taken, vector, end, motion, tolerance)
+    return error, stepper.stiffness(taken)

@@ -1,0 +1,27 @@
+"""Runge-Kutta methods as data: each is a frozen table of coefficients with its dense output."""
+
+from __future__ import annotations
+
+from pysciml_node.tableaus.base import Interpolant, Tableau
+from pysciml_node.tableaus.dp5 import DP5
+from pysciml_node.tableaus.dp8 import DP8
+from pysciml_node.tableaus.low_order import BS3, EULER, HEUN, MIDPOINT, RALSTON, RK4
+from pysciml_node.tableaus.tsit5 import TSIT5
+from pysciml_node.tableaus.vern7 import VERN7
+from pysciml_node.tableaus.vern9 import VERN9
+
+__all__ = [
+    "BS3",
+    "DP5",
+    "DP8",
+    "EULER",
+    "HEUN",
+    "MIDPOINT",
+    "RALSTON",
+    "RK4",
+    "TSIT5",
+    "VERN7",
+    "VERN9",
+    "Interpolant",
+    "Tableau",
+]

@@ -1,0 +1,1 @@
+"""Solves whose loop runs as compiled graphs."""

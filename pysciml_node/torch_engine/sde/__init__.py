@@ -1,1 +1,0 @@
-"""Stochastic equations: the parts of the torch engine that solve them."""
