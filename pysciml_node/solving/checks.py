@@ -1,0 +1,333 @@
+"""What `solve` is given, checked once: complete options come out, or an error that says why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint
+from pysciml_node.algorithms.controllers import Controller, FixedStep
+from pysciml_node.algorithms.explicit import Algorithm, Tsit5
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_algorithm
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.sde import SDEProblem
+
+
+class _Usual:
+    """A tolerance that is not given: what it is depends on the kind of problem."""
+
+    def __repr__(self) -> str:
+        return "1e-6, or 1e-2 for an SDEProblem"
+
+
+USUAL: Any = _Usual()
+
+
+def check_problem(problem: Any) -> Problem:
+    """A single problem.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(problem, ODEProblem | SDEProblem):
+        raise TypeError(
+            f"solve takes an ODEProblem or SDEProblem, but was given {type(problem).__name__}.\n"
+            "  Make one: ODEProblem(f, u0, (t0, t1))."
+        )
+    return problem
+
+
+def check_algorithm(problem: Problem, algorithm: Algorithm | None) -> Algorithm:
+    """The algorithm that was given, or the problem's usual one.
+
+    Raises:
+        TypeError: it is no algorithm.
+        ValueError: it is for another kind of problem.
+    """
+    default = partial(default_algorithm, problem) if isinstance(problem, SDEProblem) else Tsit5
+    chosen: Algorithm = _instance("algorithm", algorithm, Algorithm, default)
+    _check_kind(problem, chosen)
+    return chosen
+
+
+def check_options(
+    problem: Problem,
+    algorithm: Algorithm,
+    *,
+    rtol: Any,
+    atol: Any,
+    saveat: Sequence[float] | Tensor | None,
+    adjoint: Adjoint | None,
+    dt0: float | None,
+    dtmin: float | None,
+    dtmax: float | None,
+    tstops: Sequence[float] | Tensor,
+    max_steps: int,
+    controller: Controller | None,
+    events: Event | Sequence[Event],
+    progress: bool,
+    throw: bool,
+    compile: bool,
+    generator: torch.Generator | None,
+) -> SolveOptions:
+    """The options of a solve, as they were given to it.
+
+    Raises:
+        TypeError: one is of the wrong kind.
+        ValueError: one is out of range, or does not go with another.
+    """
+    adjoint = _instance("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
+    controller = _instance("controller", controller, Controller, algorithm.default_controller)
+    events = _check_events(events)
+    length = abs(problem.t1 - problem.t0)
+    if isinstance(controller, FixedStep) and dt0 is None:
+        raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
+    times, time_tensor = _check_saveat(saveat, problem)
+    usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
+    relative, _ = _check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
+    absolute, driven = _check_tolerance("atol", usual if atol is USUAL else atol, problem)
+    if isinstance(relative, Tensor) and driven < relative.numel():
+        relative = relative[:driven]
+    options = SolveOptions(
+        rtol=relative,
+        atol=absolute,
+        driven=driven,
+        saveat=times,
+        saveat_tensor=time_tensor,
+        adjoint=adjoint,
+        dt0=None if dt0 is None else min(_positive("dt0", dt0), length),
+        dtmin=0.0 if dtmin is None else _positive("dtmin", dtmin),
+        dtmax=math.inf if dtmax is None else _positive("dtmax", dtmax, allow_inf=True),
+        tstops=_check_tstops(tstops, problem),
+        max_steps=max_steps,
+        controller=controller,
+        events=events,
+        progress=progress,
+        throw=throw,
+        compile=compile,
+    )
+    if isinstance(problem, SDEProblem):
+        _check_for_noise(problem, options, generator)
+    elif generator is not None:
+        raise ValueError(
+            "generator draws Brownian motions, and an ODEProblem has none.\n  Leave it out."
+        )
+    if options.dtmin > options.dtmax:
+        raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
+    _check_both_zero(options)
+    return options
+
+
+def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
+    if value is None:
+        return default()
+    if isinstance(value, type) and issubclass(value, kind):
+        raise TypeError(f"{name} must be an instance: write {value.__name__}().")
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be one of this package's {kind.__name__.lower()}s, such as "
+            f"{default().__class__.__name__}(), but is {value!r}."
+        )
+    return value
+
+
+def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
+    """Ordinary methods for ordinary equations, stochastic ones for stochastic ones."""
+    if isinstance(problem, SDEProblem) and isinstance(algorithm, StochasticRungeKutta):
+        algorithm.check(problem)
+    elif isinstance(problem, SDEProblem):
+        raise ValueError(
+            f"{algorithm!r} is for ordinary equations, but the problem is an SDEProblem.\n"
+            f"  Use {default_algorithm(problem)!r}."
+        )
+    elif isinstance(algorithm, StochasticRungeKutta) and not isinstance(problem, SDEProblem):
+        raise ValueError(
+            f"{algorithm!r} is for stochastic equations, but the problem is an ODEProblem.\n"
+            "  Use Tsit5(), or make an SDEProblem(drift, diffusion, u0, tspan)."
+        )
+
+
+def _check_for_noise(
+    problem: SDEProblem, options: SolveOptions, generator: torch.Generator | None
+) -> None:
+    """The options of a stochastic solve have nothing that does not fit it."""
+    if options.events:
+        raise ValueError(
+            "events are not found in stochastic solutions, which cross zero infinitely often.\n"
+            "  Look for the crossing in solution.u, or in solution(t)."
+        )
+    if options.compile:
+        raise ValueError("compile=True is for ODEProblems.\n  Leave it out.")
+    if options.saveat_tensor is not None:
+        raise ValueError(
+            "saveat of an SDEProblem must not require gradients: Brownian motion has no "
+            "derivative in time.\n  Detach it: saveat.detach()."
+        )
+    adjoint = options.adjoint
+    if isinstance(adjoint, BacksolveAdjoint):
+        if problem.interpretation == "ito" and problem.noise != "additive":
+            raise ValueError(
+                "BacksolveAdjoint goes backward in time, which only Stratonovich equations allow, "
+                'but the problem\'s interpretation is "ito".\n'
+                "  Use adjoint=DiscreteAdjoint(), or convert the drift (subtract (1/2) (dg/du) g)."
+            )
+    elif not adjoint.discrete:
+        raise ValueError(
+            f"{type(adjoint).__name__} is for ODEProblems.\n"
+            "  Use DiscreteAdjoint(), DirectAdjoint(), or BacksolveAdjoint() for Stratonovich "
+            "equations."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, but is {generator!r}.")
+
+
+def _positive(name: str, value: float, allow_inf: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{name} must be a number, but is {type(value).__name__}.")
+    number = float(value)
+    if not number > 0 or (math.isinf(number) and not allow_inf):
+        raise ValueError(
+            f"{name} must be positive and finite, but is {number}.\n"
+            "  Sizes of steps are given without sign; the direction follows tspan."
+        )
+    return number
+
+
+def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | Tensor, int]:
+    """A tolerance as a number or flat tensor, and how many leading entries of the state it counts.
+
+    The entries of a state behind the last finite absolute tolerance need not be looked at at all.
+    """
+    spec = problem.spec
+    if spec.keys is None or not isinstance(value, tuple | list | dict):
+        return _check_part(name, value, problem, spec.shapes[0]), sum(spec.sizes)
+    try:
+        given = spec.parts(value)
+    except (KeyError, IndexError):
+        raise ValueError(
+            f"{name} must have the parts of u0, {list(spec.keys)}, but is {value!r}."
+        ) from None
+    parts = [
+        _check_part(f"{name}[{key!r}]", part, problem, shape)
+        for key, part, shape in zip(spec.keys, given, spec.shapes, strict=True)
+    ]
+    counted = len(parts)
+    numbers = [part if isinstance(part, float) else None for part in parts]
+    while counted > 1 and numbers[counted - 1] == math.inf:
+        counted -= 1
+    first = numbers[0]
+    if first is not None and all(part == first for part in numbers[:counted]):
+        return first, sum(spec.sizes[:counted])
+    flat = [
+        part if isinstance(part, Tensor) else torch.full((size,), part)
+        for part, size in zip(parts, spec.sizes, strict=True)
+    ]
+    return torch.cat([part.to(spec.device, spec.real_dtype) for part in flat]), sum(spec.sizes)
+
+
+def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> float | Tensor:
+    """One tolerance of one part of the state."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a tensor, but is {value!r}.")
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        number = float(value)
+        allowed = number >= 0 and (name.startswith("atol[") or not math.isinf(number))
+        if not allowed:
+            raise ValueError(f"{name} must be a finite number, at least 0, but is {number}.")
+        return number
+    spec = problem.spec
+    if bool((~(value >= 0)).any()):
+        raise ValueError(f"{name} must be at least 0 everywhere, but has {float(value.min())}.")
+    try:
+        full = value.to(spec.device, spec.real_dtype).expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} does not broadcast to the state's "
+            f"{tuple(shape)}."
+        ) from None
+    return full.reshape(-1)
+
+
+_BOTH_ZERO = "rtol and atol must not both be 0: no step could be accepted."
+
+
+def _check_both_zero(options: SolveOptions) -> None:
+    if not options.controller.adaptive:
+        return
+    if isinstance(options.rtol, float) and isinstance(options.atol, float):
+        if options.rtol == options.atol == 0:
+            raise ValueError(_BOTH_ZERO)
+        return
+    both = torch.as_tensor(options.rtol == 0) & torch.as_tensor(options.atol == 0)
+    if bool(both.any()):
+        raise ValueError(_BOTH_ZERO)
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor) -> list[float]:
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional, but has shape {tuple(values.shape)}")
+        return [float(x) for x in values.detach().tolist()]
+    if isinstance(values, int | float | str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of times, but is {values!r}.")
+    return [float(x) for x in values]
+
+
+def _check_saveat(
+    saveat: Sequence[float] | Tensor | None, problem: Problem
+) -> tuple[tuple[float, ...] | None, Tensor | None]:
+    if saveat is None:
+        return None, None
+    times = _numbers("saveat", saveat)
+    if not times:
+        raise ValueError("saveat must name at least one time; leave it out to save every step.")
+    low, high = sorted((problem.t0, problem.t1))
+    # Times given in single precision may stand an ulp outside the interval they are meant to end.
+    single = isinstance(saveat, Tensor) and saveat.dtype != torch.float64
+    slack = 1e-6 * (high - low) if single else 0.0
+    for i, t in enumerate(times):
+        if not low - slack <= t <= high + slack:
+            raise ValueError(
+                f"saveat must lie inside tspan ({problem.t0}, {problem.t1}), "
+                f"but saveat[{i}] is {t}.\n  Widen tspan, or drop the times beyond it."
+            )
+    times = [min(max(t, low), high) for t in times]
+    sign = problem.direction
+    for i in range(1, len(times)):
+        if sign * times[i] < sign * times[i - 1]:
+            raise ValueError(
+                f"saveat must be in the order of integration ({'in' if sign > 0 else 'de'}creasing"
+                f"), but saveat[{i}]={times[i]} follows {times[i - 1]}.\n  Sort it first."
+            )
+    tensor = saveat if isinstance(saveat, Tensor) and saveat.requires_grad else None
+    return tuple(times), tensor
+
+
+def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[float, ...]:
+    times = _numbers("tstops", tstops)
+    low, high = sorted((problem.t0, problem.t1))
+    for i, t in enumerate(times):
+        if not low <= t <= high:
+            raise ValueError(
+                f"tstops must lie inside tspan ({problem.t0}, {problem.t1}), "
+                f"but tstops[{i}] is {t}.\n  Drop the times beyond it."
+            )
+    inner = {t for t in times if low < t < high}
+    return tuple(sorted(inner, reverse=problem.direction < 0))
+
+
+def _check_events(events: Event | Sequence[Event]) -> tuple[Event, ...]:
+    listed = (events,) if isinstance(events, Event) else tuple(events)
+    for event in listed:
+        if not isinstance(event, Event):
+            raise TypeError(f"events must be Event(condition) objects, but one is {event!r}.")
+    return listed
