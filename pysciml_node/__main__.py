@@ -1,4 +1,4 @@
-"""The command line: ``python -m pysciml_node COMMAND``."""
+"""The command line: `python -m pysciml_node COMMAND`."""
 
 import argparse
 import importlib
@@ -13,7 +13,7 @@ from pysciml_node.errors import EngineUnavailable, SolverFailure
 class Command:
     """A subcommand: its name, a line of help, and the module that runs it.
 
-    The module has ``add_arguments(parser)`` and ``run(arguments) -> exit status``. It is imported
+    The module has `add_arguments(parser)` and `run(arguments) -> exit status`. It is imported
     only when the command is asked for.
     """
 

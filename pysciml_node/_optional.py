@@ -8,8 +8,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
     Args:
-        module: name to import, e.g. ``"matplotlib.pyplot"``.
-        extra: the extra of ``pysciml_node`` that installs it.
+        module: name to import, e.g. `"matplotlib.pyplot"`.
+        extra: the extra of `pysciml_node` that installs it.
         purpose: what needs it, in words that end the sentence "... is needed to".
 
     Returns:

@@ -24,23 +24,23 @@ _TRANSPARENT = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 @torch.no_grad()
 def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = None) -> nn.Module:
-    """Scale a vector field so that what its ODE does over ``[0, T]`` does not depend on ``T``.
+    """Scale a vector field so that what its ODE does over `[0, T]` does not depend on `T`.
 
-    For an autonomous field, ``h' = f(h)/T`` over ``[0, T]`` is ``h' = f(h)`` over ``[0, 1]`` with
-    time rescaled: not only the kernels at initialisation (which depend on ``T sigma_w`` alone) but
+    For an autonomous field, `h' = f(h)/T` over `[0, T]` is `h' = f(h)` over `[0, 1]` with
+    time rescaled: not only the kernels at initialisation (which depend on `T sigma_w` alone) but
     every output is the same. The field is the output of its last linear layer, so that layer's
-    weight and bias are divided by ``T``: the standard deviation of the weights goes like ``1/T``,
-    their variance like ``1/T^2``. (A variance of ``1/T`` would leave ``T sigma_w = sqrt T``, and
+    weight and bias are divided by `T`: the standard deviation of the weights goes like `1/T`,
+    their variance like `1/T^2`. (A variance of `1/T` would leave `T sigma_w = sqrt T`, and
     the variance of the output growing with the horizon.) Scaling earlier layers instead would not
     do: a nonlinearity stands behind them.
 
-    The horizon is remembered on the layer, so calling again with the same ``T`` changes nothing,
-    and with another ``T`` moves the field from the old horizon to the new one; a trained
-    autonomous field then keeps its flow map. A field that depends on time sees times up to ``T``
+    The horizon is remembered on the layer, so calling again with the same `T` changes nothing,
+    and with another `T` moves the field from the old horizon to the new one; a trained
+    autonomous field then keeps its flow map. A field that depends on time sees times up to `T`
     instead of up to 1: rescale its time argument as well.
 
     Args:
-        module: the vector field, or a module that holds it as ``.field`` (``NeuralODE``). Its last
+        module: the vector field, or a module that holds it as `.field` (`NeuralODE`). Its last
             linear or convolutional layer, in order of registration, must produce its output.
         T: length of the horizon, positive.
         previous: horizon the weights suit now. Default: what the last call remembered, 1 at first.
@@ -50,8 +50,8 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
         The module, changed in place.
 
     Raises:
-        ValueError: if ``T`` is not positive, or the last linear layer is not the end of an
-            ``nn.Sequential`` (a nonlinear layer follows: no scaling of weights is exact), or there
+        ValueError: if `T` is not positive, or the last linear layer is not the end of an
+            `nn.Sequential` (a nonlinear layer follows: no scaling of weights is exact), or there
             is no linear layer.
 
     Example:

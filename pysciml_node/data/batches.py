@@ -21,7 +21,7 @@ class ShuffledBatches(Generic[DataT]):
         generator: source of the random orders; its state is part of the position.
 
     Raises:
-        ValueError: ``batch_size`` is not between one and the number of samples.
+        ValueError: `batch_size` is not between one and the number of samples.
 
     Example:
         >>> from pysciml_node.data import LabelledData
@@ -62,7 +62,7 @@ class ShuffledBatches(Generic[DataT]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue where `state` was taken.
 
         Args:
             state: what `state_dict` returned.
@@ -92,7 +92,7 @@ def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
         The batches.
 
     Raises:
-        ValueError: ``batch_size`` is below one.
+        ValueError: `batch_size` is below one.
 
     Example:
         >>> from pysciml_node.data import LabelledData

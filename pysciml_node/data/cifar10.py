@@ -45,11 +45,11 @@ def cifar10(
 ) -> Splits[LabelledData]:
     """Load CIFAR-10: 50,000 training and 10,000 test images with entries in [0, 1].
 
-    A subset is read where the folder holds ``cifar10-subset.tar`` instead: image files
-    ``cifar10/train/<class>/*.jpg`` and ``cifar10/test/<class>/*.jpg``.
+    A subset is read where the folder holds `cifar10-subset.tar` instead: image files
+    `cifar10/train/<class>/*.jpg` and `cifar10/test/<class>/*.jpg`.
 
     Args:
-        data_dir: folder with ``cifar-10-python.tar.gz`` or ``cifar10-subset.tar``.
+        data_dir: folder with `cifar-10-python.tar.gz` or `cifar10-subset.tar`.
         download: fetch the archive when there is neither.
         validation: how many training images to hold out to choose settings on: the last ones of
             the archive, or of the subset in a fixed random order.
@@ -57,13 +57,13 @@ def cifar10(
         addresses: of the archive, tried in order.
 
     Returns:
-        The parts; ``x`` of shape ``(N, 3, 32, 32)``, ``y`` of shape ``(N,)`` in the order of
+        The parts; `x` of shape `(N, 3, 32, 32)`, `y` of shape `(N,)` in the order of
         `CLASSES`.
 
     Raises:
-        FileNotFoundError: there is no archive and ``download`` is off.
+        FileNotFoundError: there is no archive and `download` is off.
         ConnectionError: there is no archive and none could be fetched.
-        ValueError: a file's content is not CIFAR-10's, or ``validation`` is out of range.
+        ValueError: a file's content is not CIFAR-10's, or `validation` is out of range.
         ImportError: Pillow is not installed and the subset's images are to be read.
 
     Example:

@@ -24,7 +24,7 @@ def digits(
         dtype: of the pixels.
 
     Returns:
-        The parts; ``x`` of shape ``(N, 8, 8)``, ``y`` of shape ``(N,)`` with values 0 to 9.
+        The parts; `x` of shape `(N, 8, 8)`, `y` of shape `(N,)` with values 0 to 9.
 
     Raises:
         ImportError: scikit-learn is not installed.

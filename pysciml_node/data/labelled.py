@@ -23,15 +23,15 @@ DataT = TypeVar("DataT", bound=Samples)
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Inputs ``x`` of shape ``(N, *D)`` and their class labels ``y`` of shape ``(N,)``.
+    """Inputs `x` of shape `(N, *D)` and their class labels `y` of shape `(N,)`.
 
     Args:
         x: inputs, the sample first.
         y: integer labels.
 
     Raises:
-        ValueError: ``x`` and ``y`` hold different numbers of samples, or ``y`` is not a vector.
-        TypeError: ``y`` is not of an integer dtype.
+        ValueError: `x` and `y` hold different numbers of samples, or `y` is not a vector.
+        TypeError: `y` is not of an integer dtype.
 
     Example:
         >>> data = LabelledData(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
@@ -60,7 +60,7 @@ class LabelledData:
 
 @dataclass(frozen=True)
 class Splits(Generic[DataT]):
-    """The three parts of a data set; choices are made on ``validation``, never on ``test``.
+    """The three parts of a data set; choices are made on `validation`, never on `test`.
 
     Args:
         train: what the parameters are fitted to.
@@ -85,17 +85,17 @@ def stratified_split(
 ) -> dict[str, Tensor]:
     """Divide samples at random so that every part has the classes in the same proportions.
 
-    Of the ``n_c`` samples of class ``c``, part ``k`` gets those between the rounded cumulative
-    shares ``n_c (p_1 + ... + p_{k-1})`` and ``n_c (p_1 + ... + p_k)`` of a random order, so each
+    Of the `n_c` samples of class `c`, part `k` gets those between the rounded cumulative
+    shares `n_c (p_1 + ... + p_{k-1})` and `n_c (p_1 + ... + p_k)` of a random order, so each
     class is off its exact share by less than one sample.
 
     Args:
-        labels: integer labels, shape ``(N,)``.
+        labels: integer labels, shape `(N,)`.
         fractions: name and share of each part; positive, and one in total.
         generator: source of the random order.
 
     Returns:
-        For each part the sorted indices of its samples; together they are ``0 .. N-1``.
+        For each part the sorted indices of its samples; together they are `0 .. N-1`.
 
     Raises:
         ValueError: the shares are not positive or do not add up to one.

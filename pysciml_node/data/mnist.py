@@ -35,20 +35,20 @@ def mnist(
     """Load MNIST: 60,000 training and 10,000 test images of 28x28 pixels in [0, 1].
 
     Args:
-        data_dir: folder with the four files (``train-images-idx3-ubyte.gz`` and so on, gzipped or
+        data_dir: folder with the four files (`train-images-idx3-ubyte.gz` and so on, gzipped or
             unpacked).
         download: fetch the files that are missing.
         validation: how many of the last training images to hold out to choose settings on.
         dtype: of the pixels.
-        mirrors: addresses of folders with the four ``.gz`` files, tried in order.
+        mirrors: addresses of folders with the four `.gz` files, tried in order.
 
     Returns:
-        The parts; ``x`` of shape ``(N, 28, 28)``, ``y`` of shape ``(N,)`` with values 0 to 9.
+        The parts; `x` of shape `(N, 28, 28)`, `y` of shape `(N,)` with values 0 to 9.
 
     Raises:
-        FileNotFoundError: files are missing and ``download`` is off.
+        FileNotFoundError: files are missing and `download` is off.
         ConnectionError: files are missing and no mirror could be reached.
-        ValueError: a file's content is not MNIST's, or ``validation`` is out of range.
+        ValueError: a file's content is not MNIST's, or `validation` is out of range.
 
     Example:
         >>> data = mnist("data/mnist")  # doctest: +SKIP

@@ -85,14 +85,14 @@ def physionet(
     and counts as not observed. Patients without any observation are left out.
 
     Args:
-        data_dir: folder with ``set-a.tar.gz`` (or ``.tar.xz``, ``.tar``, ``.zip``), or with the
-            unpacked folder ``set-a``.
+        data_dir: folder with `set-a.tar.gz` (or `.tar.xz`, `.tar`, `.zip`), or with the
+            unpacked folder `set-a`.
         download: fetch the archive when there is none.
         quantization: hours that times are rounded to multiples of; values of one variable that
             meet are averaged. The published experiments use 1. Times stay as they are, to the
             minute, when None.
-        outliers: what to do with values outside `RANGES`: ``"keep"`` as the published
-            experiments, ``"drop"`` (count as not observed) or ``"clip"``. Scaling comes after.
+        outliers: what to do with values outside `RANGES`: `"keep"` as the published
+            experiments, `"drop"` (count as not observed) or `"clip"`. Scaling comes after.
         validation: share of the patients held out to choose settings on.
         test: share held out to report on.
         seed: of the division; the same seed gives the same division.
@@ -103,7 +103,7 @@ def physionet(
         The parts, in the order of `VARIABLES`.
 
     Raises:
-        FileNotFoundError: there is no archive and ``download`` is off.
+        FileNotFoundError: there is no archive and `download` is off.
         ConnectionError: there is no archive and none could be fetched.
         ValueError: a file is not of the challenge's form, or an argument is out of range.
 
@@ -150,7 +150,7 @@ Record = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def parse_record(text: str, *, name: str = "record") -> Record:
-    """The observations of one patient's file: a heading, then lines ``hh:mm,variable,value``.
+    """The observations of one patient's file: a heading, then lines `hh:mm,variable,value`.
 
     Args:
         text: of the file.

@@ -66,12 +66,12 @@ def plane(shape: str, n: int, *, generator: torch.Generator) -> LabelledData:
     """Points of a distribution in the plane, within about 4 of the origin.
 
     Args:
-        shape: ``"eight-gaussians"``, ``"checkerboard"``, ``"pinwheel"`` or ``"two-spirals"``.
+        shape: `"eight-gaussians"`, `"checkerboard"`, `"pinwheel"` or `"two-spirals"`.
         n: how many points.
         generator: draws them.
 
     Returns:
-        ``x`` of shape ``(n, 2)`` in float32, and in ``y`` which part of the shape each belongs to.
+        `x` of shape `(n, 2)` in float32, and in `y` which part of the shape each belongs to.
 
     Raises:
         ValueError: an unknown shape.

@@ -111,9 +111,9 @@ def resolve(activation: Activation, rtol: float) -> GaussianExpectation:
     """The Gaussian expectations of an activation: closed form if there is one, series otherwise.
 
     Args:
-        activation: a name, a callable on tensors (elementwise), an ``nn.Module``, or one of the
-            expectation classes of this package (``Polynomial``, ``Sinusoid``, ...).
-        rtol: accuracy of a series, see ``HermiteSeries``.
+        activation: a name, a callable on tensors (elementwise), an `nn.Module`, or one of the
+            expectation classes of this package (`Polynomial`, `Sinusoid`, ...).
+        rtol: accuracy of a series, see `HermiteSeries`.
     """
     if isinstance(activation, GaussianExpectation):
         return activation

@@ -63,34 +63,34 @@ def nngp(
 ) -> Tensor:
     """Covariance of a random, infinitely wide neural ODE's output (its Gaussian-process kernel).
 
-    The model, with ``U``, ``W``, ``v`` of independent standard normal entries, is
+    The model, with `U`, `W`, `v` of independent standard normal entries, is
 
         h_0 = (sigma_u / sqrt d) U x,  dh/dt = (sigma_w / sqrt n) W phi(h),  0 <= t <= T,
         f(x) = (sigma_v / sqrt n) v.phi(h_T)        (or v.h_T with the linear readout).
 
-    Because ``W`` is the same at all times, the covariance couples all pairs of times:
-    ``d2 Sigma / dt ds = sigma_w^2 E[phi(u_t) phi(u'_s)]``, ``Sigma(0, s) = Sigma(t, 0) =
-    sigma_u^2 x.x'/d``, and the kernel is ``sigma_v^2 E[phi(u_T) phi(u'_T)]``. It depends on ``T``
-    and ``sigma_w`` through their product alone.
+    Because `W` is the same at all times, the covariance couples all pairs of times:
+    `d2 Sigma / dt ds = sigma_w^2 E[phi(u_t) phi(u'_s)]`, ``Sigma(0, s) = Sigma(t, 0) =
+    sigma_u^2 x.x'/d`, and the kernel is `sigma_v^2 E[phi(u_T) phi(u'_T)]`. It depends on `T``
+    and `sigma_w` through their product alone.
 
     Args:
-        x1: inputs ``(n1, d)``. Computed in float64 whatever their dtype.
-        x2: inputs ``(n2, d)``; None means ``x1``, at half the cost and with equal inputs known.
+        x1: inputs `(n1, d)`. Computed in float64 whatever their dtype.
+        x2: inputs `(n2, d)`; None means `x1`, at half the cost and with equal inputs known.
         T: horizon.
         sigma_u: scale of the input layer.
         sigma_w: scale of the vector field.
         sigma_v: scale of the readout.
-        activation: a name (``"softplus"``, ``"relu"``, ...), an elementwise callable, an
-            ``nn.Module``, or ``Polynomial``, ``Sinusoid``, ``LeakyReLU``.
-        readout: ``"activation"`` for ``v.phi(h_T)``, ``"linear"`` for ``v.h_T``.
-        steps: None for the neural ODE; ``L`` for the network of ``L`` Euler steps, exactly.
-        rtol: accuracy, as a part of ``sqrt(K(x, x) K(x', x'))``.
+        activation: a name (`"softplus"`, `"relu"`, ...), an elementwise callable, an
+            `nn.Module`, or `Polynomial`, `Sinusoid`, `LeakyReLU`.
+        readout: `"activation"` for `v.phi(h_T)`, `"linear"` for `v.h_T`.
+        steps: None for the neural ODE; `L` for the network of `L` Euler steps, exactly.
+        rtol: accuracy, as a part of `sqrt(K(x, x) K(x', x'))`.
 
     Returns:
-        The kernel ``(n1, n2)``, in the dtype and on the device of ``x1``; no gradient.
+        The kernel `(n1, n2)`, in the dtype and on the device of `x1`; no gradient.
 
     Raises:
-        KernelConvergenceError: if ``rtol`` cannot be met, or the variance blows up before ``T``.
+        KernelConvergenceError: if `rtol` cannot be met, or the variance blows up before `T`.
 
     Example:
         >>> x = torch.eye(2, dtype=torch.float64)
@@ -118,34 +118,34 @@ def ntk(
     steps: int | None = None,
     rtol: float = 1e-6,
 ) -> Tensor:
-    """Neural tangent kernel of the infinitely wide neural ODE, all of ``U``, ``W``, ``v`` trained.
+    """Neural tangent kernel of the infinitely wide neural ODE, all of `U`, `W`, `v` trained.
 
-    With the model and ``Sigma`` of ``nngp``, ``C = E[phi phi']``, ``D`` the same for the derivative
-    of ``phi``, and the backward covariance ``d2 Gamma / dt ds = sigma_w^2 D Gamma``,
-    ``Gamma = sigma_v^2 D(T, T)`` where either time is ``T`` (``sigma_v^2`` for a linear readout),
+    With the model and `Sigma` of `nngp`, `C = E[phi phi']`, `D` the same for the derivative
+    of `phi`, and the backward covariance `d2 Gamma / dt ds = sigma_w^2 D Gamma`,
+    `Gamma = sigma_v^2 D(T, T)` where either time is `T` (`sigma_v^2` for a linear readout),
 
         Theta = K + sigma_w^2 int int C Gamma dt ds + sigma_u^2 (x.x'/d) Gamma(0, 0),
 
-    where ``K`` is the kernel of ``nngp``. Under gradient descent the network's outputs follow the
-    linear dynamics of ``Theta`` (see ``GradientDescent``).
+    where `K` is the kernel of `nngp`. Under gradient descent the network's outputs follow the
+    linear dynamics of `Theta` (see `GradientDescent`).
 
     Args:
-        x1: inputs ``(n1, d)``. Computed in float64 whatever their dtype.
-        x2: inputs ``(n2, d)``; None means ``x1``, at half the cost and with equal inputs known.
+        x1: inputs `(n1, d)`. Computed in float64 whatever their dtype.
+        x2: inputs `(n2, d)`; None means `x1`, at half the cost and with equal inputs known.
         T: horizon.
         sigma_u: scale of the input layer.
         sigma_w: scale of the vector field.
         sigma_v: scale of the readout.
-        activation: as for ``nngp``.
-        readout: as for ``nngp``.
-        steps: None for the neural ODE; ``L`` for the network of ``L`` Euler steps, exactly.
-        rtol: accuracy, as a part of ``sqrt(Theta(x, x) Theta(x', x'))``.
+        activation: as for `nngp`.
+        readout: as for `nngp`.
+        steps: None for the neural ODE; `L` for the network of `L` Euler steps, exactly.
+        rtol: accuracy, as a part of `sqrt(Theta(x, x) Theta(x', x'))`.
 
     Returns:
-        The kernel ``(n1, n2)``, in the dtype and on the device of ``x1``; no gradient.
+        The kernel `(n1, n2)`, in the dtype and on the device of `x1`; no gradient.
 
     Raises:
-        KernelConvergenceError: if ``rtol`` cannot be met, or the variance blows up before ``T``.
+        KernelConvergenceError: if `rtol` cannot be met, or the variance blows up before `T`.
 
     Example:
         >>> x = torch.eye(2, dtype=torch.float64)

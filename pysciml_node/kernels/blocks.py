@@ -15,12 +15,12 @@ from torch import Tensor
 
 @torch.no_grad()
 def map_blocks(solve: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
-    """Join ``solve(block)`` of all blocks along the last axis.
+    """Join `solve(block)` of all blocks along the last axis.
 
     On the CPU as many blocks are worked on at once as torch has threads.
 
     Args:
-        solve: values ``(..., P)`` of the ``P`` pairs of a block; no gradient is recorded.
+        solve: values `(..., P)` of the `P` pairs of a block; no gradient is recorded.
         blocks: positions of pairs.
     """
     count = min(torch.get_num_threads(), len(blocks))

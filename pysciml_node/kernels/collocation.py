@@ -1,12 +1,12 @@
-"""Spectral collocation on the square of time pairs ``[0, 1]^2``.
+"""Spectral collocation on the square of time pairs `[0, 1]^2`.
 
-A scheme holds nodes ``(t_m, s_m)`` and dense matrices that take nodal values ``f_m`` to
+A scheme holds nodes `(t_m, s_m)` and dense matrices that take nodal values `f_m` to
 
     (forward f)_m  = int_0^{t_m} int_0^{s_m} f,      (backward f)_m = int_{t_m}^1 int_{s_m}^1 f.
 
-Two kinds of nodes: the tensor grid, for smooth ``f``, and the grid split along ``t = s``, for ``f``
+Two kinds of nodes: the tensor grid, for smooth `f`, and the grid split along `t = s`, for `f`
 with a kink there (the kernel of an input with itself under ReLU): each triangle has coordinates
-``(a, r)`` with ``t, s = a, r a`` or ``r a, a``, in which ``f`` is smooth.
+`(a, r)` with `t, s = a, r a` or `r a, a`, in which `f` is smooth.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Interpolator = Callable[[Array, Array], Array]
 
 
 def nodes(n: int) -> Array:
-    """The ``n + 1`` Chebyshev-Lobatto points of [0, 1], both ends included."""
+    """The `n + 1` Chebyshev-Lobatto points of [0, 1], both ends included."""
     return np.asarray((1 - np.cos(np.pi * np.arange(n + 1) / n)) / 2)
 
 
 def lagrange(x: Array, y: Array) -> Array:
-    """Values at ``y`` of the Lagrange polynomials of the nodes ``x``, ``(len(y), len(x))``."""
+    """Values at `y` of the Lagrange polynomials of the nodes `x`, `(len(y), len(x))`."""
     degree = len(x) - 1
     at_nodes = legendre.legvander(2 * x - 1, degree)
     return np.asarray(np.linalg.solve(at_nodes.T, legendre.legvander(2 * y - 1, degree).T).T)
@@ -43,7 +43,7 @@ def _gauss(n: int) -> tuple[Array, Array]:
 
 
 def _moments(x: Array, ends: Array, power: int) -> Array:
-    """``int_0^end a^power l_j(a) da`` for every end and Lagrange polynomial."""
+    """`int_0^end a^power l_j(a) da` for every end and Lagrange polynomial."""
     z, w = _gauss(len(x) + 1)
     points = ends[:, None] * z
     basis = lagrange(x, points.ravel()).reshape(*points.shape, len(x))
@@ -55,12 +55,12 @@ class Scheme:
     """Nodes and integration matrices.
 
     Attributes:
-        times: one-dimensional Chebyshev-Lobatto nodes, ``(N,)``, from 0 to 1.
-        to_t, to_s: interpolation from ``times`` to ``t_m`` and to ``s_m``, ``(M, N)``.
-        forward, backward: integration matrices, ``(M, M)``.
-        weights: ``int int f`` over the whole square, ``(M,)``.
-        diagonal: values on the diagonal ``(t, t)`` at ``times``, ``(N, M)``.
-        corner, origin: positions of the nodes (1, 1) and (0, 0), ``(1,)``.
+        times: one-dimensional Chebyshev-Lobatto nodes, `(N,)`, from 0 to 1.
+        to_t, to_s: interpolation from `times` to `t_m` and to `s_m`, `(M, N)`.
+        forward, backward: integration matrices, `(M, M)`.
+        weights: `int int f` over the whole square, `(M,)`.
+        diagonal: values on the diagonal `(t, t)` at `times`, `(N, M)`.
+        corner, origin: positions of the nodes (1, 1) and (0, 0), `(1,)`.
     """
 
     times: Tensor
@@ -101,7 +101,7 @@ def _assemble(x: Array, t: Array, s: Array, forward: Array, interpolate: Interpo
 
 @lru_cache(maxsize=32)
 def square(n: int) -> Scheme:
-    """The tensor grid of ``(n + 1)^2`` Chebyshev-Lobatto nodes."""
+    """The tensor grid of `(n + 1)^2` Chebyshev-Lobatto nodes."""
     x = nodes(n)
     integrate = _moments(x, x, power=0)
 
@@ -115,7 +115,7 @@ def square(n: int) -> Scheme:
 
 @lru_cache(maxsize=32)
 def split(n: int) -> Scheme:
-    """Two triangles of ``(n + 1)^2`` nodes each, with the diagonal as their common edge."""
+    """Two triangles of `(n + 1)^2` nodes each, with the diagonal as their common edge."""
     x = nodes(n)
     count = (n + 1) ** 2
     a, r = np.repeat(x, n + 1), np.tile(x, n + 1)
@@ -137,10 +137,10 @@ def split(n: int) -> Scheme:
 
 
 def _rectangles(x: Array) -> Array:
-    """Integrals over ``s < a < t, 0 < b < s`` of the basis ``l_i(a) l_j(b/a)``.
+    """Integrals over `s < a < t, 0 < b < s` of the basis `l_i(a) l_j(b/a)`.
 
-    With ``s = r t``, ``a = t r^(1-y)`` and ``b = s z`` for y, z in [0, 1], the integrand is entire
-    in y, whatever the ratio of the sides. Shape ``(t, r, i, j)``.
+    With `s = r t`, `a = t r^(1-y)` and `b = s z` for y, z in [0, 1], the integrand is entire
+    in y, whatever the ratio of the sides. Shape `(t, r, i, j)`.
     """
     y, w = _gauss(2 * len(x) + 24)
     z, v = _gauss(len(x) + 1)

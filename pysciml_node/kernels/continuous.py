@@ -1,6 +1,6 @@
 """The kernels of the neural ODE itself: two-time integral equations with error control.
 
-On rescaled times ``t, s`` in [0, 1], with ``c = (T sigma_w)^2``,
+On rescaled times `t, s` in [0, 1], with `c = (T sigma_w)^2`,
 
     Sigma(t, s) = Sigma_0 + c int_0^t int_0^s E[phi(u_t) phi(u'_s)]
     Gamma(t, s) = Gamma_1 + c int_t^1 int_s^1 E[phi'(u_t) phi'(u'_s)] Gamma
@@ -54,7 +54,7 @@ def _ladders(analytic: bool) -> tuple[list[_Level], list[_Level]]:
 
 
 def _fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, scale: Tensor) -> Tensor:
-    """Picard iteration from ``start``; ``scale`` (P, 1) is what changes are measured against."""
+    """Picard iteration from `start`; `scale` (P, 1) is what changes are measured against."""
     value = start
     for _ in range(_PICARD_LIMIT):
         following = update(value)
@@ -74,7 +74,7 @@ def _fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, scale: Tenso
 def _finish(
     model: Model, scheme: Scheme, sigma: Tensor, pair: PairMoments, initial: Tensor
 ) -> Values:
-    """NNGP and NTK from the forward covariance on the nodes, ``(P, M)``."""
+    """NNGP and NTK from the forward covariance on the nodes, `(P, M)`."""
     value, slope = pair.value(sigma), pair.slope(sigma)
     last, first = scheme.corner, scheme.origin
     nngp = model.output(sigma[:, last], value[:, last])
@@ -91,20 +91,20 @@ def _finish(
 
 @dataclass(frozen=True)
 class _Selves:
-    """Inputs with themselves: variance along time at the nodes of ``level``, and kernels."""
+    """Inputs with themselves: variance along time at the nodes of `level`, and kernels."""
 
     level: _Level
     variance: Tensor
     values: Values
 
     def at(self, scheme: Scheme) -> Tensor:
-        """Variances ``(n, N)`` at the times of a scheme."""
+        """Variances `(n, N)` at the times of a scheme."""
         matrix = lagrange(nodes(self.level.degree), scheme.times.cpu().numpy())
         return self.variance @ torch.as_tensor(matrix.T).to(self.variance)
 
 
 def _moments(model: Model, scheme: Scheme, features: Features, i: Tensor, j: Tensor) -> PairMoments:
-    """Moments at the nodes of the pairs ``(i, j)``, from features at the times of the scheme.
+    """Moments at the nodes of the pairs `(i, j)`, from features at the times of the scheme.
 
     Features are smooth in time, so they are evaluated at few times and interpolated to the rest.
     """
@@ -138,7 +138,7 @@ def _solve_selves(model: Model, initial: Tensor, level: _Level) -> _Selves:
 def _solve_pairs(
     model: Model, pairs: Pairs, level: _Level, variances: Tensor, which: Tensor
 ) -> Values:
-    """Kernels of the pairs ``which`` on one scheme, in blocks that fit in memory."""
+    """Kernels of the pairs `which` on one scheme, in blocks that fit in memory."""
     scheme = level.scheme(pairs.variance.device)
     features = model.expectation.features(variances)
     numbers = len(scheme.weights) * (4 + sum(len(part) for part in features))
@@ -158,7 +158,7 @@ def _solve_pairs(
 
 
 def _relative_change(new: Tensor, old: Tensor, scale: Tensor) -> Tensor:
-    """Largest change over both kernels, ``(P,)``, of stacked values ``(2, P)``."""
+    """Largest change over both kernels, `(P,)`, of stacked values `(2, P)`."""
     return ((new - old).abs() / scale.clamp_min(torch.finfo(new.dtype).tiny)).amax(0)
 
 
@@ -193,7 +193,7 @@ def continuous_kernels(model: Model, pairs: Pairs) -> Values:
     """NNGP and NTK of every pair, for the neural ODE.
 
     Raises:
-        KernelConvergenceError: if the accuracy ``model.rtol`` is not reached.
+        KernelConvergenceError: if the accuracy `model.rtol` is not reached.
     """
     analytic = model.expectation.analytic
     self_ladder, ladder = _ladders(analytic)

@@ -22,7 +22,7 @@ _BUDGET = 512 * 2**20  # bytes that Jacobians may take
 def _restored(module: nn.Module) -> Iterator[None]:
     """Put the parameters back as they were.
 
-    ``functional_call`` leaves its substitutes in a submodule that is registered under two names.
+    `functional_call` leaves its substitutes in a submodule that is registered under two names.
     """
     before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     try:
@@ -42,13 +42,13 @@ class _Network:
     buffers: Weights
 
     def __call__(self, weights: Weights, x: Tensor) -> Tensor:
-        """Outputs ``(B, o)`` at given weights."""
+        """Outputs `(B, o)` at given weights."""
         with _restored(self.module):
             out = functional_call(self.module, (weights, self.buffers), (x,))
         return self._checked(out, x)
 
     def in_place(self, x: Tensor) -> Tensor:
-        """Outputs ``(B, o)`` at the module's own parameters."""
+        """Outputs `(B, o)` at the module's own parameters."""
         return self._checked(self.module(x), x)
 
     def _checked(self, out: object, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _Network:
         return out.reshape(len(x), -1)
 
     def one(self, weights: Weights, sample: Tensor) -> Tensor:
-        """Outputs ``(o,)`` of one sample."""
+        """Outputs `(o,)` of one sample."""
         return self(weights, sample.unsqueeze(0))[0]
 
 
@@ -81,21 +81,21 @@ def empirical_ntk(
     solves an ODE with an adaptive method then chooses its steps for that sample.
 
     Args:
-        module: any module from a batch ``(B, *D)`` to a tensor ``(B, ...)``, in the mode (train or
+        module: any module from a batch `(B, *D)` to a tensor `(B, ...)`, in the mode (train or
             eval) and at the parameters it has. It may contain an ODE solve.
-        x1: inputs ``(n1, *D)``.
-        x2: inputs ``(n2, *D)``; None means ``x1``, at half the cost.
-        outputs: ``"full"`` for all pairs of outputs, ``"trace"`` for their sum over ``a = b``.
-        method: ``"jacobian"`` contracts per-sample Jacobians made by ``torch.func``, in blocks;
-            ``"products"`` makes columns by one vector-Jacobian and one Jacobian-vector product and
-            holds no Jacobian; ``"autograd"`` takes Jacobians by plain reverse mode, for modules
-            ``torch.func`` cannot transform (custom autograd functions, data-dependent loops).
-            ``"auto"`` contracts Jacobians where they fit into ``memory``, uses products otherwise,
-            and plain autograd where ``torch.func`` refuses the module.
+        x1: inputs `(n1, *D)`.
+        x2: inputs `(n2, *D)`; None means `x1`, at half the cost.
+        outputs: `"full"` for all pairs of outputs, `"trace"` for their sum over `a = b`.
+        method: `"jacobian"` contracts per-sample Jacobians made by `torch.func`, in blocks;
+            `"products"` makes columns by one vector-Jacobian and one Jacobian-vector product and
+            holds no Jacobian; `"autograd"` takes Jacobians by plain reverse mode, for modules
+            `torch.func` cannot transform (custom autograd functions, data-dependent loops).
+            `"auto"` contracts Jacobians where they fit into `memory`, uses products otherwise,
+            and plain autograd where `torch.func` refuses the module.
         memory: bytes that Jacobians may take.
 
     Returns:
-        ``(n1, n2, o, o)`` for ``"full"``, ``(n1, n2)`` for ``"trace"``; detached.
+        `(n1, n2, o, o)` for `"full"`, `(n1, n2)` for `"trace"`; detached.
 
     Raises:
         ValueError: if no parameter requires a gradient, or an argument is not one of the above.
@@ -154,7 +154,7 @@ def _choose(network: _Network, x1: Tensor, x2: Tensor, memory: int) -> Method:
 
 
 def _transformed_jacobian(network: _Network, x: Tensor) -> list[Tensor]:
-    """Jacobians ``(n, o, *weight)`` of every weight."""
+    """Jacobians `(n, o, *weight)` of every weight."""
     per_sample = vmap(jacrev(network.one), in_dims=(None, 0))(network.weights, x)
     return [part.detach() for part in per_sample.values()]
 
@@ -187,7 +187,7 @@ def _contract(j1: list[Tensor], j2: list[Tensor], outputs: Outputs) -> Tensor:
 
 
 def _transposed(kernel: Tensor) -> Tensor:
-    """``Theta[j, i, b, a]``."""
+    """`Theta[j, i, b, a]`."""
     return kernel.T if kernel.ndim == 2 else kernel.permute(1, 0, 3, 2)
 
 
@@ -224,7 +224,7 @@ def _by_contraction(
 
 
 def _by_products(network: _Network, x1: Tensor, x2: Tensor, outputs: Outputs) -> Tensor:
-    """Column ``(j, b)`` is the derivative of ``f(x1)`` along the gradient of ``f_b(x2_j)``."""
+    """Column `(j, b)` is the derivative of `f(x1)` along the gradient of `f_b(x2_j)`."""
     weights = network.weights
 
     def column(cotangent: Tensor, sample: Tensor) -> Tensor:

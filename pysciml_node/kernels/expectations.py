@@ -1,6 +1,6 @@
 """Gaussian expectations of an activation: the one ingredient of every kernel in this folder.
 
-For centred jointly Gaussian ``u, v`` with variances ``q1, q2`` and covariance ``c``,
+For centred jointly Gaussian `u, v` with variances `q1, q2` and covariance `c`,
 
     C(q1, q2, c) = E[phi(u) phi(v)],        D(q1, q2, c) = E[phi'(u) phi'(v)] = dC/dc.
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 Features: TypeAlias = tuple[Tensor, ...]
-"""Tensors of shape ``(F, *q.shape)``, one row a feature."""
+"""Tensors of shape `(F, *q.shape)`, one row a feature."""
 
 
 class Correlation:
     """Correlations of a block of pairs, as functions of their covariance.
 
     Args:
-        scale: ``sqrt(q1 q2)``; where it vanishes the correlation is taken to be zero.
+        scale: `sqrt(q1 q2)`; where it vanishes the correlation is taken to be zero.
     """
 
     def __init__(self, scale: Tensor) -> None:
@@ -34,13 +34,13 @@ class Correlation:
         self._inverse = torch.where(scale > 0, 1 / scale, 0.0)
 
     def __call__(self, c: Tensor) -> Tensor:
-        """``c / sqrt(q1 q2)`` in [-1, 1]."""
+        """`c / sqrt(q1 q2)` in [-1, 1]."""
         return (c * self._inverse).clamp_(-1, 1)
 
     def snapped(self, c: Tensor) -> Tensor:
         """The correlation, exactly 1 or -1 within rounding of it.
 
-        The arc sine turns a rounding error ``e`` at 1 into ``sqrt(2 e)``, 1e-8; a state and itself
+        The arc sine turns a rounding error `e` at 1 into `sqrt(2 e)`, 1e-8; a state and itself
         are perfectly correlated, and this keeps them so.
         """
         r = self(c)
@@ -52,26 +52,26 @@ class PairMoments(ABC):
 
     @abstractmethod
     def value(self, c: Tensor) -> Tensor:
-        """``C``, of the shape of ``c``."""
+        """`C`, of the shape of `c`."""
 
     @abstractmethod
     def slope(self, c: Tensor) -> Tensor:
-        """``D``, of the shape of ``c``."""
+        """`D`, of the shape of `c`."""
 
 
 class GaussianExpectation(ABC):
-    """How to take ``C`` and ``D`` for one activation.
+    """How to take `C` and `D` for one activation.
 
     Attributes:
-        analytic: whether ``C`` is analytic on ``|c| <= sqrt(q1 q2)``. Where it is not (ReLU at
-            ``c = sqrt(q1 q2)``), the two-time equations need a scheme that respects the diagonal.
+        analytic: whether `C` is analytic on `|c| <= sqrt(q1 q2)`. Where it is not (ReLU at
+            `c = sqrt(q1 q2)`), the two-time equations need a scheme that respects the diagonal.
     """
 
     analytic: bool = True
 
     @abstractmethod
     def features(self, q: Tensor) -> Features:
-        """What one input with variance ``q`` contributes."""
+        """What one input with variance `q` contributes."""
 
     @abstractmethod
     def pair(self, f1: Features, f2: Features) -> PairMoments:
@@ -79,15 +79,15 @@ class GaussianExpectation(ABC):
 
 
 class ClosedForm(GaussianExpectation):
-    """An activation whose two moments are elementary functions of ``(q1, q2, c)``."""
+    """An activation whose two moments are elementary functions of `(q1, q2, c)`."""
 
     @abstractmethod
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``C``."""
+        """`C`."""
 
     @abstractmethod
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``D``."""
+        """`D`."""
 
     def features(self, q: Tensor) -> Features:
         """The variance itself."""
@@ -113,10 +113,10 @@ class _ClosedPair(PairMoments):
 
 @dataclass(frozen=True)
 class LeakyReLU(ClosedForm):
-    """``max(u, 0) + a min(u, 0)``: ReLU for ``a = 0``, the absolute value for ``a = -1``.
+    """`max(u, 0) + a min(u, 0)`: ReLU for `a = 0`, the absolute value for `a = -1`.
 
-    With ``phi(u) = m u + g |u|``, ``m = (1 + a)/2``, ``g = (1 - a)/2``, and ``r`` the correlation,
-    ``E|u||v| = (2/pi) sqrt(q1 q2) (sqrt(1 - r^2) + r asin r)``: the arc-cosine kernel of order one.
+    With `phi(u) = m u + g |u|`, `m = (1 + a)/2`, `g = (1 - a)/2`, and `r` the correlation,
+    `E|u||v| = (2/pi) sqrt(q1 q2) (sqrt(1 - r^2) + r asin r)`: the arc-cosine kernel of order one.
 
     Reference: Cho and Saul, Kernel Methods for Deep Learning (NIPS 2009), equation 6.
     """
@@ -129,7 +129,7 @@ class LeakyReLU(ClosedForm):
         return ((1 + self.negative_slope) / 2) ** 2, ((1 - self.negative_slope) / 2) ** 2
 
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``m^2 c + g^2 E|u||v|``."""
+        """`m^2 c + g^2 E|u||v|`."""
         odd, even = self._weights
         scale = torch.sqrt(q1 * q2)
         r = Correlation(scale).snapped(c)
@@ -137,16 +137,16 @@ class LeakyReLU(ClosedForm):
         return odd * c + even * (2 / math.pi) * scale * absolute
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``m^2 + g^2 (2/pi) asin r``."""
+        """`m^2 + g^2 (2/pi) asin r`."""
         odd, even = self._weights
         return odd + even * (2 / math.pi) * torch.asin(Correlation(torch.sqrt(q1 * q2)).snapped(c))
 
 
 class Identity(ClosedForm):
-    """``u``."""
+    """`u`."""
 
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``c``."""
+        """`c`."""
         return c.clone()
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
@@ -155,23 +155,23 @@ class Identity(ClosedForm):
 
 
 class Erf(ClosedForm):
-    """``erf(u)``.
+    """`erf(u)`.
 
     Reference: Williams, Computing with Infinite Networks (NIPS 1996), equation 11.
     """
 
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``(2/pi) asin(2c / sqrt((1 + 2 q1)(1 + 2 q2)))``."""
+        """`(2/pi) asin(2c / sqrt((1 + 2 q1)(1 + 2 q2)))`."""
         return (2 / math.pi) * torch.asin(2 * c / torch.sqrt((1 + 2 * q1) * (1 + 2 * q2)))
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``(4/pi) / sqrt((1 + 2 q1)(1 + 2 q2) - 4 c^2)``."""
+        """`(4/pi) / sqrt((1 + 2 q1)(1 + 2 q2) - 4 c^2)`."""
         return (4 / math.pi) / torch.sqrt((1 + 2 * q1) * (1 + 2 * q2) - 4 * c * c)
 
 
 @dataclass(frozen=True)
 class Sinusoid(ClosedForm):
-    """``sin(w u + b)``: sine for ``b = 0``, cosine for ``b = pi/2``."""
+    """`sin(w u + b)`: sine for `b = 0`, cosine for `b = pi/2`."""
 
     frequency: float = 1.0
     phase: float = 0.0
@@ -182,21 +182,21 @@ class Sinusoid(ClosedForm):
         return difference, math.cos(2 * self.phase) * torch.exp(-half * (q1 + q2 + 2 * c))
 
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``(E cos(w(u - v)) - cos(2b) E cos(w(u + v))) / 2``."""
+        """`(E cos(w(u - v)) - cos(2b) E cos(w(u + v))) / 2`."""
         difference, total = self._parts(q1, q2, c)
         return (difference - total) / 2
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``w^2 (E cos(w(u - v)) + cos(2b) E cos(w(u + v))) / 2``."""
+        """`w^2 (E cos(w(u - v)) + cos(2b) E cos(w(u + v))) / 2`."""
         difference, total = self._parts(q1, q2, c)
         return self.frequency**2 * (difference + total) / 2
 
 
 class Exponential(ClosedForm):
-    """``exp(u)``."""
+    """`exp(u)`."""
 
     def value(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """``exp((q1 + q2 + 2c) / 2)``."""
+        """`exp((q1 + q2 + 2c) / 2)`."""
         return torch.exp((q1 + q2) / 2 + c)
 
     def slope(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ Mehler's formula turns the two-dimensional integral into one-dimensional ones,
 
     E[phi(u) phi(v)] = sum_k a_k(q1) a_k(q2) r^k,   a_k(q) = E[phi(sqrt(q) z) h_k(z)],
 
-with ``h_k`` the normalised Hermite polynomials and ``r`` the correlation. Since
-``sum_k a_k(q)^2 = E[phi(sqrt(q) z)^2]``, what a truncated series leaves out is known, not guessed;
+with `h_k` the normalised Hermite polynomials and `r` the correlation. Since
+`sum_k a_k(q)^2 = E[phi(sqrt(q) z)^2]`, what a truncated series leaves out is known, not guessed;
 and every truncation is itself positive semidefinite. For activations analytic in a strip (softplus,
-tanh, GELU) the ``a_k`` fall like ``exp(-const sqrt(k))``; a kink makes them fall like a power.
+tanh, GELU) the `a_k` fall like `exp(-const sqrt(k))`; a kink makes them fall like a power.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LEVELS = ((26, 48), (52, 160), (104, 640), (208, 1280))  # (panels, terms), tri
 
 @lru_cache(maxsize=8)
 def hermite_basis(panels: int, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes ``z``, Gaussian weights, and ``h_k(z)`` times the weights, ``(terms, nodes)``.
+    """Nodes `z`, Gaussian weights, and `h_k(z)` times the weights, `(terms, nodes)`.
 
     Composite Gauss-Legendre with an edge at zero, where activations have their kinks: the kink
     then costs nothing, at any variance, whereas Gauss-Hermite nodes straddle it.
@@ -58,7 +58,7 @@ def hermite_basis(panels: int, terms: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def derivative(fn: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """``phi'(u)`` of an elementwise function, by autograd."""
+    """`phi'(u)` of an elementwise function, by autograd."""
     with torch.enable_grad():
         leaf = u.detach().requires_grad_()
         value = fn(leaf)
@@ -74,7 +74,7 @@ class HermiteSeries(GaussianExpectation):
 
     Args:
         fn: the activation; it must accept float64 tensors of any shape.
-        rtol: largest part of ``E[phi^2]`` and ``E[phi'^2]`` that truncation may leave out.
+        rtol: largest part of `E[phi^2]` and `E[phi'^2]` that truncation may leave out.
         name: what to call it in messages.
     """
 
@@ -83,10 +83,10 @@ class HermiteSeries(GaussianExpectation):
     name: str
 
     def features(self, q: Tensor) -> Features:
-        """``sqrt(q)`` and the coefficients of ``phi`` and ``phi'`` at every variance.
+        """`sqrt(q)` and the coefficients of `phi` and `phi'` at every variance.
 
         Raises:
-            KernelConvergenceError: if the longest series leaves out more than ``rtol``.
+            KernelConvergenceError: if the longest series leaves out more than `rtol`.
         """
         root = torch.sqrt(q.clamp_min(0.0)).reshape(-1)
         widest = root.max().reshape(1)
@@ -115,7 +115,7 @@ class HermiteSeries(GaussianExpectation):
         )
 
     def _coefficients(self, root: Tensor, panels: int, terms: int) -> list[tuple[Tensor, Tensor]]:
-        """For ``phi`` and ``phi'``: coefficients ``(terms, n)`` and the mean square ``(n,)``."""
+        """For `phi` and `phi'`: coefficients `(terms, n)` and the mean square `(n,)`."""
         z, weight, functions = (part.to(root) for part in hermite_basis(panels, terms))
         u = root[:, None] * z
         out = []
@@ -144,7 +144,7 @@ class HermiteSeries(GaussianExpectation):
 
 @dataclass(frozen=True)
 class SeriesPair(PairMoments):
-    """``sum_k p_k r^k``, by Horner's rule."""
+    """`sum_k p_k r^k`, by Horner's rule."""
 
     correlation: Correlation
     value_products: Tensor
@@ -158,20 +158,20 @@ class SeriesPair(PairMoments):
         return total
 
     def value(self, c: Tensor) -> Tensor:
-        """``C``."""
+        """`C`."""
         return self._evaluate(self.value_products, c)
 
     def slope(self, c: Tensor) -> Tensor:
-        """``D``."""
+        """`D`."""
         return self._evaluate(self.slope_products, c)
 
 
 @dataclass(frozen=True)
 class Polynomial(GaussianExpectation):
-    """``phi(u) = sum_m c_m u^m``: the Hermite series ends, so the moments are exact.
+    """`phi(u) = sum_m c_m u^m`: the Hermite series ends, so the moments are exact.
 
     Args:
-        coefficients: ``(c_0, c_1, ...)``, lowest power first.
+        coefficients: `(c_0, c_1, ...)`, lowest power first.
 
     Example:
         >>> half_square = Polynomial((0.0, 0.0, 0.5))
@@ -190,7 +190,7 @@ class Polynomial(GaussianExpectation):
             )
 
     def __call__(self, u: Tensor) -> Tensor:
-        """``phi(u)``."""
+        """`phi(u)`."""
         total = torch.full_like(u, self.coefficients[-1])
         for coefficient in reversed(self.coefficients[:-1]):
             total = total * u + coefficient
@@ -198,7 +198,7 @@ class Polynomial(GaussianExpectation):
 
     @staticmethod
     def _series(coefficients: tuple[float, ...], root: Tensor) -> Tensor:
-        """``a_k(q)`` from ``E[z^m h_k(z)] = m! / (((m-k)/2)! 2^((m-k)/2) sqrt(k!))``."""
+        """`a_k(q)` from `E[z^m h_k(z)] = m! / (((m-k)/2)! 2^((m-k)/2) sqrt(k!))`."""
         rows = [torch.zeros_like(root) for _ in coefficients]
         for m, coefficient in enumerate(coefficients):
             for k in range(m % 2, m + 1, 2):
@@ -208,7 +208,7 @@ class Polynomial(GaussianExpectation):
         return torch.stack(rows)
 
     def features(self, q: Tensor) -> Features:
-        """``sqrt(q)`` and the finitely many coefficients of ``phi`` and ``phi'``."""
+        """`sqrt(q)` and the finitely many coefficients of `phi` and `phi'`."""
         root = torch.sqrt(q.clamp_min(0.0))
         slopes = tuple(m * c for m, c in enumerate(self.coefficients))[1:] or (0.0,)
         return root[None], self._series(self.coefficients, root), self._series(slopes, root)

@@ -16,14 +16,14 @@ Readout: TypeAlias = Literal["activation", "linear"]
 
 @dataclass(frozen=True)
 class Model:
-    """The weight-tied network ``h' = (sigma_w / sqrt n) W phi(h)`` on ``[0, T]``.
+    """The weight-tied network `h' = (sigma_w / sqrt n) W phi(h)` on `[0, T]`.
 
     Attributes:
-        expectation: Gaussian expectations of ``phi``.
-        coupling: ``(T sigma_w)^2``; the kernels depend on ``T`` and ``sigma_w`` through it alone.
-        readout_variance: ``sigma_v^2``.
-        linear_readout: whether the output is ``v.h`` instead of ``v.phi(h)``.
-        rtol: accuracy, relative to ``sqrt(K(x, x) K(x', x'))``.
+        expectation: Gaussian expectations of `phi`.
+        coupling: `(T sigma_w)^2`; the kernels depend on `T` and `sigma_w` through it alone.
+        readout_variance: `sigma_v^2`.
+        linear_readout: whether the output is `v.h` instead of `v.phi(h)`.
+        rtol: accuracy, relative to `sqrt(K(x, x) K(x', x'))`.
     """
 
     expectation: GaussianExpectation
@@ -47,9 +47,9 @@ class Pairs:
     """Pairs of inputs, by position in one list of inputs.
 
     Attributes:
-        variance: initial variances ``sigma_u^2 |x|^2 / d`` of the inputs, ``(n,)``.
-        i, j: the two members of each pair, ``(P,)``.
-        covariance: initial covariances ``sigma_u^2 x.x' / d``, ``(P,)``.
+        variance: initial variances `sigma_u^2 |x|^2 / d` of the inputs, `(n,)`.
+        i, j: the two members of each pair, `(P,)`.
+        covariance: initial covariances `sigma_u^2 x.x' / d`, `(P,)`.
     """
 
     variance: Tensor
@@ -60,18 +60,18 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Values:
-    """Kernel values of pairs, each ``(P,)``."""
+    """Kernel values of pairs, each `(P,)`."""
 
     nngp: Tensor
     ntk: Tensor
 
     def stacked(self) -> Tensor:
-        """Both, ``(2, P)``."""
+        """Both, `(2, P)`."""
         return torch.stack((self.nngp, self.ntk))
 
 
 def take(features: Features, who: Tensor) -> Features:
-    """The features of the inputs ``who``, which index the first axis behind the features' own."""
+    """The features of the inputs `who`, which index the first axis behind the features' own."""
     return tuple(part[:, who] for part in features)
 
 
@@ -84,7 +84,7 @@ class Layout:
     dtype: torch.dtype
 
     def matrix(self, values: Tensor) -> Tensor:
-        """The ``(n1, n2)`` matrix of the pairs' values."""
+        """The `(n1, n2)` matrix of the pairs' values."""
         if not self.symmetric:
             return values.reshape(self.shape).to(self.dtype)
         n = self.shape[0]
@@ -96,7 +96,7 @@ class Layout:
 
 
 def pair_inputs(x1: Tensor, x2: Tensor | None, sigma_u: float) -> tuple[Pairs, Layout]:
-    """Every pair of rows of ``x1`` and ``x2``, or the upper triangle when ``x2`` is None."""
+    """Every pair of rows of `x1` and `x2`, or the upper triangle when `x2` is None."""
     _check_inputs(x1, x2)
     first = x1.detach().to(torch.float64)
     scale = sigma_u**2 / x1.shape[1]

@@ -1,8 +1,8 @@
 """Activations with a kink at zero (ELU, SELU, ...): the kink in closed form, the rest by series.
 
-Split ``phi = g + s`` with ``s(u) = sum_n j_n u_+^n / n!``, n = 1, 2, 3, where ``j_n`` is the jump
-of the n-th derivative at zero. The Hermite coefficients of ``u_+^n`` fall slowly, but their moments
-``E[u_+^n v_+^n]`` are the arc-cosine kernels; only products with the smooth ``g`` are left to the
+Split `phi = g + s` with `s(u) = sum_n j_n u_+^n / n!`, n = 1, 2, 3, where `j_n` is the jump
+of the n-th derivative at zero. The Hermite coefficients of `u_+^n` fall slowly, but their moments
+`E[u_+^n v_+^n]` are the arc-cosine kernels; only products with the smooth `g` are left to the
 series, so a hundred terms do what thousands could not.
 
 Reference: Cho and Saul, Kernel Methods for Deep Learning (NIPS 2009), equations 4 to 6.
@@ -33,9 +33,9 @@ _SERIES_MARGIN = 1e-2  # the series multiplies the kink's slow tail: see KinkedS
 
 
 def jumps_at_zero(fn: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
-    """Jumps of the first three derivatives at zero (0 where there is none), to about ``1e-6``.
+    """Jumps of the first three derivatives at zero (0 where there is none), to about `1e-6`.
 
-    The polynomials through five values of ``phi'`` on either side are compared at zero.
+    The polynomials through five values of `phi'` on either side are compared at zero.
     """
     steps = np.arange(1, 6) * _OFFSET
     slopes = derivative(fn, torch.as_tensor(np.concatenate([steps, -steps]))).numpy()
@@ -49,7 +49,7 @@ def jumps_at_zero(fn: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
 
 @lru_cache(maxsize=1)
 def _half_powers() -> Tensor:
-    """Hermite coefficients of ``z_+^n / n!``, n = 0 to 3: ``(4, 1280)``."""
+    """Hermite coefficients of `z_+^n / n!`, n = 0 to 3: `(4, 1280)`."""
     z, _, functions = hermite_basis(208, 1280)
     positive = (z > 0).to(z.dtype)
     rows = [functions @ (positive * z**n) / math.factorial(n) for n in range(_ORDERS + 1)]
@@ -57,7 +57,7 @@ def _half_powers() -> Tensor:
 
 
 def _arc_cosines(r: Tensor, scale: Tensor, weights: Sequence[float]) -> Tensor:
-    """``sum_n weights[n] E[u_+^n v_+^n] / n!^2`` at correlation ``r``, ``scale = sqrt(q1 q2)``."""
+    """`sum_n weights[n] E[u_+^n v_+^n] / n!^2` at correlation `r`, `scale = sqrt(q1 q2)`."""
     angle = torch.asin(r).add_(math.pi / 2)  # pi - theta
     sine = torch.sqrt((1 - r) * (1 + r))
     square = r * r
@@ -79,12 +79,12 @@ def _arc_cosines(r: Tensor, scale: Tensor, weights: Sequence[float]) -> Tensor:
 class KinkedSeries(GaussianExpectation):
     """An elementwise activation with a kink at zero.
 
-    The series of ``g`` is cut where it leaves out ``rtol / 100``; what is lost with it is the
-    product with what the series of the kink leaves out there, and by Cauchy-Schwarz below ``rtol``.
+    The series of `g` is cut where it leaves out `rtol / 100`; what is lost with it is the
+    product with what the series of the kink leaves out there, and by Cauchy-Schwarz below `rtol`.
 
     Args:
-        smooth: the Gaussian expectations of ``g = phi - s``.
-        jumps: ``(j_1, j_2, j_3)``.
+        smooth: the Gaussian expectations of `g = phi - s`.
+        jumps: `(j_1, j_2, j_3)`.
     """
 
     smooth: HermiteSeries
@@ -107,7 +107,7 @@ class KinkedSeries(GaussianExpectation):
         return cls(HermiteSeries(remainder, _SERIES_MARGIN * rtol, name), jumps)
 
     def _kinks(self, lowered: int, like: Tensor, terms: int) -> list[tuple[int, Tensor]]:
-        """Powers and coefficients of ``s`` at unit variance, of ``s'`` when ``lowered`` is 1."""
+        """Powers and coefficients of `s` at unit variance, of `s'` when `lowered` is 1."""
         table = _half_powers().to(like)[:, :terms].reshape(_ORDERS + 1, terms, *([1] * like.ndim))
         return [
             (n - lowered, jump * table[n - lowered])
@@ -116,7 +116,7 @@ class KinkedSeries(GaussianExpectation):
         ]
 
     def features(self, q: Tensor) -> Features:
-        """``sqrt(q)`` and the coefficients of ``phi`` and ``phi'``, as far as those of ``g``."""
+        """`sqrt(q)` and the coefficients of `phi` and `phi'`, as far as those of `g`."""
         root, value, slope = self.smooth.features(q)
         for power, kink in self._kinks(0, root[0], len(value)):
             value = value + kink * root**power
@@ -125,7 +125,7 @@ class KinkedSeries(GaussianExpectation):
         return root, value, slope
 
     def pair(self, f1: Features, f2: Features) -> PairMoments:
-        """Series of the products that involve ``g``, and closed forms of those that do not."""
+        """Series of the products that involve `g`, and closed forms of those that do not."""
         root1, root2 = f1[0][0], f2[0][0]
         both = root1 * root2
         products = []

@@ -1,11 +1,11 @@
 """The kernels of the depth-L residual network: the exact recursion over all pairs of layers.
 
-With ``k = T/L`` and shared weights,
+With `k = T/L` and shared weights,
 
     Sigma[i+1, j+1] = Sigma[i+1, j] + Sigma[i, j+1] - Sigma[i, j] + k^2 sigma_w^2 C[i, j]
     Gamma[i, j] = Gamma[i+1, j] + Gamma[i, j+1] - Gamma[i+1, j+1] + k^2 sigma_w^2 D Gamma[i+1, j+1]
 
-Row ``i + 1`` of Sigma follows from row ``i`` by one cumulative sum, so a row is one vector
+Row `i + 1` of Sigma follows from row `i` by one cumulative sum, so a row is one vector
 operation over layers and pairs.
 """
 
@@ -34,9 +34,9 @@ def _append(features: Features, column: Features) -> Features:
 
 
 def _layers(model: Model, initial: Tensor, steps: int) -> Features:
-    """Features of every input at every layer, from ``Sigma[i, i]`` of inputs with themselves.
+    """Features of every input at every layer, from `Sigma[i, i]` of inputs with themselves.
 
-    Only layers ``j <= i`` are visited: their variances are known when row ``i`` needs them.
+    Only layers `j <= i` are visited: their variances are known when row `i` needs them.
     """
     gain = model.coupling / steps**2
     row = initial[:, None].repeat(1, steps + 1)
@@ -82,7 +82,7 @@ def _block(model: Model, initial: Tensor, f1: Features, f2: Features, steps: int
 
 
 def euler_kernels(model: Model, pairs: Pairs, steps: int) -> Values:
-    """NNGP and NTK of every pair, for the network of ``steps`` residual layers."""
+    """NNGP and NTK of every pair, for the network of `steps` residual layers."""
     distinct, who = torch.unique(pairs.variance, return_inverse=True)
     features = take(_layers(model, distinct, steps), who)
     numbers = (steps + 1) * (2 * (steps + 1) + sum(len(part) for part in features))

@@ -1,8 +1,8 @@
 """What a kernel predicts: regression, and gradient descent in closed form.
 
-The loss throughout is ``1/(2n) sum_i |f(x_i) - y_i|^2``. Under gradient descent with learning rate
-``lr`` a network whose tangent kernel stays ``Theta`` obeys ``f <- f - (lr/n) Theta (f - y)`` on its
-``n`` training inputs: linear, and diagonal in the eigenvectors of ``Theta``.
+The loss throughout is `1/(2n) sum_i |f(x_i) - y_i|^2`. Under gradient descent with learning rate
+`lr` a network whose tangent kernel stays `Theta` obeys `f <- f - (lr/n) Theta (f - y)` on its
+`n` training inputs: linear, and diagonal in the eigenvectors of `Theta`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _columns(targets: Tensor, n: int, name: str) -> Tensor:
 
 
 def spectrum(kernel: Tensor) -> Tensor:
-    """Eigenvalues of a kernel matrix ``(n, n)``, largest first.
+    """Eigenvalues of a kernel matrix `(n, n)`, largest first.
 
     Raises:
         ValueError: if the matrix is not square and symmetric.
@@ -66,7 +66,7 @@ def condition_number(kernel: Tensor) -> float:
 
 
 def rank(kernel: Tensor, rtol: float | None = None) -> int:
-    """Number of eigenvalues above ``rtol`` times the largest (default: ``n`` times epsilon).
+    """Number of eigenvalues above `rtol` times the largest (default: `n` times epsilon).
 
     Example:
         >>> rank(torch.ones(3, 3))
@@ -78,7 +78,7 @@ def rank(kernel: Tensor, rtol: float | None = None) -> int:
 
 
 def max_learning_rate(kernel: Tensor) -> float:
-    """Learning rate ``2 n / lambda_max`` below which gradient descent is stable.
+    """Learning rate `2 n / lambda_max` below which gradient descent is stable.
 
     Example:
         >>> max_learning_rate(torch.diag(torch.tensor([1.0, 4.0])))
@@ -95,17 +95,17 @@ def posterior(
         mean = K* (K + noise I)^-1 y,    variance = diag(K** - K* (K + noise I)^-1 K*^T)
 
     Args:
-        kernel: ``K`` of the training inputs, ``(n, n)``.
-        cross: ``K*`` of test against training inputs, ``(m, n)``.
-        prior: ``K**`` of the test inputs, ``(m, m)``, or its diagonal, ``(m,)``.
-        targets: ``y``, ``(n,)`` or ``(n, o)``.
+        kernel: `K` of the training inputs, `(n, n)`.
+        cross: `K*` of test against training inputs, `(m, n)`.
+        prior: `K**` of the test inputs, `(m, m)`, or its diagonal, `(m,)`.
+        targets: `y`, `(n,)` or `(n, o)`.
         noise: variance of the observations.
 
     Returns:
-        Mean, of the shape of ``targets`` with ``m`` rows, and variance ``(m,)``.
+        Mean, of the shape of `targets` with `m` rows, and variance `(m,)`.
 
     Raises:
-        ValueError: if shapes do not match, or ``K + noise I`` is not positive definite.
+        ValueError: if shapes do not match, or `K + noise I` is not positive definite.
 
     Example:
         >>> k = torch.eye(2)
@@ -137,14 +137,14 @@ def posterior(
 class GradientDescent:
     """Training a network whose tangent kernel does not change, in closed form.
 
-    With ``Theta = Q diag(lambda) Q^T`` and ``e_0 = f_0 - y``, after ``k`` steps of learning rate
-    ``lr`` the error is ``Q (1 - lr lambda / n)^k Q^T e_0``; gradient flow for a time ``t`` replaces
-    the power by ``exp(-lambda t / n)``.
+    With `Theta = Q diag(lambda) Q^T` and `e_0 = f_0 - y`, after `k` steps of learning rate
+    `lr` the error is `Q (1 - lr lambda / n)^k Q^T e_0`; gradient flow for a time `t` replaces
+    the power by `exp(-lambda t / n)`.
 
     Args:
-        kernel: ``Theta`` of the training inputs, ``(n, n)``.
-        targets: ``y``, ``(n,)`` or ``(n, o)`` (outputs share the kernel: exact at infinite width).
-        initial: ``f_0``, of the shape of ``targets``; None means zero.
+        kernel: `Theta` of the training inputs, `(n, n)`.
+        targets: `y`, `(n,)` or `(n, o)` (outputs share the kernel: exact at infinite width).
+        initial: `f_0`, of the shape of `targets`; None means zero.
 
     Example:
         >>> dynamics = GradientDescent(torch.diag(torch.tensor([2.0, 4.0])), torch.ones(2))
@@ -193,20 +193,20 @@ class GradientDescent:
         return self.targets + error.reshape(self.targets.shape)
 
     def loss(self, when: float, lr: float | None = None) -> float:
-        """``1/(2n) |f - y|^2``, arguments as for ``outputs``."""
+        """`1/(2n) |f - y|^2`, arguments as for `outputs`."""
         error = self._decay(when, lr)[:, None] * self._error()
         return float((error**2).sum()) / (2 * len(self.kernel))
 
     def predict(
         self, cross: Tensor, when: float, lr: float | None = None, initial: Tensor | None = None
     ) -> Tensor:
-        """Outputs on test inputs: ``f_0* - Theta* Theta^-1 (1 - decay) e_0``.
+        """Outputs on test inputs: `f_0* - Theta* Theta^-1 (1 - decay) e_0`.
 
         Args:
-            cross: ``Theta*`` of test against training inputs, ``(m, n)``.
-            when: as for ``outputs``; ``inf`` (with ``lr=None``) for training to the end.
-            lr: as for ``outputs``.
-            initial: ``f_0*`` on the test inputs; None means zero.
+            cross: `Theta*` of test against training inputs, `(m, n)`.
+            when: as for `outputs`; `inf` (with `lr=None`) for training to the end.
+            lr: as for `outputs`.
+            initial: `f_0*` on the test inputs; None means zero.
         """
         weights = self._spent(self._decay(when, lr))[:, None] * self._error()
         change = cross @ (self._vectors @ weights)
@@ -214,7 +214,7 @@ class GradientDescent:
         return out if initial is None else initial + out
 
     def _spent(self, decay: Tensor) -> Tensor:
-        """``(1 - decay) / lambda``, zero in directions the kernel does not reach."""
+        """`(1 - decay) / lambda`, zero in directions the kernel does not reach."""
         reached = self._values > len(self.kernel) * torch.finfo(decay.dtype).eps * self._values[-1]
         safe = torch.where(reached, self._values, torch.ones_like(self._values))
         return torch.where(reached, (1 - decay) / safe, torch.zeros_like(decay))
@@ -226,14 +226,14 @@ class GradientDescent:
         when: float,
         lr: float | None = None,
     ) -> Tensor:
-        """Variance of the predictions over random initialisations, ``(m,)``.
+        """Variance of the predictions over random initialisations, `(m,)`.
 
         Args:
-            cross: ``Theta*``, ``(m, n)``.
-            nngp: ``(K, K*, K**)``: kernel of the training inputs ``(n, n)``, of test against
-                training ``(m, n)``, and of the test inputs (``(m, m)`` or its diagonal).
-            when: as for ``outputs``.
-            lr: as for ``outputs``.
+            cross: `Theta*`, `(m, n)`.
+            nngp: `(K, K*, K**)`: kernel of the training inputs `(n, n)`, of test against
+                training `(m, n)`, and of the test inputs (`(m, m)` or its diagonal).
+            when: as for `outputs`.
+            lr: as for `outputs`.
         """
         train, test_train, prior = nngp
         diagonal = prior if prior.ndim == 1 else prior.diagonal()
@@ -242,9 +242,9 @@ class GradientDescent:
         return diagonal - 2 * (gain * test_train).sum(1) + ((gain @ train) * gain).sum(1)
 
     def max_learning_rate(self) -> float:
-        """``2 n / lambda_max``: gradient descent diverges above."""
+        """`2 n / lambda_max`: gradient descent diverges above."""
         return 2 * len(self.kernel) / float(self._values[-1])
 
     def rate(self) -> float:
-        """Slowest decay rate of the loss under gradient flow, ``2 lambda_min / n``."""
+        """Slowest decay rate of the loss under gradient flow, `2 lambda_min / n`."""
         return 2 * float(self._values[0]) / len(self.kernel)

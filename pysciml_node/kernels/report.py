@@ -25,15 +25,15 @@ _SUSPECTS = 32  # grid intervals of largest change, looked at for jumps
 
 @dataclass(frozen=True)
 class ActivationReport:
-    """The findings, and ``str(report)`` in words.
+    """The findings, and `str(report)` in words.
 
     Attributes:
         name: the activation.
-        lipschitz: Lipschitz constant of ``phi``; ``inf`` if it has none.
-        derivative_lipschitz: Lipschitz constant of ``phi'``; ``inf`` if ``phi'`` jumps or grows.
+        lipschitz: Lipschitz constant of `phi`; `inf` if it has none.
+        derivative_lipschitz: Lipschitz constant of `phi'`; `inf` if `phi'` jumps or grows.
         smoothness: number of continuous derivatives seen.
-        polynomial_degree: degree if ``phi`` is a polynomial, else None.
-        kinks: where ``phi`` or ``phi'`` jumps.
+        polynomial_degree: degree if `phi` is a polynomial, else None.
+        kinks: where `phi` or `phi'` jumps.
         forward_well_posed: the ODE has one solution, for all time.
         backward_well_posed: so has the adjoint ODE, and the gradients of "optimise then discretise"
             and of "discretise then optimise" agree to first order in the step.
@@ -120,23 +120,23 @@ class ActivationReport:
 def activation_report(act: Activation) -> ActivationReport:
     """What is known, numerically, about an activation's fitness for a neural ODE.
 
-    Lipschitz constants are the largest ``|phi'|`` and the largest difference quotient of ``phi'``
+    Lipschitz constants are the largest `|phi'|` and the largest difference quotient of `phi'`
     on grids of 40001 points on [-8, 8], [-16, 16] and [-32, 32]; where that maximum grows by more
-    than a fifth from each to the next, or where the function jumps, there is none (``inf``). A
+    than a fifth from each to the next, or where the function jumps, there is none (`inf`). A
     jump is an interval over which a change does not shrink as it is bisected to 1e-9. A polynomial
     is a function whose least-squares fit of degree at most 8 on [-8, 8] is exact to 1e-9. These are
     observations on finitely many points: an activation that misbehaves elsewhere, or between them,
     is not caught.
 
-    Conditions: the forward ODE is well posed if ``phi`` is Lipschitz; the adjoint, and the
-    agreement of the two gradients, ask for ``phi'`` Lipschitz as well; the kernels are strictly
-    positive definite if ``phi`` is Lipschitz, nonlinear and not a polynomial.
+    Conditions: the forward ODE is well posed if `phi` is Lipschitz; the adjoint, and the
+    agreement of the two gradients, ask for `phi'` Lipschitz as well; the kernels are strictly
+    positive definite if `phi` is Lipschitz, nonlinear and not a polynomial.
 
     Args:
-        act: a name, an elementwise callable, or an ``nn.Module``.
+        act: a name, an elementwise callable, or an `nn.Module`.
 
     Returns:
-        The report; ``print`` it.
+        The report; `print` it.
 
     Example:
         >>> activation_report("relu").backward_well_posed
@@ -190,7 +190,7 @@ def _elementwise(act: Activation) -> Elementwise:
 
 
 def _differentiable_slope(fn: Elementwise, u: Tensor) -> Tensor:
-    """``phi'`` with a graph, so that it can be differentiated once more."""
+    """`phi'` with a graph, so that it can be differentiated once more."""
     if not u.requires_grad:
         return derivative(fn, u)
     value = fn(u)

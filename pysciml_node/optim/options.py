@@ -42,7 +42,7 @@ def resolve_defaults(
 
     Args:
         options: the constructor's arguments.
-        generator: source of the seed; used for ``"diagonal"`` alone.
+        generator: source of the seed; used for `"diagonal"` alone.
 
     Returns:
         The defaults of every parameter group.

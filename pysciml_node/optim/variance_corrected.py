@@ -80,19 +80,19 @@ class VarianceCorrected(Optimizer):
     on horizon, data variance, or `a*`. The scalar is the Gauss-Newton curvature `E[(dx_t/da)^2]`,
     which gives the three forms of `theta <- theta - eta C^{-1} grad`:
 
-    * ``"terminal"``: `C = t^2 E|x_t|^2`, one number for all parameters.
-    * ``"diagonal"``: `C = diag E[(dx_t/dtheta_i)^2]`, estimated with random signs and a running
+    * `"terminal"`: `C = t^2 E|x_t|^2`, one number for all parameters.
+    * `"diagonal"`: `C = diag E[(dx_t/dtheta_i)^2]`, estimated with random signs and a running
       average; one vector-Jacobian product a probe.
-    * ``"gauss-newton"``: the whole matrix `J^T J / B`, inverted by conjugate gradients. The step
+    * `"gauss-newton"`: the whole matrix `J^T J / B`, inverted by conjugate gradients. The step
       is trusted as far as the loss follows its model (Levenberg-Marquardt).
 
     All three agree for one parameter and one state. `eta` has its meaning for the loss
     `E|x_t - y|^2 / 2` (sum over the state, mean over the batch); for another multiple of it the
     learning rate is to be divided by that multiple.
 
-    `step` is called in one of two ways. After `loss.backward()`: ``step(solution=sol)``
-    (``"diagonal"`` needs `loss.backward(retain_graph=True)`). Or with a closure that returns
-    ``(loss, solution)`` and does not call backward; ``"gauss-newton"`` and the backtracking
+    `step` is called in one of two ways. After `loss.backward()`: `step(solution=sol)`
+    (`"diagonal"` needs `loss.backward(retain_graph=True)`). Or with a closure that returns
+    `(loss, solution)` and does not call backward; `"gauss-newton"` and the backtracking
     safeguard need this form, and call the closure several times. A closure that calls backward and
     returns the loss, as for the other torch optimizers, is accepted where one evaluation is enough.
 
@@ -103,19 +103,19 @@ class VarianceCorrected(Optimizer):
         params: parameters or parameter groups.
         lr: `eta`, dimensionless. Default 0.1; 1 is the full step.
         curvature: the form of `C`; see above.
-        safeguard: ``"none"``; ``"bound"`` (terminal) caps `lr` at `log(1 + d) / d` with
+        safeguard: `"none"`; `"bound"` (terminal) caps `lr` at `log(1 + d) / d` with
             `d = |grad| / (t E|x_t|^2)`, which in one dimension is the largest step that does not
-            overshoot; ``"backtracking"`` halves the step until the loss does not rise;
-            ``"gain-ratio"`` (gauss-newton) raises the damping instead. Default ``"none"``, for
-            gauss-newton ``"gain-ratio"``.
+            overshoot; `"backtracking"` halves the step until the loss does not rise;
+            `"gain-ratio"` (gauss-newton) raises the damping instead. Default `"none"`, for
+            gauss-newton `"gain-ratio"`.
         damping: added to `C` in its own units, as a fraction of the mean diagonal (diagonal) or of
-            the curvature along the gradient (gauss-newton; with ``"gain-ratio"`` the value at the
+            the curvature along the gradient (gauss-newton; with `"gain-ratio"` the value at the
             first step). Default 1e-3. Terminal takes none: its curvature is one number.
         beta: weight of the past in the diagonal's running average, in [0, 1). Default 0.95.
         probes: random signs a step for the diagonal; as many as outputs or more give it exactly.
-        jvp: how gauss-newton gets `J v`: ``"finite-difference"``, two more solves without a
-            gradient, which works with every adjoint and engine; ``"double-backward"``, exact, for
-            solves with ``DirectAdjoint``.
+        jvp: how gauss-newton gets `J v`: `"finite-difference"`, two more solves without a
+            gradient, which works with every adjoint and engine; `"double-backward"`, exact, for
+            solves with `DirectAdjoint`.
         fd_step: length of the difference relative to `1 + |theta|`; default the fourth root of
             the machine epsilon. Raise it for loose solver tolerances.
         cg_steps: conjugate gradient steps at most, over all trials of a step. Default 20. The

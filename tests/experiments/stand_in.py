@@ -9,7 +9,7 @@ from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 
 
 class NoisyLinear(Classifier):
-    """Logits ``W x``; in training the penalty is the size of ``W`` seen through random noise."""
+    """Logits `W x`; in training the penalty is the size of `W` seen through random noise."""
 
     def __init__(self, features: int, classes: int, seed: int = 0) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class WeightTied(nn.Module):
-    """``h_0 = (su/sqrt d) U x``, ``L`` Euler steps of ``h' = (sw/sqrt n) W phi(h)``, readout."""
+    """`h_0 = (su/sqrt d) U x`, `L` Euler steps of `h' = (sw/sqrt n) W phi(h)`, readout."""
 
     def __init__(self, d, n, steps, phi, generator, T=1.0, scales=(1.0, 1.0, 1.0), linear=False):
         super().__init__()

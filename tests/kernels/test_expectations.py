@@ -18,7 +18,7 @@ NAMES = [
 
 
 def moments(activation, q1, q2, r, rtol=1e-7):
-    """``(C, D)`` at one pair of variances, for several correlations."""
+    """`(C, D)` at one pair of variances, for several correlations."""
     expectation = resolve(activation, rtol)
     features = expectation.features(torch.tensor([q1, q2], dtype=torch.float64))
     pair = expectation.pair(
@@ -29,7 +29,7 @@ def moments(activation, q1, q2, r, rtol=1e-7):
 
 
 def by_quadrature(fn, q1, q2, r):
-    """The double integral over ``u`` and ``v`` given ``u``, each cut where its argument is 0."""
+    """The double integral over `u` and `v` given `u`, each cut where its argument is 0."""
     x, w = np.polynomial.legendre.leggauss(24)
 
     def panels(edges):

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: an option is out of range.
-        ImportError: a package of the ``examples`` extra is missing.
+        ImportError: a package of the `examples` extra is missing.
     """
     if arguments.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, but is {arguments.seeds}.")
@@ -110,7 +110,7 @@ def run_demo(
         data: the parts.
         settings: those shared by all variants.
         seeds: of the runs.
-        output_dir: folder for ``results.json`` and ``training.png``.
+        output_dir: folder for `results.json` and `training.png`.
     """
     runs = []
     total = len(COMPARED) * len(seeds)
@@ -135,7 +135,7 @@ def run_trade_off(
         data: the parts.
         settings: those shared by all runs.
         seeds: of the runs.
-        output_dir: folder for ``trade_off.json`` and ``trade_off.png``.
+        output_dir: folder for `trade_off.json` and `trade_off.png`.
     """
     points = trade_off(data, settings, TRADE_OFF_WEIGHTS, seeds)
     for point in points:

@@ -83,7 +83,7 @@ class ConvField(nn.Module):
         self.norms = nn.ModuleList([FieldBatchNorm(hidden), FieldBatchNorm(hidden)])
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        """The rate of the images ``(B, channels, H, W)`` at time ``t``."""
+        """The rate of the images `(B, channels, H, W)` at time `t`."""
         first, second, last = self.convolutions
         for layer, norm in zip((first, second), self.norms, strict=True):
             u = functional.gelu(norm(layer(t, u)))
@@ -118,7 +118,7 @@ class ConvClassifier(Classifier):
         self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for images ``(B, 3, side, side)``, converted to the parameters' dtype."""
+        """Predict for images `(B, 3, side, side)`, converted to the parameters' dtype."""
         x = x.to(self.head.weight.dtype)
         u0 = self.norm(torch.cat((x, self.more(x)), 1))
         solution = self.node(u0)

@@ -36,11 +36,11 @@ class FlowSettings(Settings):
     """Settings of a flow.
 
     Args:
-        layers: hidden layers of the field, each of the width ``hidden``.
-        time: how they see the time: ``"ignore"``, ``"concat"`` or ``"concatsquash"``.
+        layers: hidden layers of the field, each of the width `hidden`.
+        time: how they see the time: `"ignore"`, `"concat"` or `"concatsquash"`.
         training_step: train with RK4 at fixed steps of this size, as the paper does with
-            regularization, instead of Tsit5 at ``tolerance``; 0 for not. Evaluations are at
-            ``tolerance`` always.
+            regularization, instead of Tsit5 at `tolerance`; 0 for not. Evaluations are at
+            `tolerance` always.
     """
 
     layers: int = 3
@@ -60,7 +60,7 @@ class ImageFlowSettings(FlowSettings):
     """Settings of a flow of images.
 
     Args:
-        architecture: ``"flat"``, one flow of the flattened image, or ``"multi-scale"``, several
+        architecture: `"flat"`, one flow of the flattened image, or `"multi-scale"`, several
             convolutional ones.
         levels: how many values a pixel has.
         alpha: of the logit transform.
@@ -164,12 +164,12 @@ class PlaneFlow(FlowModel):
 class ImageFlow(FlowModel):
     """A flow of images with whole-number pixels, trained on bits a dimension.
 
-    Pixels are given in [0, 1] and are made whole numbers of ``settings.levels`` values; uniform
+    Pixels are given in [0, 1] and are made whole numbers of `settings.levels` values; uniform
     noise is added to them in training, and the same noise at every evaluation, so that the bits are
     a bound on those of the whole numbers.
 
     Args:
-        shape: of an image, ``(H, W)``.
+        shape: of an image, `(H, W)`.
         settings: of the flow.
         run: variant, seed and weight.
     """
@@ -221,6 +221,6 @@ def make_plane_flow(data: Splits[LabelledData], settings: FlowSettings, run: Run
 
 
 def make_image_flow(data: Splits[LabelledData], settings: ImageFlowSettings, run: Run) -> ImageFlow:
-    """The flow that fits the images ``(N, H, W)``."""
+    """The flow that fits the images `(N, H, W)`."""
     height, width = data.train.x.shape[1:]
     return ImageFlow((height, width), settings, run)

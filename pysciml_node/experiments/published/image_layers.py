@@ -33,7 +33,7 @@ class FieldBatchNorm(nn.Module):
         self.tracked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``(B, channels, H, W)``."""
+        """Normalize `(B, channels, H, W)`."""
         averages = self.tracked or not self.training
         return functional.batch_norm(
             x,
@@ -70,7 +70,7 @@ def initialize_(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def channel_mask(like: Tensor, channels: int, dropout: float, generator: torch.Generator) -> Tensor:
-    """A dropout mask ``(B, channels, 1, 1)`` with mean 1, to be held fixed through a solve.
+    """A dropout mask `(B, channels, 1, 1)` with mean 1, to be held fixed through a solve.
 
     Reference:
         S. Bai, V. Koltun, J. Z. Kolter, Multiscale Deep Equilibrium Models, arXiv:2006.08656,

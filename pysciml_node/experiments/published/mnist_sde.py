@@ -91,7 +91,7 @@ class SDEClassifier(Classifier):
         self.to(self.dtype)
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for a batch ``x`` of shape ``(B, *D)``, converted to the parameters' dtype."""
+        """Predict for a batch `x` of shape `(B, *D)`, converted to the parameters' dtype."""
         start = self.down(x.flatten(1).to(self.dtype))
         if self.training:
             solution = self.node(start, generator=self._generators["paths"])

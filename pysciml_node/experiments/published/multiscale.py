@@ -96,14 +96,14 @@ class _Block(nn.Module):
 class MultiScaleField(nn.Module):
     """`dz/dt = F(z; x) - z` for images on two scales: a residual block on each, then an exchange.
 
-    The state is flat, ``(B, C S^2 + C (S / 2)^2)`` for images of ``S`` pixels a side, and ``p``
-    holds the injected input ``"x"`` of the first scale and, in training, the dropout masks
-    ``"mask 0"`` and ``"mask 1"``.
+    The state is flat, `(B, C S^2 + C (S / 2)^2)` for images of `S` pixels a side, and `p`
+    holds the injected input `"x"` of the first scale and, in training, the dropout masks
+    `"mask 0"` and `"mask 1"`.
 
     Args:
-        channels: ``C`` of each scale.
+        channels: `C` of each scale.
         expansion: inside the blocks.
-        side: ``S``.
+        side: `S`.
 
     Reference:
         S. Bai, V. Koltun, J. Z. Kolter, Multiscale Deep Equilibrium Models, arXiv:2006.08656;
@@ -211,7 +211,7 @@ class MultiScaleClassifier(Classifier):
         self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for images ``(B, 3, side, side)``, converted to the parameters' dtype."""
+        """Predict for images `(B, 3, side, side)`, converted to the parameters' dtype."""
         injected = self.stem(x.to(self.head.linear.weight.dtype))
         flat = injected.flatten(1)
         p = {"x": injected}

@@ -34,11 +34,11 @@ class SeriesSettings(Settings):
     """What the runs of a latent ODE have in common; the defaults are paper D's PhysioNet run.
 
     Args:
-        encoder: ``"gru"`` as in the paper, or ``"ode-rnn"``.
+        encoder: `"gru"` as in the paper, or `"ode-rnn"`.
         latent: size of the latent state.
         state: size of the encoder's mean, and of its spread.
         noise: standard deviation of the decoder's Gaussian.
-        kl_delay: steps before the divergence gets a weight, ``1 - 0.99^(step - kl_delay)``.
+        kl_delay: steps before the divergence gets a weight, `1 - 0.99^(step - kl_delay)`.
         quantization: hours that times are rounded to; 0 leaves them as they are.
         outliers: see `pysciml_node.data.physionet`.
         split_seed: of the division into training and test data; all runs share it.
@@ -67,10 +67,10 @@ class SeriesSettings(Settings):
 
 
 class LatentField(nn.Module):
-    """The field of the latent equation: tanh, then four times ``L -> hidden -> L``, all tanh.
+    """The field of the latent equation: tanh, then four times `L -> hidden -> L`, all tanh.
 
     Args:
-        latent: ``L``.
+        latent: `L`.
         hidden: width.
         generator: source of the initial weights.
     """
@@ -84,7 +84,7 @@ class LatentField(nn.Module):
         self.net = nn.Sequential(*layers)
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """The rate of the latent states ``(B, L)``; time has no part in it."""
+        """The rate of the latent states `(B, L)`; time has no part in it."""
         del t
         rate: Tensor = self.net(z)
         return rate

@@ -49,7 +49,7 @@ def new_grid(rows: int, columns: int) -> tuple[Any, Any]:
         columns: of panels, which share their horizontal axis.
 
     Returns:
-        The figure and its axes, an array of shape ``(rows, columns)``.
+        The figure and its axes, an array of shape `(rows, columns)`.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -89,7 +89,7 @@ def compare(experiment: str, summary: Summary, *, markdown: bool = False) -> str
         markdown: as a table of Markdown, and not in columns of equal width.
 
     Returns:
-        Lines of text. ``†`` marks published rows that were measured elsewhere than their vanilla.
+        Lines of text. `†` marks published rows that were measured elsewhere than their vanilla.
 
     Example:
         >>> ours = {"nfe": {"mean": 50.0, "std": 0.0}}

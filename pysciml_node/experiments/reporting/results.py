@@ -78,7 +78,7 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float]:
         values: at least one.
 
     Returns:
-        ``{"mean": ..., "std": ...}``.
+        `{"mean": ..., "std": ...}`.
     """
     return {
         "mean": statistics.fmean(values),
@@ -93,7 +93,7 @@ def summarize(runs: Iterable[RunResult]) -> Summary:
         runs: finished runs, in any order.
 
     Returns:
-        ``{variant: {metric: {"mean": ..., "std": ...}}}`` for the variants that have runs.
+        `{variant: {metric: {"mean": ..., "std": ...}}}` for the variants that have runs.
     """
     runs = list(runs)
     summary: Summary = {}

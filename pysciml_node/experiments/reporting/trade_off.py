@@ -30,8 +30,8 @@ def trade_off(
         seeds: each point is trained once a seed; ratios are taken between equal seeds.
 
     Returns:
-        Points with the keys ``variant``, ``weight``, ``nfe_ratio`` (to vanilla), ``nfe`` and
-        ``accuracy``, the last three with mean and spread over the seeds.
+        Points with the keys `variant`, `weight`, `nfe_ratio` (to vanilla), `nfe` and
+        `accuracy`, the last three with mean and spread over the seeds.
 
     Raises:
         ValueError: there is no validation data.

@@ -45,14 +45,14 @@ def evaluate(model: Trainable, data: DataT, batch_size: int) -> Evaluation:
     Args:
         model: what to evaluate; left in the mode it was in.
         data: samples to go through once, in order.
-        batch_size: samples a batch. The steps of a solve are shared by the batch, so ``nfe``
+        batch_size: samples a batch. The steps of a solve are shared by the batch, so `nfe`
             depends on it.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: ``data`` is empty.
+        ValueError: `data` is empty.
     """
     if len(data) == 0:
         raise ValueError("data must hold at least one sample to evaluate on, but is empty.")
@@ -76,7 +76,7 @@ def predict_seconds(
     Args:
         model: what to time; left in the mode it was in.
         data: where the batches come from, in order and again from the start when they run out.
-        batch_size: samples a batch; at most ``len(data)``.
+        batch_size: samples a batch; at most `len(data)`.
         warmup: untimed predictions first.
         repeats: timed predictions.
         seconds: no further prediction is begun after so many seconds.
@@ -85,7 +85,7 @@ def predict_seconds(
         Seconds a batch, by the clock and of this process on all its cores.
 
     Raises:
-        ValueError: ``data`` does not fill one batch.
+        ValueError: `data` does not fill one batch.
     """
     full = [b for b in ordered_batches(data, batch_size) if len(b) == batch_size]
     if not full:

@@ -40,11 +40,11 @@ class Experiment:
         reduced: a budget of minutes on one CPU core, at which the effect still shows.
         quick: a budget of seconds, to see that it runs.
         data_dir: default folder of the data.
-        load: reads the data: ``load(data_dir, download, settings)``.
-        load_quick: data for the quick budget: ``load_quick(data_dir, download, settings)``.
+        load: reads the data: `load(data_dir, download, settings)`.
+        load_quick: data for the quick budget: `load_quick(data_dir, download, settings)`.
         build: makes the model of data, settings and run.
         options: settings of this experiment alone, with what they are, for the command line.
-        picture: draws what a trained model does, ``picture(trainer, data, path)``; optional.
+        picture: draws what a trained model does, `picture(trainer, data, path)`; optional.
     """
 
     name: str

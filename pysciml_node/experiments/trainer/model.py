@@ -19,7 +19,7 @@ from pysciml_node.layers.timed import ConcatLinear, glorot_linear
 
 
 class TimeDependentMLP(nn.Module):
-    """The field ``f(t, u) = W_2 [tanh(W_1 [u; t] + b_1); t] + b_2``.
+    """The field `f(t, u) = W_2 [tanh(W_1 [u; t] + b_1); t] + b_2`.
 
     Args:
         features: size of the state.
@@ -36,7 +36,7 @@ class TimeDependentMLP(nn.Module):
         self.outer = ConcatLinear(hidden, features, generator=generator)
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        """Evaluate the field at time ``t`` and states ``u`` of shape ``(B, features)``."""
+        """Evaluate the field at time `t` and states `u` of shape `(B, features)`."""
         hidden: Tensor = torch.tanh(self.inner(t, u))
         out: Tensor = self.outer(t, hidden)
         return out
@@ -115,7 +115,7 @@ class ODEClassifier(Classifier):
         self.to(getattr(torch, settings.dtype))
 
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for a batch ``x`` of shape ``(B, *D)``, converted to the parameters' dtype."""
+        """Predict for a batch `x` of shape `(B, *D)`, converted to the parameters' dtype."""
         solution = self.node(x.flatten(1).to(self.head_weight.dtype))
         logits = functional.linear(solution.u1, self.head_weight, self.head_bias)
         return Prediction(logits, solution.penalty, int(solution.stats.nfe))
@@ -125,7 +125,7 @@ def make_classifier(data: Splits[LabelledData], settings: Settings, run: Run) ->
     """The classifier that fits the data.
 
     Args:
-        data: the state's size and the number of classes follow from ``data.train``.
+        data: the state's size and the number of classes follow from `data.train`.
         settings: those shared by all variants.
         run: variant, seed and weight.
     """

@@ -44,17 +44,17 @@ class Settings:
         steps: optimizer steps.
         batch_size: samples a batch, in training and in evaluation.
         learning_rate: the first one.
-        optimizer: ``"adam"`` or ``"adamax"``.
-        decay: of the learning rate: ``"constant"``, ``"inverse"``, which divides it by
-            ``1 + 1e-5 step``, or ``"cosine"``, to ``last_learning_rate`` at the last step.
+        optimizer: `"adam"` or `"adamax"`.
+        decay: of the learning rate: `"constant"`, `"inverse"`, which divides it by
+            `1 + 1e-5 step`, or `"cosine"`, to `last_learning_rate` at the last step.
         last_learning_rate: of the cosine decay.
         solver: name of the algorithm, as in the package.
         tolerance: relative and absolute tolerance of the solver.
         dtype: of the parameters and states.
         hidden: width of the field's hidden layer.
-        engine: ``"auto"``, ``"torch"`` or ``"julia"``.
+        engine: `"auto"`, `"torch"` or `"julia"`.
         adjoint: how gradients pass through the solve.
-        step_size: of the penalty's step, ``"hairer"`` as in the paper's code or ``"solver"``; see
+        step_size: of the penalty's step, `"hairer"` as in the paper's code or `"solver"`; see
             `pysciml_node.LocalError`.
         stop_gradient: keep the penalty's gradient out of the sampled state and the first stage, as
             the paper's code does.
@@ -150,8 +150,8 @@ class Settings:
 class Run:
     """One training run: a variant, a seed and the weight of its penalty.
 
-    The weight goes exponentially from ``weight[0]`` to ``weight[1]`` over the run:
-    ``lambda(k) = lambda_0 (lambda_1 / lambda_0)^(k / steps)``.
+    The weight goes exponentially from `weight[0]` to `weight[1]` over the run:
+    `lambda(k) = lambda_0 (lambda_1 / lambda_0)^(k / steps)`.
 
     Args:
         variant: which penalty is added to the loss, if any.

@@ -57,7 +57,7 @@ class Outcome:
         penalty: scalar to add to the loss; zero in evaluation mode.
         nfe: evaluations of the field in this forward pass.
         score: the metric, summed over the batch.
-        weight: what to divide sums of ``score`` by.
+        weight: what to divide sums of `score` by.
     """
 
     loss: Tensor
@@ -107,7 +107,7 @@ class Prediction:
     """What a classifier says about a batch, and what it took to say it.
 
     Args:
-        logits: shape ``(B, classes)``.
+        logits: shape `(B, classes)`.
         penalty: scalar to add to the loss; zero in evaluation mode.
         nfe: evaluations of the field in this forward pass.
     """
@@ -118,14 +118,14 @@ class Prediction:
 
 
 class Classifier(Trainable):
-    """Trained with the cross entropy ``mean_i -log softmax(logits_i)[y_i]``."""
+    """Trained with the cross entropy `mean_i -log softmax(logits_i)[y_i]`."""
 
     metric = ACCURACY
     node: NeuralDE
 
     @abstractmethod
     def forward(self, x: Tensor) -> Prediction:
-        """Predict for a batch ``x`` of shape ``(B, *D)``."""
+        """Predict for a batch `x` of shape `(B, *D)`."""
 
     def step_schedules(self) -> None:
         """Advance the penalty weight by one optimizer step."""

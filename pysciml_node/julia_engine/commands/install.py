@@ -1,4 +1,4 @@
-"""The command ``install``: a Julia and its packages, made by juliapkg or named by the user."""
+"""The command `install`: a Julia and its packages, made by juliapkg or named by the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``precompile``: load everything once, so that nothing is compiled later."""
+"""The command `precompile`: load everything once, so that nothing is compiled later."""
 
 from __future__ import annotations
 

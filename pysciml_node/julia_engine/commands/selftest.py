@@ -1,4 +1,4 @@
-"""The command ``test``: the tests of the Julia package, and those every engine has to pass."""
+"""The command `test`: the tests of the Julia package, and those every engine has to pass."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which Julia and which project: what is set, what was recorded, what is on the path.
 
 This file uses the standard library only and imports nothing of the package, so that the Makefile
-can run it before anything is installed (``python env.py`` prints the juliacall that the Julia
+can run it before anything is installed (`python env.py` prints the juliacall that the Julia
 project found here needs).
 """
 
@@ -48,7 +48,7 @@ class Julia:
 
     Attributes:
         executable: what was run; a wrapper is as good as the program.
-        version: e.g. ``"1.10.8"``.
+        version: e.g. `"1.10.8"`.
         bindir: where the program lives.
         library: libjulia.
         project: the project that is active when none is named.
@@ -104,7 +104,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Record:
-    """What ``install --julia`` wrote down.
+    """What `install --julia` wrote down.
 
     Attributes:
         julia: the executable.
@@ -154,7 +154,7 @@ def compiled_folder() -> Path:
 
 
 def read_record() -> Record | None:
-    """The record of ``install --julia``, if there is one that can be read."""
+    """The record of `install --julia`, if there is one that can be read."""
     for path in record_paths():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -308,11 +308,11 @@ def _named() -> Iterator[tuple[str, str, str | None]]:
 def choose(*, search_path: bool = True) -> Choice:
     """Decide what to start. From the strongest to the weakest:
 
-    1. ``PYTHON_JULIACALL_EXE`` with ``PYTHON_JULIACALL_PROJECT``;
-    2. ``PYSCIML_NODE_JULIA`` with ``PYSCIML_NODE_JULIA_PROJECT``, either alone or both;
-    3. what ``install --julia PATH [--project PATH]`` has recorded;
-    4. the environment that ``install`` has made (by juliapkg);
-    5. the ``julia`` on the path, if the project that is active in it holds what is needed.
+    1. `PYTHON_JULIACALL_EXE` with `PYTHON_JULIACALL_PROJECT`;
+    2. `PYSCIML_NODE_JULIA` with `PYSCIML_NODE_JULIA_PROJECT`, either alone or both;
+    3. what `install --julia PATH [--project PATH]` has recorded;
+    4. the environment that `install` has made (by juliapkg);
+    5. the `julia` on the path, if the project that is active in it holds what is needed.
 
     Args:
         search_path: whether step 5 is taken; not where step 4 succeeded.
@@ -382,7 +382,7 @@ def point_to(installation: Installation) -> None:
 
 
 def required_juliacall() -> str | None:
-    """The juliacall that the existing project found here needs, for ``make``'s environment."""
+    """The juliacall that the existing project found here needs, for `make`'s environment."""
     for executable, project in [(e, p) for _, e, p in _named()] or [("julia", None)]:
         julia = describe(executable)
         if isinstance(julia, Julia):

@@ -180,7 +180,7 @@ def require(*packages: str) -> None:
     """Load Julia packages that only some solves need.
 
     Args:
-        *packages: names, such as ``"OrdinaryDiffEqRosenbrock"``.
+        *packages: names, such as `"OrdinaryDiffEqRosenbrock"`.
 
     Raises:
         EngineUnavailable: one is not in the project, or does not load.
