@@ -24,7 +24,7 @@ from pysciml_node.julia_engine.process.buffers import (
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
-from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.record import Record, Recorded
 
 if TYPE_CHECKING:
@@ -123,6 +123,10 @@ class SciMLTrajectory(Recorded):
             f"{self.work.algorithm!r} has no embedded explicit pair whose estimates could be "
             "differentiated.\n  Use LocalError with algorithm=Tsit5()."
         )
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """Nothing: SciML keeps no last attempt."""
+        return Explanation()
 
     def restrict(self, problem: ODEProblem) -> SciMLTrajectory:
         """The same trajectory for the leading part of its state."""

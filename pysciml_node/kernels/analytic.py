@@ -69,8 +69,8 @@ def nngp(
         f(x) = (sigma_v / sqrt n) v.phi(h_T)        (or v.h_T with the linear readout).
 
     Because `W` is the same at all times, the covariance couples all pairs of times:
-    `d2 Sigma / dt ds = sigma_w^2 E[phi(u_t) phi(u'_s)]`, ``Sigma(0, s) = Sigma(t, 0) =
-    sigma_u^2 x.x'/d`, and the kernel is `sigma_v^2 E[phi(u_T) phi(u'_T)]`. It depends on `T``
+    `d2 Sigma / dt ds = sigma_w^2 E[phi(u_t) phi(u'_s)]`, `Sigma(0, s) = Sigma(t, 0) =
+    sigma_u^2 x.x'/d`, and the kernel is `sigma_v^2 E[phi(u_T) phi(u'_T)]`. It depends on `T`
     and `sigma_w` through their product alone.
 
     Args:

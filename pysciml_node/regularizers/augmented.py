@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.solutions.solution import Solution, StepEstimate, StopGradient, Trajectory
+from pysciml_node.solutions.solution import (
+    Explanation,
+    Solution,
+    StepEstimate,
+    StopGradient,
+    Trajectory,
+)
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
@@ -200,6 +207,10 @@ class DrivenTrajectory:
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable."""
         return self.driving.step_estimates()
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """What the steps of a failed solve say about its failure."""
+        return self.driving.explain(options)
 
     def restrict(self, problem: ODEProblem) -> Trajectory:
         """The same trajectory for the leading part of its state."""

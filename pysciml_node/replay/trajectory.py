@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from pysciml_node.replay.measure import measure_steps
 from pysciml_node.replay.norms import Tolerance, initial_step
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
-from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
+from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.record import Record, Recorded, check_discrete
 
@@ -221,6 +223,27 @@ class TorchTrajectory(Recorded):
         error = tolerance.step_error(stages, u, u1) * (tolerance.factor * abs(h))
         dt = stages.method.nodes.new_tensor(h)
         return StepEstimate(dt, error, stages.stiffness(t, h, u))
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """The last attempt, and the stiffness of the last accepted step."""
+        rates = {"f(t0, u0)": self.make_field(self.problem)}
+        lines = explain_attempt(self.record.last, self.flat_states[0], rates, options, self.problem)
+        radius = self.method.tableau.stability_radius
+        sizes = self.record.sizes
+        if not sizes or not radius or not torch.isfinite(self.flat_states[-1]).all():
+            return Explanation(tuple(lines))
+        with torch.no_grad():
+            stages, _ = self._stages(self.method)
+            n, h = len(sizes) - 1, sizes[-1]
+            eigenvalue = float(stages.stiffness(self.record.times[n], h, self.flat_states[n]))
+        product = abs(h) * eigenvalue
+        if not math.isfinite(product):
+            return Explanation(tuple(lines))
+        lines.append(
+            f"  Stiffness estimate |lambda|*dt = {product:.2g} "
+            f"(this method is stable below {radius:.3g})."
+        )
+        return Explanation(tuple(lines), stiff=product > 0.5 * radius)
 
     def restrict(self, problem: ODEProblem) -> TorchTrajectory:
         """The same trajectory for the leading part of its state, which has dynamics of its own."""

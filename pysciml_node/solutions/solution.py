@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pysciml_node.algorithms.explicit import Algorithm
+    from pysciml_node.algorithms.options import SolveOptions
     from pysciml_node.problems.ode import ODEProblem, Problem
 
 
@@ -77,6 +78,19 @@ class StepEstimate:
     stiffness: Tensor
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """What a trajectory knows about the end of its solve.
+
+    Attributes:
+        lines: of the message, each indented.
+        stiff: whether stiffness limited the steps.
+    """
+
+    lines: tuple[str, ...] = ()
+    stiff: bool = False
+
+
 class Trajectory(Protocol):
     """What an engine hands to a solution besides the saved states."""
 
@@ -104,6 +118,9 @@ class Trajectory(Protocol):
 
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable."""
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """What the steps of a failed solve say about its failure."""
 
     def restrict(self, problem: ODEProblem) -> Trajectory:
         """The same trajectory for the leading part of its state."""

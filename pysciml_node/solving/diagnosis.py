@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.problems.ode import Problem
-from pysciml_node.replay.stages import FlatFunction
-from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import ReturnCode, Solution
-from pysciml_node.steps.field import FlatField
-from pysciml_node.steps.step import Attempt
-from pysciml_node.stochastic.fields import Fields
-from pysciml_node.stochastic.trajectory import SDETrajectory
 
 
 def failure_message(solution: Solution, options: SolveOptions) -> str:
@@ -34,84 +23,11 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
     }.get(solution.retcode, solution.retcode.value)
     where = f"{cause} at t={t:.6g} of ({problem.t0:.6g}, {problem.t1:.6g})"
     lines = [f"{where} (step {steps}, {share:.0%} rejected)."]
-    trajectory = solution.trajectory
-    stiff = False
-    if isinstance(trajectory, TorchTrajectory):
-        problem = trajectory.problem
-        fields = {"f(t0, u0)": FlatField(problem)}
-        lines += _attempt(
-            trajectory.record.last, trajectory.flat_states[0], fields, options, problem
-        )
-        found, stiff = _stiffness(trajectory)
-        lines += found
-    elif isinstance(trajectory, SDETrajectory):
-        both = Fields(trajectory.problem)
-        rates: dict[str, FlatFunction] = {
-            "drift(t0, u0)": both.drift,
-            "diffusion(t0, u0)": both.diffusion,
-        }
-        start = trajectory.states()[0]
-        lines += _attempt(trajectory.record.last, start, rates, options, trajectory.problem)
-    lines += _remedies(solution, options, stiff)
+    explanation = solution.trajectory.explain(options)
+    lines += explanation.lines
+    lines += _remedies(solution, options, explanation.stiff)
     lines.append(f"  The solution up to t={t:.6g} is in .solution.")
     return "\n".join(lines)
-
-
-def _attempt(
-    last: Attempt | None,
-    start: Tensor,
-    fields: Mapping[str, FlatFunction],
-    options: SolveOptions,
-    problem: Problem,
-) -> list[str]:
-    """The worst component of the last attempt, or what is wrong before the first one."""
-    lines: list[str] = []
-    spec = problem.spec
-    if last is None:
-        with torch.no_grad():
-            time = problem.time_tensor([problem.t0])[0]
-            rates = {name: field(time, start.detach()) for name, field in fields.items()}
-        for name, vector in {"u0": start.detach(), **rates}.items():
-            bad = ~torch.isfinite(vector)
-            if bool(bad.any()):
-                # A matrix of noise has several entries for each of the state's.
-                index = int(bad.nonzero()[0]) * start.numel() // vector.numel()
-                lines.append(f"  {name} is not finite: {spec.locate(index)}.")
-        return lines
-    # What a method carries beside the state is not looked at.
-    u, u1 = (vector.detach()[: start.numel()] for vector in (last.u, last.u1))
-    bad = ~torch.isfinite(u1)
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        return [f"  First value that is not finite: {spec.locate(index)}."]
-    scale = torch.maximum(u.abs(), u1.abs()) * options.rtol + options.atol
-    index = int(((u1 - u).abs() / scale).argmax())
-    return [
-        f"  Fastest change in units of the tolerance: {spec.locate(index)}; "
-        f"scaled error {last.error:.3g} at dt={last.h:.3g}."
-    ]
-
-
-def _stiffness(trajectory: TorchTrajectory) -> tuple[list[str], bool]:
-    """The stiffness of the last accepted step."""
-    lines: list[str] = []
-    radius = trajectory.method.tableau.stability_radius
-    stiff = False
-    if trajectory.record.sizes and radius and torch.isfinite(trajectory.flat_states[-1]).all():
-        with torch.no_grad():
-            stages, _ = trajectory._stages(trajectory.method)
-            n = len(trajectory.record.sizes) - 1
-            h = trajectory.record.sizes[n]
-            product = abs(h) * float(
-                stages.stiffness(trajectory.record.times[n], h, trajectory.flat_states[n])
-            )
-        if math.isfinite(product):
-            stiff = product > 0.5 * radius
-            lines.append(
-                f"  Stiffness estimate |lambda|*dt = {product:.2g} "
-                f"(this method is stable below {radius:.3g})."
-            )
-    return lines, stiff
 
 
 def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[str]:

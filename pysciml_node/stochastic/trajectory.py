@@ -16,7 +16,9 @@ from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.norms import Tolerance
-from pysciml_node.solutions.solution import Stats, StepEstimate, StopGradient
+from pysciml_node.replay.stages import FlatFunction
+from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
+from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.record import Record, Recorded, check_discrete
 from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
 from pysciml_node.stochastic.fields import Fields
@@ -172,6 +174,18 @@ class SDETrajectory(Recorded):
         found = _measure(Stepper(self.stepper.method, fields), tolerance, t, vector, motion)
         self._count(fields)
         return found
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """The last attempt."""
+        fields = self._fields()
+        rates: dict[str, FlatFunction] = {
+            "drift(t0, u0)": fields.drift,
+            "diffusion(t0, u0)": fields.diffusion,
+        }
+        start = self.states()[0]
+        return Explanation(
+            tuple(explain_attempt(self.record.last, start, rates, options, self.problem))
+        )
 
     def restrict(self, problem: Problem) -> SDETrajectory:
         """Refused: integrals along a solution are for ordinary equations."""
