@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "pysciml_node"
 
 # From the ground up: a room may import those that stand before it, and itself.
 ROOMS = (
+    "checks",
     "problems",
     "tableaus",
     "algorithms",
