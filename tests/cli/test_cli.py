@@ -1,13 +1,15 @@
 """The command line."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 
 import pytest
 
-from pysciml_node import __main__ as cli
+import pysciml_node
 from pysciml_node.cli import doctor
+from pysciml_node.cli import main as cli
 
 
 def test_help_lists_every_command(capsys):
@@ -24,6 +26,14 @@ def test_every_command_has_help(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"python -m pysciml_node {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"pysciml_node {pysciml_node.__version__}\n"
+    assert pysciml_node.__version__ == importlib.metadata.version("pysciml_node")
 
 
 @pytest.mark.parametrize("words", [[], ["dance"], ["doctor", "--fast"]])
@@ -47,7 +57,7 @@ def test_errors_of_a_command_are_one_message_and_a_status(monkeypatch, capsys):
 
 def test_doctor_reports_without_starting_julia():
     script = (
-        "import sys; from pysciml_node.__main__ import main; status = main(['doctor']); "
+        "import sys; from pysciml_node.cli.main import main; status = main(['doctor']); "
         "sys.exit(status or 'juliacall' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

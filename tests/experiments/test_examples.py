@@ -11,7 +11,7 @@ import torch
 from experiments.stand_in import blobs
 
 from pysciml_node import data as psn_data
-from pysciml_node.__main__ import main
+from pysciml_node.cli.main import main
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.demo import digits_demo
 from pysciml_node.experiments.reporting.results import COSTS

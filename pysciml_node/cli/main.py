@@ -1,0 +1,87 @@
+"""The subcommands of `python -m pysciml_node`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pysciml_node
+from pysciml_node.errors import EngineUnavailable, SolverFailure
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, a line of help, and the module that runs it.
+
+    The module has `add_arguments(parser)` and `run(arguments) -> exit status`. It is imported
+    only when the command is asked for.
+    """
+
+    name: str
+    help: str
+    module: str
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "train the digits classifier with and without local-error regularization",
+        "pysciml_node.experiments.demo.digits_demo",
+    ),
+    Command("doctor", "show what was found, and what to do about it", "pysciml_node.cli.doctor"),
+    Command(
+        "install",
+        "install the Julia engine, or name a Julia that exists already",
+        "pysciml_node.julia_engine.commands.install",
+    ),
+    Command(
+        "precompile",
+        "load every part of the Julia engine once, so that no solve has to compile it",
+        "pysciml_node.julia_engine.commands.precompile",
+    ),
+    Command(
+        "test",
+        "run the tests of the Julia engine and of what all engines agree on",
+        "pysciml_node.julia_engine.commands.selftest",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: the words after the program's name; those of the process when None.
+
+    Returns:
+        The exit status: 0 for success.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m pysciml_node", description="Neural differential equations in PyTorch."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"pysciml_node {pysciml_node.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = {}
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if words[:1] == [command.name]:
+            chosen[command.name] = importlib.import_module(command.module)
+            chosen[command.name].add_arguments(subparser)
+    arguments = parser.parse_args(words)
+    try:
+        return int(chosen[arguments.command].run(arguments))
+    except (ImportError, OSError, ValueError, EngineUnavailable, SolverFailure) as error:
+        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
