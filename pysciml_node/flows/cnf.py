@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.flows.base import Flow, Mapped
 from pysciml_node.layers.neural_ode import NeuralODE
+from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.ode import ODEProblem, Time
-from pysciml_node.regularizers.augmented import FieldPoint, Rate
-from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.regularizers.probes import Distribution as ProbeDistribution
 from pysciml_node.regularizers.probes import Probes, check_distribution, samples_of
+from pysciml_node.regularizers.rates import FieldPoint, Rate
 
 _LOG_DET = "log_det"
 
@@ -48,16 +47,11 @@ class CNF(Flow):
             attribute may be changed at any time, for example for evaluation.
         distribution: of the probe's entries, `"rademacher"` (less variance) or `"gaussian"`.
         generator: draws the probes; of the state's device. Default torch's own.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        regularizers: what is added to the loss in training mode, as for `NeuralODE`. The estimates
-            of local and global ones are of state and log-determinant, which drive the steps.
-        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
-        engine: `"torch"`, `"julia"` or `"auto"`.
-        options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.
+        options: as for `NeuralODE`, but `saveat`. The estimates of local and global regularizers
+            are of state and log-determinant, which drive the steps.
 
     Raises:
-        TypeError: a field that is not callable, a regularizer of another kind.
+        TypeError: a field that is not callable, an unknown option, a regularizer of another kind.
         ValueError: an unknown distribution of probes, a base of another shape.
 
     Example:
@@ -84,12 +78,7 @@ class CNF(Flow):
         exact: bool | None = None,
         distribution: ProbeDistribution = "rademacher",
         generator: torch.Generator | None = None,
-        rtol: float | Tensor = 1e-6,
-        atol: float | Tensor = 1e-6,
-        regularizers: Sequence[Regularizer] = (),
-        adjoint: Adjoint | None = None,
-        engine: str | None = None,
-        **options: Any,
+        **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(event_shape, base)
         if base is not None and self.event_shape != base.event_shape:
@@ -102,20 +91,11 @@ class CNF(Flow):
                 "a CNF takes no saveat, since it is solved in both directions.\n"
                 "  Its solution at any times: cnf.node(x)(times)."
             )
+        check_options(type(self).__name__, options)
         self.exact = exact
         self.distribution = check_distribution(distribution)
         self.generator = generator
-        self.node = NeuralODE(
-            field,
-            algorithm,
-            tspan,
-            rtol=rtol,
-            atol=atol,
-            regularizers=regularizers,
-            adjoint=adjoint,
-            engine=engine,
-            **options,
-        )
+        self.node = NeuralODE(field, algorithm, tspan, **options)
 
     def transform(self, x: Tensor) -> Mapped:
         """Carry data to the base's space, from `t0` to `t1`."""
@@ -127,8 +107,8 @@ class CNF(Flow):
 
     def decode(self, z: Tensor) -> Tensor:
         """The data of `inverse`, by a plain solve."""
-        found: Tensor = self.node.integrate(z, tspan=self._backward, regularize=False).u1
-        return found
+        u: Tensor = self.node.integrate(z, tspan=self._backward, regularize=False).u1
+        return u
 
     @property
     def _backward(self) -> tuple[Time, Time]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.data.series import IrregularSeries
 from pysciml_node.layers.neural_ode import NeuralODE
-from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.schedules import Schedule, as_schedule
 from pysciml_node.solutions.solution import Solution
 
@@ -82,17 +81,14 @@ class LatentODE(nn.Module):
         reduction: `"mean"` divides each sample's log-likelihood by its number of observed entries
             and the divergence by `L`, as the published experiments do; `"sum"` is the evidence
             lower bound itself.
-        rtol: relative tolerance of the latent equation.
-        atol: absolute tolerance of the latent equation.
-        regularizers: of the latent equation, as in `NeuralODE`. `RandomEndTime` moves each of the
-            merged times inside its own interval.
-        adjoint: default `DiscreteAdjoint()`.
-        engine: `"torch"`, `"julia"` or `"auto"`.
         generator: draws the latent states in training; of the state's device. Default torch's
             own.
-        options: further arguments of `solve`.
+        options: of the latent equation, as in `NeuralODE`, but `saveat`: the times are those of the
+            series. The regularizer `RandomEndTime` moves each of the merged times inside its own
+            interval.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an argument out of range.
 
     Example:
@@ -123,31 +119,17 @@ class LatentODE(nn.Module):
         noise: float = 0.01,
         kl_weight: float | Schedule = 1.0,
         reduction: Reduction = "mean",
-        rtol: float = 1e-6,
-        atol: float = 1e-6,
-        regularizers: Sequence[Regularizer] = (),
-        adjoint: Adjoint | None = None,
-        engine: str | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
+        **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__()
+        check_options(type(self).__name__, options, without=("saveat",))
         if not noise > 0:
             raise ValueError(f"noise must be positive, but is {noise}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", but is {reduction!r}.')
         self.encoder, self.decoder = encoder, decoder
-        self.node = NeuralODE(
-            field,
-            algorithm,
-            tspan,
-            rtol=rtol,
-            atol=atol,
-            regularizers=regularizers,
-            adjoint=adjoint,
-            engine=engine,
-            **options,
-        )
+        self.node = NeuralODE(field, algorithm, tspan, **options)
         self.noise, self.reduction = noise, reduction
         self.kl_weight = as_schedule(kl_weight)
         self.generator = generator

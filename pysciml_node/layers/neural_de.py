@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.ode import Problem, Time
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
 from pysciml_node.solutions.solution import Solution
@@ -22,43 +22,34 @@ class NeuralDE(nn.Module):
     Args:
         algorithm: how; `None` leaves the choice to `solve`.
         tspan: the interval.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        regularizers: what is added to the loss.
-        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
-        saveat: times of `solution.u`; without it the ends of the steps.
-        engine: `"torch"`, `"julia"` or `"auto"`.
-        options: further arguments of `solve`.
+        options: see `SolverOptions`.
 
     Raises:
-        TypeError: a regularizer of another kind.
+        TypeError: an unknown option, a regularizer of another kind.
         ValueError: two regularizers of one name.
     """
 
+    usual_tolerance: ClassVar[float] = 1e-6
+
     def __init__(
-        self,
-        algorithm: Algorithm | None,
-        tspan: tuple[Time, Time],
-        *,
-        rtol: float | Tensor,
-        atol: float | Tensor,
-        regularizers: Sequence[Regularizer],
-        adjoint: Adjoint | None,
-        saveat: Sequence[float] | Tensor | None,
-        engine: str | None,
-        options: dict[str, Any],
+        self, algorithm: Algorithm | None, tspan: tuple[Time, Time], options: SolverOptions
     ) -> None:
         super().__init__()
+        check_options(type(self).__name__, options)
         self.algorithm = algorithm
         self.tspan = tspan
-        self.rtol, self.atol = rtol, atol
-        self.regularizers = nn.ModuleList(check_names(regularizers))
-        self.adjoint, self.saveat, self.engine = adjoint, saveat, engine
-        self.options = options
+        others: dict[str, Any] = dict(options)
+        self.rtol = others.pop("rtol", self.usual_tolerance)
+        self.atol = others.pop("atol", self.usual_tolerance)
+        self.regularizers = nn.ModuleList(check_names(others.pop("regularizers", ())))
+        self.adjoint = others.pop("adjoint", None)
+        self.saveat = others.pop("saveat", None)
+        self.engine = others.pop("engine", None)
+        self.options = others
 
     def active_regularizers(self) -> list[Regularizer]:
         """Those that count now: all in training mode, none in eval mode."""
-        return [r for r in self.regularizers if isinstance(r, Regularizer)] if self.training else []
+        return list(cast(Iterable[Regularizer], self.regularizers)) if self.training else []
 
     def solve(self, problem: Problem, **arguments: Any) -> Solution:
         """Solve a problem with the module's settings, which `arguments` can replace."""

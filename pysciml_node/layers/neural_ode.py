@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
+from pysciml_node.layers.augmented import augment, integrals, without_extra
 from pysciml_node.layers.neural_de import NeuralDE
+from pysciml_node.layers.options import SolverOptions
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import State
-from pysciml_node.regularizers.augmented import Rate, augment, integrals, without_extra
-from pysciml_node.regularizers.base import Regularizer, Times
-from pysciml_node.regularizers.integral import IntegralRegularizer
+from pysciml_node.regularizers.base import Times
 from pysciml_node.regularizers.probes import Probes
+from pysciml_node.regularizers.rates import Rate
 from pysciml_node.solutions.solution import Solution
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
@@ -31,16 +31,14 @@ class NeuralODE(NeuralDE):
         field: the vector field, `field(t, u)` or `field(t, u, p)`; usually an `nn.Module`.
         algorithm: default `Tsit5()`.
         tspan: the interval.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        regularizers: what is added to the loss.
-        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
-        saveat: times of `solution.u`; without it the ends of the steps.
-        engine: `"torch"`, `"julia"` or `"auto"`.
-        options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.
+        options: `rtol` and `atol` (both 1e-6), `regularizers` (what is added to the loss),
+            `adjoint`, `saveat` (times of `solution.u`; without it the ends of the steps), `engine`,
+            and the other arguments of `solve`, such as `dt0`, `controller` or `max_steps`: see
+            `SolverOptions`.
 
     Raises:
-        TypeError: a field that is not callable, a regularizer of another kind.
+        TypeError: a field that is not callable, an unknown option, a regularizer of another kind.
+        ValueError: two regularizers of one name.
 
     Example:
         >>> import torch, pysciml_node as psn
@@ -60,26 +58,9 @@ class NeuralODE(NeuralDE):
         field: Callable[..., Any],
         algorithm: Algorithm | None = None,
         tspan: tuple[Time, Time] = (0.0, 1.0),
-        *,
-        rtol: float | Tensor = 1e-6,
-        atol: float | Tensor = 1e-6,
-        regularizers: Sequence[Regularizer] = (),
-        adjoint: Adjoint | None = None,
-        saveat: Sequence[float] | Tensor | None = None,
-        engine: str | None = None,
-        **options: Any,
+        **options: Unpack[SolverOptions],
     ) -> None:
-        super().__init__(
-            Tsit5() if algorithm is None else algorithm,
-            tspan,
-            rtol=rtol,
-            atol=atol,
-            regularizers=regularizers,
-            adjoint=adjoint,
-            saveat=saveat,
-            engine=engine,
-            options=options,
-        )
+        super().__init__(Tsit5() if algorithm is None else algorithm, tspan, options)
         if not callable(field):
             raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
         self.field = field
@@ -136,11 +117,8 @@ class NeuralODE(NeuralDE):
         probes = Probes(problem.u0) if isinstance(problem.u0, Tensor) else None
         # First those that are driven: regularizers share their probes.
         beside = {name: make(problem, probes) for name, make in (driven or {}).items()}
-        rates = {
-            r.name: r.rate(problem, probes)
-            for r in regularizers
-            if isinstance(r, IntegralRegularizer)
-        }
+        every = {r.name: r.rate(problem, probes) for r in regularizers}
+        rates = {name: rate for name, rate in every.items() if rate is not None}
         for name in beside.keys() & rates.keys():
             raise ValueError(f"a regularizer is named {name!r}, which is taken: give it name=...")
         solution = self._solve(problem, saveat, rates, beside)
@@ -160,7 +138,7 @@ class NeuralODE(NeuralDE):
         solution = self.solve(whole, rtol=rtol, atol=atol, saveat=saveat)
         if not augmented:
             return solution
-        found = integrals(solution)
+        values = integrals(solution)
         solution = without_extra(solution, problem)
-        solution.integrals = found
+        solution.integrals = values
         return solution

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.layers.neural_de import NeuralDE
+from pysciml_node.layers.options import SolverOptions
 from pysciml_node.problems.ode import Time
 from pysciml_node.problems.sde import Interpretation, Noise, SDEProblem
 from pysciml_node.problems.state import State
 from pysciml_node.regularizers.base import Regularizer
-from pysciml_node.regularizers.end_time import RandomEndTime
-from pysciml_node.regularizers.integral import IntegralRegularizer
 from pysciml_node.solutions.solution import Solution
 
 
@@ -33,17 +31,15 @@ class NeuralSDE(NeuralDE):
         tspan: the interval.
         noise: `"diagonal"`, `"scalar"`, `"additive"` or `"general"`.
         interpretation: `"ito"` or `"stratonovich"`.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        regularizers: what is added to the loss; those of local and of all steps' estimates.
-        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
-        saveat: times of `solution.u`; without it the ends of the steps.
-        engine: `"torch"`, `"julia"` or `"auto"`.
         generator: draws the seeds of the Brownian paths; default torch's own.
-        options: further arguments of `solve`, such as `dt0`, `controller` or `max_steps`.
+        options: `rtol` and `atol` (both 1e-2), `regularizers` (those of local and of all steps'
+            estimates), `adjoint`, `saveat` (times of `solution.u`; without it the ends of the
+            steps), `engine`, and the other arguments of `solve`, such as `dt0`, `controller` or
+            `max_steps`: see `SolverOptions`.
 
     Raises:
-        TypeError: a drift or diffusion that is not callable, a regularizer of another kind.
+        TypeError: a drift or diffusion that is not callable, an unknown option, a regularizer of
+            another kind.
         ValueError: a regularizer that is an integral along the solution, or moves its end.
 
     Example:
@@ -58,6 +54,8 @@ class NeuralSDE(NeuralDE):
         (torch.Size([8, 3]), True)
     """
 
+    usual_tolerance: ClassVar[float] = 1e-2
+
     def __init__(
         self,
         drift: Callable[..., Any],
@@ -67,31 +65,15 @@ class NeuralSDE(NeuralDE):
         *,
         noise: Noise = "diagonal",
         interpretation: Interpretation = "ito",
-        rtol: float | Tensor = 1e-2,
-        atol: float | Tensor = 1e-2,
-        regularizers: Sequence[Regularizer] = (),
-        adjoint: Adjoint | None = None,
-        saveat: Sequence[float] | Tensor | None = None,
-        engine: str | None = None,
         generator: torch.Generator | None = None,
-        **options: Any,
+        **options: Unpack[SolverOptions],
     ) -> None:
-        super().__init__(
-            algorithm,
-            tspan,
-            rtol=rtol,
-            atol=atol,
-            regularizers=regularizers,
-            adjoint=adjoint,
-            saveat=saveat,
-            engine=engine,
-            options=options,
-        )
+        super().__init__(algorithm, tspan, options)
         for name, given in (("drift", drift), ("diffusion", diffusion)):
             if not callable(given):
                 raise TypeError(f"{name} must be callable as {name}(t, u), but is {given!r}.")
-        for regularizer in regularizers:
-            if isinstance(regularizer, IntegralRegularizer | RandomEndTime):
+        for regularizer in cast(Iterable[Regularizer], self.regularizers):
+            if not regularizer.of_stochastic:
                 raise ValueError(
                     f"{type(regularizer).__name__} is for ordinary equations.\n"
                     "  Use LocalError, LocalStiffness, GlobalError or GlobalStiffness."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.data.series import IrregularSeries
 from pysciml_node.layers.neural_ode import NeuralODE
+from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.layers.timed import IgnoreLinear
 
 
@@ -185,7 +187,8 @@ class ODERNNEncoder(_Encoder):
         hidden: width of the cell's hidden layers.
         start: the interval's start.
         generator: source of the initial weights; default torch's own.
-        options: further arguments of `NeuralODE`, such as `algorithm`, `rtol` or `engine`.
+        algorithm: default `Tsit5()`.
+        options: of the equation, as in `NeuralODE`, but `saveat`.
 
     Reference: Rubanova, Chen, Duvenaud, arXiv 1907.03907, Algorithm 1.
     """
@@ -200,11 +203,13 @@ class ODERNNEncoder(_Encoder):
         hidden: int = 40,
         start: float = 0.0,
         generator: torch.Generator | None = None,
-        **options: Any,
+        algorithm: Algorithm | None = None,
+        **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(variables, latent, state, hidden, generator)
+        check_options(type(self).__name__, options, without=("saveat",))
         self.start = start
-        self.node = NeuralODE(_OverGaps(field), **options)
+        self.node = NeuralODE(_OverGaps(field), algorithm, **options)
 
     def between(self, h: Tensor, t: Tensor, gap: Tensor) -> Tensor:
         """The states after a gap that ends, backward in time, `gap` before `t`; both `(B,)`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.regularizers.probes import Probes
+from pysciml_node.regularizers.rates import Rate
 from pysciml_node.schedules import Schedule, as_schedule
 from pysciml_node.solutions.solution import Solution
 
@@ -26,7 +28,12 @@ class Regularizer(nn.Module, ABC):
     Args:
         weight: factor of the penalty in the loss, or a schedule of it.
         name: key in `Solution.penalties`; default the class's name.
+
+    Attributes:
+        of_stochastic: whether it is for stochastic equations too.
     """
+
+    of_stochastic: ClassVar[bool] = True
 
     def __init__(self, weight: float | Schedule = 1.0, name: str | None = None) -> None:
         super().__init__()
@@ -37,6 +44,10 @@ class Regularizer(nn.Module, ABC):
     def prepare(self, problem: ODEProblem, saveat: Times | None) -> tuple[ODEProblem, Times | None]:
         """The problem and output times to solve in training; most regularizers change neither."""
         return problem, saveat
+
+    def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate | None:
+        """What to integrate along the solution; `None` for most regularizers."""
+        return None
 
     @abstractmethod
     def forward(self, solution: Solution) -> Tensor | None:

@@ -30,6 +30,8 @@ class RandomEndTime(Regularizer):
     2006.10711.
     """
 
+    of_stochastic = False
+
     def __init__(self, b: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__(0.0)
         if not b > 0:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import tensors_of
-from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.regularizers.probes import Distribution, Probes, check_distribution, samples_of
+from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.schedules import Schedule
 from pysciml_node.solutions.solution import Solution
 
@@ -36,6 +36,8 @@ class IntegralRegularizer(Regularizer):
     The integral is an extra state of the solve: it has the solution's order of accuracy, never
     drives the step size, and is dropped in eval mode.
     """
+
+    of_stochastic = False
 
     @abstractmethod
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:

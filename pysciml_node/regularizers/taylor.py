@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.regularizers.augmented import FieldPoint, Rate
 from pysciml_node.regularizers.integral import (
     IntegralRegularizer,
     Reduction,
@@ -16,6 +15,7 @@ from pysciml_node.regularizers.integral import (
     _reduce,
 )
 from pysciml_node.regularizers.probes import Probes, samples_of
+from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.schedules import Schedule
 
 Field = Callable[[Tensor, Tensor], Tensor]

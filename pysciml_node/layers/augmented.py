@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.solutions.solution import (
     Explanation,
     Solution,
@@ -25,52 +26,6 @@ from pysciml_node.solutions.solution import (
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
 _OWN, _DRIVEN, _EXTRA = "state", "driven", "integral"
-
-
-class FieldPoint:
-    """The field at one time and state, with its Jacobian products.
-
-    Attributes:
-        t: time, a 0-d tensor.
-        u: the state.
-        f: the derivative there.
-        field: the field itself, as a function of time and state.
-    """
-
-    def __init__(
-        self, t: Tensor, u: Any, f: Any, field: Callable[[Tensor, Any], Any], with_graph: bool
-    ) -> None:
-        self.t, self.u, self.f, self.field = t, u, f, field
-        self._with_graph = with_graph
-        self._pulled: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def pullback(self, vector: Tensor) -> Tensor:
-        """`vector^T df/du` for a single-tensor state, in the state's shape; computed once."""
-        found = self._pulled.get(id(vector))
-        if found is None:
-            if not isinstance(self.f, Tensor):
-                raise TypeError(
-                    "the Jacobian of a state of several tensors is not supported.\n"
-                    "  Stack them into one tensor."
-                )
-            if self.f.requires_grad:
-                (product,) = torch.autograd.grad(
-                    self.f,
-                    self.u,
-                    vector,
-                    create_graph=self._with_graph,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                product = torch.zeros_like(self.u) if product is None else product
-            else:
-                product = torch.zeros_like(self.u)
-            # The vector is kept, so that its id stays its own.
-            found = self._pulled[id(vector)] = (vector, product)
-        return found[1]
-
-
-Rate = Callable[[FieldPoint], Tensor]
 
 
 class AugmentedField:

@@ -1,0 +1,73 @@
+"""How a layer's equation is solved and trained: the options that all layers take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.controllers import Controller
+from pysciml_node.checks import keywords
+from pysciml_node.problems.event import Event
+from pysciml_node.regularizers.base import Regularizer
+
+Tolerance = float | Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+class SolverOptions(TypedDict, total=False):
+    """The options of a layer; a layer that is made of another one hands them on as they are.
+
+    All but the regularizers are arguments of `solve`, which has their defaults and says more.
+
+    Args:
+        rtol: relative tolerance; default 1e-6, and 1e-2 of stochastic equations.
+        atol: absolute tolerance; likewise.
+        regularizers: what is added to the loss in training mode.
+        adjoint: how gradients are taken; default `DiscreteAdjoint()`.
+        saveat: times of `solution.u`; without it the ends of the steps.
+        engine: `"torch"`, `"julia"` or `"auto"`.
+        dt0: size of the first step.
+        dtmin: the solve fails where a step would be smaller.
+        dtmax: steps are never larger.
+        tstops: times that steps must end on.
+        max_steps: the solve fails after so many steps.
+        controller: step size control.
+        events: what is looked for along the solution.
+        progress: draw a progress bar.
+        throw: raise an error where the end is not reached.
+        compile: run the solve as native code.
+    """
+
+    rtol: Tolerance
+    atol: Tolerance
+    regularizers: Sequence[Regularizer]
+    adjoint: Adjoint | None
+    saveat: Sequence[float] | Tensor | None
+    engine: str | None
+    dt0: float | None
+    dtmin: float | None
+    dtmax: float | None
+    tstops: Sequence[float] | Tensor
+    max_steps: int
+    controller: Controller | None
+    events: Event | Sequence[Event]
+    progress: bool
+    throw: bool
+    compile: bool
+
+
+def check_options(layer: str, options: Iterable[str], without: Iterable[str] = ()) -> None:
+    """Refuse unknown options where they are given, not at the first solve.
+
+    Args:
+        layer: who takes them.
+        options: their names.
+        without: options that this layer sets itself.
+
+    Raises:
+        TypeError: an unknown option; the message says which was probably meant.
+    """
+    known = set(SolverOptions.__annotations__).difference(without)
+    keywords(layer, options, sorted(known))
