@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -74,6 +74,10 @@ class UnsupportedModule(TypeError):
         )
         self.operation = operation
         self.captured = captured
+        self._given = message, operation, captured
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), self._given
 
 
 class SolverFailure(RuntimeError):
@@ -87,6 +91,10 @@ class SolverFailure(RuntimeError):
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
         self.solution = solution
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # An exception is made again from its arguments, which are more than its text here.
+        return type(self), (str(self), self.solution)
 
     @property
     def retcode(self) -> ReturnCode:
@@ -107,3 +115,6 @@ class EnsembleFailure(SolverFailure):
         super().__init__(message, ensemble[members[0]])
         self.ensemble = ensemble
         self.members = members
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (str(self), self.ensemble, self.members)

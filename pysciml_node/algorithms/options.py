@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +56,11 @@ class SolveOptions:
     throw: bool
     compile: bool
     seed: int | None = None
+
+
+def without_closures(options: SolveOptions) -> SolveOptions:
+    """The options without what only a running solve needs: events, and times with a graph."""
+    return replace(options, events=(), saveat_tensor=None)
 
 
 def backward_limits(adjoint: Adjoint, options: SolveOptions) -> tuple[float, float, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.julia_engine.forward import place
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
@@ -25,7 +25,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
-from pysciml_node.steps.record import Record, Recorded
+from pysciml_node.steps.record import Kept, Record, Recorded
 
 if TYPE_CHECKING:
     from pysciml_node.julia_engine.engine import Work
@@ -42,12 +42,33 @@ class SciMLTrajectory(Recorded):
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
-    work: Work
+    work: Work | None
+
+    def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> Self:
+        """The same trajectory with other states at `times`, and its problem changed."""
+        return dataclasses.replace(
+            self,
+            problem=change(self.problem),
+            load=Kept(self.record, states),
+            options=without_closures(self.options),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "work": None}
 
     @property
-    def flat_states(self) -> list[Tensor]:
-        """The states at `times`, each `(N,)`."""
-        return self._loaded[1]
+    def _here(self) -> Work:
+        """What Julia keeps of the solve.
+
+        Raises:
+            RuntimeError: it is in another process.
+        """
+        if self.work is None:
+            raise RuntimeError(
+                "this solution was pickled, and SciML's interpolation stayed in the process that "
+                "solved.\n  Ask for the times by saveat= in the solve."
+            )
+        return self.work
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
@@ -63,19 +84,20 @@ class SciMLTrajectory(Recorded):
         moving = times[order] if times.requires_grad else None
         record = dataclasses.replace(self.record, inside={}, at_end={}, saved=len(host))
         place(record, ordered, moving is not None, self.problem)
-        rows = self.work.dense(record, ordered, moving, self._interpolate)
+        rows = self._here.dense(record, ordered, moving, self._interpolate)
         back = sorted(range(len(order)), key=lambda i: order[i])
         return rows[back]
 
     def _interpolate(self, times: list[float]) -> Tensor:
         spec = self.problem.spec
-        assert self.work.solution is not None
+        solution = self._here.solution
+        assert solution is not None
         size = real_size(spec)
         out = torch.empty((len(times), size), dtype=spec.real_dtype)
         numbers = doubles(times)
         runtime.call(
             "interpolate!",
-            self.work.solution.number,
+            solution.number,
             size,
             len(times),
             address(numbers),
@@ -120,7 +142,7 @@ class SciMLTrajectory(Recorded):
             ValueError: always.
         """
         raise ValueError(
-            f"{self.work.algorithm!r} has no embedded explicit pair whose estimates could be "
+            f"{self._here.algorithm!r} has no embedded explicit pair whose estimates could be "
             "differentiated.\n  Use LocalError with algorithm=Tsit5()."
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,17 @@ class DrivenTrajectory:
         """Scaled error estimate of each accepted step."""
         return self.own.errors
 
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """What was stepped: the state, and the rates behind it."""
+        return self.driving.flat_states
+
+    def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> DrivenTrajectory:
+        """The same trajectory with other states at `times`, and its problem changed."""
+        size = self.own.flat_states[0].numel()
+        own = self.own.mapped([u[:size] for u in states], change)
+        return DrivenTrajectory(own, self.driving.mapped(states, change))
+
     def states(self) -> Tensor:
         """The states at `times`."""
         return self.own.states()
@@ -204,6 +215,5 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
         problem=problem,
         u1=own(solution.u1),
         trajectory=trajectory,
-        make_states=lambda: own(solution.u),
-        _states=None,
+        saved=None if solution.saved is None else own(solution.saved),
     )

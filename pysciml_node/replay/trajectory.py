@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, tensors_of
 from pysciml_node.replay.measure import measure_steps
@@ -26,7 +26,7 @@ from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
-from pysciml_node.steps.record import Record, Recorded, check_discrete
+from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 
 
 @dataclass
@@ -44,10 +44,20 @@ class TorchTrajectory(Recorded):
     options: SolveOptions
     make_field: Callable[[ODEProblem], FlatField] = FlatField
 
-    @property
-    def flat_states(self) -> list[Tensor]:
-        """The states at `times`, each `(N,)`."""
-        return self._loaded[1]
+    def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
+        """The same trajectory with other states at `times`, and its problem changed."""
+        problem: ODEProblem = change(self.problem)
+        return dataclasses.replace(
+            self,
+            problem=problem,
+            method=Method.of(self.method.tableau, problem.spec.dtype, problem.spec.device),
+            load=Kept(self.record, states),
+            options=without_closures(self.options),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A field that lives in another process's Julia is evaluated by torch.
+        return {**super().__getstate__(), "make_field": FlatField}
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""

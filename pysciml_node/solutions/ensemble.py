@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.state import map_tensors
+from pysciml_node.solutions.portable import mapped_problem, portable_problem
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 
 
-@dataclass
+@dataclass(eq=False)
 class EnsembleSolution:
     """The result of `solve` for an `EnsembleProblem`.
 
@@ -68,6 +70,21 @@ class EnsembleSolution:
 
         rows = [solution.u for solution in self.solutions]
         return self._stack([spec.assemble([filled(x) for x in spec.parts(row)]) for row in rows])
+
+    def detach(self) -> EnsembleSolution:
+        """The same solutions without their graph."""
+        t = None if self.t is None else self.t.detach()
+        return EnsembleSolution(self.problem, tuple(s.detach() for s in self.solutions), t)
+
+    def __getstate__(self) -> dict[str, Any]:
+        problem = dataclasses.replace(
+            self.problem,
+            problem=portable_problem(mapped_problem(self.problem.problem, Tensor.detach)),
+            u0=map_tensors(Tensor.detach, self.problem.u0),
+            p=map_tensors(Tensor.detach, self.problem.p),
+        )
+        # Stacks are made again when somebody looks.
+        return {"problem": problem, "solutions": self.solutions, "t": self.detach().t}
 
     def _stack(self, states: list[Any]) -> Any:
         spec = self.problem.problem.spec

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+from pysciml_node.problems.state import map_tensors
+from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
 if TYPE_CHECKING:
     from pysciml_node.algorithms.explicit import Algorithm
@@ -62,6 +68,10 @@ class Stats:
     nreject_backward: int = 0
     nfe_diffusion: int = 0
 
+    def asdict(self) -> dict[str, int]:
+        """The counts by name, as a logger takes them."""
+        return dataclasses.asdict(self)
+
 
 @dataclass(frozen=True)
 class StepEstimate:
@@ -102,6 +112,13 @@ class Trajectory(Protocol):
     def errors(self) -> Sequence[float]:
         """Scaled error estimate of each accepted step."""
 
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """What was stepped, at `times`: flat states, with what the method carries behind them."""
+
+    def mapped(self, states: list[Tensor], change: Callable[[Problem], Problem]) -> Trajectory:
+        """The same trajectory with `states` for `flat_states`, and its problem changed."""
+
     def states(self) -> Tensor:
         """The states at `times`, flat, shape `(n + 1, N)`, differentiable."""
 
@@ -126,7 +143,7 @@ class Trajectory(Protocol):
         """The same trajectory for the leading part of its state."""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Solution:
     """The result of `solve`.
 
@@ -137,16 +154,21 @@ class Solution:
         retcode: how it ended.
         stats: what it cost.
         t: times of `u`, shape `(T,)`: `saveat`, or else the ends of the accepted steps.
+        saved: states at `saveat`, or `None` without it; read `u`, which is there in both cases.
         u1: state at the end of the interval: the last step's own result, never interpolated.
         event: index of the event that stopped the solve, or `None`.
         event_t: its time, a differentiable 0-d tensor, or `None`.
         penalty: weighted sum of the regularizers (0 in eval mode or without any).
         penalties: each regularizer's unweighted value by name.
         integrals: of each regularizer that is an integral, its value for each sample, `(B,)`.
+        detached: whether gradients have been left behind, by `detach` or a copy.
 
     A solution can be called: `sol(t)` is the dense output at a time, or at times of shape `(m,)`,
     of the algorithm's own order, differentiable with respect to all that the solve depends on. It
     recomputes the stages of the steps that are asked for.
+
+    Solutions can be copied by `deepcopy` and pickled; what comes out is detached. Dense output of
+    a pickled solution needs a field that can be pickled too, such as a module.
     """
 
     problem: Problem
@@ -156,21 +178,25 @@ class Solution:
     stats: Stats
     t: Tensor
     u1: Any
-    trajectory: Trajectory = field(repr=False)
-    make_states: Callable[[], Any] = field(repr=False)
+    trajectory: Trajectory
+    saved: Any = None
     event: int | None = None
     event_t: Tensor | None = None
     penalty: Tensor = field(default_factory=lambda: torch.zeros(()))
     penalties: dict[str, Tensor] = field(default_factory=dict)
     integrals: dict[str, Tensor] = field(default_factory=dict)
-    _states: Any = field(default=None, repr=False)
+    detached: bool = False
+    _stacked: Any = field(default=None, init=False)
 
     @property
     def u(self) -> Any:
         """States at `t`, shape `(T, *u0.shape)` (in the structure of `u0`)."""
-        if self._states is None:
-            self._states = self.make_states()
-        return self._states
+        if self.saved is not None:
+            return self.saved
+        if self._stacked is None:
+            # Stacking the steps' states copies them: only when somebody looks.
+            self._stacked = self.problem.spec.unflatten(self.trajectory.states())
+        return self._stacked
 
     @property
     def success(self) -> bool:
@@ -235,7 +261,8 @@ class Solution:
                 first stage too, `False` out of nothing.
         """
         chosen = self.algorithm if algorithm is None else algorithm
-        return self.trajectory.estimate(t, chosen, stop_gradient, dt)
+        with self._gradients():
+            return self.trajectory.estimate(t, chosen, stop_gradient, dt)
 
     def step_size(self, t: float) -> float:
         """Size (positive) of the accepted step that contains `t`; the later one at a boundary."""
@@ -263,5 +290,114 @@ class Solution:
                     f"t must lie inside the solved interval [{first}, {last}], but is {value}.\n"
                     "  Widen tspan and solve again."
                 )
-        flat = self.trajectory.evaluate(times.reshape(-1).clamp(first, last))
+        with self._gradients():
+            flat = self.trajectory.evaluate(times.reshape(-1).clamp(first, last))
         return self.problem.spec.unflatten(flat if times.ndim else flat[0])
+
+    def _gradients(self) -> torch.set_grad_enabled:
+        """Gradients as they are outside, but none of a detached solution."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached)
+
+    def mapped(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        change: Callable[[Problem], Problem] | None = None,
+    ) -> Self:
+        """The same solution with `fn` applied to each of its tensors.
+
+        Args:
+            fn: from a tensor to what stands for it.
+            change: the same for the problem; default `fn` on its state, interval and `p`.
+        """
+        if change is None:
+
+            def change(problem: Problem) -> Problem:
+                return mapped_problem(problem, fn)
+
+        trajectory = self.trajectory.mapped([fn(u) for u in self.trajectory.flat_states], change)
+        values = {name: map_tensors(fn, getattr(self, name)) for name in _HELD}
+        return dataclasses.replace(
+            self, problem=change(self.problem), trajectory=trajectory, **values
+        )
+
+    def detach(self) -> Self:
+        """The same solution without its graph; nothing that is read off it has gradients."""
+        found = self.mapped(Tensor.detach)
+        found.detached = True
+        return found
+
+    def to(self, target: torch.device | str | torch.dtype) -> Self:
+        """The solution on another device, or in another precision; gradients flow through.
+
+        Dense output needs the field there too: move a module by its own `to`.
+
+        Args:
+            target: a device; or a dtype, of which the precision is taken.
+        """
+
+        def moved(x: Tensor) -> Tensor:
+            if not isinstance(target, torch.dtype):
+                return x.to(target)
+            if not (x.is_floating_point() or x.is_complex()):
+                return x
+            return x.to(target.to_complex() if x.is_complex() else target.to_real())
+
+        return self.mapped(moved)
+
+    def numpy(self) -> tuple[np.ndarray[Any, Any], Any]:
+        """Times `(T,)` and states `(T, *u0.shape)` as arrays (in the structure of `u0`).
+
+        Example:
+            >>> import torch, pysciml_node as psn
+            >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
+            >>> t, u = psn.solve(problem, saveat=[0.5, 1.0]).numpy()
+            >>> t.shape, u.shape
+            ((2,), (2, 2))
+        """
+        times, states = map_tensors(lambda x: x.detach().cpu().numpy(), (self.t, self.u))
+        return times, states
+
+    def __repr__(self) -> str:
+        times = self.trajectory.times
+        shapes = map_tensors(lambda x: tuple(x.shape), self.u1)
+        return (
+            f"Solution({self.retcode.name} by {self.algorithm!r} on {self.engine}, "
+            f"t={times[0]:.6g} to {times[-1]:.6g}, {self.stats.naccept} steps, "
+            f"{self.stats.nreject} rejected, nfe={self.stats.nfe}, u1 of shape {shapes})"
+        )
+
+    def __copy__(self) -> Self:
+        return dataclasses.replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # The field stays: it is what was solved, no part of what came back.
+        found = self.mapped(lambda x: x.detach().clone())
+        found.stats, found.detached = dataclasses.replace(self.stats), True
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = self.detach().mapped(lambda x: x, portable_problem)
+        # What the stack is made of is in the trajectory.
+        return {**found.__dict__, "_stacked": None}
+
+
+_HELD = ("t", "u1", "saved", "event_t", "penalty", "penalties", "integrals")
+"""What a solution holds, in one structure or another of tensors."""
+
+
+def _flatten(solution: Solution) -> tuple[list[Any], Solution]:
+    held = [getattr(solution, name) for name in _HELD]
+    return [*held, solution.trajectory.flat_states], solution
+
+
+def _unflatten(children: Iterable[Any], solution: Solution) -> Solution:
+    *held, states = children
+    trajectory = solution.trajectory.mapped(states, lambda problem: problem)
+    return dataclasses.replace(
+        solution, trajectory=trajectory, **dict(zip(_HELD, held, strict=True))
+    )
+
+
+# Whoever walks through a module's output has to find the tensors in it: DistributedDataParallel
+# puts a node behind each of them, torch.func wraps them.
+register_pytree_node(Solution, _flatten, _unflatten)

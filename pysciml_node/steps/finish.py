@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
@@ -53,15 +51,6 @@ def build_solution(
         t=t,
         u1=spec.unflatten(states[-1]),
         trajectory=trajectory,
-        make_states=_make_states(
-            spec.unflatten, trajectory, None if options.saveat is None else saved[: record.saved]
-        ),
+        saved=None if options.saveat is None else spec.unflatten(saved[: record.saved]),
         event=record.event,
     )
-
-
-def _make_states(
-    unflatten: Callable[[Tensor], object], trajectory: Trajectory, saved: Tensor | None
-) -> Callable[[], object]:
-    # Stacking the steps' states copies them: only when somebody looks.
-    return lambda: unflatten(trajectory.states() if saved is None else saved)

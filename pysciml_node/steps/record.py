@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,18 @@ class Record:
         self.naccept = steps
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Steps and states that are at hand; as `load` of a trajectory."""
+
+    record: Record
+    states: list[Tensor]
+
+    def __call__(self) -> tuple[Record, list[Tensor]]:
+        """Both."""
+        return self.record, self.states
+
+
 class Recorded:
     """What trajectories read off the accepted steps of a solve.
 
@@ -75,6 +88,11 @@ class Recorded:
         return self._loaded[0]
 
     @property
+    def flat_states(self) -> list[Tensor]:
+        """The states at `times`, each flat."""
+        return self._loaded[1]
+
+    @property
     def times(self) -> list[float]:
         """Ends of the accepted steps, `t0` first."""
         return self.record.times
@@ -83,6 +101,12 @@ class Recorded:
     def errors(self) -> list[float]:
         """Scaled error estimates of the accepted steps."""
         return self.record.errors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loading may need what cannot be pickled: the engine's own records.
+        kept = Kept(self.record, [u.detach() for u in self.flat_states])
+        state = {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+        return {**state, "load": kept}
 
 
 def check_discrete(adjoint: Adjoint) -> None:

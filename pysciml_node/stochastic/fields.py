@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ class Fields:
         self.spec = problem.spec
         self.nfe_diffusion = 0
         self.layout = NoiseLayout.of(problem, self)
+
+    def of(self, problem: SDEProblem) -> Fields:
+        """Those of a problem that differs in values alone; the layout need not be looked for."""
+        found = copy.copy(self)
+        found.drift = FlatField(problem)
+        found.problem, found.p, found.spec = problem, problem.p, problem.spec
+        return found
 
     @property
     def nfe(self) -> int:

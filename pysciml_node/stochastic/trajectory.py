@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
@@ -19,7 +19,7 @@ from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
-from pysciml_node.steps.record import Record, Recorded, check_discrete
+from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
 from pysciml_node.stochastic.fields import Fields
 from pysciml_node.stochastic.march import starting_slope
@@ -51,6 +51,17 @@ class SDETrajectory(Recorded):
     def vectors(self) -> list[Tensor]:
         """What was stepped, at `times`."""
         return self._loaded[1]
+
+    def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> SDETrajectory:
+        """The same trajectory with other vectors at `times`, and its problem changed."""
+        problem: SDEProblem = change(self.problem)
+        return replace(
+            self,
+            problem=problem,
+            stepper=Stepper(self.stepper.method, self.stepper.fields.of(problem)),
+            load=Kept(self.record, states),
+            options=without_closures(self.options),
+        )
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""

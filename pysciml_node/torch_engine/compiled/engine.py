@@ -114,7 +114,9 @@ def solve_compiled(
         keep_states=True,
     )
     stats = Stats(nfe=result.nfe, naccept=result.naccept, nreject=result.nreject)
-    result.on_backward(lambda: _count_backward(stats, result))
+    # Not the result itself: it holds the solve that holds the listener.
+    counts = result.nfe_backward, result.naccept
+    result.on_backward(lambda: _count_backward(stats, *counts))
     retcode = _RETCODES[result.status]
     method = Method.of(tableau, spec.dtype, spec.device)
     trajectory = TorchTrajectory(problem, method, _loader(problem, result, retcode), stats, options)
@@ -137,14 +139,14 @@ def solve_compiled(
         t=t,
         u1=result.u1,
         trajectory=trajectory,
-        make_states=lambda: spec.unflatten(trajectory.states()) if saved is None else saved,
+        saved=saved,
     )
 
 
-def _count_backward(stats: Stats, result: CompiledResult) -> None:
-    stats.nfe_backward += result.nfe_backward
-    stats.nvjp += result.nfe_backward
-    stats.naccept_backward += result.naccept
+def _count_backward(stats: Stats, nfe: int, naccept: int) -> None:
+    stats.nfe_backward += nfe
+    stats.nvjp += nfe
+    stats.naccept_backward += naccept
 
 
 def _loader(
