@@ -63,6 +63,7 @@ class UnsupportedModule(TypeError):
         captured: whether the module uses tensors that require gradients and are not its parameters.
 
     Attributes:
+        message: as given.
         operation: as given.
         captured: as given.
     """
@@ -72,6 +73,7 @@ class UnsupportedModule(TypeError):
             f"{message}\n  Pass a function instead: lambda t, u: module(t, u). It is called back "
             "by Julia and may do anything."
         )
+        self.message = message
         self.operation = operation
         self.captured = captured
         self._given = message, operation, captured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.recent import Recent
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 """Takes the time, a 0-d tensor, and a flat state; gives a flat result."""
@@ -104,7 +105,8 @@ def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> Field 
     return None
 
 
-_programs: dict[tuple[str, torch.dtype], Handle] = {}
+# Each holds the intermediate values of its evaluations: megabytes, for a large batch.
+_programs: Recent[tuple[str, torch.dtype], Handle] = Recent(32)
 
 
 class ProgramField:
@@ -123,15 +125,18 @@ class ProgramField:
         translated = translate(problem.f, problem.spec)
         self._all = translated.parameters
         self.inputs = [x for x in self._all if x.requires_grad]
+        # What the solve sees, so that its gradient sees the same.
+        self._flat = flat_parameters(self._all, self._spec.dtype, self._spec.device)
         key = (translated.json, problem.spec.dtype)
-        if key not in _programs:
-            made = runtime.call("make_program", translated.json, CODES[problem.spec.dtype])
-            _programs[key] = Handle(made)
-        self.handle = _programs[key]
+        made = _programs.get(key)
+        if made is None:
+            number = runtime.call("make_program", translated.json, CODES[problem.spec.dtype])
+            made = _programs[key] = Handle(number)
+        self.handle = made
 
     def parameters(self) -> Tensor:
-        """All parameters, buffers and constants of the module."""
-        return flat_parameters(self._all, self._spec.dtype, self._spec.device)
+        """All parameters, buffers and constants of the module, as the solve saw them."""
+        return self._flat
 
     def split(self, gradient: Tensor) -> list[Tensor | None]:
         """A gradient of `parameters` as those of `inputs`."""
@@ -140,8 +145,10 @@ class ProgramField:
 
     def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
-        flat = [x.reshape(-1).to(u) for x in self._all]
-        return evaluate(self.handle, t, u, torch.cat(flat) if flat else u.new_empty(0), ())
+        flat = self._flat
+        if torch.is_grad_enabled() and self.inputs:
+            flat = torch.cat([x.reshape(-1).to(u) for x in self._all])
+        return evaluate(self.handle, t, u, flat, ())
 
 
 class TranslatedFlatField(FlatField):
@@ -179,10 +186,12 @@ class SourceField:
 
     def __init__(self, problem: ODEProblem, gradients: bool, implicit: bool) -> None:
         spec, p = problem.spec, problem.p
-        if spec.keys is not None or spec.dtype.is_complex or not isinstance(p, Tensor | None):
+        real = isinstance(p, Tensor) and not p.is_complex()
+        if spec.keys is not None or spec.dtype.is_complex or not (real or p is None):
             raise TypeError(
                 "a JuliaField takes one real tensor as state and one as p.\n"
-                "  Join the parts with torch.cat, or write the field in Python."
+                "  Join the parts with torch.cat, take torch.view_as_real of complex numbers, or "
+                "write the field in Python."
             )
         assert isinstance(problem.f, JuliaField)
         if gradients or implicit:
@@ -259,6 +268,10 @@ class CalledField:
                 pointer(self._gradient),
             )
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Julia knows this object and its memory.
+        return self
 
     def parameters(self) -> Tensor:
         """Their values are read by the callable itself; Julia needs the length."""

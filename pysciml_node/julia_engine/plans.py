@@ -31,6 +31,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.stochastic.step import SDEMethod
 from pysciml_node.tableaus import Tableau
 from pysciml_node.tableaus.stochastic import Stage
+from pysciml_node.translation.recent import Recent
 
 _LOW_ORDER, _VERNER = "OrdinaryDiffEqLowOrderRK", "OrdinaryDiffEqVerner"
 _PACKAGES = {
@@ -45,8 +46,9 @@ FIXED_ONLY = {"Euler": "Tsit5()", "EM": "LambaEM()"}
 
 _LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
 
-_plans: dict[tuple[Any, ...], Handle] = {}
-_tableaus: dict[int, Handle] = {}
+_plans: Recent[tuple[Any, ...], Handle] = Recent(256)
+# With the coefficients themselves: as long as they live, no others have their identity.
+_tableaus: Recent[int, tuple[object, Handle]] = Recent(256)
 
 
 def expression_of(algorithm: Algorithm, keep_solution: bool) -> tuple[str, tuple[str, ...]]:
@@ -170,9 +172,10 @@ def _made_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size:
     limits = (options.dtmin, options.dtmax, options.max_steps)
     tolerances = (options.rtol, options.atol, options.driven)
     key = (solver, options.controller, *tolerances, *limits, dtype)
-    if key not in _plans:
-        _plans[key] = _make(solver, options, dtype, size)
-    return _plans[key]
+    made = _plans.get(key)
+    if made is None:
+        made = _plans[key] = _make(solver, options, dtype, size)
+    return made
 
 
 def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
@@ -224,35 +227,40 @@ def _full(value: float | Tensor, size: int, dtype: torch.dtype) -> float | Tenso
 
 def tableau(method: Tableau) -> Handle:
     """The handle of a method's coefficients, for the discrete adjoint."""
-    if id(method) not in _tableaus:
-        extra = method.interpolant
-        description = {
-            "c": method.c + extra.c,
-            "a": method.a + extra.a,
-            "b": method.b,
-            "fsal": method.fsal,
-            "weights": extra.weights,
-        }
-        _tableaus[id(method)] = Handle(runtime.call("make_tableau", json.dumps(description)))
-    return _tableaus[id(method)]
+    known = _tableaus.get(id(method))
+    if known is not None:
+        return known[1]
+    extra = method.interpolant
+    description = {
+        "c": method.c + extra.c,
+        "a": method.a + extra.a,
+        "b": method.b,
+        "fsal": method.fsal,
+        "weights": extra.weights,
+    }
+    made = Handle(runtime.call("make_tableau", json.dumps(description)))
+    _tableaus[id(method)] = (method, made)
+    return made
 
 
 def stochastic_method(method: SDEMethod) -> Handle:
     """The handle of a stochastic method's coefficients, for its discrete adjoint."""
-    key = id(method.tableau)
-    if key not in _tableaus:
-        drift, diffusion = method.needed
-        count = max(len(drift), len(diffusion))
+    known = _tableaus.get(id(method.tableau))
+    if known is not None:
+        return known[1]
+    drift, diffusion = method.needed
+    count = max(len(drift), len(diffusion))
 
-        def described(stages: list[Stage | None]) -> list[dict[str, Any] | None]:
-            padded = [*stages, *[None] * (count - len(stages))]
-            return [None if s is None else dataclasses.asdict(s) for s in padded]
+    def described(stages: list[Stage | None]) -> list[dict[str, Any] | None]:
+        padded = [*stages, *[None] * (count - len(stages))]
+        return [None if s is None else dataclasses.asdict(s) for s in padded]
 
-        description = {
-            "drift": described(drift),
-            "diffusion": described(diffusion),
-            "alpha": method.tableau.alpha[:count],
-            "beta": [(kind, weights[:count]) for kind, weights in method.tableau.beta],
-        }
-        _tableaus[key] = Handle(runtime.call("make_sde_method", json.dumps(description)))
-    return _tableaus[key]
+    description = {
+        "drift": described(drift),
+        "diffusion": described(diffusion),
+        "alpha": method.tableau.alpha[:count],
+        "beta": [(kind, weights[:count]) for kind, weights in method.tableau.beta],
+    }
+    made = Handle(runtime.call("make_sde_method", json.dumps(description)))
+    _tableaus[id(method.tableau)] = (method.tableau, made)
+    return made

@@ -15,6 +15,10 @@ from pysciml_node.julia_engine.process.buffers import (
     integers,
 )
 from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.translation.recent import Recent
+
+_MOST = 16
+"""Shapes and dtypes of one source that are kept in Julia."""
 
 
 class JuliaField:
@@ -43,31 +47,46 @@ class JuliaField:
         if not isinstance(source, str):
             raise TypeError(f"source must be Julia code as text, but is {type(source).__name__}.")
         self.source = source
-        self._handles: dict[tuple[torch.dtype, torch.Size], Handle] = {}
+        self._handles = _handles()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "_handles": {}}
+        return {"source": self.source, "_handles": _handles()}
 
     def __repr__(self) -> str:
         return f"JuliaField({self.source!r})"
 
     def handle(self, dtype: torch.dtype, shape: torch.Size) -> Handle:
         """The field in Julia for states of one dtype and shape."""
-        key = (dtype, shape)
-        if key not in self._handles:
+        key = (self.source, dtype, shape)
+        made = self._handles.get(key)
+        if made is None:
             sizes = integers(tuple(reversed(shape)))
-            self._handles[key] = Handle(
+            made = Handle(
                 runtime.call("make_source", self.source, CODES[dtype], len(sizes), address(sizes))
             )
-        return self._handles[key]
+            self._handles[key] = made
+        return made
 
     def __call__(self, t: Tensor, u: Tensor, p: Tensor | None = None) -> Tensor:
         """The derivative at `(t, u)`; shape and dtype of `u`."""
-        if not isinstance(u, Tensor) or not isinstance(p, Tensor | None):
+        if not _is_real(u) or not (p is None or _is_real(p)):
             raise TypeError(
-                "a JuliaField takes one tensor as state and one as p, but was given "
-                f"{type(u).__name__} and {type(p).__name__}.\n  Join the parts with torch.cat."
+                "a JuliaField takes one real tensor as state and one as p, but was given "
+                f"{_what(u)} and {_what(p)}.\n  Join the parts with torch.cat; of complex numbers "
+                "use torch.view_as_real."
             )
         parameters = u.new_empty(0) if p is None else p.reshape(-1).to(u)
         time = t if isinstance(t, Tensor) else u.new_tensor(t)
         return evaluate(self.handle(u.dtype, u.shape), time, u, parameters, ("Zygote",))
+
+
+def _handles() -> Recent[tuple[str, torch.dtype, torch.Size], Handle]:
+    return Recent(_MOST)
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_complex()
+
+
+def _what(x: Any) -> str:
+    return f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -109,7 +109,7 @@ class Builder:
         self.dtype = dtype
         self._sizes: list[int] = []
         self.time = self._new(1)
-        self.tensors: list[Tensor | str] = []
+        self.tensors: list[Tensor | int] = []
         self._state: list[tuple[int, Shape]] = []
         self._parameters: list[Parameter] = []
         self._constants: dict[int, float] = {}
@@ -132,8 +132,8 @@ class Builder:
         self._state.append((id, shape))
         return View(id, shape, row_strides(shape))
 
-    def parameter(self, name: str, shape: Shape, source: Tensor | str, trained: bool) -> View:
-        """A run of the parameter vector; `source` is its tensor, or that tensor's name."""
+    def parameter(self, name: str, shape: Shape, source: Tensor | int, trained: bool) -> View:
+        """A run of the parameter vector; `source` is its tensor, or that tensor's number."""
         last = self._parameters[-1] if self._parameters else None
         offset = last.offset + math.prod(last.shape) if last else 0
         id = self._new(math.prod(shape))

@@ -1,4 +1,4 @@
-"""Modules as programs for Julia: `torch.export`, then one operation after another."""
+"""Modules as programs: `torch.export`, then one operation after another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import operator
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from pysciml_node.translation.builder import (
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.layers import HANDLERS
 from pysciml_node.translation.program import Program
+from pysciml_node.translation.snapshot import Snapshot
 
 VIEWS = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t"),
@@ -48,7 +50,7 @@ UNDEFINED = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 @dataclass(frozen=True)
 class TranslatedModule:
-    """A module as Julia evaluates it.
+    """A module as other engines evaluate it.
 
     Attributes:
         json: the program.
@@ -64,47 +66,69 @@ class TranslatedModule:
 
 @dataclass(frozen=True)
 class _Translation:
+    """A program, and where the tensors that it reads are found.
+
+    Attributes:
+        sources: numbers of tensors in a snapshot, or constants.
+    """
+
     program: Program
     json: str
-    sources: tuple[Tensor | str, ...]
+    sources: tuple[int | Tensor, ...]
 
-    def of(self, module: nn.Module) -> TranslatedModule:
+    def with_tensors(self, tensors: list[Tensor]) -> TranslatedModule:
         """With the module's tensors as they are now."""
-        tensors = [
-            _attribute(module, source) if isinstance(source, str) else source
-            for source in self.sources
-        ]
-        return TranslatedModule(self.json, tensors, self.program)
+        parameters = [x if isinstance(x, Tensor) else tensors[x] for x in self.sources]
+        return TranslatedModule(self.json, parameters, self.program)
 
 
-def _attribute(module: nn.Module, path: str) -> Tensor:
-    """A tensor by its dotted name; past `__getattr__`, as this happens at every solve."""
-    *parts, name = path.split(".")
-    owner: Any = module
-    for part in parts:
-        owner = owner._modules.get(part) or getattr(owner, part)
-    tensor: Tensor | None = owner._parameters.get(name)
-    return operator.attrgetter(path)(module) if tensor is None else tensor
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a module: a translation, or why there is none, and for which state of it.
+
+    Attributes:
+        spec: structure of the state.
+        tokens: of the snapshot that was taken.
+        passing: places of the snapshot that an evaluation changes by itself, such as a count.
+        contents: numbers of tensors whose entries are part of the program, with those entries.
+        result: the translation, or the words of the refusal.
+    """
+
+    spec: StateSpec
+    tokens: list[Any]
+    passing: frozenset[int]
+    contents: tuple[tuple[int, Tensor], ...]
+    result: _Translation | tuple[str, str | None, bool]
+
+    def holds(self, spec: StateSpec, now: Snapshot) -> bool:
+        """Whether the module is still what it was."""
+        if spec != self.spec or not self._same(now.tokens):
+            return False
+        return all(torch.equal(now.tensors[i], x) for i, x in self.contents)
+
+    def _same(self, tokens: list[Any]) -> bool:
+        if not self.passing or len(tokens) != len(self.tokens):
+            return tokens == self.tokens
+        pairs = enumerate(zip(tokens, self.tokens, strict=True))
+        return all(i in self.passing or now == before for i, (now, before) in pairs)
 
 
-def _modes(module: nn.Module) -> list[bool]:
-    """Whether the module and its parts are in training mode."""
-    modes = [module.training]
-    for part in module._modules.values():
-        if part is not None:
-            modes += _modes(part)
-    return modes
+_MOST = 64
+"""Translations that are kept of a module."""
 
+_SMALL = 1024
+"""Entries of a tensor that are looked at though the program does not use them: `item` might."""
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Translation]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[nn.Module, deque[_Outcome]] = weakref.WeakKeyDictionary()
 
 
 def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
-    r"""A vector field `module(t, u)` as a program for Julia.
+    r"""A vector field `module(t, u)` as a program.
 
-    The module is exported once for every structure of the state and training mode, and then kept.
-    Parameters are read at each call, so training needs no new translation; other attributes that
-    the module's `forward` uses are read at the first.
+    The module is exported once for every structure of the state, and again when anything has
+    changed that it can reach: attributes of any kind, globals, closures, hooks, training mode,
+    which weights are tied. Parameters, buffers and other tensors of the state's dtype are read at
+    each call, so training needs no new translation, and a context may be another tensor each time.
 
     Args:
         module: called with the time, a 0-d tensor, and the state; gives the derivative.
@@ -132,23 +156,61 @@ def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    translations = _CACHE.setdefault(module, {})
-    key = (spec, *_modes(module))
-    translation = translations.get(key)
-    if translation is None:
-        translation = translations[key] = _translate(module, spec)
-    return translation.of(module)
+    outcomes = _CACHE.setdefault(module, deque(maxlen=_MOST))
+    now = Snapshot.of(module)
+    outcome = next((x for x in outcomes if x.holds(spec, now)), None)
+    if outcome is None:
+        outcome = _outcome(module, spec, now)
+        outcomes.appendleft(outcome)
+        now = Snapshot.of(module)
+    if not isinstance(outcome.result, _Translation):
+        message, operation, captured = outcome.result
+        raise UnsupportedModule(message, operation, captured)
+    return outcome.result.with_tensors(now.tensors)
 
 
-def _translate(module: nn.Module, spec: StateSpec) -> _Translation:
+def _outcome(module: nn.Module, spec: StateSpec, before: Snapshot) -> _Outcome:
+    result: _Translation | tuple[str, str | None, bool]
+    used: set[int] = set()
+    try:
+        result, used = _translate(module, spec, before)
+    except UnsupportedModule as error:
+        result = (error.message, error.operation, error.captured)
+    after = Snapshot.of(module)
+    contents = tuple(
+        (i, x.detach().clone())
+        for i, x in enumerate(after.tensors)
+        if i in used or (x.numel() <= _SMALL and not _is_source(i, x, result))
+    )
+    return _Outcome(spec, after.tokens, before.changes(after), contents, result)
+
+
+def _is_source(i: int, x: Tensor, result: Any) -> bool:
+    return isinstance(x, nn.Parameter) or (isinstance(result, _Translation) and i in result.sources)
+
+
+def _translate(
+    module: nn.Module, spec: StateSpec, snapshot: Snapshot
+) -> tuple[_Translation, set[int]]:
+    """The translation, and the numbers of the tensors whose entries are part of it."""
     if spec.dtype.is_complex:
-        raise UnsupportedModule("modules of complex states cannot be translated for Julia.")
-    exported = _export(module, spec)
-    walk = _Walk(module, spec, exported)
-    program = walk.run()
-    translation = _Translation(program, program.to_json(), tuple(walk.builder.tensors))
-    check_program(module, spec, program, translation.of(module).parameters)
-    return translation
+        raise UnsupportedModule("modules of complex states cannot be translated.")
+    with torch.inference_mode(False), _full_precision(spec.device):
+        exported = _export(module, spec)
+        walk = _Walk(module, spec, exported, snapshot)
+        program = walk.run()
+        sources = tuple(walk.builder.tensors)
+        translation = _Translation(program, program.to_json(), sources)
+        parameters = translation.with_tensors(snapshot.tensors).parameters
+        check_program(module, spec, program, parameters)
+    return translation, walk.fixed
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast: programs compute in the state's dtype."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _export(module: nn.Module, spec: StateSpec) -> ExportedProgram:
@@ -188,11 +250,16 @@ def _changes_argument(node: Node) -> bool:
 class _Walk:
     """Goes through an exported graph, with what every node stands for."""
 
-    def __init__(self, module: nn.Module, spec: StateSpec, exported: ExportedProgram) -> None:
+    def __init__(
+        self, module: nn.Module, spec: StateSpec, exported: ExportedProgram, snapshot: Snapshot
+    ) -> None:
         self.module = module
         self.spec = spec
         self.exported = exported
         self.builder = Builder(spec.dtype)
+        # Tensors by identity: export hands out the very tensors that the module holds.
+        self.places = {id(x): i for i, x in enumerate(snapshot.tensors)}
+        self.fixed: set[int] = set()
         # A tensor is known now, whatever the state; other values are traced.
         self.values: dict[str, Any] = {}
 
@@ -228,26 +295,32 @@ class _Walk:
 
     def _tensor(self, name: str, kind: InputKind) -> View:
         tensor = operator.attrgetter(name)(self.module)
-        trained = kind is InputKind.PARAMETER
-        return self.builder.parameter(name, tuple(tensor.shape), name, trained)
+        place = self.places.get(id(tensor))
+        if place is None:
+            raise UnsupportedModule(
+                f"{self._name}.{name} is made anew each time it is looked at, and so cannot be "
+                "followed."
+            )
+        trained = kind is InputKind.PARAMETER or tensor.requires_grad
+        return self.builder.parameter(name, tuple(tensor.shape), place, trained)
 
     def _constant(self, name: str) -> View | Tensor:
+        """A tensor that the module reaches by other ways than its parameters and buffers."""
         tensor = self.exported.constants[name]
         if not isinstance(tensor, Tensor):
             raise UnsupportedModule(f"{self._name} uses {name}, which is not a tensor.")
+        place = self.places.get(id(tensor))
+        if place is not None and tensor.dtype == self.spec.dtype:
+            shape = tuple(tensor.shape)
+            return self.builder.parameter(name, shape, place, tensor.requires_grad)
         if tensor.requires_grad:
             raise UnsupportedModule(
-                f"{self._name} uses a tensor of shape {tuple(tensor.shape)} that requires "
-                "gradients and is not one of its parameters; make it an nn.Parameter of the "
-                "module.",
+                f"{self._name} uses a tensor of shape {tuple(tensor.shape)} and dtype "
+                f"{tensor.dtype} that requires gradients and is not one of its parameters.",
                 captured=True,
             )
-        try:
-            own = operator.attrgetter(name)(self.module)
-        except AttributeError:
-            return tensor
-        if isinstance(own, Tensor) and own.dtype == self.spec.dtype:
-            return self.builder.parameter(name, tuple(own.shape), name, trained=False)
+        if place is not None:
+            self.fixed.add(place)
         return tensor
 
     def _call(self, node: Node) -> Any:
@@ -285,7 +358,7 @@ class _Walk:
         place = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         where = f"{self._name}.{place}" if place else self._name
         return UnsupportedModule(
-            f"{where} uses {operation}, which cannot be translated for Julia.", operation=operation
+            f"{where} uses {operation}, which cannot be translated.", operation=operation
         )
 
     def _evaluate(self, node: Node, name: str, given: dict[str, Any]) -> Any:

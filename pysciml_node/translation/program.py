@@ -105,13 +105,20 @@ class Program:
             }
         )
 
-    def evaluate(self, t: Tensor, parts: list[Tensor], p: Tensor) -> list[Tensor]:
+    def evaluate(
+        self,
+        t: Tensor,
+        parts: list[Tensor],
+        p: Tensor,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
         """The program run by torch, for tests and to look into a program.
 
         Args:
             t: the time, a 0-d tensor.
             parts: the parts of the state.
             p: the flat parameter vector.
+            after: changes the result of each operation, such as by an error of rounding.
 
         Returns:
             The parts of the derivative.
@@ -127,7 +134,8 @@ class Program:
                 values[id].reshape(shape)
                 for id, shape in zip(step.inputs, step.in_shapes, strict=True)
             ]
-            values[step.out] = _run(step, inputs).reshape(step.shape)
+            result = _run(step, inputs).reshape(step.shape)
+            values[step.out] = result if after is None else after(result)
         shapes = [shape for _, shape in self.state]
         return [values[id].reshape(shape) for id, shape in zip(self.outputs, shapes, strict=True)]
 

@@ -181,9 +181,16 @@ def test_refusals_name_the_operation_and_the_remedy(function, parts, words):
         assert len(str(caught.value).splitlines()) < 6
 
 
-def test_captured_tensors_that_require_gradients_are_told_apart():
+def test_captured_tensors_that_require_gradients_are_trained():
+    translated = translate(Field(lambda m, t, u: u @ CAPTURED), StateSpec.of(U))
+    assert translated.parameters[0] is CAPTURED
+    assert [p.trained for p in translated.program.parameters] == [True]
+
+
+def test_captured_tensors_of_another_dtype_that_require_gradients_are_told_apart():
+    other = torch.ones(3, 3, requires_grad=True)
     with pytest.raises(UnsupportedModule) as caught:
-        translate(Field(lambda m, t, u: u @ CAPTURED), StateSpec.of(U))
+        translate(Field(lambda m, t, u: u @ other.double()), StateSpec.of(U))
     assert caught.value.captured
 
 

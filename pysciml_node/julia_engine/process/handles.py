@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NoReturn, Self
 
 # Finalizers run on any thread and in the middle of anything, so they only note what is to be freed;
 # the runtime frees it with its next call.
@@ -58,6 +59,19 @@ class Handle:
 
     def __del__(self) -> None:
         self.close()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        # There is one object in Julia, and it is freed once.
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an object of the Julia engine belongs to its process and cannot be pickled.\n"
+            "  Pickle what it was made from: the problem, or the solution's states."
+        )
 
     def __repr__(self) -> str:
         return f"Handle({self._number or 'closed'})"

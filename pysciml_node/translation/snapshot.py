@@ -1,0 +1,390 @@
+"""What a program was made from: everything that a callable can reach, noted so as to compare it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+
+from pysciml_node.translation.recent import Recent
+
+_PLAIN = frozenset(
+    (
+        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    )
+)
+
+# Of a module: what no evaluation looks at.
+_UNSEEN = (
+    *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+# Libraries whose objects hold numbers that a field computes with.
+_WALKED = ("torch", "types", "pysciml_node")
+
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a callable can reach.
+
+    Attributes:
+        tokens: structure and plain values, in the order in which they are found. Of a tensor they
+            hold dtype, shape and device, and not its numbers.
+        tensors: the distinct tensors, in that order: equal tokens mean the same places.
+    """
+
+    tokens: list[Any]
+    tensors: list[Tensor]
+
+    @staticmethod
+    def of(f: Any) -> Snapshot:
+        """Look at everything that `f` can reach: attributes, closures, globals, hooks.
+
+        Where nothing has changed since the last look, only that is found out.
+        """
+        known = _watched.get(id(f))
+        if known is not None and known.owner() is f:
+            tensors = known.tensors()
+            if tensors is not None:
+                return Snapshot(known.tokens, tensors)
+        walk = _Walk(weakref.ref(f, functools.partial(_forget, id(f))))
+        walk.add(f)
+        for name in _GLOBAL_HOOKS:
+            walk.add(getattr(hooks_of_all, name))
+        walk.add(torch.get_default_dtype())
+        _watched[id(f)] = walk.watch
+        return Snapshot(walk.watch.tokens, walk.found)
+
+    def changes(self, later: Snapshot) -> frozenset[int]:
+        """Places at which a later snapshot differs, if both have the same structure."""
+        if len(self.tokens) != len(later.tokens):
+            return frozenset()
+        pairs = zip(self.tokens, later.tokens, strict=True)
+        return frozenset(i for i, (before, after) in enumerate(pairs) if before != after)
+
+
+@dataclass
+class _Watch:
+    """The places that were looked at, so that a second look is a quick one.
+
+    Attributes:
+        owner: what was looked at.
+        tokens: what was found.
+        items: containers, keys and what they held.
+        sizes: containers, and how many entries they had.
+        places: of each tensor its container, its key and the token that describes it.
+        repeated: further places of a tensor, and its number.
+        default: torch's default dtype.
+    """
+
+    owner: weakref.ref[Any]
+    tokens: list[Any] = field(default_factory=list)
+    items: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    places: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    repeated: list[tuple[Any, Any, int]] = field(default_factory=list)
+    default: torch.dtype = field(default_factory=torch.get_default_dtype)
+
+    def tensors(self) -> list[Tensor] | None:
+        """The tensors that are there now; `None` where anything else has changed."""
+        try:
+            for container, key, value in self.items:
+                if container[key] is not value:
+                    return None
+            for container, size in self.sizes:
+                if len(container) != size:
+                    return None
+            found: list[Tensor] = []
+            for container, key, token in self.places:
+                tensor = container[key]
+                if not isinstance(tensor, Tensor) or _describe(tensor) != token:
+                    return None
+                found.append(tensor)
+            for container, key, index in self.repeated:
+                if container[key] is not found[index]:
+                    return None
+        except (LookupError, ValueError):
+            return None
+        distinct = len(set(map(id, found))) == len(found)
+        return found if distinct and torch.get_default_dtype() is self.default else None
+
+
+_watched: Recent[int, _Watch] = Recent(64)
+
+
+def _forget(key: int, owner: object) -> None:
+    del owner
+    _watched.pop(key)
+
+
+class _Same:
+    """Compares an object by its identity, and does not keep it alive if it can be helped."""
+
+    __slots__ = ("_get",)
+
+    def __init__(self, x: Any) -> None:
+        self._get: Callable[[], Any]
+        try:
+            self._get = weakref.ref(x)
+        except TypeError:
+            self._get = lambda: x
+
+    def __eq__(self, other: object) -> bool:
+        own = self._get()
+        return isinstance(other, _Same) and own is not None and other._get() is own
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _describe(x: Tensor) -> tuple[Any, ...]:
+    # A parameter can be frozen, and set free again, without a program of its own.
+    kind = type(x)
+    needs_gradient = None if kind is nn.Parameter else x.requires_grad
+    return kind, x.dtype, x.shape, x.device, needs_gradient
+
+
+class _Walk:
+    """Goes through what can be reached, each object once."""
+
+    def __init__(self, owner: weakref.ref[Any]) -> None:
+        self.watch = _Watch(owner)
+        self.found: list[Tensor] = []
+        self._tokens = self.watch.tokens
+        # The objects are kept, so that no identity is given out twice.
+        self._seen: dict[int, tuple[int, Any]] = {}
+        self._indices: dict[int, int] = {}
+
+    def add(self, x: Any) -> None:
+        """Note an object, and what can be reached from it."""
+        kind: Any = type(x)
+        if kind in _PLAIN:
+            self._tokens.append((kind, x))
+            return
+        seen = self._seen.get(id(x))
+        if seen is not None:
+            self._tokens.append(seen[0])
+            return
+        self._seen[id(x)] = (len(self._seen), x)
+        _handler(kind)(self, x)
+
+    def _at(self, container: Any, key: Any, x: Any) -> None:
+        """Note what stands at a place."""
+        if not isinstance(x, Tensor):
+            self.watch.items.append((container, key, x))
+            self.add(x)
+        elif id(x) in self._indices:
+            self.watch.repeated.append((container, key, self._indices[id(x)]))
+            self._tokens.append(self._indices[id(x)])
+        else:
+            self._seen[id(x)] = (len(self._seen), x)
+            self._tensor(x)
+            self.watch.places.append((container, key, self._tokens[-1]))
+
+    def _tensor(self, x: Tensor) -> None:
+        self._indices[id(x)] = len(self.found)
+        self.found.append(x)
+        self._tokens.append(_describe(x))
+
+    def _loose_tensor(self, x: Tensor) -> None:
+        """A tensor at a place that cannot change: a set's, or a key."""
+        self._tensor(x)
+        self.watch.places.append(((x,), 0, self._tokens[-1]))
+
+    def _module(self, x: nn.Module) -> None:
+        self.add(type(x))
+        values = x.__dict__
+        self.watch.sizes.append((values, len(values)))
+        for key, value in values.items():
+            if key not in _UNSEEN:
+                self._tokens.append(key)
+                self._at(values, key, value)
+
+    def _dict(self, x: Any) -> None:
+        self._tokens.append(len(x))
+        self.watch.sizes.append((x, len(x)))
+        for key, value in x.items():
+            if type(key) in _PLAIN:
+                self._tokens.append(key)
+            else:
+                self.add(key)
+            self._at(x, key, value)
+
+    def _sequence(self, x: Any) -> None:
+        self._tokens.append((type(x), len(x)))
+        self.watch.sizes.append((x, len(x)))
+        for i, value in enumerate(x):
+            self._at(x, i, value)
+
+    def _set(self, x: Any) -> None:
+        self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
+        self.watch.items.append((_Elements(x), frozenset(map(id, x)), True))
+        for value in x:
+            if type(value) not in _PLAIN:
+                self.add(value)
+
+    def _function(self, f: types.FunctionType) -> None:
+        self._tokens.append(f.__code__)
+        if _is_library(f.__module__):
+            return
+        # What a function holds can be exchanged, though hardly anybody does.
+        parts = _Attributes(f)
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.watch.items.append((parts, name, getattr(f, name)))
+        self.add(f.__defaults__)
+        self.add(f.__kwdefaults__)
+        for cell in f.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # the name is not bound yet
+                self._tokens.append("unbound")
+                continue
+            self._at(_Attributes(cell), "cell_contents", content)
+        names = _names(f.__code__)
+        for name in names:
+            value = f.__globals__.get(name, _ABSENT)
+            if isinstance(value, types.ModuleType):
+                self._names_of(value, names)
+            elif value is not _ABSENT:
+                self._at(f.__globals__, name, value)
+
+    def _names_of(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
+        """Of a module of the user's, what the code mentions."""
+        self._tokens.append(module.__name__)
+        if _is_library(module.__name__):
+            return
+        held = vars(module)
+        for name in names:
+            value = held.get(name, _ABSENT)
+            if value is not _ABSENT and not isinstance(value, types.ModuleType):
+                self._at(held, name, value)
+
+    def _class(self, x: type) -> None:
+        self._tokens.append(_Same(x))
+        for owner in x.__mro__:
+            if _is_library(owner.__module__):
+                continue
+            held = vars(owner)
+            self.watch.sizes.append((held, len(held)))
+            for name, value in held.items():
+                if isinstance(value, types.FunctionType) or not name.startswith("__"):
+                    self._tokens.append(name)
+                    self._at(held, name, value)
+
+    def _array(self, x: Any) -> None:
+        self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
+        self.watch.items.append((_Bytes(x), x.tobytes(), True))
+
+    def _opaque(self, x: Any) -> None:
+        self._tokens.append(_Same(x))
+
+    def _object(self, x: Any) -> None:
+        self.add(type(x))
+        values = getattr(x, "__dict__", None)
+        if values is not None:
+            self._dict(values)
+        parts = _Attributes(x)
+        for owner in type(x).__mro__:
+            slots = vars(owner).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if not name.startswith("__") and hasattr(x, name):
+                    self._tokens.append(name)
+                    self._at(parts, name, getattr(x, name))
+        if values is None:
+            self._tokens.append(_Same(x))
+
+
+class _Attributes:
+    """An object's attributes as entries."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._x, name, _ABSENT)
+
+
+class _Elements:
+    """Whether a set still has the same elements."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __getitem__(self, ids: frozenset[int]) -> bool:
+        return frozenset(map(id, self._x)) == ids
+
+
+class _Bytes:
+    """Whether an array still holds the same numbers."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __getitem__(self, numbers: bytes) -> bool:
+        return bool(self._x.tobytes() == numbers)
+
+
+_KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
+    (Tensor, _Walk._loose_tensor),
+    (nn.Module, _Walk._module),
+    ((dict, types.MappingProxyType), _Walk._dict),
+    ((list, tuple, deque), _Walk._sequence),
+    ((set, frozenset), _Walk._set),
+    (types.FunctionType, _Walk._function),
+    (type, _Walk._class),
+    (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
+    (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
+    ((staticmethod, classmethod), lambda walk, x: walk.add(x.__func__)),
+    (property, lambda walk, x: walk.add((x.fget, x.fset))),
+    ((np.ndarray, np.generic), _Walk._array),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _handler(kind: Any) -> Callable[[_Walk, Any], None]:
+    """How objects of a class are walked."""
+    for kinds, handler in _KINDS:
+        if issubclass(kind, kinds):
+            return handler
+    opaque = _is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
+    return _Walk._opaque if opaque else _Walk._object
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The globals, or attributes, that code mentions, and those of the functions inside it."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= dict.fromkeys(_names(constant))
+    return tuple(names)
+
+
+@functools.cache
+def _is_library(name: str | None) -> bool:
+    """Whether a module is installed, and so does not change while a program runs."""
+    top = str(name).partition(".")[0]
+    if top in ("torch", "pysciml_node") or top in sys.stdlib_module_names:
+        return top != "__main__"
+    file = getattr(sys.modules.get(str(name)), "__file__", None)
+    places = (sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    return file is not None and any(file.startswith(place) for place in places)

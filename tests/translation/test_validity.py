@@ -1,0 +1,279 @@
+"""A program is valid for what it was made from: any change has it made again."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.translation import export
+from pysciml_node.translation.export import translate
+from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.snapshot import Snapshot
+
+D = torch.float64
+U = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=D)
+T = torch.tensor(0.37, dtype=D)
+SCALE: Any = 2.0
+TABLE: Any = torch.ones(3, dtype=D)
+SETTINGS = SimpleNamespace(gain=1.0)
+
+
+def ones(*shape: int, **options: Any) -> Tensor:
+    return torch.ones(*shape, dtype=D, **options)
+
+
+def helper(u: Tensor) -> Tensor:
+    return u * SCALE + TABLE
+
+
+class Field(nn.Module):
+    """A field with everything a program could be made from."""
+
+    factor = 1.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, dtype=D)
+        self.second = nn.Linear(3, 3, dtype=D)
+        self.second.weight = self.first.weight
+        self.act: Any = nn.LeakyReLU(0.1)
+        self.drop = nn.Dropout(0.5)
+        self.context = ones(2, 3)
+        self.parts: Any = {"a": ones(3), "list": [ones(3), 2.0]}
+        self.mask = torch.tensor([True, False, True])
+        self.index = torch.tensor([1, 0, 2])
+        self.single = torch.tensor([0.1, 0.2, 0.3])
+        self.steps = 2
+        self.calls = 0
+        self.register_buffer("shift", ones(3))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.act(self.first(u)) * self.context + self.parts["a"] * self.parts["list"][0]
+        x = x * self.mask.to(u) + u[:, self.index.tolist()[0] : self.index.tolist()[0] + 1]
+        for _ in range(self.steps):
+            x = self.second(x) * self.parts["list"][1] + self.single.to(u)
+        return helper(self.drop(x)) * self.factor * SETTINGS.gain + self.shift * t
+
+
+@pytest.fixture
+def field(monkeypatch: pytest.MonkeyPatch) -> Field:
+    torch.manual_seed(0)
+    for name, value in (("SCALE", 2.0), ("TABLE", ones(3))):
+        monkeypatch.setitem(globals(), name, value)
+    monkeypatch.setattr(SETTINGS, "gain", 1.0)
+    monkeypatch.setattr(Field, "factor", 1.5)
+    return Field().eval()
+
+
+def run(module: nn.Module, u: Tensor = U) -> Tensor:
+    """The module's program, run by torch."""
+    translated = translate(module, StateSpec.of(u))
+    p = torch.cat([T.new_empty(0), *(x.reshape(-1).to(u) for x in translated.parameters)])
+    (found,) = translated.program.evaluate(T, [u], p)
+    return found
+
+
+def set_global(name: str, value: Any) -> None:
+    globals()[name] = value
+
+
+CHANGES: dict[str, Callable[[Field], Any]] = {
+    "nothing": lambda m: None,
+    "a parameter's numbers": lambda m: m.first.bias.data.fill_(0.3),
+    "a parameter": lambda m: setattr(m.first, "bias", nn.Parameter(ones(3) * 2)),
+    "weights untied": lambda m: setattr(m.second, "weight", nn.Parameter(ones(3, 3))),
+    "weights tied": lambda m: setattr(m.second, "bias", m.first.bias),
+    "an attribute": lambda m: setattr(m, "context", ones(2, 3) * 3),
+    "an attribute's size": lambda m: setattr(m, "context", ones(1, 3) * 3),
+    "in a dict": lambda m: m.parts.update(a=ones(3) * 4),
+    "in a dict in place": lambda m: m.parts["a"].mul_(5),
+    "in a list": lambda m: m.parts["list"].__setitem__(0, ones(3) * 6),
+    "a number in a list": lambda m: m.parts["list"].__setitem__(1, 7.0),
+    "a mask": lambda m: setattr(m, "mask", torch.tensor([False, False, True])),
+    "a mask in place": lambda m: m.mask.logical_not_(),
+    "integers": lambda m: setattr(m, "index", torch.tensor([2, 0, 1])),
+    "integers in place": lambda m: m.index.copy_(torch.tensor([2, 0, 1])),
+    "another dtype": lambda m: m.single.add_(1.0),
+    "a count": lambda m: setattr(m, "steps", 3),
+    "an activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "an activation that is a function": lambda m: (delattr(m, "act"), setattr(m, "act", torch.sin)),
+    "a slope": lambda m: setattr(m.act, "negative_slope", 0.4),
+    "a hook": lambda m: m.first.register_forward_hook(lambda m, i, o: o * 2),
+    "a hook before": lambda m: m.first.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "a buffer": lambda m: setattr(m, "shift", ones(3) * 8),
+    "a global": lambda m: set_global("SCALE", 9.0),
+    "a global tensor": lambda m: set_global("TABLE", ones(3) * 10),
+    "an object's attribute": lambda m: setattr(SETTINGS, "gain", 11.0),
+    "a class's attribute": lambda m: setattr(Field, "factor", 12.0),
+    "the method": lambda m: setattr(m, "forward", lambda t, u: torch.cos(u)),
+    "a dropout that is none": lambda m: (m.train(), setattr(m.drop, "p", 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_two_solves_is_seen(field, name):
+    torch.testing.assert_close(run(field), field(T, U), rtol=1e-13, atol=1e-13)
+    before = field(T, U)
+    CHANGES[name](field)
+    after = field(T, U)
+    assert name == "nothing" or not torch.allclose(before, after) or "dropout" in name
+    torch.testing.assert_close(run(field), after, rtol=1e-13, atol=1e-13)
+
+
+def test_what_depends_on_chance_after_a_change_is_refused(field):
+    run(field)
+    field.drop.train()
+    with pytest.raises(UnsupportedModule, match="random"):
+        run(field)
+    field.drop.eval()
+    torch.testing.assert_close(run(field), field(T, U), rtol=1e-13, atol=1e-13)
+
+
+def test_a_closure_is_read_again():
+    scale = 2.0
+
+    class Closed(nn.Module):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return scale * u
+
+    module = Closed()
+    torch.testing.assert_close(run(module), 2 * U)
+    scale = 5.0
+    torch.testing.assert_close(run(module), 5 * U)
+
+
+@pytest.mark.parametrize("place", ["attribute", "dict", "buffer", "global"])
+def test_tensors_that_require_gradients_receive_them(field, place):
+    run(field)
+    k = torch.full((3,), 1.5, dtype=D, requires_grad=True)
+    for value in (k, k * 2):  # a leaf, and an encoder's output
+        if place == "attribute":
+            field.context = value
+        elif place == "dict":
+            field.parts["a"] = value
+        elif place == "buffer":
+            field.shift = value
+        else:
+            set_global("TABLE", value)
+        (expected,) = torch.autograd.grad(field(T, U).sum(), k, retain_graph=True)
+        translated = translate(field, StateSpec.of(U))
+        trained = [p.name for p in translated.program.parameters if p.trained]
+        assert len(trained) == 5  # the weight by both its names, two biases, and this tensor
+        (found,) = torch.autograd.grad(run(field).sum(), k)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_a_context_and_a_count_cost_no_translation(field, monkeypatch):
+    run(field)
+    monkeypatch.setattr(export, "_export", None)
+    for i in range(3):
+        field.context = ones(2, 3) * i
+        field.calls = 0
+        torch.testing.assert_close(run(field), field(T, U), rtol=1e-13, atol=1e-13)
+
+
+def test_a_refusal_is_kept(field, monkeypatch):
+    class Refused(nn.Module):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return functional.dropout(u, 0.5)
+
+    module = Refused()
+    with pytest.raises(UnsupportedModule) as first:
+        run(module)
+    monkeypatch.setattr(export, "_export", None)
+    with pytest.raises(UnsupportedModule) as second:
+        run(module)
+    assert str(first.value) == str(second.value)
+
+
+def test_translations_are_bounded():
+    module = nn.Linear(3, 3, dtype=D)
+    module.forward = lambda t, u: u * module.weight.sum()  # type: ignore[method-assign]
+    for n in range(1, 5):
+        translate(module, StateSpec.of(torch.zeros(n, dtype=D)))
+    kept = export._CACHE[module]
+    assert len(kept) == 4
+    assert kept.maxlen == export._MOST
+
+
+def test_a_look_keeps_nothing_alive():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, dtype=D)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.layer(u)
+
+    module = Own()
+    run(module)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_translated_in_full_precision_and_outside_of_inference_mode(field):
+    expected = field(T, U).detach()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        inside = run(field)
+    torch.testing.assert_close(inside.clone(), expected, rtol=1e-13, atol=1e-13)
+    run(field).sum().backward()
+    assert field.first.weight.grad is not None
+
+
+def test_where_both_are_rounding_there_is_no_difference():
+    class Attention(nn.Module):
+        """A key's bias shifts all scores alike: its derivative is zero, in both rounding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(3, 3, dtype=D) for _ in range(3))
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            scores = self.q(u) @ self.k(u).mT
+            weights = torch.exp(scores)
+            return weights / weights.sum(-1, keepdim=True) @ self.v(u)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(3)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.norm(u * 1e-3 + 300.0)
+
+    module = Attention()
+    torch.testing.assert_close(run(module), module(T, U), rtol=1e-13, atol=1e-13)
+    translate(Shifted(), StateSpec.of(U.float()))
+
+
+def test_equal_snapshots_mean_equal_places(field):
+    before, after = Snapshot.of(field), Snapshot.of(field)
+    assert before.tokens == after.tokens
+    assert [id(x) for x in before.tensors] == [id(x) for x in after.tensors]
+    field.steps = 5
+    changed = Snapshot.of(field)
+    assert len(before.changes(changed)) == 1
+    field.parts["new"] = 1
+    assert Snapshot.of(field).tokens != changed.tokens
+
+
+def test_what_was_used_last_is_kept():
+    recent: Recent[int, int] = Recent(2)
+    recent[1], recent[2] = 1, 2
+    assert recent.get(1) == 1
+    recent[3] = 3
+    assert recent.get(2) is None
+    assert (recent.get(1), recent.get(3)) == (1, 3)
