@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from functools import cache
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import torch
@@ -128,14 +130,13 @@ def number(
     if found is not None and inside:
         return found
     ends = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
-    limits = [
-        f"{word} {end:g}" for word, end in ends if end is not None and (word, end) != ("above", 0)
-    ]
-    kind = "positive " if above == 0 else ""
-    kind += "finite " if not infinite and below is None and at_most is None else ""
-    expected = f"a {kind}number" + (f" {' and '.join(limits)}" if limits else "")
-    given = value if found is None else found
-    refuse(name, expected, given, hint, TypeError if found is None else ValueError)
+    limits = [f"{word} {end:g}" for word, end in ends if end is not None]
+    if not infinite and below is None and at_most is None:
+        limits.append("finite")
+    words = " and ".join(limits).replace("above 0 and finite", "positive and finite")
+    if found is None:
+        refuse(name, "a number", value, hint)
+    refuse(name, words or "a number", found, hint, ValueError)
 
 
 def whole(
@@ -155,11 +156,13 @@ def whole(
         ValueError: a number with a fraction, or one out of range.
     """
     real = as_float(value)
-    found: int | None = None
-    if real is not None and hasattr(value, "__index__") and not _is_floating(value):
-        found = value.__index__()
-        if (at_least is None or found >= at_least) and (at_most is None or found <= at_most):
-            return found
+    found = None if real is None else _as_whole(value)
+    if (
+        found is not None
+        and (at_least is None or found >= at_least)
+        and (at_most is None or found <= at_most)
+    ):
+        return found
     ends = (("at least", at_least), ("at most", at_most))
     limits = [
         f"{word} {end}" for word, end in ends if end is not None and (word, end) != ("at least", 1)
@@ -169,8 +172,14 @@ def whole(
     refuse(name, expected, value, hint, TypeError if real is None else ValueError)
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _as_whole(value: Any) -> int | None:
+    """A number as an `int`; `None` for one of a kind that has fractions."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def flag(name: str, value: Any) -> bool:
@@ -322,8 +331,28 @@ def keywords(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     names = list(known)
     for name in given:
         if name not in names:
-            near = did_you_mean(name, names) or f"It takes {', '.join(names)}."
+            near = did_you_mean(name, names) or f"It takes {', '.join(names) or 'none'}."
             raise TypeError(f"{where} takes no argument {name!r}.\n  {near}")
+
+
+@cache
+def _arguments(kind: type) -> tuple[str, ...] | None:
+    """Names of the arguments that make an object of a class; `None` where any may be given."""
+    found = inspect.signature(kind).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in found):
+        return None
+    return tuple(one.name for one in found)
+
+
+class Configured:
+    """Base of classes whose misspelled arguments are refused with the name that was meant."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an object that `__init__` then fills."""
+        known = _arguments(cls) if kwargs else None  # type: ignore[arg-type]
+        if known is not None:
+            keywords(cls.__name__, kwargs, known)
+        return super().__new__(cls)
 
 
 def sequence(name: str, value: Any, kind: type[T], *, example: str) -> list[T]:

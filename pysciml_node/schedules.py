@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
+
+from pysciml_node import checks
 
 
-class Schedule(ABC):
+class Schedule(checks.Configured, ABC):
     """Base of all schedules: a frozen function of the training step."""
 
     @abstractmethod
@@ -15,9 +18,14 @@ class Schedule(ABC):
         """Value at `step`, which counts from 0."""
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, but is {value}.")
+def _settle(schedule: Schedule, *names: str, **limits: Any) -> None:
+    for name in names:
+        value = checks.number(name, getattr(schedule, name), **limits)
+        checks.settle(schedule, **{name: value})
+
+
+def _step(step: float) -> float:
+    return checks.number("step", step)
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,12 @@ class Constant(Schedule):
 
     value: float
 
+    def __post_init__(self) -> None:
+        _settle(self, "value")
+
     def __call__(self, step: int) -> float:
         """Value at `step`."""
+        _step(step)
         return self.value
 
 
@@ -46,12 +58,12 @@ class Exponential(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        for name in ("start", "end", "steps"):
-            _positive(name, getattr(self, name))
+        _settle(self, "start", "end", "steps", above=0)
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        return self.start * math.pow(self.end / self.start, min(step / self.steps, 1.0))
+        share = min(_step(step) / self.steps, 1.0)
+        return self.start * math.pow(self.end / self.start, share)
 
 
 @dataclass(frozen=True)
@@ -62,12 +74,12 @@ class InverseDecay(Schedule):
     rate: float
 
     def __post_init__(self) -> None:
-        if not self.rate >= 0:
-            raise ValueError(f"rate must not be negative, but is {self.rate}.")
+        _settle(self, "start")
+        _settle(self, "rate", at_least=0)
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        return self.start / (1.0 + self.rate * step)
+        return self.start / (1.0 + self.rate * _step(step))
 
 
 @dataclass(frozen=True)
@@ -79,11 +91,12 @@ class Cosine(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        _positive("steps", self.steps)
+        _settle(self, "start", "end")
+        _settle(self, "steps", above=0)
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        share = 0.5 * (1.0 + math.cos(math.pi * min(step / self.steps, 1.0)))
+        share = 0.5 * (1.0 + math.cos(math.pi * min(_step(step) / self.steps, 1.0)))
         return self.end + (self.start - self.end) * share
 
 
@@ -106,12 +119,12 @@ class Annealing(Schedule):
     delay: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate must be between 0 and 1, but is {self.rate}.")
+        _settle(self, "rate", above=0, below=1)
+        checks.settle(self, delay=checks.whole("delay", self.delay, at_least=0))
 
     def __call__(self, step: int) -> float:
         """Value at `step`."""
-        return 1.0 - math.pow(self.rate, max(step - self.delay, 0))
+        return 1.0 - math.pow(self.rate, max(_step(step) - self.delay, 0))
 
 
 def as_schedule(weight: float | Schedule) -> Schedule:
@@ -123,8 +136,6 @@ def as_schedule(weight: float | Schedule) -> Schedule:
     """
     if isinstance(weight, Schedule):
         return weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"weight must be a number or a schedule, but is {weight!r}.")
-    if not math.isfinite(weight):
-        raise ValueError(f"weight must be finite, but is {weight}.")
-    return Constant(float(weight))
+    if checks.as_float(weight) is None:
+        checks.refuse("weight", "a number or a schedule", weight, "Write schedules.Cosine(...).")
+    return Constant(checks.number("weight", weight))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import pysciml_node as psn
 from pysciml_node import checks
 
 NUMBERS = [0.5, 1, Fraction(1, 2), np.float32(0.5), np.int64(2), np.array(0.5)]
@@ -30,19 +35,19 @@ def test_numbers(value: Any) -> None:
 
 @pytest.mark.parametrize("value", NONE, ids=lambda x: checks.shown(x))
 def test_what_is_no_number(value: Any) -> None:
-    with pytest.raises(TypeError, match=r"^x must be a finite number, but is "):
+    with pytest.raises(TypeError, match=r"^x must be a number, but is "):
         checks.number("x", value)
     with pytest.raises(TypeError, match=r"^n must be a positive whole number, but is "):
         checks.whole("n", value)
 
 
 RANGES: list[tuple[dict[str, Any], list[Any], list[Any], str]] = [
-    ({}, [0, -1e300], [math.nan, math.inf, 10**400], "a finite number"),
-    ({"above": 0}, [1e-300], [0, -1, math.inf], "a positive finite number"),
-    ({"at_least": 0}, [0.0], [-1e-9, math.inf], "a finite number at least 0"),
-    ({"above": 0, "below": 1}, [0.5], [0, 1, math.inf], "a positive number below 1"),
-    ({"at_least": -1, "at_most": 1}, [-1, 1], [1.1], "a number at least -1 and at most 1"),
-    ({"above": 0, "infinite": True}, [math.inf], [math.nan, -math.inf], "a positive number"),
+    ({}, [0, -1e300], [math.nan, math.inf, 10**400], "finite"),
+    ({"above": 0}, [1e-300], [0, -1, math.inf], "positive and finite"),
+    ({"at_least": 0}, [0.0], [-1e-9, math.inf], "at least 0 and finite"),
+    ({"above": 0, "below": 1}, [0.5], [0, 1, math.inf], "above 0 and below 1"),
+    ({"at_least": -1, "at_most": 1}, [-1, 1], [1.1], "at least -1 and at most 1"),
+    ({"above": 0, "infinite": True}, [math.inf], [math.nan, -math.inf], "above 0"),
 ]
 
 
@@ -105,6 +110,21 @@ def test_callables(value: Callable[..., Any]) -> None:
 def test_what_cannot_be_called_so(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^f must be callable as f\(t, u\), but"):
         checks.function("f", value, "t", "u")
+
+
+@dataclass(frozen=True)
+class Made(checks.Configured):
+    gamma: float = 0.9
+
+
+def test_misspelled_arguments_of_classes() -> None:
+    assert Made(gamma=1).gamma == 1
+    assert copy.deepcopy(Made(0.5)) == pickle.loads(pickle.dumps(Made(0.5))) == Made(0.5)
+    assert dataclasses.replace(Made(), gamma=2.0).gamma == 2.0
+    with pytest.raises(TypeError, match=r"Made takes no argument 'gama'.\n  Did you mean 'gamma'"):
+        Made(gama=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"Tsit5 takes no argument 'order'.\n  It takes none"):
+        psn.Tsit5(order=5)  # type: ignore[call-arg]
 
 
 def test_sequences() -> None:

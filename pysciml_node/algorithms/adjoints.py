@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pysciml_node import checks
 
-class Adjoint:
+
+class Adjoint(checks.Configured):
     """Base of all adjoints."""
 
     discrete: bool = False
@@ -60,10 +62,13 @@ class _ContinuousAdjoint(Adjoint):
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "max_steps"):
+        where = type(self).__name__
+        for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be positive, but is {value}")
+            if value is not None:
+                checks.settle(self, **{name: checks.number(f"{where}: {name}", value, above=0)})
+        if self.max_steps is not None:
+            checks.settle(self, max_steps=checks.whole(f"{where}: max_steps", self.max_steps))
 
 
 @dataclass(frozen=True)

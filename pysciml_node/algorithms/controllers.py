@@ -11,6 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from pysciml_node import checks
+
 
 class StepSizes(ABC):
     """The running state of a controller during one solve."""
@@ -24,7 +26,7 @@ class StepSizes(ABC):
         """Size of the next attempt after `h` was rejected (`error > 1`, or not finite)."""
 
 
-class Controller(ABC):
+class Controller(checks.Configured, ABC):
     """Base of all controllers: a frozen description; `start` begins a solve with it."""
 
     adaptive = True
@@ -34,12 +36,13 @@ class Controller(ABC):
         """Begin a solve with a method whose embedded solution has order `error_order`."""
 
 
-def _check_limits(gamma: float, qmin: float, qmax: float) -> None:
-    if not (0 < gamma <= 1 and 0 < qmin < 1 < qmax):
-        raise ValueError(
-            "a controller needs 0 < gamma <= 1 and 0 < qmin < 1 < qmax, "
-            f"but got gamma={gamma}, qmin={qmin}, qmax={qmax}"
-        )
+def _settle_limits(controller: PIController | IController) -> None:
+    checks.settle(
+        controller,
+        gamma=checks.number("gamma", controller.gamma, above=0, at_most=1),
+        qmin=checks.number("qmin", controller.qmin, above=0, below=1),
+        qmax=checks.number("qmax", controller.qmax, above=1),
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,13 @@ class PIController(Controller):
     qmax: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_limits(self.gamma, self.qmin, self.qmax)
+        _settle_limits(self)
+        # Above 1 the power of a large error would overflow; without beta1 steps would not shrink.
+        for name, above in (("beta1", 0.0), ("beta2", -1.0)):
+            if getattr(self, name) is not None:
+                checks.settle(
+                    self, **{name: checks.number(name, getattr(self, name), above=above, at_most=1)}
+                )
 
     def exponents(self, error_order: float) -> tuple[float, float]:
         """`(beta1, beta2)` for a method whose embedded solution has order `error_order`."""
@@ -99,7 +108,7 @@ class IController(Controller):
     qmax: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_limits(self.gamma, self.qmin, self.qmax)
+        _settle_limits(self)
 
     def exponents(self, error_order: float) -> tuple[float, float]:
         """`(1/k, 0)`: integral control is PI control without memory."""
@@ -157,8 +166,10 @@ class PIDController(Controller):
     safety: float = 0.81
 
     def __post_init__(self) -> None:
-        if not 0 < self.safety <= 1:
-            raise ValueError(f"safety must lie in (0, 1], but is {self.safety}")
+        for name in ("beta1", "beta2", "beta3"):
+            value = checks.number(name, getattr(self, name), at_least=-2, at_most=2)
+            checks.settle(self, **{name: value})
+        checks.settle(self, safety=checks.number("safety", self.safety, above=0, at_most=1))
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pysciml_node import tableaus
+from pysciml_node import checks, tableaus
 from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint
 from pysciml_node.algorithms.controllers import Controller, PIController
 from pysciml_node.tableaus import Tableau
 
 
-class Algorithm:
+class Algorithm(checks.Configured):
     """Base of all algorithms."""
 
     def default_controller(self) -> Controller:

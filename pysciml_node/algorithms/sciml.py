@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, GaussAdjoint
 from pysciml_node.algorithms.controllers import AlgorithmController, Controller
 from pysciml_node.algorithms.explicit import Algorithm
@@ -21,11 +22,15 @@ _CALL = re.compile(r"[A-Za-z_]\w*\(.*\)")
 class SciMLAlgorithm(Algorithm):
     """Any algorithm of SciML's solver packages, by name; runs on the Julia engine.
 
+    The expression is code: it is run as it stands, with all that Julia may do on this machine.
+    Take none from people, files or web pages that you would not take a program from.
+
     Args:
         expression: how it is made in Julia, such as `"Tsit5()"` or `"Rodas4P(autodiff=...)"`.
         packages: Julia packages that export the names in it; they must be in the Julia project.
 
     Raises:
+        TypeError: the expression is no text, or the packages are no names.
         ValueError: the expression is no call.
 
     Example:
@@ -38,11 +43,18 @@ class SciMLAlgorithm(Algorithm):
     packages: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not _CALL.fullmatch(self.expression):
+        hint = 'Write it as Julia does, for example "Rodas5P()".'
+        if not _CALL.fullmatch(checks.text("expression", self.expression, hint=hint)):
             raise ValueError(
-                f"expression must make an algorithm, but is {self.expression!r}.\n"
-                '  Write it as Julia does, for example "Rodas5P()".'
+                f"expression must make an algorithm, but is {self.expression!r}.\n  {hint}"
             )
+        packages: Any = self.packages
+        if isinstance(packages, str):
+            packages = (packages,)
+        if not isinstance(packages, tuple | list):
+            checks.refuse("packages", "a tuple of names of Julia packages", packages)
+        names = tuple(checks.text(f"packages[{i}]", x) for i, x in enumerate(packages))
+        checks.settle(self, packages=names)
 
     def default_controller(self) -> Controller:
         """The algorithm's own."""
@@ -62,8 +74,7 @@ class _Named(SciMLAlgorithm):
     packages: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "expression", f"{type(self).__name__}()")
-        object.__setattr__(self, "packages", (self.package,))
+        checks.settle(self, expression=f"{type(self).__name__}()", packages=(self.package,))
 
 
 class Vern6(_Named):
@@ -144,11 +155,7 @@ class QNDF(_Named):
 
 
 def _switching(name: str, package: str, stiff: SciMLAlgorithm) -> SciMLAlgorithm:
-    if not isinstance(stiff, SciMLAlgorithm):
-        raise TypeError(
-            f"{name} switches to a stiff algorithm, but was given {stiff!r}.\n"
-            f"  Write for example {name}(Rosenbrock23())."
-        )
+    checks.instance("stiff", stiff, SciMLAlgorithm, example=f"{name}(Rosenbrock23())")
     return SciMLAlgorithm(
         f"{name}({stiff.expression})", ("OrdinaryDiffEqCore", package, *stiff.packages)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pysciml_node import checks
 from pysciml_node.algorithms.controllers import Controller, PIController
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.problems.sde import Interpretation, Noise, SDEProblem
@@ -25,6 +26,10 @@ class StochasticRungeKutta(Algorithm):
     Args:
         delta: weight of the drift part of the error estimate beside the diffusion part; SciML's
             parameter of the same name.
+
+    Raises:
+        TypeError: `delta` is no number.
+        ValueError: a negative `delta`.
     """
 
     tableau: ClassVar[SDETableau]
@@ -32,6 +37,9 @@ class StochasticRungeKutta(Algorithm):
     interpretations: ClassVar[tuple[Interpretation, ...]] = ("ito",)
 
     delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.settle(self, delta=checks.number("delta", self.delta, at_least=0))
 
     def default_controller(self) -> Controller:
         """PI control that lets steps grow slowly: one lucky increment says little of the next."""
