@@ -116,7 +116,8 @@ class CNF(Flow):
         return t1, t0
 
     def _flow(self, u: Tensor, tspan: tuple[Time, Time]) -> Mapped:
-        solution = self.node.integrate(u, tspan=tspan, driven={_LOG_DET: self._divergence})
+        driven = {_LOG_DET: self._divergence}
+        solution = self.node.integrate(u, tspan=tspan, driven=driven, batch=len(u))
         return Mapped(
             solution.u1,
             solution.integrals[_LOG_DET],
@@ -128,10 +129,16 @@ class CNF(Flow):
     def _divergence(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         if probes is None:
             raise TypeError("a flow's state must be one tensor.\n  Stack the parts into one.")
+        if problem.spec.dtype.is_complex:
+            raise TypeError(
+                f"a flow's state must be real, but is {problem.spec.dtype}.\n"
+                "  Flow its real view: torch.view_as_real(x)."
+            )
         vectors = probes.of(self.exact, self.distribution, self.generator)
+        batch = probes.batch
 
         def rate(point: FieldPoint) -> Tensor:
-            terms = [samples_of(point.pullback(e) * e).sum(1) for e in vectors]
+            terms = [samples_of(point.pullback(e) * e, batch).sum(1) for e in vectors]
             return torch.stack(terms).sum(0)
 
         return rate

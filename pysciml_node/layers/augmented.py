@@ -14,6 +14,7 @@ from torch import Tensor
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.regularizers.probes import batch_of
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.solutions.solution import (
     Explanation,
@@ -59,10 +60,34 @@ class AugmentedField:
 
             f = field(t, u)
             point = FieldPoint(t, u, f, field, outer_grad)
-            found = {name: rate(point) for name, rate in self.rates.items()}
+            values = {
+                name: _checked(name, rate(point), state[name]) for name, rate in self.rates.items()
+            }
         out = dict(zip([k for k in state if k.startswith(_OWN)], self.spec.parts(f), strict=True))
-        out.update(found)
+        out.update(values)
         return out if outer_grad else {key: value.detach() for key, value in out.items()}
+
+
+def _checked(name: str, value: Tensor, integral: Tensor) -> Tensor:
+    """A rate in the dtype of the states, which it stands beside."""
+    batch = len(integral)
+    if (
+        not isinstance(value, Tensor)
+        or value.is_complex()
+        or value.numel() != batch
+        or value.shape[:1] not in ((), integral.shape)
+    ):
+        given = (
+            f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(
+            f"the integrand of {name.partition(' ')[2]} must be one real number a sample, of shape "
+            f"{tuple(integral.shape)}, but is {given}.\n"
+            "  Sum or average over all axes behind the batch; of complex numbers take .abs()."
+        )
+    return value.reshape(batch).to(integral.dtype)
 
 
 def augment(
@@ -71,6 +96,7 @@ def augment(
     rtol: Any,
     atol: Any,
     driven: dict[str, Rate] | None = None,
+    batch: int | None = None,
 ) -> tuple[ODEProblem, Any, Any]:
     """A problem that integrates rates too, each one number a sample, shape `(B,)`.
 
@@ -80,6 +106,7 @@ def augment(
         rtol: the state's relative tolerance.
         atol: the state's absolute tolerance.
         driven: rates that have the state's tolerances (the tightest of them).
+        batch: how many samples the state holds; default what its shape says.
 
     Returns:
         The bigger problem and its tolerances.
@@ -87,7 +114,7 @@ def augment(
     spec = problem.spec
     parts = spec.parts(problem.u0)
     names = [f"{_OWN} {key}" for key in (spec.keys or ("u",))]
-    batch = parts[0].shape[0] if parts[0].ndim else 1
+    batch = batch_of(problem.u0) if batch is None else batch
     u0: dict[str, Tensor] = dict(zip(names, parts, strict=True))
     beside = {f"{_DRIVEN} {name}": rate for name, rate in (driven or {}).items()}
     extra = {f"{_EXTRA} {name}": rate for name, rate in rates.items()}
@@ -111,9 +138,9 @@ def augment(
 
 
 def integrals(solution: Solution) -> dict[str, Tensor]:
-    """The integrals at the end of an augmented solve, each `(B,)`."""
+    """The integrals at the end of an augmented solve, each `(B,)` and real."""
     return {
-        key.partition(" ")[2]: value
+        key.partition(" ")[2]: value.real if value.is_complex() else value
         for key, value in solution.u1.items()
         if not key.startswith(f"{_OWN} ")
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -13,8 +13,8 @@ from pysciml_node.layers.neural_de import NeuralDE
 from pysciml_node.layers.options import SolverOptions
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import State
-from pysciml_node.regularizers.base import Times
-from pysciml_node.regularizers.probes import Probes
+from pysciml_node.regularizers.base import Regularizer, Times
+from pysciml_node.regularizers.probes import Probes, batch_of
 from pysciml_node.regularizers.rates import Rate
 from pysciml_node.solutions.solution import Solution
 
@@ -93,6 +93,7 @@ class NeuralODE(NeuralDE):
         saveat: Times | None = None,
         *,
         driven: Mapping[str, MakeRate] | None = None,
+        batch: int | None = None,
         regularize: bool = True,
     ) -> Solution:
         """Solve as `forward` does, with rates beside the state.
@@ -104,6 +105,8 @@ class NeuralODE(NeuralDE):
             saveat: other times of `solution.u`, for this call.
             driven: for each name what makes the rate of one solve, from the problem and its probes.
                 Their integrals are in `solution.integrals`, and have the state's tolerances.
+            batch: how many samples `u0` holds; default the length of its first axis, and 1 for a
+                state with a single axis.
             regularize: evaluate the regularizers in training mode.
 
         Returns:
@@ -114,30 +117,32 @@ class NeuralODE(NeuralDE):
         regularizers = self.active_regularizers() if regularize else []
         for regularizer in regularizers:
             problem, saveat = regularizer.prepare(problem, saveat)
-        probes = Probes(problem.u0) if isinstance(problem.u0, Tensor) else None
-        # First those that are driven: regularizers share their probes.
-        beside = {name: make(problem, probes) for name, make in (driven or {}).items()}
-        every = {r.name: r.rate(problem, probes) for r in regularizers}
-        rates = {name: rate for name, rate in every.items() if rate is not None}
-        for name in beside.keys() & rates.keys():
-            raise ValueError(f"a regularizer is named {name!r}, which is taken: give it name=...")
-        solution = self._solve(problem, saveat, rates, beside)
+        solution = self._solve(problem, saveat, regularizers, driven or {}, batch)
         return self.penalize(solution, regularizers)
 
     def _solve(
         self,
         problem: ODEProblem,
         saveat: Times | None,
-        rates: dict[str, Rate],
-        driven: dict[str, Rate],
+        regularizers: Sequence[Regularizer],
+        driven: Mapping[str, MakeRate],
+        batch: int | None,
     ) -> Solution:
-        whole, rtol, atol = problem, self.rtol, self.atol
-        augmented = bool(rates or driven)
-        if augmented:
-            whole, rtol, atol = augment(problem, rates, rtol, atol, driven)
-        solution = self.solve(whole, rtol=rtol, atol=atol, saveat=saveat)
-        if not augmented:
-            return solution
+        probes: Probes | None = None
+        if isinstance(problem.u0, Tensor):
+            probes = Probes(problem.u0, batch_of(problem.u0) if batch is None else batch)
+        # First those that are driven: regularizers share their probes.
+        beside = {name: make(problem, probes) for name, make in driven.items()}
+        every = {r.name: r.rate(problem, probes) for r in regularizers}
+        rates = {name: rate for name, rate in every.items() if rate is not None}
+        for name in beside.keys() & rates.keys():
+            raise ValueError(
+                f"a regularizer is named {name!r}, which is taken.\n  Give it name=..."
+            )
+        if not (rates or beside):
+            return self.solve(problem, saveat=saveat)
+        bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch)
+        solution = self.solve(bigger, rtol=rtol, atol=atol, saveat=saveat)
         values = integrals(solution)
         solution = without_extra(solution, problem)
         solution.integrals = values

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pysciml_node.checks import choice
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.regularizers.base import Regularizer
-from pysciml_node.regularizers.probes import Distribution, Probes, check_distribution, samples_of
+from pysciml_node.regularizers.probes import (
+    Distribution,
+    Probes,
+    batch_of,
+    check_distribution,
+    samples_of,
+    squares,
+)
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.schedules import Schedule
 from pysciml_node.solutions.solution import Solution
@@ -20,14 +28,19 @@ from pysciml_node.solutions.solution import Solution
 Reduction = Literal["mean", "sum"]
 
 
-def _reduce(squares: Tensor, reduction: Reduction) -> Tensor:
-    """Per sample, `(B, D)` to `(B,)`."""
-    return squares.mean(1) if reduction == "mean" else squares.sum(1)
+def check_reduction(reduction: str) -> Reduction:
+    """The name of a reduction over the dimensions of a state.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    return choice("reduction", reduction, get_args(Reduction))
 
 
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", but is {reduction!r}.')
+def square_norm(x: Tensor, batch: int, reduction: Reduction) -> Tensor:
+    """Sum or mean of the squared magnitudes of each sample, `(B,)`."""
+    entries = squares(samples_of(x, batch))
+    return entries.mean(1) if reduction == "mean" else entries.sum(1)
 
 
 class IntegralRegularizer(Regularizer):
@@ -56,15 +69,18 @@ class IntegralRegularizer(Regularizer):
                 f"the solution holds no integral named {self.name!r}.\n"
                 "  Solve through NeuralODE(..., regularizers=[...]) in training mode."
             )
-        # Backward in time the integral runs the other way.
-        return value.mean() * solution.problem.direction
+        # An empty batch has no penalty. Backward in time the integral runs the other way.
+        mean = value.mean() if value.numel() else value.sum()
+        return mean * solution.problem.direction
 
 
 class Integral(IntegralRegularizer):
     """Any integrand along the solution.
 
     Args:
-        fn: `fn(t, u, f)` with the state and its derivative; returns one number a sample, `(B,)`.
+        fn: `fn(t, u, f)` with the state and its derivative; returns one real number a sample,
+            `(B,)`. For a state with one axis it returns one number, or one for each entry, and
+            then their mean is integrated.
         name: key in `Solution.penalties`.
         weight: factor of the penalty in the loss, or a schedule of it.
 
@@ -84,7 +100,13 @@ class Integral(IntegralRegularizer):
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-        return lambda point: self.fn(point.t, point.u, point.f)
+
+        def rate(point: FieldPoint) -> Tensor:
+            value = self.fn(point.t, point.u, point.f)
+            single = probes is not None and probes.batch == 1 and point.u.ndim == 1
+            return value.mean() if single and value.shape == point.u.shape else value
+
+        return rate
 
 
 class KineticEnergy(IntegralRegularizer):
@@ -107,15 +129,16 @@ class KineticEnergy(IntegralRegularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_reduction(reduction)
-        self.reduction: Reduction = reduction
+        self.reduction = check_reduction(reduction)
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
 
+        batch = batch_of(problem.u0) if probes is None else probes.batch
+
         def rate(point: FieldPoint) -> Tensor:
-            parts = [samples_of(part) for part in tensors_of(point.f)]
-            return _reduce(torch.cat(parts, 1).abs().square(), self.reduction)
+            parts = [samples_of(part, batch) for part in tensors_of(point.f)]
+            return square_norm(torch.cat(parts, 1), batch, self.reduction)
 
         return rate
 
@@ -124,7 +147,9 @@ class JacobianFrobenius(IntegralRegularizer):
     """Squared Frobenius norm of the field's Jacobian, `int ||df/du||_F^2 dt`.
 
     Estimated as `E ||e^T df/du||^2` with one random probe `e` a sample, drawn for each solve and
-    fixed through it (a probe that changed between evaluations would make the equation rough).
+    fixed through it (a probe that changed between evaluations would make the equation rough). Of a
+    complex state it is `||df/du||_F^2 + ||df/du*||_F^2`, and the second term is 0 for holomorphic
+    fields.
 
     Args:
         weight: factor of the penalty in the loss, or a schedule of it.
@@ -152,8 +177,7 @@ class JacobianFrobenius(IntegralRegularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_reduction(reduction)
-        self.exact, self.reduction = exact, reduction
+        self.exact, self.reduction = exact, check_reduction(reduction)
         self.distribution = check_distribution(distribution)
         self.generator = generator
 
@@ -164,10 +188,10 @@ class JacobianFrobenius(IntegralRegularizer):
                 "JacobianFrobenius needs a single-tensor state.\n  Stack the parts into one tensor."
             )
         vectors = probes.of(self.exact, self.distribution, self.generator)
-        divisor = samples_of(probes.like).shape[1] if self.reduction == "mean" else 1
+        batch = probes.batch
 
         def rate(point: FieldPoint) -> Tensor:
-            squares = [samples_of(point.pullback(e)).square().sum(1) for e in vectors]
-            return torch.stack(squares).sum(0) / divisor
+            norms = [square_norm(point.pullback(e), batch, self.reduction) for e in vectors]
+            return torch.stack(norms).sum(0)
 
         return rate

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+
+from pysciml_node.problems.state import State, tensors_of
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -13,9 +16,36 @@ Distribution = Literal["rademacher", "gaussian"]
 _SMALL = 4
 
 
-def samples_of(u: Tensor) -> Tensor:
-    """A state as `(B, D)`: batch first, everything behind it flattened."""
-    return u.reshape(u.shape[0], -1) if u.ndim else u.reshape(1, 1)
+def batch_of(state: State) -> int:
+    """How many samples a state holds: the length of its first axis.
+
+    A state with one axis, and one whose parts all have one at most, is a single system of coupled
+    entries. Beside a part with more axes, a part with one axis holds a number for each sample.
+
+    Raises:
+        ValueError: parts of different batch sizes.
+    """
+    parts = list(tensors_of(state))
+    if all(part.ndim < 2 for part in parts):
+        return 1
+    sizes = {part.shape[0] if part.ndim else None for part in parts}
+    if len(sizes) > 1:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(
+            f"the parts of a state that is regularized must have one batch size, but are of shapes "
+            f"{shapes}.\n  Put the batch first in every part."
+        )
+    return parts[0].shape[0]
+
+
+def samples_of(u: Tensor, batch: int) -> Tensor:
+    """A state of so many samples as `(B, D)`, everything behind the batch flattened."""
+    return u.flatten(1) if u.ndim > 1 else u.reshape(batch, -1)
+
+
+def squares(x: Tensor) -> Tensor:
+    """Squared magnitude of each entry, real."""
+    return x.real.square() + x.imag.square() if x.is_complex() else x.square()
 
 
 def check_distribution(distribution: str) -> Distribution:
@@ -37,12 +67,18 @@ class Probes:
 
     Args:
         like: a state.
+        batch: how many samples it holds.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
+    def __init__(self, like: Tensor, batch: int) -> None:
+        self.like, self.batch = like, batch
         self._basis: list[Tensor] | None = None
         self._random: dict[tuple[Distribution, int | None], Tensor] = {}
+
+    @property
+    def dimensions(self) -> int:
+        """Entries of one sample."""
+        return samples_of(self.like, self.batch).shape[1]
 
     def of(
         self, exact: bool | None, distribution: Distribution, generator: torch.Generator | None
@@ -55,10 +91,10 @@ class Probes:
             generator: draws it; without one a probe of that distribution that is there already is
                 taken.
         """
-        small = samples_of(self.like).shape[1] <= _SMALL
+        small = self.dimensions <= _SMALL
         if small if exact is None else exact:
             if self._basis is None:
-                self._basis = basis_probes(self.like)
+                self._basis = basis_probes(self.like, self.batch)
             return self._basis
         alike = [probe for key, probe in self._random.items() if key[0] == distribution]
         if generator is None and alike:
@@ -72,20 +108,29 @@ class Probes:
 def draw_probe(
     like: Tensor, distribution: Distribution, generator: torch.Generator | None
 ) -> Tensor:
-    """A random vector with unit covariance, like a state."""
+    """A random vector `e` with `E[e e^H] = I`, like a state; complex ones with `E[e e^T] = 0`."""
     options: dict[str, Any] = {"generator": generator, "device": like.device}
     if distribution == "gaussian":
         return torch.randn(like.shape, dtype=like.dtype, **options)
+    if like.is_complex():
+        signs = 2 * torch.randint(0, 2, (*like.shape, 2), **options) - 1
+        return torch.view_as_complex(signs.to(like.dtype.to_real()) / math.sqrt(2))
     signs = torch.randint(0, 2, like.shape, **options)
     return (2 * signs - 1).to(like.dtype)
 
 
-def basis_probes(like: Tensor) -> list[Tensor]:
-    """The unit vectors of a sample's space, each for the whole batch."""
-    flat = samples_of(like)
+def basis_probes(like: Tensor, batch: int) -> list[Tensor]:
+    """Vectors `e` with `sum e e^H = I` in a sample's space, each for the whole batch.
+
+    They are the unit vectors, of a complex space also times `i` and all divided by `sqrt(2)`: a
+    field need not be holomorphic, and then its product with `i e` is not `i` times that with `e`.
+    """
+    flat = samples_of(like, batch)
+    units: tuple[complex, ...] = (1.0, 1.0j) if like.is_complex() else (1.0,)
     probes = []
     for i in range(flat.shape[1]):
-        probe = torch.zeros_like(flat)
-        probe[:, i] = 1
-        probes.append(probe.reshape(like.shape).detach())
+        for unit in units:
+            probe = torch.zeros_like(flat)
+            probe[:, i] = torch.tensor(unit / math.sqrt(len(units)), dtype=flat.dtype)
+            probes.append(probe.reshape(like.shape).detach())
     return probes

@@ -11,10 +11,10 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.integral import (
     IntegralRegularizer,
     Reduction,
-    _check_reduction,
-    _reduce,
+    check_reduction,
+    square_norm,
 )
-from pysciml_node.regularizers.probes import Probes, samples_of
+from pysciml_node.regularizers.probes import Probes
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.schedules import Schedule
 
@@ -68,12 +68,11 @@ class TaylorDerivative(IntegralRegularizer):
         super().__init__(weight, name)
         if isinstance(order, bool) or not isinstance(order, int) or order < 1:
             raise ValueError(f"order must be a whole number, at least 1, but is {order!r}.")
-        _check_reduction(reduction)
-        self.order, self.reduction = order, reduction
+        self.order, self.reduction = order, check_reduction(reduction)
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-        if not isinstance(problem.u0, Tensor):
+        if probes is None:
             raise TypeError(
                 "TaylorDerivative needs a single-tensor state.\n  Stack the parts into one tensor."
             )
@@ -82,6 +81,6 @@ class TaylorDerivative(IntegralRegularizer):
             derivative = point.f
             if self.order > 1:
                 derivative = total_derivative(point.field, self.order)(point.t, point.u)
-            return _reduce(samples_of(derivative).square(), self.reduction)
+            return square_norm(derivative, probes.batch, self.reduction)
 
         return rate
