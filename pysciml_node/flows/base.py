@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pysciml_node.flows.distribution import check_base, leaves_of
+from pysciml_node.layers.neural_de import without_regularizers
 from pysciml_node.regularizers.base import Regularizer
+
+Base = Distribution | nn.Module
 
 
 @dataclass(frozen=True)
@@ -109,38 +113,50 @@ class Flow(Transform):
     Args:
         event_shape: shape of one sample, or the number of entries of a vector. Without it every
             input is `(B, *E)`, and samples cannot be drawn.
-        base: distribution of one transformed sample, its batch shape empty; default a standard
-            normal one, of the parameters' dtype and device.
+        base: distribution of one transformed sample, its batch shape empty, or a module that makes
+            it whenever it is called; default a standard normal one, of the parameters' dtype and
+            device. Parameters of either are parameters of the flow.
 
     Raises:
         TypeError: `base` is no distribution.
-        ValueError: a base of another shape.
+        ValueError: a base of another shape, or one that would not follow its parameters.
     """
 
     has_rsample = True
     batch_shape = torch.Size()
 
     def __init__(
-        self, event_shape: int | Sequence[int] | None = None, base: Distribution | None = None
+        self, event_shape: int | Sequence[int] | None = None, base: Base | None = None
     ) -> None:
         super().__init__()
         if isinstance(event_shape, int):
             event_shape = (event_shape,)
-        if base is not None and not isinstance(base, Distribution):
-            raise TypeError(f"base must be a torch.distributions.Distribution, but is {base!r}.")
-        if base is not None and base.batch_shape:
-            raise ValueError(
-                f"base must be one distribution, but is a batch of them, of shape "
-                f"{tuple(base.batch_shape)}.\n"
-                "  Wrap it: torch.distributions.Independent(base, len(base.batch_shape))."
-            )
-        if event_shape is None and base is not None:
-            event_shape = base.event_shape
+        distribution = None if base is None else check_base(base)
+        if event_shape is None and distribution is not None:
+            event_shape = distribution.event_shape
         self.event_shape = None if event_shape is None else torch.Size(event_shape)
         self.base = base
+        self._leaves = leaves_of(base) if isinstance(base, Distribution) else []
+        named = {leaf.parameter: leaf.name for leaf in self._leaves}
+        for parameter, name in named.items():
+            self.register_parameter(f"base_{name}", parameter)
+
+    def base_distribution(self) -> Distribution | None:
+        """The distribution of one transformed sample as its parameters are now, or the normal one.
+
+        Raises:
+            ValueError: a base whose parameters were moved without it.
+        """
+        for leaf in self._leaves:
+            leaf.check()
+        return None if self.base is None else check_base(self.base)
 
     def forward(self, x: Tensor) -> Density:
         """The density of a batch `(B, *E)`, with the penalties of training mode.
+
+        A regularizer that moves the end of the interval, such as `RandomEndTime`, moves it here
+        too: the result's `log_prob` is then what training maximizes, and the density is the
+        method's `log_prob`.
 
         Args:
             x: data.
@@ -163,7 +179,9 @@ class Flow(Transform):
         return Density(**parts, log_prob=self._base_log_prob(mapped.u) + mapped.log_det)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats.
+        """Log-density in nats, in training and in eval mode.
+
+        Regularizers have no part in it.
 
         Args:
             x: data `(*S, *event_shape)`, or `(B, *E)` for a flow without `event_shape`.
@@ -175,15 +193,19 @@ class Flow(Transform):
             ValueError: samples of another shape.
         """
         if self.event_shape is None:
-            return self(x).log_prob  # type: ignore[no-any-return]
+            return self._unregularized(x)
         count = x.ndim - len(self.event_shape)
         if count < 0 or x.shape[count:] != self.event_shape:
             raise ValueError(
                 f"the last axes of x must be {tuple(self.event_shape)}, but its shape is "
                 f"{tuple(x.shape)}."
             )
-        found: Tensor = self(x.reshape(-1, *self.event_shape)).log_prob
-        return found.reshape(x.shape[:count])
+        return self._unregularized(x.reshape(-1, *self.event_shape)).reshape(x.shape[:count])
+
+    def _unregularized(self, x: Tensor) -> Tensor:
+        with without_regularizers(self):
+            density: Density = self(x)
+        return density.log_prob
 
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
@@ -217,23 +239,23 @@ class Flow(Transform):
         return self.decode(z).reshape(*shape, *self.event_shape)
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
-        if self.base is not None:
-            found: Tensor = self.base.log_prob(z)
-            return found
+        base = self.base_distribution()
+        if base is not None:
+            log_prob: Tensor = base.log_prob(z)
+            return log_prob
         squares = (z.square() + math.log(2 * math.pi)).reshape(z.shape[0], -1)
         return -0.5 * squares.sum(1)
 
     def _draw(self, count: int, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-        if self.base is not None:
+        base = self.base_distribution()
+        if base is not None:
             if generator is not None:
                 raise ValueError(
                     "a base distribution of its own takes no generator.\n"
                     "  Leave out base=... for a standard normal one, or generator=..."
                 )
             size = torch.Size((count,))
-            drawn: Tensor = (
-                self.base.rsample(size) if self.base.has_rsample else self.base.sample(size)
-            )
+            drawn: Tensor = base.rsample(size) if base.has_rsample else base.sample(size)
             return drawn
         like: Any = next(iter(self.parameters()), torch.empty(0))
         return torch.randn(count, *shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -267,7 +289,7 @@ class Chain(Flow):
         self,
         transforms: Sequence[Transform],
         event_shape: int | Sequence[int] | None = None,
-        base: Distribution | None = None,
+        base: Base | None = None,
     ) -> None:
         super().__init__(event_shape, base)
         self.transforms = Transforms(transforms)

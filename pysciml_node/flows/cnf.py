@@ -7,10 +7,9 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.flows.base import Flow, Mapped
+from pysciml_node.flows.base import Base, Flow, Mapped
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -42,7 +41,8 @@ class CNF(Flow):
         tspan: from data to base.
         event_shape: shape of one sample, or the number of entries of a vector; needed to draw
             samples without a `base`.
-        base: distribution of one sample at `t1`; default a standard normal one.
+        base: distribution of one sample at `t1`, or a module that makes it; default a standard
+            normal one. Its parameters are trained with the flow's.
         exact: compute the trace itself; default where there are at most four dimensions. The
             attribute may be changed at any time, for example for evaluation.
         distribution: of the probe's entries, `"rademacher"` (less variance) or `"gaussian"`.
@@ -74,17 +74,19 @@ class CNF(Flow):
         tspan: tuple[Time, Time] = (0.0, 1.0),
         *,
         event_shape: int | Sequence[int] | None = None,
-        base: Distribution | None = None,
+        base: Base | None = None,
         exact: bool | None = None,
         distribution: ProbeDistribution = "rademacher",
         generator: torch.Generator | None = None,
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(event_shape, base)
-        if base is not None and self.event_shape != base.event_shape:
+        distribution_at_end = self.base_distribution()
+        over = None if distribution_at_end is None else distribution_at_end.event_shape
+        if over is not None and self.event_shape != over:
             raise ValueError(
                 f"base must be over the shape of a sample, {tuple(self.event_shape or ())}, but is "
-                f"over {tuple(base.event_shape)}."
+                f"over {tuple(over)}.\n  Give event_shape={tuple(over)}, or another base."
             )
         if "saveat" in options:
             raise TypeError(
@@ -102,8 +104,11 @@ class CNF(Flow):
         return self._flow(x, self.node.tspan)
 
     def inverse(self, z: Tensor) -> Mapped:
-        """Carry a batch of the base's space back to data, from `t1` to `t0`."""
-        return self._flow(z, self._backward)
+        """Carry a batch of the base's space back to data, from `t1` to `t0`.
+
+        Regularizers move no end: the inverse of a flow starts and ends where the data do.
+        """
+        return self._flow(z, self._backward, whole=True)
 
     def decode(self, z: Tensor) -> Tensor:
         """The data of `inverse`, by a plain solve."""
@@ -115,9 +120,9 @@ class CNF(Flow):
         t0, t1 = self.node.tspan
         return t1, t0
 
-    def _flow(self, u: Tensor, tspan: tuple[Time, Time]) -> Mapped:
+    def _flow(self, u: Tensor, tspan: tuple[Time, Time], *, whole: bool = False) -> Mapped:
         driven = {_LOG_DET: self._divergence}
-        solution = self.node.integrate(u, tspan=tspan, driven=driven, batch=len(u))
+        solution = self.node.integrate(u, tspan=tspan, driven=driven, batch=len(u), whole=whole)
         return Mapped(
             solution.u1,
             solution.integrals[_LOG_DET],

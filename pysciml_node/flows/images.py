@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.nn import functional
 
-from pysciml_node.flows.base import Chain, Flow, Mapped, Transform, Transforms
+from pysciml_node.flows.base import Base, Chain, Flow, Mapped, Transform, Transforms
 from pysciml_node.flows.cnf import CNF
 
 
@@ -24,7 +23,7 @@ def dequantize(
     of the probability of the whole numbers.
 
     Args:
-        x: pixels, in a floating-point dtype.
+        x: pixels as whole numbers, in a floating-point dtype.
         levels: how many values a pixel has.
         generator: draws the noise; default torch's own.
         noise: without it the cells' centres, `e = 1/2`, as the RNODE code takes at test time.
@@ -34,14 +33,26 @@ def dequantize(
 
     Raises:
         TypeError: `x` is not of a floating-point dtype.
-        ValueError: pixels outside their range.
+        ValueError: pixels outside their range, or between whole numbers, as those in [0, 1] are
+            that the loaders of `pysciml_node.data` return.
 
     Reference: Theis, van den Oord, Bethge, A note on the evaluation of generative models, arXiv
     1511.01844, section 3.1.
     """
     if not x.is_floating_point():
-        raise TypeError(f"x must be of a floating-point dtype, but is {x.dtype}: call x.float().")
+        raise TypeError(
+            f"x must be of a floating-point dtype, but is {x.dtype}.\n  Convert it: x.float()."
+        )
     _check_range("x", x, 0, levels - 1)
+    off = (x.detach() - x.detach().round()).abs()
+    # Pixels that were divided by levels - 1 and multiplied again may be off by rounding.
+    if bool((off > 4 * torch.finfo(x.dtype).eps * levels).any()):
+        raise ValueError(
+            f"x must hold whole numbers from 0 to {levels - 1}, but one is off by "
+            f"{float(off.max()):.3g}.\n"
+            f"  Of pixels in [0, 1] pass ({levels - 1} * x).round()."
+        )
+    x = x.round()
     if not noise:
         return (x + 0.5) / levels
     drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -147,7 +158,8 @@ class MultiScale(Flow):
         scales: default as many as halvings of the smaller side leave it at least 4 before.
         blocks: flows before, and after, a squeeze.
         alpha: of the logit transform of pixels in [0, 1] in front; `None` for none.
-        base: distribution of the flat latent vector; default a standard normal one.
+        base: distribution of the flat latent vector, or a module that makes it; default a standard
+            normal one.
         options: further arguments of each `CNF`. Regularizers and generators are shared by all of
             them; the penalties of the flows add up.
 
@@ -172,7 +184,7 @@ class MultiScale(Flow):
         scales: int | None = None,
         blocks: int = 2,
         alpha: float | None = 0.05,
-        base: Distribution | None = None,
+        base: Base | None = None,
         **options: Any,
     ) -> None:
         super().__init__(image_shape, base)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,10 +47,13 @@ class NeuralDE(nn.Module):
         self.saveat = others.pop("saveat", None)
         self.engine = others.pop("engine", None)
         self.options = others
+        self.regularize = True
 
     def active_regularizers(self) -> list[Regularizer]:
         """Those that count now: all in training mode, none in eval mode."""
-        return list(cast(Iterable[Regularizer], self.regularizers)) if self.training else []
+        if not (self.training and self.regularize):
+            return []
+        return list(cast(Iterable[Regularizer], self.regularizers))
 
     def solve(self, problem: Problem, **arguments: Any) -> Solution:
         """Solve a problem with the module's settings, which `arguments` can replace."""
@@ -79,3 +83,17 @@ class NeuralDE(nn.Module):
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
         return f"{self.algorithm}, tspan={self.tspan}, rtol={self.rtol}, atol={self.atol}"
+
+
+@contextmanager
+def without_regularizers(module: nn.Module) -> Iterator[None]:
+    """Solve the equations inside a module as in eval mode where it comes to regularizers."""
+    layers = [inner for inner in module.modules() if isinstance(inner, NeuralDE)]
+    before = [layer.regularize for layer in layers]
+    try:
+        for layer in layers:
+            layer.regularize = False
+        yield
+    finally:
+        for layer, regularize in zip(layers, before, strict=True):
+            layer.regularize = regularize

@@ -95,6 +95,7 @@ class NeuralODE(NeuralDE):
         driven: Mapping[str, MakeRate] | None = None,
         batch: int | None = None,
         regularize: bool = True,
+        whole: bool = False,
     ) -> Solution:
         """Solve as `forward` does, with rates beside the state.
 
@@ -108,6 +109,7 @@ class NeuralODE(NeuralDE):
             batch: how many samples `u0` holds; default the length of its first axis, and 1 for a
                 state with a single axis.
             regularize: evaluate the regularizers in training mode.
+            whole: solve over the interval as it is, whatever regularizers would make of it.
 
         Returns:
             The solution; `solution.u1` has the shape of `u0`.
@@ -115,7 +117,7 @@ class NeuralODE(NeuralDE):
         problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
         saveat = self.saveat if saveat is None else saveat
         regularizers = self.active_regularizers() if regularize else []
-        for regularizer in regularizers:
+        for regularizer in [] if whole else regularizers:
             problem, saveat = regularizer.prepare(problem, saveat)
         solution = self._solve(problem, saveat, regularizers, driven or {}, batch)
         return self.penalize(solution, regularizers)

@@ -161,6 +161,14 @@ def test_dequantized_pixels_stay_in_their_cells() -> None:
     assert torch.equal(dequantize(x, 17, noise=False), (x + 0.5) / 17)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_of_loaders_are_whole_numbers_again(dtype: torch.dtype) -> None:
+    """Divided by 255 and multiplied by it they are off by rounding, which is no other pixel."""
+    whole = torch.arange(256, dtype=dtype)
+    cells = dequantize(255 * (whole / 255), generator=generator())
+    assert torch.equal((cells * 256).floor(), whole)
+
+
 def test_uniform_pixels_take_all_their_bits() -> None:
     assert float(bits_per_dimension(torch.tensor(0.0), 10, levels=32)) == pytest.approx(5.0)
     # A density of 2^D halves the volume of each dimension: one bit less.
@@ -175,6 +183,8 @@ def test_uniform_pixels_take_all_their_bits() -> None:
         (lambda: Logit().transform(torch.full((1, 2), 255.0)), ValueError, "x must lie in"),
         (lambda: dequantize(torch.arange(3)), TypeError, "floating-point"),
         (lambda: dequantize(torch.tensor([16.0]), 16), ValueError, r"\[0, 15\]"),
+        (lambda: dequantize(torch.tensor([0.0, 0.5])), ValueError, r"\(255 \* x\).round\(\)"),
+        (lambda: dequantize(digits().test.x, 17), ValueError, "whole numbers from 0 to 16"),
         (lambda: MultiScale((1, 6, 6), field, scales=3), ValueError, "cannot be halved 2 times"),
         (lambda: MultiScale((1, 8, 8), field, blocks=0), ValueError, "at least 1"),
         (lambda: CNF(field(1), event_shape=(1, 4, 4))(images(2, 1, 8, 8)), ValueError, "1, 4, 4"),
