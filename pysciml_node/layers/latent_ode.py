@@ -128,6 +128,12 @@ class LatentODE(nn.Module):
             raise ValueError(f"noise must be positive, but is {noise}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", but is {reduction!r}.')
+        read_to, start = getattr(encoder, "start", None), _number(tspan[0])
+        if isinstance(read_to, float) and not math.isclose(read_to, start, abs_tol=1e-6):
+            raise ValueError(
+                f"the encoder reads back to time {read_to}, but the latent state starts at {start}."
+                f"\n  Make the encoder with start={start}, or give tspan={(read_to, tspan[1])}."
+            )
         self.encoder, self.decoder = encoder, decoder
         self.node = NeuralODE(field, algorithm, tspan, **options)
         self.noise, self.reduction = noise, reduction
@@ -232,3 +238,7 @@ class LatentODE(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Put the schedule back, from `state_dict`."""
         self.steps = int(state)
+
+
+def _number(time: float | Tensor) -> float:
+    return float(time.detach()) if isinstance(time, Tensor) else float(time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Unpack
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.checks import number
 from pysciml_node.data.series import IrregularSeries
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions, check_options
@@ -97,8 +99,12 @@ class RecognitionCell(nn.Module):
         return out
 
 
-class _Encoder(nn.Module):
-    """Reads series with a recognition cell and maps its last state to a posterior."""
+class _Encoder(nn.Module, ABC):
+    """Reads series with a recognition cell and maps its last state to a posterior.
+
+    Attributes:
+        start: the interval's start, where the latent state lives that is described.
+    """
 
     def __init__(
         self,
@@ -106,17 +112,31 @@ class _Encoder(nn.Module):
         latent: int,
         state: int,
         hidden: int,
+        start: float,
         generator: torch.Generator | None,
     ) -> None:
         super().__init__()
-        self.state = state
+        self.state, self.start = state, number("start", start)
+        self.variables = variables
         self.cell = RecognitionCell(2 * variables + 1, state, hidden, generator=generator)
         self.posterior = nn.Sequential(
             dense(2 * state, state, generator), nn.Tanh(), dense(state, 2 * latent, generator)
         )
 
     def forward(self, series: IrregularSeries) -> Tensor:
-        """Mean and logarithm of the variance, side by side, `(B, 2 latent)`."""
+        """Mean and logarithm of the variance, side by side, `(B, 2 latent)`.
+
+        Raises:
+            ValueError: a row before the interval's start.
+        """
+        first = series.times[series.first]
+        if bool((first < self.start).any()):
+            sample = int((first < self.start).nonzero()[0])
+            raise ValueError(
+                f"times must not lie before the start of the interval, {self.start}, but sample "
+                f"{sample} begins at {float(first[sample])}.\n"
+                f"  Make the encoder with start=..., and the LatentODE with the same tspan."
+            )
         x, gaps = inputs_of(series)
         h = x.new_zeros(len(series), 2 * self.state)
         for turn, (samples, rows) in enumerate(visits(series)):
@@ -124,7 +144,7 @@ class _Encoder(nn.Module):
             if turn:
                 before = self.between(before, series.times[rows] + gaps[rows], gaps[rows])
             h = h.index_copy(0, samples, self.cell(x[rows], before))
-        posterior: Tensor = self.posterior(self.finish(h, series.times[series.first]))
+        posterior: Tensor = self.posterior(self.finish(h, first))
         return posterior
 
     def between(self, h: Tensor, t: Tensor, gap: Tensor) -> Tensor:
@@ -132,22 +152,23 @@ class _Encoder(nn.Module):
         del t, gap
         return h
 
+    @abstractmethod
     def finish(self, h: Tensor, t: Tensor) -> Tensor:
         """The states at the start of the interval, from those at the first rows' times `t`."""
-        del t
-        return h
 
 
 class GRUEncoder(_Encoder):
     """Reads each sample's rows from the last to the first with a `RecognitionCell`.
 
-    The work is one cell a row: samples that have no row left take no part.
+    The work is one cell a row: samples that have no row left take no part. The interval's start,
+    where the latent state lives, is read last, as a row at which nothing was observed.
 
     Args:
         variables: of the series, `D`.
         latent: size of the latent state.
         state: size of the cell's mean, and of its spread.
         hidden: width of the cell's hidden layers.
+        start: the interval's start.
         generator: source of the initial weights; default torch's own.
 
     Example:
@@ -166,9 +187,17 @@ class GRUEncoder(_Encoder):
         *,
         state: int = 50,
         hidden: int = 40,
+        start: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(variables, latent, state, hidden, generator)
+        super().__init__(variables, latent, state, hidden, start, generator)
+
+    def finish(self, h: Tensor, t: Tensor) -> Tensor:
+        """The states at the start of the interval, from those at the first rows' times `t`."""
+        gap = (t - self.start).to(h.dtype)
+        unobserved = h.new_zeros(len(h), self.variables)
+        state: Tensor = self.cell(torch.cat((unobserved, unobserved, gap[:, None]), 1), h)
+        return state
 
 
 class ODERNNEncoder(_Encoder):
@@ -206,9 +235,8 @@ class ODERNNEncoder(_Encoder):
         algorithm: Algorithm | None = None,
         **options: Unpack[SolverOptions],
     ) -> None:
-        super().__init__(variables, latent, state, hidden, generator)
+        super().__init__(variables, latent, state, hidden, start, generator)
         check_options(type(self).__name__, options, without=("saveat",))
-        self.start = start
         self.node = NeuralODE(_OverGaps(field), algorithm, **options)
 
     def between(self, h: Tensor, t: Tensor, gap: Tensor) -> Tensor:

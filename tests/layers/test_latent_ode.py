@@ -118,7 +118,35 @@ def test_the_gru_encoder_is_its_cell_row_by_row():
         h = torch.zeros(1, 10, dtype=torch.float64)
         for row in rows:
             h = encoder.cell(x[row : row + 1], h)
+        to_start = series.times[rows[-1]].reshape(1, 1)
+        h = encoder.cell(torch.cat((torch.zeros(1, 2 * VARIABLES), to_start), 1), h)
         torch.testing.assert_close(encoder(series)[sample], encoder.posterior(h)[0])
+
+
+@pytest.mark.parametrize("kind", ["gru", "ode-rnn"])
+def test_when_a_series_starts_is_seen(kind):
+    """The latent state lives at the interval's start, so a later series has another posterior."""
+    series = series_of([4, 2])
+    moved = IrregularSeries(series.times + 0.25, series.values, series.observed, series.lengths)
+    encoder = make_encoder(kind).double()
+    with torch.no_grad():
+        assert (encoder(series) - encoder(moved)).abs().min().item() > 1e-6
+    encoder.start = 0.25  # what counts is the time since the start, but for the field's own time
+    if kind == "gru":
+        torch.testing.assert_close(encoder(moved), make_encoder(kind).double()(series))
+
+
+@pytest.mark.parametrize("kind", ["gru", "ode-rnn"])
+def test_rows_before_the_start_are_refused(kind):
+    encoder = make_encoder(kind).double()
+    encoder.start = 2.0
+    with pytest.raises(ValueError, match=r"before the start of the interval, 2\.0"):
+        encoder(series_of([3, 2]))
+
+
+def test_encoder_and_latent_state_start_at_one_time():
+    with pytest.raises(ValueError, match=r"start=1\.0"):
+        make_model(tspan=(1.0, 2.0))
 
 
 def test_the_cell_is_the_gated_unit_of_its_docstring():
@@ -256,5 +284,5 @@ def test_annealing_rises_from_zero_to_one():
     assert schedule(0) == schedule(100) == 0.0
     assert schedule(200) == pytest.approx(1 - math.exp(100 * math.log(0.99)))
     assert schedule(10_000) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="above 0 and below 1"):
         Annealing(1.0)
