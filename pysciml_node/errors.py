@@ -21,6 +21,10 @@ class EngineUnavailable(RuntimeError):
     """The engine asked for cannot run here; the message says how to get it."""
 
 
+class MethodUnavailable(EngineUnavailable):
+    """The engine asked for runs here, and has no such method; the message says what it has."""
+
+
 class JuliaError(RuntimeError):
     """An exception that Julia code raised.
 

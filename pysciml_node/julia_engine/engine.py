@@ -45,16 +45,17 @@ from pysciml_node.stochastic.solve import solve_sde
 NAME = "julia"
 
 
-def supports(algorithm: Algorithm) -> bool:
-    """Whether this engine has the algorithm."""
-    return plans.supports(algorithm)
+def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
+    """Whether this engine has the algorithm, with the controller that is asked for."""
+    fixed_only = type(algorithm).__name__ in plans.FIXED_ONLY
+    return plans.supports(algorithm) and not (fixed_only and options.controller.adaptive)
 
 
 def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
     """Why this engine cannot run a solve as asked, with the remedy; `None` when it can."""
     name = type(algorithm).__name__
     dtype = problem.spec.real_dtype
-    if not supports(algorithm):
+    if not plans.supports(algorithm):
         known = "Tsit5()"
         if isinstance(problem, SDEProblem):
             known = repr(default_algorithm(problem))

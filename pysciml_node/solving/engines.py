@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.errors import EngineUnavailable
+from pysciml_node.errors import EngineUnavailable, MethodUnavailable
 from pysciml_node.problems.ode import Problem
+from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine import engine as torch_engine
+
+
+class Engine(Protocol):
+    """What an engine is: a module with these names.
+
+    Attributes:
+        NAME: by which solves ask for it.
+    """
+
+    NAME: str
+
+    def supports(self, algorithm: Algorithm, options: SolveOptions) -> bool:
+        """Whether it has the algorithm, with the controller that is asked for."""
+
+    def refusal(self, problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
+        """Why it cannot run a solve as asked, with the remedy; `None` when it can."""
+
+    def solve(self, problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
+        """Run a checked problem; a failed solve is returned like any other."""
+
+    def solve_many(
+        self, problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
+    ) -> list[Solution]:
+        """Run checked problems that differ in `u0` and `p` alone."""
+
 
 ENGINES = ("auto", "torch", "julia")
 _chosen: str | None = None
@@ -40,23 +67,30 @@ def get_engine() -> str:
 
 def choose(
     name: str | None, problem: Problem, algorithm: Algorithm, options: SolveOptions
-) -> ModuleType:
+) -> Engine:
     """The engine for a solve: with `"auto"` torch, where it has the algorithm, and else Julia.
 
     Raises:
         ValueError: an unknown name.
         EngineUnavailable: the engine cannot run here, or cannot run this solve.
+        MethodUnavailable: the engine has no such method.
     """
     wanted = get_engine() if name is None else _check(name, "engine")
     reason = torch_engine.refusal(problem, algorithm, options)
     if wanted == "torch" or (wanted == "auto" and reason is None):
-        if reason is not None:
-            raise EngineUnavailable(reason)
-        return torch_engine
+        return _expect(torch_engine, reason, algorithm, options)
     # Imported here: most programs never come this way.
     from pysciml_node.julia_engine import engine as julia_engine
 
     reason = julia_engine.refusal(problem, algorithm, options)
-    if reason is not None:
-        raise EngineUnavailable(reason)
-    return julia_engine
+    return _expect(julia_engine, reason, algorithm, options)
+
+
+def _expect(
+    engine: Engine, reason: str | None, algorithm: Algorithm, options: SolveOptions
+) -> Engine:
+    """An engine, unless there is a reason against it."""
+    if reason is None:
+        return engine
+    missing = not engine.supports(algorithm, options)
+    raise (MethodUnavailable if missing else EngineUnavailable)(reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
@@ -13,13 +12,14 @@ from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.diagnosis import failure_message
+from pysciml_node.solving.engines import Engine
 from pysciml_node.steps.event_gradient import differentiable_event
 
 
 def solve_members(
     ensemble: EnsembleProblem,
     members: Sequence[Problem],
-    engine: ModuleType,
+    engine: Engine,
     algorithm: Algorithm,
     options: Sequence[SolveOptions],
 ) -> EnsembleSolution:

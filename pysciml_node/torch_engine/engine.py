@@ -44,14 +44,15 @@ from pysciml_node.torch_engine.saver import follow
 NAME = "torch"
 
 
-def supports(algorithm: Algorithm) -> bool:
-    """Whether this engine has the algorithm."""
+def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
+    """Whether this engine has the algorithm, with any controller."""
+    del options
     return isinstance(algorithm, ExplicitRungeKutta | StochasticRungeKutta)
 
 
 def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
     """Why this engine cannot run a solve as asked, with the remedy; `None` when it can."""
-    if not supports(algorithm):
+    if not supports(algorithm, options):
         return (
             f"{algorithm!r} is not an algorithm of the torch engine.\n"
             '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
