@@ -199,12 +199,18 @@ class Work:
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
         ) -> Gradients:
-            return self._sweep(field, options, record, states, arriving, with_times)
+            arguments = field, options, record, states, arriving, with_times
+            if not isinstance(field, CallbackField):
+                return self._sweep(*arguments)
+            with field.linearizer.captured.sweep(self.replayed):
+                return self._sweep(*arguments)
 
         t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
         found: tuple[Tensor, ...] = SolveNode.apply(  # type: ignore[no-untyped-call]
-            forward, sweep, keep, self.u0, t0, t1, options.saveat_tensor, *field.inputs
+            forward, sweep, keep, self.u0, t0, t1, options.saveat_tensor, False, *field.inputs
         )
+        if isinstance(field, CallbackField):
+            field.linearizer.surroundings.settle()
         return found
 
     def dense(

@@ -266,7 +266,9 @@ class JuliaPullback(Pullback):
         )
 
     @override
-    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+    def __call__(
+        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+    ) -> Tensor:
         self._noise.write(motion)
         u = start.detach().contiguous()
         bar = upon.clone(memory_format=torch.contiguous_format)

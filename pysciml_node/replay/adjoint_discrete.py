@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
 from pysciml_node.solutions.solution import Stats
@@ -39,10 +40,18 @@ class _StepPullback:
         self.stages = Stages(method, field.field, marks, vectors_like(like, method.all_stages))
         self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
         self.sums = Accumulator(field.leaves)
+        self.comparison = Comparison()
         self._plain: dict[int, list[Weights]] = {}
 
     def __call__(
-        self, t: float, h: float, u: Tensor, end: Tensor, inside: Tensor | None, theta: Tensor
+        self,
+        t: float,
+        h: float,
+        u: Tensor,
+        u1: Tensor,
+        end: Tensor,
+        inside: Tensor | None,
+        theta: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Cotangents of the step's start, `t`, `h` and its dense outputs' `theta`.
 
@@ -50,6 +59,7 @@ class _StepPullback:
             t: start of the step.
             h: its size.
             u: its starting state `(N,)`.
+            u1: the state at its end that the solve found, `(N,)`.
             end: cotangent of its end state `(N,)`.
             inside: cotangents of its dense outputs `(m, N)`, or `None`.
             theta: where they lie, `(m,)` in float64.
@@ -61,6 +71,12 @@ class _StepPullback:
         elif method.tableau.fsal:
             count -= 1  # the last stage serves the next step, which replays it as its first
         lines = self._linearize(t, h, u, count)
+        stages = self.stages
+        if method.tableau.fsal:
+            again = stages.argument(method.stages - 1, h, u)
+        else:
+            again = stages.vectors.combine(u, h, method.b)
+        self.comparison.add(again, u1, u)
         # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
         # each stage's cotangent combines all that is there.
         arrived = [end] if inside is None else [end, *inside.unbind()]
@@ -166,11 +182,12 @@ def discrete_sweep(
         h = record.sizes[n]
         theta = torch.tensor(theta_list, dtype=torch.float64)
         cotangent, t_bar, h_bar, theta_bar = pullback(
-            record.times[n], h, states[n], cotangent, inside, theta
+            record.times[n], h, states[n], states[n + 1], cotangent, inside, theta
         )
         stats.naccept_backward += 1
         if times is not None:
             times.step(n, t_bar, h_bar, theta_bar)
+    pullback.comparison.expect_equal(field.captured.suspects)
     for extra in arriving_at(0, record, arriving):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe

@@ -15,39 +15,47 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.steps.autograd import first_derivative
-from pysciml_node.steps.field import Accumulator, expect_known, graph_leaves
+from pysciml_node.steps.field import Accumulator
+from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.surroundings import Surroundings
 
 # From a step's number and the state at its start to numbers, each a 0-d tensor.
 Measure = Callable[[int, Tensor], tuple[Tensor, ...]]
 
 
-def measure_steps(
-    measure: Measure, states: Sequence[Tensor], outer: Sequence[Tensor], inner: Sequence[Tensor]
-) -> Tensor:
+def measure_steps(measure: Measure, states: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
     """Measure each step from its own start, and once more in backward, one step at a time.
 
     Args:
         measure: what is read off a step; called without gradients, and with them in backward.
         states: at the starts of the steps, each `(N,)`.
-        outer: tensors that receive gradients.
-        inner: leaves that stand for them inside `measure`. Other leaves that it is found to depend
-            on receive theirs too.
+        surroundings: what `measure` can reach, as it is to see it.
 
     Returns:
         What was measured, a row for each step.
 
     Raises:
-        RuntimeError: in backward, when a second derivative is asked for, or when a step depends on
-            a tensor that the first one did not.
+        RuntimeError: in backward, when a second derivative is asked for, when a step depends on
+            a tensor that could not be found before.
     """
-    start = states[0].detach().requires_grad_()
-    known = {id(start), *(id(x) for x in inner)}
-    with torch.enable_grad():
-        first = torch.stack(measure(0, start))
-    captured = [x for x in graph_leaves(first) if id(x) not in known]
-    leaves = [*inner, *{id(x): x for x in captured}.values()]
+
+    def evaluate() -> tuple[tuple[Tensor], tuple[Tensor]]:
+        start = states[0].detach().requires_grad_()
+        with torch.enable_grad():
+            return (torch.stack(measure(0, start)),), (start,)
+
+    with surroundings.as_seen():
+        inputs = Inputs(surroundings, evaluate, surroundings.roots["p"])
+        rows = inputs.first[0].new_empty((len(states), len(inputs.first[0])))
+        rows[0] = inputs.first[0]
+        for n, u in enumerate(states[1:], start=1):
+            with torch.set_grad_enabled(inputs.watch is not None):
+                row = torch.stack(measure(n, u.detach()))
+            if inputs.watch is not None:
+                inputs.watch(row)
+            rows[n] = row.detach()
     found: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
-        measure, first.detach(), leaves, len(states), *states, *outer, *leaves[len(inner) :]
+        measure, inputs, rows, len(states), *states, *inputs.inputs
     )
     return found
 
@@ -58,50 +66,51 @@ class _Measured(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any,
-        measure: Measure,
-        first: Tensor,
-        leaves: list[Tensor],
-        count: int,
-        *inputs: Tensor,
+        ctx: Any, measure: Measure, inputs: Inputs, rows: Tensor, count: int, *sources: Tensor
     ) -> Tensor:
-        ctx.measure, ctx.leaves, ctx.count = measure, leaves, count
-        ctx.save_for_backward(*inputs)
-        found = first.new_empty((count, len(first)))
-        found[0] = first
-        for n, u in enumerate(inputs[1:count], start=1):
-            torch.stack(measure(n, u), out=found[n])
-        return found
+        ctx.measure, ctx.inputs, ctx.count, ctx.sources = measure, inputs, count, sources[count:]
+        ctx.save_for_backward(*sources[:count])
+        return rows
 
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         (cotangent,) = cotangents
-        states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        sums = Accumulator(ctx.leaves)
-        bars = states[0].new_empty((ctx.count, states[0].numel()))
-        state_bars: list[Tensor | None] = []
-        wanted = (cotangent != 0).tolist()
-        for n, u in enumerate(states):
-            if not any(wanted[n]):
-                state_bars.append(None)
-                continue
-            start = u.detach().requires_grad_()
-            with torch.enable_grad():
-                found = torch.stack(ctx.measure(n, start))[wanted[n]]
-            if not found.requires_grad:
-                state_bars.append(None)
-                continue
-            expect_known(found, (start, *ctx.leaves))
-            bar, *others = torch.autograd.grad(
-                found,
-                (start, *ctx.leaves),
-                cotangent[n][wanted[n]],
-                # Parts of the graph may be the caller's own (a captured tensor that is no leaf).
-                retain_graph=True,
-                allow_unused=True,
-            )
-            state_bars.append(None if bar is None else bars[n].copy_(bar))
-            sums.add([*others])
-        gradients = (*state_bars, *sums.sums)
-        return (None, None, None, None, *first_derivative(gradients, (*states, *sources)))
+        states = ctx.saved_tensors
+        inputs: Inputs = ctx.inputs
+        # The sweep of the solve, which follows, compares the steps.
+        with inputs.sweep(replayed=True):
+            gradients = _pull_back(ctx.measure, inputs, states, cotangent)
+        return (None, None, None, None, *first_derivative(gradients, (*states, *ctx.sources)))
+
+
+def _pull_back(
+    measure: Measure, inputs: Inputs, states: Sequence[Tensor], cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of the states, then of the inputs."""
+    sums = Accumulator(inputs.leaves)
+    bars = states[0].new_empty((len(states), states[0].numel()))
+    state_bars: list[Tensor | None] = []
+    wanted = (cotangent != 0).tolist()
+    for n, u in enumerate(states):
+        if not any(wanted[n]):
+            state_bars.append(None)
+            continue
+        start = u.detach().requires_grad_()
+        with torch.enable_grad():
+            found = torch.stack(measure(n, start))[wanted[n]]
+        if not found.requires_grad:
+            state_bars.append(None)
+            continue
+        inputs.expect_known(found, start)
+        bar, *others = torch.autograd.grad(
+            found,
+            (start, *inputs.leaves),
+            cotangent[n][wanted[n]],
+            # Parts of the graph may be the caller's own (one that was hidden).
+            retain_graph=True,
+            allow_unused=True,
+        )
+        state_bars.append(None if bar is None else bars[n].copy_(bar))
+        sums.add([*others])
+    return (*state_bars, *sums.sums)

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.problems.state import map_tensors, tensors_of
 from pysciml_node.replay.measure import measure_steps
 from pysciml_node.replay.norms import Tolerance, initial_step
 from pysciml_node.replay.stages import Method, Stages
@@ -27,6 +26,7 @@ from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, St
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
+from pysciml_node.steps.surroundings import Surroundings
 
 
 @dataclass
@@ -43,6 +43,16 @@ class TorchTrajectory(Recorded):
     stats: Stats
     options: SolveOptions
     make_field: Callable[[ODEProblem], FlatField] = FlatField
+    surroundings: Surroundings | None = None
+
+    def __post_init__(self) -> None:
+        if self.surroundings is None:
+            self.surroundings = Surroundings({"f": self.problem.f, "p": self.problem.p})
+
+    def _as_seen(self) -> AbstractContextManager[None]:
+        """Everything that the field can reach as the solve saw it."""
+        assert self.surroundings is not None
+        return self.surroundings.as_seen()
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
@@ -51,22 +61,27 @@ class TorchTrajectory(Recorded):
             self,
             problem=problem,
             method=Method.of(self.method.tableau, problem.spec.dtype, problem.spec.device),
+            surroundings=None,
             load=Kept(self.record, states),
             options=without_closures(self.options),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # A field that lives in another process's Julia is evaluated by torch.
-        return {**super().__getstate__(), "make_field": FlatField}
+        return {**super().__getstate__(), "make_field": FlatField, "surroundings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
         return torch.stack(self.flat_states)
 
-    def _stages(
-        self, method: Method, problem: ODEProblem | None = None
-    ) -> tuple[Stages, FlatField]:
-        field = self.make_field(self.problem if problem is None else problem)
+    def _stages(self, method: Method) -> tuple[Stages, FlatField]:
+        field = self.make_field(self.problem)
+        assert self.surroundings is not None
+        field.given = self.surroundings.roots
         marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()
@@ -122,8 +137,20 @@ class TorchTrajectory(Recorded):
         groups: dict[int, list[int]] = {}
         for i, t in enumerate(host):
             groups.setdefault(self.step_of(t), []).append(i)
-        stages, field = self._stages(self.method)
         rows: list[Tensor | None] = [None] * len(host)
+        with self._as_seen():
+            self._fill(rows, times, host, groups)
+        return torch.stack([row for row in rows if row is not None])
+
+    def _fill(
+        self,
+        rows: list[Tensor | None],
+        times: Tensor,
+        host: list[float],
+        groups: dict[int, list[int]],
+    ) -> None:
+        """Put the dense output at `times` into `rows`, step by step."""
+        stages, field = self._stages(self.method)
         for n, members in groups.items():
             u, (start, h) = self.flat_states[n], self._moving_step(n)
             ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
@@ -136,11 +163,10 @@ class TorchTrajectory(Recorded):
             for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
                 rows[i] = row
         self.stats.nfe += field.nfe
-        return torch.stack([row for row in rows if row is not None])
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
-        with torch.no_grad():
+        with torch.no_grad(), self._as_seen():
             stages, field = self._stages(self.method)
             found = []
             for n, h in enumerate(self.record.sizes):
@@ -166,6 +192,12 @@ class TorchTrajectory(Recorded):
         method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
+        with self._as_seen():
+            return self._estimate(t, u, method, stop_gradient, dt)
+
+    def _estimate(
+        self, t: float, u: Tensor, method: Method, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
         stages, field = self._stages(method)
         tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
@@ -196,29 +228,29 @@ class TorchTrajectory(Recorded):
             return []
         starts = self.flat_states[: len(sizes)]
         if not torch.is_grad_enabled():
-            found = [self._replay(self.problem, n, u) for n, u in enumerate(starts)]
+            with self._as_seen():
+                found = [self._replay(n, u) for n, u in enumerate(starts)]
         elif isinstance(self.options.adjoint, DirectAdjoint):
             found = [
-                checkpoint(self._replay, self.problem, n, u, use_reentrant=False)
+                checkpoint(self._replay_as_seen, n, u, use_reentrant=False)
                 for n, u in enumerate(starts)
             ]
         else:
-            outer = {id(x): x for x in tensors_of(self.problem.p) if x.requires_grad}
-            inner = {key: x.detach().requires_grad_() for key, x in outer.items()}
-            p = map_tensors(lambda x: inner.get(id(x), x), self.problem.p)
-            problem = dataclasses.replace(self.problem, p=p)
-            rows = measure_steps(
-                partial(self._replay, problem), starts, [*outer.values()], [*inner.values()]
-            )
+            assert self.surroundings is not None
+            rows = measure_steps(self._replay, starts, self.surroundings)
             found = [(error, stiffness) for error, stiffness in rows]
         return [
             StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
             for h, (error, stiffness) in zip(sizes, found, strict=True)
         ]
 
-    def _replay(self, problem: ODEProblem, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _replay_as_seen(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        with self._as_seen():
+            return self._replay(n, u)
+
+    def _replay(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step from the state at its start."""
-        stages, field = self._stages(self.method, problem)
+        stages, field = self._stages(self.method)
         tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
         found = self._measure(stages, tolerance, self.record.times[n], self.record.sizes[n], u)
         self.stats.nfe += field.nfe

@@ -58,8 +58,9 @@ class SolveNode(torch.autograd.Function):
 
     The outputs are the saved states `(saved, N)` followed by the states at the ends of the steps,
     each a tensor of its own, so that a cotangent is materialised only where there is one. The
-    step states are kept by `save_for_backward`, as outputs must be (no reference cycle), and so are
-    the inputs: the replay would not notice that one of them had been changed in place.
+    step states are kept by `save_for_backward`, as outputs must be (no reference cycle). So are the
+    inputs, where torch is to notice that one of them has been changed in place; a sweep that looks
+    at every evaluation notices it by itself, and only for those that the field uses.
     """
 
     @staticmethod
@@ -73,13 +74,16 @@ class SolveNode(torch.autograd.Function):
         t0: Tensor | None,
         t1: Tensor | None,
         saveat: Tensor | None,
+        watched: bool,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         record, states, saved = run(u0)
         keep.append(record)
         ctx.record, ctx.sweep = record, sweep
         ctx.count = len(states)
-        ctx.save_for_backward(u0, *states[1:], t0, t1, saveat, *inputs)
+        ctx.inputs = inputs if watched else ()
+        saved_inputs = () if watched else inputs
+        ctx.save_for_backward(u0, *states[1:], t0, t1, saveat, *saved_inputs)
         ctx.set_materialize_grads(False)
         return (saved, *states[1:])
 
@@ -88,7 +92,8 @@ class SolveNode(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        states, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        states = ctx.saved_tensors[: ctx.count]
+        sources = (*ctx.saved_tensors[ctx.count :], *ctx.inputs)
         # A failed solve may have been cut back to its last good state.
         kept = len(ctx.record.times)
         states = states[:kept]
@@ -105,5 +110,5 @@ class SolveNode(torch.autograd.Function):
                     strict=False,
                 )
             ]
-        gradients = (found.u0, *times, *found.inputs)
+        gradients = (found.u0, *times, None, *found.inputs)
         return (None, None, None, *first_derivative(gradients, (states[0], *sources)))

@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import StateSpec, map_tensors, tensors_of
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.surroundings import Surroundings
+
+Watch = Callable[[Tensor], None]
+
+
+def without_gradients(
+    evaluate: Callable[[Tensor, Tensor], Tensor], t: Tensor, u: Tensor, watch: Watch | None
+) -> Tensor:
+    """A value that does not need gradients, of a state that does not.
+
+    A view made without gradients may claim to require them and yet lead nowhere, which a field that
+    differentiates something itself would meet.
+    """
+    if u.requires_grad:
+        u = u.detach()
+    if watch is None:
+        value = evaluate(t, u)
+    else:
+        with torch.enable_grad():
+            value = evaluate(t, u)
+        watch(value)
+    return value.detach() if value.requires_grad else value
 
 
 class FlatField:
     """`f` on flat states `(N,)`, with its evaluations counted and its output checked.
 
+    Without gradients it neither takes nor gives tensors that need them, whatever `f` does inside.
+
     Args:
         problem: gives `f` (the drift of a stochastic one), the state's structure and `p`.
-        p: replaces the problem's `p` (a detached copy during a backward sweep).
+        given: holds `f` and `p` instead, where another is to change them.
+
+    Attributes:
+        given: holds `f` and `p`: during a backward sweep, stand-ins for the tensors of `p`.
+        watch: is shown what evaluations without gradients would depend on.
     """
 
-    def __init__(self, problem: ODEProblem | SDEProblem, p: Any = None) -> None:
-        self.f = problem.f
+    watch: Watch | None = None
+
+    def __init__(
+        self, problem: ODEProblem | SDEProblem, given: dict[str, Any] | None = None
+    ) -> None:
+        self.given = {"f": problem.f, "p": problem.p} if given is None else given
         self.spec: StateSpec = problem.spec
-        self.p = problem.p if p is None else p
         self.nfe = 0
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         """Evaluate the derivative; shape `(N,)`."""
         self.nfe += 1
-        spec = self.spec
+        if torch.is_grad_enabled():
+            return self._evaluate(t, u)
+        return without_gradients(self._evaluate, t, u, self.watch)
+
+    def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
+        spec, given = self.spec, self.given
+        f, p = given["f"], given["p"]
         state = spec.unflatten(u)
-        out = self.f(t, state) if self.p is None else self.f(t, state, self.p)
+        out = f(t, state) if p is None else f(t, state, p)
         if spec.keys is None:
             if (
                 type(out) is not Tensor
@@ -86,121 +123,47 @@ class FlatField:
         return parts
 
 
-def _modules(f: Any) -> list[nn.Module]:
-    """The modules that can be seen in a callable: itself, its owner's, a closure's, attributes."""
-    if isinstance(f, nn.Module):
-        return [f]
-    if isinstance(f, functools.partial):
-        return [m for part in (f.func, *f.args, *f.keywords.values()) for m in _modules(part)]
-    cells = getattr(f, "__closure__", None) or ()
-    contents = [cell.cell_contents for cell in cells if not _is_empty(cell)]
-    owner = getattr(f, "__self__", f)
-    if not isinstance(owner, nn.Module | type | types.ModuleType):
-        contents.extend(getattr(owner, "__dict__", {}).values())
-    return [m for held in (owner, *contents) for m in _listed_modules(held)]
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    """Whether a closure's name is not bound yet."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-def _listed_modules(held: Any) -> list[nn.Module]:
-    """A module, or those in a list, tuple or dict."""
-    if isinstance(held, nn.Module):
-        return [held]
-    if isinstance(held, dict):
-        held = list(held.values())
-    return [m for m in held if isinstance(m, nn.Module)] if isinstance(held, list | tuple) else []
-
-
-def graph_leaves(root: Tensor) -> list[Tensor]:
-    """The leaf tensors that a tensor's autograd graph ends in."""
-    leaves: list[Tensor] = []
-    seen: set[Any] = set()
-    todo = [root.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        todo.extend(edge for edge, _ in node.next_functions)
-    return leaves
-
-
-def expect_known(
-    value: Tensor,
-    known: Sequence[Tensor],
-    who: str = "the field uses",
-    remedy: str = "make the field an nn.Module that owns them",
-) -> None:
-    """Refuse tensors that need gradients and were not seen at `t0`.
-
-    Args:
-        value: of what the user gave.
-        known: the leaves that its graph may end in.
-        who: the beginning of the message.
-        remedy: what to do, beside the ways that are open to all.
-
-    Raises:
-        RuntimeError: the graph of the value ends in others.
-    """
-    ids = {id(x) for x in known}
-    late = [x for x in graph_leaves(value) if id(x) not in ids]
-    if late:
-        raise RuntimeError(
-            f"{who} {len(late)} tensor(s) that need gradients and were not seen at t0, the first "
-            f"of shape {tuple(late[0].shape)}: the gradient would miss them.\n"
-            f"  Pass them as p=, {remedy}, or use adjoint=DirectAdjoint()."
-        )
-
-
 class DifferentiableField:
     """A field prepared for gradients: its inputs found, its vector-Jacobian product at hand.
 
-    The inputs are the tensors of `p` (as detached leaves), the parameters of the modules seen in
-    `f`, and every other leaf that one evaluation at `(t0, u0)` is found to depend on, so that
-    tensors captured by a closure or set as attributes receive their gradients too. The backward
-    sweep looks once more where it begins, and refuses to lose a gradient.
-
     Attributes:
-        k0: the derivative at `(t0, u0)`, from the evaluation that looked for the inputs.
-        inputs: the outer tensors that receive gradients, in the order of `leaves`.
-        leaves: what stands for them inside the field.
+        field: the field itself.
+        surroundings: what it can reach.
+        captured: the tensors outside that receive gradients.
+        k0: the derivative at `(t0, u0)`, from the evaluation that looked for them.
     """
 
     def __init__(self, problem: ODEProblem, t0: Tensor, u0: Tensor) -> None:
-        outer_p = [x for x in tensors_of(problem.p) if x.requires_grad]
-        inner: dict[int, Tensor] = {id(x): x.detach().requires_grad_() for x in outer_p}
-        p = None
-        if problem.p is not None:
-            p = map_tensors(lambda x: inner.get(id(x), x), problem.p)
-        self.field = FlatField(problem, p)
+        self.field = field = FlatField(problem)
+        self.surroundings = Surroundings(field.given)
+
+        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            start, time = u0.detach().requires_grad_(), t0.detach().requires_grad_()
+            return (field(time, start),), (start, time)
+
         with torch.enable_grad():
-            start = u0.detach().requires_grad_()
-            time = t0.detach().requires_grad_()
-            k0 = self.field(time, start)
-        known = {id(start), id(time), *(id(x) for x in inner.values())}
-        parameters = [x for m in _modules(problem.f) for x in m.parameters() if x.requires_grad] + [
-            x for x in graph_leaves(k0) if id(x) not in known
-        ]
-        captured = list({id(x): x for x in parameters}.values())
-        distinct_p = list({id(x): x for x in outer_p}.values())
-        self.k0 = k0.detach()
-        self.inputs = distinct_p + captured
-        self.leaves = [inner[id(x)] for x in distinct_p] + captured
-        self._looked_again = False
+            self.captured = Inputs(
+                self.surroundings,
+                expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),
+                problem.p,
+            )
+        (self.k0,) = self.captured.first
+        field.watch = self.captured.watch
 
     @property
     def nfe(self) -> int:
         """Evaluations of the field so far."""
         return self.field.nfe
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The outer tensors that receive gradients, in the order of `leaves`."""
+        return self.captured.inputs
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What stands for them inside the field."""
+        return self.captured.leaves
 
     def linearize(self, t: Tensor, u: Tensor, time_gradient: bool = False) -> Linearized:
         """Evaluate at `(t, u)`, keeping the graph for one vector-Jacobian product."""
@@ -208,9 +171,7 @@ class DifferentiableField:
             state = u.detach().requires_grad_()
             time = t.detach().requires_grad_() if time_gradient else t
             k = self.field(time, state)
-        if not self._looked_again:
-            self._looked_again = True
-            expect_known(k, (state, time, *self.leaves))
+        self.captured.expect_known(k, state, time)
         return Linearized(k, state, time if time_gradient else None, self.leaves)
 
 

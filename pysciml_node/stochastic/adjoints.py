@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.replay.comparison import Comparison
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
 from pysciml_node.steps.field import Accumulator
@@ -44,7 +45,9 @@ class Pullback(Protocol):
 
     evaluations: int
 
-    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+    def __call__(
+        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+    ) -> Tensor:
         """The cotangent of a step's start from that of its end.
 
         Args:
@@ -52,6 +55,7 @@ class Pullback(Protocol):
             start: the vector there.
             motion: the Brownian motion over the step.
             upon: cotangent of the vector at its end.
+            found: that vector, where the solve has kept it.
         """
 
     def inputs(self) -> list[Tensor | None]:
@@ -71,28 +75,33 @@ class StepPullback(Pullback):
 
     def __init__(self, prepared: DifferentiableFields, stepper: Stepper) -> None:
         self._prepared, self._stepper = prepared, stepper
-        self._sums = Accumulator(prepared.leaves)
+        self._sums, self._comparison = Accumulator(prepared.leaves), Comparison()
         self.evaluations = 0
 
     @override
-    def __call__(self, t: float, start: Tensor, motion: Increment, upon: Tensor) -> Tensor:
+    def __call__(
+        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+    ) -> Tensor:
         prepared = self._prepared
         before = prepared.fields.nfe
         with torch.enable_grad():
             start = start.detach().requires_grad_()
             end, _ = self._stepper.take(t, start, motion)
-        prepared.expect_known(end, start)
+        prepared.captured.expect_known(end, start)
+        if found is not None:
+            self._comparison.add(end.detach(), found, start)
         wanted = [start, *prepared.leaves]
         # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
-        found: list[Tensor | None] = list(
+        pulled: list[Tensor | None] = list(
             torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
         )
-        self._sums.add(found[1:])
+        self._sums.add(pulled[1:])
         self.evaluations += prepared.fields.nfe - before
-        return torch.zeros_like(start) if found[0] is None else found[0]
+        return torch.zeros_like(start) if pulled[0] is None else pulled[0]
 
     @override
     def inputs(self) -> list[Tensor | None]:
+        self._comparison.expect_equal(self._prepared.captured.suspects)
         return self._sums.sums
 
 
@@ -121,7 +130,8 @@ def discrete_sweep(
             cotangent, live = cotangent + extra, True
         t, total = record.times[n], None
         if live:
-            total = pull(t, states[n], path.increment(t, record.times[n + 1]), cotangent)
+            motion = path.increment(t, record.times[n + 1])
+            total = pull(t, states[n], motion, cotangent, states[n + 1])
         for _, at, upon in saved_inside(record, n, arriving.saved):
             part = pull(t, states[n], path.increment(t, at), upon)
             total, live = part if total is None else total + part, True
@@ -169,7 +179,7 @@ def backsolve_sweep(
             state = u.detach().requires_grad_()
             noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
             change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
-        prepared.expect_known(change, state)
+        prepared.captured.expect_known(change, state)
         wanted = [state, *prepared.leaves]
         found: list[Tensor | None] = list(
             torch.autograd.grad(change, wanted, costate, retain_graph=True, allow_unused=True)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import map_tensors, tensors_of
-from pysciml_node.steps.field import FlatField, _modules, expect_known, graph_leaves
+from pysciml_node.steps.field import FlatField, without_gradients
+from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.surroundings import Surroundings
+
+
+def _given(problem: SDEProblem) -> dict[str, Any]:
+    return {"f": problem.drift, "diffusion": problem.diffusion, "p": problem.p}
 
 
 class NoiseLayout:
@@ -93,12 +99,16 @@ class Fields:
 
     Args:
         problem: gives both, the state's structure and `p`.
-        p: replaces the problem's `p` (a detached copy during a backward sweep).
+        given: holds the functions and `p` instead, where another is to change them.
+
+    Attributes:
+        given: holds `f` (the drift), `diffusion` and `p`.
     """
 
-    def __init__(self, problem: SDEProblem, p: Any = None) -> None:
-        self.drift = FlatField(problem, p)
-        self.problem, self.p = problem, self.drift.p
+    def __init__(self, problem: SDEProblem, given: dict[str, Any] | None = None) -> None:
+        self.given = _given(problem) if given is None else given
+        self.drift = FlatField(problem, self.given)
+        self.problem = problem
         self.spec = problem.spec
         self.nfe_diffusion = 0
         self.layout = NoiseLayout.of(problem, self)
@@ -106,8 +116,9 @@ class Fields:
     def of(self, problem: SDEProblem) -> Fields:
         """Those of a problem that differs in values alone; the layout need not be looked for."""
         found = copy.copy(self)
-        found.drift = FlatField(problem)
-        found.problem, found.p, found.spec = problem, problem.p, problem.spec
+        found.given = _given(problem)
+        found.drift = FlatField(problem, found.given)
+        found.problem, found.spec = problem, problem.spec
         return found
 
     @property
@@ -118,11 +129,16 @@ class Fields:
     def raw_diffusion(self, t: Tensor, state: Any) -> Any:
         """The diffusion as it is given."""
         self.nfe_diffusion += 1
-        g = self.problem.diffusion
-        return g(t, state) if self.p is None else g(t, state, self.p)
+        g, p = self.given["diffusion"], self.given["p"]
+        return g(t, state) if p is None else g(t, state, p)
 
     def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         """The diffusion; flat, `(N,)` or `(N * m,)`."""
+        if torch.is_grad_enabled():
+            return self._diffusion(t, u)
+        return without_gradients(self._diffusion, t, u, self.drift.watch)
+
+    def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         out = self.raw_diffusion(t, self.spec.unflatten(u))
         if self.spec.keys is not None:
             parts = self.spec.parts(out) if self._same_structure(out) else None
@@ -165,46 +181,37 @@ class DifferentiableFields:
     """Drift and diffusion prepared for gradients: their inputs found.
 
     Attributes:
-        fields: both, with the tensors of `p` replaced by leaves.
-        inputs: the outer tensors that receive gradients, in the order of `leaves`.
-        leaves: what stands for them inside.
-        first: drift and diffusion at `(t0, u0)`, from the evaluation that looked for the inputs.
+        fields: both.
+        surroundings: what they can reach.
+        captured: the tensors outside that receive gradients.
+        first: drift and diffusion at `(t0, u0)`, from the evaluation that looked for them.
     """
 
     def __init__(self, problem: SDEProblem, u0: Tensor) -> None:
-        outer = list({id(x): x for x in tensors_of(problem.p) if x.requires_grad}.values())
-        inner = {id(x): x.detach().requires_grad_() for x in outer}
-        p = None
-        if problem.p is not None:
-            p = map_tensors(lambda x: inner.get(id(x), x), problem.p)
-        self.fields = Fields(problem, p)
-        with torch.enable_grad():
-            start = u0.detach().requires_grad_()
-            time = problem.time_tensor([problem.t0])[0]
-            values = self.fields.drift(time, start), self.fields.diffusion(time, start)
-        known = {id(start), *(id(x) for x in inner.values())}
-        found: list[Tensor] = [
-            x
-            for function in (problem.drift, problem.diffusion)
-            for module in _modules(function)
-            for x in module.parameters()
-            if x.requires_grad
-        ]
-        found += [x for value in values for x in graph_leaves(value) if id(x) not in known]
-        captured = list({id(x): x for x in found}.values())
-        self.first = values[0].detach(), values[1].detach()
-        self.inputs = outer + captured
-        self.leaves = [inner[id(x)] for x in outer] + captured
-        self._looked_again = False
+        self.fields = fields = Fields(problem)
+        self.surroundings = Surroundings(fields.given)
+        time = problem.time_tensor([problem.t0])[0]
 
-    def expect_known(self, value: Tensor, state: Tensor) -> None:
-        """Refuse tensors that the fields have come to use since `t0`; looks once."""
-        if self._looked_again:
-            return
-        self._looked_again = True
-        expect_known(
-            value,
-            (state, *self.leaves),
-            "the drift or diffusion uses",
-            "make the functions nn.Modules that own them",
-        )
+        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            start = u0.detach().requires_grad_()
+            return (fields.drift(time, start), fields.diffusion(time, start)), (start,)
+
+        with torch.enable_grad():
+            self.captured = Inputs(
+                self.surroundings,
+                expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),
+                problem.p,
+            )
+        drift, diffusion = self.captured.first
+        self.first = drift, diffusion
+        fields.drift.watch = self.captured.watch
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The outer tensors that receive gradients, in the order of `leaves`."""
+        return self.captured.inputs
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What stands for them inside."""
+        return self.captured.leaves

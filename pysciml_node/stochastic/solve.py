@@ -16,6 +16,7 @@ from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Record, check_finite, detached
 from pysciml_node.steps.step import Step
+from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.adjoints import (
     Pullback,
     StepPullback,
@@ -61,6 +62,7 @@ class _SDESolve:
         self.u0 = spec.flatten(problem.u0)
         self.stepper: Stepper
         self.path: BrownianPath
+        self.surroundings: Surroundings
 
     def _with(self, fields: Fields) -> Tensor:
         """Use these fields; returns the vector to start from."""
@@ -83,7 +85,11 @@ class _SDESolve:
 
     def recorded(self) -> Found:
         """Without gradients, or with every operation recorded by autograd."""
-        return self.march(self._with(Fields(self.problem)), None)
+        fields = Fields(self.problem)
+        self.surroundings = Surroundings(fields.given)
+        found = self.march(self._with(fields), None)
+        self.surroundings.settle()
+        return found
 
     def node(self) -> Found:
         """As one node of the graph, its backward the sweep of the adjoint."""
@@ -94,22 +100,27 @@ class _SDESolve:
             )
         prepared = DifferentiableFields(self.problem, self.u0)
         start = self._with(prepared.fields)
-
-        def run(vector: Tensor) -> Found:
-            return self.march(vector, prepared.first)
+        # Before the node is made: what the fields use on the way is among its inputs.
+        with torch.no_grad():
+            found = self.march(start.detach(), prepared.first)
+        prepared.fields.drift.watch = None
+        self.surroundings = prepared.surroundings
+        self.surroundings.settle()
 
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
         ) -> Gradients:
             arrived = record, states, arriving, self.stats
-            if isinstance(self.options.adjoint, BacksolveAdjoint):
-                return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
-            pull = self.parts.pullback(prepared, self.stepper)
-            return discrete_sweep(pull, self.path, *arrived)
+            backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
+            with prepared.captured.sweep(replayed=not backsolve):
+                if backsolve:
+                    return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
+                pull = self.parts.pullback(prepared, self.stepper)
+                return discrete_sweep(pull, self.path, *arrived)
 
         keep: list[Record] = []
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
-            run, sweep, keep, start, None, None, None, *prepared.inputs
+            lambda _: found, sweep, keep, start, None, None, None, True, *prepared.inputs
         )
         return keep[0], [start, *states], saved
 
@@ -197,7 +208,13 @@ def solve_sde(
     check_finite(record, vectors, options.controller.adaptive)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = SDETrajectory(
-        problem, work.stepper, work.path, lambda: (record, vectors), work.stats, options
+        problem,
+        work.stepper,
+        work.path,
+        lambda: (record, vectors),
+        work.stats,
+        options,
+        work.surroundings,
     )
     states, saved = [work.stepper.state(v) for v in vectors], work.stepper.state(saved)
     return build_solution(

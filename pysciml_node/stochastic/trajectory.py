@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
+from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
 from pysciml_node.stochastic.fields import Fields
 from pysciml_node.stochastic.march import starting_slope
@@ -45,7 +47,24 @@ class SDETrajectory(Recorded):
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
+    surroundings: Surroundings | None = None
     _fresh: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.surroundings is None:
+            self.surroundings = Surroundings(Fields(self.problem).given)
+
+    def _as_seen(self) -> AbstractContextManager[None]:
+        """Everything that the fields can reach as the solve saw it."""
+        assert self.surroundings is not None
+        return self.surroundings.as_seen()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "surroundings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def vectors(self) -> list[Tensor]:
@@ -58,6 +77,7 @@ class SDETrajectory(Recorded):
         return replace(
             self,
             problem=problem,
+            surroundings=None,
             stepper=Stepper(self.stepper.method, self.stepper.fields.of(problem)),
             load=Kept(self.record, states),
             options=without_closures(self.options),
@@ -103,7 +123,8 @@ class SDETrajectory(Recorded):
                 motion = self.path.increment(start, t)
                 vector = self.vectors[n]
                 if motion.h > 0:
-                    vector, _ = stepper.take(start, vector, motion)
+                    with self._as_seen():
+                        vector, _ = stepper.take(start, vector, motion)
             rows.append(stepper.state(vector))
         self._count(fields)
         return torch.stack(rows)
@@ -140,13 +161,14 @@ class SDETrajectory(Recorded):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
         tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
         span = self.problem.t1 - t
-        with torch.no_grad():
+        with self._as_seen():
             if dt is None:
-                start = u.detach()
-                slope = starting_slope(stepper, t, start)
-                dt = initial_step(fields, method, tolerance, t, start, slope, span)
-        motion = self._fresh_motion(fields.layout.size, min(dt, span))
-        error, stiffness = _measure(stepper, tolerance, t, stepper.start(u), motion)
+                with torch.no_grad():
+                    start = u.detach()
+                    slope = starting_slope(stepper, t, start)
+                    dt = initial_step(fields, method, tolerance, t, start, slope, span)
+            motion = self._fresh_motion(fields.layout.size, min(dt, span))
+            error, stiffness = _measure(stepper, tolerance, t, stepper.start(u), motion)
         self._count(fields)
         return StepEstimate(method.nodes.new_tensor(motion.h), error, stiffness)
 
@@ -178,6 +200,10 @@ class SDETrajectory(Recorded):
 
     def _replay(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step, from the vector at its start."""
+        with self._as_seen():
+            return self._replay_as_seen(n, vector)
+
+    def _replay_as_seen(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         fields = self._fields()
         tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
         t, end = self.record.times[n : n + 2]

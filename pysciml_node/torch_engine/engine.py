@@ -21,7 +21,7 @@ from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.norms import Tolerance
-from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Solution, Stats
@@ -30,7 +30,9 @@ from pysciml_node.steps.cotangents import Cotangents, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.randomness import repeatable_first
 from pysciml_node.steps.record import Record, check_finite
+from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.solve import Parts, solve_sde
 from pysciml_node.torch_engine.adjoint_continuous import (
     backward_controller,
@@ -81,6 +83,7 @@ class _Solve:
         self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
         self.u0 = spec.flatten(problem.u0)
         self.stats = Stats()
+        self.surroundings: Surroundings
 
     def march(
         self, stages: Stages, u0: Tensor, k0: Tensor | None, times: tuple[Tensor, Tensor] | None
@@ -115,7 +118,7 @@ class _Solve:
     def marks(self) -> tuple[float, ...]:
         return (self.problem.t0, *self.options.tstops, self.problem.t1)
 
-    def stages(self, field: FlatField) -> Stages:
+    def stages(self, field: FlatFunction) -> Stages:
         """Stages that are not recorded."""
         vectors = vectors_like(self.u0, self.method.all_stages)
         return Stages(self.method, field, self.marks, vectors)
@@ -123,15 +126,15 @@ class _Solve:
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
         field = FlatField(self.problem)
-        stages = self.stages(field)
+        stages = self.stages(self._watched(field))
         found = self.march(stages, self.u0, None, None)
-        self.stats.nfe = field.nfe
+        self._has_run(field)
         return found
 
     def direct(self) -> tuple[Record, list[Tensor], Tensor]:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
-        stages = Stages(self.method, field, self.marks, RecordedVectors())
+        stages = Stages(self.method, self._watched(field), self.marks, RecordedVectors())
         times = None
         if _wants_time_gradient(self.problem, self.options):
             t0, t1 = (
@@ -140,8 +143,20 @@ class _Solve:
             )
             times = (t0.to(self.method.nodes), t1.to(self.method.nodes))
         found = self.march(stages, self.u0, None, times)
-        self.stats.nfe = field.nfe
+        self._has_run(field)
         return found
+
+    def _watched(self, field: FlatField) -> FlatFunction:
+        """The field, with a look at what it can reach; random ones are not for adaptive steps."""
+        self.surroundings = Surroundings(field.given)
+        if not self.options.controller.adaptive:
+            return field
+        device = self.u0.device
+        return repeatable_first(self.surroundings, device, field, "an adaptive solve")
+
+    def _has_run(self, field: FlatField) -> None:
+        self.stats.nfe = field.nfe
+        self.surroundings.settle()
 
     def node(self) -> tuple[Record, list[Tensor], Tensor]:
         """As one node of the graph, its backward the sweep of the adjoint."""
@@ -153,37 +168,47 @@ class _Solve:
             )
         t_start = self.method.nodes.new_tensor(problem.t0)
         field = DifferentiableField(problem, t_start, self.u0)
-
-        def run(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            found = self.march(self.stages(field.field), u0, field.k0, None)
-            self.stats.nfe = field.nfe
-            return found
-
+        # Before the node is made: what the field uses on the way is among its inputs.
+        with torch.no_grad():
+            found = self.march(self.stages(field.field), self.u0.detach(), field.k0, None)
+        field.field.watch = None
+        self.surroundings = field.surroundings
+        self._has_run(field.field)
         stats, method, adjoint = self.stats, self.method, options.adjoint
 
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
         ) -> Gradients:
-            if isinstance(adjoint, DiscreteAdjoint):
-                return discrete_sweep(field, method, record, states, arriving, with_times, stats)
-            assert isinstance(adjoint, _ContinuousAdjoint)
-            return continuous_sweep(
-                field,
-                method,
-                record,
-                states,
-                arriving,
-                adjoint,
-                backward_controller(options.controller),
-                *backward_limits(adjoint, options),
-                with_times,
-                stats,
-            )
+            with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
+                if isinstance(adjoint, DiscreteAdjoint):
+                    arrived = record, states, arriving, with_times, stats
+                    return discrete_sweep(field, method, *arrived)
+                assert isinstance(adjoint, _ContinuousAdjoint)
+                return continuous_sweep(
+                    field,
+                    method,
+                    record,
+                    states,
+                    arriving,
+                    adjoint,
+                    backward_controller(options.controller),
+                    *backward_limits(adjoint, options),
+                    with_times,
+                    stats,
+                )
 
         keep: list[Record] = []
         t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
-            run, sweep, keep, self.u0, t0, t1, options.saveat_tensor, *field.inputs
+            lambda _: found,
+            sweep,
+            keep,
+            self.u0,
+            t0,
+            t1,
+            options.saveat_tensor,
+            True,
+            *field.inputs,
         )
         return keep[0], [self.u0, *states], saved
 
@@ -212,7 +237,12 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     check_finite(record, states, options.controller.adaptive)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = TorchTrajectory(
-        problem, work.method, lambda: (record, states), work.stats, options
+        problem,
+        work.method,
+        lambda: (record, states),
+        work.stats,
+        options,
+        surroundings=work.surroundings,
     )
     return build_solution(
         problem, algorithm, NAME, options, record, states, saved, work.stats, trajectory

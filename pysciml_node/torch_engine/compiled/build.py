@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.steps.field import graph_leaves
+from pysciml_node.steps.inputs import graph_leaves
 from pysciml_node.torch_engine.compiled.passes import rewrite_products
 
 
@@ -186,7 +186,7 @@ def check_field(
     known = {id(state), *map(id, inputs)}
     if isinstance(field, nn.Module):
         known.update(map(id, field.parameters()))
-    captured = [x for x in graph_leaves(out) if id(x) not in known]
+    captured = [x for x in graph_leaves((out,)) if id(x) not in known]
     if captured:
         shapes = ", ".join(str(tuple(x.shape)) for x in captured[:4])
         raise CompileError(

@@ -1,0 +1,97 @@
+"""Fields that draw random numbers: what needs an evaluation twice cannot have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.steps.inputs import Evaluate
+from pysciml_node.steps.surroundings import Surroundings
+
+
+class _RandomState:
+    """The states of the generators that a field may draw from."""
+
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
+        self._generators = [torch.default_generator, *generators]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        self._states = [generator.get_state() for generator in self._generators]
+
+    def moved(self) -> bool:
+        """Whether a number has been drawn since."""
+        return not all(
+            torch.equal(state, generator.get_state())
+            for state, generator in zip(self._states, self._generators, strict=True)
+        )
+
+
+def expect_repeatable(
+    surroundings: Surroundings, device: torch.device, evaluate: Evaluate, who: str
+) -> Evaluate:
+    """An evaluation that is refused if it draws random numbers.
+
+    Args:
+        surroundings: of the field; its generators are watched beside torch's own.
+        device: of the state.
+        evaluate: evaluates the field at the start.
+        who: what needs evaluations to be the same, for the message.
+
+    Returns:
+        An evaluation that raises a `ValueError` when the values depend on numbers drawn in it.
+    """
+
+    def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        before = _RandomState(surroundings.generators, device)
+        values, own = evaluate()
+        # Another thread may have drawn them, and the values may not depend on them.
+        if before.moved() and not _same(values, evaluate()[0]):
+            raise ValueError(
+                f"the field draws random numbers{_drawers(surroundings)}, so that two evaluations "
+                f"differ, and {who} needs them to agree.\n"
+                "  Use field.eval(); or draw the numbers once before each solve (a mask passed as "
+                "p=); or take FixedStep() with adjoint=DirectAdjoint()."
+            )
+        return values, own
+
+    return checked
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(
+        torch.equal(x.detach(), y.detach()) for x, y in zip(first, second, strict=True)
+    ) or any(bool(x.detach().isnan().any()) for x in first)
+
+
+def _drawers(surroundings: Surroundings) -> str:
+    """The dropout layers in train mode, in words."""
+    found = surroundings.training(torch.nn.modules.dropout._DropoutNd)
+    return f" ({', '.join(found)})" if found else ""
+
+
+def repeatable_first(
+    surroundings: Surroundings,
+    device: torch.device,
+    field: Callable[[Tensor, Tensor], Tensor],
+    who: str,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A field whose first evaluation is checked as in `expect_repeatable`."""
+    seen = False
+
+    def call(t: Tensor, u: Tensor) -> Tensor:
+        nonlocal seen
+        if seen:
+            return field(t, u)
+        seen = True
+
+        def evaluate() -> tuple[Sequence[Tensor], Sequence[Any]]:
+            return (field(t, u),), ()
+
+        (value,), _ = expect_repeatable(surroundings, device, evaluate, who)()
+        return value
+
+    return call

@@ -1,0 +1,660 @@
+"""What a field can reach, so that a replay finds what the solve saw.
+
+A field is a program: besides its arguments it reads attributes, closures, globals and the contents
+of lists and dicts. `Surroundings` looks through them once, when a solve begins, without calling
+anything. It keeps what each place held, so that a backward sweep can put it back for its duration,
+with stand-ins for tensors where gradients have to stop; it names each place for messages; and it
+notices tensors that have been changed in place since.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from pysciml_node.problems.ode import Problem
+
+StandIns = Mapping[int, Tensor]
+"""What takes the place of tensors, by their ids."""
+
+# Objects looked at, and entries of a list or dict looked through: what lies beyond is left to the
+# check of every evaluation.
+_MOST_OBJECTS = 20_000
+_MOST_ENTRIES = 4_096
+
+# Code in these is no user's: it is not searched for globals. Their instances are.
+_LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "scipy", "pysciml_node"}) - {
+    "__main__"
+}
+# Instances of the standard library that are plain holders of others.
+_HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
+_MISSING = object()
+
+# A sweep that puts other values into places excludes the solves of other threads meanwhile.
+_lock = threading.RLock()
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The global and attribute names in a function's code, and in the functions inside it."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_names(constant)))
+    return tuple(names)
+
+
+def _substituted(value: Any, stand_ins: StandIns) -> Any:
+    """A value with stand-ins for its tensors; containers that can be changed are left alone."""
+    if isinstance(value, Tensor):
+        return stand_ins.get(id(value), value)
+    if isinstance(value, tuple):
+        parts = [_substituted(part, stand_ins) for part in value]
+        if all(map(is_, parts, value)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _holds(value: Any, wanted: int) -> bool:
+    if isinstance(value, tuple):
+        return any(_holds(part, wanted) for part in value)
+    return id(value) == wanted
+
+
+class _Place(ABC):
+    """Somewhere that holds values a field can reach."""
+
+    name: str
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Whether it holds other objects now."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Leave alone from now on what has changed: the field changes it itself."""
+
+    @abstractmethod
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        """Put back what it held, with stand-ins; returns what undoes that."""
+
+    @abstractmethod
+    def values(self) -> Iterable[Any]:
+        """What it holds now."""
+
+
+class _Names(_Place):
+    """Entries of a dict: attributes of an object, globals of a function, a dict of the user's.
+
+    Args:
+        owner: the dict.
+        seen: what it held.
+        name: of the whole.
+        whole: whether other entries would matter too.
+    """
+
+    __slots__ = ("name", "own", "owner", "seen", "whole")
+
+    def __init__(
+        self, owner: dict[Any, Any], seen: dict[Any, Any], name: str, whole: bool = True
+    ) -> None:
+        self.owner, self.seen, self.name, self.whole = owner, seen, name, whole
+        self.own: set[Any] = set()
+
+    @override
+    def changed(self) -> bool:
+        owner, seen = self.owner, self.seen
+        if self.whole and len(owner) == len(seen) and all(map(is_, owner.values(), seen.values())):
+            return False
+        return any(True for _ in self._differences({}))
+
+    def _differences(self, stand_ins: StandIns) -> Iterator[tuple[Any, Any]]:
+        """Keys whose value has to change, with the value; `_MISSING` for those to leave out."""
+        owner = self.owner
+        for key, value in self.seen.items():
+            wanted = _substituted(value, stand_ins) if stand_ins else value
+            if owner.get(key, _MISSING) is not wanted:
+                yield key, wanted
+        if self.whole and len(owner) > len(self.seen):
+            for key in [k for k in owner if k not in self.seen and k not in self.own]:
+                yield key, _MISSING
+
+    @override
+    def settle(self) -> None:
+        for key, _ in [*self._differences({})]:
+            self.seen.pop(key, None)
+            self.own.add(key)
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        owner = self.owner
+        if not stand_ins and not self.changed():
+            return None
+        differences = [*self._differences(stand_ins)]
+        if not differences:
+            return None
+        before = [(key, owner.get(key, _MISSING)) for key, _ in differences]
+        # The order of a dict is part of what a field sees: keep it where keys come and go.
+        order = list(owner) if any(_MISSING in pair for pair in (*differences, *before)) else None
+
+        def undo() -> None:
+            _write(owner, before)
+            if order is not None:
+                _reorder(owner, order)
+
+        _write(owner, differences)
+        if order is not None and self.whole:
+            _reorder(owner, list(self.seen))
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        owner = self.owner
+        return [owner[key] for key in self.seen if key in owner]
+
+
+def _write(owner: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
+    for key, value in entries:
+        if value is _MISSING:
+            owner.pop(key, None)
+        else:
+            owner[key] = value
+
+
+def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
+    """Put the keys into an order, others last."""
+    rest = dict(owner)
+    for key in [*(k for k in order if k in rest), *(k for k in rest if k not in order)]:
+        value = owner.pop(key)
+        owner[key] = value
+
+
+class _Items(_Place):
+    """The items of a list or deque."""
+
+    __slots__ = ("name", "owner", "seen")
+
+    def __init__(self, owner: list[Any] | deque[Any], name: str) -> None:
+        self.owner, self.name = owner, name
+        self.seen: list[Any] | None = list(owner)
+
+    @override
+    def changed(self) -> bool:
+        owner, seen = self.owner, self.seen
+        if seen is None:
+            return False
+        return len(owner) != len(seen) or not all(map(is_, owner, seen))
+
+    @override
+    def settle(self) -> None:
+        if self.changed():
+            self.seen = None
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        owner = self.owner
+        if self.seen is None or not (stand_ins or self.changed()):
+            return None
+        wanted = [_substituted(value, stand_ins) for value in self.seen]
+        if len(wanted) == len(owner) and all(map(is_, wanted, owner)):
+            return None
+        before = list(owner)
+
+        def undo() -> None:
+            owner.clear()
+            owner.extend(before)
+
+        owner.clear()
+        owner.extend(wanted)
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        return () if self.seen is None else self.owner
+
+
+class _Single(_Place):
+    """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
+
+    __slots__ = ("_get", "_set", "name", "own", "seen")
+
+    def __init__(
+        self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str
+    ) -> None:
+        self._get, self._set, self.seen, self.name = get, put, seen, name
+        self.own = False
+
+    @override
+    def changed(self) -> bool:
+        return not self.own and self._get() is not self.seen
+
+    @override
+    def settle(self) -> None:
+        self.own = self.changed()
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        if self.own:
+            return None
+        wanted, before = _substituted(self.seen, stand_ins), self._get()
+        if wanted is before:
+            return None
+        put = self._set
+
+        def undo() -> None:
+            put(before)
+
+        put(wanted)
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        return () if self.own else (self._get(),)
+
+
+class Surroundings:
+    """What a field can reach, found by one walk.
+
+    Modules with their parameters, buffers and other attributes, closures, partials, bound methods
+    and their owners, globals named in the code, attributes, slots, and the contents of containers,
+    at any depth. No property is read and nothing is called.
+
+    Args:
+        roots: where to begin, by the names to give them. A field that reads its parts from this
+            dict is given stand-ins for them too.
+
+    Attributes:
+        tensors: all that were found, each once.
+        names: where they were found, by their ids.
+        generators: the random generators that were found.
+    """
+
+    def __init__(self, roots: dict[str, Any]) -> None:
+        self.roots = roots
+        self.tensors: list[Tensor] = []
+        self.names: dict[int, str] = {}
+        self.generators: list[torch.Generator] = []
+        self._places: list[_Place] = []
+        # Keeps what was visited alive, so that ids stay their own.
+        self._visited: dict[int, Any] = {}
+        self._todo: deque[tuple[Callable[[Surroundings, Any, str], None], Any, str]] = deque()
+        with _lock:
+            self._attributes(self.roots, "")
+            while self._todo:
+                visit, value, name = self._todo.popleft()
+                visit(self, value, name)
+        self._versions = [_version(x) for x in self.tensors]
+        self._written: list[Tensor] = []
+
+    # The walk.
+
+    def _see(self, value: Any, name: str) -> None:
+        """Put a value in the queue, where it can lead to a tensor."""
+        kind = type(value)
+        try:
+            visit = _visitors[kind]
+        except KeyError:
+            if len(_visitors) > _MOST_OBJECTS:  # of classes that are made in passing
+                _visitors.clear()
+            visit = _visitors[kind] = _visitor(kind)
+        if visit is None:
+            return
+        if id(value) in self._visited or len(self._visited) > _MOST_OBJECTS:
+            return
+        self._visited[id(value)] = value
+        self._todo.append((visit, value, name))
+
+    def _attributes(self, owner: dict[Any, Any], prefix: str) -> None:
+        """All entries of a dict whose keys are names."""
+        seen = owner.copy()
+        self._places.append(_Names(owner, seen, prefix))
+        for key, value in seen.items():
+            # Most entries hold nothing: a name is not made for them.
+            if value is not None and _visitors.get(type(value), _MISSING) is not None:
+                self._see(value, f"{prefix}{key}")
+
+    def _tensor(self, value: Tensor, name: str) -> None:
+        self.tensors.append(value)
+        self.names[id(value)] = name
+
+    def _generator(self, value: torch.Generator, name: str) -> None:
+        self.generators.append(value)
+
+    def _module(self, value: nn.Module, name: str) -> None:
+        self._class(type(value), name)
+        # Found by the names of the user's attributes: `f.net.0.weight`.
+        own = value.__dict__
+        seen = own.copy()
+        self._places.append(_Names(own, seen, f"{name}."))
+        for key, held in seen.items():
+            if type(held) in _EMPTY and not held:
+                continue
+            if key in _MODULE_DICTS:
+                self._visited[id(held)] = held
+                self._attributes(held, f"{name}.")
+            elif type(held) is not bool:
+                self._see(held, f"{name}.{key}")
+
+    def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
+        """A compiled module keeps its tensors to itself: they can be named, and not replaced."""
+        for key, held in (*value.named_parameters(), *value.named_buffers()):
+            if id(held) not in self._visited:
+                self._visited[id(held)] = held
+                self._tensor(held, f"{name}.{key}")
+
+    def _mapping(self, value: dict[Any, Any], name: str) -> None:
+        if len(value) > _MOST_ENTRIES:
+            return
+        seen = dict(value)
+        self._places.append(_Names(value, seen, name))
+        for key, held in seen.items():
+            self._see(held, f"{name}[{key!r}]")
+
+    def _sequence(self, value: list[Any] | deque[Any], name: str) -> None:
+        if len(value) > _MOST_ENTRIES:
+            return
+        self._places.append(_Items(value, name))
+        self._fixed(value, name)
+
+    def _fixed(self, value: Iterable[Any], name: str) -> None:
+        """The members of what cannot be changed; of a set they have no place."""
+        for i, held in enumerate(value):
+            if i > _MOST_ENTRIES:
+                return
+            self._see(held, f"{name}[{i}]")
+
+    def _function(self, value: types.FunctionType, name: str) -> None:
+        code = value.__code__
+        for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
+            self._cell(cell, variable)
+        if value.__defaults__:
+            self._single(value, "__defaults__", name)
+        if value.__kwdefaults__:
+            self._see(value.__kwdefaults__, name)
+        if value.__dict__:
+            self._visited.setdefault(id(value.__dict__), value.__dict__)
+            self._attributes(value.__dict__, f"{name}.")
+        if not _is_library(value.__module__):
+            self._globals(value.__globals__, _names(code), "")
+
+    def _globals(self, owner: dict[str, Any], names: tuple[str, ...], prefix: str) -> None:
+        """The entries of a module that code names, and those of modules among them."""
+        seen = {}
+        for key in names:
+            value = owner.get(key, _MISSING)
+            if value is _MISSING:
+                continue
+            if type(value) is types.ModuleType:
+                if value.__dict__ is not owner and not _is_library(value.__name__):
+                    self._globals(value.__dict__, names, f"{key}.")
+            else:
+                seen[key] = value
+        if seen:
+            self._places.append(_Names(owner, seen, prefix, whole=False))
+            for key, value in seen.items():
+                self._see(value, f"{prefix}{key}")
+
+    def _cell(self, cell: types.CellType, name: str) -> None:
+        if id(cell) in self._visited:
+            return
+        self._visited[id(cell)] = cell
+        try:
+            seen = cell.cell_contents
+        except ValueError:  # not bound yet
+            return
+        self._places.append(
+            _Single(
+                lambda: cell.cell_contents,
+                lambda value: setattr(cell, "cell_contents", value),
+                seen,
+                name,
+            )
+        )
+        self._see(seen, name)
+
+    def _single(self, owner: Any, key: str, name: str) -> None:
+        """An attribute that is no entry of a dict."""
+        seen = getattr(owner, key)
+        self._places.append(
+            _Single(
+                lambda: getattr(owner, key),
+                lambda value: setattr(owner, key, value),
+                seen,
+                name,
+            )
+        )
+        self._see(seen, name)
+
+    def _method(self, value: types.MethodType, name: str) -> None:
+        self._see(value.__self__, getattr(value.__self__, "__name__", name.partition(".")[0]))
+        self._see(value.__func__, name)
+
+    def _partial(self, value: functools.partial[Any], name: str) -> None:
+        def put(args: Any) -> None:
+            cast(Any, value).__setstate__((value.func, args, value.keywords, value.__dict__))
+
+        self._see(value.func, name)
+        self._places.append(_Single(lambda: value.args, put, value.args, name))
+        self._see(value.args, name)
+        self._see(value.keywords, name)
+
+    def _wrapper(self, value: Any, name: str) -> None:
+        """A cached function."""
+        self._see(value.__wrapped__, name)
+
+    def _problem(self, value: Problem, name: str) -> None:
+        """The functions of a problem, and `p`; states are what they are called with."""
+        own = value.__dict__
+        seen = {key: own[key] for key in ("f", "drift", "diffusion", "p") if key in own}
+        self._places.append(_Names(own, seen, f"{name}.", whole=False))
+        for key, held in seen.items():
+            self._see(held, key)
+
+    def _object(self, value: Any, name: str) -> None:
+        kind = type(value)
+        self._class(kind, name)
+        own = getattr(value, "__dict__", None)
+        if type(own) is dict and id(own) not in self._visited:
+            self._visited[id(own)] = own
+            self._attributes(own, f"{name}.")
+        for key, slot in _slots(kind):
+            try:
+                seen = slot.__get__(value, kind)
+            except AttributeError:  # not set
+                continue
+            self._places.append(
+                _Single(
+                    functools.partial(slot.__get__, value, kind),
+                    functools.partial(slot.__set__, value),
+                    seen,
+                    f"{name}.{key}",
+                )
+            )
+            self._see(seen, f"{name}.{key}")
+
+    def _class(self, kind: type, name: str) -> None:
+        """The attributes of a class, and the globals that its methods name."""
+        for ancestor in kind.__mro__:
+            if _is_library(ancestor.__module__) or id(ancestor) in self._visited:
+                continue
+            self._visited[id(ancestor)] = ancestor
+            for key, held in list(ancestor.__dict__.items()):
+                if type(held) is types.FunctionType:
+                    self._see(held, key)
+                elif isinstance(held, staticmethod | classmethod):
+                    self._see(held.__func__, key)
+                elif isinstance(held, property):
+                    for part in (held.fget, held.fset):
+                        self._see(part, key)
+                elif key[:2] != "__" and _visitors.get(type(held), held) is not None:
+                    self._class_attribute(ancestor, key, held)
+
+    def _class_attribute(self, kind: type, key: str, seen: Any) -> None:
+        if isinstance(seen, types.MemberDescriptorType | types.GetSetDescriptorType):
+            return
+        self._places.append(
+            _Single(
+                lambda: kind.__dict__.get(key, _MISSING),
+                lambda value: setattr(kind, key, value),
+                seen,
+                f"{kind.__name__}.{key}",
+            )
+        )
+        self._see(seen, f"{kind.__name__}.{key}")
+
+    # What has become of it.
+
+    def settle(self) -> None:
+        """Called when the solve has run: what has changed so far, the field itself has changed.
+
+        A field may count its calls, keep its last output, or update running statistics. Such
+        entries are left to it.
+        """
+        for place in self._places:
+            if place.changed():
+                place.settle()
+        for i, x in enumerate(self.tensors):
+            version = _version(x)
+            if version != self._versions[i]:
+                self._versions[i] = None
+                self._written.append(x)
+
+    def still_hold(self, tensor: Tensor) -> bool:
+        """Whether a tensor is still in one of the places."""
+        wanted = id(tensor)
+        return any(_holds(value, wanted) for place in self._places for value in place.values())
+
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether a tensor is somewhere to be found now."""
+        return id(tensor) in Surroundings(self.roots).names
+
+    def training(self, kind: type[nn.Module]) -> list[str]:
+        """The modules of a class that are in train mode, by name and class."""
+        names = {id(p.owner): p.name.rstrip(".") for p in self._places if isinstance(p, _Names)}
+        modules = [x for x in self._visited.values() if isinstance(x, kind) and x.training]
+        return [f"{names[id(x.__dict__)]}: {type(x).__name__}" for x in modules]
+
+    def changed_in_place(self) -> list[Tensor]:
+        """Tensors with other values than the solve saw, whoever uses them."""
+        return [
+            x
+            for x, version in zip(self.tensors, self._versions, strict=True)
+            if version is not None and version != _version(x)
+        ]
+
+    @contextmanager
+    def as_seen(self, stand_ins: StandIns | None = None) -> Iterator[None]:
+        """Everything as the solve saw it, for the duration of a replay.
+
+        Args:
+            stand_ins: tensors to be put in the place of others.
+        """
+        undo: list[Callable[[], None]] = []
+        written = [(x, x.detach().clone()) for x in self._written]
+        with _lock:
+            try:
+                for place in self._places:
+                    back = place.restore(stand_ins or {})
+                    if back is not None:
+                        undo.append(back)
+                yield
+            finally:
+                for back in reversed(undo):
+                    back()
+                with torch.no_grad():
+                    for x, value in written:
+                        x.copy_(value)
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor has been changed in place; `None` where torch does not count."""
+    return None if x.is_inference() else x._version
+
+
+# The dicts of a module whose entries are attributes for whoever writes its code.
+_MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
+_EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
+
+
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    """The slots of a class, with their descriptors."""
+    found = []
+    for ancestor in kind.__mro__:
+        names = ancestor.__dict__.get("__slots__", ())
+        for key in (names,) if isinstance(names, str) else tuple(names):
+            slot = ancestor.__dict__.get(key)
+            if isinstance(slot, types.MemberDescriptorType):
+                found.append((key, slot))
+    return found
+
+
+_Visit = Callable[[Surroundings, Any, str], None]
+_PLAIN = (
+    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice),
+    *(torch.dtype, torch.device, torch.Size, torch.layout),
+    *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GeneratorType),
+)
+# Large things that a field does not read from, although it may be able to reach them.
+_APART = (
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.utils.data.DataLoader,
+    torch.utils.data.Dataset,
+    torch.autograd.graph.Node,
+)
+
+
+def _visitor(kind: type) -> _Visit | None:
+    """How objects of a class are looked through; `None` for those that hold nothing."""
+    if issubclass(kind, _PLAIN) and not hasattr(kind, "_fields"):
+        return None
+    for of, visit in _KINDS.items():
+        if issubclass(kind, of):
+            return visit
+    if issubclass(kind, _APART):
+        return None
+    top = kind.__module__.partition(".")[0]
+    if top in sys.stdlib_module_names and top not in _HOLDERS and top != "__main__":
+        return None
+    if top in ("numpy", "scipy") or not (kind.__dictoffset__ or _slots(kind)):
+        return None
+    return Surroundings._object
+
+
+_KINDS: dict[type, _Visit] = {
+    Tensor: Surroundings._tensor,
+    torch.jit.ScriptModule: Surroundings._script,
+    nn.Module: Surroundings._module,
+    dict: Surroundings._mapping,
+    list: Surroundings._sequence,
+    deque: Surroundings._sequence,
+    tuple: Surroundings._fixed,
+    set: Surroundings._fixed,
+    frozenset: Surroundings._fixed,
+    types.FunctionType: Surroundings._function,
+    types.MethodType: Surroundings._method,
+    functools.partial: Surroundings._partial,
+    functools._lru_cache_wrapper: Surroundings._wrapper,
+    torch.Generator: Surroundings._generator,
+    Problem: Surroundings._problem,
+    type: lambda walk, value, name: walk._class(value, name),
+}
+_visitors: dict[type, _Visit | None] = {}
