@@ -132,8 +132,8 @@ def number(
     ends = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
     limits = [f"{word} {end:g}" for word, end in ends if end is not None]
     if not infinite and below is None and at_most is None:
-        limits.append("finite")
-    words = " and ".join(limits).replace("above 0 and finite", "positive and finite")
+        limits.insert(0, "finite")
+    words = " and ".join(limits).replace("finite and above 0", "positive and finite")
     if found is None:
         refuse(name, "a number", value, hint)
     refuse(name, words or "a number", found, hint, ValueError)
@@ -233,13 +233,14 @@ def did_you_mean(given: object, known: Iterable[object]) -> str:
     return f"Did you mean {words[near[0]]!r}?" if near else ""
 
 
-def instance(name: str, value: Any, kind: type[T], *, example: str) -> T:
+def instance(name: str, value: Any, kind: type[T], *, example: str, noun: str = "") -> T:
     """An object of one class.
 
     Args:
         name: of the argument.
         value: what was given.
         kind: the class.
+        noun: what it is in words; default "an instance" of the example.
         example: how to make one, such as `"Tsit5()"`.
 
     Raises:
@@ -249,7 +250,7 @@ def instance(name: str, value: Any, kind: type[T], *, example: str) -> T:
         return value
     made = isinstance(value, type) and issubclass(value, kind)
     hint = f"Write {value.__name__}()." if made else f"Write {example}."
-    refuse(name, f"an instance such as {example}", value, hint)
+    refuse(name, noun or f"an instance such as {example}", value, hint)
 
 
 def generator(name: str, value: Any) -> torch.Generator | None:
@@ -396,7 +397,9 @@ def tensor(
     axes: int | None = None,
     real: bool = False,
     floating: bool = False,
+    precise: bool = False,
     finite: bool = False,
+    filled: bool = False,
     hint: str = "",
 ) -> Tensor:
     """A tensor that holds values, or anything that speaks DLPack, such as a NumPy array.
@@ -407,7 +410,9 @@ def tensor(
         axes: how many it must have.
         real: whether complex numbers and booleans are refused.
         floating: whether integers are refused too.
+        precise: whether half precision is refused too.
         finite: whether NaN and infinity are refused.
+        filled: whether a tensor without entries is refused.
         hint: what to do where it is refused.
 
     Raises:
@@ -417,8 +422,11 @@ def tensor(
     found = as_tensor(value)
     if found is None:
         refuse(name, "a tensor", value, hint or f"Convert it: torch.as_tensor({name}).")
-    if (real or floating) and (found.is_complex() or found.dtype == torch.bool):
+    if (real or floating or precise) and (found.is_complex() or found.dtype == torch.bool):
         refuse(name, "a tensor of real numbers", found, hint)
+    if precise and found.dtype not in (torch.float32, torch.float64):
+        hint = hint or f"Convert it: {name}.double()."
+        refuse(name, "a floating-point tensor, float32 or float64", found, hint)
     if floating and not found.is_floating_point():
         refuse(name, "a floating-point tensor", found, hint or f"Convert it: {name}.double().")
     if found.device.type == "meta":
@@ -427,7 +435,11 @@ def tensor(
         dense = f"It is {found.layout}: write {name}.to_dense()."
         refuse(name, "a dense tensor", found, dense, ValueError)
     if axes is not None and found.ndim != axes:
-        refuse(name, f"a tensor with {axes} axes", found, hint, ValueError)
+        refuse(
+            name, f"a tensor with {axes} ax{'i' if axes == 1 else 'e'}s", found, hint, ValueError
+        )
+    if filled and found.numel() == 0:
+        refuse(name, "a tensor with entries", found, hint, ValueError)
     if finite and not bool(torch.isfinite(found).all()):
         raise ValueError(f"{name} must be finite, but holds NaN or infinity.")
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
 from torch import nn
+
+from pysciml_node import checks
 
 _HORIZON = "_psn_horizon"
 _LINEAR = (
@@ -62,9 +63,11 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
 
     Reference: Gao, Sun, Liu and Gao, arXiv 2509.22436 (scale of the weights against the horizon).
     """
-    for name, value in (("T", T), ("previous", previous)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive, finite length of time, but is {value}.")
+    checks.instance(
+        "module", module, nn.Module, example="torch.nn.Linear(2, 2)", noun="an nn.Module"
+    )
+    T = checks.number("T", T, above=0)
+    previous = None if previous is None else checks.number("previous", previous, above=0)
     inner = getattr(module, "field", module)
     layer = _last_linear(inner if isinstance(inner, nn.Module) else module)
     before = previous if previous is not None else cast(float, getattr(layer, _HORIZON, 1.0))
@@ -78,8 +81,8 @@ def _last_linear(field: nn.Module) -> nn.Module:
     layers = [layer for layer in field.modules() if isinstance(layer, _LINEAR)]
     if not layers:
         raise ValueError(
-            f"{type(field).__name__} has no linear or convolutional layer to scale. "
-            "Divide the field's output by T yourself."
+            f"module {type(field).__name__} has no linear or convolutional layer to scale.\n"
+            "  Divide the field's output by T yourself."
         )
     last = layers[-1]
     for container in field.modules():
@@ -96,6 +99,7 @@ def _check_end(container: nn.Sequential, last: nn.Module) -> None:
     for layer in behind:
         if not isinstance(layer, _TRANSPARENT):
             raise ValueError(
-                f"the last linear layer is followed by {type(layer).__name__}, so scaling its "
-                "weights does not scale the field. End the field with a linear layer."
+                "module must end with a linear layer, but the last linear layer is followed by "
+                f"{type(layer).__name__}, so scaling its weights does not scale the field.\n"
+                "  End the field with a linear layer."
             )

@@ -61,5 +61,5 @@ def test_what_cannot_be_scaled_is_refused():
     with pytest.raises(ValueError, match="no linear or convolutional layer"):
         scale_for_horizon_(nn.Tanh(), 2.0)
     for T in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="positive, finite"):
+        with pytest.raises(ValueError, match="positive and finite"):
             scale_for_horizon_(Field(), T)

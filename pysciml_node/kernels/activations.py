@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pysciml_node import checks
 from pysciml_node.kernels.expectations import (
     Erf,
     Exponential,
@@ -68,34 +69,54 @@ _SAME: dict[object, str] = {
 }
 
 
-def _known_name(name: str) -> str:
+def _known_name(name: str, argument: str = "activation") -> str:
     key = _ALIASES.get(name.lower(), name.lower())
     if key not in _FUNCTIONS:
-        known = ", ".join(sorted([*_FUNCTIONS, *_ALIASES]))
+        words = sorted([*_FUNCTIONS, *_ALIASES])
+        near = checks.did_you_mean(name, words)
         raise ValueError(
-            f"activation {name!r} is not known by name. Known: {known}. "
-            "Pass any other activation as a callable or an nn.Module."
+            f"{argument} {name!r} is not known by name. Known: {', '.join(words)}.\n"
+            f"  {near or 'Pass any other activation as a callable or an nn.Module.'}"
         )
     return key
 
 
-def as_function(activation: Activation) -> Elementwise:
+def as_function(activation: Activation, argument: str = "activation") -> Elementwise:
     """The activation as a callable on tensors.
+
+    Args:
+        activation: as it was given.
+        argument: its name in messages.
 
     Raises:
         ValueError: for an unknown name.
-        TypeError: for something that is neither a name nor callable.
+        TypeError: for something that is neither a name nor callable, or no elementwise function.
     """
     if isinstance(activation, str):
-        return _FUNCTIONS[_known_name(activation)]
-    if isinstance(activation, nn.Module):
-        return copy.deepcopy(activation).double()  # kernels are computed in float64
-    if callable(activation):
-        return activation
-    raise TypeError(
-        f"activation must be a name, a callable or an nn.Module, but is a "
-        f"{type(activation).__name__}."
-    )
+        return _FUNCTIONS[_known_name(activation, argument)]
+    if not callable(activation):
+        raise TypeError(
+            f"{argument} must be a name, a callable or an nn.Module, but is "
+            f"{checks.shown(activation)}."
+        )
+    function = checks.function(argument, activation, "u")
+    if isinstance(function, nn.Module):
+        function = copy.deepcopy(function).double()  # kernels are computed in float64
+    _check_elementwise(function, argument)
+    return function
+
+
+def _check_elementwise(function: Elementwise, argument: str) -> None:
+    probe = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64).reshape(2, 5)
+    wanted = f"{argument} must be a function of each entry of a tensor"
+    try:
+        value = function(probe)
+    except Exception as error:  # whatever the user's function raises
+        raise TypeError(
+            f"{wanted}, but fails for one of shape (2, 5) and dtype float64: {error}"
+        ) from error
+    if not isinstance(value, Tensor) or value.shape != probe.shape or value.is_complex():
+        raise TypeError(f"{wanted}, but gives {checks.shown(value)} for one of shape (2, 5).")
 
 
 def describe(activation: Activation) -> str:

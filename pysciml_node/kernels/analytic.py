@@ -7,9 +7,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.kernels.activations import Activation, resolve
 from pysciml_node.kernels.continuous import continuous_kernels
-from pysciml_node.kernels.inputs import Layout, Model, Readout, Values, check_scales, pair_inputs
+from pysciml_node.kernels.inputs import Layout, Model, Readout, Values, check_scale, pair_inputs
 from pysciml_node.kernels.recursion import euler_kernels
 
 
@@ -24,17 +25,13 @@ def _kernels(
     steps: int | None,
     rtol: float,
 ) -> tuple[Values, Layout]:
-    sigma_u, sigma_w, sigma_v = sigmas
-    check_scales(T=horizon, sigma_u=sigma_u, sigma_w=sigma_w, sigma_v=sigma_v)
-    if readout not in get_args(Readout):
-        raise ValueError(f"readout must be 'activation' or 'linear', but is {readout!r}.")
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
-        raise ValueError(
-            f"steps must be a positive int (depth of the Euler network), or None for the neural "
-            f"ODE, but is {steps!r}."
-        )
-    if not 1e-12 <= rtol < 1:
-        raise ValueError(f"rtol must lie in [1e-12, 1), but is {rtol}.")
+    names = ("sigma_u", "sigma_w", "sigma_v")
+    sigma_u, sigma_w, sigma_v = map(check_scale, names, sigmas)
+    horizon = check_scale("T", horizon)
+    readout = checks.choice("readout", readout, get_args(Readout))
+    if steps is not None:
+        steps = checks.whole("steps", steps, hint="It is the depth of the Euler network.")
+    rtol = checks.number("rtol", rtol, at_least=1e-12, below=1)
     pairs, layout = pair_inputs(x1, x2, sigma_u)
     model = Model(
         expectation=resolve(activation, rtol),

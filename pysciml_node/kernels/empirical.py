@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
+from pysciml_node import checks
+
 Outputs: TypeAlias = Literal["full", "trace"]
 Method: TypeAlias = Literal["auto", "jacobian", "products", "autograd"]
 Weights: TypeAlias = dict[str, Tensor]
@@ -108,6 +110,9 @@ def empirical_ntk(
 
     Reference: Novak, Sohl-Dickstein and Schoenholz, arXiv 2206.08720, sections 3.1 and 3.2.
     """
+    x1 = checks.tensor("x1", x1)
+    x2 = None if x2 is None else checks.tensor("x2", x2)
+    memory = checks.whole("memory", memory)
     _check(module, outputs, method, x1, x2)
     weights = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
     if not weights:
@@ -117,6 +122,31 @@ def empirical_ntk(
         )
     frozen = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
     network = _Network(module, weights, {**dict(module.named_buffers()), **frozen})
+    try:
+        return _kernel(network, x1, x2, outputs, method, memory)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        _check_samples(network, x1, x2)
+        raise
+
+
+def _check_samples(network: _Network, x1: Tensor, x2: Tensor | None) -> None:
+    """Look for the reason of a failure: the module takes other samples."""
+    for name, x in (("x1", x1), ("x2", x2)):
+        try:
+            with torch.no_grad():
+                found = None if x is None else network.module(x[:1])
+        except Exception as error:  # whatever the user's module raises
+            raise ValueError(
+                f"{name} must hold samples that the module takes, but it fails for one of shape "
+                f"{tuple(x1.shape[1:])} and dtype {x1.dtype}: {error}"
+            ) from error
+        if isinstance(found, Tensor) and not found.is_floating_point():
+            raise ValueError(f"module must return real numbers, but for {name} has {found.dtype}.")
+
+
+def _kernel(
+    network: _Network, x1: Tensor, x2: Tensor | None, outputs: Outputs, method: Method, memory: int
+) -> Tensor:
     second = x1 if x2 is None else x2
     symmetric = x2 is None
     if method == "auto":
@@ -129,16 +159,19 @@ def empirical_ntk(
 
 
 def _check(module: nn.Module, outputs: str, method: str, x1: Tensor, x2: Tensor | None) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, but is a {type(module).__name__}.")
-    for name, value, allowed in (
-        ("outputs", outputs, get_args(Outputs)),
-        ("method", method, get_args(Method)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, but is {value!r}.")
-    if len(x1) == 0 or (x2 is not None and len(x2) == 0):
-        raise ValueError("x1 and x2 must hold at least one sample.")
+    checks.instance(
+        "module", module, nn.Module, example="torch.nn.Linear(3, 1)", noun="an nn.Module"
+    )
+    checks.choice("outputs", outputs, get_args(Outputs))
+    checks.choice("method", method, get_args(Method))
+    for x in (x1, x2):
+        if x is not None and (x.ndim == 0 or len(x) == 0):
+            raise ValueError("x1 and x2 must hold at least one sample.")
+    if x2 is not None and (x1.shape[1:], x1.dtype) != (x2.shape[1:], x2.dtype):
+        raise ValueError(
+            f"x1 and x2 must hold samples of one shape and dtype, but have {tuple(x1.shape[1:])} "
+            f"{x1.dtype} and {tuple(x2.shape[1:])} {x2.dtype}."
+        )
 
 
 def _choose(network: _Network, x1: Tensor, x2: Tensor, memory: int) -> Method:

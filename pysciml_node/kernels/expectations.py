@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+from pysciml_node import checks
 
 Features: TypeAlias = tuple[Tensor, ...]
 """Tensors of shape `(F, *q.shape)`, one row a feature."""
@@ -67,7 +69,7 @@ class GaussianExpectation(ABC):
             `c = sqrt(q1 q2)`), the two-time equations need a scheme that respects the diagonal.
     """
 
-    analytic: bool = True
+    analytic: ClassVar[bool] = True
 
     @abstractmethod
     def features(self, q: Tensor) -> Features:
@@ -122,7 +124,11 @@ class LeakyReLU(ClosedForm):
     """
 
     negative_slope: float = 0.0
-    analytic: bool = False
+    analytic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        slope = checks.number("negative_slope", self.negative_slope, at_least=-1e6, at_most=1e6)
+        checks.settle(self, negative_slope=slope)
 
     @property
     def _weights(self) -> tuple[float, float]:
@@ -175,6 +181,11 @@ class Sinusoid(ClosedForm):
 
     frequency: float = 1.0
     phase: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("frequency", "phase"):
+            value = checks.number(name, getattr(self, name), at_least=-1e6, at_most=1e6)
+            checks.settle(self, **{name: value})
 
     def _parts(self, q1: Tensor, q2: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         half = self.frequency**2 / 2

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.kernels.errors import KernelConvergenceError
 from pysciml_node.kernels.expectations import (
     Correlation,
@@ -182,11 +183,16 @@ class Polynomial(GaussianExpectation):
     coefficients: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuse the empty polynomial."""
+        """Refuse what are no numbers, and the empty polynomial."""
+        numbers = tuple(
+            checks.number(f"coefficients[{i}]", x)
+            for i, x in enumerate(checks.numbers("coefficients", self.coefficients))
+        )
+        checks.settle(self, coefficients=numbers)
         if len(self.coefficients) == 0:
             raise ValueError(
-                "Polynomial needs at least one coefficient, but got (). "
-                "Pass them lowest power first, e.g. Polynomial((0, 1, 0.5))."
+                "Polynomial needs at least one coefficient, but coefficients is ().\n"
+                "  Pass them lowest power first, e.g. Polynomial((0, 1, 0.5))."
             )
 
     def __call__(self, u: Tensor) -> Tensor:

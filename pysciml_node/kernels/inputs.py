@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.kernels.expectations import Features, GaussianExpectation
 
 Readout: TypeAlias = Literal["activation", "linear"]
+
+# Far beyond any network that can be trained; kernels take powers of the scales.
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Layout:
 
 def pair_inputs(x1: Tensor, x2: Tensor | None, sigma_u: float) -> tuple[Pairs, Layout]:
     """Every pair of rows of `x1` and `x2`, or the upper triangle when `x2` is None."""
-    _check_inputs(x1, x2)
+    x1, x2 = _checked_inputs(x1, x2)
     first = x1.detach().to(torch.float64)
     scale = sigma_u**2 / x1.shape[1]
     if x2 is None:
@@ -115,13 +118,12 @@ def pair_inputs(x1: Tensor, x2: Tensor | None, sigma_u: float) -> tuple[Pairs, L
     return Pairs(variance, i, j, covariance), Layout((n1, n2), False, x1.dtype)
 
 
-def _check_inputs(x1: Tensor, x2: Tensor | None) -> None:
+def _checked_inputs(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    x1 = checks.tensor("x1", x1, floating=True, filled=True)
+    x2 = None if x2 is None else checks.tensor("x2", x2, floating=True, filled=True)
     for name, x in (("x1", x1), ("x2", x2)):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, but is {found}.")
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(
                 f"{name} must have shape (n, d), but has shape {tuple(x.shape)}. "
@@ -134,10 +136,14 @@ def _check_inputs(x1: Tensor, x2: Tensor | None) -> None:
             f"x1 and x2 must agree in features, dtype and device, but are {tuple(x1.shape)} "
             f"{x1.dtype} {x1.device} and {tuple(x2.shape)} {x2.dtype} {x2.device}."
         )
+    return x1, x2
 
 
-def check_scales(**scales: float) -> None:
-    """Refuse scales that are negative or not finite."""
-    for name, value in scales.items():
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be finite and not negative, but is {value}.")
+def check_scale(name: str, value: float) -> float:
+    """A scale of the network, or its horizon.
+
+    Raises:
+        TypeError: no number.
+        ValueError: negative, not finite, or so large that its powers are not.
+    """
+    return checks.number(name, checks.number(name, value, at_least=0), at_most=_LARGEST)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ class KinkedSeries(GaussianExpectation):
 
     smooth: HermiteSeries
     jumps: tuple[float, ...]
-    analytic: bool = False
+    analytic: ClassVar[bool] = False
 
     @classmethod
     def of(

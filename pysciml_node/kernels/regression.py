@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 
-def _check_square(kernel: Tensor, name: str) -> None:
+
+def _square(kernel: Tensor, name: str) -> Tensor:
+    kernel = checks.tensor(name, kernel, precise=True, finite=True, filled=True)
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"{name} must be square, but has shape {tuple(kernel.shape)}.")
     gap = float((kernel - kernel.T).abs().max())
@@ -23,6 +26,42 @@ def _check_square(kernel: Tensor, name: str) -> None:
             f"{name} must be symmetric, but {name} - {name}.T reaches {gap:.2e}. Compute it with "
             "x2=None, or symmetrise it."
         )
+    return kernel
+
+
+def _beside(kernel: Tensor, name: str, value: Tensor) -> Tensor:
+    """A tensor that is used with a kernel: of its dtype and device."""
+    value = checks.tensor(name, value, precise=True)
+    if value.dtype != kernel.dtype or value.device != kernel.device:
+        raise TypeError(
+            f"{name} must be {kernel.dtype} on {kernel.device} like the kernel, but is "
+            f"{value.dtype} on {value.device}.\n  Convert it: {name}.to(kernel)."
+        )
+    return value
+
+
+def _cross(kernel: Tensor, value: Tensor, name: str = "cross") -> Tensor:
+    """A kernel of test against training inputs, `(m, n)`."""
+    value = _beside(kernel, name, value)
+    if value.ndim != 2 or value.shape[1] != len(kernel):
+        raise ValueError(
+            f"{name} must have shape (m, {len(kernel)}), test against training inputs, but has "
+            f"shape {tuple(value.shape)}."
+        )
+    return value
+
+
+def _variances(kernel: Tensor, prior: Tensor, name: str = "prior") -> Tensor:
+    """The diagonal of a kernel of test inputs that is given whole, `(m, m)`, or as it is."""
+    prior = _beside(kernel, name, prior)
+    if prior.ndim == 1:
+        return prior
+    if prior.ndim != 2 or prior.shape[0] != prior.shape[1]:
+        raise ValueError(
+            f"{name} must have shape (m, m), or (m,) of its diagonal, but has shape "
+            f"{tuple(prior.shape)}."
+        )
+    return prior.diagonal()
 
 
 def _columns(targets: Tensor, n: int, name: str) -> Tensor:
@@ -44,8 +83,7 @@ def spectrum(kernel: Tensor) -> Tensor:
         >>> spectrum(torch.diag(torch.tensor([1.0, 3.0])))
         tensor([3., 1.])
     """
-    _check_square(kernel, "kernel")
-    values: Tensor = torch.linalg.eigvalsh(kernel)
+    values: Tensor = torch.linalg.eigvalsh(_square(kernel, "kernel"))
     return values.flip(0)
 
 
@@ -60,7 +98,7 @@ def condition_number(kernel: Tensor) -> float:
     """
     values = spectrum(kernel)
     largest, smallest = float(values[0]), float(values[-1])
-    if smallest <= len(values) * torch.finfo(kernel.dtype).eps * largest:
+    if smallest <= len(values) * torch.finfo(values.dtype).eps * largest:
         return float("inf")
     return largest / smallest
 
@@ -73,7 +111,8 @@ def rank(kernel: Tensor, rtol: float | None = None) -> int:
         1
     """
     values = spectrum(kernel)
-    cut = rtol if rtol is not None else len(values) * torch.finfo(kernel.dtype).eps
+    rounding = len(values) * torch.finfo(values.dtype).eps
+    cut = rounding if rtol is None else checks.number("rtol", rtol, at_least=0)
     return int((values > cut * values[0]).sum())
 
 
@@ -84,7 +123,15 @@ def max_learning_rate(kernel: Tensor) -> float:
         >>> max_learning_rate(torch.diag(torch.tensor([1.0, 4.0])))
         1.0
     """
-    return 2 * len(kernel) / float(spectrum(kernel)[0])
+    return _stable_rate(spectrum(kernel)[0], len(kernel))
+
+
+def _stable_rate(largest: Tensor, n: int) -> float:
+    if not largest > 0:
+        raise ValueError(
+            f"kernel must have a positive eigenvalue, but its largest is {float(largest):.3g}."
+        )
+    return 2 * n / float(largest)
 
 
 def posterior(
@@ -112,13 +159,15 @@ def posterior(
         >>> posterior(k, k[:1], torch.ones(1), torch.tensor([3.0, 5.0]))
         (tensor([3.]), tensor([0.]))
     """
-    _check_square(kernel, "kernel")
+    kernel = _square(kernel, "kernel")
+    targets = _beside(kernel, "targets", targets)
     y = _columns(targets, len(kernel), "targets")
-    diagonal = prior if prior.ndim == 1 else prior.diagonal()
+    noise = checks.number("noise", noise, at_least=0)
+    diagonal, cross = _variances(kernel, prior), _beside(kernel, "cross", cross)
     if cross.shape != (len(diagonal), len(kernel)):
         raise ValueError(
-            f"cross must have shape ({len(diagonal)}, {len(kernel)}) (test, training), but has "
-            f"shape {tuple(cross.shape)}."
+            f"cross must have shape ({len(diagonal)}, {len(kernel)}) (test, training) like prior "
+            f"and kernel, but has shape {tuple(cross.shape)}."
         )
     noisy = kernel + noise * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(noisy)
@@ -163,20 +212,25 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         """Check the shapes and decompose the kernel, once."""
-        _check_square(self.kernel, "kernel")
+        checks.settle(self, kernel=_square(self.kernel, "kernel"))
+        checks.settle(self, targets=_beside(self.kernel, "targets", self.targets))
         _columns(self.targets, len(self.kernel), "targets")
+        if self.initial is not None:
+            checks.settle(self, initial=_beside(self.kernel, "initial", self.initial))
         if self.initial is not None and self.initial.shape != self.targets.shape:
             raise ValueError(
                 f"initial must have the shape of targets, {tuple(self.targets.shape)}, but has "
                 f"shape {tuple(self.initial.shape)}."
             )
         values, vectors = torch.linalg.eigh(self.kernel)
-        object.__setattr__(self, "_values", values)
-        object.__setattr__(self, "_vectors", vectors)
+        checks.settle(self, _values=values, _vectors=vectors)
 
     def _decay(self, when: float, lr: float | None) -> Tensor:
         rate = self._values / len(self.kernel)
-        return torch.exp(-rate * when) if lr is None else (1 - lr * rate) ** when
+        if lr is None:
+            return torch.exp(-rate * checks.number("when", when, at_least=0, infinite=True))
+        steps = checks.whole("when", when, at_least=0, hint="With lr it counts steps.")
+        return (1 - checks.number("lr", lr, above=0) * rate) ** steps
 
     def _error(self) -> Tensor:
         start = torch.zeros_like(self.targets) if self.initial is None else self.initial
@@ -208,10 +262,19 @@ class GradientDescent:
             lr: as for `outputs`.
             initial: `f_0*` on the test inputs; None means zero.
         """
+        cross = _cross(self.kernel, cross)
         weights = self._spent(self._decay(when, lr))[:, None] * self._error()
         change = cross @ (self._vectors @ weights)
         out = -change.reshape(len(cross), *self.targets.shape[1:])
-        return out if initial is None else initial + out
+        if initial is None:
+            return out
+        initial = _beside(self.kernel, "initial", initial)
+        if initial.shape != out.shape:
+            raise ValueError(
+                f"initial must have shape {tuple(out.shape)}, an output for each test input, but "
+                f"has shape {tuple(initial.shape)}."
+            )
+        return initial + out
 
     def _spent(self, decay: Tensor) -> Tensor:
         """`(1 - decay) / lambda`, zero in directions the kernel does not reach."""
@@ -235,15 +298,29 @@ class GradientDescent:
             when: as for `outputs`.
             lr: as for `outputs`.
         """
-        train, test_train, prior = nngp
-        diagonal = prior if prior.ndim == 1 else prior.diagonal()
+        if not isinstance(nngp, tuple | list) or len(nngp) != 3:
+            checks.refuse("nngp", "three kernels (K, K*, K**)", nngp)
+        cross = _cross(self.kernel, cross)
+        train = _beside(self.kernel, "nngp[0]", nngp[0])
+        test_train = _beside(self.kernel, "nngp[1]", nngp[1])
+        diagonal = _variances(self.kernel, nngp[2], "nngp[2]")
+        wanted = (self.kernel.shape, cross.shape, cross.shape[:1])
+        found = (train.shape, test_train.shape, diagonal.shape)
+        if found != wanted:
+            wanted_words, found_words = (
+                ", ".join(str(tuple(x)) for x in y) for y in (wanted, found)
+            )
+            raise ValueError(
+                f"nngp must fit kernel and cross: shapes {wanted_words} (the last, or its "
+                f"diagonal), but they are {found_words}."
+            )
         spent = self._spent(self._decay(when, lr))
         gain = cross @ (self._vectors * spent) @ self._vectors.T
         return diagonal - 2 * (gain * test_train).sum(1) + ((gain @ train) * gain).sum(1)
 
     def max_learning_rate(self) -> float:
         """`2 n / lambda_max`: gradient descent diverges above."""
-        return 2 * len(self.kernel) / float(self._values[-1])
+        return _stable_rate(self._values[-1], len(self.kernel))
 
     def rate(self) -> float:
         """Slowest decay rate of the loss under gradient flow, `2 lambda_min / n`."""

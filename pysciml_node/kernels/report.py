@@ -185,8 +185,8 @@ def _elementwise(act: Activation) -> Elementwise:
         frequency, phase = act.frequency, act.phase
         return lambda u: torch.sin(frequency * u + phase)
     if isinstance(act, GaussianExpectation) and not isinstance(act, Polynomial):
-        raise TypeError(f"pass the activation itself, not its expectation {act}.")
-    return as_function(act)
+        raise TypeError(f"act: pass the activation itself, not its expectation {act}.")
+    return as_function(act, "act")
 
 
 def _differentiable_slope(fn: Elementwise, u: Tensor) -> Tensor:

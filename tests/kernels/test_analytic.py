@@ -191,9 +191,9 @@ def test_dtype_follows_the_inputs():
     [
         ({"T": -1.0}, "T must be finite"),
         ({"sigma_w": math.inf}, "sigma_w must be finite"),
-        ({"steps": 0}, "steps must be a positive int"),
+        ({"steps": 0}, "steps must be a positive whole number"),
         ({"readout": "phi"}, "readout must be"),
-        ({"rtol": 0.0}, "rtol must lie"),
+        ({"rtol": 0.0}, "rtol must be at least 1e-12"),
     ],
 )
 def test_arguments_are_checked(change, message):
