@@ -26,16 +26,13 @@ from pysciml_node.algorithms.explicit import (
     Vern7,
     Vern9,
 )
+from pysciml_node.algorithms.implicit import TRBDF2, KenCarp4, Rodas5P, Rosenbrock23
 from pysciml_node.algorithms.sciml import (
     FBDF,
     QNDF,
-    TRBDF2,
     VCABM,
     AutoTsit5,
     AutoVern7,
-    KenCarp4,
-    Rodas5P,
-    Rosenbrock23,
     SciMLAlgorithm,
     Vern6,
     Vern8,

@@ -6,12 +6,15 @@ An explicit Runge-Kutta method is a tableau and a citation; the loop that runs i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pysciml_node import checks, tableaus
 from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint
 from pysciml_node.algorithms.controllers import Controller, PIController
 from pysciml_node.tableaus import Tableau
+
+if TYPE_CHECKING:
+    from pysciml_node.algorithms.options import SolveOptions
 
 
 class Algorithm(checks.Configured):
@@ -24,6 +27,10 @@ class Algorithm(checks.Configured):
     def default_adjoint(self) -> Adjoint:
         """The adjoint used when none is given."""
         return DiscreteAdjoint()
+
+    def options_on(self, engine: str, options: SolveOptions) -> SolveOptions:
+        """The options with what an engine uses where nothing was asked for."""
+        return options
 
 
 @dataclass(frozen=True)

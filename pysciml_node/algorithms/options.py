@@ -37,6 +37,7 @@ class SolveOptions:
         throw: raise on failure.
         compile: compile the solve.
         seed: of the Brownian motions; `None` for ordinary equations.
+        defaulted: which of `adjoint` and `controller` were not given.
     """
 
     rtol: float | Tensor
@@ -56,6 +57,7 @@ class SolveOptions:
     throw: bool
     compile: bool
     seed: int | None = None
+    defaulted: frozenset[str] = frozenset()
 
 
 def without_closures(options: SolveOptions) -> SolveOptions:

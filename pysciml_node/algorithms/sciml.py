@@ -66,7 +66,7 @@ class SciMLAlgorithm(Algorithm):
 
 
 @dataclass(frozen=True)
-class _Named(SciMLAlgorithm):
+class NamedAlgorithm(SciMLAlgorithm):
     """An algorithm of a fixed name without options."""
 
     package: ClassVar[str]
@@ -77,19 +77,19 @@ class _Named(SciMLAlgorithm):
         checks.settle(self, expression=f"{type(self).__name__}()", packages=(self.package,))
 
 
-class Vern6(_Named):
+class Vern6(NamedAlgorithm):
     """Verner's efficient 6(5). Reference: J. H. Verner, Numer. Algorithms 53 (2010) 383-396."""
 
     package = "OrdinaryDiffEqVerner"
 
 
-class Vern8(_Named):
+class Vern8(NamedAlgorithm):
     """Verner's efficient 8(7). Reference: J. H. Verner, Numer. Algorithms 53 (2010) 383-396."""
 
     package = "OrdinaryDiffEqVerner"
 
 
-class VCABM(_Named):
+class VCABM(NamedAlgorithm):
     """Adams-Bashforth-Moulton of variable order and step, for expensive smooth fields.
 
     Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5.
@@ -98,45 +98,7 @@ class VCABM(_Named):
     package = "OrdinaryDiffEqAdamsBashforthMoulton"
 
 
-class Rosenbrock23(_Named):
-    """Rosenbrock-W 2(3), L-stable, for stiff problems at tolerances above 1e-2.
-
-    Reference: L. F. Shampine, M. W. Reichelt, SIAM J. Sci. Comput. 18 (1997) 1-22.
-    """
-
-    package = "OrdinaryDiffEqRosenbrock"
-
-
-class Rodas5P(_Named):
-    """Rosenbrock method of order 5, stiffly stable: the first choice for stiff problems.
-
-    Takes singular mass matrices (differential-algebraic equations of index one).
-
-    Reference: G. Steinebach, BIT 63 (2023) 27.
-    """
-
-    package = "OrdinaryDiffEqRosenbrock"
-
-
-class KenCarp4(_Named):
-    """Singly diagonally implicit Runge-Kutta of order 4, stiffly accurate.
-
-    Reference: C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44 (2003) 139-181.
-    """
-
-    package = "OrdinaryDiffEqSDIRK"
-
-
-class TRBDF2(_Named):
-    """Trapezoidal rule and second-order backward differentiation in one step.
-
-    Reference: R. E. Bank et al., IEEE Trans. Electron Devices 32 (1985) 1992-2007.
-    """
-
-    package = "OrdinaryDiffEqSDIRK"
-
-
-class FBDF(_Named):
+class FBDF(NamedAlgorithm):
     """Backward differentiation of order 1 to 5 with fixed leading coefficient, for large systems.
 
     Reference: L. F. Shampine, J. Numer. Math. 10 (2002) 291-310.
@@ -145,7 +107,7 @@ class FBDF(_Named):
     package = "OrdinaryDiffEqBDF"
 
 
-class QNDF(_Named):
+class QNDF(NamedAlgorithm):
     """Numerical differentiation formulas of order 1 to 5, quasi-constant step.
 
     Reference: L. F. Shampine, M. W. Reichelt, SIAM J. Sci. Comput. 18 (1997) 1-22.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.problems.state import State, StateSpec, tensors_of
 
@@ -86,6 +87,11 @@ class Problem:
         """`1` forward in time, `-1` backward."""
         return 1 if self.t1 > self.t0 else -1
 
+    @property
+    def mass(self) -> Tensor | None:
+        """The mass matrix of the flat state, `(N, N)`; `None` stands for the identity."""
+        return None
+
     def time_tensor(self, times: list[float]) -> Tensor:
         """Times as a tensor of the state's real dtype on its device."""
         return torch.tensor(times, dtype=self.spec.real_dtype, device=self.spec.device)
@@ -106,8 +112,8 @@ class ODEProblem(Problem):
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
             gradients.
         mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
-            entries; singular for differential-algebraic equations. For implicit methods of the
-            Julia engine; receives no gradients.
+            entries; singular for differential-algebraic equations. For implicit methods; receives
+            no gradients.
 
     Raises:
         TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
@@ -127,6 +133,14 @@ class ODEProblem(Problem):
     p: Any = None
     mass_matrix: Tensor | None = None
     spec: StateSpec = field(init=False, repr=False, compare=False)
+
+    @property
+    @override
+    def mass(self) -> Tensor | None:
+        """The mass matrix in the state's dtype on its device; `None` stands for the identity."""
+        if self.mass_matrix is None:
+            return None
+        return self.mass_matrix.detach().to(self.spec.device, self.spec.dtype)
 
     def __post_init__(self) -> None:
         if not callable(self.f):

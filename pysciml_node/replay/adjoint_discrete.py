@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pysciml_node.replay.adjoint_recorded import RecordedPullback
 from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
@@ -21,6 +22,7 @@ from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents, arriving_at
 from pysciml_node.steps.field import Accumulator, DifferentiableField, Linearized
 from pysciml_node.steps.record import Record
+from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.tableaus.base import Row
 
 
@@ -161,9 +163,13 @@ def discrete_sweep(
     start_nfe = field.nfe
     saved = arriving.saved
     most = max((len(indices) for indices, _ in record.inside.values()), default=0)
-    pullback = _StepPullback(
-        field, method, record.marks, states[0], 0 if saved is None else most, time_gradient
-    )
+    if isinstance(method.tableau, ImplicitTableau):
+        pullback: _StepPullback | RecordedPullback = RecordedPullback(
+            field, method, record.marks, time_gradient
+        )
+    else:
+        outputs = 0 if saved is None else most
+        pullback = _StepPullback(field, method, record.marks, states[0], outputs, time_gradient)
     cotangent = torch.zeros_like(states[0])
     times = None
     if time_gradient:

@@ -39,6 +39,7 @@ class Method:
         self.b_error_low = None if low is None else Weights.of(low, like)
         # Polynomials of theta cancel: their weights are formed in float64 on the host.
         self.dense = torch.tensor(extra.weights, dtype=torch.float64)
+        self.couplings = [Weights.of(row, like) for row in getattr(tableau, "couplings", ())]
         self.end_stage = _end_stage(tableau)
 
     @classmethod

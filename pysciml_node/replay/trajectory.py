@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
 from pysciml_node.replay.norms import Tolerance, initial_step
 from pysciml_node.replay.stages import Method, Stages
@@ -88,7 +90,7 @@ class TorchTrajectory(Recorded):
             if torch.is_grad_enabled()
             else vectors_like(self.flat_states[0], method.all_stages)
         )
-        return Stages(method, field, marks, vectors), field
+        return stages_for(method, field, marks, vectors, self.problem.mass, 2), field
 
     def step_of(self, t: float) -> int:
         """Index of the accepted step that contains `t` (the later one at a boundary)."""
@@ -187,8 +189,11 @@ class TorchTrajectory(Recorded):
                 constants.
             dt: positive size of the step; default Hairer's first step from there.
         """
-        if not isinstance(algorithm, ExplicitRungeKutta):
-            raise TypeError(f"a local step needs an explicit method, not {algorithm!r}.")
+        if not isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod):
+            raise TypeError(
+                f"a local step needs a method of the embedded engine, not {algorithm!r}.\n"
+                "  Name one: LocalError(..., algorithm=Tsit5())."
+            )
         method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]

@@ -83,6 +83,7 @@ def check_options(
         TypeError: one is of the wrong kind.
         ValueError: one is out of range, or does not go with another.
     """
+    given = {"adjoint": adjoint, "controller": controller}
     adjoint = _instance("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
     controller = _instance("controller", controller, Controller, algorithm.default_controller)
     events = _check_events(events)
@@ -114,6 +115,7 @@ def check_options(
         progress=progress,
         throw=throw,
         compile=compile,
+        defaulted=frozenset(name for name, value in given.items() if value is None),
     )
     if isinstance(problem, SDEProblem):
         _check_for_noise(problem, options, generator)

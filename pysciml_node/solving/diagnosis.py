@@ -40,7 +40,7 @@ def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[st
         ]
     else:
         if stiff:
-            tries.append('a stiff solver such as Rodas5P() (engine="julia")')
+            tries.append("a stiff solver such as Rodas5P()")
         if solution.retcode is ReturnCode.MaxIters:
             tries.append(f"a larger max_steps than {options.max_steps}")
         eps = torch.finfo(solution.problem.spec.real_dtype).eps

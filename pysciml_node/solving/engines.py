@@ -67,8 +67,10 @@ def get_engine() -> str:
 
 def choose(
     name: str | None, problem: Problem, algorithm: Algorithm, options: SolveOptions
-) -> Engine:
-    """The engine for a solve: with `"auto"` torch, where it has the algorithm, and else Julia.
+) -> tuple[Engine, SolveOptions]:
+    """The engine for a solve, and the options there.
+
+    With `"auto"` it is torch where torch can run the solve as asked, and else Julia.
 
     Raises:
         ValueError: an unknown name.
@@ -78,12 +80,13 @@ def choose(
     wanted = get_engine() if name is None else _check(name, "engine")
     reason = torch_engine.refusal(problem, algorithm, options)
     if wanted == "torch" or (wanted == "auto" and reason is None):
-        return _expect(torch_engine, reason, algorithm, options)
+        return _expect(torch_engine, reason, algorithm, options), options
     # Imported here: most programs never come this way.
     from pysciml_node.julia_engine import engine as julia_engine
 
+    options = algorithm.options_on(julia_engine.NAME, options)
     reason = julia_engine.refusal(problem, algorithm, options)
-    return _expect(julia_engine, reason, algorithm, options)
+    return _expect(julia_engine, reason, algorithm, options), options
 
 
 def _expect(

@@ -154,7 +154,7 @@ def solve(  # type: ignore[misc]
         generator=generator,
     )
     options = _with_motions(problem, options, generator)
-    chosen = engines.choose(engine, problem, algorithm, options)
+    chosen, options = engines.choose(engine, problem, algorithm, options)
     if ensemble is not None:
         several = [options, *(_with_motions(problem, options, generator) for _ in members[1:])]
         return solve_members(ensemble, members, chosen, algorithm, several)

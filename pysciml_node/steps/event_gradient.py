@@ -55,6 +55,9 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
     u = spec.flatten(solution.u1)
     with torch.no_grad():
         rate = FlatField(problem)(t, u)
+        if problem.mass is not None:
+            # Of a singular matrix this is not finite, and the check of the slope says so.
+            rate = torch.linalg.solve_ex(problem.mass, rate).result
     solution.stats.nfe += 1
     time = t.detach().requires_grad_()
     state = u.detach().requires_grad_()

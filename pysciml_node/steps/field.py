@@ -58,6 +58,7 @@ class FlatField:
     ) -> None:
         self.given = {"f": problem.f, "p": problem.p} if given is None else given
         self.spec: StateSpec = problem.spec
+        self.mass = problem.mass
         self.nfe = 0
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:

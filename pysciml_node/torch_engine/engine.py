@@ -15,11 +15,13 @@ from pysciml_node.algorithms.adjoints import (
     _ContinuousAdjoint,
 )
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, backward_limits
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -34,6 +36,7 @@ from pysciml_node.steps.randomness import repeatable_first
 from pysciml_node.steps.record import Record, check_finite
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.solve import Parts, solve_sde
+from pysciml_node.tableaus import DiagonallyImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import (
     backward_controller,
     continuous_sweep,
@@ -44,12 +47,14 @@ from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.saver import follow
 
 NAME = "torch"
+# A Jacobian of more entries takes longer than Krylov methods would: 2048 rows are 34 MB.
+LARGEST_IMPLICIT = 2048
 
 
 def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
     """Whether this engine has the algorithm, with any controller."""
     del options
-    return isinstance(algorithm, ExplicitRungeKutta | StochasticRungeKutta)
+    return isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod | StochasticRungeKutta)
 
 
 def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
@@ -59,11 +64,10 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             f"{algorithm!r} is not an algorithm of the torch engine.\n"
             '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
         )
+    if isinstance(algorithm, ImplicitMethod):
+        return _refusal_implicit(problem, algorithm, options)
     if isinstance(problem, ODEProblem) and problem.mass_matrix is not None:
-        return (
-            "mass matrices need an implicit method of the Julia engine.\n"
-            '  Use Rodas5P() with engine="julia" or "auto".'
-        )
+        return "mass matrices need an implicit method.\n  Use Rodas5P()."
     if isinstance(options.adjoint, QuadratureAdjoint | ForwardDiffSensitivity):
         return (
             f"{type(options.adjoint).__name__} is an adjoint of the Julia engine.\n"
@@ -72,11 +76,47 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
     return None
 
 
+def _refusal_implicit(
+    problem: Problem, algorithm: ImplicitMethod, options: SolveOptions
+) -> str | None:
+    """Why this engine cannot take an implicit method, with the remedy; `None` when it can."""
+    name, size = type(algorithm).__name__, sum(problem.spec.sizes)
+    if not isinstance(options.adjoint, DiscreteAdjoint | DirectAdjoint):
+        return (
+            f"{type(options.adjoint).__name__} of {name} is an adjoint of the Julia engine.\n"
+            '  Use adjoint=DiscreteAdjoint(), or engine="julia".'
+        )
+    if problem.spec.dtype.is_complex:
+        return (
+            f"{name} takes real states on the torch engine, but u0 is {problem.spec.dtype}.\n"
+            '  Use torch.view_as_real, or engine="julia".'
+        )
+    if size > LARGEST_IMPLICIT:
+        return (
+            f"{name} solves dense linear systems on the torch engine, up to {LARGEST_IMPLICIT} "
+            f"entries, but u0 has {size}.\n"
+            '  Use engine="julia" (FBDF() for large systems), or an EnsembleProblem of its rows.'
+        )
+    mass = isinstance(problem, ODEProblem) and problem.mass_matrix is not None
+    if mass and isinstance(algorithm.tableau, DiagonallyImplicitTableau):
+        return (
+            f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
+        )
+    if options.compile:
+        return (
+            f"compile=True is for explicit methods, but the algorithm is {name}.\n  Leave it out."
+        )
+    return None
+
+
 class _Solve:
     """One solve: its parts, made once, and the ways to run it."""
 
     def __init__(
-        self, problem: ODEProblem, algorithm: ExplicitRungeKutta, options: SolveOptions
+        self,
+        problem: ODEProblem,
+        algorithm: ExplicitRungeKutta | ImplicitMethod,
+        options: SolveOptions,
     ) -> None:
         self.problem, self.options = problem, options
         spec = problem.spec
@@ -121,7 +161,7 @@ class _Solve:
     def stages(self, field: FlatFunction) -> Stages:
         """Stages that are not recorded."""
         vectors = vectors_like(self.u0, self.method.all_stages)
-        return Stages(self.method, field, self.marks, vectors)
+        return stages_for(self.method, field, self.marks, vectors, self.problem.mass)
 
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
@@ -134,7 +174,14 @@ class _Solve:
     def direct(self) -> tuple[Record, list[Tensor], Tensor]:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
-        stages = Stages(self.method, self._watched(field), self.marks, RecordedVectors())
+        stages = stages_for(
+            self.method,
+            self._watched(field),
+            self.marks,
+            RecordedVectors(),
+            self.problem.mass,
+            derivatives=2,
+        )
         times = None
         if _wants_time_gradient(self.problem, self.options):
             t0, t1 = (
@@ -224,8 +271,8 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         assert isinstance(algorithm, StochasticRungeKutta)
         return solve_sde(problem, algorithm, options, NAME, Parts())
     assert isinstance(problem, ODEProblem)
-    assert isinstance(algorithm, ExplicitRungeKutta)
-    if options.compile and can_compile():
+    assert isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod)
+    if isinstance(algorithm, ExplicitRungeKutta) and options.compile and can_compile():
         return solve_compiled(problem, algorithm, options, NAME)
     work = _Solve(problem, algorithm, options)
     if not torch.is_grad_enabled():

@@ -345,7 +345,7 @@ FAILING = {
         lambda t, u: -1e6 * (u - torch.cos(t)) - torch.sin(t),
         torch.cos,
         psn.ReturnCode.MaxIters,
-        ("max_steps=500", "stiff", 'Rodas5P() (engine="julia")', "|lambda|*dt", "Stiffness"),
+        ("max_steps=500", "stiff", "a stiff solver such as Rodas5P()", "|lambda|*dt", "Stiffness"),
         {"max_steps": 500},
         0.5,
     ),

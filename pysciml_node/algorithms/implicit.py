@@ -1,0 +1,96 @@
+"""Implicit methods for stiff problems, on both engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from pysciml_node import tableaus
+from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint, GaussAdjoint
+from pysciml_node.algorithms.controllers import AlgorithmController, Controller, PIController
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.sciml import NamedAlgorithm
+from pysciml_node.tableaus import ImplicitTableau
+
+
+@dataclass(frozen=True)
+class ImplicitMethod(NamedAlgorithm):
+    """A one-step method that solves linear systems with the field's Jacobian.
+
+    The embedded engine takes it by its tableau, with `DiscreteAdjoint` and `DirectAdjoint`; the
+    Julia engine by its name, with SciML's own step size control and `GaussAdjoint` where nothing
+    else is asked for.
+    """
+
+    tableau: ClassVar[ImplicitTableau]
+
+    @property
+    def order(self) -> int:
+        """Order of the solution that is propagated."""
+        return self.tableau.order
+
+    @override
+    def default_controller(self) -> Controller:
+        """The embedded engine's; see `options_on`."""
+        return PIController()
+
+    @override
+    def default_adjoint(self) -> Adjoint:
+        """The embedded engine's; see `options_on`."""
+        return DiscreteAdjoint()
+
+    @override
+    def options_on(self, engine: str, options: SolveOptions) -> SolveOptions:
+        """SciML's own adjoint and controller on its engine, where none was asked for."""
+        if engine != "julia":
+            return options
+        own = {"adjoint": GaussAdjoint(), "controller": AlgorithmController()}
+        changes = {name: value for name, value in own.items() if name in options.defaulted}
+        return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+
+class Rosenbrock23(ImplicitMethod):
+    """Rosenbrock-W 2(3), L-stable, for stiff problems at tolerances above 1e-2.
+
+    Takes mass matrices.
+
+    Reference: L. F. Shampine, M. W. Reichelt, SIAM J. Sci. Comput. 18 (1997) 1-22.
+    """
+
+    tableau = tableaus.ROSENBROCK23
+    package = "OrdinaryDiffEqRosenbrock"
+
+
+class Rodas5P(ImplicitMethod):
+    """Rosenbrock method of order 5, stiffly stable: the first choice for stiff problems.
+
+    Takes singular mass matrices (differential-algebraic equations of index one).
+
+    Reference: G. Steinebach, BIT 63 (2023) 27.
+    """
+
+    tableau = tableaus.RODAS5P
+    package = "OrdinaryDiffEqRosenbrock"
+
+
+class KenCarp4(ImplicitMethod):
+    """Singly diagonally implicit Runge-Kutta of order 4, stiffly accurate.
+
+    Reference: C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44 (2003) 139-181.
+    """
+
+    tableau = tableaus.KENCARP4
+    package = "OrdinaryDiffEqSDIRK"
+
+
+class TRBDF2(ImplicitMethod):
+    """Trapezoidal rule and second-order backward differentiation in one step.
+
+    Reference: R. E. Bank et al., IEEE Trans. Electron Devices 32 (1985) 1992-2007.
+    """
+
+    tableau = tableaus.TRBDF2
+    package = "OrdinaryDiffEqSDIRK"

@@ -1,0 +1,312 @@
+"""The stages of one implicit step: Rosenbrock methods, and singly diagonally implicit ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.replay.stages import FlatFunction, Method, Stages
+from pysciml_node.replay.vectors import Real, RecordedVectors, Vectors
+from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
+
+# Rows of a Jacobian that are pulled back together: their graphs share memory bandwidth, and more
+# of them would only take memory.
+_ROWS = 256
+# Newton's iteration: after so many with the Jacobian of the step's start one is made at the stage
+# itself, and after as many more the step is given up.
+_ITERATIONS = 10
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The field and its derivatives at one time and state.
+
+    Attributes:
+        value: `f(t, u)`, `(N,)`.
+        jacobian: `df/du`, `(N, N)`.
+        time: `df/dt`, `(N,)`, or `None` for a field that does not see time.
+    """
+
+    value: Tensor
+    jacobian: Tensor
+    time: Tensor | None
+
+
+def linearize(
+    field: FlatFunction,
+    t: Tensor,
+    u: Tensor,
+    *,
+    with_time: bool,
+    recorded: bool,
+    differentiable: bool,
+) -> Linearization:
+    """Evaluate the field with its Jacobian, by one batch of vector-Jacobian products.
+
+    Args:
+        field: the derivative as a function of time and flat state.
+        t: a 0-d tensor.
+        u: the state, `(N,)`.
+        with_time: whether `df/dt` is wanted.
+        recorded: whether autograd is to follow the value.
+        differentiable: whether autograd is to follow the derivatives too.
+    """
+    value = None
+    if recorded and not u.requires_grad:
+        value = field(t, u)
+        # Where nothing needs a gradient, the point below must not seem to.
+        recorded = value.requires_grad
+    with torch.inference_mode(False), torch.enable_grad():
+        attached = recorded and u.requires_grad
+        state = u if attached else u.detach().clone().requires_grad_()
+        time = t if recorded and t.requires_grad else t.detach().clone().requires_grad_(with_time)
+        here = field(time, state)
+        if value is None:
+            value = here if recorded else here.detach()
+        if not here.requires_grad:
+            return Linearization(value, u.new_zeros((u.numel(), u.numel())), None)
+        jacobian = _jacobian(here, state, recorded and differentiable)
+        slope = _time_derivative(here, time, recorded and differentiable) if with_time else None
+    return Linearization(value, jacobian, slope)
+
+
+def _jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+    """`d value / d state`, `(N, N)`."""
+    size = state.numel()
+    basis = torch.eye(size, dtype=state.dtype, device=state.device)
+    try:
+        rows = [
+            torch.autograd.grad(
+                value,
+                state,
+                part,
+                is_grads_batched=True,
+                retain_graph=True,
+                create_graph=differentiable,
+                materialize_grads=True,
+            )[0]
+            for part in torch.split(basis, _ROWS)
+        ]
+        return torch.cat(rows)
+    except RuntimeError:
+        # Not every operation knows of batches of cotangents.
+        rows = [
+            torch.autograd.grad(
+                value,
+                state,
+                row,
+                retain_graph=True,
+                create_graph=differentiable,
+                materialize_grads=True,
+            )[0]
+            for row in basis
+        ]
+        return torch.stack(rows)
+
+
+def _time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:
+    """`d value / d time`: the pullback to time is linear in the cotangent; its slope is wanted."""
+    cotangent = torch.zeros_like(value, requires_grad=True)
+    (pulled,) = torch.autograd.grad(
+        value, time, cotangent, create_graph=True, retain_graph=True, allow_unused=True
+    )
+    if pulled is None or not pulled.requires_grad:
+        return None
+    (slope,) = torch.autograd.grad(
+        pulled, cotangent, create_graph=differentiable, retain_graph=True, allow_unused=True
+    )
+    return cast("Tensor | None", slope)
+
+
+def stages_for(
+    method: Method,
+    field: FlatFunction,
+    marks: tuple[float, ...],
+    vectors: Vectors,
+    mass: Tensor | None = None,
+    derivatives: int = 1,
+) -> Stages:
+    """The stages of a step, as the method's tableau asks for; arguments as of `ImplicitStages`."""
+    if isinstance(method.tableau, RosenbrockTableau | DiagonallyImplicitTableau):
+        return ImplicitStages(method, field, marks, vectors, mass, derivatives)
+    return Stages(method, field, marks, vectors)
+
+
+class ImplicitStages(Stages):
+    """The slopes `k_1 ... k_s` of the implicit step being taken.
+
+    What an explicit step does with its stages (the solution, the error estimate, dense output) an
+    implicit one does with its slopes.
+
+    Args:
+        method: a method whose tableau is implicit.
+        field: the derivative as a function of time and flat state.
+        marks: start, stops and end of the solve, in its order.
+        vectors: holds the slopes.
+        mass: the mass matrix `M` of `M du/dt = f`, `(N, N)`; `None` stands for the identity.
+        derivatives: how often autograd may differentiate what is recorded.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        field: FlatFunction,
+        marks: tuple[float, ...],
+        vectors: Vectors,
+        mass: Tensor | None = None,
+        derivatives: int = 1,
+    ) -> None:
+        super().__init__(method, field, marks, vectors)
+        tableau = method.tableau
+        assert isinstance(tableau, RosenbrockTableau | DiagonallyImplicitTableau)
+        self.table = tableau
+        self.mass = mass
+        self.recorded = isinstance(vectors, RecordedVectors)
+        self.derivatives = derivatives
+        self._first: Tensor | None = None
+        self._at_start: Linearization | None = None
+        self._factors: tuple[float, tuple[Tensor, Tensor]] | None = None
+
+    @override
+    def begin(self, k1: Tensor) -> None:
+        self._first, self._at_start, self._factors = k1, None, None
+        self.count = 1
+
+    @override
+    def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
+        if self.count >= self.method.stages:
+            return None
+        if self.count == 0:
+            self._first, self._at_start, self._factors = None, None, None
+        times = self.times(t, h)
+        if self._at_start is None:
+            rosenbrock = isinstance(self.table, RosenbrockTableau)
+            # A diagonally implicit step takes its own Jacobians where it is differentiated.
+            self._at_start = linearize(
+                self.field,
+                times[0],
+                u,
+                with_time=rosenbrock,
+                recorded=self.recorded,
+                differentiable=self.recorded and rosenbrock,
+            )
+        if isinstance(self.table, RosenbrockTableau):
+            self._rosenbrock(self.table, times, h, u, self._at_start)
+        else:
+            self._diagonal(self.table, times, h, u, self._at_start)
+        self.count = self.method.stages
+        return None
+
+    @override
+    def solution(self, t: Real, h: Real, u: Tensor, with_error: bool) -> Tensor:
+        self.evaluate(t, h, u, self.method.stages)
+        return self.vectors.combine(u, h, self.method.b)
+
+    def _matrix(self, h: Real, jacobian: Tensor) -> Tensor:
+        """`M - h gamma J`."""
+        scaled = jacobian * (-self.table.gamma * h)
+        if self.mass is not None:
+            return scaled + self.mass
+        return scaled + torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
+
+    def _factored(self, h: Real, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+        """The LU factors of `M - h gamma J`, kept for a second attempt of the same size."""
+        size = float(h.detach()) if isinstance(h, Tensor) else h
+        if self._factors is None or self._factors[0] != size:
+            factors, pivots, _ = torch.linalg.lu_factor_ex(self._matrix(h, jacobian))
+            self._factors = (size, (factors, pivots))
+        return self._factors[1]
+
+    def _rosenbrock(
+        self,
+        table: RosenbrockTableau,
+        times: tuple[Tensor, ...],
+        h: Real,
+        u: Tensor,
+        start: Linearization,
+    ) -> None:
+        factors, pivots = self._factored(h, start.jacobian)
+        for i in range(self.method.stages):
+            rate = self.field(times[i], self.argument(i, h, u)) if i else start.value
+            if i:
+                coupled = self.vectors.combine(None, 1.0, self.method.couplings[i])
+                rate = rate + (coupled if self.mass is None else self.mass @ coupled)
+            if start.time is not None and table.time_weights[i] != 0.0:
+                rate = rate + start.time * (table.time_weights[i] * h)
+            right = (rate * table.gamma).unsqueeze(1)
+            self.vectors.put(i, torch.linalg.lu_solve(factors, pivots, right).squeeze(1))
+
+    def _diagonal(
+        self,
+        table: DiagonallyImplicitTableau,
+        times: tuple[Tensor, ...],
+        h: Real,
+        u: Tensor,
+        start: Linearization,
+    ) -> None:
+        first = start.value if self._first is None else self._first
+        self.vectors.put(0, first)
+        guess = first.detach()
+        for i in range(1, self.method.stages):
+            known = self.argument(i, h, u)
+            with torch.no_grad():
+                guess = self._newton(times[i].detach(), h, known.detach(), guess)
+            slope = guess
+            if self.recorded:
+                for _ in range(self.derivatives):
+                    slope = self._correct(times[i], h, known, slope)
+            self.vectors.put(i, slope)
+
+    def _newton(self, t: Tensor, h: Real, known: Tensor, guess: Tensor) -> Tensor:
+        """The slope `k = f(t, known + h gamma k)`; NaN where the iteration does not converge."""
+        assert self._at_start is not None
+        step = (float(h.detach()) if isinstance(h, Tensor) else h) * self.table.gamma
+        eps = torch.finfo(known.dtype).eps
+        scale = known.abs().max() + abs(step) * guess.abs().max()
+        close = float(scale) * eps**0.75 / abs(step)
+        factors, pivots = self._factored(h, self._at_start.jacobian.detach())
+        slope: Tensor = guess
+        for iteration in range(2 * _ITERATIONS):
+            if iteration == _ITERATIONS:
+                local = linearize(
+                    self.field,
+                    t,
+                    known + step * slope,
+                    with_time=False,
+                    recorded=False,
+                    differentiable=False,
+                )
+                factors, pivots, _ = torch.linalg.lu_factor_ex(self._matrix(h, local.jacobian))
+            residual = (self.field(t, known + step * slope) - slope).unsqueeze(1)
+            change = torch.linalg.lu_solve(factors.detach(), pivots, residual).squeeze(1)
+            slope = slope + change
+            size = float(change.abs().max())
+            if size <= close:
+                return slope
+            if not math.isfinite(size):
+                break
+        failed: Tensor = torch.full_like(slope, math.nan)
+        return failed
+
+    def _correct(self, t: Tensor, h: Real, known: Tensor, slope: Tensor) -> Tensor:
+        """One step of Newton's iteration at the solution, recorded.
+
+        The value stays. The derivative is that of the implicit function theorem, and two of them
+        give the second derivative too.
+        """
+        local = linearize(
+            self.field,
+            t,
+            known + (self.table.gamma * h) * slope,
+            with_time=False,
+            recorded=True,
+            differentiable=self.derivatives > 1,
+        )
+        matrix = self._matrix(h, local.jacobian)
+        change: Tensor = torch.linalg.solve(matrix, local.value - slope)
+        return slope + change
