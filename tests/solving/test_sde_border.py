@@ -134,13 +134,22 @@ def test_times_have_no_gradients() -> None:
         solution.brownian(0.5, 0.2)
 
 
-def test_fields_that_change_their_inputs_are_refused() -> None:
-    """A tensor that appears after `t0` would lose its gradient."""
+def test_what_a_field_uses_late_receives_its_gradient() -> None:
+    """A tensor that the drift uses from the middle of the interval on, as recorded steps have it."""
     late = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    hidden = problem(drift=lambda t, u: -u * (late if t > 0.6 else 1.0), u0=ones().requires_grad_())
-    solution = psn.solve(hidden, engine="torch", generator=torch.Generator().manual_seed(0))
-    with pytest.raises(RuntimeError, match="p="):
-        solution.u1.sum().backward()
+    gradients = []
+    for adjoint in (psn.DiscreteAdjoint(), psn.DirectAdjoint()):
+        using = problem(drift=lambda t, u: -u * (late if t > 0.6 else 1.0), u0=ones())
+        solution = psn.solve(
+            using,
+            engine="torch",
+            generator=torch.Generator().manual_seed(0),
+            adjoint=adjoint,
+            tstops=[0.6],
+        )
+        gradients += torch.autograd.grad(solution.u1.sum(), late)
+    assert gradients[1] != 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=0)
 
 
 def test_a_failure_says_where() -> None:
