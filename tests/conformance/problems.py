@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pysciml_node.tableaus import Tableau
+
+EPS = float(np.finfo(np.float64).eps)
+
 ALGORITHMS = (
     *("Euler", "Midpoint", "Heun", "Ralston", "BS3", "RK4"),
     *("Tsit5", "DP5", "DP8", "Vern7", "Vern9"),
@@ -82,3 +86,26 @@ KNOWN: dict[str, Known] = {
 def observed_order(sizes: Sequence[float], errors: Sequence[float]) -> float:
     """The slope of `log(error)` over `log(size)`, by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
+
+
+def dense_rounding(tableau: Tableau, h: float, u: Tensor, k: Tensor) -> float:
+    """How far two ways of adding up `u + h sum_ij w_ij theta^j k_i` may be apart.
+
+    Machine epsilon times the sum of the sizes of what is added (Vern9's weights sum to 2e5), four
+    times: either way rounds the weights, their products and the sum.
+
+    Args:
+        tableau: with the interpolant's weights `w`.
+        h: size of the largest step.
+        u: states of the solution.
+        k: derivatives there.
+    """
+    weights = sum(abs(w) for row in tableau.interpolant.weights for w in row)
+    return 4 * EPS * float(u.abs().max() + abs(h) * k.abs().max() * weights)
+
+
+def step_rounding(tableau: Tableau, steps: int, h: float, u: Tensor, k: Tensor) -> float:
+    """The same of states at the ends of steps, whose roundings add up; stages round too."""
+    rows = [*tableau.a, tableau.b]
+    weights = sum(abs(w) for row in rows for w in row)
+    return 4 * EPS * steps * float(u.abs().max() + abs(h) * k.abs().max() * weights)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conformance.problems import ALGORITHMS, KNOWN
+from conformance.problems import ALGORITHMS, EPS, KNOWN, dense_rounding
 from torch import Tensor
 
 import pysciml_node as psn
@@ -91,8 +91,9 @@ def test_the_state_at_the_end_is_the_last_steps_own_result(engine: str) -> None:
         problem, psn.Euler(), controller=psn.FixedStep(), dt0=0.4, saveat=[1.0], engine=engine
     )
     expected = torch.tensor([0.6 * 0.6 * 0.8], dtype=torch.float64)
-    torch.testing.assert_close(solution.u1, expected, rtol=1e-15, atol=0)
-    torch.testing.assert_close(solution.u, expected[None], rtol=1e-15, atol=0)
+    # Three steps of a product and a sum.
+    torch.testing.assert_close(solution.u1, expected, rtol=6 * EPS, atol=0)
+    torch.testing.assert_close(solution.u, expected[None], rtol=6 * EPS, atol=0)
 
 
 @pytest.mark.parametrize("tspan", [(0.0, 2.0), (2.0, 0.0)])
@@ -109,8 +110,10 @@ def test_saved_states_are_the_dense_output(
     assert torch.equal(saved.t, times)
     assert saved.u.shape == (23, 2, 2)
     with torch.no_grad():
-        # Vern9's interpolant has coefficients of 1e4: its weights are good to 1e-12.
-        torch.testing.assert_close(saved.u, plain(times), rtol=1e-12, atol=1e-12)
+        rates = torch.stack([oscillator(t, u) for t, u in zip(plain.t, plain.u, strict=True)])
+        h = float(plain.t.diff().abs().max())
+        bound = dense_rounding(algorithm.tableau, h, plain.u, rates)
+        torch.testing.assert_close(saved.u, plain(times), rtol=0, atol=bound)
     assert torch.equal(saved.step_times, plain.t)
     assert torch.equal(saved.u1, plain.u1)
     assert saved.stats.naccept == plain.stats.naccept
@@ -149,7 +152,8 @@ def test_tstops_restore_the_order_at_a_kink(engine: str) -> None:
     options = {"rtol": 1e-9, "atol": 1e-9, "engine": engine}
     with_stop = psn.solve(problem, psn.Tsit5(), tstops=[kink], **options)
     without = psn.solve(problem, psn.Tsit5(), **options)
-    assert with_stop.u1.item() == pytest.approx(exact, abs=1e-14)
+    # All terms are below 1, and each step adds seven.
+    assert with_stop.u1.item() == pytest.approx(exact, abs=8 * EPS * with_stop.stats.naccept)
     assert with_stop.stats.nreject == 0
     assert without.stats.nreject > 0
 

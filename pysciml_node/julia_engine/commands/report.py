@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -29,14 +30,15 @@ def rows() -> dict[str, str]:
     if found is not None:
         shown["julia"] = f"{found.julia.version}, {found.julia.executable} (by {found.source})"
         shown["julia project"] = found.project
-        shown |= _packages(found.project, found.julia.version)
+        shown |= _packages(found.project, found.julia.version, found.julia.depots)
+        shown["to import juliacall first"] = _exports(found)
         depots = [depot for depot in found.julia.depots if Path(depot).is_dir()]
     elif choice.problem is not None:
         shown["julia"] = f"not usable: {choice.problem.splitlines()[0]}"
         depots = []
     else:
-        shown |= _juliapkg()
         depots = os.environ.get("JULIA_DEPOT_PATH", str(Path.home() / ".julia")).split(os.pathsep)
+        shown |= _juliapkg(depots)
     if depots:
         free = _free(depots[0])
         shown["julia depot"] = os.pathsep.join(depots) + (free and f" ({free})")
@@ -103,19 +105,37 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _packages(project: str, julia_version: str) -> dict[str, str]:
+def _exports(found: env.Installation) -> str:
+    """The variables by which juliacall finds the same Julia when it is imported before us."""
+    named = {
+        "PYTHON_JULIACALL_EXE": found.julia.executable,
+        "PYTHON_JULIACALL_PROJECT": found.project,
+        "JULIA_DEPOT_PATH": os.pathsep.join(found.julia.depots),
+    }
+    return "set " + " ".join(f"{name}={value}" for name, value in named.items())
+
+
+def _packages(project: str, julia_version: str, depots: Sequence[str]) -> dict[str, str]:
     versions = env.manifest_versions(project, julia_version)
 
     def listed(names: tuple[str, ...]) -> str:
         return ", ".join(f"{name} {versions[name]}".strip() for name in names if name in versions)
 
-    optional = env.optional_packages()
-    shown = {"julia packages": listed(env.needed_packages()), "loaded on demand": listed(optional)}
-    absent = [name for name in optional if name not in versions]
-    return {**shown, "not in the project": ", ".join(absent)} if absent else shown
+    needed, optional = env.needed_packages(), env.optional_packages()
+    known = [name for name in (*needed, *optional) if name in versions]
+    without, uncompiled = env.absent_packages(project, julia_version, depots, known)
+    there = tuple(name for name in optional if name not in without)
+    shown = {
+        "julia packages": listed(tuple(name for name in needed if name not in without)),
+        "loaded on demand": listed(there),
+        "compiled when first used": ", ".join(uncompiled),
+        "in the manifest, without files": ", ".join(without),
+        "not in the project": ", ".join(name for name in optional if name not in versions),
+    }
+    return {key: value for key, value in shown.items() if value}
 
 
-def _juliapkg() -> dict[str, str]:
+def _juliapkg(depots: Sequence[str]) -> dict[str, str]:
     from juliapkg.state import STATE
 
     if not launch.resolved():
@@ -124,7 +144,7 @@ def _juliapkg() -> dict[str, str]:
     return {
         "julia": f"{version}, {STATE['executable']} (by juliapkg)",
         "julia project": project,
-        **_packages(project, version),
+        **_packages(project, version, depots),
     }
 
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -228,6 +228,12 @@ def manifest_versions(project: str | Path, julia_version: str = "") -> dict[str,
     Returns:
         Versions by name, empty where a package has none; an empty dictionary without a manifest.
     """
+    entries = manifest_entries(project, julia_version)
+    return {name: entry.get("version", "") for name, entry in entries.items()}
+
+
+def manifest_entries(project: str | Path, julia_version: str = "") -> dict[str, dict[str, str]]:
+    """The packages in a project's manifest, by name; the arguments are those of its versions."""
     minor = ".".join(julia_version.split(".")[:2])
     names = (f"JuliaManifest-v{minor}", f"Manifest-v{minor}", "JuliaManifest", "Manifest")
     for name in names:
@@ -238,8 +244,42 @@ def manifest_versions(project: str | Path, julia_version: str = "") -> dict[str,
         except ValueError:
             return {}
         packages: dict[str, list[dict[str, str]]] = content.get("deps", {})
-        return {name: entries[0].get("version", "") for name, entries in packages.items()}
+        return {name: entries[0] for name, entries in packages.items()}
     return {}
+
+
+def absent_packages(
+    project: str | Path, julia_version: str, depots: Sequence[str], names: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Which packages of a manifest are not there, and which have not been compiled.
+
+    Args:
+        project: folder of the project.
+        julia_version: of the Julia that runs it.
+        depots: where packages and what is compiled of them are.
+        names: of packages in the manifest.
+
+    Returns:
+        Those without their files, and those that would be compiled at the first solve that needs
+        them.
+    """
+    entries = manifest_entries(project, julia_version)
+    minor = "v" + ".".join(julia_version.split(".")[:2])
+    folders = [*map(Path, depots), compiled_folder()]
+    without, uncompiled = [], []
+    for name in names:
+        entry = entries[name]
+        if "path" in entry:
+            there = (Path(project) / entry["path"] / "src" / f"{name}.jl").is_file()
+        elif "git-tree-sha1" in entry:
+            there = any(any(folder.glob(f"packages/{name}/*/src/{name}.jl")) for folder in folders)
+        else:
+            continue  # it comes with Julia
+        if not there:
+            without.append(name)
+        elif not any(any(folder.glob(f"compiled/{minor}/{name}/*.ji")) for folder in folders):
+            uncompiled.append(name)
+    return without, uncompiled
 
 
 def needed_packages() -> tuple[str, ...]:

@@ -244,3 +244,28 @@ def test_a_read_only_environment_compiles_into_the_users_folder(monkeypatch, tmp
     monkeypatch.setattr(env, "record_paths", lambda: places)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert env.compiled_folder().parent == tmp_path / "user"
+
+
+def test_packages_without_files_and_packages_without_compiled_files_are_told_apart(tmp_path):
+    project, depot = tmp_path / "project", tmp_path / "depot"
+    project.mkdir()
+    entries = {
+        "Here": 'git-tree-sha1 = "a"',
+        "Fresh": 'git-tree-sha1 = "b"',
+        "Gone": 'git-tree-sha1 = "c"',
+        "Own": 'path = "own"',
+        "LinearAlgebra": "",
+    }
+    lines = ['manifest_format = "2.0"']
+    for name, entry in entries.items():
+        lines += [f"[[deps.{name}]]", entry]
+    (project / "Manifest.toml").write_text("\n".join(lines) + "\n")
+    for name in ("Here", "Fresh"):
+        (depot / "packages" / name / "slug" / "src").mkdir(parents=True)
+        (depot / "packages" / name / "slug" / "src" / f"{name}.jl").touch()
+    (depot / "compiled" / "v1.10" / "Here").mkdir(parents=True)
+    (depot / "compiled" / "v1.10" / "Here" / "x.ji").touch()
+    (project / "own" / "src").mkdir(parents=True)
+    (project / "own" / "src" / "Own.jl").touch()
+    found = env.absent_packages(project, "1.10.8", [str(depot)], entries)
+    assert found == (["Gone"], ["Fresh", "Own"])
