@@ -89,7 +89,7 @@ def as_function(activation: Activation, argument: str = "activation") -> Element
         argument: its name in messages.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a function of several entries or of chance.
         TypeError: for something that is neither a name nor callable, or no elementwise function.
     """
     if isinstance(activation, str):
@@ -102,21 +102,35 @@ def as_function(activation: Activation, argument: str = "activation") -> Element
     function = checks.function(argument, activation, "u")
     if isinstance(function, nn.Module):
         function = copy.deepcopy(function).double()  # kernels are computed in float64
-    _check_elementwise(function, argument)
-    return function
+        for part in function.modules():
+            if getattr(part, "inplace", False):
+                part.inplace = False  # type: ignore[assignment]
+    return _elementwise(function, argument)
 
 
-def _check_elementwise(function: Elementwise, argument: str) -> None:
-    probe = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64).reshape(2, 5)
+def _elementwise(function: Elementwise, argument: str) -> Elementwise:
+    """A function of each entry by itself; one that writes to its input gets a copy."""
+    probe = torch.linspace(-2.1, 2.3, 60, dtype=torch.float64).reshape(12, 5)
+    given = probe.clone()
     wanted = f"{argument} must be a function of each entry of a tensor"
     try:
-        value = function(probe)
+        with torch.no_grad():
+            value = function(given)
+            alone = [function(entry) for entry in probe.clone().reshape(-1, 1, 1)]
     except Exception as error:  # whatever the user's function raises
         raise TypeError(
-            f"{wanted}, but fails for one of shape (2, 5) and dtype float64: {error}"
+            f"{wanted}, but fails for one of shape (12, 5) and dtype float64: {error}"
         ) from error
     if not isinstance(value, Tensor) or value.shape != probe.shape or value.is_complex():
-        raise TypeError(f"{wanted}, but gives {checks.shown(value)} for one of shape (2, 5).")
+        raise TypeError(f"{wanted}, but gives {checks.shown(value)} for one of shape (12, 5).")
+    one_by_one = torch.cat(alone).reshape(probe.shape)
+    if not torch.allclose(value, one_by_one, rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise ValueError(
+            f"{wanted}, but its value there depends on what stands beside it, or on chance.\n"
+            "  Softmax and normalizations are no activations in this sense; of one that draws "
+            "random numbers pass activation.eval()."
+        )
+    return function if torch.equal(given, probe) else lambda u: function(u.clone())
 
 
 def describe(activation: Activation) -> str:

@@ -35,6 +35,50 @@ def _restored(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
+@contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Put the contents of the buffers back, which forward passes in train mode may change."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in before:
+                buffer.copy_(kept)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@torch.no_grad()
+def _refuse_randomness(network: _Network, sample: Tensor) -> None:
+    """A kernel is one of a fixed function: refuse modules that draw random numbers.
+
+    Raises:
+        ValueError: the module is random.
+    """
+    before = _random_state(sample.device)
+    first = network.in_place(sample)
+    drawn = not all(map(torch.equal, before, _random_state(sample.device)))
+    second = network.in_place(sample)
+    if not drawn and torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
+        return
+    name, training = type(network.module).__name__, network.module.training
+    remedy = (
+        "Call module.eval() first."
+        if training
+        else "Give it a generator that is seeded anew in each forward pass."
+    )
+    raise ValueError(
+        f"{name} draws random numbers{' in train mode' if training else ''}, so that its tangent "
+        f"kernel is random.\n  {remedy}"
+    )
+
+
 @dataclass(frozen=True)
 class _Network:
     """A module as a function of the parameters to be differentiated."""
@@ -56,8 +100,14 @@ class _Network:
     def _checked(self, out: object, x: Tensor) -> Tensor:
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"empirical_ntk needs a module that returns a tensor, but {type(self.module)} "
-                f"returned {type(out).__name__}. Wrap it, e.g. to return solution.u1."
+                f"empirical_ntk needs a module that returns a tensor, but "
+                f"{type(self.module).__name__} returned {type(out).__name__}.\n"
+                "  Wrap it, for example to return solution.u1."
+            )
+        if out.is_complex():
+            raise TypeError(
+                f"empirical_ntk needs a module with real outputs, but they are {out.dtype}.\n"
+                "  Wrap it to return torch.view_as_real(output)."
             )
         return out.reshape(len(x), -1)
 
@@ -100,7 +150,9 @@ def empirical_ntk(
         `(n1, n2, o, o)` for `"full"`, `(n1, n2)` for `"trace"`; detached.
 
     Raises:
-        ValueError: if no parameter requires a gradient, or an argument is not one of the above.
+        ValueError: if no parameter requires a gradient, the module draws random numbers (dropout,
+            and regularizers of a layer, in train mode), or an argument is not one of the above.
+        TypeError: if the module returns no tensor, or parameters or outputs are complex.
 
     Example:
         >>> layer = torch.nn.Linear(3, 1, bias=False)
@@ -118,12 +170,20 @@ def empirical_ntk(
     if not weights:
         raise ValueError(
             f"{type(module).__name__} has no parameter that requires a gradient, so its tangent "
-            "kernel is empty. Call module.requires_grad_(True)."
+            "kernel is empty.\n  Call module.requires_grad_(True)."
+        )
+    if any(weight.is_complex() for weight in weights.values()):
+        raise TypeError(
+            f"the parameters of {type(module).__name__} must be real, but some are complex.\n"
+            "  Give it the real views of its parameters: torch.view_as_real."
         )
     frozen = {k: p.detach() for k, p in module.named_parameters() if not p.requires_grad}
     network = _Network(module, weights, {**dict(module.named_buffers()), **frozen})
     try:
-        return _kernel(network, x1, x2, outputs, method, memory)
+        with _kept_buffers(module):
+            _refuse_randomness(network, x1[:1])
+            inputs = (x1, x1 if x2 is None else x2)
+            return _kernel(network, inputs, x2 is None, outputs, method, memory)
     except (RuntimeError, TypeError, ValueError, IndexError):
         _check_samples(network, x1, x2)
         raise
@@ -145,17 +205,20 @@ def _check_samples(network: _Network, x1: Tensor, x2: Tensor | None) -> None:
 
 
 def _kernel(
-    network: _Network, x1: Tensor, x2: Tensor | None, outputs: Outputs, method: Method, memory: int
+    network: _Network,
+    inputs: tuple[Tensor, Tensor],
+    symmetric: bool,
+    outputs: Outputs,
+    method: Method,
+    memory: int,
 ) -> Tensor:
-    second = x1 if x2 is None else x2
-    symmetric = x2 is None
     if method == "auto":
-        method = _choose(network, x1, second, memory)
+        method = _choose(network, *inputs, memory)
     if method == "products":
-        kernel = _by_products(network, x1, second, outputs)
+        kernel = _by_products(network, *inputs, outputs)
         return (kernel + _transposed(kernel)) / 2 if symmetric else kernel
     jacobian = _transformed_jacobian if method == "jacobian" else _reverse_jacobian
-    return _by_contraction(network, jacobian, (x1, second), symmetric, outputs, memory)
+    return _by_contraction(network, jacobian, inputs, symmetric, outputs, memory)
 
 
 def _check(module: nn.Module, outputs: str, method: str, x1: Tensor, x2: Tensor | None) -> None:

@@ -20,6 +20,7 @@ _RADII = (8.0, 16.0, 32.0)
 _POINTS = 40_001
 _GROWTH = 1.2  # a maximum that grows faster than this from radius to radius has no bound
 _MAX_DEGREE = 8
+_SPACING, _STEEPER = 1e-7, 1.15  # quotients that grow further, below this spacing, have no bound
 _SUSPECTS = 32  # grid intervals of largest change, looked at for jumps
 
 
@@ -33,7 +34,8 @@ class ActivationReport:
         derivative_lipschitz: Lipschitz constant of `phi'`; `inf` if `phi'` jumps or grows.
         smoothness: number of continuous derivatives seen.
         polynomial_degree: degree if `phi` is a polynomial, else None.
-        kinks: where `phi` or `phi'` jumps.
+        kinks: where `phi` or `phi'` jumps, or is infinitely steep.
+        steep: those where `phi` itself is infinitely steep without a jump, as `sqrt|u|` at 0.
         forward_well_posed: the ODE has one solution, for all time.
         backward_well_posed: so has the adjoint ODE, and the gradients of "optimise then discretise"
             and of "discretise then optimise" agree to first order in the step.
@@ -47,6 +49,7 @@ class ActivationReport:
     smoothness: Smoothness
     polynomial_degree: int | None
     kinks: tuple[float, ...]
+    steep: tuple[float, ...]
     forward_well_posed: bool
     backward_well_posed: bool
     kernel_positive_definite: bool
@@ -70,6 +73,12 @@ class ActivationReport:
                 "not covered: the activation jumps, so a solution need not exist. "
                 "Use a continuous activation."
             )
+        if self.steep:
+            where = ", ".join(f"{point:.3g}" for point in self.steep)
+            return (
+                f"not Lipschitz: the slope is unbounded at {where}, where several solutions can "
+                "start from one state. Use a Lipschitz activation (softplus, tanh, GELU)."
+            )
         return (
             "not Lipschitz: the ODE can blow up in finite time. Keep T and the weights small, "
             "bound the state, or use a Lipschitz activation (softplus, tanh, GELU)."
@@ -84,10 +93,10 @@ class ActivationReport:
         if self.kinks:
             where = ", ".join(f"{kink:.3g}" for kink in self.kinks)
             return (
-                f"the derivative is not Lipschitz (it jumps at {where}): discretise-then-optimise "
-                "and optimise-then-discretise gradients need not agree where a trajectory crosses "
-                "or rests on the kink, and adaptive solvers take small steps there. Prefer the "
-                "discrete adjoint, or softplus/GELU/SiLU instead."
+                f"the derivative is not Lipschitz (it jumps, or is infinitely steep, at {where}): "
+                "discretise-then-optimise and optimise-then-discretise gradients need not agree "
+                "where a trajectory crosses or rests on the kink, and adaptive solvers take small "
+                "steps there. Prefer the discrete adjoint, or softplus/GELU/SiLU instead."
             )
         return (
             "not covered: they grow without bound along a state that does. They are fine as long "
@@ -123,7 +132,9 @@ def activation_report(act: Activation) -> ActivationReport:
     Lipschitz constants are the largest `|phi'|` and the largest difference quotient of `phi'`
     on grids of 40001 points on [-8, 8], [-16, 16] and [-32, 32]; where that maximum grows by more
     than a fifth from each to the next, or where the function jumps, there is none (`inf`). A
-    jump is an interval over which a change does not shrink as it is bisected to 1e-9. A polynomial
+    jump is an interval over which a change does not shrink as it is bisected to 1e-9. A function is
+    infinitely steep where its largest difference quotient still grows as the spacing goes from 1e-7
+    to 1e-10. A polynomial
     is a function whose least-squares fit of degree at most 8 on [-8, 8] is exact to 1e-9. These are
     observations on finitely many points: an activation that misbehaves elsewhere, or between them,
     is not caught.
@@ -149,8 +160,12 @@ def activation_report(act: Activation) -> ActivationReport:
     fn = _elementwise(act)
     value_jumps = _jumps(fn)
     slope_jumps = _jumps(lambda u: derivative(fn, u))
-    lipschitz = float("inf") if value_jumps else _bound(lambda u: derivative(fn, u))
-    if value_jumps or slope_jumps:
+    steep = tuple(point for point in _steep(fn) if point not in value_jumps)
+    steep_slopes = _steep(lambda u: derivative(fn, u))
+    lipschitz = float("inf")
+    if not (value_jumps or steep):
+        lipschitz = _bound(lambda u: derivative(fn, u))
+    if value_jumps or slope_jumps or steep_slopes:
         second = float("inf")
     else:
         second = _bound(lambda u: _quotients(fn, u))
@@ -158,9 +173,9 @@ def activation_report(act: Activation) -> ActivationReport:
     smoothness: Smoothness = "C2 or smoother"
     if value_jumps:
         smoothness = "discontinuous"
-    elif slope_jumps:
+    elif slope_jumps or steep:
         smoothness = "C0"
-    elif _jumps(lambda u: derivative(lambda v: _differentiable_slope(fn, v), u)):
+    elif steep_slopes or _jumps(lambda u: derivative(lambda v: _differentiable_slope(fn, v), u)):
         smoothness = "C1"
     forward = bool(np.isfinite(lipschitz))
     return ActivationReport(
@@ -169,7 +184,8 @@ def activation_report(act: Activation) -> ActivationReport:
         derivative_lipschitz=second,
         smoothness=smoothness,
         polynomial_degree=degree,
-        kinks=tuple(sorted({*value_jumps, *slope_jumps})),
+        kinks=tuple(sorted({*value_jumps, *slope_jumps, *steep, *steep_slopes})),
+        steep=steep,
         forward_well_posed=forward,
         backward_well_posed=forward and bool(np.isfinite(second)),
         kernel_positive_definite=forward and degree is None,
@@ -212,7 +228,7 @@ def _jumps(fn: Elementwise) -> tuple[float, ...]:
     change = (values[1:] - values[:-1]).abs()
     scale = max(float(values.abs().max()), 1e-12)
     largest, where = change.topk(_SUSPECTS)
-    found = []
+    jumps = []
     for k in where[largest > 1e-5 * scale].tolist():
         left, right, whole = float(grid[k]), float(grid[k + 1]), float(change[k])
         while right - left > 1e-9:
@@ -221,8 +237,31 @@ def _jumps(fn: Elementwise) -> tuple[float, ...]:
             left, right = (left, middle) if abs(mid - low) > abs(high - mid) else (middle, right)
         ends = fn(torch.tensor([left, right], dtype=torch.float64)).detach()
         if float((ends[1] - ends[0]).abs()) > 0.5 * whole:
-            found.append(round((left + right) / 2, 6) + 0.0)
-    return tuple(found)
+            jumps.append(_place(left, right))
+    return tuple(jumps)
+
+
+def _steep(fn: Elementwise) -> tuple[float, ...]:
+    """Points of [-8, 8] near which difference quotients grow without bound."""
+    grid = _grid(_RADII[0])
+    change = fn(grid).detach().diff().abs()
+    steep = []
+    for k in change.topk(_SUSPECTS).indices.tolist():
+        left, right = float(grid[max(k - 1, 0)]), float(grid[min(k + 2, _POINTS - 1)])
+        quotients: dict[float, float] = {}
+        while right - left > 1e-9:
+            points = torch.linspace(left, right, 11, dtype=torch.float64)
+            largest, j = (fn(points).detach().diff().abs() * (10 / (right - left))).max(0)
+            quotients[(right - left) / 10] = float(largest)
+            left, right = float(points[max(int(j) - 1, 0)]), float(points[min(int(j) + 2, 10)])
+        before = next(q for spacing, q in quotients.items() if spacing <= _SPACING)
+        if not max(quotients.values()) <= _STEEPER * before:
+            steep.append(_place(left, right))
+    return tuple(dict.fromkeys(steep))
+
+
+def _place(left: float, right: float) -> float:
+    return round((left + right) / 2, 6) + 0.0
 
 
 def _quotients(fn: Elementwise, u: Tensor) -> Tensor:

@@ -177,3 +177,50 @@ def test_gradient_descent_follows_the_kernel():
             for parameter, grad in zip(network.parameters(), grads, strict=True):
                 parameter -= lr * grad
     assert measured < 0.01 * limit.loss(0)
+
+
+class Randomly(nn.Module):
+    """Noise from a generator of its own, which torch's own state does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2).double()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return self.layer(x) + torch.rand(2, generator=self.generator, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("method", ["auto", "jacobian", "products", "autograd"])
+def test_modules_that_draw_random_numbers_are_refused(method):
+    dropping = nn.Sequential(mlp(), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"in train mode.*\n  Call module.eval\(\)"):
+        empirical_ntk(dropping, inputs(3, 4), method=method)
+    evaluated = empirical_ntk(dropping.eval(), inputs(3, 4), method=method)
+    torch.testing.assert_close(evaluated, empirical_ntk(mlp(), inputs(3, 4)))
+    with pytest.raises(ValueError, match="draws random numbers"):
+        empirical_ntk(Randomly().eval(), inputs(3, 4), method=method)
+
+
+def test_a_random_end_of_the_interval_is_refused():
+    flow = Flow()
+    flow.node.regularizers.append(psn.RandomEndTime(0.5))
+    with pytest.raises(ValueError, match="draws random numbers in train mode"):
+        empirical_ntk(flow.train(), inputs(3, 4))
+    assert empirical_ntk(flow.eval(), inputs(3, 4)).shape[:2] == (3, 3)
+
+
+def test_running_statistics_stay():
+    module = nn.Sequential(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Flatten()).double()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    empirical_ntk(module, inputs(3, 8).unsqueeze(1))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+
+
+def test_complex_outputs_are_refused():
+    class Complex(nn.Linear):
+        def forward(self, x):
+            return torch.complex(super().forward(x), x[:, :2])
+
+    with pytest.raises(ValueError, match="real numbers"):
+        empirical_ntk(Complex(4, 2).double(), inputs(3, 4))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pysciml_node.kernels import LeakyReLU, Polynomial, Sinusoid, activation_report
+from pysciml_node.kernels import LeakyReLU, Polynomial, Sinusoid, activation_report, nngp
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,15 @@ from pysciml_node.kernels import LeakyReLU, Polynomial, Sinusoid, activation_rep
         ("quadratic", math.inf, 1.0),
         ("exp", math.inf, math.inf),
         (torch.sign, math.inf, math.inf),
+        (lambda u: u.abs().sqrt(), math.inf, math.inf),
+        (lambda u: (u - 1.234).abs().sqrt(), math.inf, math.inf),
+        (lambda u: torch.tanh(u).sign() * torch.tanh(u).abs() ** (1 / 3), math.inf, math.inf),
+        (lambda u: torch.tanh(torch.xlogy(u, u.abs())), math.inf, math.inf),
+        (lambda u: F.softplus(u) + 0.1 * torch.tanh(u).abs().sqrt(), math.inf, math.inf),
+        # max of (3/2) sqrt(t) (1 - t^2) over t = |tanh u|, at t = 1 / sqrt(5)
+        (lambda u: torch.tanh(u).abs() ** 1.5, 1.2 * 5**-0.25, math.inf),
+        (nn.ELU(inplace=True), 1.0, 1.0),
+        (torch.tanh_, 1.0, 4 / (3 * math.sqrt(3))),
     ],
 )
 def test_lipschitz_constants(act, lipschitz, second):
@@ -48,6 +57,9 @@ def test_lipschitz_constants(act, lipschitz, second):
         (F.hardswish, "C0", (-3.0, 3.0)),
         ("elu", "C1", ()),
         ("softplus", "C2 or smoother", ()),
+        (lambda u: u.abs().sqrt(), "C0", (0.0,)),
+        (lambda u: torch.tanh(u).sign() * torch.tanh(u).abs() ** (1 / 3), "C0", (0.0,)),
+        (lambda u: torch.tanh(u - 2).abs() ** 1.5, "C1", (2.0,)),
     ],
 )
 def test_smoothness_and_kinks(act, smoothness, kinks):
@@ -94,3 +106,16 @@ def test_expectations_without_a_function_are_refused():
 
     with pytest.raises(TypeError, match="pass the activation itself"):
         activation_report(Erf())
+
+
+@pytest.mark.parametrize("act", [lambda u: torch.softmax(u, -1), nn.RReLU(), nn.Dropout(0.1)])
+@pytest.mark.parametrize("use", [activation_report, lambda act: nngp(torch.eye(2), activation=act)])
+def test_functions_that_are_not_elementwise_are_refused(use, act):
+    with pytest.raises(ValueError, match="what stands beside it, or on chance"):
+        use(act)
+
+
+def test_a_slope_without_bound_is_named():
+    report = activation_report(lambda u: u.abs().sqrt())
+    assert report.steep == (0.0,)
+    assert "several solutions" in str(report)
