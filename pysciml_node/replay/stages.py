@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -85,37 +86,45 @@ class Stages:
         self.method = method
         self.field = field
         self.low, self.high = min(marks[0], marks[-1]), max(marks[0], marks[-1])
-        # For each stop the last time before it and the first after it.
-        stops = torch.tensor(marks[1:-1], dtype=method.nodes.dtype)
+        # The stops in increasing order; for each the last time before it and the first after it.
+        self._stops = sorted(marks[1:-1])
+        stops = torch.tensor(self._stops, dtype=method.nodes.dtype)
         infinity = torch.full_like(stops, math.inf)
-        sides = zip(
-            torch.nextafter(stops, -infinity).tolist(),
-            torch.nextafter(stops, infinity).tolist(),
-            strict=True,
-        )
-        self._sides = dict(zip(marks[1:-1], sides, strict=True))
+        self._before = torch.nextafter(stops, -infinity).tolist()
+        self._after = torch.nextafter(stops, infinity).tolist()
         self.vectors = vectors
         self.count = 0  # stages evaluated so far in this step
 
     def times(self, t: Real, h: Real) -> tuple[Tensor, ...]:
-        """The stage times, kept inside the interval where rounding would leave it."""
-        times = self.method.nodes * h + t
-        low, high = self._limits(t, h) if self._sides else (self.low, self.high)
-        if isinstance(t, Tensor) or isinstance(h, Tensor):
-            inside = times.detach().clamp(low, high)
-            return (times + (inside - times.detach())).unbind()
-        return times.clamp_(low, high).unbind()
+        """The stage times, kept inside the interval where rounding would leave it.
 
-    def _limits(self, t: Real, h: Real) -> tuple[float, float]:
-        """The interval's ends, or what stops leave of the step."""
+        They are formed in double precision on the host, and rounded once to the state's.
+        """
         start, size = (float(x.detach()) if isinstance(x, Tensor) else x for x in (t, h))
+        low, high = self._limits(start, size) if self._stops else (self.low, self.high)
+        nodes = self.method.nodes
+        inside = torch.tensor(
+            [min(max(start + c * size, low), high) for c in self.method.host_nodes],
+            dtype=nodes.dtype,
+        )
+        if nodes.device.type != "cpu":
+            inside = inside.to(nodes.device, non_blocking=True)
+        if isinstance(t, Tensor) or isinstance(h, Tensor):
+            times = nodes * h + t
+            inside = times + (inside - times.detach())
+        return inside.unbind()
+
+    def _limits(self, start: float, size: float) -> tuple[float, float]:
+        """The interval's ends, or what stops leave of a step."""
         low, high = self.low, self.high
         near = 1e-9 * abs(size)
-        for stop, (before, after) in self._sides.items():
-            if abs(min(start, start + size) - stop) < near:
-                low = after
-            if abs(max(start, start + size) - stop) < near:
-                high = before
+        first, last = min(start, start + size), max(start, start + size)
+        i = bisect_left(self._stops, first - near)
+        if i < len(self._stops) and self._stops[i] < first + near:
+            low = self._after[i]
+        i = bisect_left(self._stops, last - near)
+        if i < len(self._stops) and self._stops[i] < last + near:
+            high = self._before[i]
         return low, high
 
     def begin(self, k1: Tensor) -> None:

@@ -21,6 +21,15 @@ from pysciml_node.steps.step import Attempt, Step
 _SLIVER = 1e-8
 
 
+def _size_between(t: float, end: float) -> float:
+    """The size `h` with which `t + h` is `end` to the last bit, where there is one."""
+    h = end - t
+    for near in (h, math.nextafter(h, -math.inf), math.nextafter(h, math.inf)):
+        if t + near == end:
+            return near
+    return h
+
+
 @dataclass
 class MarchOptions:
     """What a march needs besides the field and the state."""
@@ -89,7 +98,7 @@ class March:
             proposed = math.copysign(min(abs(h), options.dtmax), direction)
             stop = stops[next_stop]
             lands = abs(stop - t) <= abs(proposed) * (1 + _SLIVER)
-            h = stop - t if lands else proposed
+            h = _size_between(t, stop) if lands else proposed
             # Steps cut short by a stop may be small; others below the limit mean failure.
             smallest = max(options.dtmin, 4 * math.ulp(t))
             if adaptive and abs(proposed) < smallest and not lands:
