@@ -7,6 +7,7 @@ OrdinaryDiffEq.jl.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -212,9 +213,37 @@ class AlgorithmController(Controller):
 
 @dataclass(frozen=True)
 class FixedStep(Controller):
-    """Steps of `dt0`, whatever the error; the last one is cut to end at `t1`."""
+    """Steps of `dt0`, or from each of `times` to the next, whatever the error.
+
+    The last step is cut to end at `t1`. The field is seen at `times` as it is there, once from
+    each side; times that it jumps at are `tstops`, which its values on the other side never cross.
+
+    Args:
+        times: where steps end, in the order of integration; those outside the interval are left
+            out. With `dt0` as well, no step is larger.
+
+    Raises:
+        ValueError: times that are out of order.
+    """
+
+    times: tuple[float, ...] = ()
 
     adaptive = False
+
+    def __post_init__(self) -> None:
+        times = tuple(float(t) for t in self.times)
+        object.__setattr__(self, "times", times)
+        pairs = list(itertools.pairwise(times))
+        if not (all(a < b for a, b in pairs) or all(a > b for a, b in pairs)):
+            raise ValueError(
+                "FixedStep: times must be strictly increasing or strictly decreasing.\n"
+                "  Sort them first."
+            )
+
+    def within(self, t0: float, t1: float) -> FixedStep:
+        """The same, with the times that lie inside an interval."""
+        low, high = min(t0, t1), max(t0, t1)
+        return FixedStep(tuple(t for t in self.times if low < t < high))
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""

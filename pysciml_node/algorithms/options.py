@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.adjoints import Adjoint, _ContinuousAdjoint
-from pysciml_node.algorithms.controllers import Controller
+from pysciml_node.algorithms.controllers import Controller, FixedStep
 
 if TYPE_CHECKING:
     from pysciml_node.problems.event import Event
@@ -58,6 +58,13 @@ class SolveOptions:
     compile: bool
     seed: int | None = None
     defaulted: frozenset[str] = frozenset()
+
+    def landings(self, direction: int) -> tuple[float, ...]:
+        """Times that steps end on, in the order of integration: the stops, and those of a grid."""
+        grid = self.controller.times if isinstance(self.controller, FixedStep) else ()
+        if not grid or not self.tstops:
+            return grid or self.tstops
+        return tuple(sorted({*grid, *self.tstops}, reverse=direction < 0))
 
 
 def without_closures(options: SolveOptions) -> SolveOptions:

@@ -318,7 +318,7 @@ def make_plan(
         if grid.requires_grad or jumps:
             cuts = grid[1:-1].unbind()
         else:
-            stops = tuple(grid[1:-1].tolist())
+            arguments["controller"] = FixedStep(tuple(grid.tolist()))
     return Plan(
         field=functools.partial(_with, func, extra) if extra.tensors else func,
         y0=y0,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
+from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_algorithm
@@ -64,6 +65,10 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
         return f"the Julia engine solves in float32 or float64, not in {dtype}.\n  Convert u0."
     if options.compile:
         return "compile=True is the torch engine's.\n  Leave it out: Julia compiles by itself."
+    if isinstance(options.controller, FixedStep) and options.controller.times:
+        return (
+            'FixedStep(times=...) is the torch engine\'s.\n  Use engine="torch", or tstops and dt0.'
+        )
     if name in plans.FIXED_ONLY and options.controller.adaptive:
         return (
             f"{name} has no error estimate in SciML.\n  Use {plans.FIXED_ONLY[name]}, or "

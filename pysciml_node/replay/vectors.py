@@ -239,6 +239,8 @@ class RecordedVectors(Vectors):
 
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
+        if base is not None and len(weights.numbers) == 1:
+            return base + self._vectors[0] * (h * weights.numbers[0])
         columns = torch.stack(self._vectors[: len(weights.numbers)]).T
         if base is not None and not isinstance(h, Tensor):
             # Few nodes in the graph: backward costs as much as the nodes it visits.

@@ -88,8 +88,12 @@ def check_options(
     controller = _instance("controller", controller, Controller, algorithm.default_controller)
     events = _check_events(events)
     length = abs(problem.t1 - problem.t0)
-    if isinstance(controller, FixedStep) and dt0 is None:
-        raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
+    if isinstance(controller, FixedStep):
+        grid = bool(controller.times)
+        controller = controller.within(problem.t0, problem.t1)
+        if dt0 is None and not grid:
+            raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
+        dt0 = length if dt0 is None else dt0
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
     times, time_tensor = _check_saveat(saveat, problem)

@@ -133,7 +133,7 @@ class SDEMarch(Steps):
         adaptive = options.controller.adaptive
         sizes = options.controller.start(stepper.method.tableau.error_order)
         tolerance = Tolerance(options.rtol, options.atol, options.driven)
-        stops = (*options.tstops, problem.t1)
+        stops = (*options.landings(1), problem.t1)
         t, next_stop, rejecting = problem.t0, 0, False
         smallest = start.smallest
         h, slope = start.first_size()

@@ -132,7 +132,7 @@ class _Saver:
         self.work, self.march = work, march
         options, problem = work.options, work.problem
         marks = (problem.t0, *options.tstops, problem.t1)
-        self.record = Record(times=[problem.t0], t1_stop=len(options.tstops), marks=marks)
+        self.record = Record(times=[problem.t0], t1_stop=len(options.landings(1)), marks=marks)
         self.states = [march.vector]
         self.pieces: list[Tensor] = []
         self._keep_ends(0)

@@ -142,7 +142,7 @@ class _Solve:
                 dt0=options.dt0,
                 dtmin=options.dtmin,
                 dtmax=options.dtmax,
-                tstops=options.tstops,
+                tstops=options.landings(problem.direction),
                 time_tensors=times,
             ),
             k=k0,

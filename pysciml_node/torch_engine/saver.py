@@ -92,8 +92,7 @@ def follow(
         The record; the states at its times; the saved states `(saved, N)`.
     """
     tstops = march.options.tstops
-    marks = (march.t0, *tstops, march.t1)
-    record = Record(times=[march.t0], t1_stop=len(tstops), marks=marks)
+    record = Record(times=[march.t0], t1_stop=len(tstops), marks=march.stages.marks)
     states = [march.u]
     saver = Saver(saveat, saveat_tensor, march.t0, march.u, record)
     for step in march:

@@ -95,6 +95,20 @@ def test_step_size_counts_from_the_start_and_ends_on_the_last_time(method):
     torch.testing.assert_close(y[-1], state, rtol=1e-13, atol=1e-13)
 
 
+def test_fixed_steps_see_the_grids_own_times():
+    """A field that looks its values up by time; one that jumps there sees each side once."""
+    table = times(0.0, 1.0, 2.0, 3.5, 0.0)
+    t = times(0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def field(t, y):
+        return table[(t * 4).long()] * torch.ones_like(y)
+
+    assert odeint(field, times(0.0), t, method="rk4")[-1].item() == 1.625
+    recorder = Tanh()
+    odeint(recorder, times(0.3, -0.7), times(0.1, 0.3, 0.7), method="rk4")
+    assert [recorder.calls[i] for i in (0, 3, 4, 7)] == [0.1, 0.3, 0.3, 0.7]
+
+
 def test_perturb_never_calls_at_the_ends_of_steps():
     field = Tanh()
     options = {"step_size": 0.25, "perturb": True}

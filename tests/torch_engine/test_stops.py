@@ -1,6 +1,7 @@
 """Fields that jump at a stop: each side of it is seen by its own steps alone."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -78,3 +79,45 @@ def test_dense_output_on_both_sides_of_a_jump() -> None:
     solution = psn.solve(problem, psn.Tsit5(), tstops=[STOP], **TIGHT)
     assert solution(0.65).item() == pytest.approx(1.5 * math.exp(-0.65), rel=1e-7)
     assert solution(0.75).item() == pytest.approx(exact(1.5, 0.75), rel=1e-7)
+
+
+def test_many_stops_cost_linear_time() -> None:
+    def seconds(count: int) -> float:
+        stops = [i / count for i in range(1, count)]
+        problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
+        start = time.process_time()
+        psn.solve(problem, psn.BS3(), tstops=stops)
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(1600) < 16 * seconds(200)
+
+
+def test_steps_end_on_stops_to_the_last_bit() -> None:
+    """A stop is neither missed nor passed by what rounding leaves of a step."""
+    stops = [0.1, 0.3, 1 / 3, 0.7]
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1, dtype=torch.float64), (-0.2, 0.9))
+    solution = psn.solve(problem, psn.Euler(), controller=psn.FixedStep(), dt0=0.25, tstops=stops)
+    assert set(stops) <= set(solution.step_times.tolist())
+
+
+def test_a_grid_is_seen_as_it_is_and_a_stop_from_inside() -> None:
+    """`FixedStep(times)`: the field's values at the grid's own times, from both sides."""
+    table = torch.tensor([0.0, 1.0, 2.0, 3.5, 0.0], dtype=torch.float64)
+    grid = (0.0, 0.25, 0.5, 0.75, 1.0)
+    problem = psn.ODEProblem(
+        lambda t, u: table[(t * 4).long()].expand(1), torch.zeros(1).double(), (0.0, 1.0)
+    )
+    fixed = {"controller": psn.FixedStep(grid), "saveat": grid}
+    solution = psn.solve(problem, psn.Heun(), **fixed)
+    # The trapezoidal rule on the table's values.
+    assert solution.u1.item() == (0 + 1) / 8 + (1 + 2) / 8 + (2 + 3.5) / 8 + 3.5 / 8
+    assert solution.step_times.tolist() == list(grid)
+    stopped = psn.solve(problem, psn.Heun(), tstops=grid, **fixed)
+    # The end of the interval is no stop.
+    assert stopped.u1.item() == (0 + 1 + 2) / 4 + 3.5 / 8
+
+
+def test_a_grid_that_is_out_of_order() -> None:
+    with pytest.raises(ValueError, match="strictly increasing or strictly decreasing"):
+        psn.FixedStep((0.0, 0.5, 0.4))
