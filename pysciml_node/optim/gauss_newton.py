@@ -94,6 +94,51 @@ def hutchinson_diagonal(
     return [entry.mul_(weight) for entry in total]
 
 
+def refuse_unreached(
+    outputs: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    curvature: Sequence[Tensor],
+    *,
+    damped: bool,
+) -> None:
+    """Refuse parameters that the loss depends on and the outputs do not: they have no curvature.
+
+    Divided by nothing, or by the damping alone, their gradients would be steps of any size.
+
+    Args:
+        outputs: `(B, n)`, with a graph that reaches the parameters.
+        params: the parameters.
+        grads: their gradients.
+        curvature: what is known of each parameter's curvature; 0 where there is none.
+        damped: whether there is damping; then single entries may have no curvature.
+
+    Raises:
+        ValueError: one of them has a gradient, and no curvature.
+    """
+
+    def alone(grad: Tensor, known: Tensor) -> bool:
+        if damped and bool(known.any()):
+            return False
+        return bool(((known == 0) & (grad != 0)).any())
+
+    suspects = [k for k, pair in enumerate(zip(grads, curvature, strict=True)) if alone(*pair)]
+    if not suspects:
+        return
+    # The signs of a probe can cancel by chance, those of normal numbers do not.
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
+    probe = torch.empty_like(outputs).normal_(generator=generator)
+    products = pull_back(outputs, [params[k] for k in suspects], probe)
+    for k, product in zip(suspects, products, strict=True):
+        if alone(grads[k], curvature[k].abs() + product.abs()):
+            raise ValueError(
+                f"the outputs do not depend on parameter {k}, of shape {tuple(params[k].shape)}, "
+                "but the loss does: the outputs give it no curvature.\n"
+                "  Pass as solution the outputs of the whole model, its head included, or give "
+                "such parameters an optimizer of their own."
+            )
+
+
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Join tensors into one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -251,6 +296,11 @@ class ProductSpace:
             done = float(residual.norm()) <= rtol * self._size
             if done or len(self._basis) >= max_steps or not self._extend(residual):
                 return solved
+
+    @property
+    def along_gradient(self) -> Tensor:
+        """`C g`, up to a factor; 0 without a gradient."""
+        return self._products[0] if len(self._products) else torch.zeros_like(self._gradient)
 
     @property
     def _along_gradient(self) -> float:

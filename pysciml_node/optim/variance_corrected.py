@@ -18,6 +18,7 @@ from pysciml_node.optim.gauss_newton import (
     ProductSpace,
     flatten,
     hutchinson_diagonal,
+    refuse_unreached,
     set_parameters,
     unflatten,
 )
@@ -129,7 +130,8 @@ class VarianceCorrected(Optimizer):
             is kept, so `state_dict` continues the same sequence of probes.
 
     Raises:
-        ValueError: an option is out of its range, or does not go with the curvature.
+        ValueError: an option is out of its range, or does not go with the curvature; at a step, a
+            parameter that the loss depends on and the outputs do not (but for `"terminal"`).
 
     Example:
         >>> a = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
@@ -350,11 +352,14 @@ class VarianceCorrected(Optimizer):
                 state = self.state[param]
                 state["curvature"].lerp_(next(samples), 1.0 - beta)
                 averages[-1].append(state["curvature"] / (1.0 - beta ** (state["step"].item() + 1)))
+        for row, average in zip(rows, averages, strict=True):
+            damped = row.group["damping"] > 0
+            refuse_unreached(outputs, row.params, row.grads, average, damped=damped)
         entries = sum(param.numel() for param in params)
         mean = math.fsum(float(entry.sum()) for row in averages for entry in row) / entries
         return [
             [
-                grad / (entry + row.group["damping"] * mean)
+                _quotient(grad, entry + row.group["damping"] * mean)
                 for grad, entry in zip(row.grads, average, strict=True)
             ]
             for row, average in zip(rows, averages, strict=True)
@@ -374,18 +379,21 @@ class VarianceCorrected(Optimizer):
         gradient = flatten([grad for row in rows for grad in row.grads])
         exact = self._shared("jvp") == "double-backward"
         fd_step = self._shared("fd_step") or torch.finfo(gradient.dtype).eps ** 0.25
-        operator = GaussNewton(
-            terminal_state(model.solution), params, None if exact else model.outputs_here, fd_step
-        )
+        outputs = terminal_state(model.solution)
+        operator = GaussNewton(outputs, params, None if exact else model.outputs_here, fd_step)
         space = ProductSpace(operator, gradient)
         safeguard = self._shared("safeguard")
         rates = [float(row.group["lr"]) for row in rows]
-        growth = 2.0
+        growth, first = 2.0, True
         for _ in range(self._shared("max_trials")):
             damping = flatten([self.state[param]["damping"].expand_as(param) for param in params])
             solved = space.solve(
                 damping, max_steps=self._shared("cg_steps"), rtol=self._shared("cg_rtol")
             )
+            if first:
+                known = unflatten(space.along_gradient, params)
+                refuse_unreached(outputs, params, unflatten(gradient, params), known, damped=True)
+                first = False
             pieces = iter(unflatten(solved.step, params))
             directions = [[next(pieces) for _ in row.params] for row in rows]
             if safeguard == "backtracking":
@@ -407,6 +415,11 @@ class VarianceCorrected(Optimizer):
     def _scale_damping(self, params: list[Tensor], factor: float, floor: float = 0.0) -> None:
         for param in params:
             self.state[param]["damping"].clamp_(min=floor).mul_(factor)
+
+
+def _quotient(grad: Tensor, curvature: Tensor) -> Tensor:
+    """`grad / curvature`, and no step where no probe has seen any curvature yet."""
+    return torch.where(curvature > 0, grad / curvature, torch.zeros_like(grad))
 
 
 def _predicted_decrease(
