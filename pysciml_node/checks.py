@@ -10,7 +10,7 @@ import difflib
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cache
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -134,6 +134,7 @@ def number(
     if not infinite and below is None and at_most is None:
         limits.insert(0, "finite")
     words = " and ".join(limits).replace("finite and above 0", "positive and finite")
+    words = "positive" if words == "above 0" else words
     if found is None:
         refuse(name, "a number", value, hint)
     refuse(name, words or "a number", found, hint, ValueError)
@@ -224,13 +225,19 @@ def choice(name: str, value: Any, known: Iterable[T]) -> T:
     refuse(name, f"one of {listed}", value, did_you_mean(value, allowed), ValueError)
 
 
-def did_you_mean(given: object, known: Iterable[object]) -> str:
-    """The sentence that names the known word nearest to a given one; empty where none is near."""
+def nearest(given: object, known: Iterable[object]) -> str:
+    """The known word nearest to a given one; empty where none is near."""
     if not isinstance(given, str):
         return ""
-    words = {str(one).lower(): str(one) for one in known if isinstance(one, str)}
+    words = {one.lower(): one for one in known if isinstance(one, str)}
     near = difflib.get_close_matches(given.lower(), words, 1)
-    return f"Did you mean {words[near[0]]!r}?" if near else ""
+    return words[near[0]] if near else ""
+
+
+def did_you_mean(given: object, known: Iterable[object]) -> str:
+    """The sentence that names the known word nearest to a given one; empty where none is near."""
+    near = nearest(given, known)
+    return f"Did you mean {near!r}?" if near else ""
 
 
 def instance(name: str, value: Any, kind: type[T], *, example: str, noun: str = "") -> T:
@@ -318,13 +325,19 @@ def takes(value: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def keywords(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+def keywords(
+    where: str,
+    given: Iterable[str],
+    known: Iterable[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
     """Refuse names that are no arguments, and say which were probably meant.
 
     Args:
         where: who takes them.
         given: names that were given.
         known: names that there are.
+        elsewhere: what other packages call them, and what to write here.
 
     Raises:
         TypeError: an unknown name.
@@ -332,7 +345,9 @@ def keywords(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     names = list(known)
     for name in given:
         if name not in names:
-            near = did_you_mean(name, names) or f"It takes {', '.join(names) or 'none'}."
+            other = (elsewhere or {}).get(name)
+            near = f"Did you mean {other}?" if other else did_you_mean(name, names)
+            near = near or f"It takes {', '.join(names) or 'none'}."
             raise TypeError(f"{where} takes no argument {name!r}.\n  {near}")
 
 
@@ -366,7 +381,7 @@ def sequence(name: str, value: Any, kind: type[T], *, example: str) -> list[T]:
         return [value]
     listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Tensor)
     if not listed:
-        refuse(name, f"a sequence of objects such as {example}", value)
+        refuse(name, f"a sequence of objects such as {example}", value, f"Write {example}.")
     return [instance(f"{name}[{i}]", one, kind, example=example) for i, one in enumerate(value)]
 
 
@@ -383,8 +398,9 @@ def numbers(name: str, value: Any, *, hint: str = "") -> list[float]:
     if axes > 1:
         shape = tuple(value.shape)
         raise ValueError(f"{name} must be one-dimensional, but has shape {shape}.")
-    listed = isinstance(value, Sequence | Tensor | range) or hasattr(value, "__array__")
-    if not listed or axes == 0 or isinstance(value, str | bytes):
+    words = isinstance(value, str | bytes)
+    unordered = isinstance(value, Mapping | Set)
+    if not isinstance(value, Iterable) or axes == 0 or words or unordered:
         refuse(name, "a sequence of numbers", value, hint)
     entries = value.detach().tolist() if isinstance(value, Tensor) else value
     return [number(f"{name}[{i}]", x, infinite=True) for i, x in enumerate(entries)]

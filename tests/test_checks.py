@@ -47,7 +47,7 @@ RANGES: list[tuple[dict[str, Any], list[Any], list[Any], str]] = [
     ({"at_least": 0}, [0.0], [-1e-9, math.inf], "finite and at least 0"),
     ({"above": 0, "below": 1}, [0.5], [0, 1, math.inf], "above 0 and below 1"),
     ({"at_least": -1, "at_most": 1}, [-1, 1], [1.1], "at least -1 and at most 1"),
-    ({"above": 0, "infinite": True}, [math.inf], [math.nan, -math.inf], "above 0"),
+    ({"above": 0, "infinite": True}, [math.inf], [math.nan, -math.inf], "positive"),
 ]
 
 

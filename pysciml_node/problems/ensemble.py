@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.ode import Problem
-from pysciml_node.problems.state import State, StateSpec, map_tensors, tensors_of
+from pysciml_node.problems.state import State, StateSpec, as_state, map_tensors, tensors_of
 
 
 @dataclass(frozen=True)
-class EnsembleProblem:
+class EnsembleProblem(checks.Configured):
     """Many initial states `u_m(t0)` and parameters `p_m` of one problem, `m = 1, ..., M`.
 
     Each member is solved for itself, with step sizes of its own; the rows of a batch in one `u0`
@@ -53,18 +54,19 @@ class EnsembleProblem:
     size: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.problem, Problem):
-            raise TypeError(
-                f"an EnsembleProblem is made of one problem, but was given "
-                f"{type(self.problem).__name__}.\n"
-                "  Write EnsembleProblem(ODEProblem(f, u0, tspan), u0=many)."
-            )
+        example = "ODEProblem(f, u0, tspan)"
+        checks.instance("problem", self.problem, Problem, example=example, noun="one problem")
+        if self.u0 is not None:
+            checks.settle(self, u0=as_state(self.u0))
         given: list[tuple[str, Tensor, torch.Size | None]] = []
         if self.u0 is not None:
             given += _states("u0", self.u0, self.problem.spec)
         if self.p is not None:
             shared = [x.shape for x in tensors_of(self.problem.p)]
-            many = list(tensors_of(self.p))
+            try:
+                many = list(tensors_of(self.p))
+            except RecursionError:
+                raise ValueError("p must not contain itself.") from None
             if shared and len(shared) != len(many):
                 raise ValueError(
                     f"p must have the {len(shared)} tensors of the problem's p, each with a "

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pysciml_node import checks
+
 
 @dataclass(frozen=True)
-class Event:
+class Event(checks.Configured):
     """Stops a solve where `condition(t, u)` crosses zero.
 
     The event is looked for after each accepted step by the sign of its condition, and located on
@@ -37,10 +39,10 @@ class Event:
     xtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.direction not in (-1, 0, 1):
-            raise ValueError(f"direction must be -1, 0 or 1, but is {self.direction!r}.")
-        if not callable(self.condition):
-            raise TypeError("condition must be callable as condition(t, u).")
+        checks.function("condition", self.condition, "t", "u")
+        direction = checks.choice("direction", self.direction, (-1, 0, 1))
+        xtol = None if self.xtol is None else checks.number("xtol", self.xtol, at_least=0)
+        checks.settle(self, direction=direction, xtol=xtol)
 
     def crosses(self, before: float, after: float) -> bool:
         """Whether the condition's values at the ends of a step show a crossing."""

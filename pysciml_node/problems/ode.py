@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.state import State, StateSpec, tensors_of
+from pysciml_node import checks
+from pysciml_node.problems.state import State, StateSpec, as_state, tensors_of
 
 Time = float | Tensor
 VectorField = Callable[..., Any]
@@ -24,21 +25,55 @@ def _check_time(name: str, value: Any) -> float:
                 f"{name} must be one real number, but is a tensor of shape {tuple(value.shape)} "
                 f"and dtype {value.dtype}."
             )
-        number = float(value.detach())
-    elif isinstance(value, int | float) or hasattr(value, "__float__"):
-        number = float(value)
-    else:
-        raise TypeError(f"{name} must be a number or a 0-d tensor, but is {type(value).__name__}.")
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, but is {number}.")
-    return number
+        value = value.reshape(())
+    return checks.number(name, value)
+
+
+# How users of other packages name the state where it comes before the time.
+_STATES = frozenset({"u", "y", "x", "z", "h", "state"})
+_TIMES = frozenset({"t", "time"})
+
+
+def check_field(name: str, field: Any, hint: str) -> None:
+    """A function of time and state, and perhaps of `p`, which an ensemble may bring.
+
+    Args:
+        name: of the argument.
+        field: the function.
+        hint: what to do where it is refused.
+
+    Raises:
+        TypeError: it is not callable, or takes other arguments, or these in another order.
+    """
+    if callable(field) and checks.takes(field, 1) and not checks.takes(field, 2):
+        hint = f"A function of the state alone is lambda t, u: {name}(u)."
+    if not callable(field) or not checks.takes(field, 3):
+        checks.function(name, field, "t", "u", hint=hint)
+    signature = checks.parameters(field)
+    names = [] if signature is None else list(signature.parameters)
+    first, second = (*names, "", "")[:2]
+    if first in _STATES and second in _TIMES:
+        raise TypeError(
+            f"{name} is called as {name}(t, u), the time first, but takes {signature}.\n"
+            f"  Swap its arguments: {name}({second}, {first})."
+        )
+
+
+def _check_called(name: str, field: Any, p: Any) -> None:
+    """A function takes `p` where it is given, and does without where it is not."""
+    if p is None and not checks.takes(field, 2):
+        hint = "p is not given: write p=..., or let the function take (t, u)."
+        checks.function(name, field, "t", "u", hint=hint)
+    elif p is not None and not checks.takes(field, 3):
+        hint = "p is given: let the function take (t, u, p), or leave p out."
+        checks.function(name, field, "t", "u", "p", hint=hint)
 
 
 def _number(time: Time) -> float:
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
-class Problem:
+class Problem(checks.Configured):
     """What initial value problems have in common: a state, an interval, an extra argument."""
 
     u0: State
@@ -46,17 +81,32 @@ class Problem:
     p: Any
     spec: StateSpec
 
+    functions: ClassVar[tuple[str, ...]] = ("f",)
+
+    def check_arguments(self) -> None:
+        """Refuse functions that take `p` where there is none, or the other way round.
+
+        Raises:
+            TypeError: there are such functions.
+        """
+        for name in self.functions:
+            _check_called(name, getattr(self, name), self.p)
+
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""
-        object.__setattr__(self, "spec", StateSpec.of(self.u0))
+        checks.settle(self, u0=as_state(self.u0))
+        checks.settle(self, spec=StateSpec.of(self.u0))
         if self.spec.device.type == "meta":
             raise ValueError(
                 "u0 must have values, but is on the meta device.\n"
                 "  Make it on a device that computes, such as cpu."
             )
-        span = tuple(self.tspan.unbind()) if isinstance(self.tspan, Tensor) else self.tspan
-        if not hasattr(span, "__len__") or len(span) != 2:
-            raise TypeError(f"tspan must be a pair (t0, t1), but is {self.tspan!r}.")
+        span: Any = self.tspan
+        if isinstance(span, Tensor | np.ndarray):
+            span = tuple(span) if span.ndim else span
+        if not isinstance(span, tuple | list) or len(span) != 2:
+            hint = "Saved times are saveat= of solve." if hasattr(span, "__len__") else ""
+            checks.refuse("tspan", "a pair (t0, t1)", self.tspan, hint)
         t0, t1 = (_check_time(f"tspan[{i}]", t) for i, t in enumerate(span))
         if t0 == t1:
             raise ValueError(
@@ -64,8 +114,12 @@ class Problem:
                 "  The state at t0 is u0 itself: no solve is needed."
             )
         ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
-        object.__setattr__(self, "tspan", ends)
-        for tensor in tensors_of(self.p):
+        checks.settle(self, tspan=ends)
+        try:
+            tensors = list(tensors_of(self.p))
+        except RecursionError:
+            raise ValueError("p must not contain itself.") from None
+        for tensor in tensors:
             if tensor.device != self.spec.device:
                 raise ValueError(
                     f"p must be on the device of u0 ({self.spec.device}), but is on "
@@ -143,15 +197,14 @@ class ODEProblem(Problem):
         return self.mass_matrix.detach().to(self.spec.device, self.spec.dtype)
 
     def __post_init__(self) -> None:
-        if not callable(self.f):
-            raise TypeError(
-                f"f must be callable as f(t, u), but is {type(self.f).__name__}.\n"
-                "  The order is ODEProblem(f, u0, (t0, t1), p=None)."
-            )
+        check_field("f", self.f, "The order is ODEProblem(f, u0, (t0, t1), p=None).")
         self._check()
         size = sum(self.spec.sizes)
-        mass = self.mass_matrix
-        if mass is not None and (mass.shape != (size, size) or mass.is_complex()):
+        if self.mass_matrix is None:
+            return
+        mass = checks.tensor("mass_matrix", self.mass_matrix, finite=True)
+        checks.settle(self, mass_matrix=mass)
+        if mass.shape != (size, size) or mass.is_complex():
             raise ValueError(
                 f"mass_matrix must be real of shape {(size, size)}, a row and a column for each "
                 f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}."

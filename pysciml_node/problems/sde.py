@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from pysciml_node.problems.ode import Problem, Time, VectorField
+from pysciml_node import checks
+from pysciml_node.problems.ode import Problem, Time, VectorField, check_field
 from pysciml_node.problems.state import State, StateSpec
 
 Noise = Literal["diagonal", "scalar", "additive", "general"]
@@ -56,6 +57,8 @@ class SDEProblem(Problem):
     Springer 1992, chapters 4 and 10.
     """
 
+    functions: ClassVar[tuple[str, ...]] = ("drift", "diffusion")
+
     drift: VectorField
     diffusion: VectorField
     u0: State
@@ -66,18 +69,11 @@ class SDEProblem(Problem):
     spec: StateSpec = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("drift", "diffusion"):
-            given = getattr(self, name)
-            if not callable(given):
-                raise TypeError(
-                    f"{name} must be callable as {name}(t, u), but is {type(given).__name__}.\n"
-                    "  The order is SDEProblem(drift, diffusion, u0, (t0, t1), noise, ...)."
-                )
+        hint = "The order is SDEProblem(drift, diffusion, u0, (t0, t1), noise, ...)."
+        for name in self.functions:
+            check_field(name, getattr(self, name), hint)
         for name, known in (("noise", Noise), ("interpretation", Interpretation)):
-            given = getattr(self, name)
-            if given not in get_args(known):
-                choices = ", ".join(f'"{choice}"' for choice in get_args(known))
-                raise ValueError(f"{name} must be one of {choices}, but is {given!r}.")
+            checks.choice(name, getattr(self, name), get_args(known))
         self._check()
         if self.spec.dtype.is_complex:
             raise TypeError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
+
 State = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
@@ -36,6 +38,24 @@ def map_tensors(fn: Any, tree: Any) -> Any:
     if isinstance(tree, tuple | list):
         return type(tree)(map_tensors(fn, value) for value in tree)
     return tree
+
+
+def as_state(u0: Any) -> Any:
+    """A state whose parts are tensors: what speaks DLPack is lent to torch; the rest stays."""
+    if isinstance(u0, Tensor):
+        return u0
+    if isinstance(u0, tuple | Mapping):
+        parts = u0.values() if isinstance(u0, Mapping) else u0
+        if all(isinstance(part, Tensor) for part in parts):
+            return u0
+        found = [_as_part(part) for part in parts]
+        return dict(zip(u0, found, strict=True)) if isinstance(u0, Mapping) else tuple(found)
+    return _as_part(u0)
+
+
+def _as_part(part: Any) -> Any:
+    found = checks.as_tensor(part)
+    return part if found is None else found
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,9 @@ class StateSpec:
             name = "u0" if keys is None else f"u0[{key!r}]"
             if not isinstance(part, Tensor):
                 raise TypeError(f"{name} must be a tensor, but is {type(part).__name__}.")
+            if part.layout != torch.strided or part.is_quantized:
+                hint = "Convert it: u0.to_dense()."
+                checks.refuse(name, "a dense tensor", part, hint, ValueError)
             if not (part.is_floating_point() or part.is_complex()):
                 raise TypeError(
                     f"{name} must be a floating-point or complex tensor, but is {part.dtype}.\n"

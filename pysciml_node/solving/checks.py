@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint
 from pysciml_node.algorithms.controllers import Controller, FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
@@ -18,6 +21,8 @@ from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_alg
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
+
+T = TypeVar("T")
 
 
 class _Usual:
@@ -30,6 +35,50 @@ class _Usual:
 USUAL: Any = _Usual()
 
 
+# What other packages call the arguments of a solve.
+_ELSEWHERE = {
+    "method": "algorithm=Tsit5()",
+    "solver": "algorithm=Tsit5()",
+    "reltol": "rtol",
+    "abstol": "atol",
+    "tol": "rtol and atol",
+    "t": "saveat",
+    "ts": "saveat",
+    "t_eval": "saveat",
+    "dt": "dt0, with controller=FixedStep() for steps of one size",
+    "step_size": "dt0, with controller=FixedStep()",
+    "maxiters": "max_steps",
+    "max_num_steps": "max_steps",
+    "sensealg": "adjoint",
+    "callback": "events",
+    "event_fn": "events=Event(condition)",
+    "stepsize_controller": "controller",
+    "seed": "generator=torch.Generator().manual_seed(0)",
+    "options": "controller, dt0, max_steps",
+}
+
+
+def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
+    """Make `solve` say what was meant where it is called as other packages' functions are."""
+    known = tuple(inspect.signature(solve).parameters)
+
+    @functools.wraps(solve)
+    def call(*arguments: Any, **options: Any) -> T:
+        if len(arguments) > 2:
+            check_problem(arguments[0])
+            given = ", ".join(checks.shown(one) for one in arguments[2:])
+            raise TypeError(
+                f"solve takes problem and algorithm by their places, but was also given {given}.\n"
+                "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
+            )
+        checks.keywords("solve", options, known, _ELSEWHERE)
+        if not arguments and "problem" not in options:
+            raise TypeError("solve needs a problem: solve(ODEProblem(f, u0, (t0, t1))).")
+        return solve(*arguments, **options)
+
+    return call
+
+
 def check_problem(problem: Any) -> Problem:
     """A single problem.
 
@@ -37,10 +86,14 @@ def check_problem(problem: Any) -> Problem:
         TypeError: it is none.
     """
     if not isinstance(problem, ODEProblem | SDEProblem):
-        raise TypeError(
-            f"solve takes an ODEProblem or SDEProblem, but was given {type(problem).__name__}.\n"
-            "  Make one: ODEProblem(f, u0, (t0, t1))."
-        )
+        hint = "Make one: ODEProblem(f, u0, (t0, t1))."
+        if callable(problem) and not isinstance(problem, type):
+            hint = (
+                "In place of solve(f, u0, t) write solve(ODEProblem(f, u0, (t[0], t[-1])), "
+                "saveat=t), or use\n  pysciml_node.compat.torchdiffeq.odeint(f, u0, t)."
+            )
+        checks.refuse("problem", "an ODEProblem, SDEProblem or EnsembleProblem", problem, hint)
+    problem.check_arguments()
     return problem
 
 
@@ -94,8 +147,6 @@ def check_options(
         if dt0 is None and not grid:
             raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
         dt0 = length if dt0 is None else dt0
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive whole number, but is {max_steps!r}.")
     times, time_tensor = _check_saveat(saveat, problem)
     usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
     relative, _ = _check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
@@ -111,14 +162,14 @@ def check_options(
         adjoint=adjoint,
         dt0=None if dt0 is None else min(_positive("dt0", dt0), length),
         dtmin=0.0 if dtmin is None else _positive("dtmin", dtmin),
-        dtmax=math.inf if dtmax is None else _positive("dtmax", dtmax, allow_inf=True),
+        dtmax=math.inf if dtmax is None else _positive("dtmax", dtmax, infinite=True),
         tstops=_check_tstops(tstops, problem),
-        max_steps=max_steps,
+        max_steps=checks.whole("max_steps", max_steps),
         controller=controller,
         events=events,
-        progress=progress,
-        throw=throw,
-        compile=compile,
+        progress=checks.flag("progress", progress),
+        throw=checks.flag("throw", throw),
+        compile=checks.flag("compile", compile),
         defaulted=frozenset(name for name, value in given.items() if value is None),
     )
     if isinstance(problem, SDEProblem):
@@ -139,11 +190,19 @@ def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{name} must be an instance: write {value.__name__}().")
     if not isinstance(value, kind):
-        raise TypeError(
-            f"{name} must be one of this package's {kind.__name__.lower()}s, such as "
-            f"{default().__class__.__name__}(), but is {value!r}."
-        )
+        usual = default().__class__.__name__
+        expected = f"one of this package's {kind.__name__.lower()}s, such as {usual}()"
+        near = checks.nearest(value, (x.__name__ for x in _kinds(kind)))
+        checks.refuse(name, expected, value, f"Did you mean {near}()?" if near else "")
     return value
+
+
+def _kinds(base: type[Any]) -> Iterator[type[Any]]:
+    """The public classes below a base."""
+    for kind in base.__subclasses__():
+        if not kind.__name__.startswith("_"):
+            yield kind
+        yield from _kinds(kind)
 
 
 def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
@@ -192,20 +251,12 @@ def _check_for_noise(
             "  Use DiscreteAdjoint(), DirectAdjoint(), or BacksolveAdjoint() for Stratonovich "
             "equations."
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, but is {generator!r}.")
+    checks.generator("generator", generator)
 
 
-def _positive(name: str, value: float, allow_inf: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise TypeError(f"{name} must be a number, but is {type(value).__name__}.")
-    number = float(value)
-    if not number > 0 or (math.isinf(number) and not allow_inf):
-        raise ValueError(
-            f"{name} must be positive and finite, but is {number}.\n"
-            "  Sizes of steps are given without sign; the direction follows tspan."
-        )
-    return number
+def _positive(name: str, value: float, infinite: bool = False) -> float:
+    hint = "Sizes of steps are given without sign; the direction follows tspan."
+    return checks.number(name, value, above=0, infinite=infinite, hint=hint)
 
 
 def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | Tensor, int]:
@@ -216,12 +267,13 @@ def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | T
     spec = problem.spec
     if spec.keys is None or not isinstance(value, tuple | list | dict):
         return _check_part(name, value, problem, spec.shapes[0]), sum(spec.sizes)
-    try:
-        given = spec.parts(value)
-    except (KeyError, IndexError):
-        raise ValueError(
-            f"{name} must have the parts of u0, {list(spec.keys)}, but is {value!r}."
-        ) from None
+    named = isinstance(value, dict)
+    if (list(value) if named else list(range(len(value)))) != list(spec.keys) and (
+        not named or set(value) != set(spec.keys)
+    ):
+        keys = list(spec.keys)
+        checks.refuse(name, f"a number, or have the parts of u0, {keys}", value, "", ValueError)
+    given = spec.parts(value)
     parts = [
         _check_part(f"{name}[{key!r}]", part, problem, shape)
         for key, part, shape in zip(spec.keys, given, spec.shapes, strict=True)
@@ -242,22 +294,19 @@ def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | T
 
 def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> float | Tensor:
     """One tolerance of one part of the state."""
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number or a tensor, but is {value!r}.")
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        number = float(value)
-        allowed = number >= 0 and (name.startswith("atol[") or not math.isinf(number))
-        if not allowed:
-            raise ValueError(f"{name} must be a finite number, at least 0, but is {number}.")
-        return number
+    if checks.as_float(value) is not None:
+        return checks.number(name, value, at_least=0, infinite=name.startswith("atol["))
+    if checks.as_tensor(value) is None:
+        checks.refuse(name, "a number or a tensor", value)
+    tensor = checks.tensor(name, value, real=True)
     spec = problem.spec
-    if bool((~(value >= 0)).any()):
-        raise ValueError(f"{name} must be at least 0 everywhere, but has {float(value.min())}.")
+    if bool((~(tensor >= 0)).any()):
+        raise ValueError(f"{name} must be at least 0 everywhere, but has {float(tensor.min())}.")
     try:
-        full = value.to(spec.device, spec.real_dtype).expand(shape)
+        full = tensor.to(spec.device, spec.real_dtype).expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"{name} of shape {tuple(value.shape)} does not broadcast to the state's "
+            f"{name} of shape {tuple(tensor.shape)} does not broadcast to the state's "
             f"{tuple(shape)}."
         ) from None
     return full.reshape(-1)
@@ -278,22 +327,12 @@ def _check_both_zero(options: SolveOptions) -> None:
         raise ValueError(_BOTH_ZERO)
 
 
-def _numbers(name: str, values: Sequence[float] | Tensor) -> list[float]:
-    if isinstance(values, Tensor):
-        if values.ndim != 1:
-            raise ValueError(f"{name} must be one-dimensional, but has shape {tuple(values.shape)}")
-        return [float(x) for x in values.detach().tolist()]
-    if isinstance(values, int | float | str) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of times, but is {values!r}.")
-    return [float(x) for x in values]
-
-
 def _check_saveat(
     saveat: Sequence[float] | Tensor | None, problem: Problem
 ) -> tuple[tuple[float, ...] | None, Tensor | None]:
     if saveat is None:
         return None, None
-    times = _numbers("saveat", saveat)
+    times = checks.numbers("saveat", saveat)
     if not times:
         raise ValueError("saveat must name at least one time; leave it out to save every step.")
     low, high = sorted((problem.t0, problem.t1))
@@ -319,7 +358,7 @@ def _check_saveat(
 
 
 def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[float, ...]:
-    times = _numbers("tstops", tstops)
+    times = checks.numbers("tstops", tstops)
     low, high = sorted((problem.t0, problem.t1))
     for i, t in enumerate(times):
         if not low <= t <= high:
@@ -332,8 +371,4 @@ def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[f
 
 
 def _check_events(events: Event | Sequence[Event]) -> tuple[Event, ...]:
-    listed = (events,) if isinstance(events, Event) else tuple(events)
-    for event in listed:
-        if not isinstance(event, Event):
-            raise TypeError(f"events must be Event(condition) objects, but one is {event!r}.")
-    return listed
+    return tuple(checks.sequence("events", events, Event, example="Event(condition)"))

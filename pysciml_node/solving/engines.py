@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import EngineUnavailable, MethodUnavailable
@@ -43,9 +44,7 @@ _chosen: str | None = None
 
 
 def _check(name: str, source: str) -> str:
-    if name not in ENGINES:
-        raise ValueError(f"{source} must be one of {', '.join(ENGINES)}, but is {name!r}.")
-    return name
+    return checks.choice(source, name, ENGINES)
 
 
 def set_engine(name: str | None) -> None:

@@ -21,7 +21,13 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving import engines
-from pysciml_node.solving.checks import USUAL, check_algorithm, check_options, check_problem
+from pysciml_node.solving.checks import (
+    USUAL,
+    check_algorithm,
+    check_options,
+    check_problem,
+    explain_calls,
+)
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.members import solve_members
 from pysciml_node.steps.event_gradient import differentiable_event
@@ -58,7 +64,8 @@ def solve(
 
 
 # The options of an ensemble are those of a single problem.
-def solve(  # type: ignore[misc]
+@explain_calls
+def solve(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
     *,

@@ -295,6 +295,7 @@ class Surroundings:
         self._places: list[_Place] = []
         # Keeps what was visited alive, so that ids stay their own.
         self._visited: dict[int, Any] = {}
+        self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[Callable[[Surroundings, Any, str], None], Any, str]] = deque()
         with _lock:
             self._attributes(self.roots, "")
@@ -397,6 +398,11 @@ class Surroundings:
 
     def _globals(self, owner: dict[str, Any], names: tuple[str, ...], prefix: str) -> None:
         """The entries of a module that code names, and those of modules among them."""
+        # Modules name one another: a round ends where it began.
+        place = (id(owner), names)
+        if place in self._entered:
+            return
+        self._entered.add(place)
         seen = {}
         for key in names:
             value = owner.get(key, _MISSING)
