@@ -135,7 +135,7 @@ def test_times_have_no_gradients() -> None:
 
 
 def test_what_a_field_uses_late_receives_its_gradient() -> None:
-    """A tensor that the drift uses from the middle of the interval on, as recorded steps have it."""
+    """A tensor that the drift uses from the middle of the interval on, as recorded steps do."""
     late = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     gradients = []
     for adjoint in (psn.DiscreteAdjoint(), psn.DirectAdjoint()):
