@@ -51,6 +51,7 @@ from pysciml_node.algorithms.stochastic import (
     RKMil,
 )
 from pysciml_node.errors import (
+    CompileError,
     EngineUnavailable,
     EnsembleFailure,
     JuliaError,
@@ -81,7 +82,6 @@ from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, StepEstimate
 from pysciml_node.solving.engines import get_engine, set_engine
 from pysciml_node.solving.solve import solve
-from pysciml_node.torch_engine.compiled.stepper import CompileError
 
 __version__ = "0.1.0.dev0"
 

@@ -25,6 +25,10 @@ class MethodUnavailable(EngineUnavailable):
     """The engine asked for runs here, and has no such method; the message says what it has."""
 
 
+class CompileError(RuntimeError):
+    """A solve cannot be made native. The message names the cause; `compile=False` always works."""
+
+
 class JuliaError(RuntimeError):
     """An exception that Julia code raised.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class SolveOptions:
         events: conditions to watch.
         progress: show a progress bar.
         throw: raise on failure.
-        compile: compile the solve.
+        compile: run native code: always, or (`"auto"`) where that can be.
         seed: of the Brownian motions; `None` for ordinary equations.
         defaulted: which of `adjoint` and `controller` were not given.
     """
@@ -55,7 +55,7 @@ class SolveOptions:
     events: tuple[Event, ...]
     progress: bool
     throw: bool
-    compile: bool
+    compile: bool | Literal["auto"]
     seed: int | None = None
     defaulted: frozenset[str] = frozenset()
 

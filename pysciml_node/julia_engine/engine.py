@@ -63,7 +63,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
         return f"{algorithm!r} is not an algorithm of the Julia engine.\n  Use {known} there."
     if dtype not in (torch.float32, torch.float64):
         return f"the Julia engine solves in float32 or float64, not in {dtype}.\n  Convert u0."
-    if options.compile:
+    if options.compile is True:
         return "compile=True is the torch engine's.\n  Leave it out: Julia compiles by itself."
     if isinstance(options.controller, FixedStep) and options.controller.times:
         return (

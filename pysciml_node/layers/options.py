@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -55,7 +55,7 @@ class SolverOptions(TypedDict, total=False):
     events: Event | Sequence[Event]
     progress: bool
     throw: bool
-    compile: bool
+    compile: bool | Literal["auto"]
 
 
 def check_options(layer: str, options: Iterable[str], without: Iterable[str] = ()) -> None:

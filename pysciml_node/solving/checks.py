@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def check_options(
     events: Event | Sequence[Event],
     progress: bool,
     throw: bool,
-    compile: bool,
+    compile: bool | Literal["auto"],
     generator: torch.Generator | None,
 ) -> SolveOptions:
     """The options of a solve, as they were given to it.
@@ -169,7 +169,7 @@ def check_options(
         events=events,
         progress=checks.flag("progress", progress),
         throw=checks.flag("throw", throw),
-        compile=checks.flag("compile", compile),
+        compile="auto" if compile == "auto" else checks.flag("compile", compile),
         defaulted=frozenset(name for name, value in given.items() if value is None),
     )
     if isinstance(problem, SDEProblem):
@@ -230,7 +230,7 @@ def _check_for_noise(
             "events are not found in stochastic solutions, which cross zero infinitely often.\n"
             "  Look for the crossing in solution.u, or in solution(t)."
         )
-    if options.compile:
+    if options.compile is True:
         raise ValueError("compile=True is for ODEProblems.\n  Leave it out.")
     if options.saveat_tensor is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def solve(
     events: Event | Sequence[Event] = ...,
     progress: bool = ...,
     throw: bool = ...,
-    compile: bool = ...,
+    compile: bool | Literal["auto"] = ...,
     generator: torch.Generator | None = ...,
 ) -> Solution: ...
 
@@ -83,7 +83,7 @@ def solve(
     events: Event | Sequence[Event] = (),
     progress: bool = False,
     throw: bool = True,
-    compile: bool = False,
+    compile: bool | Literal["auto"] = False,
     generator: torch.Generator | None = None,
 ) -> Solution | EnsembleSolution:
     """Solve an initial value problem, or an ensemble of them.
@@ -111,8 +111,9 @@ def solve(
         progress: draw a progress bar on stderr.
         throw: raise `SolverFailure` if the end is not reached; otherwise return what there is,
             with the reason in `retcode`.
-        compile: run the solve and its discrete adjoint as compiled loops (see the docs, "Compiled
-            solves"); without a C++ compiler it says so once and goes on uncompiled.
+        compile: run the solve and its discrete adjoint as native code of the torch engine (see the
+            docs, "Native code"). What has none is refused by name; with `"auto"` such a solve goes
+            on in Python, and says so once.
         generator: draws the seed of an `SDEProblem`'s Brownian motions, one number a solve; default
             torch's own. The seed and the interval give the path, whatever the algorithm, the
             tolerances and the steps are.

@@ -41,9 +41,9 @@ from pysciml_node.torch_engine.adjoint_continuous import (
     backward_controller,
     continuous_sweep,
 )
-from pysciml_node.torch_engine.compiled.engine import can_compile, solve_compiled
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.march import March, MarchOptions
+from pysciml_node.torch_engine.native.engine import attempt_native
 from pysciml_node.torch_engine.saver import follow
 
 NAME = "torch"
@@ -102,7 +102,7 @@ def _refusal_implicit(
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
-    if options.compile:
+    if options.compile is True:
         return (
             f"compile=True is for explicit methods, but the algorithm is {name}.\n  Leave it out."
         )
@@ -272,8 +272,10 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         return solve_sde(problem, algorithm, options, NAME, Parts())
     assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod)
-    if isinstance(algorithm, ExplicitRungeKutta) and options.compile and can_compile():
-        return solve_compiled(problem, algorithm, options, NAME)
+    if options.compile:
+        solution = attempt_native(problem, algorithm, options, NAME)
+        if solution is not None:
+            return solution
     work = _Solve(problem, algorithm, options)
     if not torch.is_grad_enabled():
         record, states, saved = work.plain()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
@@ -16,7 +19,13 @@ _ROUNDINGS = 100.0
 """How much rounding may differ from what one disturbed evaluation shows of it."""
 
 
-def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[Tensor]) -> None:
+def check_program(
+    field: Callable[[Tensor, Any], Any],
+    name: str,
+    spec: StateSpec,
+    program: Program,
+    p: list[Tensor],
+) -> None:
     """Compare value and derivatives at a random state.
 
     What they find is a `forward` whose derivative in torch is not that of its operations:
@@ -25,7 +34,8 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
     operation is disturbed by as much.
 
     Args:
-        module: the vector field.
+        field: the vector field, as a function of time and state.
+        name: what it is called in messages.
         spec: structure of the state.
         program: what it was translated to.
         p: the tensors that make up the program's parameter vector.
@@ -39,7 +49,7 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1) for x in p)])
-        expected = spec.flatten(module(t, spec.unflatten(u)))
+        expected = spec.flatten(field(t, spec.unflatten(u)))
         state = list(spec.parts(spec.unflatten(u)))
 
         def rounded(x: Tensor) -> Tensor:
@@ -55,7 +65,7 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModule(
-                f"{type(module).__name__} cannot be differentiated by torch: {reason}"
+                f"{name} cannot be differentiated by torch: {reason}"
             ) from error
     own, again, others = (
         [x, *y] for x, y in zip((found, disturbed, expected), pulled, strict=True)
@@ -66,7 +76,7 @@ def check_program(module: nn.Module, spec: StateSpec, program: Program, p: list[
         if not torch.allclose(one, other, rtol=bound, atol=atol, equal_nan=True):
             what = "another value" if other is expected else "another derivative"
             raise UnsupportedModule(
-                f"{type(module).__name__} has {what} in torch than its operations have; functions "
+                f"{name} has {what} in torch than its operations have; functions "
                 "with a backward of their own and derivatives taken inside without create_graph "
                 "cannot be translated."
             )

@@ -1,4 +1,4 @@
-"""Modules as programs: `torch.export`, then one operation after another."""
+"""Fields as programs: `torch.export`, then one operation after another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
-from pysciml_node.problems.state import StateSpec
+from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.translation.builder import (
     Builder,
     Joined,
@@ -84,25 +84,25 @@ class _Translation:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a module: a translation, or why there is none, and for which state of it.
+    """What became of a field: a translation, or why there is none, and for which state of it.
 
     Attributes:
-        spec: structure of the state.
+        kind: structure of the state and of `p`.
         tokens: of the snapshot that was taken.
         passing: places of the snapshot that an evaluation changes by itself, such as a count.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         result: the translation, or the words of the refusal.
     """
 
-    spec: StateSpec
+    kind: Any
     tokens: list[Any]
     passing: frozenset[int]
     contents: tuple[tuple[int, Tensor], ...]
     result: _Translation | tuple[str, str | None, bool]
 
-    def holds(self, spec: StateSpec, now: Snapshot) -> bool:
-        """Whether the module is still what it was."""
-        if spec != self.spec or not self._same(now.tokens):
+    def holds(self, kind: Any, now: Snapshot) -> bool:
+        """Whether the field is still what it was."""
+        if kind != self.kind or not self._same(now.tokens):
             return False
         return all(torch.equal(now.tensors[i], x) for i, x in self.contents)
 
@@ -119,20 +119,62 @@ _MOST = 64
 _SMALL = 1024
 """Entries of a tensor that are looked at though the program does not use them: `item` might."""
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, deque[_Outcome]] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[Any, deque[_Outcome]] = weakref.WeakKeyDictionary()
 
 
-def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
-    r"""A vector field `module(t, u)` as a program.
+class _Called(nn.Module):
+    """A callable as the module that torch.export takes."""
 
-    The module is exported once for every structure of the state, and again when anything has
+    f: Callable[..., Any]
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        super().__init__()
+        # Past `__setattr__`: what it holds are no parts of this module.
+        self.__dict__["f"] = f
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call it."""
+        return self.f(*inputs)
+
+
+def _anchor(f: Callable[..., Any]) -> Any:
+    """What translations are kept with: the code of a function, which may be made many times."""
+    return getattr(getattr(f, "__func__", f), "__code__", f)
+
+
+def _label(f: Callable[..., Any]) -> str:
+    """What a field is called in messages."""
+    return type(f).__name__ if isinstance(f, nn.Module) else getattr(f, "__name__", repr(f))
+
+
+def _leaves(p: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of a field's extra argument, and all else that a program of it depends on."""
+    if p is None:
+        return [], None
+    leaves, structure = pytree.tree_flatten(p)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return tensors, (
+        structure,
+        [
+            (x.dtype, x.shape, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x)
+            for x in leaves
+        ],
+    )
+
+
+def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> TranslatedModule:
+    r"""A vector field `module(t, u)`, or `module(t, u, p)`, as a program.
+
+    The field is exported once for every structure of the state, and again when anything has
     changed that it can reach: attributes of any kind, globals, closures, hooks, training mode,
     which weights are tied. Parameters, buffers and other tensors of the state's dtype are read at
     each call, so training needs no new translation, and a context may be another tensor each time.
 
     Args:
-        module: called with the time, a 0-d tensor, and the state; gives the derivative.
+        module: called with the time, a 0-d tensor, and the state; gives the derivative. A module,
+            or any other callable.
         spec: structure of the state.
+        p: extra argument: a tensor, or a tuple, list or dict of tensors and numbers.
 
     Returns:
         The program, and the tensors that it depends on.
@@ -143,7 +185,7 @@ def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
 
     Example:
         >>> import torch
-        >>> from pysciml_node.problems.state import StateSpec
+        >>> from pysciml_node.problems.state import StateSpec, map_tensors
         >>> class Field(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -156,24 +198,28 @@ def translate(module: nn.Module, spec: StateSpec) -> TranslatedModule:
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    outcomes = _CACHE.setdefault(module, deque(maxlen=_MOST))
+    outcomes = _CACHE.setdefault(_anchor(module), deque(maxlen=_MOST))
     now = Snapshot.of(module)
-    outcome = next((x for x in outcomes if x.holds(spec, now)), None)
+    tensors, structure = _leaves(p)
+    kind = (spec, structure)
+    outcome = next((x for x in outcomes if x.holds(kind, now)), None)
     if outcome is None:
-        outcome = _outcome(module, spec, now)
+        outcome = _outcome(module, spec, p, kind, now)
         outcomes.appendleft(outcome)
         now = Snapshot.of(module)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
-    return outcome.result.with_tensors(now.tensors)
+    return outcome.result.with_tensors([*now.tensors, *tensors])
 
 
-def _outcome(module: nn.Module, spec: StateSpec, before: Snapshot) -> _Outcome:
+def _outcome(
+    module: Callable[..., Any], spec: StateSpec, p: Any, kind: Any, before: Snapshot
+) -> _Outcome:
     result: _Translation | tuple[str, str | None, bool]
     used: set[int] = set()
     try:
-        result, used = _translate(module, spec, before)
+        result, used = _translate(module, spec, p, before)
     except UnsupportedModule as error:
         result = (error.message, error.operation, error.captured)
     after = Snapshot.of(module)
@@ -182,7 +228,7 @@ def _outcome(module: nn.Module, spec: StateSpec, before: Snapshot) -> _Outcome:
         for i, x in enumerate(after.tensors)
         if i in used or (x.numel() <= _SMALL and not _is_source(i, x, result))
     )
-    return _Outcome(spec, after.tokens, before.changes(after), contents, result)
+    return _Outcome(kind, after.tokens, before.changes(after), contents, result)
 
 
 def _is_source(i: int, x: Tensor, result: Any) -> bool:
@@ -190,19 +236,20 @@ def _is_source(i: int, x: Tensor, result: Any) -> bool:
 
 
 def _translate(
-    module: nn.Module, spec: StateSpec, snapshot: Snapshot
+    f: Callable[..., Any], spec: StateSpec, p: Any, snapshot: Snapshot
 ) -> tuple[_Translation, set[int]]:
     """The translation, and the numbers of the tensors whose entries are part of it."""
     if spec.dtype.is_complex:
         raise UnsupportedModule("modules of complex states cannot be translated.")
     with torch.inference_mode(False), _full_precision(spec.device):
-        exported = _export(module, spec)
-        walk = _Walk(module, spec, exported, snapshot)
+        exported = _export(f, spec, p)
+        walk = _Walk(f, spec, exported, snapshot, p)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources)
-        parameters = translation.with_tensors(snapshot.tensors).parameters
-        check_program(module, spec, program, parameters)
+        parameters = translation.with_tensors([*snapshot.tensors, *_leaves(p)[0]]).parameters
+        further = () if p is None else (p,)
+        check_program(lambda t, u: f(t, u, *further), _label(f), spec, program, parameters)
     return translation, walk.fixed
 
 
@@ -213,20 +260,27 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _export(module: nn.Module, spec: StateSpec) -> ExportedProgram:
+def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> ExportedProgram:
     parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
     t = torch.zeros((), dtype=spec.dtype, device=spec.device)
     try:
         with _quietly(), torch.enable_grad():
-            exported = torch.export.export(module, (t, spec.assemble(parts)), strict=False)
+            further = () if p is None else (map_tensors(_leaf, p),)
+            module = f if isinstance(f, nn.Module) else _Called(f)
+            arguments = (t, spec.assemble(parts), *further)
+            exported = torch.export.export(module, arguments, strict=False)
             if any(_changes_argument(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise UnsupportedModule(
-            f"{type(module).__name__} cannot be exported by torch.export: {reason}"
+            f"{_label(f)} cannot be exported by torch.export: {reason}"
         ) from error
     return exported
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
 
 
 @contextmanager
@@ -251,13 +305,20 @@ class _Walk:
     """Goes through an exported graph, with what every node stands for."""
 
     def __init__(
-        self, module: nn.Module, spec: StateSpec, exported: ExportedProgram, snapshot: Snapshot
+        self,
+        field: Callable[..., Any],
+        spec: StateSpec,
+        exported: ExportedProgram,
+        snapshot: Snapshot,
+        p: Any,
     ) -> None:
-        self.module = module
+        self.field = field
+        self.p = p
         self.spec = spec
         self.exported = exported
         self.builder = Builder(spec.dtype)
         # Tensors by identity: export hands out the very tensors that the module holds.
+        self.tensors = snapshot.tensors
         self.places = {id(x): i for i, x in enumerate(snapshot.tensors)}
         self.fixed: set[int] = set()
         # A tensor is known now, whatever the state; other values are traced.
@@ -279,7 +340,7 @@ class _Walk:
             )
         parts = [self.builder.state_part(tuple(shape)) for shape in self.spec.shapes]
         order = pytree.tree_leaves(self.spec.assemble(list(range(len(parts)))))  # type: ignore[arg-type]
-        arguments = iter([self.builder.time_view(), *(parts[i] for i in order)])
+        arguments = iter([self.builder.time_view(), *(parts[i] for i in order), *self._further()])
         for item in signature.input_specs:
             name = getattr(item.arg, "name", "")
             if item.kind is InputKind.USER_INPUT:
@@ -289,12 +350,28 @@ class _Walk:
             elif item.kind is InputKind.CONSTANT_TENSOR:
                 self.values[name] = self._constant(str(item.target))
 
+    def _further(self) -> Iterator[Any]:
+        """The leaves of `p`: tensors are parameters of the program, numbers a part of it."""
+        place = len(self.tensors)
+        for i, leaf in enumerate([] if self.p is None else pytree.tree_leaves(self.p)):
+            if not isinstance(leaf, Tensor):
+                yield leaf
+                continue
+            if leaf.dtype != self.spec.dtype:
+                raise UnsupportedModule(
+                    f"{self._name} takes a p of dtype {leaf.dtype} beside a state of "
+                    f"{self.spec.dtype}, which cannot be translated."
+                )
+            shape = tuple(leaf.shape)
+            yield self.builder.parameter(f"p[{i}]", shape, place, leaf.requires_grad)
+            place += 1
+
     @property
     def _name(self) -> str:
-        return type(self.module).__name__
+        return _label(self.field)
 
     def _tensor(self, name: str, kind: InputKind) -> View:
-        tensor = operator.attrgetter(name)(self.module)
+        tensor = operator.attrgetter(name)(self.field)
         place = self.places.get(id(tensor))
         if place is None:
             raise UnsupportedModule(
@@ -309,10 +386,11 @@ class _Walk:
         tensor = self.exported.constants[name]
         if not isinstance(tensor, Tensor):
             raise UnsupportedModule(f"{self._name} uses {name}, which is not a tensor.")
-        place = self.places.get(id(tensor))
+        place = self._place(tensor)
         if place is not None and tensor.dtype == self.spec.dtype:
-            shape = tuple(tensor.shape)
-            return self.builder.parameter(name, shape, place, tensor.requires_grad)
+            kept = self.tensors[place]
+            trained = kept.requires_grad or isinstance(kept, nn.Parameter)
+            return self.builder.parameter(name, tuple(kept.shape), place, trained)
         if tensor.requires_grad:
             raise UnsupportedModule(
                 f"{self._name} uses a tensor of shape {tuple(tensor.shape)} and dtype "
@@ -322,6 +400,14 @@ class _Walk:
         if place is not None:
             self.fixed.add(place)
         return tensor
+
+    def _place(self, tensor: Tensor) -> int | None:
+        """The number of a tensor; of a captured parameter export hands out another one."""
+        place = self.places.get(id(tensor))
+        if place is None:
+            same = (i for i, x in enumerate(self.tensors) if _is_alias(tensor, x))
+            place = next(same, None)
+        return place
 
     def _call(self, node: Node) -> Any:
         if node.target is operator.getitem:
@@ -416,6 +502,14 @@ class _Walk:
                     f"but returned {getattr(part, 'shape', part)}."
                 )
         return list(parts)
+
+
+def _is_alias(x: Tensor, of: Tensor) -> bool:
+    return (
+        isinstance(of, nn.Parameter)
+        and x.data_ptr() == of.data_ptr()
+        and (x.shape, x.stride(), x.dtype) == (of.shape, of.stride(), of.dtype)
+    )
 
 
 def _is_traced(value: Any) -> bool:

@@ -1,1 +1,0 @@
-"""Solves whose loop runs as compiled graphs."""

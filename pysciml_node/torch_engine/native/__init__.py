@@ -1,0 +1,1 @@
+"""Solves as native code: a field's program, its pullback and the loop, compiled and kept."""

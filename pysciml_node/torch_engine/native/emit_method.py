@@ -1,0 +1,100 @@
+"""A Runge-Kutta method as C: its combinations of stages, with the tableau's numbers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pysciml_node.replay.stages import Method
+from pysciml_node.torch_engine.native.text import number, padded
+
+
+def _sum(weights: Sequence[float], base: str, first: int = 0) -> str:
+    """`w_0 base[0] + w_1 base[ROW] + ...` at entry `i`, without vanishing terms."""
+    terms = [
+        f"{number(w)} * {base}[{j} * ROW + i]" for j, w in enumerate(weights, first) if w != 0.0
+    ]
+    return " + ".join(terms) if terms else "(REAL)0"
+
+
+def _loop(body: str) -> str:
+    return f"#pragma omp simd\n    for (int i = 0; i < N; i++) {body}"
+
+
+def emit_method(method: Method, size: int) -> str:
+    """The tableau's part of the emitted code.
+
+    Args:
+        method: the method.
+        size: entries of the flat state.
+    """
+    tableau = method.tableau
+    rows = [*method.host_rows, tableau.b]
+    lines = [
+        f"enum {{ N = {size}, ROW = {padded(size)}, STAGES = {method.stages}, "
+        f"ALL_STAGES = {method.all_stages}, END = {method.all_stages}, "
+        f"FSAL = {int(tableau.fsal)}, ORDER = {tableau.order}, "
+        f"END_STAGE = {-1 if method.end_stage is None else method.end_stage}, "
+        f"POWERS = {method.dense.shape[1]} }};",
+        f"static const REAL NODES[] = {{{', '.join(number(c) for c in method.host_nodes)}}};",
+        "static const double DENSE[ALL_STAGES][POWERS] = {",
+        *(f"  {{{', '.join(repr(w) for w in row)}}}," for row in method.dense.tolist()),
+        "};",
+        "",
+        "/* The argument of a stage, or (END) the end of the step. */",
+        "static void combine(int stage, REAL h, const REAL *u, const REAL *k, REAL *g) {",
+        "  switch (stage) {",
+    ]
+    for stage, row in enumerate(rows):
+        lines.append(f"  case {stage}:")
+        if any(row):
+            lines.append("    " + _loop(f"g[i] = u[i] + h * ({_sum(row, 'k')});"))
+        else:
+            lines.append("    memcpy(g, u, N * sizeof(REAL));")
+        lines.append("    break;")
+    lines += ["  }", "}", ""]
+    estimates = {"error_of": tableau.b_error}
+    if tableau.b_error_low is not None:
+        lines.append("#define TWO_ERRORS")
+        estimates["error_low_of"] = tableau.b_error_low
+    for name, row in estimates.items():
+        lines += [
+            f"static void {name}(const REAL *k, REAL *error) {{",
+            "    " + _loop(f"error[i] = {_sum(row, 'k')};"),
+            "}",
+            "",
+        ]
+    return "\n".join([*lines, *_bars(method)])
+
+
+def _bars(method: Method) -> list[str]:
+    """The cotangent of a stage's derivative, from those of the end and of later arguments."""
+    tableau = method.tableau
+    rows = method.host_rows
+    # The last stage of such a method serves the next step, which replays it as its first.
+    usual = method.stages - 1 if tableau.fsal else method.stages
+    lines = [
+        "static void combine_bars(int stage, int count, REAL h, const REAL *bar, "
+        "const REAL *bars, REAL *k_bar) {",
+        "  switch (stage) {",
+    ]
+    for stage in range(method.all_stages):
+        column = [rows[j][stage] for j in range(stage + 1, method.all_stages)]
+        b = tableau.b[stage] if stage < method.stages else 0.0
+        near = column[: max(usual - stage - 1, 0)]
+        far = column[len(near) :]
+        start = f"{number(b)} * bar[i] + " if b else ""
+        lines.append(f"  case {stage}:")
+        near_sum = _sum(near, "bars", stage + 1)
+        if any(far):
+            far_sum = _sum(far, "bars", stage + 1 + len(near))
+            lines += [
+                f"    if (count > {usual}) {{",
+                "    " + _loop(f"k_bar[i] = h * (k_bar[i] + {start}{near_sum} + {far_sum});"),
+                "    break;",
+                "    }",
+            ]
+        lines += [
+            "    " + _loop(f"k_bar[i] = h * (k_bar[i] + {start}{near_sum});"),
+            "    break;",
+        ]
+    return [*lines, "  }", "}", ""]

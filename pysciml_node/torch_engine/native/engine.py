@@ -1,0 +1,253 @@
+"""`solve(..., compile=True)`: from a checked problem to native code and back to a solution."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.algorithms.adjoints import DiscreteAdjoint
+from pysciml_node.algorithms.controllers import (
+    FixedStep,
+    IController,
+    PIController,
+    PIDController,
+)
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.stages import Method
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.solution import Solution, Stats
+from pysciml_node.steps.autograd import first_derivative
+from pysciml_node.steps.cotangents import TimeCotangents
+from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.record import check_finite
+from pysciml_node.steps.step import Step
+from pysciml_node.torch_engine.native.library import REALS, Library, library_of
+from pysciml_node.torch_engine.native.run import Flight, fly, sweep_back
+from pysciml_node.translation.export import translate
+
+_CONTROLS = (PIController, IController, PIDController, FixedStep)
+
+
+def _refusal(what: str, remedy: str = "compile=False") -> CompileError:
+    return CompileError(f"native code does not have {what}.\n  Solve with {remedy}.")
+
+
+def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+    """Refuse what cannot be native whatever the field is, by name.
+
+    Raises:
+        CompileError: as said.
+    """
+    spec = problem.spec
+    if not isinstance(algorithm, ExplicitRungeKutta):
+        raise _refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+    if spec.device.type != "cpu":
+        raise _refusal(f"states on {spec.device}")
+    if spec.dtype not in REALS:
+        raise _refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
+    if options.events:
+        raise _refusal("events")
+    if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
+        name = type(options.adjoint).__name__
+        raise _refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
+    if type(options.controller) not in _CONTROLS:
+        raise _refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
+    if torch._C._are_functorch_transforms_active():
+        raise _refusal("transforms of torch.func")
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise _refusal("forward-mode derivatives")
+    if torch.is_autocast_enabled("cpu"):
+        raise _refusal("autocast")
+
+
+def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]:
+    """The native code of a field with a method, and the tensors that the field reads.
+
+    Raises:
+        CompileError: the field cannot be translated, or there is no compiler.
+    """
+    try:
+        translated = translate(problem.f, problem.spec, problem.p)
+        library = library_of(translated, method, problem.spec.dtype)
+    except UnsupportedModule as error:
+        raise CompileError(
+            f"the field has no native code: {error.message}\n"
+            "  Rewrite it with operations that programs have, or solve with compile=False."
+        ) from error
+    return library, translated.parameters
+
+
+@dataclass
+class _Solve:
+    """One native solve: run by `_Node`, or alone where no gradient is asked for."""
+
+    problem: ODEProblem
+    options: SolveOptions
+    library: Library
+    error_order: float
+    parameters: list[Tensor]
+    stats: Stats = field(default_factory=Stats)
+
+    def run(self, u0: Tensor) -> Flight:
+        """Solve forward."""
+        options, problem, library = self.options, self.problem, self.library
+        dtype = problem.spec.dtype
+        # An alias could be changed in place before it is replayed.
+        start = u0.detach().clone(memory_format=torch.contiguous_format)
+        packed = library.pack([x.detach().to(dtype).contiguous() for x in self.parameters])
+        with step_listener(options.progress, problem) as on_step:
+            flight = fly(
+                library,
+                problem,
+                options,
+                self.error_order,
+                start,
+                packed,
+                None if on_step is None else _turns(on_step),
+            )
+        self.stats.nfe = flight.nfe
+        return flight
+
+
+def _turns(on_step: Any) -> Any:
+    def see(t: float, h: float, count: int) -> None:
+        on_step(Step(t - h, h, t, None, None, 0.0, None, t - h, h))  # type: ignore[arg-type]
+
+    return see
+
+
+class _Node(torch.autograd.Function):
+    """A native solve in the graph: saved states, states at the ends of the steps, the last one."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        solve: _Solve,
+        keep: list[Flight],
+        u0: Tensor,
+        t0: Tensor | None,
+        t1: Tensor | None,
+        saveat: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        flight = solve.run(u0)
+        keep.append(flight)
+        # Without the outputs, which hold on to this node.
+        nothing = u0.new_empty(0)
+        ctx.solve, ctx.flight = solve, dataclasses.replace(flight, ends=nothing, saved=nothing)
+        ctx.save_for_backward(flight.ends, u0, t0, t1, saveat, *parameters)
+        ctx.set_materialize_grads(False)
+        return flight.saved, flight.ends, (flight.ends[-1] if len(flight.ends) else u0).clone()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        ends, *sources = ctx.saved_tensors
+        solve: _Solve = ctx.solve
+        flight = dataclasses.replace(ctx.flight, ends=ends)
+        wanted = ctx.needs_input_grad[2:]
+        with_times = any(wanted[1:4])
+        saved, steps, last = cotangents
+        swept = sweep_back(solve.library, flight, solve.problem.t0, saved, steps, last, with_times)
+        stats = solve.stats
+        stats.nfe_backward += swept.nfe
+        stats.nvjp += swept.nfe
+        stats.naccept_backward += swept.steps
+        times: list[Tensor | None] = [None, None, None]
+        if with_times:
+            times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
+        found = [
+            bar.to(source).reshape(source.shape) if needed and bar is not None else None
+            for bar, source, needed in zip(
+                (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
+            )
+        ]
+        return (None, None, *first_derivative(tuple(found), (ends, *sources)))
+
+
+def _time_gradients(
+    solve: _Solve, flight: Flight, t: Tensor, h: Tensor, theta: Tensor
+) -> list[Tensor | None]:
+    """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
+    record = flight.record(solve.problem, solve.options.tstops)
+    times = TimeCotangents(record, len(flight.theta), t.new_zeros(()))
+    for n in reversed(range(len(record.sizes))):
+        places = record.inside.get(n)
+        times.step(n, t[n], h[n], None if places is None else theta[places[0]])
+    return [times.start, times.end, times.saveat]
+
+
+def solve_native(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+) -> Solution:
+    """Run a checked problem as native code.
+
+    Raises:
+        CompileError: an option or the field has no native code, or there is no compiler.
+    """
+    check(problem, algorithm, options)
+    assert isinstance(algorithm, ExplicitRungeKutta)
+    spec = problem.spec
+    method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+    library, parameters = prepare(problem, method)
+    solve = _Solve(problem, options, library, algorithm.tableau.error_order, parameters)
+    u0 = spec.flatten(problem.u0)
+    if torch.is_grad_enabled():
+        t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)
+        keep: list[Flight] = []
+        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
+            solve, keep, u0, t0, t1, options.saveat_tensor, *parameters
+        )
+        flight = keep[0]
+    else:
+        flight = solve.run(u0)
+        saved, ends = flight.saved, flight.ends
+        last = ends[-1] if len(ends) else u0
+    record = flight.record(problem, options.tstops)
+    states = [u0, *ends[:-1].unbind(), last] if len(ends) else [u0]
+    check_finite(record, states, options.controller.adaptive)
+    solve.stats.naccept, solve.stats.nreject = record.naccept, record.nreject
+    trajectory = TorchTrajectory(problem, method, lambda: (record, states), solve.stats, options)
+    return build_solution(
+        problem, algorithm, engine, options, record, states, saved, solve.stats, trajectory
+    )
+
+
+_told: set[str] = set()
+
+
+def attempt_native(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+) -> Solution | None:
+    """`solve_native`; with `compile="auto"` `None` where that cannot be, and a word about it, once.
+
+    Raises:
+        CompileError: with `compile=True`, as `solve_native`.
+    """
+    try:
+        return solve_native(problem, algorithm, options, engine)
+    except CompileError as error:
+        if options.compile != "auto":
+            raise
+        reason = str(error).partition("\n")[0]
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(
+            f"{reason}\n  The solve goes on without native code, as others like it will.",
+            PsnWarning,
+            stacklevel=5,
+        )
+    return None

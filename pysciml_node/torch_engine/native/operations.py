@@ -1,0 +1,547 @@
+"""Each operation of a program as C: its value, and what it does to cotangents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pysciml_node.torch_engine.native import elementwise
+from pysciml_node.torch_engine.native.text import (
+    PAD,
+    Shape,
+    broadcast_strides,
+    contiguous,
+    loops,
+    number,
+    whole,
+)
+from pysciml_node.translation.program import Operation
+
+if TYPE_CHECKING:
+    from pysciml_node.torch_engine.native.emit import Emitter, Packing
+
+Emit = Callable[["Emitter", Operation], list[str]]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """How an operation is written.
+
+    Attributes:
+        forward: its value.
+        pullback: adds to the cotangents of its operands what that of its result brings.
+    """
+
+    forward: Emit
+    pullback: Emit
+
+
+OPERATIONS: dict[str, Emission] = {}
+
+
+# Entry by entry ------------------------------------------------------------------------------
+
+
+def _unary(e: Emitter, step: Operation) -> list[str]:
+    x, y = e.place[step.inputs[0]], e.place[step.out]
+    size = e.sizes[step.out]
+    count = e.count(size, step.op in elementwise.LIBRARY)
+    value = elementwise.FORWARD[step.op](f"{x}[i]", step.attributes)
+    return ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {y}[i] = {value};"]
+
+
+def _unary_pull(e: Emitter, step: Operation) -> list[str]:
+    (id,) = step.inputs
+    x, y, g = e.place[id], e.place[step.out], e.bar[step.out]
+
+    def value(i: str) -> str:
+        return elementwise.PULLBACK[step.op](f"{g}[{i}]", f"{x}[{i}]", f"{y}[{i}]", step.attributes)
+
+    return e.add_to(id, e.sizes[step.out], value, step.op in elementwise.LIBRARY)
+
+
+for _name in elementwise.FORWARD:
+    OPERATIONS[_name] = Emission(_unary, _unary_pull)
+
+
+def _angle(e: Emitter, step: Operation) -> list[str]:
+    x, y = e.place[step.inputs[0]], e.place[step.out]
+    return [f"psn_sines({e.sizes[step.out]}, {x}, {y}, {int(step.op == 'cos')});"]
+
+
+def _angle_pull(e: Emitter, step: Operation) -> list[str]:
+    (id,) = step.inputs
+    size, slope = e.sizes[step.out], e.bars.take(e.sizes[step.out])
+    sign = "-" if step.op == "cos" else ""
+    return [
+        f"psn_sines({size}, {e.place[id]}, {slope}, {int(step.op == 'sin')});",
+        *e.add_to(id, size, lambda i: f"{sign}{e.bar[step.out]}[{i}] * {slope}[{i}]", True),
+    ]
+
+
+OPERATIONS["sin"] = OPERATIONS["cos"] = Emission(_angle, _angle_pull)
+
+
+# Pairs ---------------------------------------------------------------------------------------
+
+
+def _pair(e: Emitter, step: Operation) -> list[str]:
+    a, b = (e.place[id] for id in step.inputs)
+    y, function = e.place[step.out], elementwise.PAIRS[step.op]
+    if step.in_shapes[0] == step.in_shapes[1]:
+        count = e.count(e.sizes[step.out], step.op == "pow")
+        value = function(f"{a}[i]", f"{b}[i]")
+        return ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {y}[i] = {value};"]
+    shape, strides = _paired(step)
+    return loops(
+        shape, [strides[2], *strides[:2]], y,
+        lambda at: function(f"{a}[{at[1]}]", f"{b}[{at[2]}]"), accumulate=False,
+    )  # fmt: skip
+
+
+def _paired(step: Operation) -> tuple[Shape, list[Shape]]:
+    """The loops of a pair, with the strides of both operands and of the result."""
+    shape = step.shape
+    return shape, [*(broadcast_strides(s, shape) for s in step.in_shapes), contiguous(shape)]
+
+
+def _pair_pull(e: Emitter, step: Operation) -> list[str]:
+    a, b = (e.place[id] for id in step.inputs)
+    y, g = e.place[step.out], e.bar[step.out]
+    shape, strides = _paired(step)
+    lines: list[str] = []
+    for side, id in enumerate(step.inputs):
+        if not e.wants(id):
+            continue
+        slope = elementwise.PAIR_PULLBACKS[step.op][side]
+        if step.in_shapes[0] == step.in_shapes[1]:
+            lines += e.add_to(
+                id,
+                e.sizes[id],
+                lambda i, slope=slope: slope(f"{g}[{i}]", f"{a}[{i}]", f"{b}[{i}]", f"{y}[{i}]"),  # type: ignore[misc]
+                step.op == "pow",
+            )
+            continue
+        lines += e.begin(id)
+        lines += loops(
+            shape,
+            [strides[side], strides[2], strides[0], strides[1]],
+            e.bar[id],
+            lambda at, slope=slope: slope(  # type: ignore[misc]
+                f"{g}[{at[1]}]", f"{a}[{at[2]}]", f"{b}[{at[3]}]", f"{y}[{at[1]}]"
+            ),
+            accumulate=True,
+        )
+    return lines
+
+
+for _name in elementwise.PAIRS:
+    OPERATIONS[_name] = Emission(_pair, _pair_pull)
+
+
+# Entries moved and summed ----------------------------------------------------------------------
+
+
+def _zero(e: Emitter, id: int) -> str:
+    return f"memset({e.place[id]}, 0, {e.sizes[id]} * sizeof(REAL));"
+
+
+def _sum(e: Emitter, step: Operation) -> list[str]:
+    (source,), x, y = step.in_shapes, e.place[step.inputs[0]], e.place[step.out]
+    kept = broadcast_strides(step.shape, source)
+    factor = step.attributes["factor"]
+    scale = [] if factor == 1.0 else [
+        f"for (int i = 0; i < {e.sizes[step.out]}; i++) {y}[i] *= {number(factor)};"
+    ]  # fmt: skip
+    return [
+        _zero(e, step.out),
+        *loops(source, [kept, contiguous(source)], y, lambda at: f"{x}[{at[1]}]", True),
+        *scale,
+    ]
+
+
+def _sum_pull(e: Emitter, step: Operation) -> list[str]:
+    (id,), (source,) = step.inputs, step.in_shapes
+    kept, g = broadcast_strides(step.shape, source), e.bar[step.out]
+    factor = number(step.attributes["factor"])
+    strides = [contiguous(source), kept]
+    return e.begin(id) + loops(
+        source, strides, e.bar[id], lambda at: f"{g}[{at[1]}] * {factor}", True
+    )
+
+
+OPERATIONS["sum"] = Emission(_sum, _sum_pull)
+
+
+def _pieces(step: Operation) -> list[tuple[int, Shape, Shape, Shape, int]]:
+    """Of a concatenation: operand, loops, strides of the result and the operand, place."""
+    dim = step.attributes["dim"]
+    outer, inner = math.prod(step.shape[:dim]), math.prod(step.shape[dim + 1 :])
+    row, start = step.shape[dim] * inner, 0
+    found: list[tuple[int, Shape, Shape, Shape, int]] = []
+    widths = step.attributes["widths"]
+    for id, shape, width in zip(step.inputs, step.in_shapes, widths, strict=True):
+        block = width * inner
+        single = math.prod(shape) == 1 and outer * block != 1
+        own = (0, 0) if single else (block, 1)
+        found.append((id, (outer, block), (row, 1), own, start * inner))
+        start += width
+    return found
+
+
+def _cat(e: Emitter, step: Operation) -> list[str]:
+    lines: list[str] = []
+    for id, shape, out, own, start in _pieces(step):
+        target, x = f"({e.place[step.out]} + {start})", e.place[id]
+        lines += loops(shape, [out, own], target, lambda at, x=x: f"{x}[{at[1]}]", False)  # type: ignore[misc]
+    return lines
+
+
+def _cat_pull(e: Emitter, step: Operation) -> list[str]:
+    lines: list[str] = []
+    for id, shape, out, own, start in _pieces(step):
+        if e.wants(id):
+            g = f"({e.bar[step.out]} + {start})"
+            lines += e.begin(id)
+            lines += loops(shape, [own, out], e.bar[id], lambda at, g=g: f"{g}[{at[1]}]", True)  # type: ignore[misc]
+    return lines
+
+
+OPERATIONS["cat"] = Emission(_cat, _cat_pull)
+
+
+def _viewed(step: Operation) -> tuple[Shape, Shape, int]:
+    """Shape, strides and offset of a view."""
+    a = step.attributes
+    if step.op == "range":
+        return (math.prod(step.shape),), (1,), a["offset"]
+    return tuple(a["size"]), tuple(a["stride"]), a["offset"]
+
+
+def _view(e: Emitter, step: Operation) -> list[str]:
+    shape, stride, offset = _viewed(step)
+    x = f"({e.place[step.inputs[0]]} + {offset})"
+    strides = [contiguous(shape), stride]
+    return loops(shape, strides, e.place[step.out], lambda at: f"{x}[{at[1]}]", False)
+
+
+def _view_pull(e: Emitter, step: Operation) -> list[str]:
+    (id,), (shape, stride, offset) = step.inputs, _viewed(step)
+    g, target = e.bar[step.out], f"({e.bar[id]} + {offset})"
+    strides = [stride, contiguous(shape)]
+    return e.begin(id) + loops(shape, strides, target, lambda at: f"{g}[{at[1]}]", True)
+
+
+OPERATIONS["view"] = OPERATIONS["range"] = Emission(_view, _view_pull)
+
+
+# Products --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The operands and sizes of `input @ weight.T + bias`."""
+
+    rows: int
+    inner: int
+    columns: int
+    pieces: list[tuple[int, int, int]]  # value, first column, width
+    singles: list[tuple[int, int]]  # value, column
+    weight: int
+    by_input: bool
+    bias: int | None
+
+    @classmethod
+    def of(cls, step: Operation) -> _Linear:
+        a = step.attributes
+        count, scalars = len(a["columns"]), len(a["scalars"])
+        return cls(
+            rows=math.prod(step.shape) // a["out_features"],
+            inner=a["in_features"],
+            columns=a["out_features"],
+            pieces=[
+                (id, start, width)
+                for id, (start, width) in zip(step.inputs, a["columns"], strict=False)
+            ],
+            singles=list(zip(step.inputs[count:], a["scalars"], strict=False)),
+            weight=step.inputs[count + scalars],
+            by_input=a["by_input"],
+            bias=step.inputs[-1] if a["bias"] else None,
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the input is one value, as it lies."""
+        return not self.singles and len(self.pieces) == 1 and self.pieces[0][2] == self.inner
+
+    @property
+    def forward_by_columns(self) -> bool:
+        """Whether the value is formed with columns in vectors, and not the sums."""
+        return 2 * self.columns >= PAD or self.columns >= self.inner
+
+    @property
+    def backward_by_columns(self) -> bool:
+        """The same of the input's cotangent."""
+        return 2 * self.inner >= PAD or self.inner >= self.columns
+
+
+def _packing(e: Emitter, m: _Linear, turned: bool) -> Packing:
+    """The weight as `(outputs, inputs)`, or turned; packed once for all that ask for it."""
+    from pysciml_node.torch_engine.native.emit import Packing
+
+    if (m.weight, turned) not in e.packings:
+        columns = m.columns if turned else m.inner
+        rows = m.inner if turned else m.columns
+        stride, offset = whole(columns), e.packed.size
+        e.packed.take(rows * stride)
+        stored = (m.columns, m.inner) if m.by_input else (m.inner, m.columns)
+        flip = turned if m.by_input else not turned
+        e.packings[m.weight, turned] = Packing(offset, *stored, stride, flip, m.weight)
+    return e.packings[m.weight, turned]
+
+
+def _input(e: Emitter, m: _Linear, step: Operation) -> tuple[str, list[str]]:
+    """The whole input of a product, put together where it has several parts."""
+    if m.plain:
+        return e.place[m.pieces[0][0]], []
+    x = e.extra[step.out] = e.work.take(m.rows * m.inner)
+    lines: list[str] = []
+    for id, start, width in m.pieces:
+        lines += loops(
+            (m.rows, width), [(m.inner, 1), (width, 1)], f"({x} + {start})",
+            lambda at, id=id: f"{e.place[id]}[{at[1]}]", False,  # type: ignore[misc]
+        )  # fmt: skip
+    for id, column in m.singles:
+        lines.append(
+            f"for (int i = 0; i < {m.rows}; i++) {x}[{m.inner} * i + {column}] = {e.place[id]}[0];"
+        )
+    return x, lines
+
+
+def _linear(e: Emitter, step: Operation) -> list[str]:
+    m, y = _Linear.of(step), e.place[step.out]
+    x, lines = _input(e, m, step)
+    e.cost += m.rows * m.inner * m.columns
+    if _packs(e, m, step):
+        start, later = "0", m.bias is not None
+        if m.bias is not None and m.bias in e.fixed:
+            start, later = e.place[m.bias], False
+        name = "psn_by_columns" if m.forward_by_columns else "psn_by_inner"
+        w = _packing(e, m, m.forward_by_columns)
+        lines.append(
+            f"{name}({m.rows}, {m.inner}, {m.columns}, {x}, {m.inner}, P + {w.offset}, "
+            f"{w.stride}, {start}, {y}, {m.columns});"
+        )
+    else:
+        by_row, by_column = (1, m.inner) if m.by_input else (m.columns, 1)
+        later = m.bias is not None
+        lines += [
+            _zero(e, step.out),
+            f"psn_matmul({m.rows}, {m.inner}, {m.columns}, {x}, {m.inner}, 1, "
+            f"{e.place[m.weight]}, {by_row}, {by_column}, {y}, {m.columns}, 1);",
+        ]
+    if later:
+        assert m.bias is not None
+        bias = e.place[m.bias]
+        strides = [contiguous((m.rows, m.columns)), (0, 1)]
+        lines += loops((m.rows, m.columns), strides, y, lambda at: f"{bias}[{at[1]}]", True)
+    activation = step.attributes["activation"]
+    if activation != "identity":
+        value = elementwise.FORWARD[activation](f"{y}[i]", step.attributes)
+        count = e.count(e.sizes[step.out])
+        lines += ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {y}[i] = {value};"]
+    return lines
+
+
+def _linear_pull(e: Emitter, step: Operation) -> list[str]:
+    m, y, g = _Linear.of(step), e.place[step.out], e.bar[step.out]
+    lines: list[str] = []
+    activation = step.attributes["activation"]
+    if activation != "identity":
+        before = e.bars.take(e.sizes[step.out])
+        value = elementwise.PULLBACK[activation](f"{g}[i]", "", f"{y}[i]", step.attributes)
+        count = e.count(e.sizes[step.out])
+        lines += ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {before}[i] = {value};"]
+        g = before
+    if m.bias is not None and e.wants(m.bias):
+        lines += e.begin(m.bias)
+        lines += loops(
+            (m.rows, m.columns), [(0, 1), (m.columns, 1)], e.bar[m.bias],
+            lambda at: f"{g}[{at[1]}]", True,
+        )  # fmt: skip
+    x = e.place[m.pieces[0][0]] if m.plain else e.extra[step.out]
+    if e.wants(m.weight):
+        lines += _weight_pull(e, m, step, x, g)
+    inputs = [id for id, *_ in m.pieces] + [id for id, _ in m.singles]
+    if any(e.wants(id) for id in inputs):
+        lines += _input_pull(e, m, step, g)
+    return lines
+
+
+def _packs(e: Emitter, m: _Linear, step: Operation) -> bool:
+    """Whether the weight is packed: it is known before the first evaluation, and not just then."""
+    return m.weight in e.fixed and step.out not in e.fixed
+
+
+def _weight_pull(e: Emitter, m: _Linear, step: Operation, x: str, g: str) -> list[str]:
+    if _packs(e, m, step):
+        turned = m.columns > m.inner
+        w = _packing(e, m, turned)
+        w.trained = True
+        first, second = (m.inner, m.columns) if turned else (m.columns, m.inner)
+        a, b = (x, g) if turned else (g, x)
+        return [
+            f"psn_outer({m.rows}, {first}, {second}, {a}, {first}, {b}, {second}, "
+            f"D + {w.offset}, {w.stride});"
+        ]
+    a, b, first, second = (g, x, m.columns, m.inner) if m.by_input else (x, g, m.inner, m.columns)
+    return [
+        *e.begin(m.weight),
+        f"psn_matmul({first}, {m.rows}, {second}, {a}, 1, {first}, {b}, {second}, 1, "
+        f"{e.bar[m.weight]}, {second}, 1);",
+    ]
+
+
+def _input_pull(e: Emitter, m: _Linear, step: Operation, g: str) -> list[str]:
+    first = m.pieces[0][0] if m.plain else None
+    # Written in place where nothing has been added to it yet.
+    direct = first is not None and first not in e.fixed and first not in e.started
+    into = e.bar[first] if direct and first is not None else e.bars.take(m.rows * m.inner)
+    if _packs(e, m, step):
+        w = _packing(e, m, not m.backward_by_columns)
+        name = "psn_by_columns" if m.backward_by_columns else "psn_by_inner"
+        lines = [
+            f"{name}({m.rows}, {m.columns}, {m.inner}, {g}, {m.columns}, P + {w.offset}, "
+            f"{w.stride}, 0, {into}, {m.inner});"
+        ]
+    else:
+        by_row, by_column = (m.inner, 1) if m.by_input else (1, m.columns)
+        lines = [
+            f"memset({into}, 0, {m.rows * m.inner} * sizeof(REAL));",
+            f"psn_matmul({m.rows}, {m.columns}, {m.inner}, {g}, {m.columns}, 1, "
+            f"{e.place[m.weight]}, {by_row}, {by_column}, {into}, {m.inner}, 1);",
+        ]
+    if direct and first is not None:
+        e.started.add(first)
+        return lines
+    for id, start, width in m.pieces:
+        if e.wants(id):
+            lines += e.begin(id)
+            lines += loops(
+                (m.rows, width), [(width, 1), (m.inner, 1)], e.bar[id],
+                lambda at, s=start: f"({into} + {s})[{at[1]}]", True,  # type: ignore[misc]
+            )  # fmt: skip
+    for id, column in m.singles:
+        if e.wants(id):
+            lines += e.begin(id)
+            lines += loops(
+                (m.rows,), [(0,), (m.inner,)], e.bar[id],
+                lambda at, c=column: f"({into} + {c})[{at[1]}]", True,  # type: ignore[misc]
+            )  # fmt: skip
+    return lines
+
+
+OPERATIONS["linear"] = Emission(_linear, _linear_pull)
+
+
+def _bmm(e: Emitter, step: Operation) -> list[str]:
+    a, (left, right) = step.attributes, step.inputs
+    e.cost += a["batch"] * a["rows"] * a["inner"] * a["columns"]
+    return [_zero(e, step.out), *_stacked(step, e.place[left], e.place[right], e.place[step.out])]
+
+
+def _stacked(step: Operation, x: str, y: str, z: str, target: str = "out") -> list[str]:
+    """The products of a stack, or those of its cotangents."""
+    a = step.attributes
+    m, k, n = a["rows"], a["inner"], a["columns"]
+    left = f"1, {m}" if a["transposed_a"] else f"{k}, 1"
+    right = f"1, {k}" if a["transposed_b"] else f"{n}, 1"
+    left_turned = f"{m}, 1" if a["transposed_a"] else f"1, {k}"
+    right_turned = f"{k}, 1" if a["transposed_b"] else f"1, {n}"
+    x_b = f"({x} + {0 if a['shared_a'] else m * k} * b)"
+    y_b = f"({y} + {0 if a['shared_b'] else k * n} * b)"
+    z_b = f"({z} + {m * n} * b)"
+    call = {
+        "out": f"psn_matmul({m}, {k}, {n}, {x_b}, {left}, {y_b}, {right}, {z_b}, {n}, 1);",
+        "left": f"psn_matmul({m}, {n}, {k}, {z_b}, {n}, 1, {y_b}, {right_turned}, {x_b}, {left});",
+        "right": f"psn_matmul({k}, {m}, {n}, {x_b}, {left_turned}, {z_b}, {n}, 1, {y_b}, {right});",
+    }[target]
+    return [f"for (int b = 0; b < {a['batch']}; b++)", f"  {call}"]
+
+
+def _bmm_pull(e: Emitter, step: Operation) -> list[str]:
+    (left, right), g = step.inputs, e.bar[step.out]
+    lines: list[str] = []
+    if e.wants(left):
+        lines += [*e.begin(left), *_stacked(step, e.bar[left], e.place[right], g, "left")]
+    if e.wants(right):
+        lines += [*e.begin(right), *_stacked(step, e.place[left], e.bar[right], g, "right")]
+    return lines
+
+
+OPERATIONS["bmm"] = Emission(_bmm, _bmm_pull)
+
+
+def _conv_sizes(step: Operation) -> str:
+    x, w, a = step.in_shapes[0], step.in_shapes[1], step.attributes
+    numbers = [
+        *x, w[0], *step.shape[2:], *w[2:], *a["stride"], *a["padding"], *a["dilation"],
+        x[1] // w[1],
+    ]  # fmt: skip
+    return f"(Conv){{{', '.join(map(str, numbers))}}}"
+
+
+def _conv(e: Emitter, step: Operation) -> list[str]:
+    x, w, *bias = (e.place[id] for id in step.inputs)
+    e.cost += math.prod(step.shape) * math.prod(step.in_shapes[1][1:])
+    tail = bias[0] if bias else "0"
+    return [f"psn_conv({_conv_sizes(step)}, {x}, {w}, {tail}, {e.place[step.out]});"]
+
+
+def _conv_pull(e: Emitter, step: Operation) -> list[str]:
+    wanted = [id for id in step.inputs if e.wants(id)]
+    bars = [e.bar[id] if id in wanted else "0" for id in step.inputs]
+    x, w = (e.place[id] for id in step.inputs[:2])
+    return [
+        *(line for id in wanted for line in e.begin(id)),
+        f"psn_conv_pull({_conv_sizes(step)}, {x}, {w}, {e.bar[step.out]}, "
+        f"{', '.join([*bars, '0'][:3])});",
+    ]
+
+
+OPERATIONS["conv"] = Emission(_conv, _conv_pull)
+
+
+def _norm_operands(step: Operation) -> tuple[str, int, int | None, int | None]:
+    a, rest = step.attributes, list(step.inputs[1:])
+    weight = rest.pop(0) if a["weight"] else None
+    bias = rest.pop(0) if a["bias"] else None
+    blocks = math.prod(step.shape) // (a["channels"] * a["pixels"])
+    return f"{blocks}, {a['groups']}, {a['channels']}, {a['pixels']}", blocks, weight, bias
+
+
+def _norm(e: Emitter, step: Operation) -> list[str]:
+    sizes, blocks, weight, bias = _norm_operands(step)
+    region = e.packed if step.out in e.fixed else e.work
+    kept = e.extra[step.out] = region.take(2 * blocks)
+    w, b = ("0" if id is None else e.place[id] for id in (weight, bias))
+    eps = number(step.attributes["eps"])
+    x, y = e.place[step.inputs[0]], e.place[step.out]
+    return [f"psn_norm({sizes}, {eps}, {x}, {w}, {b}, {y}, {kept});"]
+
+
+def _norm_pull(e: Emitter, step: Operation) -> list[str]:
+    sizes, _, weight, bias = _norm_operands(step)
+    x, kept = step.inputs[0], e.extra[step.out]
+    wanted = [id for id in (x, weight, bias) if id is not None and e.wants(id)]
+    bars = ["0" if id not in wanted or id is None else e.bar[id] for id in (x, weight, bias)]
+    w = "0" if weight is None else e.place[weight]
+    return [
+        *(line for id in wanted for line in e.begin(id)),
+        f"psn_norm_pull({sizes}, {e.place[x]}, {w}, {kept}, {e.bar[step.out]}, {', '.join(bars)});",
+    ]
+
+
+OPERATIONS["norm"] = Emission(_norm, _norm_pull)

@@ -1,0 +1,324 @@
+"""Runs the native loop and its sweep, in turns, so that Python hears of an interrupt."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.controllers import (
+    Controller,
+    FixedStep,
+    IController,
+    PIController,
+    PIDController,
+)
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.norms import Tolerance
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.record import Record
+from pysciml_node.steps.step import Attempt
+from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
+
+RUNNING, FULL = 0, 1
+RETCODES = {
+    2: ReturnCode.Success,
+    3: ReturnCode.MaxIters,
+    4: ReturnCode.DtLessThanMin,
+    5: ReturnCode.Unstable,
+}
+# Seconds after which the loop comes back to Python, which looks for Ctrl-C then.
+TURN = 0.05
+# Entries of step states that room is made for at first.
+_FIRST_ROOM = 1 << 16
+
+
+@dataclass
+class Flight:
+    """What a native solve leaves.
+
+    Attributes:
+        u0: flat initial state.
+        packed: the field's parameters as it read them.
+        ends: the states at the ends of the accepted steps, `(n, N)`.
+        steps: end, size and error of each, `(n, 3)`.
+        stops: the stop that each ends on, or -1.
+        saved: the states at the saved times that were reached, `(saved, N)`.
+        theta: their places in their steps; NaN for those at the end of one.
+        places: their steps, or the states that they are.
+        marks: tstops and the end, for C.
+        retcode: how it ended.
+        nfe: evaluations.
+        nreject: rejected steps.
+        last: of a failed solve, the last attempt.
+    """
+
+    u0: Tensor
+    packed: Tensor
+    ends: Tensor
+    steps: Tensor
+    stops: Tensor
+    saved: Tensor
+    theta: Tensor
+    places: Tensor
+    marks: ctypes.Array[ctypes.c_double]
+    retcode: ReturnCode
+    nfe: int
+    nreject: int
+    last: Attempt | None
+
+    def record(self, problem: ODEProblem, tstops: Sequence[float]) -> Record:
+        """The steps as the rest of the package reads them."""
+        rows = self.steps.tolist()
+        record = Record(
+            times=[problem.t0, *(row[0] for row in rows)],
+            sizes=[row[1] for row in rows],
+            errors=[row[2] for row in rows],
+            stops=[None if stop < 0 else stop for stop in self.stops.tolist()],
+            saved=len(self.saved),
+            naccept=len(rows),
+            nreject=self.nreject,
+            retcode=self.retcode,
+            last=self.last,
+            marks=(problem.t0, *tstops, problem.t1),
+            t1_stop=len(tstops),
+        )
+        places = zip(self.places.tolist(), self.theta.tolist(), strict=True)
+        for i, (place, theta) in enumerate(places):
+            if math.isnan(theta):
+                record.at_end.setdefault(place, []).append(i)
+            else:
+                indices, thetas = record.inside.setdefault(place, ([], []))
+                indices.append(i)
+                thetas.append(theta)
+        return record
+
+
+def _control(request: SolveRequest, controller: Controller, error_order: float) -> None:
+    if isinstance(controller, PIController | IController):
+        request.control = 1
+        request.beta[0], request.beta[1] = controller.exponents(error_order)
+        request.gamma, request.qmin, request.qmax = (
+            controller.gamma,
+            controller.qmin,
+            controller.qmax,
+        )
+        request.history[0] = 1e-4
+    elif isinstance(controller, PIDController):
+        k = error_order + 1
+        request.control = 2
+        for i, beta in enumerate((controller.beta1, controller.beta2, controller.beta3)):
+            request.beta[i] = beta / k
+        request.gamma = controller.safety
+        request.history[0] = request.history[1] = 1.0
+    else:
+        assert isinstance(controller, FixedStep)
+        request.control = 0
+
+
+def _tolerance(request: SolveRequest, options: SolveOptions, like: Tensor) -> tuple[Tensor, ...]:
+    """Put the tolerances into a request; returns what has to be kept alive."""
+    rtol, atol, driven = options.rtol, options.atol, options.driven
+    request.driven = driven
+    if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol > 0:
+        request.shift, request.factor = atol / rtol, 1 / math.sqrt(max(driven, 1)) / rtol
+        return ()
+    request.shift = -1.0
+    request.factor = Tolerance(rtol, atol, driven).factor
+    rows = tuple(
+        torch.as_tensor(x).detach().to(like).expand(driven).contiguous() for x in (rtol, atol)
+    )
+    request.rtol, request.atol = (row.data_ptr() for row in rows)
+    return rows
+
+
+def fly(
+    library: Library,
+    problem: ODEProblem,
+    options: SolveOptions,
+    error_order: float,
+    u0: Tensor,
+    packed: Tensor,
+    on_turn: Callable[[float, float, int], None] | None,
+) -> Flight:
+    """Solve forward.
+
+    Args:
+        library: the field and the method.
+        problem: for the interval.
+        options: of the solve.
+        error_order: of the method, for the controller.
+        u0: flat, detached and contiguous.
+        packed: the field's parameters.
+        on_turn: told time, size of the last step, and number of steps, now and then.
+    """
+    size, times = library.size, options.saveat or ()
+    marks = (ctypes.c_double * (len(options.tstops) + 1))(*options.tstops, problem.t1)
+    saves = (ctypes.c_double * max(len(times), 1))(*times)
+    room = max(4, min(64, _FIRST_ROOM // size))
+    ends, steps = u0.new_empty((room, size)), torch.empty((room, 3), dtype=torch.float64)
+    stops = torch.empty(room, dtype=torch.int64)
+    saved = u0.new_empty((len(times), size))
+    theta = torch.empty(len(times), dtype=torch.float64)
+    places = torch.empty(len(times), dtype=torch.int64)
+    memory = u0.new_zeros(library.march_memory)
+    request = SolveRequest(
+        t0=problem.t0,
+        t1=problem.t1,
+        dt0=math.nan if options.dt0 is None else options.dt0,
+        dtmin=options.dtmin,
+        dtmax=options.dtmax,
+        max_steps=options.max_steps,
+        stop_count=len(marks),
+        save_count=len(times),
+        moving=options.saveat_tensor is not None,
+        stops=ctypes.addressof(marks),
+        saves=ctypes.addressof(saves),
+        u0=u0.data_ptr(),
+        packed=packed.data_ptr(),
+        saved=saved.data_ptr(),
+        save_theta=theta.data_ptr(),
+        save_step=places.data_ptr(),
+        memory=memory.data_ptr(),
+        seconds=TURN,
+    )
+    _control(request, options.controller, error_order)
+    kept = _tolerance(request, options, u0)
+    status = FULL
+    while status in (RUNNING, FULL):
+        if status == FULL:
+            if request.accepted == room:
+                room *= 2
+                ends, steps, stops = (_longer(x, room) for x in (ends, steps, stops))
+            request.ends, request.steps = ends.data_ptr(), steps.data_ptr()
+            request.stop_of, request.room = stops.data_ptr(), room
+        status = library.march(request)
+        if on_turn is not None:
+            on_turn(request.t, request.last_h, request.accepted)
+    del kept
+    count, retcode = request.accepted, RETCODES[status]
+    last = None
+    if not retcode.successful and request.last_h:
+        last = _last_attempt(library, request, memory)
+    # In place: a view would keep what is not needed of the room in sight.
+    ends, steps, stops = (x.resize_(count, *x.shape[1:]) for x in (ends, steps, stops))
+    reached = request.reached
+    return Flight(
+        u0,
+        packed,
+        ends,
+        steps,
+        stops,
+        saved if reached == len(times) else saved.resize_(reached, size),
+        theta[:reached],
+        places[:reached],
+        marks,
+        retcode,
+        request.evaluations,
+        request.rejected,
+        last,
+    )
+
+
+def _longer(rows: Tensor, room: int) -> Tensor:
+    grown = rows.new_empty((room, *rows.shape[1:]))
+    grown[: len(rows)] = rows
+    return grown
+
+
+def _last_attempt(library: Library, request: SolveRequest, memory: Tensor) -> Attempt:
+    u, u1 = library.last_states(memory)
+    return Attempt(request.last_t, request.last_h, u.clone(), u1.clone(), request.last_error)
+
+
+@dataclass
+class Swept:
+    """What a native sweep returns: cotangents, and what it cost.
+
+    Attributes:
+        u0: cotangent of the initial state.
+        parameters: of the program's parameters, flat.
+        t: of the steps' starts; empty where times need none.
+        h: of their sizes.
+        theta: of the saved times' places.
+        nfe: evaluations.
+        steps: replayed steps.
+    """
+
+    u0: Tensor
+    parameters: list[Tensor]
+    t: Tensor
+    h: Tensor
+    theta: Tensor
+    nfe: int
+    steps: int
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def sweep_back(
+    library: Library,
+    flight: Flight,
+    t0: float,
+    saved_bar: Tensor | None,
+    ends_bar: Tensor | None,
+    last_bar: Tensor | None,
+    with_times: bool,
+) -> Swept:
+    """Pull the cotangents of a solve back to its inputs.
+
+    Args:
+        library: the field and the method.
+        flight: the solve.
+        t0: where it started.
+        saved_bar: cotangents of the saved states.
+        ends_bar: of the states at the ends of the steps.
+        last_bar: of the last of these, once more.
+        with_times: whether the cotangents of times are wanted.
+    """
+    count = len(flight.ends)
+    bars = [
+        None if x is None else x.to(flight.u0).contiguous() for x in (saved_bar, ends_bar, last_bar)
+    ]
+    start_bar = torch.zeros_like(flight.u0)
+    packed_bar = torch.zeros_like(flight.packed)
+    memory = flight.u0.new_zeros(library.sweep_memory)
+    saves = len(flight.theta) if with_times else 0
+    times = [
+        torch.zeros(n, dtype=torch.float64) for n in (count * with_times, count * with_times, saves)
+    ]
+    request = SweepRequest(
+        t0=t0,
+        seconds=TURN,
+        stops=ctypes.addressof(flight.marks),
+        stop_count=len(flight.marks),
+        u0=flight.u0.data_ptr(),
+        ends=flight.ends.data_ptr(),
+        packed=flight.packed.data_ptr(),
+        steps=flight.steps.data_ptr(),
+        save_theta=flight.theta.data_ptr(),
+        save_step=flight.places.data_ptr(),
+        saved_bar=_address(bars[0]) if len(flight.theta) else None,
+        ends_bar=_address(bars[1]) if count else None,
+        last_bar=_address(bars[2]),
+        start_bar=start_bar.data_ptr(),
+        packed_bar=packed_bar.data_ptr(),
+        memory=memory.data_ptr(),
+        n=count,
+        count=count,
+        q=len(flight.theta) - 1,
+    )
+    if with_times:
+        request.t_bar, request.h_bar, request.theta_bar = (x.data_ptr() for x in times)
+    while library.sweep(request) == RUNNING:
+        pass
+    parameters = library.unpack(flight.packed, packed_bar)
+    t, h, theta = times
+    return Swept(start_bar, parameters, t, h, theta, request.evaluations, request.replayed)

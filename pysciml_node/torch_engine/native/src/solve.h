@@ -1,0 +1,410 @@
+/* The time loop and its discrete adjoint, for any explicit Runge-Kutta method.
+
+   The emitted code before this file gives the sizes (N entries of the state in rows of ROW, STAGES,
+   ALL_STAGES with those of the dense output, WORK numbers of a field evaluation), the method
+   (combine, NODES, DENSE, ...) and the field (field, pull). The loop is that of
+   pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
+   whoever changes one changes the other. */
+
+enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE };
+enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
+#define SLIVER 1e-8
+
+typedef struct {
+  /* The problem. */
+  double t0, t1, dt0, dtmin, dtmax;
+  double shift, factor;                   /* of the tolerance; shift < 0: by entries */
+  double beta[3], gamma, qmin, qmax;      /* of the controller; gamma is `safety` of PID */
+  int64_t control, max_steps, stop_count, save_count, moving, driven;
+  const double *stops, *saves;            /* tstops and t1; saveat */
+  const REAL *rtol, *atol;                /* by entries, or 0 */
+  const REAL *u0, *packed;
+  /* Where results go: rows of N and of 3 (end, size, error), for `room` steps. */
+  REAL *ends, *saved;
+  double *steps;
+  int64_t *stop_of;
+  int64_t room;
+  double *save_theta;                     /* NaN where the saved time is the end of a step */
+  int64_t *save_step;
+  REAL *memory;
+  /* The state of the loop. */
+  double t, h, last_t, last_h, last_error, history[2], seconds;
+  int64_t status, started, known, next_stop, accepted, rejected, evaluations, reached;
+} Solve;
+
+#define K(s, i) (s->memory + (i) * ROW)
+#define U(s) (s->memory + ALL_STAGES * ROW)
+#define G(s) (s->memory + (ALL_STAGES + 1) * ROW)
+#define LAST(s) (s->memory + (ALL_STAGES + 2) * ROW)
+#define EXTRA(s) (s->memory + (ALL_STAGES + 3) * ROW)
+#define W(s) (s->memory + (ALL_STAGES + 4) * ROW)
+
+static double psn_seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+static double psn_larger(double a, double b) { return a > b ? a : b; }
+static double psn_smaller(double a, double b) { return a < b ? a : b; }
+
+/* The times of the stages, kept inside the interval, and inside what stops leave of the step. */
+static void psn_times(const double *marks, int64_t count, double t0, double t, double h,
+                      REAL *times) {
+  double t1 = marks[count - 1];
+  REAL low = (REAL)psn_smaller(t0, t1), high = (REAL)psn_larger(t0, t1);
+  double near = 1e-9 * fabs(h), first = psn_smaller(t, t + h), last = psn_larger(t, t + h);
+  for (int64_t i = 0; i + 1 < count; i++) {
+    if (fabs(first - marks[i]) < near) low = F(nextafter)((REAL)marks[i], (REAL)INFINITY);
+    if (fabs(last - marks[i]) < near) high = F(nextafter)((REAL)marks[i], -(REAL)INFINITY);
+  }
+  for (int i = 0; i < ALL_STAGES; i++) {
+    REAL product = NODES[i] * (REAL)h;
+    times[i] = psn_clamp(product + (REAL)t, low, high);
+  }
+}
+
+static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
+  REAL sum = 0;
+  if (s->shift >= 0) {
+    REAL shift = (REAL)s->shift;
+    if (s->driven == N) {
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < N; i++) {
+        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
+        sum += q * q;
+      }
+    } else
+      for (int64_t i = 0; i < s->driven; i++) {
+        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
+        sum += q * q;
+      }
+  } else
+    for (int64_t i = 0; i < s->driven; i++) {
+      REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+      REAL q = x[i] / (((a > b || a != a) ? a : b) * s->rtol[i] + s->atol[i]);
+      sum += q * q;
+    }
+  return F(__builtin_sqrt)(sum);
+}
+
+static double psn_step_error(Solve *s, const REAL *u, const REAL *u1, double h) {
+  REAL *error = EXTRA(s);
+  error_of(K(s, 0), error);
+  double norm = psn_norm_of(s, error, u, u1);
+#ifdef TWO_ERRORS
+  if (norm != 0) {
+    error_low_of(K(s, 0), error);
+    REAL low = (REAL)psn_norm_of(s, error, u, u1), high = (REAL)norm;
+    norm = high * high / F(__builtin_sqrt)(high * high + (REAL)0.01 * low * low);
+  }
+#endif
+  return norm * s->factor * fabs(h);
+}
+
+static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k) {
+  field(t, u, s->packed, k, W(s));
+  s->evaluations++;
+}
+
+/* The missing stages up to `upto`; the last one's argument stays in G. */
+static void psn_stages(Solve *s, double t, double h, int upto) {
+  REAL times[ALL_STAGES];
+  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  for (int i = (int)s->known; i < upto; i++) {
+    combine(i, (REAL)h, U(s), K(s, 0), G(s));
+    psn_evaluate(s, times[i], G(s), K(s, i));
+  }
+  if (s->known < upto) s->known = upto;
+}
+
+static void psn_first_stage(Solve *s, double t, double h) {
+  if (s->known) return;
+  REAL times[ALL_STAGES];
+  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  psn_evaluate(s, times[0], U(s), K(s, 0));
+  s->known = 1;
+}
+
+/* Hairer's first step (Solving Ordinary Differential Equations I, section II.4). */
+static double psn_first_size(Solve *s, double direction) {
+  if (!isnan(s->dt0)) return copysign(s->dt0, direction);
+  psn_first_stage(s, s->t0, 0.0);
+  const REAL *u = U(s), *k = K(s, 0);
+  double span = s->t1 - s->t0, length = fabs(span);
+  double d0 = psn_norm_of(s, u, u, u) * s->factor, d1 = psn_norm_of(s, k, u, u) * s->factor;
+  if (!isfinite(d1)) return NAN;
+  double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
+  h0 = copysign(psn_smaller(h0, length), span);
+  REAL *g = G(s), *change = EXTRA(s);
+  for (int i = 0; i < N; i++) g[i] = u[i] + (REAL)h0 * k[i];
+  psn_evaluate(s, (REAL)(s->t0 + h0), g, change);
+  for (int i = 0; i < N; i++) change[i] -= k[i];
+  double d2 = psn_norm_of(s, change, u, u) * s->factor / fabs(h0);
+  double largest = d2 > d1 ? d2 : d1;
+  if (!isfinite(largest)) return h0;
+  double h1 = largest <= 1e-15 ? psn_larger(1e-6, fabs(h0) * 1e-3)
+                               : pow(0.01 / largest, 1.0 / ORDER);
+  return copysign(psn_smaller(psn_smaller(100 * fabs(h0), h1), length), span);
+}
+
+static double psn_pid(const Solve *s, double error) {
+  double errors[3] = {psn_larger(error, 1e-10), s->history[0], s->history[1]}, product = 1;
+  for (int i = 0; i < 3; i++) product *= pow(errors[i] / s->gamma, -s->beta[i]);
+  return 1 + atan(product - 1);
+}
+
+static double psn_size_after_accepted(Solve *s, double h, double error) {
+  if (s->control == FIXED) return h;
+  if (s->control == DERIVATIVE) {
+    double factor = psn_pid(s, error);
+    s->history[1] = s->history[0];
+    s->history[0] = psn_larger(error, 1e-10);
+    return h * factor;
+  }
+  double q = 0;
+  if (error > 0) q = pow(error, s->beta[0]) / pow(s->history[0], s->beta[1]) / s->gamma;
+  s->history[0] = psn_larger(error, 1e-4);
+  return h / psn_smaller(psn_larger(q, 1 / s->qmax), 1 / s->qmin);
+}
+
+static double psn_size_after_rejected(const Solve *s, double h, double error) {
+  if (s->control == DERIVATIVE)
+    return isfinite(error) ? h * psn_smaller(psn_pid(s, error), 0.9) : h * 0.2;
+  if (!isfinite(error)) return h * s->qmin;
+  return h / psn_smaller(1 / s->qmin, psn_larger(pow(error, s->beta[0]) / s->gamma, 1.0));
+}
+
+static void psn_dense_weights(double theta, int derivative, REAL *weights) {
+  for (int i = 0; i < ALL_STAGES; i++) {
+    double sum = 0, power = derivative ? 1 : theta;
+    for (int j = 0; j < POWERS; j++, power *= theta)
+      sum += DENSE[i][j] * (derivative ? (j + 1) * power : power);
+    weights[i] = (REAL)sum;
+  }
+}
+
+static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
+  memcpy(s->saved + s->reached * N, u, N * sizeof(REAL));
+  s->save_theta[s->reached] = NAN;
+  s->save_step[s->reached++] = state;
+}
+
+/* Save what lies in an accepted step from U to u1 (saver.py). */
+static void psn_save(Solve *s, double t, double h, double end, const REAL *u1) {
+  int forward = h > 0, closed = s->moving && end != s->t1;
+  while (s->reached < s->save_count) {
+    double at = s->saves[s->reached];
+    if (!((forward ? at < end : at > end) || (closed && at == end))) break;
+    psn_stages(s, t, h, ALL_STAGES);
+    double theta = (at - t) / h;
+    REAL weights[ALL_STAGES], *out = s->saved + s->reached * N;
+    const REAL *u = U(s), *k = K(s, 0);
+    psn_dense_weights(theta, 0, weights);
+    for (int i = 0; i < N; i++) {
+      REAL sum = 0;
+      for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * k[j * ROW + i];
+      out[i] = u[i] + (REAL)h * sum;
+    }
+    s->save_theta[s->reached] = theta;
+    s->save_step[s->reached++] = s->accepted;
+  }
+  while (s->reached < s->save_count && s->saves[s->reached] == end)
+    psn_keep_end(s, s->accepted + 1, u1);
+}
+
+/* Step until the end, until there is no room, or for a while. */
+static int64_t psn_march(Solve *s) {
+  int adaptive = s->control != FIXED;
+  double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
+  if (!s->started) {
+    memcpy(U(s), s->u0, N * sizeof(REAL));
+    while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
+    s->t = s->t0;
+    s->h = psn_first_size(s, direction);
+    s->started = 1;
+  }
+  for (int64_t turn = 1;; turn++) {
+    double h = s->h, t = s->t;
+    if (!isfinite(h)) return UNSTABLE;
+    if (s->accepted + s->rejected >= s->max_steps) return OUT_OF_STEPS;
+    if (s->accepted == s->room) return FULL;
+    if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
+    double proposed = copysign(psn_smaller(fabs(h), s->dtmax), direction);
+    double stop = s->stops[s->next_stop];
+    int lands = fabs(stop - t) <= fabs(proposed) * (1 + SLIVER);
+    h = lands ? stop - t : proposed;
+    double unit = nextafter(fabs(t), INFINITY) - fabs(t);
+    if (adaptive && fabs(proposed) < psn_larger(s->dtmin, 4 * unit) && !lands)
+      return s->last_h != 0 && !isfinite(s->last_error) ? UNSTABLE : TOO_SMALL;
+    psn_first_stage(s, t, h);
+    psn_stages(s, t, h, FSAL && !adaptive ? STAGES - 1 : STAGES);
+    REAL *u = U(s), *u1 = LAST(s);
+    if (FSAL && adaptive)
+      memcpy(u1, G(s), N * sizeof(REAL));
+    else
+      combine(END, (REAL)h, u, K(s, 0), u1);
+    double error = adaptive ? psn_step_error(s, u, u1, h) : NAN;
+    s->last_t = t, s->last_h = h, s->last_error = error;
+    if (adaptive && !(error <= 1)) {
+      s->rejected++;
+      s->known = 1;
+      s->h = psn_size_after_rejected(s, h, error);
+      continue;
+    }
+    double end = lands ? stop : t + h;
+    psn_save(s, t, h, end, u1);
+    double *row = s->steps + 3 * s->accepted;
+    row[0] = end, row[1] = h, row[2] = error;
+    s->stop_of[s->accepted] = lands ? s->next_stop : -1;
+    memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
+    s->accepted++;
+    int next = END_STAGE >= 0 && s->known > END_STAGE && !lands;
+    if (next) memcpy(K(s, 0), K(s, END_STAGE), N * sizeof(REAL));
+    s->known = next;
+    memcpy(u, u1, N * sizeof(REAL));
+    s->t = end;
+    if (lands && ++s->next_stop == s->stop_count) return SUCCESS;
+    double following = psn_size_after_accepted(s, h, error);
+    if (!adaptive)
+      s->h = proposed;
+    else /* A step cut short by a stop says little: keep the size that was proposed. */
+      s->h = fabs(h) < 0.9 * fabs(proposed) && fabs(proposed) >= fabs(following) ? proposed
+                                                                                : following;
+  }
+}
+
+/* The discrete adjoint (replay/adjoint_discrete.py): accepted steps replayed backward. */
+typedef struct {
+  double t0, seconds;
+  const double *stops;
+  int64_t stop_count;
+  const REAL *u0, *ends, *packed;
+  const double *steps, *save_theta;
+  const int64_t *save_step;
+  /* Cotangents that arrive; 0 where there is none. */
+  const REAL *saved_bar, *ends_bar, *last_bar;
+  /* Cotangents that leave: of u0, of the packed parameters; and of each step's start and size and
+     each saved time's place in its step, or 0. */
+  REAL *start_bar, *packed_bar;
+  double *t_bar, *h_bar, *theta_bar;
+  REAL *memory;
+  int64_t n, count, q, live, evaluations, replayed, status;
+} Sweep;
+
+#define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
+
+static void psn_replay(Sweep *s, int64_t n) {
+  double t = n ? s->steps[3 * (n - 1)] : s->t0, h = s->steps[3 * n + 1];
+  const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
+  REAL *k = s->memory, *bars = k + ALL_STAGES * ROW, *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
+  REAL *scratch = sum + ROW, *stages = scratch + BARS;
+  REAL *bar = s->start_bar;
+  int64_t inside = 0;
+  while (s->saved_bar && inside <= s->q && s->save_step[s->q - inside] == n &&
+         !isnan(s->save_theta[s->q - inside]))
+    inside++;
+  int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
+  REAL times[ALL_STAGES];
+  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  memcpy(u, start, N * sizeof(REAL));
+  for (int i = 0; i < count; i++) {
+    REAL *g = stages + i * STAGE_MEMORY;
+    combine(i, (REAL)h, u, k, g);
+    field(times[i], g, s->packed, k + i * ROW, g + 2 * ROW);
+  }
+  s->evaluations += count;
+  s->replayed++;
+  /* What dense outputs add to the stages' cotangents, over h. */
+  for (int i = 0; i < count; i++) memset(stages + i * STAGE_MEMORY + ROW, 0, N * sizeof(REAL));
+  memcpy(sum, bar, N * sizeof(REAL));
+  for (int64_t m = s->q; m > s->q - inside; m--) {
+    const REAL *v = s->saved_bar + m * N;
+    REAL weights[ALL_STAGES];
+    psn_dense_weights(s->save_theta[m], 0, weights);
+    for (int i = 0; i < count; i++) {
+      REAL *into = stages + i * STAGE_MEMORY + ROW;
+      for (int e = 0; e < N; e++) into[e] += weights[i] * v[e];
+    }
+    for (int e = 0; e < N; e++) sum[e] += v[e];
+    if (s->t_bar) {
+      psn_dense_weights(s->save_theta[m], 1, weights);
+      double along = 0;
+      for (int e = 0; e < N; e++) {
+        REAL total = 0;
+        for (int i = 0; i < count; i++) total += weights[i] * k[i * ROW + e];
+        along += (double)v[e] * ((REAL)h * total);
+      }
+      s->theta_bar[m] = along;
+    }
+  }
+  double t_bar = 0, h_bar = 0;
+  for (int i = count - 1; i >= 0; i--) {
+    REAL *g = stages + i * STAGE_MEMORY, *k_bar = g + ROW;
+    combine_bars(i, count, (REAL)h, bar, bars, k_bar);
+    REAL time[LANES] = {0};
+    pull(times[i], g, s->packed, k + i * ROW, g + 2 * ROW, k_bar, bars + i * ROW, time,
+         s->packed_bar, scratch);
+    if (s->t_bar) {
+      double along = 0;
+      for (int e = 0; e < N; e++) along += (double)k_bar[e] * k[i * ROW + e];
+      h_bar += along / h + (double)NODES[i] * time[0];
+      t_bar += time[0];
+    }
+  }
+  for (int i = 0; i < count; i++)
+    for (int e = 0; e < N; e++) sum[e] += bars[i * ROW + e];
+  memcpy(bar, sum, N * sizeof(REAL));
+  if (s->t_bar) s->t_bar[n] = t_bar, s->h_bar[n] = h_bar;
+  s->q -= inside;
+}
+
+static void psn_arrive(Sweep *s, int64_t state) {
+  REAL *bar = s->start_bar;
+  if (s->ends_bar && state) {
+    const REAL *row = s->ends_bar + (state - 1) * N;
+    for (int e = 0; e < N; e++) {
+      bar[e] += row[e];
+      s->live |= row[e] != 0;
+    }
+  }
+  if (s->last_bar && state == s->count) {
+    for (int e = 0; e < N; e++) bar[e] += s->last_bar[e];
+    s->live = 1;
+  }
+  while (s->saved_bar && s->q >= 0 && s->save_step[s->q] == state &&
+         isnan(s->save_theta[s->q])) {
+    for (int e = 0; e < N; e++) bar[e] += s->saved_bar[s->q * N + e];
+    s->live = 1;
+    s->q--;
+  }
+}
+
+/* Go back through the steps, to the first or for a while. */
+static int64_t psn_sweep(Sweep *s) {
+  double until = psn_seconds() + s->seconds;
+  for (int64_t turn = 1; s->n > 0; turn++) {
+    if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
+    psn_arrive(s, s->n);
+    int64_t n = --s->n;
+    int inside = s->saved_bar && s->q >= 0 && s->save_step[s->q] == n &&
+                 !isnan(s->save_theta[s->q]);
+    if (s->live || inside) {
+      s->live = 1;
+      psn_replay(s, n);
+    } else if (s->t_bar)
+      s->t_bar[n] = s->h_bar[n] = 0;
+  }
+  psn_arrive(s, 0);
+  return SUCCESS;
+}
+
+/* What Python calls. */
+int64_t march(Solve *s) { return s->status = psn_march(s); }
+int64_t sweep(Sweep *s) { return s->status = psn_sweep(s); }
+void prepare(const REAL *const *tensors, REAL *packed) { pack(tensors, packed); }
+void finish(const REAL *packed, REAL *packed_bar, REAL *scratch) {
+  unpack(packed, packed_bar, scratch);
+}
