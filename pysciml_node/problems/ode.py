@@ -209,3 +209,8 @@ class ODEProblem(Problem):
                 f"mass_matrix must be real of shape {(size, size)}, a row and a column for each "
                 f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}."
             )
+        if mass is not None and mass.requires_grad:
+            raise ValueError(
+                "mass_matrix receives no gradient, but the one given requires it.\n"
+                "  Give mass_matrix.detach(); what is to be learned belongs into f."
+            )

@@ -469,7 +469,11 @@ class _Walk:
             positional = [own, *list(arguments.values())[1 : len(node.args)]]
             named = {key: arguments[key] for key in node.kwargs}
             target: Callable[..., Any] = node.target  # type: ignore[assignment]
-            results = target(*positional, **named)
+            try:
+                results = target(*positional, **named)
+            except RuntimeError:
+                # Torch's own tensor lies in memory in another way: with a copy it is a view.
+                continue
             several: Sequence[Tensor] = [results] if isinstance(results, Tensor) else results
             storage = base.untyped_storage()._cdata
             if all(out.untyped_storage()._cdata == storage for out in several):

@@ -28,3 +28,9 @@ def test_a_method_that_is_missing_is_told_apart_from_an_engine_that_cannot_run()
     with pytest.raises(psn.EngineUnavailable) as caught:
         psn.solve(PROBLEM, engine="julia", adjoint=psn.DirectAdjoint())
     assert not isinstance(caught.value, MethodUnavailable)
+
+
+def test_a_mass_matrix_that_requires_a_gradient_is_refused():
+    mass = torch.eye(1).requires_grad_()
+    with pytest.raises(ValueError, match="receives no gradient"):
+        psn.ODEProblem(lambda t, u: -u, torch.ones(1), (0.0, 1.0), mass_matrix=mass)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -277,3 +278,18 @@ def test_what_was_used_last_is_kept():
     recent[3] = 3
     assert recent.get(2) is None
     assert (recent.get(1), recent.get(3)) == (1, 3)
+
+
+def test_attention_is_translated_or_refused_by_name():
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True, dtype=D)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.attention(u, u, u)[0]
+
+    u = torch.randn(2, 3, 4, dtype=D)
+    for module in (Attentive(), Attentive().eval()):
+        with contextlib.suppress(UnsupportedModule):
+            torch.testing.assert_close(run(module, u), module(T, u), rtol=1e-12, atol=1e-12)
