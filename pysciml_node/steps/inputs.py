@@ -14,8 +14,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.surroundings import Surroundings
@@ -28,9 +28,14 @@ Evaluate = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 def edge_of(x: Tensor) -> Edge:
-    """Where a tensor's gradient enters the graph."""
-    edge = get_gradient_edge(x)
-    return edge.node, edge.output_nr
+    """Where the gradient of a tensor enters the graph (as `get_gradient_edge`, in less time)."""
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
+    with torch.enable_grad():
+        view = x.view_as(x).grad_fn
+    assert view is not None
+    edge: Edge = view.next_functions[0]
+    return edge
 
 
 def graph_leaves(

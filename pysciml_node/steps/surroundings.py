@@ -292,6 +292,7 @@ class Surroundings:
         self.tensors: list[Tensor] = []
         self.names: dict[int, str] = {}
         self.generators: list[torch.Generator] = []
+        self._written: list[Tensor] = []
         self._places: list[_Place] = []
         # Keeps what was visited alive, so that ids stay their own.
         self._visited: dict[int, Any] = {}
@@ -303,7 +304,6 @@ class Surroundings:
                 visit, value, name = self._todo.popleft()
                 visit(self, value, name)
         self._versions = [_version(x) for x in self.tensors]
-        self._written: list[Tensor] = []
 
     # The walk.
 
@@ -341,6 +341,9 @@ class Surroundings:
 
     def _module(self, value: nn.Module, name: str) -> None:
         self._class(type(value), name)
+        if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
+            # Torch does not count these changes as such.
+            self._written += [x for x in (value.running_mean, value.running_var) if x is not None]
         # Found by the names of the user's attributes: `f.net.0.weight`.
         own = value.__dict__
         seen = own.copy()
