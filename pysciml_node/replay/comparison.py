@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,21 +14,27 @@ from pysciml_node.steps.inputs import changed_message
 class Comparison:
     """The largest difference between replayed steps and those of the solve.
 
-    It is added up where the states are, and read once. The bound is the square root of the
-    precision, relative to the state and to what the step adds to it: kernels may round differently
-    with gradients, and a field that has changed differs by more.
+    It stays where the states are, and is read once. The bound is the square root of the precision,
+    relative to the state: kernels may round differently with gradients, and a field that has
+    changed differs by more.
     """
 
     def __init__(self) -> None:
-        self._worst: Tensor | None = None
+        self._differences: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._start: Tensor | None = None
 
     def add(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
-        """Compare the end of a replayed step with the solve's, given where the step starts."""
-        scale = torch.maximum(_size(recorded), _size(start))
-        # Entries that ought to be zero may come out as rounding errors.
-        scale = scale.clamp_min(torch.finfo(scale.dtype).eps ** 0.5)
-        worst = torch.nan_to_num(_size(again - recorded) / scale, nan=0.0)
-        self._worst = worst if self._worst is None else torch.maximum(self._worst, worst)
+        """Compare the end of a replayed step with the solve's.
+
+        Args:
+            again: the state at its end, replayed.
+            recorded: the same as the solve found it.
+            start: the state at its start, which is the end of the step that comes next.
+        """
+        self._differences.append(torch.dist(again, recorded, math.inf))
+        self._sizes.append(_size(recorded))
+        self._start = start
 
     def expect_equal(self, suspects: Sequence[str]) -> None:
         """Look at what has been compared.
@@ -38,10 +45,14 @@ class Comparison:
         Raises:
             RuntimeError: a step was not reproduced.
         """
-        if self._worst is None:
+        if self._start is None:
             return
-        worst = self._worst.item()
-        if worst > torch.finfo(self._worst.dtype).eps ** 0.5:
+        sizes = torch.stack([*self._sizes, _size(self._start)])
+        rounding = torch.finfo(sizes.dtype).eps ** 0.5
+        # Entries that ought to be zero may come out as rounding errors.
+        scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(rounding)
+        worst = torch.nan_to_num(torch.stack(self._differences) / scale, nan=0.0).max().item()
+        if worst > rounding:
             if suspects:
                 raise RuntimeError(changed_message(suspects[0]))
             raise RuntimeError(
@@ -54,5 +65,5 @@ class Comparison:
 
 
 def _size(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, ord=torch.inf)
+    norm: Tensor = torch.linalg.vector_norm(x, ord=math.inf)
     return norm

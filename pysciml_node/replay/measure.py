@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from pysciml_node.steps.autograd import first_derivative
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.inputs import Inputs, pull_back
 from pysciml_node.steps.surroundings import Surroundings
 
 # From a step's number and the state at its start to numbers, each a 0-d tensor.
@@ -103,14 +103,7 @@ def _pull_back(
             state_bars.append(None)
             continue
         inputs.expect_known(found, start)
-        bar, *others = torch.autograd.grad(
-            found,
-            (start, *inputs.leaves),
-            cotangent[n][wanted[n]],
-            # Parts of the graph may be the caller's own (one that was hidden).
-            retain_graph=True,
-            allow_unused=True,
-        )
+        bar, *others = pull_back(found, (start, *inputs.leaves), cotangent[n][wanted[n]])
         state_bars.append(None if bar is None else bars[n].copy_(bar))
         sums.add([*others])
     return (*state_bars, *sums.sums)

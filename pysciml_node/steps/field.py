@@ -11,7 +11,7 @@ from torch import Tensor
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.inputs import Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -201,10 +201,7 @@ class Linearized:
             wanted.extend(self._leaves)
         if not wanted or not self._k.requires_grad:
             return None, None, [None] * len(self._leaves)
-        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
-        found: list[Tensor | None] = list(
-            torch.autograd.grad(self._k, wanted, cotangent, retain_graph=True, allow_unused=True)
-        )
+        found = pull_back(self._k, wanted, cotangent)
         state = found.pop(0) if with_state else None
         time = found.pop(0) if self._time is not None else None
         return state, time, found if with_leaves else [None] * len(self._leaves)

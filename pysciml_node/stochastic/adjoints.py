@@ -24,6 +24,7 @@ from pysciml_node.replay.comparison import Comparison
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
 from pysciml_node.steps.field import Accumulator
+from pysciml_node.steps.inputs import pull_back
 from pysciml_node.steps.record import Record
 from pysciml_node.stochastic.brownian import BrownianPath, Increment
 from pysciml_node.stochastic.fields import DifferentiableFields
@@ -90,11 +91,7 @@ class StepPullback(Pullback):
         prepared.captured.expect_known(end, start)
         if found is not None:
             self._comparison.add(end.detach(), found, start)
-        wanted = [start, *prepared.leaves]
-        # The graph is kept: parts of it may be the caller's own (a captured non-leaf tensor).
-        pulled: list[Tensor | None] = list(
-            torch.autograd.grad(end, wanted, upon, retain_graph=True, allow_unused=True)
-        )
+        pulled = pull_back(end, (start, *prepared.leaves), upon)
         self._sums.add(pulled[1:])
         self.evaluations += prepared.fields.nfe - before
         return torch.zeros_like(start) if pulled[0] is None else pulled[0]
@@ -180,10 +177,7 @@ def backsolve_sweep(
             noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
             change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
         prepared.captured.expect_known(change, state)
-        wanted = [state, *prepared.leaves]
-        found: list[Tensor | None] = list(
-            torch.autograd.grad(change, wanted, costate, retain_graph=True, allow_unused=True)
-        )
+        found = pull_back(change, (state, *prepared.leaves), costate)
         pulled = torch.zeros_like(u) if found[0] is None else found[0]
         return -change.detach(), pulled, found[1:]
 
