@@ -199,8 +199,6 @@ class Linearized:
             wanted.append(self._time)
         if with_leaves:
             wanted.extend(self._leaves)
-        if not wanted or not self._k.requires_grad:
-            return None, None, [None] * len(self._leaves)
         found = pull_back(self._k, wanted, cotangent)
         state = found.pop(0) if with_state else None
         time = found.pop(0) if self._time is not None else None

@@ -14,6 +14,7 @@ from pysciml_node.steps.autograd import SolveNode
 from pysciml_node.steps.cotangents import Cotangents, Gradients
 from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Record, check_finite, detached
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
@@ -87,9 +88,23 @@ class _SDESolve:
         """Without gradients, or with every operation recorded by autograd."""
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
-        found = self.march(self._with(fields), None)
+        found = self.march(self._with(fields), self._first(fields))
         self.surroundings.settle()
         return found
+
+    def _first(self, fields: Fields) -> Slope | None:
+        """Both at the start; random ones are not for adaptive steps."""
+        if not self.options.controller.adaptive:
+            return None
+        time = self.problem.time_tensor([self.problem.t0])[0]
+
+        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            return (fields.drift(time, self.u0), fields.diffusion(time, self.u0)), ()
+
+        device = self.u0.device
+        checked = expect_repeatable(self.surroundings, device, evaluate, "an adaptive solve")
+        (drift, diffusion), _ = checked()
+        return drift, diffusion
 
     def node(self) -> Found:
         """As one node of the graph, its backward the sweep of the adjoint."""
