@@ -1,6 +1,5 @@
 """CIFAR-10: 32x32 colour images of ten classes."""
 
-import hashlib
 import io
 import pickle
 import tarfile
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from pysciml_node._optional import require
-from pysciml_node.data.download import fetch
+from pysciml_node.data.download import fetch, sha256_of
 from pysciml_node.data.labelled import LabelledData, Splits
 
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
 ARCHIVE = "cifar-10-python.tar.gz"
 SUBSET = "cifar10-subset.tar"
-MD5 = "c58f30108f718f92721af3b95e74349a"
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CLASSES = (
     "airplane",
     "automobile",
@@ -103,10 +102,10 @@ Part = tuple[Tensor, Tensor]
 
 
 def _check_archive(path: Path) -> None:
-    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    if found != MD5:
+    own = sha256_of(path)
+    if own != SHA256:
         raise ValueError(
-            f"{path} is not {ARCHIVE}: its MD5 is {found}, expected {MD5}.\n"
+            f"{path} is not {ARCHIVE}: its SHA-256 is {own}, expected {SHA256}.\n"
             "  Delete it and load again to fetch it anew."
         )
 
@@ -141,22 +140,22 @@ def _read_archive(path: Path) -> tuple[Part, Part]:
 
 def _read_subset(path: Path) -> tuple[Part, Part]:
     image = require("PIL.Image", extra="examples", purpose="read the subset's images")
-    found: dict[str, list[tuple[Tensor, int]]] = {"train": [], "test": []}
+    samples: dict[str, list[tuple[Tensor, int]]] = {"train": [], "test": []}
     with tarfile.open(path) as archive:
         for member in sorted((m for m in archive if m.isfile()), key=lambda m: m.name):
             places = Path(member.name).parts
             stream = archive.extractfile(member)
-            if len(places) < 3 or places[-3] not in found or stream is None:
+            if len(places) < 3 or places[-3] not in samples or stream is None:
                 continue
             if places[-2] not in CLASSES:
                 raise ValueError(f"{path}: {member.name} is of no class of CIFAR-10.")
             pixels = np.array(image.open(io.BytesIO(stream.read())).convert("RGB"))
             if pixels.shape != (32, 32, 3):
                 raise ValueError(f"{path}: {member.name} is of shape {pixels.shape}, not 32x32.")
-            found[places[-3]].append(
+            samples[places[-3]].append(
                 (torch.from_numpy(pixels).permute(2, 0, 1), CLASSES.index(places[-2]))
             )
-    train, test = (_mixed(path, part) for part in found.values())
+    train, test = (_mixed(path, part) for part in samples.values())
     return train, test
 
 

@@ -1,12 +1,16 @@
 """Fetching the files of a data set."""
 
-import os
-import urllib.error
+import hashlib
+import http.client
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urljoin
+
+from pysciml_node.data.files import whole_file
 
 _TIMEOUT_SECONDS = 60.0
+_SUMS = "SHA256SUMS.txt"
 
 
 def fetch(
@@ -20,7 +24,7 @@ def fetch(
     """Fetch a file from the first address that serves the right bytes.
 
     The file gets its name only once its content is checked, so an interrupted download leaves
-    nothing behind that a later call would take for the file.
+    nothing behind.
 
     Args:
         name: of the file in the folder.
@@ -35,24 +39,19 @@ def fetch(
 
     Raises:
         ConnectionError: no address serves the file.
+        OSError: the file cannot be written, for example because the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
     failures = []
     for address in addresses:
-        partial = folder / f".{name}.{os.getpid()}.partial"
         try:
-            with (
-                partial.open("wb") as stream,
-                urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response,
-            ):
-                while chunk := response.read(1 << 20):
+            with whole_file(target) as stream:
+                for chunk in _chunks(address):
                     stream.write(chunk)
-            check(partial)
-            os.replace(partial, target)
-        except (urllib.error.URLError, OSError, ValueError) as error:
+                stream.flush()
+                check(Path(stream.name))
+        except ValueError as error:
             failures.append(f"{address}: {error}")
-            partial.unlink(missing_ok=True)
         else:
             return target
     listing = "\n    ".join(failures) or "no addresses were given"
@@ -60,3 +59,39 @@ def fetch(
         f"{name} is not in {folder} and could not be downloaded:\n    {listing}\n"
         f"  Check the connection, or {by_hand}."
     )
+
+
+def _chunks(address: str) -> Iterator[bytes]:
+    """What an address serves, piece by piece.
+
+    Raises:
+        ValueError: it serves nothing, or less than it announced.
+    """
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response:
+            announced = response.headers.get("Content-Length")
+            size = 0
+            while chunk := response.read(1 << 20):
+                size += len(chunk)
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(str(error)) from error
+    if announced is not None and size != int(announced):
+        raise ValueError(f"the connection ended after {size} of {announced} bytes")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def published_sum(address: str) -> str | None:
+    """The SHA-256 that the folder of an address gives for its file, where it has a list of them."""
+    name = address.partition("?")[0].rpartition("/")[2]
+    try:
+        listed = b"".join(_chunks(urljoin(address, _SUMS))).decode("utf-8")
+    except ValueError:
+        return None
+    pairs = (line.split() for line in listed.splitlines())
+    return next((pair[0] for pair in pairs if len(pair) == 2 and pair[1].lstrip("*") == name), None)

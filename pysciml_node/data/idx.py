@@ -3,6 +3,7 @@
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def read_bytes(path: str | Path) -> bytes:
         return raw
     try:
         return gzip.decompress(raw)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is a damaged gzip file ({error}). Delete it.") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is a damaged gzip file ({error}).\n"
+            "  Delete it and load again to fetch it anew."
+        ) from error
 
 
 def parse_idx(content: bytes, *, name: str = "content") -> Tensor:

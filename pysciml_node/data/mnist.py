@@ -94,10 +94,10 @@ def _find(folder: Path, name: str) -> Path | None:
 
 def _verified(path: Path, name: str) -> bytes:
     content = read_bytes(path)
-    found = hashlib.sha256(content).hexdigest()
-    if found != CHECKSUMS[name]:
+    own = hashlib.sha256(content).hexdigest()
+    if own != CHECKSUMS[name]:
         raise ValueError(
-            f"{path} is not MNIST's {name}: its unpacked content has SHA-256 {found}, "
+            f"{path} is not MNIST's {name}: its unpacked content has SHA-256 {own}, "
             f"expected {CHECKSUMS[name]}.\n  Delete it and load again to fetch it anew."
         )
     return content

@@ -1,15 +1,20 @@
 """PhysioNet 2012, set a: two days of intensive care of four thousand patients."""
 
+import lzma
+import math
+import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-from pysciml_node.data.download import fetch
+from pysciml_node.data.download import fetch, published_sum, sha256_of
 from pysciml_node.data.labelled import Splits
 from pysciml_node.data.series import IrregularSeries, split_at_random
 
@@ -78,6 +83,7 @@ def physionet(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     addresses: Sequence[str] = ADDRESSES,
+    sha256: str | None = None,
 ) -> Splits[IrregularSeries]:
     """Load the 37 variables of set a, each scaled to [0, 1] by its range over all patients.
 
@@ -98,6 +104,8 @@ def physionet(
         seed: of the division; the same seed gives the same division.
         dtype: of times and values.
         addresses: of the archive, tried in order.
+        sha256: of a downloaded archive; default what the file `SHA256SUMS.txt` beside an address
+            says, which PhysioNet has.
 
     Returns:
         The parts, in the order of `VARIABLES`.
@@ -129,13 +137,7 @@ def physionet(
                 f"{data_dir} holds neither a folder set-a nor one of {', '.join(ARCHIVES)}.\n"
                 "  Name the folder that does, or allow the download (download=True)."
             )
-        source = fetch(
-            ARCHIVES[0],
-            Path(data_dir),
-            addresses,
-            _check_archive,
-            by_hand=f"put set-a.tar.gz of the challenge into {data_dir} by hand",
-        )
+        source = _download(Path(data_dir), addresses, sha256)
     records = (parse_record(text, name=name) for name, text in _records(source))
     tables = [_tabulate(record, quantization, outliers) for record in records]
     return split_at_random(
@@ -143,6 +145,17 @@ def physionet(
         validation=validation,
         test=test,
         seed=seed,
+    )
+
+
+def _download(folder: Path, addresses: Sequence[str], sha256: str | None) -> Path:
+    sums = [sha256] if sha256 is not None else [published_sum(address) for address in addresses]
+    return fetch(
+        ARCHIVES[0],
+        folder,
+        addresses,
+        partial(_check_archive, sums={one.lower() for one in sums if one is not None}),
+        by_hand=f"put set-a.tar.gz of the challenge into {folder} by hand",
     )
 
 
@@ -182,15 +195,31 @@ def parse_record(text: str, *, name: str = "record") -> Record:
                 if variable and variable not in _DESCRIPTORS:
                     raise ValueError(f"unknown variable {variable!r}")
                 continue
-            hour, minute = clock.split(":")
-            hours.append(int(hour) + int(minute) / 60)
-            values.append(float(value))
+            hours.append(_hours(clock))
+            values.append(_number(value))
             places.append(place)
         except ValueError as error:
             raise ValueError(f"{name}, line {number}: {line!r} ({error}).") from error
     return np.array(hours), np.array(places, dtype=np.int64), np.array(values)
 
 
+def _hours(clock: str) -> float:
+    """Hours of a time `hh:mm` within the two days."""
+    match = _CLOCK.fullmatch(clock)
+    hours = int(match[1]) + int(match[2]) / 60 if match else math.inf
+    if hours > HOURS:
+        raise ValueError(f"the time must be hh:mm, from 00:00 to {HOURS:.0f}:00, but is {clock!r}")
+    return hours
+
+
+def _number(value: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"the value must be a finite number, but is {value!r}")
+    return number
+
+
+_CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])")
 _PLACES = {variable: place for place, variable in enumerate(VARIABLES)}
 _LOW, _HIGH = (np.array(bounds) for bounds in zip(*RANGES.values(), strict=True))
 
@@ -250,11 +279,20 @@ def _find(folder: Path) -> Path | None:
 
 def _records(source: Path) -> Iterator[tuple[str, str]]:
     """Name and text of each record, in the order of the names."""
-    found = dict(_texts(source))
-    if not found:
-        raise ValueError(f"{source} holds no records such as 132539.txt.")
-    for name in sorted(found):
-        yield f"{source}: {name}", found[name].decode("ascii")
+    texts = dict(_texts(source))
+    if not texts:
+        raise ValueError(
+            f"{source} holds no records such as 132539.txt.\n"
+            "  Delete it and load again to fetch it anew."
+        )
+    for name in sorted(texts):
+        try:
+            yield f"{source}: {name}", texts[name].decode("ascii")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{source}: {name} is no record of the challenge ({error}).\n"
+                "  Delete the archive and load again to fetch it anew."
+            ) from error
 
 
 def _texts(source: Path) -> Iterable[tuple[str, bytes]]:
@@ -262,20 +300,31 @@ def _texts(source: Path) -> Iterable[tuple[str, bytes]]:
         for path in source.glob("[0-9]*.txt"):
             yield path.name, path.read_bytes()
         return
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for name in archive.namelist():
-                if _is_record(name):
-                    yield Path(name).name, archive.read(name)
-        return
     try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                for name in archive.namelist():
+                    if _is_record(name):
+                        yield Path(name).name, archive.read(name)
+            return
         with tarfile.open(source) as archive_tar:
             for member in archive_tar:
                 stream = archive_tar.extractfile(member) if _is_record(member.name) else None
                 if stream is not None:
                     yield Path(member.name).name, stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{source} is a damaged archive ({error}). Delete it.") from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ValueError(_damaged(source, error)) from error
+    except OSError as error:
+        if error.errno is not None:  # of the system; gzip's own have no number
+            raise
+        raise ValueError(_damaged(source, error)) from error
+
+
+def _damaged(source: Path, error: Exception) -> str:
+    reason = str(error).partition("\n")[0].rstrip(":")
+    return (
+        f"{source} is a damaged archive ({reason}).\n  Delete it and load again to fetch it anew."
+    )
 
 
 def _is_record(name: str) -> bool:
@@ -283,6 +332,10 @@ def _is_record(name: str) -> bool:
     return path.suffix == ".txt" and path.stem.isdigit()
 
 
-def _check_archive(path: Path) -> None:
-    if next(iter(_texts(path)), None) is None:
+def _check_archive(path: Path, sums: set[str]) -> None:
+    """Refuse an archive that is cut short or holds no records, or is none of those published."""
+    own = sha256_of(path)
+    if sums and own not in sums:
+        raise ValueError(f"its SHA-256 is {own}, expected {' or '.join(sorted(sums))}")
+    if not sum(1 for _ in _texts(path)):
         raise ValueError("the archive holds no records")

@@ -208,6 +208,12 @@ def test_physionet_outliers_and_minutes(archive):
         ("Time,Parameter,Value\n00:07,HR", "line 2"),
         ("Time,Parameter,Value\n00:07,HR,73\n00:07,Mood,5", "line 3.*unknown variable 'Mood'"),
         ("Time,Parameter,Value\nnoon,HR,73", "line 2"),
+        ("Time,Parameter,Value\n00:07,HR,nan", "line 2.*finite number, but is 'nan'"),
+        ("Time,Parameter,Value\n00:07,HR,-inf", "line 2.*finite number"),
+        ("Time,Parameter,Value\n-5:00,HR,73", "line 2.*from 00:00 to 48:00, but is '-5:00'"),
+        ("Time,Parameter,Value\n00:-7,HR,73", "line 2.*hh:mm"),
+        ("Time,Parameter,Value\n00:75,HR,73", "line 2.*hh:mm"),
+        ("Time,Parameter,Value\n48:01,HR,73", "line 2.*to 48:00"),
     ],
 )
 def test_damaged_records_are_named_with_their_line(text, message):
@@ -235,6 +241,36 @@ def test_physionet_downloads_says_what_is_missing_and_refuses_wrong_arguments(tm
         physionet(folder, test=0.0)
 
 
+def test_a_download_is_what_the_list_of_sums_says(tmp_path):
+    source = tmp_path / "set-a.tar.gz"
+    write_tar(source, {f"set-a/{n}.txt": text.encode() for n, text in RECORDS.items()}, "gz")
+    right = hashlib.sha256(source.read_bytes()).hexdigest()
+    sums = tmp_path / "SHA256SUMS.txt"
+    sums.write_text(f"{'0' * 64} outcomes.txt\n{right} set-a.tar.gz\n")
+    assert len(physionet(tmp_path / "a", test=0.34, addresses=[source.as_uri()]).train) == 2
+    sums.write_text(f"{'0' * 64} set-a.tar.gz\n")
+    with pytest.raises(ConnectionError, match=f"SHA-256 is {right}, expected 0000"):
+        physionet(tmp_path / "b", addresses=[source.as_uri()])
+    assert not list((tmp_path / "b").iterdir())
+    with pytest.raises(ConnectionError, match="expected abc"):
+        physionet(tmp_path / "c", addresses=[source.as_uri()], sha256="ABC")
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zip"])
+def test_damaged_archives_are_named_with_what_to_do(tmp_path, kind):
+    path = tmp_path / ("set-a.zip" if kind == "zip" else f"set-a.tar.{kind}")
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("set-a/1.txt", record("00:07,HR,73" * 200))
+    else:
+        write_tar(path, {"set-a/1.txt": record("00:07,HR,73" * 200).encode()}, kind)
+    content = bytearray(path.read_bytes())
+    content[60:90] = bytes(30)
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"damaged archive.*\n  Delete it"):
+        physionet(tmp_path, download=False)
+
+
 def test_the_split_is_a_partition_that_depends_on_the_seed_alone(archive):
     first, again = (physionet(archive, download=False, test=0.34, seed=5) for _ in range(2))
     assert torch.equal(first.test.values, again.test.values)
@@ -244,7 +280,7 @@ def test_the_split_is_a_partition_that_depends_on_the_seed_alone(archive):
 
 @pytest.fixture
 def tiny_cifar(tmp_path, monkeypatch) -> Path:
-    """The python version's archive with two images a batch, its MD5 in place of the real one."""
+    """The archive of the python version, two images a batch, and its SHA-256 for the real one."""
     rng = np.random.default_rng(0)
     files = {}
     for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
@@ -255,7 +291,7 @@ def tiny_cifar(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     path = folder / "cifar-10-python.tar.gz"
     write_tar(path, files, "gz")
-    monkeypatch.setattr(cifar10_module, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10_module, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return folder
 
 
@@ -277,9 +313,9 @@ def test_cifar10_refuses_other_content(tiny_cifar, tmp_path, monkeypatch):
     path = tiny_cifar / "cifar-10-python.tar.gz"
     evil = pickle.dumps({b"data": print, b"labels": []}, protocol=2)
     write_tar(path, {f"x/data_batch_{k}": evil for k in range(1, 6)}, "gz")
-    with pytest.raises(ValueError, match="MD5"):
+    with pytest.raises(ValueError, match="SHA-256"):
         cifar10(tiny_cifar)
-    monkeypatch.setattr(cifar10_module, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10_module, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(pickle.UnpicklingError, match="has no place"):
         cifar10(tiny_cifar)
     with pytest.raises(FileNotFoundError, match="cifar-10-python"):

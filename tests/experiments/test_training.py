@@ -61,12 +61,32 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
         trainer(seed=1).resume(tmp_path / "run.pt")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"no checkpoint at all"),
+        lambda path: torch.save({"model": {}}, path),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save(torch.nn.Linear(1, 1), path),
+    ],
+    ids=["cut", "empty", "text", "lacking", "list", "module"],
+)
+def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, damage):
+    path = tmp_path / "run.pt"
+    trainer().train(until=1, checkpoint=path)
+    damage(path)
+    with pytest.raises(ValueError, match=r"run\.pt is not a whole checkpoint.*\n  Delete it, or"):
+        trainer().resume(path)
+
+
 def test_a_failed_saving_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
     run = trainer()
     run.train(until=2, checkpoint=tmp_path / "run.pt")
 
-    def fail(state, path):
-        path.write_bytes(b"half a file")
+    def fail(state, stream):
+        stream.write(b"half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)

@@ -1,7 +1,6 @@
 """Figures of finished runs: their summary over seeds, the file they are kept in and the table."""
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pysciml_node.cli.doctor import environment
+from pysciml_node.data.files import whole_file
 from pysciml_node.experiments.trainer.settings import VARIANTS, Variant
 from pysciml_node.experiments.trainer.trainable import METRICS
 
@@ -122,8 +122,11 @@ def load_results(path: Path) -> list[RunResult]:
         return []
     try:
         return [RunResult(**run) for run in json.loads(path.read_text())["runs"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a results file of this version ({error!r}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a results file of this version ({error!r}).\n"
+            "  Move it away, or use another output folder."
+        ) from error
 
 
 def save_results(path: Path, runs: Sequence[RunResult]) -> None:
@@ -143,10 +146,9 @@ def save_results(path: Path, runs: Sequence[RunResult]) -> None:
         "environment": environment(),
         "runs": [asdict(run) for run in runs],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with whole_file(path) as stream:
+        stream.write(text.encode("utf-8"))
 
 
 def merge_results(path: Path, new: Sequence[RunResult]) -> list[RunResult]:

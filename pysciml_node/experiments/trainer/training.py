@@ -1,7 +1,8 @@
 """A training run that can be stopped and continued bit for bit."""
 
+import io
 import math
-import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 
 from pysciml_node._optional import require
 from pysciml_node.data import ShuffledBatches, Splits
+from pysciml_node.data.files import whole_file
 from pysciml_node.experiments.trainer.evaluation import evaluate
 from pysciml_node.experiments.trainer.settings import OptimizerName, Run, Settings, describe
 from pysciml_node.experiments.trainer.trainable import Trainable
@@ -51,10 +53,9 @@ class History:
 class Trainer:
     """Trains a model on its loss plus its penalty.
 
-    Everything that
-    decides how a run goes on (parameters, optimizer, schedules, random generators, position in
-    the data, history) is in the state, so a run continued from a checkpoint ends with the same
-    parameters, bit for bit, as one never interrupted.
+    Everything that decides how a run goes on (parameters, optimizer, schedules, random generators,
+    position in the data, history) is in the state, so a run continued from a checkpoint ends with
+    the same parameters, bit for bit, as one never interrupted.
 
     Args:
         model: what to train.
@@ -191,11 +192,14 @@ class Trainer:
 
         Args:
             path: the file; its folder is made when absent.
+
+        Raises:
+            OSError: the file cannot be written, for example because the disk is full.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save(self.state_dict(), partial)
-        os.replace(partial, path)
+        content = io.BytesIO()
+        torch.save(self.state_dict(), content)
+        with whole_file(path) as stream:
+            stream.write(content.getbuffer())
 
     def resume(self, path: Path) -> None:
         """Continue from a file that `save` wrote.
@@ -204,10 +208,25 @@ class Trainer:
             path: the file.
 
         Raises:
-            ValueError: the file belongs to a run with other settings.
+            ValueError: the file is no whole checkpoint, or belongs to a run with other settings.
             FileNotFoundError: there is no such file.
         """
-        self.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            state = torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(_no_checkpoint(path, reason)) from error
+        missing = self.state_dict().keys() - (state.keys() if isinstance(state, dict) else ())
+        if missing:
+            raise ValueError(_no_checkpoint(path, f"it lacks {', '.join(sorted(missing))}"))
+        self.load_state_dict(state)
+
+
+def _no_checkpoint(path: Path, reason: str) -> str:
+    return (
+        f"{path} is not a whole checkpoint of this version ({reason}).\n"
+        "  Delete it, or start without resuming."
+    )
 
 
 @contextmanager
