@@ -291,7 +291,7 @@ def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable
     call = f"{name}({', '.join(arguments)})"
     if not callable(value):
         refuse(name, f"callable as {call}", value, hint)
-    if isinstance(value, type) and issubclass(value, nn.Module):
+    if isinstance(value, type):
         refuse(name, f"callable as {call}", value, f"Write {value.__name__}().")
     taken = parameters(value)
     if taken is not None and not takes(value, len(arguments)):
@@ -380,7 +380,7 @@ def sequence(name: str, value: Any, kind: type[T], *, example: str) -> list[T]:
     if isinstance(value, kind):
         return [value]
     listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Tensor)
-    if not listed:
+    if not listed or getattr(value, "ndim", 1) == 0:
         refuse(name, f"a sequence of objects such as {example}", value, f"Write {example}.")
     return [instance(f"{name}[{i}]", one, kind, example=example) for i, one in enumerate(value)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.julia_engine.evaluation import evaluate
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
@@ -28,13 +29,17 @@ class JuliaField:
     on the Julia engine it is never called back. Gradients are Zygote's, so the source must not
     change arrays in place.
 
+    The source is code: it is compiled and run as it stands, with all that Julia may do on this
+    machine, and a pickled field brings its source along. Load none from people, files or web pages
+    that you would not take a program from.
+
     Args:
         source: Julia code that ends in a function `f(u, p, t)` returning `du/dt`. `u` is an array
             of the state's shape reversed: a torch state `(B, D)` is `(D, B)` in Julia, the batch
             last. `p` is the problem's `p` as a vector, `t` a number. `LinearAlgebra` is loaded.
 
     Raises:
-        TypeError: the state or `p` is no single tensor (when the field is first used).
+        TypeError: the source is no text; the state or `p` is no single tensor (when the field is first used).
         JuliaError: the source does not parse, or is no function.
 
     Example:
@@ -45,7 +50,8 @@ class JuliaField:
 
     def __init__(self, source: str) -> None:
         if not isinstance(source, str):
-            raise TypeError(f"source must be Julia code as text, but is {type(source).__name__}.")
+            checks.refuse("source", "Julia code as text", source)
+        checks.text("source", source, hint='Write a function, such as "(u, p, t) -> -u".')
         self.source = source
         self._handles = _handles()
 

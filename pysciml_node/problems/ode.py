@@ -47,7 +47,7 @@ def check_field(name: str, field: Any, hint: str) -> None:
     """
     if callable(field) and checks.takes(field, 1) and not checks.takes(field, 2):
         hint = f"A function of the state alone is lambda t, u: {name}(u)."
-    if not callable(field) or not checks.takes(field, 3):
+    if not callable(field) or isinstance(field, type) or not checks.takes(field, 3):
         checks.function(name, field, "t", "u", hint=hint)
     signature = checks.parameters(field)
     names = [] if signature is None else list(signature.parameters)
@@ -103,7 +103,7 @@ class Problem(checks.Configured):
             )
         span: Any = self.tspan
         if isinstance(span, Tensor | np.ndarray):
-            span = tuple(span) if span.ndim else span
+            span = tuple(span) if span.ndim else (span,)
         if not isinstance(span, tuple | list) or len(span) != 2:
             hint = "Saved times are saveat= of solve." if hasattr(span, "__len__") else ""
             checks.refuse("tspan", "a pair (t0, t1)", self.tspan, hint)

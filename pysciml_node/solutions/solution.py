@@ -7,13 +7,14 @@ import enum
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from pysciml_node import checks
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
@@ -235,6 +236,7 @@ class Solution:
         found = getattr(self.trajectory, "brownian", None)
         if found is None:
             raise TypeError("there is no Brownian motion in the solution of an ODEProblem.")
+        start, end = checks.number("start", start), checks.number("end", end)
         if not self.problem.t0 <= start <= end <= self.problem.t1:
             raise ValueError(
                 f"start and end must be in order and inside ({self.problem.t0}, "
@@ -260,14 +262,21 @@ class Solution:
             stop_gradient: `"state"` keeps gradients out of the starting state, `True` out of the
                 first stage too, `False` out of nothing.
         """
+        t = self._inside(checks.number("t", t))
+        if t == self.trajectory.times[-1]:
+            raise ValueError(f"t must lie before the end of the solved interval, but is {t}.")
+        dt = None if dt is None else checks.number("dt", dt, above=0)
+        checks.choice("stop_gradient", stop_gradient, (True, False, "state"))
         chosen = self.algorithm if algorithm is None else algorithm
+        if getattr(chosen, "tableau", None) is None:
+            checks.refuse("algorithm", "an algorithm of steps, such as Tsit5()", chosen)
         with self._gradients():
             return self.trajectory.estimate(t, chosen, stop_gradient, dt)
 
     def step_size(self, t: float) -> float:
         """Size (positive) of the accepted step that contains `t`; the later one at a boundary."""
         times = self.trajectory.times
-        sign = self.problem.direction
+        t, sign = self._inside(checks.number("t", t)), self.problem.direction
         n = bisect_right(times, sign * t, key=lambda x: sign * x)
         n = min(max(n, 1), len(times) - 1)
         return abs(times[n] - times[n - 1])
@@ -278,21 +287,50 @@ class Solution:
         Raises:
             ValueError: a time outside the solved interval.
         """
-        times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        if isinstance(t, Tensor):
+            times = checks.tensor("t", t, real=True)
+        else:
+            number = checks.as_float(t)
+            listed = checks.numbers("t", t) if number is None else number
+            times = torch.tensor(listed, dtype=torch.float64)
         if times.ndim > 1:
             raise ValueError(f"t must be a number or one-dimensional, but has {times.ndim} axes.")
+        if not times.numel():
+            raise ValueError("t must name at least one time.")
+        for value in times.detach().reshape(-1).tolist():
+            self._inside(value, 1e-12 if times.dtype == torch.float64 else 1e-6)
         first, last = sorted((self.trajectory.times[0], self.trajectory.times[-1]))
-        host = [float(x) for x in times.detach().reshape(-1).tolist()]
-        slack = 1e-6 * (last - first) if times.dtype != torch.float64 else 1e-12 * (last - first)
-        for value in host:
-            if not first - slack <= value <= last + slack:
-                raise ValueError(
-                    f"t must lie inside the solved interval [{first}, {last}], but is {value}.\n"
-                    "  Widen tspan and solve again."
-                )
         with self._gradients():
             flat = self.trajectory.evaluate(times.reshape(-1).clamp(first, last))
         return self.problem.spec.unflatten(flat if times.ndim else flat[0])
+
+    def _inside(self, t: float, slack: float = 1e-12) -> float:
+        """A time of the solved interval, but for a share `slack` of its length."""
+        first, last = sorted((self.trajectory.times[0], self.trajectory.times[-1]))
+        slack *= last - first
+        if not first - slack <= t <= last + slack:
+            raise ValueError(
+                f"t must lie inside the solved interval [{first}, {last}], but is {t}.\n"
+                "  Widen tspan and solve again."
+            )
+        return t
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a Solution is one object, not a pair.\n"
+            "  Its times are solution.t, its states solution.u, the last state solution.u1."
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Names of other packages are answered with those of this one."""
+            known = (x for x in (*self.__dataclass_fields__, *dir(type(self))) if x[0] != "_")
+            meant = _ELSEWHERE.get(name) or (
+                not name.startswith("_") and checks.nearest(name, known)
+            )
+            remedy = f"\n  Did you mean solution.{meant}?" if meant else ""
+            raise AttributeError(f"a Solution has no attribute {name!r}.{remedy}")
 
     def _gradients(self) -> torch.set_grad_enabled:
         """Gradients as they are outside, but none of a detached solution."""
@@ -380,6 +418,24 @@ class Solution:
         # What the stack is made of is in the trajectory.
         return {**found.__dict__, "_stacked": None}
 
+
+# What other packages call the parts of a solution.
+_ELSEWHERE = {
+    "y": "u",
+    "ys": "u",
+    "x": "u",
+    "xs": "u",
+    "states": "u",
+    "y1": "u1",
+    "final": "u1",
+    "ts": "t",
+    "times": "t",
+    "y0": "problem.u0",
+    "u0": "problem.u0",
+    "nfev": "stats.nfe",
+    "nfe": "stats.nfe",
+    "status": "retcode",
+}
 
 _HELD = ("t", "u1", "saved", "event_t", "penalty", "penalties", "integrals")
 """What a solution holds, in one structure or another of tensors."""

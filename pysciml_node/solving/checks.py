@@ -211,13 +211,13 @@ def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
         algorithm.check(problem)
     elif isinstance(problem, SDEProblem):
         raise ValueError(
-            f"{algorithm!r} is for ordinary equations, but the problem is an SDEProblem.\n"
-            f"  Use {default_algorithm(problem)!r}."
+            f"algorithm {algorithm!r} is for ordinary equations, but the problem is an "
+            f"SDEProblem.\n  Use {default_algorithm(problem)!r}."
         )
     elif isinstance(algorithm, StochasticRungeKutta) and not isinstance(problem, SDEProblem):
         raise ValueError(
-            f"{algorithm!r} is for stochastic equations, but the problem is an ODEProblem.\n"
-            "  Use Tsit5(), or make an SDEProblem(drift, diffusion, u0, tspan)."
+            f"algorithm {algorithm!r} is for stochastic equations, but the problem is an "
+            "ODEProblem.\n  Use Tsit5(), or make an SDEProblem(drift, diffusion, u0, tspan)."
         )
 
 
@@ -247,7 +247,7 @@ def _check_for_noise(
             )
     elif not adjoint.discrete:
         raise ValueError(
-            f"{type(adjoint).__name__} is for ODEProblems.\n"
+            f"adjoint={type(adjoint).__name__}() is for ODEProblems.\n"
             "  Use DiscreteAdjoint(), DirectAdjoint(), or BacksolveAdjoint() for Stratonovich "
             "equations."
         )

@@ -1,0 +1,137 @@
+"""What newcomers write: each common mistake is answered with what was probably meant."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+
+
+def decay(t: Tensor, u: Tensor) -> Tensor:
+    return -u
+
+
+def scaled(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return -p * u
+
+
+one = torch.ones(2, dtype=torch.float64)
+
+
+def make(f: Any = decay, **options: Any) -> psn.ODEProblem:
+    return psn.ODEProblem(f, one, (0.0, 1.0), **options)
+
+
+def solve(*arguments: Any, **options: Any) -> psn.Solution:
+    return psn.solve(make(), *arguments, **options)
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "f(u, t)": (lambda: make(lambda u, t: -u), r"time first, but takes \(u, t\)(.*\n)+.*f\(t, u\)"),
+    "f(y, t)": (lambda: make(lambda y, t: -y), r"Swap its arguments: f\(t, y\)"),
+    "f(u)": (lambda: make(lambda u: -u), r"takes \(u\)\.\n  .*lambda t, u: f\(u\)"),
+    "f()": (lambda: make(lambda: one), r"f must be callable as f\(t, u\), but takes \(\)"),
+    "a class for f": (lambda: make(nn.Linear), "f must be callable.*the class Linear"),
+    "p forgotten": (lambda: psn.solve(make(scaled)), "p is not given: write p="),
+    "p superfluous": (lambda: psn.solve(make(p=one)), r"p is given: let .* \(t, u, p\)"),
+    "p misspelled": (lambda: make(params=one), "takes no argument 'params'"),
+    "arguments swapped": (lambda: psn.ODEProblem(one, decay, (0.0, 1.0)), "The order is ODEProb"),
+    "times for tspan": (lambda: psn.ODEProblem(decay, one, (0.0, 0.5, 1.0)), "saveat"),
+    "solve(f, y0, t)": (lambda: psn.solve(decay, one, one), r"compat.torchdiffeq.odeint\(f, u0, t"),
+    "solve(f, y0)": (lambda: psn.solve(decay, one), r"solve\(ODEProblem\(f, u0"),
+    "three places": (lambda: solve(psn.Tsit5(), [0.5]), "Name the options"),
+    "no problem": (lambda: psn.solve(), r"solve needs a problem"),
+    "method": (lambda: solve(method="dopri5"), r"Did you mean algorithm=Tsit5\(\)"),
+    "reltol": (lambda: solve(reltol=1e-3), "Did you mean rtol"),
+    "abstol": (lambda: solve(abstol=1e-3), "Did you mean atol"),
+    "t_eval": (lambda: solve(t_eval=[0.5]), "Did you mean saveat"),
+    "callback": (lambda: solve(callback=decay), "Did you mean events"),
+    "rtoll": (lambda: solve(rtoll=1e-3), "Did you mean 'rtol'"),
+    "algoritm": (lambda: solve(algoritm=psn.Tsit5()), "Did you mean 'algorithm'"),
+    "nonsense": (
+        lambda: solve(colour="red"),
+        "solve takes no argument 'colour'.\n  It takes problem",
+    ),
+    "name of an algorithm": (lambda: solve("tsit5"), r"Did you mean Tsit5\(\)"),
+    "name of an adjoint": (lambda: solve(adjoint="gaus_adjoint"), r"Did you mean GaussAdjoint\(\)"),
+    "class of an algorithm": (lambda: solve(psn.Tsit5), r"write Tsit5\(\)"),
+    "a function for events": (
+        lambda: solve(events=decay),
+        r"events must be.*\n  Write Event\(cond",
+    ),
+    "a number for events": (lambda: solve(events=5), "events must be a sequence of objects"),
+    "words for times": (lambda: solve(saveat=["a"]), r"saveat\[0\] must be a number, but is 'a'"),
+    "a word for throw": (lambda: solve(throw="julia"), "throw must be True or False"),
+    "nan for dtmin": (lambda: solve(dtmin=float("nan")), "dtmin must be positive and finite"),
+    "negative delta": (lambda: psn.SOSRI(delta=-1), "delta must be finite and at least 0"),
+    "gama": (lambda: psn.PIController(gama=0.9), "Did you mean 'gamma'"),  # type: ignore[call-arg]
+    "noize": (lambda: psn.SDEProblem(decay, decay, one, (0.0, 1.0), noise="diagnal"), "'diagonal'"),
+    "unpacking": (lambda: tuple(solve()), r"not a pair\.\n  Its times are solution\.t"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_with_what_was_meant(name: str) -> None:
+    call, words = MISTAKES[name]
+    with pytest.raises((TypeError, ValueError), match=f"(?s){words}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("ys", "u"), ("y", "u"), ("ts", "t"), ("retcod", "retcode")]
+)
+def test_names_of_other_packages_on_a_solution(name: str, meant: str) -> None:
+    solution = solve()
+    with pytest.raises(
+        AttributeError, match=rf"no attribute '{name}'.\n  Did you mean solution.{meant}\?"
+    ):
+        getattr(solution, name)
+    assert not hasattr(solution, "_repr_html_")
+    assert copy.copy(solution).success
+    assert pickle.loads(pickle.dumps(solution)).success
+
+
+def test_what_speaks_dlpack_is_a_state() -> None:
+    """An array is lent, not copied, and a state in it is right."""
+    array = np.array([1.0, 2.0])
+    exact = torch.from_numpy(array) * np.exp(-1.0)
+    problem = psn.ODEProblem(decay, array, (0.0, 1.0))  # type: ignore[arg-type]
+    assert isinstance(problem.u0, Tensor)
+    assert problem.u0.data_ptr() == array.ctypes.data
+    torch.testing.assert_close(
+        psn.solve(problem, rtol=1e-9, atol=1e-9).u1, exact, rtol=1e-8, atol=0
+    )
+    parts = psn.ODEProblem(lambda t, u: {"x": -u["x"]}, {"x": array}, (0.0, 1.0))  # type: ignore[dict-item]
+    found = psn.solve(parts, rtol=1e-9, atol=1e-9).u1["x"]
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=0)
+    with pytest.raises(TypeError, match="int64"):
+        psn.ODEProblem(decay, np.arange(3), (0.0, 1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("f", [decay, lambda t, u: torch.ones_like(u)])
+def test_states_that_are_not_finite_fail_clearly(bad: float, f: Any) -> None:
+    u0 = torch.tensor([1.0, bad], dtype=torch.float64)
+    with pytest.raises(psn.SolverFailure, match="component"):
+        psn.solve(psn.ODEProblem(f, u0, (0.0, 1.0)))
+
+
+def test_numbers_of_numpy_and_tensors_without_axes_are_numbers() -> None:
+    plain = solve(rtol=1e-5, atol=1e-6, dt0=0.1, max_steps=50, saveat=[0.5, 1.0])
+    same = solve(
+        rtol=np.float64(1e-5),
+        atol=torch.tensor(1e-6, dtype=torch.float64),
+        dt0=np.float64(0.1),
+        max_steps=np.int64(50),
+        saveat=np.array([0.5, 1.0]),
+        throw=np.bool_(True),
+    )
+    assert torch.equal(plain.u, same.u)
