@@ -52,8 +52,9 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
 
     Raises:
         ValueError: if `T` is not positive, or the last linear layer is not the end of an
-            `nn.Sequential` (a nonlinear layer follows: no scaling of weights is exact), or there
-            is no linear layer.
+            `nn.Sequential` (a nonlinear layer follows: no scaling of weights is exact), shares its
+            parameters with an earlier layer or computes its weight from others, or there is no
+            linear layer.
 
     Example:
         >>> field = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
@@ -69,16 +70,51 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
     T = checks.number("T", T, above=0)
     previous = None if previous is None else checks.number("previous", previous, above=0)
     inner = getattr(module, "field", module)
-    layer = _last_linear(inner if isinstance(inner, nn.Module) else module)
+    field = inner if isinstance(inner, nn.Module) else module
+    layer = _last_linear(field)
+    scaled = _output_parameters(layer)
+    _check_own(field, layer, scaled)
     before = previous if previous is not None else cast(float, getattr(layer, _HORIZON, 1.0))
-    for parameter in layer.parameters(recurse=False):
+    for parameter in scaled:
         parameter.mul_(before / T)
     setattr(layer, _HORIZON, float(T))
     return module
 
 
+def _output_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Those that a layer's output is proportional to, as the layers of `TimedField` name them."""
+    named = getattr(layer, "output_parameters", None)
+    parameters: list[nn.Parameter] = named() if named else list(layer.parameters(recurse=False))
+    return parameters
+
+
+def _check_own(field: nn.Module, layer: nn.Module, scaled: list[nn.Parameter]) -> None:
+    """Refuse parameters that other layers use too, and weights that are made of others."""
+    parts = list(layer.modules())
+    made = [part for part in parts if getattr(part, "weight", None) is not None]
+    if any("weight" not in part._parameters for part in made):
+        raise ValueError(
+            f"the weight of the last layer, {type(layer).__name__}, is computed from other "
+            "parameters (weight or spectral normalization), so scaling these does not scale it.\n"
+            "  Divide the field's output by T yourself."
+        )
+    elsewhere = [part for part in field.modules() if all(part is not own for own in parts)]
+    used = {id(parameter) for part in elsewhere for parameter in part._parameters.values()}
+    if any(id(parameter) in used for parameter in scaled):
+        raise ValueError(
+            f"the last layer, {type(layer).__name__}, shares parameters with an earlier one, which "
+            "must not be scaled.\n  Untie them, or divide the field's output by T yourself."
+        )
+
+
 def _last_linear(field: nn.Module) -> nn.Module:
-    layers = [layer for layer in field.modules() if isinstance(layer, _LINEAR)]
+    whole = [layer for layer in field.modules() if hasattr(layer, "output_parameters")]
+    inside = {id(part) for layer in whole for part in layer.modules() if part is not layer}
+    layers = [
+        layer
+        for layer in field.modules()
+        if (isinstance(layer, _LINEAR) and id(layer) not in inside) or layer in whole
+    ]
     if not layers:
         raise ValueError(
             f"module {type(field).__name__} has no linear or convolutional layer to scale.\n"

@@ -4,6 +4,7 @@ from torch import nn
 
 import pysciml_node as psn
 from pysciml_node.init import scale_for_horizon_
+from pysciml_node.layers.timed import TimedField
 
 
 class Field(nn.Module):
@@ -63,3 +64,30 @@ def test_what_cannot_be_scaled_is_refused():
     for T in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="positive and finite"):
             scale_for_horizon_(Field(), T)
+
+
+@pytest.mark.parametrize("time", ["ignore", "concat", "concatsquash"])
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_layers_that_see_the_time_are_scaled_as_a_whole(kind, time):
+    make, shape = (TimedField.mlp, (5, 3)) if kind == "mlp" else (TimedField.conv, (5, 3, 4, 4))
+    g = torch.Generator().manual_seed(0)
+    field = make(3, (8,), time=time, start_at_rest=False, generator=g).double()
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, generator=g)
+    t, u = torch.tensor(0.7).double(), torch.randn(*shape, generator=g, dtype=torch.float64)
+    before = field(t, u)
+    torch.testing.assert_close(scale_for_horizon_(field, 4.0)(t, u), before / 4)
+
+
+def test_a_weight_made_of_other_parameters_is_refused():
+    for normalize in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
+        field = nn.Sequential(nn.Tanh(), normalize(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match="computed from other parameters"):
+            scale_for_horizon_(field, 2.0)
+
+
+def test_a_tied_last_layer_is_refused():
+    field = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    field[2].weight = field[0].weight
+    with pytest.raises(ValueError, match="shares parameters"):
+        scale_for_horizon_(field, 2.0)

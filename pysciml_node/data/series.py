@@ -26,7 +26,8 @@ class IrregularSeries:
         lengths: rows of each sample, integers, shape `(B,)`, `N` in total.
 
     Raises:
-        ValueError: shapes that do not fit together, a sample without rows, times that decrease.
+        ValueError: shapes that do not fit together, a sample without rows, times that decrease,
+            times or observed values that are not finite.
         TypeError: a dtype that does not suit.
 
     Example:
@@ -67,6 +68,20 @@ class IrregularSeries:
         if bool((self.lengths < 1).any()):
             raise ValueError(
                 f"sample {int((self.lengths < 1).nonzero()[0])} has no rows.\n  Leave it out."
+            )
+        if not bool(torch.isfinite(self.times).all()):
+            row = int((~torch.isfinite(self.times)).nonzero()[0])
+            raise ValueError(
+                f"times must be finite, but row {row} has {float(self.times[row])}.\n"
+                "  Leave the row out."
+            )
+        strange = self.observed & ~torch.isfinite(self.values)
+        if bool(strange.any()):
+            row, variable = strange.nonzero()[0].tolist()
+            raise ValueError(
+                f"observed values must be finite, but variable {variable} of row {row} is "
+                f"{float(self.values[row, variable])}.\n"
+                "  Mark it as not observed: observed=torch.isfinite(values)."
             )
         if rows > 1:
             later = (self.times[1:] >= self.times[:-1]) | (self.sample[1:] != self.sample[:-1])

@@ -125,6 +125,10 @@ class ConcatLinear(nn.Module):
         """Map `x` of shape `(B, inputs)` at time `t` to `(B, outputs)`."""
         return functional.linear(x, self.weight, self.bias + t * self.time_weight)
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Those that the output is proportional to."""
+        return [self.weight, self.time_weight, self.bias]
+
 
 class ConcatConv2d(nn.Module):
     """A convolution of the image with the time appended as a channel, zero padding around both.
@@ -179,6 +183,10 @@ class ConcatSquash(nn.Module):
         shape = (-1, *[1] * (out.ndim - 2))
         gate = torch.sigmoid(self.gate_bias + t * self.gate_weight).view(shape)
         return out * gate + (t * self.shift_weight).view(shape)
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Those that the output is proportional to: of the layer and the shift, not of the gate."""
+        return [*self.layer.parameters(), self.shift_weight]
 
 
 class ConcatSquashLinear(ConcatSquash):

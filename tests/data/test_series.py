@@ -88,6 +88,8 @@ def test_sums_of_a_sample_ignore_what_was_not_observed():
         ({"lengths": torch.tensor([3, 0])}, "sample 1 has no rows"),
         ({"times": torch.tensor([0.5, 0.2, 0.1])}, "must not decrease"),
         ({"values": torch.zeros(3)}, "with sum N"),
+        ({"times": torch.tensor([0.1, 0.5, torch.nan])}, "times must be finite, but row 2"),
+        ({"values": torch.tensor([[0, torch.inf]] * 3)}, "variable 1 of row 0 is inf"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
