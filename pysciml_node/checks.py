@@ -6,10 +6,13 @@ to do. It is a `TypeError` for a value of the wrong kind and a `ValueError` for 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
 import operator
+import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cache
 from typing import Any, NoReturn, Self, TypeVar
@@ -301,28 +304,57 @@ def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable
     return checked
 
 
+class _Signature:
+    """What a callable takes, worked out once: a solve asks for it several times."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.shown: inspect.Signature | None = None
+        with contextlib.suppress(TypeError, ValueError):
+            found = inspect.signature(forward)
+            self.shown = found.replace(return_annotation=inspect.Signature.empty)
+        self._taken: dict[int, bool] = {}
+
+    def takes(self, count: int) -> bool:
+        """Whether so many arguments can be given by their places."""
+        if count not in self._taken:
+            self._taken[count] = True
+            if self.shown is not None:
+                try:
+                    self.shown.bind(*range(count))
+                except TypeError:
+                    self._taken[count] = False
+        return self._taken[count]
+
+
+# Of functions, and of the same ones as methods.
+_SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, _Signature]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _signature(value: Callable[..., Any]) -> _Signature:
+    forward = value.forward if isinstance(value, nn.Module) else value
+    function = forward.__func__ if isinstance(forward, types.MethodType) else forward
+    if not isinstance(function, types.FunctionType):
+        return _Signature(forward)
+    known = _SIGNATURES.setdefault(function, {})
+    bound = forward is not function
+    if bound not in known:
+        known[bound] = _Signature(forward)
+    return known[bound]
+
+
 def parameters(value: Callable[..., Any]) -> inspect.Signature | None:
     """What a callable takes, by its signature; `None` where it shows none, as many built-ins do.
 
     Of a module it is what `forward` takes.
     """
-    forward = value.forward if isinstance(value, nn.Module) else value
-    try:
-        return inspect.signature(forward).replace(return_annotation=inspect.Signature.empty)
-    except (TypeError, ValueError):
-        return None
+    return _signature(value).shown
 
 
 def takes(value: Callable[..., Any], count: int) -> bool:
     """Whether a callable can be called with so many arguments by their places."""
-    signature = parameters(value)
-    if signature is None:
-        return True
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        return False
-    return True
+    return _signature(value).takes(count)
 
 
 def keywords(

@@ -35,7 +35,7 @@ def emit_method(method: Method, size: int) -> str:
         f"FSAL = {int(tableau.fsal)}, ORDER = {tableau.order}, "
         f"END_STAGE = {-1 if method.end_stage is None else method.end_stage}, "
         f"POWERS = {method.dense.shape[1]} }};",
-        f"static const REAL NODES[] = {{{', '.join(number(c) for c in method.host_nodes)}}};",
+        f"static const double NODES[] = {{{', '.join(map(repr, method.host_nodes))}}};",
         "static const double DENSE[ALL_STAGES][POWERS] = {",
         *(f"  {{{', '.join(repr(w) for w in row)}}}," for row in method.dense.tolist()),
         "};",

@@ -161,7 +161,7 @@ class _Node(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         with_times = any(wanted[1:4])
         saved, steps, last = cotangents
-        swept = sweep_back(solve.library, flight, solve.problem.t0, saved, steps, last, with_times)
+        swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
         stats = solve.stats
         stats.nfe_backward += swept.nfe
         stats.nvjp += swept.nfe
@@ -182,7 +182,7 @@ def _time_gradients(
     solve: _Solve, flight: Flight, t: Tensor, h: Tensor, theta: Tensor
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
-    record = flight.record(solve.problem, solve.options.tstops)
+    record = flight.record(solve.problem, solve.options)
     times = TimeCotangents(record, len(flight.theta), t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
@@ -216,7 +216,7 @@ def solve_native(
         flight = solve.run(u0)
         saved, ends = flight.saved, flight.ends
         last = ends[-1] if len(ends) else u0
-    record = flight.record(problem, options.tstops)
+    record = flight.record(problem, options)
     states = [u0, *ends[:-1].unbind(), last] if len(ends) else [u0]
     check_finite(record, states, options.controller.adaptive)
     solve.stats.naccept, solve.stats.nreject = record.naccept, record.nreject

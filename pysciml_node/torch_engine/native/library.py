@@ -38,7 +38,8 @@ class SolveRequest(ctypes.Structure):
         ("beta", _DOUBLE * 3),
         *_fields(_DOUBLE, "gamma qmin qmax"),
         *_fields(_INTEGER, "control max_steps stop_count save_count moving driven"),
-        *_fields(_POINTER, "stops saves rtol atol u0 packed ends saved steps stop_of"),
+        ("mark_count", _INTEGER),
+        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved steps stop_of"),
         ("room", _INTEGER),
         *_fields(_POINTER, "save_theta save_step memory"),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
@@ -52,9 +53,9 @@ class SweepRequest(ctypes.Structure):
     """`Sweep` of src/solve.h."""
 
     _fields_ = (
-        *_fields(_DOUBLE, "t0 seconds"),
-        ("stops", _POINTER),
-        ("stop_count", _INTEGER),
+        *_fields(_DOUBLE, "t0 t1 seconds"),
+        ("mark_count", _INTEGER),
+        ("marks", _POINTER),
         *_fields(_POINTER, "u0 ends packed steps save_theta save_step"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Flight:
         saved: the states at the saved times that were reached, `(saved, N)`.
         theta: their places in their steps; NaN for those at the end of one.
         places: their steps, or the states that they are.
-        marks: tstops and the end, for C.
+        marks: tstops, for C.
         retcode: how it ended.
         nfe: evaluations.
         nreject: rejected steps.
@@ -72,7 +72,7 @@ class Flight:
     nreject: int
     last: Attempt | None
 
-    def record(self, problem: ODEProblem, tstops: Sequence[float]) -> Record:
+    def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
         rows = self.steps.tolist()
         record = Record(
@@ -85,8 +85,8 @@ class Flight:
             nreject=self.nreject,
             retcode=self.retcode,
             last=self.last,
-            marks=(problem.t0, *tstops, problem.t1),
-            t1_stop=len(tstops),
+            marks=(problem.t0, *options.tstops, problem.t1),
+            t1_stop=len(options.landings(problem.direction)),
         )
         places = zip(self.places.tolist(), self.theta.tolist(), strict=True)
         for i, (place, theta) in enumerate(places):
@@ -158,7 +158,9 @@ def fly(
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
     size, times = library.size, options.saveat or ()
-    marks = (ctypes.c_double * (len(options.tstops) + 1))(*options.tstops, problem.t1)
+    landings = (*options.landings(problem.direction), problem.t1)
+    stops_at = (ctypes.c_double * len(landings))(*landings)
+    marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
     saves = (ctypes.c_double * max(len(times), 1))(*times)
     room = max(4, min(64, _FIRST_ROOM // size))
     ends, steps = u0.new_empty((room, size)), torch.empty((room, 3), dtype=torch.float64)
@@ -174,10 +176,12 @@ def fly(
         dtmin=options.dtmin,
         dtmax=options.dtmax,
         max_steps=options.max_steps,
-        stop_count=len(marks),
+        mark_count=len(marks),
+        stop_count=len(landings),
         save_count=len(times),
         moving=options.saveat_tensor is not None,
-        stops=ctypes.addressof(marks),
+        marks=ctypes.addressof(marks),
+        stops=ctypes.addressof(stops_at),
         saves=ctypes.addressof(saves),
         u0=u0.data_ptr(),
         packed=packed.data_ptr(),
@@ -266,7 +270,7 @@ def _address(x: Tensor | None) -> int | None:
 def sweep_back(
     library: Library,
     flight: Flight,
-    t0: float,
+    problem: ODEProblem,
     saved_bar: Tensor | None,
     ends_bar: Tensor | None,
     last_bar: Tensor | None,
@@ -277,7 +281,7 @@ def sweep_back(
     Args:
         library: the field and the method.
         flight: the solve.
-        t0: where it started.
+        problem: for the interval.
         saved_bar: cotangents of the saved states.
         ends_bar: of the states at the ends of the steps.
         last_bar: of the last of these, once more.
@@ -295,10 +299,11 @@ def sweep_back(
         torch.zeros(n, dtype=torch.float64) for n in (count * with_times, count * with_times, saves)
     ]
     request = SweepRequest(
-        t0=t0,
+        t0=problem.t0,
+        t1=problem.t1,
         seconds=TURN,
-        stops=ctypes.addressof(flight.marks),
-        stop_count=len(flight.marks),
+        mark_count=len(flight.marks),
+        marks=ctypes.addressof(flight.marks),
         u0=flight.u0.data_ptr(),
         ends=flight.ends.data_ptr(),
         packed=flight.packed.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import signal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.torch_engine.native import engine
 from pysciml_node.torch_engine.native.compiler import available
 
@@ -116,6 +118,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "span": (tensor(0.1, gradient=True), tensor(2.4, gradient=True)),
         "saveat": tensor(0.1, 0.5, 0.9, 2.4, gradient=True),
         "controller": psn.FixedStep(), "dt0": 0.11, "tstops": [0.5],
+    },
+    "a grid": {
+        "controller": psn.FixedStep((0.1, 0.35, 0.9, 2.0)), "tstops": [0.5, 1.3],
+        "saveat": tensor(0.1, 0.5, 0.6, 2.5), "dt0": 0.3,
     },
     "many steps": {"dtmax": 0.013},
 }  # fmt: skip
@@ -448,3 +454,20 @@ def test_training_keeps_nothing() -> None:
         assert tensors() <= before
     finally:
         gc.enable()
+
+
+def test_native_code_knows_every_option() -> None:
+    """Whoever adds an option or a field of a controller has to bring it to native code, or refuse."""
+    options = {field.name for field in dataclasses.fields(SolveOptions)}
+    assert options == {
+        *("rtol", "atol", "driven", "saveat", "saveat_tensor", "adjoint", "dt0", "dtmin", "dtmax"),
+        *("tstops", "max_steps", "controller", "events", "progress", "throw", "compile", "seed"),
+        "defaulted",
+    }
+    fields = {c: {x.name for x in dataclasses.fields(c)} for c in engine._CONTROLS}
+    assert fields == {
+        psn.PIController: {"beta1", "beta2", "gamma", "qmin", "qmax"},
+        psn.IController: {"gamma", "qmin", "qmax"},
+        psn.PIDController: {"beta1", "beta2", "beta3", "safety"},
+        psn.FixedStep: {"times"},
+    }

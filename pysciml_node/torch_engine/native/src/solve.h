@@ -16,7 +16,8 @@ typedef struct {
   double shift, factor;                   /* of the tolerance; shift < 0: by entries */
   double beta[3], gamma, qmin, qmax;      /* of the controller; gamma is `safety` of PID */
   int64_t control, max_steps, stop_count, save_count, moving, driven;
-  const double *stops, *saves;            /* tstops and t1; saveat */
+  int64_t mark_count;
+  const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
   const REAL *rtol, *atol;                /* by entries, or 0 */
   const REAL *u0, *packed;
   /* Where results go: rows of N and of 3 (end, size, error), for `room` steps. */
@@ -48,20 +49,24 @@ static double psn_seconds(void) {
 static double psn_larger(double a, double b) { return a > b ? a : b; }
 static double psn_smaller(double a, double b) { return a < b ? a : b; }
 
-/* The times of the stages, kept inside the interval, and inside what stops leave of the step. */
-static void psn_times(const double *marks, int64_t count, double t0, double t, double h,
+/* The times of the stages, kept inside the interval, and inside what jumps of the field leave of the
+   step. They are formed in double precision and rounded once. */
+static void psn_times(const double *marks, int64_t count, double t0, double t1, double t, double h,
                       REAL *times) {
-  double t1 = marks[count - 1];
-  REAL low = (REAL)psn_smaller(t0, t1), high = (REAL)psn_larger(t0, t1);
-  double near = 1e-9 * fabs(h), first = psn_smaller(t, t + h), last = psn_larger(t, t + h);
-  for (int64_t i = 0; i + 1 < count; i++) {
+  double low = psn_smaller(t0, t1), high = psn_larger(t0, t1), near = 1e-9 * fabs(h);
+  double first = psn_smaller(t, t + h), last = psn_larger(t, t + h);
+  for (int64_t i = 0; i < count; i++) {
     if (fabs(first - marks[i]) < near) low = F(nextafter)((REAL)marks[i], (REAL)INFINITY);
     if (fabs(last - marks[i]) < near) high = F(nextafter)((REAL)marks[i], -(REAL)INFINITY);
   }
-  for (int i = 0; i < ALL_STAGES; i++) {
-    REAL product = NODES[i] * (REAL)h;
-    times[i] = psn_clamp(product + (REAL)t, low, high);
-  }
+  for (int i = 0; i < ALL_STAGES; i++)
+    times[i] = (REAL)psn_smaller(psn_larger(t + NODES[i] * h, low), high);
+}
+
+/* The size h with which t + h is the end to the last bit, where there is one. */
+static double psn_size_between(double t, double end) {
+  double h = end - t, below = nextafter(h, -INFINITY), above = nextafter(h, INFINITY);
+  return t + h == end ? h : t + below == end ? below : t + above == end ? above : h;
 }
 
 static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
@@ -112,7 +117,7 @@ static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k) {
 /* The missing stages up to `upto`; the last one's argument stays in G. */
 static void psn_stages(Solve *s, double t, double h, int upto) {
   REAL times[ALL_STAGES];
-  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
   for (int i = (int)s->known; i < upto; i++) {
     combine(i, (REAL)h, U(s), K(s, 0), G(s));
     psn_evaluate(s, times[i], G(s), K(s, i));
@@ -123,7 +128,7 @@ static void psn_stages(Solve *s, double t, double h, int upto) {
 static void psn_first_stage(Solve *s, double t, double h) {
   if (s->known) return;
   REAL times[ALL_STAGES];
-  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
   psn_evaluate(s, times[0], U(s), K(s, 0));
   s->known = 1;
 }
@@ -235,7 +240,7 @@ static int64_t psn_march(Solve *s) {
     double proposed = copysign(psn_smaller(fabs(h), s->dtmax), direction);
     double stop = s->stops[s->next_stop];
     int lands = fabs(stop - t) <= fabs(proposed) * (1 + SLIVER);
-    h = lands ? stop - t : proposed;
+    h = lands ? psn_size_between(t, stop) : proposed;
     double unit = nextafter(fabs(t), INFINITY) - fabs(t);
     if (adaptive && fabs(proposed) < psn_larger(s->dtmin, 4 * unit) && !lands)
       return s->last_h != 0 && !isfinite(s->last_error) ? UNSTABLE : TOO_SMALL;
@@ -278,9 +283,9 @@ static int64_t psn_march(Solve *s) {
 
 /* The discrete adjoint (replay/adjoint_discrete.py): accepted steps replayed backward. */
 typedef struct {
-  double t0, seconds;
-  const double *stops;
-  int64_t stop_count;
+  double t0, t1, seconds;
+  int64_t mark_count;
+  const double *marks;
   const REAL *u0, *ends, *packed;
   const double *steps, *save_theta;
   const int64_t *save_step;
@@ -308,7 +313,7 @@ static void psn_replay(Sweep *s, int64_t n) {
     inside++;
   int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
   REAL times[ALL_STAGES];
-  psn_times(s->stops, s->stop_count, s->t0, t, h, times);
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
   memcpy(u, start, N * sizeof(REAL));
   for (int i = 0; i < count; i++) {
     REAL *g = stages + i * STAGE_MEMORY;
@@ -350,7 +355,7 @@ static void psn_replay(Sweep *s, int64_t n) {
     if (s->t_bar) {
       double along = 0;
       for (int e = 0; e < N; e++) along += (double)k_bar[e] * k[i * ROW + e];
-      h_bar += along / h + (double)NODES[i] * time[0];
+      h_bar += along / h + NODES[i] * time[0];
       t_bar += time[0];
     }
   }
