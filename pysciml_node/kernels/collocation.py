@@ -100,6 +100,7 @@ def _assemble(x: Array, t: Array, s: Array, forward: Array, interpolate: Interpo
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def square(n: int) -> Scheme:
     """The tensor grid of `(n + 1)^2` Chebyshev-Lobatto nodes."""
     x = nodes(n)
@@ -114,6 +115,7 @@ def square(n: int) -> Scheme:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def split(n: int) -> Scheme:
     """Two triangles of `(n + 1)^2` nodes each, with the diagonal as their common edge."""
     x = nodes(n)

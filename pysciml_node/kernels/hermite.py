@@ -37,6 +37,8 @@ _LEVELS = ((26, 48), (52, 160), (104, 640), (208, 1280))  # (panels, terms), tri
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
+@torch.no_grad()
 def hermite_basis(panels: int, terms: int) -> tuple[Tensor, Tensor, Tensor]:
     """Nodes `z`, Gaussian weights, and `h_k(z)` times the weights, `(terms, nodes)`.
 

@@ -49,6 +49,8 @@ def jumps_at_zero(fn: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)
+@torch.no_grad()
 def _half_powers() -> Tensor:
     """Hermite coefficients of `z_+^n / n!`, n = 0 to 3: `(4, 1280)`."""
     z, _, functions = hermite_basis(208, 1280)

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import TypeVar
 
+from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.checks import choice
+from pysciml_node.layers.autonomous import with_time
 from pysciml_node.layers.options import SolverOptions, check_options
+from pysciml_node.problems.modes import solvable
 from pysciml_node.problems.ode import Problem, Time
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.solve import solve
 
+Out = TypeVar("Out", default=Solution)
+Output = Literal["solution", "u1"]
+P = TypeVar("P", bound=Problem)
 
-class NeuralDE(nn.Module):
+
+class NeuralDE(nn.Module, Generic[Out]):
     """Base of the modules that solve an equation from their input over a fixed interval.
 
     Args:
         algorithm: how; `None` leaves the choice to `solve`.
         tspan: the interval.
+        output: what a call returns: the `"solution"`, or its end state `"u1"`.
         options: see `SolverOptions`.
+
+    Attributes:
+        last: where the end state is returned, the solution of the last call; else `None`.
+        penalty: its penalty; where there is none, reading it raises an `AttributeError`.
 
     Raises:
         TypeError: an unknown option, a regularizer of another kind.
         ValueError: two regularizers of one name.
     """
 
+    penalty: Tensor
     usual_tolerance: ClassVar[float] = 1e-6
 
     def __init__(
-        self, algorithm: Algorithm | None, tspan: tuple[Time, Time], options: SolverOptions
+        self,
+        algorithm: Algorithm | None,
+        tspan: tuple[Time, Time],
+        output: Output,
+        options: SolverOptions,
     ) -> None:
         super().__init__()
         check_options(type(self).__name__, options)
+        self.output = choice("output", output, get_args(Output))
+        self.last: Solution | None = None
+        self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self.algorithm = algorithm
         self.tspan = tspan
         others: dict[str, Any] = dict(options)
@@ -48,6 +70,44 @@ class NeuralDE(nn.Module):
         self.engine = others.pop("engine", None)
         self.options = others
         self.regularize = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Out:
+            """What `forward` returns."""
+
+    def give(self, solution: Solution) -> Any:
+        """What a call returns."""
+        if self.output == "solution":
+            return solution
+        self.last, self.penalty = solution, solution.penalty
+        return solution.u1
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "penalty":
+            raise AttributeError(
+                "the layer keeps no penalty: it has not been called, or returns solutions.\n"
+                '  Read solution.penalty, or make the layer with output="u1" and call it.'
+            )
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has not been called.
+        state = {name: value for name, value in self.__dict__.items() if name != "penalty"}
+        return {**state, "last": None}
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The field of this name as a function of time and state."""
+        given = getattr(self, name)
+        known = self._functions.get(name)
+        # One function for one field: an engine may know it again.
+        if known is None or known[0] is not given:
+            known = self._functions[name] = given, with_time(given)
+        return known[1]
+
+    def ready(self, problem: P) -> AbstractContextManager[P]:
+        """The problem as it can be solved, in ordinary modes for the duration."""
+        return solvable(problem, isinstance(self.adjoint, DirectAdjoint))
 
     def active_regularizers(self) -> list[Regularizer]:
         """Those that count now: all in training mode, none in eval mode."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Generic, Literal, Unpack, overload
 
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.augmented import augment, integrals, without_extra
-from pysciml_node.layers.neural_de import NeuralDE
+from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import State
 from pysciml_node.regularizers.base import Regularizer, Times
@@ -21,16 +22,19 @@ from pysciml_node.solutions.solution import Solution
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
 
 
-class NeuralODE(NeuralDE):
+class NeuralODE(NeuralDE[Out], Generic[Out]):
     """Solves `du/dt = field(t, u)` from its input over a fixed interval.
 
     In training mode the regularizers are evaluated and `solution.penalty` is their weighted sum; in
     eval mode they cost nothing and it is 0.
 
     Args:
-        field: the vector field, `field(t, u)` or `field(t, u, p)`; usually an `nn.Module`.
+        field: the vector field, `field(t, u)` or `field(t, u, p)`; usually an `nn.Module`. One
+            whose signature has a single argument, such as an `nn.Sequential`, is given the state.
         algorithm: default `Tsit5()`.
         tspan: the interval.
+        output: what a call returns: the `"solution"`, or its end state `"u1"`, as a layer of an
+            `nn.Sequential` has to; `node.penalty` and `node.last` are then of the last call.
         options: `rtol` and `atol` (both 1e-6), `regularizers` (what is added to the loss),
             `adjoint`, `saveat` (times of `solution.u`; without it the ends of the steps), `engine`,
             and the other arguments of `solve`, such as `dt0`, `controller` or `max_steps`: see
@@ -53,14 +57,38 @@ class NeuralODE(NeuralDE):
         torch.Size([8, 3])
     """
 
+    @overload
+    def __init__(
+        self: NeuralODE[Solution],
+        field: Callable[..., Any],
+        algorithm: Algorithm | None = ...,
+        tspan: tuple[Time, Time] = ...,
+        *,
+        output: Literal["solution"] = ...,
+        **options: Unpack[SolverOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: NeuralODE[Any],
+        field: Callable[..., Any],
+        algorithm: Algorithm | None = ...,
+        tspan: tuple[Time, Time] = ...,
+        *,
+        output: Literal["u1"],
+        **options: Unpack[SolverOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         field: Callable[..., Any],
         algorithm: Algorithm | None = None,
         tspan: tuple[Time, Time] = (0.0, 1.0),
+        *,
+        output: Output = "solution",
         **options: Unpack[SolverOptions],
     ) -> None:
-        super().__init__(Tsit5() if algorithm is None else algorithm, tspan, options)
+        super().__init__(Tsit5() if algorithm is None else algorithm, tspan, output, options)
         if not callable(field):
             raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
         self.field = field
@@ -71,7 +99,7 @@ class NeuralODE(NeuralDE):
         p: Any = None,
         tspan: tuple[Time, Time] | None = None,
         saveat: Times | None = None,
-    ) -> Solution:
+    ) -> Out:
         """Solve from `u0` of shape `(B, *D)`.
 
         Args:
@@ -81,10 +109,12 @@ class NeuralODE(NeuralDE):
             saveat: other times of `solution.u`, for this call.
 
         Returns:
-            The solution; `solution.u1` has the shape of `u0`.
+            The solution, whose `u1` has the shape of `u0`; or this end state.
         """
-        return self.integrate(u0, p, tspan, saveat)
+        found: Out = self.give(self.integrate(u0, p, tspan, saveat))
+        return found
 
+    @uncompiled
     def integrate(
         self,
         u0: State,
@@ -114,13 +144,14 @@ class NeuralODE(NeuralDE):
         Returns:
             The solution; `solution.u1` has the shape of `u0`.
         """
-        problem = ODEProblem(self.field, u0, self.tspan if tspan is None else tspan, p)
-        saveat = self.saveat if saveat is None else saveat
-        regularizers = self.active_regularizers() if regularize else []
-        for regularizer in [] if whole else regularizers:
-            problem, saveat = regularizer.prepare(problem, saveat)
-        solution = self._solve(problem, saveat, regularizers, driven or {}, batch)
-        return self.penalize(solution, regularizers)
+        given = ODEProblem(self.function("field"), u0, self.tspan if tspan is None else tspan, p)
+        with self.ready(given) as problem:
+            saveat = self.saveat if saveat is None else saveat
+            regularizers = self.active_regularizers() if regularize else []
+            for regularizer in [] if whole else regularizers:
+                problem, saveat = regularizer.prepare(problem, saveat)
+            solution = self._solve(problem, saveat, regularizers, driven or {}, batch)
+            return self.penalize(solution, regularizers)
 
     def _solve(
         self,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Generic, Literal, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.layers.neural_de import NeuralDE
+from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import Time
 from pysciml_node.problems.sde import Interpretation, Noise, SDEProblem
 from pysciml_node.problems.state import State
@@ -18,7 +19,7 @@ from pysciml_node.regularizers.base import Regularizer
 from pysciml_node.solutions.solution import Solution
 
 
-class NeuralSDE(NeuralDE):
+class NeuralSDE(NeuralDE[Out], Generic[Out]):
     """Solves `du = drift(t, u) dt + diffusion(t, u) dW` from its input over a fixed interval.
 
     Every call draws a new Brownian path. In training mode the regularizers are evaluated and
@@ -32,6 +33,8 @@ class NeuralSDE(NeuralDE):
         noise: `"diagonal"`, `"scalar"`, `"additive"` or `"general"`.
         interpretation: `"ito"` or `"stratonovich"`.
         generator: draws the seeds of the Brownian paths; default torch's own.
+        output: what a call returns: the `"solution"`, or its end state `"u1"`; `node.penalty` and
+            `node.last` are then of the last call.
         options: `rtol` and `atol` (both 1e-2), `regularizers` (those of local and of all steps'
             estimates), `adjoint`, `saveat` (times of `solution.u`; without it the ends of the
             steps), `engine`, and the other arguments of `solve`, such as `dt0`, `controller` or
@@ -56,6 +59,36 @@ class NeuralSDE(NeuralDE):
 
     usual_tolerance: ClassVar[float] = 1e-2
 
+    @overload
+    def __init__(
+        self: NeuralSDE[Solution],
+        drift: Callable[..., Any],
+        diffusion: Callable[..., Any],
+        algorithm: Algorithm | None = ...,
+        tspan: tuple[Time, Time] = ...,
+        *,
+        noise: Noise = ...,
+        interpretation: Interpretation = ...,
+        generator: torch.Generator | None = ...,
+        output: Literal["solution"] = ...,
+        **options: Unpack[SolverOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: NeuralSDE[Any],
+        drift: Callable[..., Any],
+        diffusion: Callable[..., Any],
+        algorithm: Algorithm | None = ...,
+        tspan: tuple[Time, Time] = ...,
+        *,
+        noise: Noise = ...,
+        interpretation: Interpretation = ...,
+        generator: torch.Generator | None = ...,
+        output: Literal["u1"],
+        **options: Unpack[SolverOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         drift: Callable[..., Any],
@@ -66,9 +99,10 @@ class NeuralSDE(NeuralDE):
         noise: Noise = "diagonal",
         interpretation: Interpretation = "ito",
         generator: torch.Generator | None = None,
+        output: Output = "solution",
         **options: Unpack[SolverOptions],
     ) -> None:
-        super().__init__(algorithm, tspan, options)
+        super().__init__(algorithm, tspan, output, options)
         for name, given in (("drift", drift), ("diffusion", diffusion)):
             if not callable(given):
                 raise TypeError(f"{name} must be callable as {name}(t, u), but is {given!r}.")
@@ -82,6 +116,7 @@ class NeuralSDE(NeuralDE):
         self.noise, self.interpretation = noise, interpretation
         self.generator = generator
 
+    @uncompiled
     def forward(
         self,
         u0: State,
@@ -90,7 +125,7 @@ class NeuralSDE(NeuralDE):
         saveat: Sequence[float] | Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Solution:
+    ) -> Out:
         """Solve from `u0` of shape `(B, *D)`.
 
         Args:
@@ -101,20 +136,23 @@ class NeuralSDE(NeuralDE):
             generator: another source of the path's seed, for this call.
 
         Returns:
-            The solution; `solution.u1` has the shape of `u0`.
+            The solution, whose `u1` has the shape of `u0`; or this end state.
         """
-        problem = SDEProblem(
-            self.drift,
-            self.diffusion,
+        given = SDEProblem(
+            self.function("drift"),
+            self.function("diffusion"),
             u0,
             self.tspan if tspan is None else tspan,
             self.noise,
             self.interpretation,
             p,
         )
-        solution = self.solve(
-            problem,
-            saveat=self.saveat if saveat is None else saveat,
-            generator=self.generator if generator is None else generator,
-        )
-        return self.penalize(solution, self.active_regularizers())
+        with self.ready(given) as problem:
+            solution = self.solve(
+                problem,
+                saveat=self.saveat if saveat is None else saveat,
+                generator=self.generator if generator is None else generator,
+            )
+            self.penalize(solution, self.active_regularizers())
+        found: Out = self.give(solution)
+        return found

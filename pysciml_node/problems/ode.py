@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node import checks
-from pysciml_node.problems.state import State, StateSpec, as_state, tensors_of
+from pysciml_node.problems.state import State, StateSpec, as_state, full_precision, tensors_of
 
 Time = float | Tensor
 VectorField = Callable[..., Any]
@@ -94,7 +94,7 @@ class Problem(checks.Configured):
 
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""
-        checks.settle(self, u0=as_state(self.u0))
+        checks.settle(self, u0=full_precision(as_state(self.u0)))
         checks.settle(self, spec=StateSpec.of(self.u0))
         if self.spec.device.type == "meta":
             raise ValueError(

@@ -58,6 +58,16 @@ def _as_part(part: Any) -> Any:
     return part if found is None else found
 
 
+def full_precision(state: Any) -> Any:
+    """A state in single precision, where autocast has made it one of half precision."""
+
+    def cast(x: Tensor) -> Tensor:
+        halved = x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if halved and torch.is_autocast_enabled(x.device.type) else x
+
+    return map_tensors(cast, state)
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """The structure of a state, and the way to and from its flat vector.

@@ -78,7 +78,7 @@ class GlobalError(_GlobalRegularizer):
 
     def forward(self, solution: Solution) -> Tensor:
         """The penalty, a 0-d tensor."""
-        steps = solution.trajectory.step_estimates()
+        steps = solution.step_estimates()
         return self._over_steps([step.error * step.dt.abs() for step in steps])
 
 
@@ -106,7 +106,7 @@ class GlobalStiffness(_GlobalRegularizer):
     def forward(self, solution: Solution) -> Tensor:
         """The penalty, a 0-d tensor."""
         radius = stability_radius(solution.algorithm)
-        steps = solution.trajectory.step_estimates()
+        steps = solution.step_estimates()
         values = [step.stiffness / radius for step in steps]
         if self.aggregate == "sum":
             values = [v * step.dt.abs() for v, step in zip(values, steps, strict=True)]

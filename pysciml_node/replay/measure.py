@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.steps.autograd import first_derivative
+from pysciml_node.problems.modes import ordinary_modes
+from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs, pull_back
 from pysciml_node.steps.surroundings import Surroundings
@@ -75,13 +76,15 @@ class _Measured(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        (cotangent,) = cotangents
         states = ctx.saved_tensors
         inputs: Inputs = ctx.inputs
-        # The sweep of the solve, which follows, compares the steps.
-        with inputs.sweep(replayed=True):
-            gradients = _pull_back(ctx.measure, inputs, states, cotangent)
-        return (None, None, None, None, *first_derivative(gradients, (*states, *ctx.sources)))
+
+        def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+            # The sweep of the solve, which follows, compares the steps.
+            with torch.no_grad(), ordinary_modes(states[0].device), inputs.sweep(replayed=True):
+                return _pull_back(ctx.measure, inputs, states, cotangent)
+
+        return (None, None, None, None, *pulled(pull, (*states, *ctx.sources), *cotangents))
 
 
 def _pull_back(

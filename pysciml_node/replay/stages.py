@@ -48,7 +48,9 @@ class Method:
         """The method, built once for each dtype and device."""
         key = (id(tableau), dtype, device)
         if key not in cls._known:
-            cls._known[key] = cls(tableau, dtype, device)
+            # Kept for later: not as tensors of inference mode.
+            with torch.inference_mode(False):
+                cls._known[key] = cls(tableau, dtype, device)
         return cls._known[key]
 
     def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:

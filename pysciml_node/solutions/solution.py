@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from pysciml_node import checks
+from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
@@ -195,9 +197,14 @@ class Solution:
         if self.saved is not None:
             return self.saved
         if self._stacked is None:
-            # Stacking the steps' states copies them: only when somebody looks.
-            self._stacked = self.problem.spec.unflatten(self.trajectory.states())
+            self._stacked = self._stack()
         return self._stacked
+
+    @uncompiled
+    def _stack(self) -> Any:
+        # Stacking the steps' states copies them: only when somebody looks.
+        with self._computing():
+            return self.problem.spec.unflatten(self.trajectory.states())
 
     @property
     def success(self) -> bool:
@@ -221,7 +228,18 @@ class Solution:
         Computed when asked for, by replaying the steps; NaN where the method has no estimate.
         Multiply by `|dt|` and compare with the method's `stability_radius`.
         """
-        return self.trajectory.stiffness()
+        with self._computing():
+            return self.trajectory.stiffness()
+
+    @uncompiled
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable.
+
+        Raises:
+            ValueError: the solve's adjoint is a continuous one.
+        """
+        with self._computing():
+            return self.trajectory.step_estimates()
 
     def brownian(self, start: float, end: float) -> Any:
         """Increment `W(end) - W(start)` of the Brownian motions that drove a stochastic solve.
@@ -244,6 +262,7 @@ class Solution:
             )
         return found(start, end)
 
+    @uncompiled
     def local_estimate(
         self,
         t: float,
@@ -270,7 +289,7 @@ class Solution:
         chosen = self.algorithm if algorithm is None else algorithm
         if getattr(chosen, "tableau", None) is None:
             checks.refuse("algorithm", "an algorithm of steps, such as Tsit5()", chosen)
-        with self._gradients():
+        with self._computing():
             return self.trajectory.estimate(t, chosen, stop_gradient, dt)
 
     def step_size(self, t: float) -> float:
@@ -281,6 +300,7 @@ class Solution:
         n = min(max(n, 1), len(times) - 1)
         return abs(times[n] - times[n - 1])
 
+    @uncompiled
     def __call__(self, t: float | Sequence[float] | Tensor) -> Any:
         """Dense output at one time (`u0`'s structure) or at times `(m,)` (a leading `m`).
 
@@ -300,7 +320,7 @@ class Solution:
         for value in times.detach().reshape(-1).tolist():
             self._inside(value, 1e-12 if times.dtype == torch.float64 else 1e-6)
         first, last = sorted((self.trajectory.times[0], self.trajectory.times[-1]))
-        with self._gradients():
+        with self._computing():
             flat = self.trajectory.evaluate(times.reshape(-1).clamp(first, last))
         return self.problem.spec.unflatten(flat if times.ndim else flat[0])
 
@@ -332,9 +352,14 @@ class Solution:
             remedy = f"\n  Did you mean solution.{meant}?" if meant else ""
             raise AttributeError(f"a Solution has no attribute {name!r}.{remedy}")
 
-    def _gradients(self) -> torch.set_grad_enabled:
-        """Gradients as they are outside, but none of a detached solution."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Ordinary modes, with gradients as they are outside, but none of a detached solution."""
+        with (
+            ordinary_modes(self.problem.spec.device),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached),
+        ):
+            yield
 
     def mapped(
         self,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.adjoints import Adjoint, DirectAdjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
+from pysciml_node.problems.modes import solvable, uncompiled
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -31,6 +33,21 @@ from pysciml_node.solving.checks import (
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.members import solve_members
 from pysciml_node.steps.event_gradient import differentiable_event
+
+R = TypeVar("R")
+
+
+def in_ordinary_modes(run: Callable[..., R]) -> Callable[..., R]:
+    """A function like `solve`, run in ordinary modes whatever those of its caller are."""
+
+    @functools.wraps(run)
+    def ordinary(problem: Any, *arguments: Any, **options: Any) -> R:
+        if not isinstance(problem, Problem | EnsembleProblem):
+            return run(problem, *arguments, **options)
+        with solvable(problem, isinstance(options.get("adjoint"), DirectAdjoint)) as ready:
+            return run(ready, *arguments, **options)
+
+    return ordinary
 
 
 @overload
@@ -64,7 +81,9 @@ def solve(
 
 
 # The options of an ensemble are those of a single problem.
+@uncompiled
 @explain_calls
+@in_ordinary_modes
 def solve(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,

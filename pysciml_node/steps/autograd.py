@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.steps.cotangents import Cotangents, Gradients
 from pysciml_node.steps.record import Record
 
 Sweep = Callable[[Record, tuple[Tensor, ...], Cotangents, bool], Gradients]
+Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], tuple[Record, list[Tensor], Tensor]]
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """Passes gradients on; their own derivative is refused."""
+class _Refusing(torch.autograd.Function):
+    """A function whose derivative is refused: gradients, which have none of their own."""
 
     @staticmethod
     @override
-    def forward(ctx: Any, count: int, *gradients_and_inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.clone() for gradient in gradients_and_inputs[:count])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     @override
@@ -31,6 +33,108 @@ class _FirstDerivative(torch.autograd.Function):
             "a second derivative through a solve was asked for, and this adjoint gives only the "
             "first.\n  Use adjoint=DirectAdjoint()."
         )
+
+
+class _FirstDerivative(_Refusing):
+    """Passes gradients on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(count: int, *gradients_and_inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.clone() for gradient in gradients_and_inputs[:count])
+
+
+class _Pulled(_Refusing):
+    """A backward sweep, which `torch.vmap` takes row by row."""
+
+    @staticmethod
+    @override
+    def forward(pull: Pull, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return pull(*cotangents)
+
+    @staticmethod
+    @override
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], pull: Pull, *cotangents: Tensor | None
+    ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+        def again(*row: Tensor | None) -> tuple[Tensor | None, ...]:
+            # Where transforms are nested, a row is a batch of the outer one.
+            found: tuple[Tensor | None, ...] = _Pulled.apply(pull, *row)  # type: ignore[no-untyped-call]
+            return found
+
+        columns = _row_by_row(again, info.batch_size, in_dims[1:], cotangents)
+        return columns, tuple(None if column is None else 0 for column in columns)
+
+
+def _row_by_row(
+    pull: Pull,
+    size: int,
+    dims: Sequence[int | None],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients with a leading batch, from cotangents with a batch at `dims`."""
+    rows = [
+        pull(
+            *(
+                x if x is None or dim is None else x.select(dim, i)
+                for x, dim in zip(cotangents, dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    return tuple(_stacked(column) for column in zip(*rows, strict=True))
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients of one input as a batch, where any row has one."""
+    like = next((row for row in rows if row is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if row is None else row for row in rows])
+
+
+def _is_legacy_batch(x: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The batches of `autograd.grad(is_grads_batched=True)`, which are no transform's."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole: list[Tensor | None] = []
+    dims: list[int | None] = []
+    size = 0
+    for x in cotangents:
+        batched = x is not None and _is_legacy_batch(x)
+        if x is not None and batched:
+            x = torch._remove_batch_dim(x, level, 0, 0)
+            size = x.shape[0]
+        whole.append(x)
+        dims.append(0 if batched else None)
+    return tuple(
+        None if column is None else torch._add_batch_dim(column, 0, level)
+        for column in _row_by_row(pull, size, dims, whole)
+    )
+
+
+def pulled(
+    pull: Pull, inputs: tuple[Tensor | None, ...], *cotangents: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients from cotangents, row by row where there is a batch of them; first derivatives.
+
+    Args:
+        pull: gradients of a solve's inputs from cotangents of its outputs.
+        inputs: what they depend on.
+        cotangents: as `backward` was given them.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return first_derivative(_Pulled.apply(pull, *cotangents), inputs)  # type: ignore[no-untyped-call]
+    if any(x is not None and _is_legacy_batch(x) for x in cotangents):
+        # The graph of these batches is that of the tensors inside.
+        return _by_legacy_rows(lambda *row: first_derivative(pull(*row), inputs), cotangents)
+    return first_derivative(pull(*cotangents), inputs)
 
 
 def first_derivative(
@@ -92,23 +196,24 @@ class SolveNode(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        states = ctx.saved_tensors[: ctx.count]
-        sources = (*ctx.saved_tensors[ctx.count :], *ctx.inputs)
+        # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
+        kept = ctx.saved_tensors
+        states, sources = kept[: ctx.count], (*kept[ctx.count :], *ctx.inputs)
         # A failed solve may have been cut back to its last good state.
-        kept = len(ctx.record.times)
-        states = states[:kept]
-        arriving = Cotangents(cotangents[0], [None, *cotangents[1:kept]])
-        with_times = any(ctx.needs_input_grad[4:7])
-        with torch.no_grad():
-            found = ctx.sweep(ctx.record, states, arriving, with_times)
+        states = states[: len(ctx.record.times)]
+        wanted = ctx.needs_input_grad[4:7]
+
+        def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
+            arriving = Cotangents(saved, [None, *at_steps[: len(states) - 1]])
+            with torch.no_grad(), ordinary_modes(states[0].device):
+                found = ctx.sweep(ctx.record, states, arriving, any(wanted))
             times = [
-                gradient.reshape(time.shape) if gradient is not None and wanted else None
-                for gradient, time, wanted in zip(
-                    (found.t0, found.t1, found.saveat),
-                    sources,
-                    ctx.needs_input_grad[4:7],
-                    strict=False,
+                gradient.reshape(time.shape) if gradient is not None and needed else None
+                for gradient, time, needed in zip(
+                    (found.t0, found.t1, found.saveat), sources, wanted, strict=False
                 )
             ]
-        gradients = (found.u0, *times, None, *found.inputs)
-        return (None, None, None, *first_derivative(gradients, (states[0], *sources)))
+            return (found.u0, *times, None, *found.inputs)
+
+        gradients = pulled(pull, (states[0], *sources), *cotangents)
+        return (None, None, None, *gradients)

@@ -61,7 +61,9 @@ class SDEMethod:
         """The method, built once for each dtype and device."""
         key = (id(tableau), delta, dtype, device)
         if key not in cls._known:
-            cls._known[key] = cls(tableau, delta, dtype, device)
+            # Kept for later: not as tensors of inference mode.
+            with torch.inference_mode(False):
+                cls._known[key] = cls(tableau, delta, dtype, device)
         return cls._known[key]
 
 

@@ -1,0 +1,47 @@
+"""Fields that take the state alone, such as an `nn.Sequential`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from pysciml_node.checks import takes
+
+
+class Autonomous(nn.Module):
+    """A field that does not see the time, `f(t, u) = inner(u)`.
+
+    Args:
+        inner: the module that takes the state alone.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, t: Tensor, u: Any, p: Any = None) -> Any:
+        """The derivative at `u`.
+
+        Raises:
+            ValueError: there is a `p`, which the module could not see.
+        """
+        return _without_time(self.inner, t, u, p)
+
+
+def _without_time(inner: Callable[[Any], Any], t: Tensor, u: Any, p: Any = None) -> Any:
+    if p is not None:
+        raise ValueError(
+            "p was given, but the field takes one argument, the state.\n"
+            "  Write it as field(t, u, p), or leave p out."
+        )
+    return inner(u)
+
+
+def with_time(field: Callable[..., Any]) -> Callable[..., Any]:
+    """A field as a function of time and state, where by its signature it takes the state alone."""
+    if takes(field, 2) or not takes(field, 1):
+        return field
+    return Autonomous(field) if isinstance(field, nn.Module) else partial(_without_time, field)
