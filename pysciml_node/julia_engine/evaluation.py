@@ -11,7 +11,7 @@ from typing_extensions import override
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import CODES, device_code, pointer
 from pysciml_node.julia_engine.process.handles import Handle
-from pysciml_node.steps.autograd import first_derivative
+from pysciml_node.steps.autograd import pulled
 
 
 def evaluate(field: Handle, t: Tensor, u: Tensor, p: Tensor, packages: tuple[str, ...]) -> Tensor:
@@ -47,12 +47,15 @@ class _Evaluate(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         t, u, p = ctx.saved_tensors
         runtime.require(*ctx.packages)
-        v = cotangents[0].contiguous()
-        u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
-        p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
-        gradients = (t.new_tensor(t_bar), u_bar, p_bar)
-        return (None, None, *first_derivative(gradients, (t, u, p)))
+
+        def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
+            u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
+            p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            v = cotangent.contiguous()
+            t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
+            return t.new_tensor(t_bar), u_bar, p_bar
+
+        return (None, None, *pulled(pull, (t, u, p), *cotangents))
 
 
 def _call_at(entry: str, field: Handle, t: Tensor, u: Tensor, p: Tensor, *rest: Tensor) -> Any:

@@ -21,11 +21,12 @@ from pysciml_node.algorithms.controllers import (
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution, Stats
-from pysciml_node.steps.autograd import first_derivative
+from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import TimeCotangents
 from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
@@ -66,7 +67,7 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
         raise _refusal("transforms of torch.func")
     if torch.autograd.forward_ad._current_level >= 0:
         raise _refusal("forward-mode derivatives")
-    if torch.is_autocast_enabled("cpu"):
+    if isinstance(problem.f, InModes):
         raise _refusal("autocast")
 
 
@@ -160,22 +161,26 @@ class _Node(torch.autograd.Function):
         flight = dataclasses.replace(ctx.flight, ends=ends)
         wanted = ctx.needs_input_grad[2:]
         with_times = any(wanted[1:4])
-        saved, steps, last = cotangents
-        swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
-        stats = solve.stats
-        stats.nfe_backward += swept.nfe
-        stats.nvjp += swept.nfe
-        stats.naccept_backward += swept.steps
-        times: list[Tensor | None] = [None, None, None]
-        if with_times:
-            times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
-        found = [
-            bar.to(source).reshape(source.shape) if needed and bar is not None else None
-            for bar, source, needed in zip(
-                (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
+
+        def pull(
+            saved: Tensor | None, steps: Tensor | None, last: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
+            stats = solve.stats
+            stats.nfe_backward += swept.nfe
+            stats.nvjp += swept.nfe
+            stats.naccept_backward += swept.steps
+            times: list[Tensor | None] = [None, None, None]
+            if with_times:
+                times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
+            return tuple(
+                bar.to(source).reshape(source.shape) if needed and bar is not None else None
+                for bar, source, needed in zip(
+                    (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
+                )
             )
-        ]
-        return (None, None, *first_derivative(tuple(found), (ends, *sources)))
+
+        return (None, None, *pulled(pull, (ends, *sources), *cotangents))
 
 
 def _time_gradients(
