@@ -27,11 +27,10 @@ def pull_back(
         ValueError: the outputs have no graph, or it was freed by an earlier backward.
     """
     if not outputs.requires_grad:
-        msg = (
-            "curvature needs the graph of the outputs, but they do not require a gradient: pass "
-            "the solution of a solve made with gradients enabled, not detached"
+        raise ValueError(
+            "curvature needs the graph of the outputs, but they do not require a gradient.\n"
+            "  Pass the solution of a solve made with gradients enabled, not detached."
         )
-        raise ValueError(msg)
     try:
         products = torch.autograd.grad(
             outputs,
@@ -45,12 +44,11 @@ def pull_back(
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
-        msg = (
-            "the graph of the outputs was freed by loss.backward(): call "
-            "loss.backward(retain_graph=True), or pass step() a closure that returns "
-            "(loss, solution) and does not call backward"
-        )
-        raise ValueError(msg) from error
+        raise ValueError(
+            "the graph of the outputs was freed by loss.backward().\n"
+            "  Call loss.backward(retain_graph=True), or pass step() a closure that returns "
+            "(loss, solution) and does not call backward."
+        ) from error
     return list(products)
 
 
@@ -227,12 +225,11 @@ class GaussNewton:
                 cotangent, pulled = self._double
                 (tangent,) = torch.autograd.grad(pulled, cotangent, vector, retain_graph=True)
         except RuntimeError as error:
-            msg = (
+            raise ValueError(
                 "jvp='double-backward' needs outputs that can be differentiated twice, which this "
                 f"solve's adjoint does not allow ({error}).\n"
                 "  Solve with adjoint=psn.DirectAdjoint(), or use jvp='finite-difference'."
-            )
-            raise ValueError(msg) from error
+            ) from error
         return tangent
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
+
+from pysciml_node.checks import choice, keywords
 
 Curvature: TypeAlias = Literal["terminal", "diagonal", "gauss-newton"]
 Safeguard: TypeAlias = Literal["none", "bound", "backtracking", "gain-ratio"]
@@ -35,25 +37,65 @@ SHARED = (
 )
 
 
+class CurvatureOptions(TypedDict, total=False):
+    """How a curvature is measured and how far its step is trusted.
+
+    Args:
+        safeguard: what keeps a step from going too far; default by curvature, see `SAFEGUARDS`.
+        damping: added to the curvature in its own units; default by curvature, see `DAMPING`.
+        beta: weight of the past in the diagonal's running average, in [0, 1).
+        probes: random signs a step for the diagonal.
+        jvp: how gauss-newton gets `J v`.
+        fd_step: length of its difference relative to `1 + |theta|`.
+        cg_steps: its conjugate gradient steps at most.
+        cg_rtol: their relative residual.
+        max_trials: steps tried before the safeguard gives up.
+    """
+
+    safeguard: Safeguard | None
+    damping: float | None
+    beta: float
+    probes: int
+    jvp: JacobianProduct
+    fd_step: float | None
+    cg_steps: int
+    cg_rtol: float
+    max_trials: int
+
+
+USUAL: CurvatureOptions = {
+    "safeguard": None,
+    "damping": None,
+    "beta": 0.95,
+    "probes": 1,
+    "jvp": "finite-difference",
+    "fd_step": None,
+    "cg_steps": 20,
+    "cg_rtol": 1e-3,
+    "max_trials": 10,
+}
+
+
 def resolve_defaults(
-    options: dict[str, Any], generator: torch.Generator | None = None
+    given: dict[str, Any], options: CurvatureOptions, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
     """Fill in what depends on the curvature, and draw the seed of the probes.
 
     Args:
-        options: the constructor's arguments.
+        given: the constructor's own arguments.
+        options: those of the curvature.
         generator: source of the seed; used for `"diagonal"` alone.
 
     Returns:
         The defaults of every parameter group.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: the curvature is unknown.
     """
-    curvature = options["curvature"]
-    if curvature not in SAFEGUARDS:
-        raise ValueError(f"curvature must be one of {tuple(SAFEGUARDS)}, but is {curvature!r}")
-    resolved = dict(options)
+    keywords("VarianceCorrected", options, USUAL)
+    curvature = choice("curvature", given["curvature"], SAFEGUARDS)
+    resolved: dict[str, Any] = {**given, **USUAL, **options}
     if resolved["safeguard"] is None:
         resolved["safeguard"] = SAFEGUARDS[curvature][0]
     if resolved["damping"] is None:
@@ -96,13 +138,12 @@ def check_group(group: dict[str, Any]) -> None:
     )
     for holds, name, expected in rules:
         if not holds:
-            raise ValueError(f"{name} must be {expected}, but is {group[name]!r}")
+            raise ValueError(f"{name} must be {expected}, but is {group[name]!r}.")
     if curvature != "terminal" and any(p.is_complex() for p in group["params"]):
-        msg = (
-            f"curvature={curvature!r} needs real parameters, but one is complex: "
-            "pass its real view (torch.view_as_real), or use curvature='terminal'"
+        raise ValueError(
+            f"curvature={curvature!r} needs real parameters, but one is complex.\n"
+            "  Pass its real view (torch.view_as_real), or use curvature='terminal'."
         )
-        raise ValueError(msg)
 
 
 def check_uniform(groups: Sequence[dict[str, Any]]) -> None:
@@ -114,19 +155,17 @@ def check_uniform(groups: Sequence[dict[str, Any]]) -> None:
     for name in SHARED:
         values = {group[name] for group in groups}
         if len(values) > 1:
-            msg = (
+            raise ValueError(
                 f"{name} must agree in all parameter groups, but takes the values "
-                f"{sorted(map(repr, values))}: use one optimizer for each"
+                f"{sorted(map(repr, values))}.\n  Use one optimizer for each."
             )
-            raise ValueError(msg)
     if groups[0]["curvature"] == "gauss-newton":
         kinds = {(p.dtype, p.device) for group in groups for p in group["params"]}
         if len(kinds) > 1:
-            msg = (
+            raise ValueError(
                 "gauss-newton solves for all parameters at once and needs one dtype and device, "
-                f"but got {sorted(map(str, kinds))}"
+                f"but got {sorted(map(str, kinds))}.\n  Use one optimizer for each."
             )
-            raise ValueError(msg)
 
 
 def _is_count(value: object) -> bool:

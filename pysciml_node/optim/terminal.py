@@ -44,11 +44,10 @@ def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
     """
     leaves = list(tensors_of(source if isinstance(source, Tensor) else getattr(source, "u1", None)))
     if not leaves:
-        msg = (
+        raise TypeError(
             "expected a solution (an object with u1 and problem.tspan) or a tensor (B, *D), "
-            f"but got {type(source).__name__}"
+            f"but got {type(source).__name__}."
         )
-        raise TypeError(msg)
     rows = [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
@@ -77,31 +76,28 @@ def terminal_moments(
     if horizon is None:
         tspan = getattr(getattr(solution, "problem", None), "tspan", None)
         if tspan is None:
-            msg = (
-                "the horizon is unknown: pass solution=sol (an object with u1 and problem.tspan), "
-                "or horizon= as a number"
+            raise ValueError(
+                "the horizon is unknown.\n"
+                "  Pass solution=sol (with u1 and problem.tspan), or horizon= as a number."
             )
-            raise ValueError(msg)
         t0, t1 = (float(end.detach() if isinstance(end, Tensor) else end) for end in tspan)
         horizon = abs(t1 - t0)
     if second_moment is None:
         if solution is None:
-            msg = (
-                "the terminal second moment is unknown: pass solution=sol, or second_moment= as a "
-                "number"
+            raise ValueError(
+                "the terminal second moment is unknown.\n"
+                "  Pass solution=sol, or second_moment= as a number."
             )
-            raise ValueError(msg)
         state = terminal_state(solution).detach()
         second_moment = state.abs().square().sum(dim=1).mean()
     horizon, second_moment = float(horizon), float(second_moment)
     for name, value in (("horizon", horizon), ("second_moment", second_moment)):
         if not (math.isfinite(value) and value > 0):
-            msg = (
+            raise ValueError(
                 f"{name} must be positive and finite, but is {value}.\n"
                 "  A moment of zero or infinity means that the flow collapsed or blew up: start "
                 "from parameters closer to zero, or shorten the horizon."
             )
-            raise ValueError(msg)
     return horizon, second_moment
 
 
