@@ -1,9 +1,10 @@
 """The modes that torch may be in where a solve is called, and what a solve makes of them.
 
-Inference mode and autocast are for the user's field, not for the solver's own sums: the solver
-leaves them, and the field is evaluated in the autocast that it was solved in, in the forward pass
-and in every replay. `torch.compile` leaves a solve out. Transforms of `torch.func` and derivatives
-in forward mode go through a solve whose every operation is recorded, and are refused elsewhere.
+Inference mode, autocast and a default device are for the user's field, not for the solver's own
+sums: the solver leaves them, and the field is evaluated in the autocast and with the default device
+that it was solved in, in the forward pass and in every replay. `torch.compile` leaves a solve out.
+Transforms of `torch.func` and derivatives in forward mode go through a solve whose every operation
+is recorded, and are refused elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.autograd import forward_ad
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import Problem
-from pysciml_node.problems.state import map_tensors, tensors_of
+from pysciml_node.problems.state import map_tensors, refuse_batched, refuse_vmap, tensors_of
 
 P = TypeVar("P", bound=Problem | EnsembleProblem)
 R = TypeVar("R")
@@ -34,29 +35,41 @@ _FUNCTIONS = ("f", "drift", "diffusion")
 
 
 @dataclass(frozen=True)
-class Autocast:
-    """The autocast of a place in a program.
+class Surrounding:
+    """The modes of a place in a program that matter to a field.
 
     Args:
-        device_type: whose operations it is for.
-        dtype: what they are cast to.
+        device_type: of the state; autocast is for operations there.
+        autocast: what they are cast to, or `None` where it is off.
+        default_device: where new tensors are made, or `None` on the CPU.
     """
 
     device_type: str
-    dtype: torch.dtype
+    autocast: torch.dtype | None
+    default_device: torch.device | None
 
     @classmethod
-    def now(cls, device: torch.device) -> Autocast | None:
-        """That of the caller, or `None` where it is off."""
+    def now(cls, device: torch.device) -> Surrounding | None:
+        """That of the caller, or `None` where nothing is out of the ordinary."""
         kind = device.type
-        if not torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        default = torch.get_default_device()
+        if autocast is None and default.type == "cpu":
             return None
-        return cls(kind, torch.get_autocast_dtype(kind))
+        return cls(kind, autocast, None if default.type == "cpu" else default)
 
-    def entered(self) -> torch.autocast:
-        """The context in which it is on again."""
-        # No cache: a weight that was cast without gradients would be found by the replay.
-        return torch.autocast(self.device_type, self.dtype, cache_enabled=False)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The context in which all is as it was."""
+        with ExitStack() as stack:
+            if self.autocast is not None:
+                # No cache: a weight cast without gradients would be found by the replay.
+                stack.enter_context(
+                    torch.autocast(self.device_type, self.autocast, cache_enabled=False)
+                )
+            if self.default_device is not None:
+                stack.enter_context(self.default_device)
+            yield
 
 
 @dataclass(frozen=True)
@@ -66,35 +79,44 @@ class InModes:
     Args:
         function: the user's.
         dtype: the state's; outputs of the autocast's precision are cast to it.
-        autocast: the autocast to evaluate it in.
+        surrounding: the modes to evaluate it in, where they are not the ordinary ones.
         check: looks at each tensor that it returns.
     """
 
     function: Callable[..., Any]
     dtype: torch.dtype
-    autocast: Autocast | None
+    surrounding: Surrounding | None
     check: Check | None
+
+    @property
+    def autocast(self) -> bool:
+        """Whether it runs in low precision."""
+        return self.surrounding is not None and self.surrounding.autocast is not None
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns, in the state's precision."""
-        if self.autocast is None:
+        if self.surrounding is None:
             out = self.function(*arguments)
         else:
-            with self.autocast.entered():
+            with self.surrounding.entered():
                 out = self.function(*arguments)
-            out = map_tensors(self._cast, out)
+            if self.autocast:
+                out = map_tensors(self._cast, out)
         if self.check is not None:
             for x in tensors_of(out):
                 self.check(x)
         return out
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if self.autocast and x.dtype == self.autocast.dtype else x
+        halved = self.surrounding is not None and x.dtype == self.surrounding.autocast
+        return x.to(self.dtype) if halved else x
 
 
 @contextmanager
 def ordinary_modes(device: torch.device) -> Iterator[None]:
-    """Neither inference mode nor autocast, for the solver's own operations and what it keeps.
+    """Neither inference mode nor autocast nor another default device than the CPU.
+
+    They are not for the solver's own operations and what it keeps.
 
     Gradients stay as they are outside: inference mode has none.
     """
@@ -104,6 +126,8 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         yield
 
 
@@ -119,7 +143,7 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
         RuntimeError: a transform is active that does not go through, or an export.
     """
     device = (problem.problem if isinstance(problem, EnsembleProblem) else problem).spec.device
-    autocast = Autocast.now(device)
+    surrounding = Surrounding.now(device)
     if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
         raise RuntimeError(
             "a solve cannot be exported or traced: its steps depend on the values, and a recording "
@@ -133,14 +157,14 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
         )
     check = None
     if torch._C._are_functorch_transforms_active():
-        check = _refuse_batched
+        check = refuse_batched
         if not forward_mode and torch.is_grad_enabled() and _inside_vmap():
-            _refuse_vmap()
+            refuse_vmap()
     with ordinary_modes(device):
-        yield _in_modes(problem, autocast, check)
+        yield _in_modes(problem, surrounding, check)
 
 
-def _in_modes(problem: P, autocast: Autocast | None, check: Check | None) -> P:
+def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) -> P:
     given: Any = problem
     changes: dict[str, Any] = {}
     for name in ("u0", "tspan", "p"):
@@ -152,38 +176,22 @@ def _in_modes(problem: P, autocast: Autocast | None, check: Check | None) -> P:
             for x in tensors:
                 check(x)
     if isinstance(problem, EnsembleProblem):
-        inner = _in_modes(problem.problem, autocast, check)
+        inner = _in_modes(problem.problem, surrounding, check)
         if inner is not problem.problem:
             changes["problem"] = inner
-    elif autocast is not None or check is not None:
+    elif surrounding is not None or check is not None:
         # Behind the wrapper it does not show what they take.
         problem.check_arguments()
         for name in _FUNCTIONS:
             function = given.__dict__.get(name)
             if function is not None and not isinstance(function, InModes):
-                changes[name] = InModes(function, problem.spec.dtype, autocast, check)
+                changes[name] = InModes(function, problem.spec.dtype, surrounding, check)
     return cast(P, dataclasses.replace(given, **changes)) if changes else problem
-
-
-def _refuse_batched(x: Tensor) -> None:
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            _refuse_vmap()
-        x = functorch.get_unwrapped(x)
 
 
 def _inside_vmap() -> bool:
     interpreters = torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
     return any(each.key() == torch._C._functorch.TransformType.Vmap for each in interpreters)
-
-
-def _refuse_vmap() -> NoReturn:
-    raise RuntimeError(
-        "a solve was called inside torch.vmap, but its steps depend on the values that vmap "
-        "hides.\n  Use EnsembleProblem(problem, u0=..., p=...), whose members have steps of their "
-        "own, or solve the batch as one u0."
-    )
 
 
 def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:

@@ -12,7 +12,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node import checks
-from pysciml_node.problems.state import State, StateSpec, as_state, full_precision, tensors_of
+from pysciml_node.problems.state import (
+    State,
+    StateSpec,
+    as_state,
+    full_precision,
+    refuse_batched,
+    tensors_of,
+)
 
 Time = float | Tensor
 VectorField = Callable[..., Any]
@@ -25,6 +32,7 @@ def _check_time(name: str, value: Any) -> float:
                 f"{name} must be one real number, but is a tensor of shape {tuple(value.shape)} "
                 f"and dtype {value.dtype}."
             )
+        refuse_batched(value)
         value = value.reshape(())
     return checks.number(name, value)
 

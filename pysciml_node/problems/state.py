@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,24 @@ def full_precision(state: Any) -> Any:
         return x.float() if halved and torch.is_autocast_enabled(x.device.type) else x
 
     return map_tensors(cast, state)
+
+
+def refuse_batched(x: Tensor) -> None:
+    """Refuse a tensor that `torch.vmap` has made a batch of."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            refuse_vmap()
+        x = functorch.get_unwrapped(x)
+
+
+def refuse_vmap() -> NoReturn:
+    """Refuse a solve inside `torch.vmap`."""
+    raise RuntimeError(
+        "a solve was called inside torch.vmap, but its steps depend on the values that vmap "
+        "hides.\n  Use EnsembleProblem(problem, u0=..., p=...), whose members have steps of their "
+        "own, or solve the batch as one u0."
+    )
 
 
 @dataclass(frozen=True)

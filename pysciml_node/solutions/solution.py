@@ -312,7 +312,7 @@ class Solution:
         else:
             number = checks.as_float(t)
             listed = checks.numbers("t", t) if number is None else number
-            times = torch.tensor(listed, dtype=torch.float64)
+            times = torch.tensor(listed, dtype=torch.float64, device="cpu")
         if times.ndim > 1:
             raise ValueError(f"t must be a number or one-dimensional, but has {times.ndim} axes.")
         if not times.numel():

@@ -77,7 +77,7 @@ def pull_back(value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> lis
     which take a third of the time of a small field. The graph is kept, because parts of it may be
     the caller's own (a hidden tensor that something has computed).
     """
-    if not value.requires_grad:
+    if not (inputs and value.requires_grad):
         return [None] * len(inputs)
     backward = Variable._execution_engine.run_backward
     found: Sequence[Tensor | None] = backward(

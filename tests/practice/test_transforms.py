@@ -203,6 +203,8 @@ def test_vmap_is_refused_in_favour_of_ensembles(adjoint: psn.Adjoint) -> None:
         torch.vmap(lambda k: flow(U0, adjoint, lambda t, u: -k * u).u1)(U0)
     with pytest.raises(RuntimeError, match="EnsembleProblem"):
         torch.vmap(lambda k: psn.NeuralODE(lambda t, u: -k * u, adjoint=adjoint)(U0).u1)(U0)
+    with pytest.raises(RuntimeError, match="EnsembleProblem"):
+        torch.vmap(lambda t1: psn.solve(psn.ODEProblem(linear, U0, (0.0, t1))).u1)(U0)
 
 
 def test_a_solve_that_depends_on_nothing_batched_is_the_same_for_all() -> None:

@@ -68,7 +68,7 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
     if torch.autograd.forward_ad._current_level >= 0:
         raise _refusal("forward-mode derivatives")
     if isinstance(problem.f, InModes):
-        raise _refusal("autocast")
+        raise _refusal("autocast" if problem.f.autocast else "a default device")
 
 
 def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]:
