@@ -215,7 +215,7 @@ class Work:
             forward, sweep, keep, self.u0, t0, t1, options.saveat_tensor, False, *field.inputs
         )
         if isinstance(field, CallbackField):
-            field.linearizer.surroundings.settle()
+            field.linearizer.captured.settle()
         return found
 
     def dense(

@@ -39,6 +39,8 @@ class JuliaParts(Parts):
         algorithm: of the solve.
     """
 
+    watches = False
+
     def __init__(self, algorithm: StochasticRungeKutta) -> None:
         self._algorithm = algorithm
         self._gradients = torch.is_grad_enabled()

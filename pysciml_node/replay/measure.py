@@ -55,6 +55,7 @@ def measure_steps(measure: Measure, states: Sequence[Tensor], surroundings: Surr
             if inputs.watch is not None:
                 inputs.watch(row)
             rows[n] = row.detach()
+        inputs.settle()
     found: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
         measure, inputs, rows, len(states), *states, *inputs.inputs
     )

@@ -149,7 +149,6 @@ class DifferentiableField:
                 problem.p,
             )
         (self.k0,) = self.captured.first
-        field.watch = self.captured.watch
 
     @property
     def nfe(self) -> int:

@@ -141,11 +141,24 @@ class Inputs:
             elif surroundings.still_hold(x):
                 self.doubtful[edge] = x
         self.suspects: list[str] = []
-        self._found = found
+        self._found = [
+            x for x in found if id(x) in {id(y) for y in (*self.inputs, *self.doubtful.values())}
+        ]
         self.leaves = self.inputs
         self._stops: set[Edge] | None = None
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
+
+    def settle(self) -> None:
+        """Called when the solve has run: what it has not used so far is no input."""
+        self._surroundings.settle()
+        used = {id(x) for x in self.inputs}
+        unused = [x for x in self._found if id(x) not in used]
+        if unused:
+            # They would hold on to what has computed them, and to the solves in there.
+            self._surroundings.forget(unused)
+            self._found = [x for x in self._found if id(x) in used]
+        self.doubtful = {}
 
     @property
     def watch(self) -> Callable[[Tensor], None] | None:

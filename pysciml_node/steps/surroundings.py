@@ -13,21 +13,20 @@ import functools
 import sys
 import threading
 import types
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
+from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
-
-StandIns = Mapping[int, Tensor]
-"""What takes the place of tensors, by their ids."""
+from pysciml_node.solutions.ensemble import EnsembleSolution
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
+from pysciml_node.steps.record import Recorded
 
 # Objects looked at, and entries of a list or dict looked through: what lies beyond is left to the
 # check of every evaluation.
@@ -40,7 +39,6 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "scipy", "py
 }
 # Instances of the standard library that are plain holders of others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
-_MISSING = object()
 
 # A sweep that puts other values into places excludes the solves of other threads meanwhile.
 _lock = threading.RLock()
@@ -59,215 +57,6 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(_names(constant)))
     return tuple(names)
-
-
-def _substituted(value: Any, stand_ins: StandIns) -> Any:
-    """A value with stand-ins for its tensors; containers that can be changed are left alone."""
-    if isinstance(value, Tensor):
-        return stand_ins.get(id(value), value)
-    if isinstance(value, tuple):
-        parts = [_substituted(part, stand_ins) for part in value]
-        if all(map(is_, parts, value)):
-            return value
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def _holds(value: Any, wanted: int) -> bool:
-    if isinstance(value, tuple):
-        return any(_holds(part, wanted) for part in value)
-    return id(value) == wanted
-
-
-class _Place(ABC):
-    """Somewhere that holds values a field can reach."""
-
-    name: str
-
-    @abstractmethod
-    def changed(self) -> bool:
-        """Whether it holds other objects now."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Leave alone from now on what has changed: the field changes it itself."""
-
-    @abstractmethod
-    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        """Put back what it held, with stand-ins; returns what undoes that."""
-
-    @abstractmethod
-    def values(self) -> Iterable[Any]:
-        """What it holds now."""
-
-
-class _Names(_Place):
-    """Entries of a dict: attributes of an object, globals of a function, a dict of the user's.
-
-    Args:
-        owner: the dict.
-        seen: what it held.
-        name: of the whole.
-        whole: whether other entries would matter too.
-    """
-
-    __slots__ = ("name", "own", "owner", "seen", "whole")
-
-    def __init__(
-        self, owner: dict[Any, Any], seen: dict[Any, Any], name: str, whole: bool = True
-    ) -> None:
-        self.owner, self.seen, self.name, self.whole = owner, seen, name, whole
-        self.own: set[Any] = set()
-
-    @override
-    def changed(self) -> bool:
-        owner, seen = self.owner, self.seen
-        if self.whole and len(owner) == len(seen) and all(map(is_, owner.values(), seen.values())):
-            return False
-        return any(True for _ in self._differences({}))
-
-    def _differences(self, stand_ins: StandIns) -> Iterator[tuple[Any, Any]]:
-        """Keys whose value has to change, with the value; `_MISSING` for those to leave out."""
-        owner = self.owner
-        for key, value in self.seen.items():
-            wanted = _substituted(value, stand_ins) if stand_ins else value
-            if owner.get(key, _MISSING) is not wanted:
-                yield key, wanted
-        if self.whole and len(owner) > len(self.seen):
-            for key in [k for k in owner if k not in self.seen and k not in self.own]:
-                yield key, _MISSING
-
-    @override
-    def settle(self) -> None:
-        for key, _ in [*self._differences({})]:
-            self.seen.pop(key, None)
-            self.own.add(key)
-
-    @override
-    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        owner = self.owner
-        if not stand_ins and not self.changed():
-            return None
-        differences = [*self._differences(stand_ins)]
-        if not differences:
-            return None
-        before = [(key, owner.get(key, _MISSING)) for key, _ in differences]
-        # The order of a dict is part of what a field sees: keep it where keys come and go.
-        order = list(owner) if any(_MISSING in pair for pair in (*differences, *before)) else None
-
-        def undo() -> None:
-            _write(owner, before)
-            if order is not None:
-                _reorder(owner, order)
-
-        _write(owner, differences)
-        if order is not None and self.whole:
-            _reorder(owner, list(self.seen))
-        return undo
-
-    @override
-    def values(self) -> Iterable[Any]:
-        owner = self.owner
-        return [owner[key] for key in self.seen if key in owner]
-
-
-def _write(owner: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
-    for key, value in entries:
-        if value is _MISSING:
-            owner.pop(key, None)
-        else:
-            owner[key] = value
-
-
-def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
-    """Put the keys into an order, others last."""
-    rest = dict(owner)
-    for key in [*(k for k in order if k in rest), *(k for k in rest if k not in order)]:
-        value = owner.pop(key)
-        owner[key] = value
-
-
-class _Items(_Place):
-    """The items of a list or deque."""
-
-    __slots__ = ("name", "owner", "seen")
-
-    def __init__(self, owner: list[Any] | deque[Any], name: str) -> None:
-        self.owner, self.name = owner, name
-        self.seen: list[Any] | None = list(owner)
-
-    @override
-    def changed(self) -> bool:
-        owner, seen = self.owner, self.seen
-        if seen is None:
-            return False
-        return len(owner) != len(seen) or not all(map(is_, owner, seen))
-
-    @override
-    def settle(self) -> None:
-        if self.changed():
-            self.seen = None
-
-    @override
-    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        owner = self.owner
-        if self.seen is None or not (stand_ins or self.changed()):
-            return None
-        wanted = [_substituted(value, stand_ins) for value in self.seen]
-        if len(wanted) == len(owner) and all(map(is_, wanted, owner)):
-            return None
-        before = list(owner)
-
-        def undo() -> None:
-            owner.clear()
-            owner.extend(before)
-
-        owner.clear()
-        owner.extend(wanted)
-        return undo
-
-    @override
-    def values(self) -> Iterable[Any]:
-        return () if self.seen is None else self.owner
-
-
-class _Single(_Place):
-    """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
-
-    __slots__ = ("_get", "_set", "name", "own", "seen")
-
-    def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str
-    ) -> None:
-        self._get, self._set, self.seen, self.name = get, put, seen, name
-        self.own = False
-
-    @override
-    def changed(self) -> bool:
-        return not self.own and self._get() is not self.seen
-
-    @override
-    def settle(self) -> None:
-        self.own = self.changed()
-
-    @override
-    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        if self.own:
-            return None
-        wanted, before = _substituted(self.seen, stand_ins), self._get()
-        if wanted is before:
-            return None
-        put = self._set
-
-        def undo() -> None:
-            put(before)
-
-        put(wanted)
-        return undo
-
-    @override
-    def values(self) -> Iterable[Any]:
-        return () if self.own else (self._get(),)
 
 
 class Surroundings:
@@ -293,8 +82,10 @@ class Surroundings:
         self.names: dict[int, str] = {}
         self.generators: list[torch.Generator] = []
         self._written: list[Tensor] = []
-        self._places: list[_Place] = []
-        # Keeps what was visited alive, so that ids stay their own.
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._places: list[Place] = []
+        self._met_apart = False
+        # Keeps what is visited alive, so that ids stay their own.
         self._visited: dict[int, Any] = {}
         self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[Callable[[Surroundings, Any, str], None], Any, str]] = deque()
@@ -303,6 +94,10 @@ class Surroundings:
             while self._todo:
                 visit, value, name = self._todo.popleft()
                 visit(self, value, name)
+        self._visited = {}
+        if self._met_apart:
+            # A solution kept in an attribute would hold the one before it, and so on.
+            self._forget(lambda value: isinstance(value, _APART))
         self._versions = [_version(x) for x in self.tensors]
 
     # The walk.
@@ -326,28 +121,32 @@ class Surroundings:
     def _attributes(self, owner: dict[Any, Any], prefix: str) -> None:
         """All entries of a dict whose keys are names."""
         seen = owner.copy()
-        self._places.append(_Names(owner, seen, prefix))
+        self._places.append(Names(owner, seen, prefix))
         for key, value in seen.items():
             # Most entries hold nothing: a name is not made for them.
-            if value is not None and _visitors.get(type(value), _MISSING) is not None:
+            if value is not None and _visitors.get(type(value), MISSING) is not None:
                 self._see(value, f"{prefix}{key}")
 
     def _tensor(self, value: Tensor, name: str) -> None:
         self.tensors.append(value)
         self.names[id(value)] = name
 
+    def _apart(self, value: Any, name: str) -> None:
+        self._met_apart = True
+
     def _generator(self, value: torch.Generator, name: str) -> None:
         self.generators.append(value)
 
     def _module(self, value: nn.Module, name: str) -> None:
         self._class(type(value), name)
+        self._modules.append((name, value))
         if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
             # Torch does not count these changes as such.
             self._written += [x for x in (value.running_mean, value.running_var) if x is not None]
         # Found by the names of the user's attributes: `f.net.0.weight`.
         own = value.__dict__
         seen = own.copy()
-        self._places.append(_Names(own, seen, f"{name}."))
+        self._places.append(Names(own, seen, f"{name}."))
         for key, held in seen.items():
             if type(held) in _EMPTY and not held:
                 continue
@@ -368,14 +167,14 @@ class Surroundings:
         if len(value) > _MOST_ENTRIES:
             return
         seen = dict(value)
-        self._places.append(_Names(value, seen, name))
+        self._places.append(Names(value, seen, name))
         for key, held in seen.items():
             self._see(held, f"{name}[{key!r}]")
 
     def _sequence(self, value: list[Any] | deque[Any], name: str) -> None:
         if len(value) > _MOST_ENTRIES:
             return
-        self._places.append(_Items(value, name))
+        self._places.append(Items(value, name))
         self._fixed(value, name)
 
     def _fixed(self, value: Iterable[Any], name: str) -> None:
@@ -408,8 +207,8 @@ class Surroundings:
         self._entered.add(place)
         seen = {}
         for key in names:
-            value = owner.get(key, _MISSING)
-            if value is _MISSING:
+            value = owner.get(key, MISSING)
+            if value is MISSING:
                 continue
             if type(value) is types.ModuleType:
                 if value.__dict__ is not owner and not _is_library(value.__name__):
@@ -417,7 +216,7 @@ class Surroundings:
             else:
                 seen[key] = value
         if seen:
-            self._places.append(_Names(owner, seen, prefix, whole=False))
+            self._places.append(Names(owner, seen, prefix, whole=False))
             for key, value in seen.items():
                 self._see(value, f"{prefix}{key}")
 
@@ -430,7 +229,7 @@ class Surroundings:
         except ValueError:  # not bound yet
             return
         self._places.append(
-            _Single(
+            Single(
                 lambda: cell.cell_contents,
                 lambda value: setattr(cell, "cell_contents", value),
                 seen,
@@ -443,7 +242,7 @@ class Surroundings:
         """An attribute that is no entry of a dict."""
         seen = getattr(owner, key)
         self._places.append(
-            _Single(
+            Single(
                 lambda: getattr(owner, key),
                 lambda value: setattr(owner, key, value),
                 seen,
@@ -461,7 +260,7 @@ class Surroundings:
             cast(Any, value).__setstate__((value.func, args, value.keywords, value.__dict__))
 
         self._see(value.func, name)
-        self._places.append(_Single(lambda: value.args, put, value.args, name))
+        self._places.append(Single(lambda: value.args, put, value.args, name))
         self._see(value.args, name)
         self._see(value.keywords, name)
 
@@ -473,7 +272,7 @@ class Surroundings:
         """The functions of a problem, and `p`; states are what they are called with."""
         own = value.__dict__
         seen = {key: own[key] for key in ("f", "drift", "diffusion", "p") if key in own}
-        self._places.append(_Names(own, seen, f"{name}.", whole=False))
+        self._places.append(Names(own, seen, f"{name}.", whole=False))
         for key, held in seen.items():
             self._see(held, key)
 
@@ -490,7 +289,7 @@ class Surroundings:
             except AttributeError:  # not set
                 continue
             self._places.append(
-                _Single(
+                Single(
                     functools.partial(slot.__get__, value, kind),
                     functools.partial(slot.__set__, value),
                     seen,
@@ -520,8 +319,8 @@ class Surroundings:
         if isinstance(seen, types.MemberDescriptorType | types.GetSetDescriptorType):
             return
         self._places.append(
-            _Single(
-                lambda: kind.__dict__.get(key, _MISSING),
+            Single(
+                lambda: kind.__dict__.get(key, MISSING),
                 lambda value: setattr(kind, key, value),
                 seen,
                 f"{kind.__name__}.{key}",
@@ -546,10 +345,25 @@ class Surroundings:
                 self._versions[i] = None
                 self._written.append(x)
 
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Hold tensors no longer that have turned out not to be used."""
+        ids = {id(x) for x in tensors}
+        kept = [i for i, x in enumerate(self.tensors) if id(x) not in ids]
+        self.tensors = [self.tensors[i] for i in kept]
+        self._versions = [self._versions[i] for i in kept]
+        self._forget(lambda value: id(value) in ids)
+
+    def _forget(self, test: Test) -> None:
+        for place in self._places:
+            place.forget(test)
+
     def still_hold(self, tensor: Tensor) -> bool:
         """Whether a tensor is still in one of the places."""
-        wanted = id(tensor)
-        return any(_holds(value, wanted) for place in self._places for value in place.values())
+        return any(
+            holds(value, lambda x: x is tensor)
+            for place in self._places
+            for value in place.values()
+        )
 
     def keeps(self, tensor: Tensor) -> bool:
         """Whether a tensor is somewhere to be found now."""
@@ -557,9 +371,11 @@ class Surroundings:
 
     def training(self, kind: type[nn.Module]) -> list[str]:
         """The modules of a class that are in train mode, by name and class."""
-        names = {id(p.owner): p.name.rstrip(".") for p in self._places if isinstance(p, _Names)}
-        modules = [x for x in self._visited.values() if isinstance(x, kind) and x.training]
-        return [f"{names[id(x.__dict__)]}: {type(x).__name__}" for x in modules]
+        return [
+            f"{name}: {type(module).__name__}"
+            for name, module in self._modules
+            if isinstance(module, kind) and module.training
+        ]
 
     def changed_in_place(self) -> list[Tensor]:
         """Tensors with other values than the solve saw, whoever uses them."""
@@ -622,7 +438,8 @@ _PLAIN = (
     *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GeneratorType),
 )
 # Large things that a field does not read from, although it may be able to reach them.
-_APART = (
+_APART: tuple[type, ...] = (
+    *(Solution, EnsembleSolution, Recorded, SolverFailure),
     torch.optim.Optimizer,
     torch.optim.lr_scheduler.LRScheduler,
     torch.utils.data.DataLoader,
@@ -638,8 +455,6 @@ def _visitor(kind: type) -> _Visit | None:
     for of, visit in _KINDS.items():
         if issubclass(kind, of):
             return visit
-    if issubclass(kind, _APART):
-        return None
     top = kind.__module__.partition(".")[0]
     if top in sys.stdlib_module_names and top not in _HOLDERS and top != "__main__":
         return None
@@ -650,6 +465,7 @@ def _visitor(kind: type) -> _Visit | None:
 
 _KINDS: dict[type, _Visit] = {
     Tensor: Surroundings._tensor,
+    **dict.fromkeys(_APART, Surroundings._apart),
     torch.jit.ScriptModule: Surroundings._script,
     nn.Module: Surroundings._module,
     dict: Surroundings._mapping,

@@ -204,7 +204,6 @@ class DifferentiableFields:
             )
         drift, diffusion = self.captured.first
         self.first = drift, diffusion
-        fields.drift.watch = self.captured.watch
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -34,7 +34,13 @@ Found = tuple[Record, list[Tensor], Tensor]
 
 
 class Parts:
-    """What an engine has of its own, here the embedded one's; all else is shared."""
+    """What an engine has of its own, here the embedded one's; all else is shared.
+
+    Attributes:
+        watches: whether inputs may be found while the steps are taken.
+    """
+
+    watches = True
 
     def steps(self, start: Start) -> Steps:
         """The accepted steps."""
@@ -116,11 +122,13 @@ class _SDESolve:
         prepared = DifferentiableFields(self.problem, self.u0)
         start = self._with(prepared.fields)
         # Before the node is made: what the fields use on the way is among its inputs.
+        if self.parts.watches:
+            prepared.fields.drift.watch = prepared.captured.watch
         with torch.no_grad():
             found = self.march(start.detach(), prepared.first)
         prepared.fields.drift.watch = None
+        prepared.captured.settle()
         self.surroundings = prepared.surroundings
-        self.surroundings.settle()
 
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool

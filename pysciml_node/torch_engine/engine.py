@@ -216,11 +216,12 @@ class _Solve:
         t_start = self.method.nodes.new_tensor(problem.t0)
         field = DifferentiableField(problem, t_start, self.u0)
         # Before the node is made: what the field uses on the way is among its inputs.
+        field.field.watch = field.captured.watch
         with torch.no_grad():
             found = self.march(self.stages(field.field), self.u0.detach(), field.k0, None)
         field.field.watch = None
-        self.surroundings = field.surroundings
-        self._has_run(field.field)
+        field.captured.settle()
+        self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         stats, method, adjoint = self.stats, self.method, options.adjoint
 
         def sweep(

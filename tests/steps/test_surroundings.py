@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -284,3 +286,37 @@ def test_what_is_found_and_how_it_is_called() -> None:
         *("weight", "p['a'][0]"),
         *(f"module.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")),
     }
+
+
+@any_adjoint
+@pytest.mark.parametrize("kept", ["solution", "state", "list", "tuple"])
+def test_solutions_kept_by_the_field_do_not_pile_up(
+    adjoint: psn.DiscreteAdjoint, kept: str
+) -> None:
+    """What a solve remembers of an attribute must not hold the solve before it."""
+    field = Remembering()
+    found = []
+    for _ in range(6):
+        problem = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
+        solution = psn.solve(problem, adjoint=adjoint)
+        solution.u1.sum().backward()
+        field.last = {
+            "solution": solution,
+            "state": solution.u1,
+            "list": [solution, solution.u1],
+            "tuple": (solution.u1, solution),
+        }[kept]
+        found.append(weakref.ref(solution.trajectory))
+    del solution
+    gc.collect()
+    assert sum(reference() is not None for reference in found) <= 1
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(1.0, dtype=D))
+        self.last: Any = None
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.k * u

@@ -1,0 +1,251 @@
+"""Somewhere that holds values: what it held can be put back for a while."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+StandIns = Mapping[int, Tensor]
+"""What takes the place of tensors, by their ids."""
+
+MISSING = object()
+
+
+def _substituted(value: Any, stand_ins: StandIns) -> Any:
+    """A value with stand-ins for its tensors; containers that can be changed are left alone."""
+    if isinstance(value, Tensor):
+        return stand_ins.get(id(value), value)
+    if isinstance(value, tuple):
+        parts = [_substituted(part, stand_ins) for part in value]
+        if all(map(is_, parts, value)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+Test = Callable[[Any], bool]
+
+
+def holds(value: Any, test: Test) -> bool:
+    """Whether a value, or one inside a tuple, passes a test."""
+    if isinstance(value, tuple):
+        return any(holds(part, test) for part in value)
+    return test(value)
+
+
+class Place(ABC):
+    """Somewhere that holds values a field can reach."""
+
+    name: str
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Whether it holds other objects now."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Leave alone from now on what has changed: the field changes it itself."""
+
+    @abstractmethod
+    def forget(self, test: Test) -> None:
+        """Leave alone from now on, and do not hold, what passes a test."""
+
+    @abstractmethod
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        """Put back what it held, with stand-ins; returns what undoes that."""
+
+    @abstractmethod
+    def values(self) -> Iterable[Any]:
+        """What it holds now."""
+
+
+class Names(Place):
+    """Entries of a dict: attributes of an object, globals of a function, a dict of the user's.
+
+    Args:
+        owner: the dict.
+        seen: what it held.
+        name: of the whole.
+        whole: whether other entries would matter too.
+    """
+
+    __slots__ = ("name", "own", "owner", "seen", "whole")
+
+    def __init__(
+        self, owner: dict[Any, Any], seen: dict[Any, Any], name: str, whole: bool = True
+    ) -> None:
+        self.owner, self.seen, self.name, self.whole = owner, seen, name, whole
+        self.own: set[Any] = set()
+
+    @override
+    def changed(self) -> bool:
+        owner, seen = self.owner, self.seen
+        if self.whole and len(owner) == len(seen) and all(map(is_, owner.values(), seen.values())):
+            return False
+        return any(True for _ in self._differences({}))
+
+    def _differences(self, stand_ins: StandIns) -> Iterator[tuple[Any, Any]]:
+        """Keys whose value has to change, with the value; `MISSING` for those to leave out."""
+        owner = self.owner
+        for key, value in self.seen.items():
+            wanted = _substituted(value, stand_ins) if stand_ins else value
+            if owner.get(key, MISSING) is not wanted:
+                yield key, wanted
+        if self.whole and len(owner) > len(self.seen):
+            for key in [k for k in owner if k not in self.seen and k not in self.own]:
+                yield key, MISSING
+
+    @override
+    def settle(self) -> None:
+        for key, _ in [*self._differences({})]:
+            self.seen.pop(key, None)
+            self.own.add(key)
+
+    @override
+    def forget(self, test: Test) -> None:
+        for key in [key for key, value in self.seen.items() if holds(value, test)]:
+            del self.seen[key]
+            self.own.add(key)
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        owner = self.owner
+        if not stand_ins and not self.changed():
+            return None
+        differences = [*self._differences(stand_ins)]
+        if not differences:
+            return None
+        before = [(key, owner.get(key, MISSING)) for key, _ in differences]
+        # The order of a dict is part of what a field sees: keep it where keys come and go.
+        order = list(owner) if any(MISSING in pair for pair in (*differences, *before)) else None
+
+        def undo() -> None:
+            _write(owner, before)
+            if order is not None:
+                _reorder(owner, order)
+
+        _write(owner, differences)
+        if order is not None and self.whole:
+            _reorder(owner, list(self.seen))
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        owner = self.owner
+        return [owner[key] for key in self.seen if key in owner]
+
+
+def _write(owner: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
+    for key, value in entries:
+        if value is MISSING:
+            owner.pop(key, None)
+        else:
+            owner[key] = value
+
+
+def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
+    """Put the keys into an order, others last."""
+    rest = dict(owner)
+    for key in [*(k for k in order if k in rest), *(k for k in rest if k not in order)]:
+        value = owner.pop(key)
+        owner[key] = value
+
+
+class Items(Place):
+    """The items of a list or deque."""
+
+    __slots__ = ("name", "owner", "seen")
+
+    def __init__(self, owner: list[Any] | deque[Any], name: str) -> None:
+        self.owner, self.name = owner, name
+        self.seen: list[Any] | None = list(owner)
+
+    @override
+    def changed(self) -> bool:
+        owner, seen = self.owner, self.seen
+        if seen is None:
+            return False
+        return len(owner) != len(seen) or not all(map(is_, owner, seen))
+
+    @override
+    def settle(self) -> None:
+        if self.changed():
+            self.seen = None
+
+    @override
+    def forget(self, test: Test) -> None:
+        if self.seen is not None and any(holds(value, test) for value in self.seen):
+            self.seen = None
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        owner = self.owner
+        if self.seen is None or not (stand_ins or self.changed()):
+            return None
+        wanted = [_substituted(value, stand_ins) for value in self.seen]
+        if len(wanted) == len(owner) and all(map(is_, wanted, owner)):
+            return None
+        before = list(owner)
+
+        def undo() -> None:
+            owner.clear()
+            owner.extend(before)
+
+        owner.clear()
+        owner.extend(wanted)
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        return () if self.seen is None else self.owner
+
+
+class Single(Place):
+    """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
+
+    __slots__ = ("_get", "_set", "name", "own", "seen")
+
+    def __init__(
+        self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str
+    ) -> None:
+        self._get, self._set, self.seen, self.name = get, put, seen, name
+        self.own = False
+
+    @override
+    def changed(self) -> bool:
+        return not self.own and self._get() is not self.seen
+
+    @override
+    def settle(self) -> None:
+        if self.changed():
+            self.own, self.seen = True, None
+
+    @override
+    def forget(self, test: Test) -> None:
+        if holds(self.seen, test):
+            self.own, self.seen = True, None
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        if self.own:
+            return None
+        wanted, before = _substituted(self.seen, stand_ins), self._get()
+        if wanted is before:
+            return None
+        put = self._set
+
+        def undo() -> None:
+            put(before)
+
+        put(wanted)
+        return undo
+
+    @override
+    def values(self) -> Iterable[Any]:
+        return () if self.own else (self._get(),)
