@@ -141,9 +141,7 @@ class Inputs:
             elif surroundings.still_hold(x):
                 self.doubtful[edge] = x
         self.suspects: list[str] = []
-        self._found = [
-            x for x in found if id(x) in {id(y) for y in (*self.inputs, *self.doubtful.values())}
-        ]
+        self._found = found
         self.leaves = self.inputs
         self._stops: set[Edge] | None = None
         self._refused: dict[int, Tensor] = {}

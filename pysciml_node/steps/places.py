@@ -40,9 +40,15 @@ def holds(value: Any, test: Test) -> bool:
 
 
 class Place(ABC):
-    """Somewhere that holds values a field can reach."""
+    """Somewhere that holds values a field can reach.
+
+    Attributes:
+        name: of the whole.
+        container: the list or dict that it is, where it is one.
+    """
 
     name: str
+    container: Any = None
 
     @abstractmethod
     def changed(self) -> bool:
@@ -62,7 +68,7 @@ class Place(ABC):
 
     @abstractmethod
     def values(self) -> Iterable[Any]:
-        """What it holds now."""
+        """What it holds now, of what is not left alone."""
 
 
 class Names(Place):
@@ -74,8 +80,6 @@ class Names(Place):
         name: of the whole.
         whole: whether other entries would matter too.
     """
-
-    __slots__ = ("name", "own", "owner", "seen", "whole")
 
     def __init__(
         self, owner: dict[Any, Any], seen: dict[Any, Any], name: str, whole: bool = True
@@ -160,11 +164,10 @@ def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
 class Items(Place):
     """The items of a list or deque."""
 
-    __slots__ = ("name", "owner", "seen")
-
     def __init__(self, owner: list[Any] | deque[Any], name: str) -> None:
         self.owner, self.name = owner, name
         self.seen: list[Any] | None = list(owner)
+        self.container = owner
 
     @override
     def changed(self) -> bool:
@@ -208,8 +211,6 @@ class Items(Place):
 
 class Single(Place):
     """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
-
-    __slots__ = ("_get", "_set", "name", "own", "seen")
 
     def __init__(
         self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str

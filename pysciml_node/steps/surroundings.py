@@ -168,6 +168,7 @@ class Surroundings:
             return
         seen = dict(value)
         self._places.append(Names(value, seen, name))
+        self._places[-1].container = value
         for key, held in seen.items():
             self._see(held, f"{name}[{key!r}]")
 
@@ -354,8 +355,25 @@ class Surroundings:
         self._forget(lambda value: id(value) in ids)
 
     def _forget(self, test: Test) -> None:
+        tainted: set[int] = set()
+
+        def held(value: Any) -> bool:
+            return test(value) or id(value) in tainted
+
+        # Containers of such values are not held either.
+        containers = [place for place in self._places if place.container is not None]
+        while True:
+            more = {
+                id(place.container)
+                for place in containers
+                if any(holds(value, held) for value in place.values())
+            }
+            if more <= tainted:
+                break
+            tainted |= more
+        self._places = [p for p in self._places if id(p.container) not in tainted]
         for place in self._places:
-            place.forget(test)
+            place.forget(held)
 
     def still_hold(self, tensor: Tensor) -> bool:
         """Whether a tensor is still in one of the places."""
