@@ -81,6 +81,10 @@ def _number(time: Time) -> float:
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
+# Times of the state's dtype that an interval has at least.
+_FEWEST_TIMES = 1000
+
+
 class Problem(checks.Configured):
     """What initial value problems have in common: a state, an interval, an extra argument."""
 
@@ -121,6 +125,7 @@ class Problem(checks.Configured):
                 f"tspan must have two different ends, but both are {t0}.\n"
                 "  The state at t0 is u0 itself: no solve is needed."
             )
+        self._check_resolution(t0, t1)
         ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
         checks.settle(self, tspan=ends)
         try:
@@ -133,6 +138,20 @@ class Problem(checks.Configured):
                     f"p must be on the device of u0 ({self.spec.device}), but is on "
                     f"{tensor.device}.\n  Move it: p.to(u0.device)."
                 )
+
+    def _check_resolution(self, t0: float, t1: float) -> None:
+        """The field is given times of the state's real dtype: it must tell them apart."""
+        dtype = self.spec.real_dtype
+        real = np.float64 if dtype == torch.float64 else np.float32
+        spacing = float(np.spacing(real(max(abs(t0), abs(t1)))))
+        if abs(t1 - t0) < _FEWEST_TIMES * spacing:
+            raise ValueError(
+                f"tspan ({t0}, {t1}) must have at least {_FEWEST_TIMES} different times in "
+                f"{dtype}, that of u0, but has {abs(t1 - t0) / spacing:.0f}: the field could not "
+                "tell them apart.\n"
+                "  Solve in float64, or count time from the start: f(t0 + s, u) over "
+                "(0, t1 - t0)."
+            )
 
     @property
     def t0(self) -> float:

@@ -86,6 +86,9 @@ def refuse_vmap() -> NoReturn:
     )
 
 
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """The structure of a state, and the way to and from its flat vector.
@@ -116,6 +119,12 @@ class StateSpec:
             keys, parts = tuple(range(len(u0))), u0
         elif isinstance(u0, Mapping):
             keys, parts = tuple(u0), tuple(u0.values())
+            names: list[Any] = list(u0)
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(
+                    f"the keys of a dict u0 must be strings, but are {names}.\n"
+                    "  Use names, or a tuple of the parts."
+                )
         else:
             raise TypeError(
                 f"u0 must be a tensor, or a tuple or dict of tensors, but is {type(u0).__name__}.\n"
@@ -132,6 +141,12 @@ class StateSpec:
                 raise TypeError(
                     f"{name} must be a floating-point or complex tensor, but is {part.dtype}.\n"
                     "  Convert it: u0.float() or u0.double()."
+                )
+            if part.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{name} must be float32, float64, complex64 or complex128, but is "
+                    f"{part.dtype}, which cannot resolve the steps of a solve.\n"
+                    "  Solve in u0.float(), and let autocast run the field in half precision."
                 )
         if not parts or sum(part.numel() for part in parts) == 0:
             raise ValueError("u0 has no entries: there is nothing to solve.")

@@ -44,13 +44,14 @@ class RandomEndTime(Regularizer):
     def prepare(self, problem: ODEProblem, saveat: Times | None) -> tuple[ODEProblem, Times | None]:
         """The problem with its end, or its output times, moved."""
         if saveat is not None:
-            return self._jitter(problem, torch.as_tensor(saveat, dtype=torch.float64).detach())
+            return self._jitter(problem, torch.as_tensor(saveat, dtype=torch.float64))
         length = abs(problem.t1 - problem.t0)
         if self.b >= length:
             raise ValueError(
                 f"b must be less than the length of the interval, {length}, but is {self.b}."
             )
-        end = problem.t1 + self.b * float(self._uniform(1))
+        # The end may be learned: it moves by a constant.
+        end = problem.tspan[1] + self.b * float(self._uniform(1))
         return dataclasses.replace(problem, tspan=(problem.tspan[0], end)), None
 
     def _jitter(self, problem: ODEProblem, times: Tensor) -> tuple[ODEProblem, Tensor]:
@@ -58,13 +59,17 @@ class RandomEndTime(Regularizer):
             raise ValueError(
                 f"with output times b is a share of each gap, at most 1, not {self.b}."
             )
-        distinct, place = torch.unique(times * problem.direction, return_inverse=True)
+        fixed = times.detach()
+        distinct, place = torch.unique(fixed * problem.direction, return_inverse=True)
         start = problem.t0 * problem.direction
         before = torch.cat((distinct.new_tensor([start]), distinct[:-1]))
         moved = distinct + self._uniform(len(distinct)) * self.b * (distinct - before) / 2
         # The widest moves of neighbours can cross: keep the order.
         moved = torch.cummax(moved, 0).values[place] * problem.direction
-        end = max(moved[-1].item(), problem.t1, key=lambda t: t * problem.direction)
+        end = problem.tspan[1]
+        if moved[-1].item() * problem.direction > problem.t1 * problem.direction:
+            end = end + (moved[-1].item() - problem.t1)
+        moved = times + (moved - fixed)
         return dataclasses.replace(problem, tspan=(problem.tspan[0], end)), moved
 
     def forward(self, solution: Solution) -> None:

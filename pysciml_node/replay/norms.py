@@ -17,17 +17,23 @@ class Tolerance:
         rtol: a number, or a flat tensor `(N,)`.
         atol: a number, or a flat tensor `(N,)`; entries with `atol = inf` never count.
         size: number of entries that count; those behind them never drive the step size.
+
+    Attributes:
+        shift: `atol / rtol` where scales are given over a number `rtol`, else `None`.
+        factor: what turns a norm of `norm` into the root-mean-square.
     """
 
     def __init__(self, rtol: float | Tensor, atol: float | Tensor, size: int) -> None:
         self.rtol, self.atol, self.size = rtol, atol, size
         counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else size
         # A number rtol is divided out of the scale, to save a pass, and put into the factor.
-        self._shift = None
+        self.shift: float | None = None
         self.factor = 1 / math.sqrt(max(counted, 1))
-        if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol > 0:
-            self._shift = atol / rtol
-            self.factor /= rtol
+        numbers = isinstance(rtol, int | float) and isinstance(atol, int | float)
+        # A rtol of nearly nothing would make that scale overflow, and every error vanish.
+        if numbers and rtol > 1e-9 and atol <= rtol * 1e9:
+            self.shift = float(atol / rtol)
+            self.factor /= float(rtol)
         self._last: Tensor | None = None
         self._last_abs: Tensor | None = None
 
@@ -45,8 +51,8 @@ class Tolerance:
             # The end of an accepted step is the start of the next: keep its absolute value.
             self._last, self._last_abs = u1, self.counted(u1).abs()
             largest = torch.maximum(largest, self._last_abs)
-        if self._shift is not None:
-            return largest + self._shift
+        if self.shift is not None:
+            return largest + self.shift
         scale: Tensor = largest * self.rtol + self.atol
         return scale
 

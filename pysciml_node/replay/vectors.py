@@ -201,8 +201,7 @@ class BlockedVectors(Vectors):
 
     @override
     def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
-        rtol, atol = tolerance.rtol, tolerance.atol
-        if isinstance(rtol, Tensor) or isinstance(atol, Tensor) or rtol == 0:
+        if tolerance.shift is None:
             return super().scaled_norm(weights, u, u1, tolerance)
         (i, w), *rest = self._terms(1.0, weights.numbers)
         norms = []
@@ -216,7 +215,7 @@ class BlockedVectors(Vectors):
                 error.add_(self._blocks[j][n][:size], alpha=v)
             torch.abs(start, out=scale)
             torch.maximum(scale, torch.abs(end, out=other), out=scale)
-            error.div_(scale.add_(atol / rtol))
+            error.div_(scale.add_(tolerance.shift))
             norms.append(torch.linalg.vector_norm(error))
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total

@@ -336,9 +336,9 @@ def _check_saveat(
     if not times:
         raise ValueError("saveat must name at least one time; leave it out to save every step.")
     low, high = sorted((problem.t0, problem.t1))
-    # Times given in single precision may stand an ulp outside the interval they are meant to end.
+    # Times may stand some ulps outside the interval that they are meant to end.
     single = isinstance(saveat, Tensor) and saveat.dtype != torch.float64
-    slack = 1e-6 * (high - low) if single else 0.0
+    slack = 1e-6 * (high - low) if single else 4 * math.ulp(max(abs(low), abs(high)))
     for i, t in enumerate(times):
         if not low - slack <= t <= high + slack:
             raise ValueError(
@@ -360,8 +360,9 @@ def _check_saveat(
 def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[float, ...]:
     times = checks.numbers("tstops", tstops)
     low, high = sorted((problem.t0, problem.t1))
+    slack = 4 * math.ulp(max(abs(low), abs(high)))
     for i, t in enumerate(times):
-        if not low <= t <= high:
+        if not low - slack <= t <= high + slack:
             raise ValueError(
                 f"tstops must lie inside tspan ({problem.t0}, {problem.t1}), "
                 f"but tstops[{i}] is {t}.\n  Drop the times beyond it."

@@ -185,6 +185,7 @@ class SolveNode(torch.autograd.Function):
         keep.append(record)
         ctx.record, ctx.sweep = record, sweep
         ctx.count = len(states)
+        ctx.asked = 0 if saveat is None else len(saveat)
         ctx.inputs = inputs if watched else ()
         saved_inputs = () if watched else inputs
         ctx.save_for_backward(u0, *states[1:], t0, t1, saveat, *saved_inputs)
@@ -207,6 +208,10 @@ class SolveNode(torch.autograd.Function):
             arriving = Cotangents(saved, [None, *at_steps[: len(states) - 1]])
             with torch.no_grad(), ordinary_modes(states[0].device):
                 found = ctx.sweep(ctx.record, states, arriving, any(wanted))
+            if found.saveat is not None and len(found.saveat) < ctx.asked:
+                # Times that the solve did not reach.
+                missing = ctx.asked - len(found.saveat)
+                found.saveat = torch.cat((found.saveat, found.saveat.new_zeros(missing)))
             times = [
                 gradient.reshape(time.shape) if gradient is not None and needed else None
                 for gradient, time, needed in zip(

@@ -34,6 +34,25 @@ class _NewtonShift(torch.autograd.Function):
         return (*first_derivative((pulled,), (value,)), None)
 
 
+class _UnknownShift(torch.autograd.Function):
+    """Zero, for a condition whose root has no derivative that is known."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, t: Tensor, u: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the time of an event has no known derivative where its condition has no slope: it is "
+            "a comparison, detached or constant there.\n"
+            "  Use a condition that crosses zero, such as u - 0.5 for u > 0.5, or detach the time "
+            "and the state of the event."
+        )
+
+
 def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, ...]) -> None:
     """Set `event_t`, and let `u1` move with it.
 
@@ -62,13 +81,18 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
     time = t.detach().requires_grad_()
     state = u.detach().requires_grad_()
     g = event.condition(time, spec.unflatten(state))
-    dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
+    dg_dt, dg_du = None, None
+    if g.requires_grad:
+        dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
     slope = torch.zeros_like(time)
     if dg_du is not None:
         slope = slope + torch.vdot(dg_du, rate).real
     if dg_dt is not None:
         slope = slope + dg_dt
-    shift = _NewtonShift.apply(event.condition(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
+    if slope == 0:
+        shift = _UnknownShift.apply(t, u)  # type: ignore[no-untyped-call]
+    else:
+        shift = _NewtonShift.apply(event.condition(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
     solution.event_t = t + shift
     solution.u1 = spec.unflatten(u + rate * shift)
 

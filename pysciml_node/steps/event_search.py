@@ -25,6 +25,9 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
             f"an event's condition must return one real number as a tensor, but gave {shape}."
             "\n  Reduce it, for example by .min() or .max() over the batch."
         )
+    if value.dtype == torch.bool:
+        # A comparison: false counts as negative.
+        return 1.0 if bool(value) else -1.0
     return float(value)
 
 

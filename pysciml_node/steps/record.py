@@ -128,10 +128,16 @@ def detached(attempt: Attempt) -> Attempt:
     return replace(attempt, u=attempt.u.detach(), u1=attempt.u1.detach())
 
 
-def check_finite(record: Record, states: list[Tensor], adaptive: bool) -> None:
-    """Fixed steps see no error estimate: look once, at the end, for what has gone wrong."""
+def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:
+    """Look once, at the end, for what has gone wrong where no error estimate would show it.
+
+    Args:
+        record: the accepted steps; changed in place, like the states.
+        states: at their ends.
+        watched: whether every step was controlled by the error of every entry of the state.
+    """
     code = record.retcode
-    if adaptive or not (code.successful or code is ReturnCode.Unstable):
+    if watched or not (code.successful or code is ReturnCode.Unstable):
         return
     if math.isfinite(float(states[-1].detach().abs().sum())):
         return

@@ -228,7 +228,8 @@ def solve_sde(
         record, vectors, saved = work.recorded()
     else:
         record, vectors, saved = work.node()
-    check_finite(record, vectors, options.controller.adaptive)
+    watched = options.controller.adaptive and options.driven == sum(problem.spec.sizes)
+    check_finite(record, vectors, watched)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = SDETrajectory(
         problem,

@@ -121,7 +121,8 @@ class _Solve:
         self.problem, self.options = problem, options
         spec = problem.spec
         self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        self.u0 = spec.flatten(problem.u0)
+        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
+        self.u0 = spec.flatten(problem.u0).clone()
         self.stats = Stats()
         self.surroundings: Surroundings
 
@@ -149,7 +150,14 @@ class _Solve:
         )
         search = EventSearch(options.events, problem) if options.events else None
         with step_listener(options.progress, problem) as on_step:
-            found = follow(march, options.saveat or (), options.saveat_tensor, search, on_step)
+            found = follow(
+                march,
+                options.saveat or (),
+                options.saveat_tensor,
+                search,
+                on_step,
+                moving=any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan),
+            )
         if search is not None:
             found[0].event = search.found
         return found
@@ -284,7 +292,8 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         record, states, saved = work.direct()
     else:
         record, states, saved = work.node()
-    check_finite(record, states, options.controller.adaptive)
+    watched = options.controller.adaptive and options.driven == sum(problem.spec.sizes)
+    check_finite(record, states, watched)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = TorchTrajectory(
         problem,

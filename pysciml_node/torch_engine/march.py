@@ -88,6 +88,9 @@ class March:
         t, next_stop = self.t0, 0
         time: Real = t if options.time_tensors is None else options.time_tensors[0]
         h = self._first_size(time, direction)
+        if math.isfinite(h):
+            # The first size is a guess: only the error of a step asks for less than the limit.
+            h = max(h, math.copysign(options.dtmin, direction), key=abs)
         while True:
             if not math.isfinite(h):
                 self.retcode = ReturnCode.Unstable

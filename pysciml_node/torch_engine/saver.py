@@ -23,6 +23,8 @@ class Saver:
         t0: start of the march.
         u0: state there.
         record: told where the saved times lie.
+        moving: whether the ends of the interval receive gradients. Free steps then move with the
+            start, and the times that are asked for do not.
     """
 
     def __init__(
@@ -32,8 +34,10 @@ class Saver:
         t0: float,
         u0: Tensor,
         record: Record,
+        moving: bool,
     ) -> None:
         self.times, self.time_tensor, self.record = times, time_tensor, record
+        self.moving = moving
         self.pieces: list[Tensor] = []
         at_start = [i for i, t in enumerate(times) if t == t0]
         self._keep_end(0, at_start, u0)
@@ -53,7 +57,9 @@ class Saver:
         last = done
         # A time that receives a gradient moves along the dense output, also where a step ends; only
         # the end of the interval has a gradient of its own.
-        closed = self.time_tensor is not None and step.end != march.t1
+        closed = (self.time_tensor is not None and step.end != march.t1) or (
+            self.moving and step.stop is None
+        )
         while last < len(self.times) and (
             (self.times[last] < end if forward else self.times[last] > end)
             or (closed and self.times[last] == end)
@@ -66,6 +72,9 @@ class Saver:
             at = torch.tensor(theta, dtype=torch.float64)
             if self.time_tensor is not None:
                 at = (self.time_tensor[done:last] - step.time) / step.size
+            elif isinstance(step.time, Tensor) or isinstance(step.size, Tensor):
+                asked = torch.tensor(self.times[done:last], dtype=torch.float64)
+                at = (asked - step.time) / step.size
             self.pieces.append(march.stages.dense(step.time, step.size, step.u, at))
             self.record.saved = last
         at_end = []
@@ -85,8 +94,17 @@ def follow(
     saveat_tensor: Tensor | None,
     find_event: Callable[[Step, Stages], Step | None] | None,
     on_step: Callable[[Step], None] | None,
+    moving: bool = False,
 ) -> tuple[Record, list[Tensor], Tensor]:
     """Run a march to its end.
+
+    Args:
+        march: the steps.
+        saveat: the times that were asked for.
+        saveat_tensor: the same where they receive gradients.
+        find_event: cuts a step at an event.
+        on_step: is told of each step.
+        moving: whether the ends of the interval receive gradients.
 
     Returns:
         The record; the states at its times; the saved states `(saved, N)`.
@@ -94,7 +112,7 @@ def follow(
     tstops = march.options.tstops
     record = Record(times=[march.t0], t1_stop=len(tstops), marks=march.stages.marks)
     states = [march.u]
-    saver = Saver(saveat, saveat_tensor, march.t0, march.u, record)
+    saver = Saver(saveat, saveat_tensor, march.t0, march.u, record, moving)
     for step in march:
         cut = find_event(step, march.stages) if find_event is not None else None
         if cut is not None:

@@ -259,3 +259,32 @@ def test_bad_directions(direction: Any) -> None:
 def test_bad_conditions() -> None:
     with pytest.raises(TypeError, match="condition must be callable"):
         psn.Event(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_a_condition_that_is_a_comparison(direction: int) -> None:
+    u0 = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: 1 + 0 * u, u0, (0.0, 2.0))
+    event = psn.Event(lambda t, u: u.mean() > 0.5, direction=direction)
+    solution = psn.solve(problem, events=event)
+    assert solution.event_t.item() == pytest.approx(0.5, abs=1e-12)
+    with pytest.raises(RuntimeError, match=r"no known derivative.*\n.*crosses zero"):
+        solution.u1.sum().backward()
+    never = psn.solve(problem, events=psn.Event(lambda t, u: u.mean() > 0.5, direction=-1))
+    assert never.event_t is None
+
+
+def test_a_condition_that_is_detached_or_constant_after_a_time() -> None:
+    u0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: 0 * u + 1, u0, (0.0, 5.0))
+    conditions = {
+        "constant": lambda t, u: torch.zeros_like(t) if t > 2 else u[0] + 5,
+        "detached": lambda t, u: u[0].detach() - 3,
+        "flat": lambda t, u: torch.sign(u[0] - 3),
+    }
+    for name, condition in conditions.items():
+        solution = psn.solve(problem, events=psn.Event(condition))
+        assert solution.event_t.item() == pytest.approx(2.0, abs=1e-11), name
+        assert solution.u1.item() == pytest.approx(3.0, abs=1e-11), name
+        with pytest.raises(RuntimeError, match="no known derivative"):
+            solution.event_t.backward()

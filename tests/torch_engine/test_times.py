@@ -1,0 +1,68 @@
+"""Gradients of times: the ends of the interval, saved times and stops, by closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pysciml_node as psn
+
+ADJOINTS = {
+    "discrete": psn.DiscreteAdjoint(),
+    "direct": psn.DirectAdjoint(),
+    "interpolating": psn.InterpolatingAdjoint(),
+    "gauss": psn.GaussAdjoint(),
+    "backsolve": psn.BacksolveAdjoint(),
+}
+every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS.keys())
+TIGHT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def time(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def ones() -> Tensor:
+    return torch.ones(1, dtype=torch.float64)
+
+
+@every_adjoint
+@pytest.mark.parametrize(
+    "options", [TIGHT, {"controller": psn.FixedStep(), "dt0": 0.125}], ids=["adaptive", "fixed"]
+)
+def test_the_start_with_a_list_of_saved_times(
+    adjoint: psn.DiscreteAdjoint, options: dict[str, Any]
+) -> None:
+    """Saved times stay where they are, also where a step that moves with the start ends on one."""
+    t0 = time(0.0)
+    problem = psn.ODEProblem(lambda t, u: -u * (1 + 0 * t), ones(), (t0, 1.0))
+    solution = psn.solve(problem, saveat=[0.3, 0.5], adjoint=adjoint, **options)
+    (found,) = torch.autograd.grad(solution.u.sum(), t0)
+    assert found.item() == pytest.approx(math.exp(-0.3) + math.exp(-0.5), rel=1e-5)
+
+
+@every_adjoint
+def test_saved_times_that_an_event_keeps_from_being_reached(adjoint: psn.DiscreteAdjoint) -> None:
+    saveat = torch.tensor([0.2, 0.4, 0.9], dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -u, ones(), (0.0, 1.0))
+    event = psn.Event(lambda t, u: u[0] - 0.6)
+    solution = psn.solve(problem, saveat=saveat, events=event, adjoint=adjoint, **TIGHT)
+    assert solution.u.shape == (2, 1)
+    (found,) = torch.autograd.grad(solution.u.sum(), saveat)
+    expected = [-math.exp(-0.2), -math.exp(-0.4), 0.0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("saveat", [None, [0.5, 1.0]])
+def test_a_random_end_is_learned_like_any_other(saveat: list[float] | None) -> None:
+    end = time(1.0)
+    node = psn.NeuralODE(
+        lambda t, u: -u, tspan=(0.0, end), regularizers=[psn.RandomEndTime(0.2)], **TIGHT
+    )
+    solution = node(ones(), saveat=saveat) if saveat else node(ones())
+    (found,) = torch.autograd.grad(solution.u1.sum(), end)
+    assert found.item() == pytest.approx(-solution.u1.item(), rel=1e-6)
