@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
 from pysciml_node.algorithms.controllers import FixedStep
@@ -26,10 +26,12 @@ from pysciml_node.julia_engine.fields import (
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.julia_engine.stochastic import JuliaParts
 from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
+from pysciml_node.problems.modes import in_full_precision
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
@@ -276,6 +278,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         KeyboardInterrupt: Ctrl-C stopped the solve.
     """
     runtime.start()
+    problem = in_full_precision(problem, (nn.Module, JuliaField))
     if isinstance(problem, SDEProblem):
         assert isinstance(algorithm, StochasticRungeKutta)
         return solve_sde(problem, algorithm, options, NAME, JuliaParts(algorithm))
@@ -305,7 +308,8 @@ def solve_many(
         pairs = zip(problems, options, strict=True)
         return [solve(problem, algorithm, chosen) for problem, chosen in pairs]
     works = []
-    for problem, chosen in zip(problems, options, strict=True):
+    for given, chosen in zip(problems, options, strict=True):
+        problem = in_full_precision(given, (nn.Module, JuliaField))
         assert isinstance(problem, ODEProblem)
         works.append(Work(problem, algorithm, chosen))
     first = works[0]

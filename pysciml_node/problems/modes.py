@@ -189,6 +189,27 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
     return cast(P, dataclasses.replace(given, **changes)) if changes else problem
 
 
+def in_full_precision(problem: P, kinds: tuple[type, ...]) -> P:
+    """The problem with functions that an engine runs by itself, and not as operations of torch.
+
+    Autocast is nothing to them: they compute in the state's precision.
+
+    Args:
+        problem: as it is solved.
+        kinds: the classes of such functions.
+    """
+    given: Any = problem
+    changes = {
+        name: function.function
+        for name in _FUNCTIONS
+        if isinstance(function := given.__dict__.get(name), InModes)
+        and isinstance(function.function, kinds)
+        and function.check is None
+        and (function.surrounding is None or function.surrounding.default_device is None)
+    }
+    return cast(P, dataclasses.replace(given, **changes)) if changes else problem
+
+
 def _inside_vmap() -> bool:
     interpreters = torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
     return any(each.key() == torch._C._functorch.TransformType.Vmap for each in interpreters)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.compat.torchdiffeq import odeint, odeint_adjoint
+from pysciml_node.problems.modes import in_full_precision, solvable
 
 ADJOINTS = [
     psn.DiscreteAdjoint(),
@@ -170,6 +171,16 @@ def test_members_of_an_ensemble() -> None:
         solution = psn.solve(many, rtol=1e-2, atol=1e-2)
     solution.u1.sum().backward()
     assert field.seen == {torch.bfloat16}
+
+
+def test_functions_that_are_no_operations_of_torch_compute_in_full_precision() -> None:
+    field = Field()
+    module = psn.ODEProblem(field, torch.ones(2), (0.0, 1.0))
+    function = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
+    with half(), solvable(module) as low, solvable(function) as other:
+        assert low.f is not field
+        assert in_full_precision(low, (nn.Module,)).f is field
+        assert in_full_precision(other, (nn.Module,)) is other
 
 
 def test_outputs_of_another_precision_are_refused_as_elsewhere() -> None:
