@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -110,7 +112,55 @@ def check_algorithm(problem: Problem, algorithm: Algorithm | None) -> Algorithm:
     return chosen
 
 
-def check_options(
+_KNOWN: OrderedDict[Any, SolveOptions] = OrderedDict()
+"""Options that have been checked, by what was given and for which problem."""
+
+_MOST_KNOWN = 256
+
+_PLAIN = (bool, int, float, str, type(None), type(USUAL), Controller, Adjoint)
+
+
+def _key(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> Any:
+    """What options depend on; `None` where they hold more than numbers and words."""
+    if type(problem) is not ODEProblem:
+        return None
+    parts: list[Any] = []
+    for value in given.values():
+        if isinstance(value, list | tuple) and all(type(x) is float for x in value):
+            parts.append(tuple(value))
+        elif isinstance(value, _PLAIN):
+            # 1 and True are equal, and only one of them is a number of steps.
+            parts += (type(value), value)
+        else:
+            return None
+    key = (problem.spec, problem.t0, problem.t1, type(algorithm), algorithm, *parts)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def check_options(problem: Problem, algorithm: Algorithm, **given: Any) -> SolveOptions:
+    """The options of a solve, as they were given to it; checked once for equal ones.
+
+    Raises:
+        TypeError: one is of the wrong kind.
+        ValueError: one is out of range, or does not go with another.
+    """
+    key = _key(problem, algorithm, given)
+    known = None if key is None else _KNOWN.get(key)
+    if known is None:
+        known = _options(problem, algorithm, **given)
+        if key is not None:
+            _KNOWN[key] = known
+            while len(_KNOWN) > _MOST_KNOWN:
+                with contextlib.suppress(KeyError):
+                    _KNOWN.popitem(last=False)
+    return known
+
+
+def _options(
     problem: Problem,
     algorithm: Algorithm,
     *,
@@ -130,12 +180,6 @@ def check_options(
     compile: bool | Literal["auto"],
     generator: torch.Generator | None,
 ) -> SolveOptions:
-    """The options of a solve, as they were given to it.
-
-    Raises:
-        TypeError: one is of the wrong kind.
-        ValueError: one is out of range, or does not go with another.
-    """
     given = {"adjoint": adjoint, "controller": controller}
     adjoint = _instance("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
     controller = _instance("controller", controller, Controller, algorithm.default_controller)

@@ -28,9 +28,8 @@ from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import TimeCotangents
-from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
-from pysciml_node.steps.record import check_finite
+from pysciml_node.steps.record import Kept, Record, check_finite
 from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
 from pysciml_node.torch_engine.native.run import Flight, fly, sweep_back
@@ -102,10 +101,9 @@ class _Solve:
     def run(self, u0: Tensor) -> Flight:
         """Solve forward."""
         options, problem, library = self.options, self.problem, self.library
-        dtype = problem.spec.dtype
         # An alias could be changed in place before it is replayed.
         start = u0.detach().clone(memory_format=torch.contiguous_format)
-        packed = library.pack([x.detach().to(dtype).contiguous() for x in self.parameters])
+        packed = library.pack(self.parameters)
         with step_listener(options.progress, problem) as on_step:
             flight = fly(
                 library,
@@ -188,7 +186,7 @@ def _time_gradients(
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     record = flight.record(solve.problem, solve.options)
-    times = TimeCotangents(record, len(flight.theta), t.new_zeros(()))
+    times = TimeCotangents(record, len(flight.places), t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
         times.step(n, t[n], h[n], None if places is None else theta[places[0]])
@@ -216,19 +214,56 @@ def solve_native(
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
             solve, keep, u0, t0, t1, options.saveat_tensor, *parameters
         )
-        flight = keep[0]
+        # With the outputs as the graph has them.
+        flight = dataclasses.replace(keep[0], saved=saved, ends=ends)
     else:
         flight = solve.run(u0)
-        saved, ends = flight.saved, flight.ends
-        last = ends[-1] if len(ends) else u0
-    record = flight.record(problem, options)
-    states = [u0, *ends[:-1].unbind(), last] if len(ends) else [u0]
-    check_finite(record, states, options.controller.adaptive)
-    solve.stats.naccept, solve.stats.nreject = record.naccept, record.nreject
-    trajectory = TorchTrajectory(problem, method, lambda: (record, states), solve.stats, options)
-    return build_solution(
-        problem, algorithm, engine, options, record, states, saved, solve.stats, trajectory
+        last = flight.ends[-1] if len(flight.ends) else u0
+    load: _Steps | Kept = _Steps(problem, options, flight, u0, last)
+    retcode, kept, u1 = flight.retcode, len(flight.saved), last
+    kept_steps, solve.stats.nreject = len(flight.ends), flight.nreject
+    if not options.controller.adaptive:
+        record, states = load()
+        check_finite(record, states, adaptive=False)
+        load = Kept(record, states)
+        retcode, kept, u1 = record.retcode, record.saved, states[-1]
+        kept_steps = record.naccept
+    solve.stats.naccept = kept_steps
+    trajectory = TorchTrajectory(problem, method, load, solve.stats, options)
+    if options.saveat is None:
+        t = flight.times(problem.t0, kept_steps).to(spec.real_dtype)
+    elif options.saveat_tensor is None:
+        t = problem.time_tensor(list(options.saveat[:kept]))
+    else:
+        t = options.saveat_tensor[:kept].to(spec.device, spec.real_dtype)
+    return Solution(
+        problem=problem,
+        algorithm=algorithm,
+        engine=engine,
+        retcode=retcode,
+        stats=solve.stats,
+        t=t,
+        u1=spec.unflatten(u1),
+        trajectory=trajectory,
+        saved=None if options.saveat is None else spec.unflatten(flight.saved[:kept]),
     )
+
+
+@dataclass
+class _Steps:
+    """The steps of a solve and the states at their ends, put together when something looks."""
+
+    problem: ODEProblem
+    options: SolveOptions
+    flight: Flight
+    u0: Tensor
+    last: Tensor
+
+    def __call__(self) -> tuple[Record, list[Tensor]]:
+        """Both."""
+        ends = self.flight.ends
+        states = [self.u0, *ends[:-1].unbind(), self.last] if len(ends) else [self.u0]
+        return self.flight.record(self.problem, self.options), states
 
 
 _told: set[str] = set()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -23,6 +24,9 @@ from pysciml_node.translation.program import Program
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
 
+_MOST_KEPT = 2
+"""Memories of a library that are kept for later solves."""
+
 _POINTER, _DOUBLE, _INTEGER = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
 
 
@@ -39,9 +43,9 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "gamma qmin qmax"),
         *_fields(_INTEGER, "control max_steps stop_count save_count moving driven"),
         ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved steps stop_of"),
+        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved steps places"),
         ("room", _INTEGER),
-        *_fields(_POINTER, "save_theta save_step memory"),
+        ("memory", _POINTER),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
@@ -56,7 +60,7 @@ class SweepRequest(ctypes.Structure):
         *_fields(_DOUBLE, "t0 t1 seconds"),
         ("mark_count", _INTEGER),
         ("marks", _POINTER),
-        *_fields(_POINTER, "u0 ends packed steps save_theta save_step"),
+        *_fields(_POINTER, "u0 ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory"),
         *_fields(_INTEGER, "n count q live evaluations replayed status"),
@@ -100,6 +104,7 @@ class Library:
         self.packed_size = max(emitted.packed, 1)
         row, work, bars = padded(self.size), padded(emitter.work.size), padded(emitter.bars.size)
         stages = method.all_stages
+        self._pools: dict[int, list[Tensor]] = {}
         self._stages, self._row = stages, row
         self.march_memory = (stages + 4) * row + work
         self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
@@ -131,6 +136,19 @@ class Library:
         library.prepare.restype = library.finish.restype = None
         return library
 
+    @contextmanager
+    def memory(self, size: int) -> Iterator[Tensor]:
+        """Memory for a loop or a sweep, used again by the next one."""
+        pool = self._pools.setdefault(size, [])
+        try:
+            found = pool.pop()
+        except IndexError:
+            found = torch.zeros(size, dtype=self.dtype)
+        yield found
+        # A solve that was interrupted leaves its memory to the collector; few are kept.
+        if len(pool) < _MOST_KEPT:
+            pool.append(found)
+
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""
         status: int = self._loaded.march(ctypes.byref(request))
@@ -147,16 +165,22 @@ class Library:
         return memory[start : start + self.size], memory[start + 2 * row :][: self.size]
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What the field reads of its parameters: contiguous tensors of the state's dtype."""
+        """What the field reads of its parameters."""
         packed = torch.zeros(self.packed_size, dtype=self.dtype)
-        addresses = (_POINTER * len(tensors))(*[x.data_ptr() for x in tensors])
+        lying = [
+            x
+            if x.dtype is self.dtype and x.is_contiguous()
+            else x.detach().to(self.dtype).contiguous()
+            for x in tensors
+        ]
+        addresses = (_POINTER * len(lying))(*[x.data_ptr() for x in lying])
         self._loaded.prepare(addresses, packed.data_ptr())
         return packed
 
     def unpack(self, packed: Tensor, packed_bar: Tensor) -> list[Tensor]:
         """The cotangent of each parameter, flat, from that of the packed ones."""
-        scratch = torch.zeros(self.scratch, dtype=self.dtype)
-        self._loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
+        with self.memory(self.scratch) as scratch:
+            self._loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
         return [packed_bar[start : start + length] for start, length in self._places]
 
 

@@ -46,11 +46,9 @@ class Flight:
         u0: flat initial state.
         packed: the field's parameters as it read them.
         ends: the states at the ends of the accepted steps, `(n, N)`.
-        steps: end, size and error of each, `(n, 3)`.
-        stops: the stop that each ends on, or -1.
+        steps: end, size, error, and the stop or -1 of each, `(n, 4)`.
         saved: the states at the saved times that were reached, `(saved, N)`.
-        theta: their places in their steps; NaN for those at the end of one.
-        places: their steps, or the states that they are.
+        places: of each its step and its place in it, or the state that it is and NaN, `(saved, 2)`.
         marks: tstops, for C.
         retcode: how it ended.
         nfe: evaluations.
@@ -62,15 +60,20 @@ class Flight:
     packed: Tensor
     ends: Tensor
     steps: Tensor
-    stops: Tensor
     saved: Tensor
-    theta: Tensor
     places: Tensor
     marks: ctypes.Array[ctypes.c_double]
     retcode: ReturnCode
     nfe: int
     nreject: int
     last: Attempt | None
+
+    def times(self, t0: float, count: int) -> Tensor:
+        """The start and the ends of the first steps, `(count + 1,)`."""
+        found = self.steps.new_empty(count + 1)
+        found[0] = t0
+        found[1:] = self.steps[:count, 0]
+        return found
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
@@ -79,7 +82,7 @@ class Flight:
             times=[problem.t0, *(row[0] for row in rows)],
             sizes=[row[1] for row in rows],
             errors=[row[2] for row in rows],
-            stops=[None if stop < 0 else stop for stop in self.stops.tolist()],
+            stops=[None if row[3] < 0 else int(row[3]) for row in rows],
             saved=len(self.saved),
             naccept=len(rows),
             nreject=self.nreject,
@@ -88,12 +91,11 @@ class Flight:
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(options.landings(problem.direction)),
         )
-        places = zip(self.places.tolist(), self.theta.tolist(), strict=True)
-        for i, (place, theta) in enumerate(places):
+        for i, (place, theta) in enumerate(self.places.tolist()):
             if math.isnan(theta):
-                record.at_end.setdefault(place, []).append(i)
+                record.at_end.setdefault(int(place), []).append(i)
             else:
-                indices, thetas = record.inside.setdefault(place, ([], []))
+                indices, thetas = record.inside.setdefault(int(place), ([], []))
                 indices.append(i)
                 thetas.append(theta)
         return record
@@ -163,12 +165,9 @@ def fly(
     marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
     saves = (ctypes.c_double * max(len(times), 1))(*times)
     room = max(4, min(64, _FIRST_ROOM // size))
-    ends, steps = u0.new_empty((room, size)), torch.empty((room, 3), dtype=torch.float64)
-    stops = torch.empty(room, dtype=torch.int64)
+    ends, steps = u0.new_empty((room, size)), torch.empty((room, 4), dtype=torch.float64)
     saved = u0.new_empty((len(times), size))
-    theta = torch.empty(len(times), dtype=torch.float64)
-    places = torch.empty(len(times), dtype=torch.int64)
-    memory = u0.new_zeros(library.march_memory)
+    places = torch.empty((len(times), 2), dtype=torch.float64)
     request = SolveRequest(
         t0=problem.t0,
         t1=problem.t1,
@@ -186,41 +185,39 @@ def fly(
         u0=u0.data_ptr(),
         packed=packed.data_ptr(),
         saved=saved.data_ptr(),
-        save_theta=theta.data_ptr(),
-        save_step=places.data_ptr(),
-        memory=memory.data_ptr(),
+        places=places.data_ptr(),
         seconds=TURN,
     )
     _control(request, options.controller, error_order)
     kept = _tolerance(request, options, u0)
-    status = FULL
-    while status in (RUNNING, FULL):
-        if status == FULL:
-            if request.accepted == room:
-                room *= 2
-                ends, steps, stops = (_longer(x, room) for x in (ends, steps, stops))
-            request.ends, request.steps = ends.data_ptr(), steps.data_ptr()
-            request.stop_of, request.room = stops.data_ptr(), room
-        status = library.march(request)
-        if on_turn is not None:
-            on_turn(request.t, request.last_h, request.accepted)
+    status, last = FULL, None
+    with library.memory(library.march_memory) as memory:
+        request.memory = memory.data_ptr()
+        while status in (RUNNING, FULL):
+            if status == FULL:
+                if request.accepted == room:
+                    room *= 2
+                    ends, steps = (_longer(x, room) for x in (ends, steps))
+                request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
+            status = library.march(request)
+            if on_turn is not None:
+                on_turn(request.t, request.last_h, request.accepted)
+        retcode = RETCODES[status]
+        if not retcode.successful and request.last_h:
+            last = _last_attempt(library, request, memory)
     del kept
-    count, retcode = request.accepted, RETCODES[status]
-    last = None
-    if not retcode.successful and request.last_h:
-        last = _last_attempt(library, request, memory)
+    count, reached = request.accepted, request.reached
     # In place: a view would keep what is not needed of the room in sight.
-    ends, steps, stops = (x.resize_(count, *x.shape[1:]) for x in (ends, steps, stops))
-    reached = request.reached
+    ends, steps = ends.resize_(count, size), steps.resize_(count, 4)
+    if reached < len(times):
+        saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
     return Flight(
         u0,
         packed,
         ends,
         steps,
-        stops,
-        saved if reached == len(times) else saved.resize_(reached, size),
-        theta[:reached],
-        places[:reached],
+        saved,
+        places,
         marks,
         retcode,
         request.evaluations,
@@ -293,8 +290,7 @@ def sweep_back(
     ]
     start_bar = torch.zeros_like(flight.u0)
     packed_bar = torch.zeros_like(flight.packed)
-    memory = flight.u0.new_zeros(library.sweep_memory)
-    saves = len(flight.theta) if with_times else 0
+    saves = len(flight.places) if with_times else 0
     times = [
         torch.zeros(n, dtype=torch.float64) for n in (count * with_times, count * with_times, saves)
     ]
@@ -308,22 +304,22 @@ def sweep_back(
         ends=flight.ends.data_ptr(),
         packed=flight.packed.data_ptr(),
         steps=flight.steps.data_ptr(),
-        save_theta=flight.theta.data_ptr(),
-        save_step=flight.places.data_ptr(),
-        saved_bar=_address(bars[0]) if len(flight.theta) else None,
+        places=flight.places.data_ptr(),
+        saved_bar=_address(bars[0]) if len(flight.places) else None,
         ends_bar=_address(bars[1]) if count else None,
         last_bar=_address(bars[2]),
         start_bar=start_bar.data_ptr(),
         packed_bar=packed_bar.data_ptr(),
-        memory=memory.data_ptr(),
         n=count,
         count=count,
-        q=len(flight.theta) - 1,
+        q=len(flight.places) - 1,
     )
     if with_times:
         request.t_bar, request.h_bar, request.theta_bar = (x.data_ptr() for x in times)
-    while library.sweep(request) == RUNNING:
-        pass
+    with library.memory(library.sweep_memory) as memory:
+        request.memory = memory.data_ptr()
+        while library.sweep(request) == RUNNING:
+            pass
     parameters = library.unpack(flight.packed, packed_bar)
     t, h, theta = times
     return Swept(start_bar, parameters, t, h, theta, request.evaluations, request.replayed)

@@ -20,13 +20,11 @@ typedef struct {
   const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
   const REAL *rtol, *atol;                /* by entries, or 0 */
   const REAL *u0, *packed;
-  /* Where results go: rows of N and of 3 (end, size, error), for `room` steps. */
+  /* Where results go: for `room` steps rows of N, and of end, size, error, and stop or -1; for each
+     saved time its step and its place in it, or the state that it is and NaN. */
   REAL *ends, *saved;
-  double *steps;
-  int64_t *stop_of;
+  double *steps, *places;
   int64_t room;
-  double *save_theta;                     /* NaN where the saved time is the end of a step */
-  int64_t *save_step;
   REAL *memory;
   /* The state of the loop. */
   double t, h, last_t, last_h, last_error, history[2], seconds;
@@ -193,8 +191,8 @@ static void psn_dense_weights(double theta, int derivative, REAL *weights) {
 
 static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
   memcpy(s->saved + s->reached * N, u, N * sizeof(REAL));
-  s->save_theta[s->reached] = NAN;
-  s->save_step[s->reached++] = state;
+  double *place = s->places + 2 * s->reached++;
+  place[0] = (double)state, place[1] = NAN;
 }
 
 /* Save what lies in an accepted step from U to u1 (saver.py). */
@@ -213,8 +211,8 @@ static void psn_save(Solve *s, double t, double h, double end, const REAL *u1) {
       for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * k[j * ROW + i];
       out[i] = u[i] + (REAL)h * sum;
     }
-    s->save_theta[s->reached] = theta;
-    s->save_step[s->reached++] = s->accepted;
+    double *place = s->places + 2 * s->reached++;
+    place[0] = (double)s->accepted, place[1] = theta;
   }
   while (s->reached < s->save_count && s->saves[s->reached] == end)
     psn_keep_end(s, s->accepted + 1, u1);
@@ -261,9 +259,8 @@ static int64_t psn_march(Solve *s) {
     }
     double end = lands ? stop : t + h;
     psn_save(s, t, h, end, u1);
-    double *row = s->steps + 3 * s->accepted;
-    row[0] = end, row[1] = h, row[2] = error;
-    s->stop_of[s->accepted] = lands ? s->next_stop : -1;
+    double *row = s->steps + 4 * s->accepted;
+    row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
     memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
     s->accepted++;
     int next = END_STAGE >= 0 && s->known > END_STAGE && !lands;
@@ -287,8 +284,7 @@ typedef struct {
   int64_t mark_count;
   const double *marks;
   const REAL *u0, *ends, *packed;
-  const double *steps, *save_theta;
-  const int64_t *save_step;
+  const double *steps, *places;
   /* Cotangents that arrive; 0 where there is none. */
   const REAL *saved_bar, *ends_bar, *last_bar;
   /* Cotangents that leave: of u0, of the packed parameters; and of each step's start and size and
@@ -301,16 +297,19 @@ typedef struct {
 
 #define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
 
+/* Whether a saved time lies inside a step, and a cotangent arrives at it. */
+static int psn_is_inside(const Sweep *s, int64_t saved, int64_t n) {
+  return s->saved_bar && saved >= 0 && s->places[2 * saved] == n && !isnan(s->places[2 * saved + 1]);
+}
+
 static void psn_replay(Sweep *s, int64_t n) {
-  double t = n ? s->steps[3 * (n - 1)] : s->t0, h = s->steps[3 * n + 1];
+  double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
   const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
   REAL *k = s->memory, *bars = k + ALL_STAGES * ROW, *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
   REAL *scratch = sum + ROW, *stages = scratch + BARS;
   REAL *bar = s->start_bar;
   int64_t inside = 0;
-  while (s->saved_bar && inside <= s->q && s->save_step[s->q - inside] == n &&
-         !isnan(s->save_theta[s->q - inside]))
-    inside++;
+  while (psn_is_inside(s, s->q - inside, n)) inside++;
   int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
   REAL times[ALL_STAGES];
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
@@ -328,14 +327,14 @@ static void psn_replay(Sweep *s, int64_t n) {
   for (int64_t m = s->q; m > s->q - inside; m--) {
     const REAL *v = s->saved_bar + m * N;
     REAL weights[ALL_STAGES];
-    psn_dense_weights(s->save_theta[m], 0, weights);
+    psn_dense_weights(s->places[2 * m + 1], 0, weights);
     for (int i = 0; i < count; i++) {
       REAL *into = stages + i * STAGE_MEMORY + ROW;
       for (int e = 0; e < N; e++) into[e] += weights[i] * v[e];
     }
     for (int e = 0; e < N; e++) sum[e] += v[e];
     if (s->t_bar) {
-      psn_dense_weights(s->save_theta[m], 1, weights);
+      psn_dense_weights(s->places[2 * m + 1], 1, weights);
       double along = 0;
       for (int e = 0; e < N; e++) {
         REAL total = 0;
@@ -379,8 +378,8 @@ static void psn_arrive(Sweep *s, int64_t state) {
     for (int e = 0; e < N; e++) bar[e] += s->last_bar[e];
     s->live = 1;
   }
-  while (s->saved_bar && s->q >= 0 && s->save_step[s->q] == state &&
-         isnan(s->save_theta[s->q])) {
+  while (s->saved_bar && s->q >= 0 && s->places[2 * s->q] == state &&
+         isnan(s->places[2 * s->q + 1])) {
     for (int e = 0; e < N; e++) bar[e] += s->saved_bar[s->q * N + e];
     s->live = 1;
     s->q--;
@@ -394,9 +393,7 @@ static int64_t psn_sweep(Sweep *s) {
     if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
     psn_arrive(s, s->n);
     int64_t n = --s->n;
-    int inside = s->saved_bar && s->q >= 0 && s->save_step[s->q] == n &&
-                 !isnan(s->save_theta[s->q]);
-    if (s->live || inside) {
+    if (s->live || psn_is_inside(s, s->q, n)) {
       s->live = 1;
       psn_replay(s, n);
     } else if (s->t_bar)
