@@ -39,7 +39,8 @@ class JuliaField:
             last. `p` is the problem's `p` as a vector, `t` a number. `LinearAlgebra` is loaded.
 
     Raises:
-        TypeError: the source is no text; the state or `p` is no single tensor (when the field is first used).
+        TypeError: the source is no text; when the field is first used, the state or `p` is no
+            single tensor.
         JuliaError: the source does not parse, or is no function.
 
     Example:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.regularizers.base import Regularizer, stability_radius
 from pysciml_node.schedules import Schedule
 from pysciml_node.solutions.solution import Solution
@@ -39,9 +40,7 @@ class _GlobalRegularizer(Regularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        if aggregate not in ("sum", "mean", "max"):
-            raise ValueError(f'aggregate must be "sum", "mean" or "max", but is {aggregate!r}.')
-        self.aggregate = aggregate
+        self.aggregate = checks.choice("aggregate", aggregate, ("sum", "mean", "max"))
 
     def _over_steps(self, values: list[Tensor]) -> Tensor:
         stacked = torch.stack(values)

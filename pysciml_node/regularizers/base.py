@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.probes import Probes
@@ -19,7 +20,7 @@ from pysciml_node.solutions.solution import Solution
 Times = Sequence[float] | Tensor
 
 
-class Regularizer(nn.Module, ABC):
+class Regularizer(checks.Configured, nn.Module, ABC):
     """Base of all regularizers.
 
     It has no parameters; it is a module so that the step count of its weight is part of the
@@ -38,7 +39,7 @@ class Regularizer(nn.Module, ABC):
     def __init__(self, weight: float | Schedule = 1.0, name: str | None = None) -> None:
         super().__init__()
         self.weight = as_schedule(weight)
-        self.name = name or type(self).__name__
+        self.name = type(self).__name__ if name is None else checks.text("name", name)
         self.steps = 0
 
     def prepare(self, problem: ODEProblem, saveat: Times | None) -> tuple[ODEProblem, Times | None]:
@@ -91,25 +92,27 @@ def stability_radius(algorithm: Algorithm) -> float:
     return radius
 
 
-def check_names(regularizers: Sequence[Any]) -> list[Regularizer]:
-    """The regularizers as a list.
+def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regularizer]:
+    """The regularizers as a list; a single one is a list of one.
 
     Raises:
         TypeError: one of another kind.
         ValueError: two of one name.
     """
+    listed: list[Regularizer] = checks.sequence(
+        "regularizers",
+        regularizers,
+        Regularizer,  # type: ignore[type-abstract]
+        example="LocalError()",
+    )
     names: set[str] = set()
-    for regularizer in regularizers:
-        if not isinstance(regularizer, Regularizer):
-            raise TypeError(
-                f"regularizers must be objects such as LocalError(), but one is {regularizer!r}."
-            )
+    for regularizer in listed:
         if regularizer.name in names:
             raise ValueError(
                 f"two regularizers are named {regularizer.name!r}; give one of them name=..."
             )
         names.add(regularizer.name)
-    return list(regularizers)
+    return listed
 
 
 def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) -> None:

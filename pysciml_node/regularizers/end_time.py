@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.base import Regularizer, Times
 from pysciml_node.solutions.solution import Solution
@@ -34,9 +35,8 @@ class RandomEndTime(Regularizer):
 
     def __init__(self, b: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__(0.0)
-        if not b > 0:
-            raise ValueError(f"b must be positive, but is {b}.")
-        self.b, self.generator = float(b), generator
+        self.b = checks.number("b", b, above=0)
+        self.generator = checks.generator("generator", generator)
 
     def _uniform(self, count: int) -> Tensor:
         return 2 * torch.rand(count, generator=self.generator, dtype=torch.float64) - 1

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.checks import choice
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import tensors_of
@@ -95,14 +96,14 @@ class Integral(IntegralRegularizer):
     def __init__(
         self, fn: Callable[[Tensor, Any, Any], Tensor], name: str, weight: float | Schedule = 1.0
     ) -> None:
-        super().__init__(weight, name)
-        self.fn = fn
+        super().__init__(weight, checks.text("name", name))
+        self.fn = checks.function("fn", fn, "t", "u", "f")
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
 
         def rate(point: FieldPoint) -> Tensor:
-            value = self.fn(point.t, point.u, point.f)
+            value: Tensor = self.fn(point.t, point.u, point.f)
             single = probes is not None and probes.batch == 1 and point.u.ndim == 1
             return value.mean() if single and value.shape == point.u.shape else value
 
@@ -177,9 +178,10 @@ class JacobianFrobenius(IntegralRegularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        self.exact, self.reduction = exact, check_reduction(reduction)
+        self.exact = None if exact is None else checks.flag("exact", exact)
+        self.reduction = check_reduction(reduction)
         self.distribution = check_distribution(distribution)
-        self.generator = generator
+        self.generator = checks.generator("generator", generator)
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand, with its probe drawn."""

@@ -6,11 +6,12 @@ Boxes Were Meant to Remain Closed!, ICML 2023, arXiv 2303.02262, section 3.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta, Tsit5
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.sde import SDEProblem
@@ -60,18 +61,16 @@ class _LocalRegularizer(Regularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        if sampling not in ("unbiased", "biased"):
-            raise ValueError(f'sampling must be "unbiased" or "biased", but is {sampling!r}.')
-        if stop_gradient not in (True, False, "state"):
-            raise ValueError(
-                f'stop_gradient must be True, False or "state", but is {stop_gradient!r}.'
-            )
-        if step_size not in ("hairer", "solver"):
-            raise ValueError(f'step_size must be "hairer" or "solver", but is {step_size!r}.')
-        self.sampling, self.step_size = sampling, step_size
-        self.stop_gradient, self.include_start = stop_gradient, include_start
+        self.sampling = checks.choice("sampling", sampling, get_args(Sampling))
+        self.step_size = checks.choice("step_size", step_size, get_args(StepSize))
+        allowed: tuple[StopGradient, ...] = (True, False, "state")
+        self.stop_gradient = checks.choice("stop_gradient", stop_gradient, allowed)
+        self.include_start = checks.flag("include_start", include_start)
+        if algorithm is not None:
+            kinds: Any = ExplicitRungeKutta | StochasticRungeKutta
+            checks.instance("algorithm", algorithm, kinds, example="Tsit5()")
         self.algorithm = algorithm
-        self.generator = generator
+        self.generator = checks.generator("generator", generator)
 
     def sample_time(self, solution: Solution) -> float:
         """Draw a time of the solution."""

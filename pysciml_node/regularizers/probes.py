@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.state import State, tensors_of
 
 Distribution = Literal["rademacher", "gaussian"]
@@ -54,10 +55,8 @@ def check_distribution(distribution: str) -> Distribution:
     Raises:
         ValueError: an unknown one.
     """
-    for known in get_args(Distribution):
-        if distribution == known:
-            return cast(Distribution, known)
-    raise ValueError(f'distribution must be "rademacher" or "gaussian", but is {distribution!r}.')
+    known: tuple[Distribution, ...] = get_args(Distribution)
+    return checks.choice("distribution", distribution, known)
 
 
 class Probes:

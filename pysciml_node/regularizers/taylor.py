@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.integral import (
     IntegralRegularizer,
@@ -66,9 +67,7 @@ class TaylorDerivative(IntegralRegularizer):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise ValueError(f"order must be a whole number, at least 1, but is {order!r}.")
-        self.order, self.reduction = order, check_reduction(reduction)
+        self.order, self.reduction = checks.whole("order", order), check_reduction(reduction)
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
