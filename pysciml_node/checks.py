@@ -11,10 +11,12 @@ import difflib
 import inspect
 import math
 import operator
+import os
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
@@ -138,6 +140,8 @@ def number(
         limits.insert(0, "finite")
     words = " and ".join(limits).replace("finite and above 0", "positive and finite")
     words = "positive" if words == "above 0" else words
+    if above is not None and below is not None:
+        words = f"between {above:g} and {below:g}"
     if found is None:
         refuse(name, "a number", value, hint)
     refuse(name, words or "a number", found, hint, ValueError)
@@ -208,6 +212,17 @@ def text(name: str, value: Any, *, hint: str = "") -> str:
         return value
     kind = ValueError if isinstance(value, str) else TypeError
     refuse(name, "a text that is not empty", value, hint, kind)
+
+
+def path(name: str, value: Any) -> Path:
+    """A place in the file system, given as text or as a path.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(value, str | os.PathLike) and value:
+        return Path(value)
+    refuse(name, "a path, or its text", value, "", ValueError if value == "" else TypeError)
 
 
 def choice(name: str, value: Any, known: Iterable[T]) -> T:
@@ -436,6 +451,30 @@ def numbers(name: str, value: Any, *, hint: str = "") -> list[float]:
         refuse(name, "a sequence of numbers", value, hint)
     entries = value.detach().tolist() if isinstance(value, Tensor) else value
     return [number(f"{name}[{i}]", x, infinite=True) for i, x in enumerate(entries)]
+
+
+def shape(name: str, value: Any, *, axes: int | None = None) -> tuple[int, ...]:
+    """Sizes of axes, given as a sequence or as one number.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        axes: how many there must be.
+
+    Raises:
+        TypeError: no sequence of whole numbers.
+        ValueError: a negative size, or another number of axes.
+    """
+    if as_float(value) is not None:
+        value = (value,)
+    if isinstance(value, Tensor):
+        value = tensor(name, value, axes=1).tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        refuse(name, "a sequence of sizes", value)
+    sizes = tuple(whole(f"{name}[{i}]", size, at_least=0) for i, size in enumerate(value))
+    if axes is not None and len(sizes) != axes:
+        refuse(name, f"{axes} sizes", sizes, error=ValueError)
+    return sizes
 
 
 def tensor(

@@ -127,8 +127,12 @@ class Annealing(Schedule):
         return 1.0 - math.pow(self.rate, max(_step(step) - self.delay, 0))
 
 
-def as_schedule(weight: float | Schedule) -> Schedule:
+def as_schedule(weight: float | Schedule, name: str = "weight") -> Schedule:
     """A number as a constant schedule.
+
+    Args:
+        weight: what was given.
+        name: of the argument.
 
     Raises:
         TypeError: neither a number nor a schedule.
@@ -137,5 +141,5 @@ def as_schedule(weight: float | Schedule) -> Schedule:
     if isinstance(weight, Schedule):
         return weight
     if checks.as_float(weight) is None:
-        checks.refuse("weight", "a number or a schedule", weight, "Write schedules.Cosine(...).")
-    return Constant(checks.number("weight", weight))
+        checks.refuse(name, "a number or a schedule", weight, "Write schedules.Cosine(...).")
+    return Constant(checks.number(name, weight))

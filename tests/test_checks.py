@@ -45,7 +45,7 @@ RANGES: list[tuple[dict[str, Any], list[Any], list[Any], str]] = [
     ({}, [0, -1e300], [math.nan, math.inf, 10**400], "finite"),
     ({"above": 0}, [1e-300], [0, -1, math.inf], "positive and finite"),
     ({"at_least": 0}, [0.0], [-1e-9, math.inf], "finite and at least 0"),
-    ({"above": 0, "below": 1}, [0.5], [0, 1, math.inf], "above 0 and below 1"),
+    ({"above": 0, "below": 1}, [0.5], [0, 1, math.inf], "between 0 and 1"),
     ({"at_least": -1, "at_most": 1}, [-1, 1], [1.1], "at least -1 and at most 1"),
     ({"above": 0, "infinite": True}, [math.inf], [math.nan, -math.inf], "positive"),
 ]

@@ -1,10 +1,11 @@
 """Mini-batches: shuffled ones for training, ordered ones for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Generic, Self
 
 import torch
 
+from pysciml_node import checks
 from pysciml_node.data.labelled import DataT
 
 
@@ -32,9 +33,14 @@ class ShuffledBatches(Generic[DataT]):
     """
 
     def __init__(self, data: DataT, batch_size: int, *, generator: torch.Generator) -> None:
+        batch_size = _batch_size(data, batch_size)
+        checks.instance(
+            "generator", generator, torch.Generator, example="torch.Generator().manual_seed(0)"
+        )
         if not 1 <= batch_size <= len(data):
             raise ValueError(
-                f"batch_size must be between 1 and the {len(data)} samples, but is {batch_size}."
+                f"batch_size must be between 1 and the {len(data)} samples of data, but is "
+                f"{batch_size}."
             )
         self.data = data
         self.batch_size = batch_size
@@ -100,7 +106,15 @@ def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
         >>> [len(batch) for batch in ordered_batches(data, 2)]
         [2, 2, 1]
     """
+    batch_size = _batch_size(data, batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
     for start in range(0, len(data), batch_size):
         yield data[start : start + batch_size]
+
+
+def _batch_size(data: Any, batch_size: int) -> int:
+    listed = isinstance(data, Sequence | Mapping) or getattr(data, "ndim", 1) == 0
+    if listed or not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        checks.refuse("data", "data with samples, such as LabelledData(x, y)", data)
+    return checks.whole("batch_size", batch_size, at_least=None)

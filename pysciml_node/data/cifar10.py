@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node._optional import require
 from pysciml_node.data.download import fetch, sha256_of
-from pysciml_node.data.labelled import LabelledData, Splits
+from pysciml_node.data.labelled import LabelledData, Splits, check_dtype
 
 ADDRESSES = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -74,7 +75,9 @@ def cifar10(
         A. Krizhevsky, Learning multiple layers of features from tiny images, technical report,
         University of Toronto (2009).
     """
-    folder = Path(data_dir)
+    folder = checks.path("data_dir", data_dir)
+    checks.whole("validation", validation, at_least=0)
+    check_dtype(dtype)
     archive, subset = folder / ARCHIVE, folder / SUBSET
     if archive.is_file():
         _check_archive(archive)

@@ -3,7 +3,7 @@
 import torch
 
 from pysciml_node._optional import require
-from pysciml_node.data.labelled import LabelledData, Splits, stratified_split
+from pysciml_node.data.labelled import LabelledData, Splits, check_division, stratified_split
 
 
 def digits(
@@ -39,6 +39,7 @@ def digits(
         E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
         Repository (1998), its test part.
     """
+    check_division(validation, test, seed, dtype)
     datasets = require("sklearn.datasets", extra="examples", purpose="load the digits")
     bunch = datasets.load_digits()
     highest_pixel = 16.0

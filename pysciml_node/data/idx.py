@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
+
 _GZIP_MAGIC = b"\x1f\x8b"
 _DTYPES: dict[int, np.dtype[Any]] = {
     0x08: np.dtype(">u1"),
@@ -34,7 +36,7 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         ValueError: the gzip stream is damaged or cut short.
     """
-    raw = Path(path).read_bytes()
+    raw = checks.path("path", path).read_bytes()
     if not raw.startswith(_GZIP_MAGIC):
         return raw
     try:
@@ -66,6 +68,9 @@ def parse_idx(content: bytes, *, name: str = "content") -> Tensor:
         >>> parse_idx(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9])).tolist()
         [7, 8, 9]
     """
+    if not isinstance(content, bytes):
+        checks.refuse("content", "the bytes of a file", content)
+    name = checks.text("name", name)
     if len(content) < 4 or content[:2] != b"\x00\x00" or content[2] not in _DTYPES:
         raise ValueError(
             f"{name} is not an IDX file: it must start with two zero bytes and a type code, "

@@ -7,6 +7,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
+
 
 class Samples(Protocol):
     """Data that can be counted and picked from, sample by sample."""
@@ -19,6 +21,30 @@ class Samples(Protocol):
 
 
 DataT = TypeVar("DataT", bound=Samples)
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A real floating-point dtype, of entries.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        checks.refuse("dtype", "a floating-point dtype, such as torch.float32", dtype)
+    return dtype
+
+
+def check_division(validation: float, test: float, seed: int, dtype: torch.dtype) -> None:
+    """How a reader divides a data set, and the dtype it gives the entries.
+
+    Raises:
+        TypeError: one of another kind.
+        ValueError: one out of range.
+    """
+    checks.number("validation", validation)
+    checks.number("test", test)
+    checks.whole("seed", seed, at_least=0, at_most=2**63 - 1)
+    check_dtype(dtype)
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,7 @@ class LabelledData:
     y: Tensor
 
     def __post_init__(self) -> None:
+        checks.settle(self, x=checks.tensor("x", self.x), y=checks.tensor("y", self.y))
         if self.y.ndim != 1 or self.x.ndim < 1 or len(self.x) != len(self.y):
             raise ValueError(
                 f"x and y must hold one label a sample: x of shape (N, *D), y of shape (N,); "
@@ -106,7 +133,14 @@ def stratified_split(
         >>> sorted(parts["a"].tolist() + parts["b"].tolist())
         [0, 1, 2, 3]
     """
-    shares = torch.tensor(list(fractions.values()), dtype=torch.float64)
+    labels = checks.tensor("labels", labels, axes=1)
+    if not isinstance(fractions, Mapping):
+        checks.refuse("fractions", "a dict of names and shares", fractions)
+    checks.instance(
+        "generator", generator, torch.Generator, example="torch.Generator().manual_seed(0)"
+    )
+    listed = [checks.number(f"fractions[{name!r}]", x) for name, x in fractions.items()]
+    shares = torch.tensor(listed, dtype=torch.float64)
     if bool((shares <= 0).any()) or abs(float(shares.sum()) - 1.0) > 1e-9:
         raise ValueError(
             f"fractions must be positive and add up to one, but are {dict(fractions)}."

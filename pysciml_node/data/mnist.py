@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from pysciml_node import checks
 from pysciml_node.data.download import fetch
 from pysciml_node.data.idx import parse_idx, read_bytes
-from pysciml_node.data.labelled import LabelledData, Splits
+from pysciml_node.data.labelled import LabelledData, Splits, check_dtype
 
 # LeCun's own page no longer serves the files; these two mirrors hold the same bytes.
 MIRRORS = (
@@ -58,7 +59,9 @@ def mnist(
     Reference:
         Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Proc. IEEE 86 (1998) 2278-2324.
     """
-    folder = Path(data_dir)
+    folder = checks.path("data_dir", data_dir)
+    checks.whole("validation", validation, at_least=0)
+    check_dtype(dtype)
     paths = {name: _find(folder, name) for name in CHECKSUMS}
     missing = [name for name, path in paths.items() if path is None]
     if missing and not download:

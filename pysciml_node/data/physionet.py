@@ -14,8 +14,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from pysciml_node import checks
 from pysciml_node.data.download import fetch, published_sum, sha256_of
-from pysciml_node.data.labelled import Splits
+from pysciml_node.data.labelled import Splits, check_division
 from pysciml_node.data.series import IrregularSeries, split_at_random
 
 ADDRESSES = ("https://physionet.org/files/challenge-2012/1.0.0/set-a.tar.gz",)
@@ -124,12 +125,12 @@ def physionet(
         I. Silva et al., Predicting in-hospital mortality of ICU patients: the
         PhysioNet/Computing in Cardiology challenge 2012, Comput. Cardiol. 39 (2012) 245-248.
     """
-    if quantization is not None and not 0 < quantization <= HOURS:
-        raise ValueError(
-            f"quantization must be hours between 0 and {HOURS:g}, or None, but is {quantization}."
-        )
-    if outliers not in get_args(Outliers):
-        raise ValueError(f"outliers must be one of {get_args(Outliers)}, but is {outliers!r}.")
+    check_division(validation, test, seed, dtype)
+    if quantization is not None:
+        hint = "It is in hours; None keeps the times as they are."
+        checks.number("quantization", quantization, above=0, at_most=HOURS, hint=hint)
+    checks.choice("outliers", outliers, get_args(Outliers))
+    checks.path("data_dir", data_dir)
     source = _find(Path(data_dir))
     if source is None:
         if not download:
@@ -180,6 +181,8 @@ def parse_record(text: str, *, name: str = "record") -> Record:
         >>> hours.tolist(), VARIABLES[places[0]], values.tolist()
         ([1.5], 'HR', [73.0])
     """
+    if not isinstance(text, str):
+        checks.refuse("text", "the text of a file", text)
     heading, *lines = text.splitlines() or [""]
     if heading.strip() != "Time,Parameter,Value":
         raise ValueError(

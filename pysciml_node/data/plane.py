@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.data.labelled import LabelledData, Splits
 
 
@@ -83,8 +84,11 @@ def plane(shape: str, n: int, *, generator: torch.Generator) -> LabelledData:
     Reference:
         Grathwohl et al., FFJORD, arXiv 1810.01367, section 4.1, after its published toy data.
     """
-    if shape not in _SHAPES:
-        raise ValueError(f"shape must be one of {SHAPES}, but is {shape!r}.")
+    checks.choice("shape", shape, SHAPES)
+    n = checks.whole("n", n, at_least=0)
+    checks.instance(
+        "generator", generator, torch.Generator, example="torch.Generator().manual_seed(0)"
+    )
     x, y = _SHAPES[shape](n, generator)
     return LabelledData(x.float(), y)
 

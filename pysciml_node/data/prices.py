@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pysciml_node._optional import require
-from pysciml_node.data.labelled import Splits
+from pysciml_node.data.labelled import Splits, check_division
 from pysciml_node.data.series import IrregularSeries, split_at_random
 
 WINDOW_DAYS = 28
@@ -43,6 +43,7 @@ def prices(
         >>> data.train.variables, bool(data.train.times.max() < 1)
         (3, True)
     """
+    check_division(validation, test, seed, dtype)
     cbook = require("matplotlib.cbook", extra="examples", purpose="load the prices")
     table = cbook.get_sample_data("goog.npz")["price_data"]
     days = (table["date"] - table["date"][0]).astype(int)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pysciml_node.data.labelled import Splits
+from pysciml_node import checks
+from pysciml_node.data.labelled import Splits, check_dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class IrregularSeries:
     lengths: Tensor
 
     def __post_init__(self) -> None:
+        for name in ("times", "values", "observed", "lengths"):
+            checks.settle(self, **{name: checks.tensor(name, getattr(self, name))})
+        if self.times.ndim != 1:
+            checks.refuse("times", "a tensor of shape (N,)", self.times, error=ValueError)
+        if self.lengths.is_floating_point() or self.lengths.dtype == torch.bool:
+            checks.refuse("lengths", "a tensor of whole numbers", self.lengths)
+        if self.times.is_complex() or self.values.is_complex() or self.lengths.is_complex():
+            raise TypeError("times, values and lengths must be real.")
         rows = len(self.times)
         if (
             self.times.ndim != 1
@@ -96,6 +105,13 @@ class IrregularSeries:
     @classmethod
     def join(cls, samples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> IrregularSeries:
         """The series of samples given as `(times (n,), values (n, D), observed (n, D))`."""
+        if not isinstance(samples, list | tuple) or not samples:
+            checks.refuse("samples", "a list of (times, values, observed)", samples)
+        for i, sample in enumerate(samples):
+            if not isinstance(sample, tuple | list) or len(sample) != 3:
+                checks.refuse(f"samples[{i}]", "(times, values, observed)", sample)
+            for part in sample:
+                checks.tensor(f"samples[{i}]", part)
         times, values, observed = zip(*samples, strict=True)
         lengths = torch.tensor([len(t) for t in times])
         return cls(torch.cat(times), torch.cat(values), torch.cat(observed), lengths)
@@ -104,6 +120,19 @@ class IrregularSeries:
         return len(self.lengths)
 
     def __getitem__(self, index: Tensor | slice) -> IrregularSeries:
+        if not isinstance(index, slice | Tensor):
+            checks.refuse("index", "a slice, or a tensor of places or of booleans", index)
+        if isinstance(index, Tensor):
+            checks.tensor("index", index, axes=1)
+            if index.is_floating_point() or index.is_complex():
+                checks.refuse("index", "a slice, or a tensor of places or of booleans", index)
+            if index.dtype == torch.bool and len(index) != len(self):
+                raise ValueError(
+                    f"index must have a boolean for each of the {len(self)} samples, but has "
+                    f"{len(index)}."
+                )
+            if index.dtype != torch.bool and bool((index.abs() >= len(self)).any()):
+                raise ValueError(f"index must lie below the {len(self)} samples, but is {index}.")
         lengths, first = self.lengths[index], self.first[index]
         # Row k of the result is row k - (rows before its sample here) + (first row there).
         shift = torch.repeat_interleave(first - _starts(lengths), lengths)
@@ -149,6 +178,12 @@ class IrregularSeries:
         Returns:
             Shape `(B,)`.
         """
+        entries = checks.tensor("entries", entries)
+        if entries.shape != self.values.shape:
+            raise ValueError(
+                f"entries must have shape {tuple(self.values.shape)}, one for each value, but has "
+                f"{tuple(entries.shape)}."
+            )
         rows = torch.where(self.observed, entries, torch.zeros_like(entries)).sum(1)
         return rows.new_zeros(len(self)).index_add(0, self.sample, rows)
 
@@ -158,12 +193,17 @@ class IrregularSeries:
 
     def to(self, dtype: torch.dtype) -> IrregularSeries:
         """The series with times and values of another dtype."""
+        check_dtype(dtype)
         return IrregularSeries(
             self.times.to(dtype), self.values.to(dtype), self.observed, self.lengths
         )
 
     def only(self, rows: Tensor) -> IrregularSeries:
         """The same rows, with nothing observed but in those that `rows`, bool `(N,)`, marks."""
+        rows = checks.tensor("rows", rows, axes=1)
+        if rows.shape != self.times.shape or rows.dtype != torch.bool:
+            expected = f"a tensor of booleans of shape {tuple(self.times.shape)}"
+            checks.refuse("rows", expected, rows, error=ValueError)
         observed = self.observed & rows[:, None]
         return IrregularSeries(self.times, self.values, observed, self.lengths)
 
@@ -182,8 +222,8 @@ class IrregularSeries:
         Raises:
             ValueError: a share out of range.
         """
-        if not 0 < share < 1:
-            raise ValueError(f"share must be between 0 and 1, but is {share}.")
+        share = checks.number("share", share, above=0, below=1)
+        checks.generator("generator", generator)
         sample, lengths, first = (x.cpu() for x in (self.sample, self.lengths, self.first))
         order = torch.argsort(
             sample + torch.rand(len(sample), generator=generator, dtype=torch.float64)
@@ -227,3 +267,13 @@ def split_at_random(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     last, middle, first = torch.split(order, [held[1], held[0], count - sum(held)])
     return Splits(series[first], series[middle], series[last])
+
+
+def check_series(name: str, value: object) -> IrregularSeries:
+    """An argument that is a series.
+
+    Raises:
+        TypeError: it is none.
+    """
+    example = "IrregularSeries(times, values, observed, lengths)"
+    return checks.instance(name, value, IrregularSeries, example=example)

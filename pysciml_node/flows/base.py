@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pysciml_node import checks
 from pysciml_node.flows.distribution import check_base, leaves_of
 from pysciml_node.layers.neural_de import without_regularizers
 from pysciml_node.regularizers.base import Regularizer
@@ -129,8 +130,8 @@ class Flow(Transform):
         self, event_shape: int | Sequence[int] | None = None, base: Base | None = None
     ) -> None:
         super().__init__()
-        if isinstance(event_shape, int):
-            event_shape = (event_shape,)
+        if event_shape is not None:
+            event_shape = checks.shape("event_shape", event_shape)
         distribution = None if base is None else check_base(base)
         if event_shape is None and distribution is not None:
             event_shape = distribution.event_shape
@@ -167,6 +168,7 @@ class Flow(Transform):
         Raises:
             ValueError: samples of another shape.
         """
+        x = checks.tensor("x", x, floating=True)
         if self.event_shape is not None and x.shape[1:] != self.event_shape:
             raise ValueError(
                 f"x must have the shape (B, {', '.join(map(str, self.event_shape))}), but has "
@@ -194,6 +196,7 @@ class Flow(Transform):
         """
         if self.event_shape is None:
             return self._unregularized(x)
+        x = checks.tensor("x", x, floating=True)
         count = x.ndim - len(self.event_shape)
         if count < 0 or x.shape[count:] != self.event_shape:
             raise ValueError(
@@ -234,7 +237,8 @@ class Flow(Transform):
                 f"this {type(self).__name__} does not know the shape of a sample.\n"
                 "  Give it event_shape=..., or a base distribution."
             )
-        shape = torch.Size(sample_shape)
+        shape = torch.Size(checks.shape("sample_shape", sample_shape))
+        checks.generator("generator", generator)
         z = self._draw(math.prod(shape), self.latent_shape(self.event_shape), generator)
         return self.decode(z).reshape(*shape, *self.event_shape)
 
@@ -292,7 +296,13 @@ class Chain(Flow):
         base: Base | None = None,
     ) -> None:
         super().__init__(event_shape, base)
-        self.transforms = Transforms(transforms)
+        listed = checks.sequence(
+            "transforms",
+            transforms,
+            Transform,  # type: ignore[type-abstract]
+            example="CNF(field)",
+        )
+        self.transforms = Transforms(listed)
 
     def transform(self, x: Tensor) -> Mapped:
         """Carry data to the base's space."""

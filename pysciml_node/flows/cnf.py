@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.flows.base import Base, Flow, Mapped
 from pysciml_node.layers.neural_ode import NeuralODE
@@ -94,9 +95,9 @@ class CNF(Flow):
                 "  Its solution at any times: cnf.node(x)(times)."
             )
         check_options(type(self).__name__, options)
-        self.exact = exact
+        self.exact = None if exact is None else checks.flag("exact", exact)
         self.distribution = check_distribution(distribution)
-        self.generator = generator
+        self.generator = checks.generator("generator", generator)
         self.node = NeuralODE(field, algorithm, tspan, **options)
 
     def transform(self, x: Tensor) -> Mapped:

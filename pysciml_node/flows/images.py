@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pysciml_node import checks
 from pysciml_node.flows.base import Base, Chain, Flow, Mapped, Transform, Transforms
 from pysciml_node.flows.cnf import CNF
 
@@ -39,6 +40,10 @@ def dequantize(
     Reference: Theis, van den Oord, Bethge, A note on the evaluation of generative models, arXiv
     1511.01844, section 3.1.
     """
+    x = checks.tensor("x", x)
+    levels = checks.whole("levels", levels, at_least=2, at_most=2**52)
+    checks.generator("generator", generator)
+    noise = checks.flag("noise", noise)
     if not x.is_floating_point():
         raise TypeError(
             f"x must be of a floating-point dtype, but is {x.dtype}.\n  Convert it: x.float()."
@@ -72,7 +77,11 @@ def bits_per_dimension(log_prob: Tensor, dimensions: int, levels: int = 256) -> 
         >>> float(bits_per_dimension(torch.tensor(0.0), 64, levels=16))  # uniform on [0, 1]
         4.0
     """
-    return (math.log(levels) - log_prob / dimensions) / math.log(2)
+    number = None if isinstance(log_prob, Tensor) else checks.as_float(log_prob)
+    nats = checks.tensor("log_prob", log_prob, real=True) if number is None else number
+    dimensions = checks.whole("dimensions", dimensions)
+    levels = checks.whole("levels", levels)
+    return (math.log(levels) - nats / dimensions) / math.log(2)
 
 
 def _check_range(name: str, x: Tensor, low: float, high: float) -> None:
@@ -98,12 +107,13 @@ class Logit(Transform):
 
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
-        if not 0 < alpha < 0.5:
-            raise ValueError(f"alpha must lie between 0 and 1/2, but is {alpha}.")
-        self.alpha = alpha
+        self.alpha = checks.number("alpha", alpha, above=0, below=0.5)
 
     def transform(self, x: Tensor) -> Mapped:
         """Carry points of [0, 1] to the line."""
+        x = checks.tensor("x", x, floating=True)
+        if not x.ndim:
+            checks.refuse("x", "a batch of samples", x, error=ValueError)
         # What `inverse` gives may lie a little outside.
         margin = self.alpha / (1 - 2 * self.alpha)
         _check_range("x", x, -margin, 1 + margin)
@@ -111,13 +121,16 @@ class Logit(Transform):
 
     def inverse(self, z: Tensor) -> Mapped:
         """Carry points of the line back; far out they land up to `alpha` outside [0, 1]."""
+        z = checks.tensor("z", z, floating=True)
         x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
         return self._mapped(x, x, -1)
 
     def _mapped(self, u: Tensor, x: Tensor, sign: int) -> Mapped:
         y = self.alpha + (1 - 2 * self.alpha) * x
         slope = math.log(1 - 2 * self.alpha) - torch.log(y) - torch.log1p(-y)
-        return Mapped(u, sign * slope.reshape(x.shape[0], -1).sum(1), u.new_zeros(()))
+        return Mapped(
+            u, sign * (slope.flatten(1).sum(1) if slope.ndim > 1 else slope), u.new_zeros(())
+        )
 
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
@@ -132,10 +145,20 @@ class Squeeze(Transform):
 
     def transform(self, x: Tensor) -> Mapped:
         """Carry pixels to channels."""
+        x = checks.tensor("x", x, axes=4)
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(
+                f"x must have an even height and width, but has shape {tuple(x.shape)}."
+            )
         return Mapped.start(functional.pixel_unshuffle(x, 2))
 
     def inverse(self, z: Tensor) -> Mapped:
         """Carry channels to pixels."""
+        z = checks.tensor("z", z, axes=4)
+        if z.shape[1] % 4:
+            raise ValueError(
+                f"z must have a multiple of 4 channels, but has shape {tuple(z.shape)}."
+            )
         return Mapped.start(functional.pixel_shuffle(z, 2))
 
     def latent_shape(self, event_shape: torch.Size) -> torch.Size:
@@ -187,16 +210,19 @@ class MultiScale(Flow):
         base: Base | None = None,
         **options: Any,
     ) -> None:
+        image_shape = checks.shape("image_shape", image_shape, axes=3)
         super().__init__(image_shape, base)
-        self.image_shape = tuple(image_shape)
+        self.image_shape = image_shape
         channels, height, width = image_shape
-        scales = _scales(height, width) if scales is None else scales
-        if scales < 1 or blocks < 1:
-            raise ValueError(f"scales={scales} and blocks={blocks} must be at least 1.")
+        if min(image_shape) < 1:
+            checks.refuse("image_shape", "positive sizes", image_shape, error=ValueError)
+        scales = _scales(height, width) if scales is None else checks.whole("scales", scales)
+        blocks = checks.whole("blocks", blocks)
+        checks.function("make_field", make_field, "channels")
         if height % 2 ** (scales - 1) or width % 2 ** (scales - 1):
             raise ValueError(
-                f"an image of {height}x{width} pixels cannot be halved {scales - 1} times.\n"
-                "  Give fewer scales, or pad the image."
+                f"image_shape of {height}x{width} pixels cannot be halved {scales - 1} times for "
+                f"scales={scales}.\n  Give fewer scales, or pad the image."
             )
         self.logit = Chain([] if alpha is None else [Logit(alpha)])
 

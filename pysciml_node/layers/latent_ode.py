@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.data.series import IrregularSeries
+from pysciml_node.data.series import IrregularSeries, check_series
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.schedules import Schedule, as_schedule
@@ -124,10 +125,13 @@ class LatentODE(nn.Module):
     ) -> None:
         super().__init__()
         check_options(type(self).__name__, options, without=("saveat",))
-        if not noise > 0:
-            raise ValueError(f"noise must be positive, but is {noise}.")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'reduction must be "mean" or "sum", but is {reduction!r}.')
+        noise = checks.number("noise", noise, above=0)
+        checks.choice("reduction", reduction, get_args(Reduction))
+        checks.generator("generator", generator)
+        checks.function("encoder", encoder, "series")
+        checks.function("decoder", decoder, "z")
+        if not isinstance(tspan, tuple | list) or len(tspan) != 2:
+            checks.refuse("tspan", "a pair (t0, t1)", tspan)
         read_to, start = getattr(encoder, "start", None), _number(tspan[0])
         if isinstance(read_to, float) and not math.isclose(read_to, start, abs_tol=1e-6):
             raise ValueError(
@@ -137,7 +141,7 @@ class LatentODE(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.node = NeuralODE(field, algorithm, tspan, **options)
         self.noise, self.reduction = noise, reduction
-        self.kl_weight = as_schedule(kl_weight)
+        self.kl_weight = as_schedule(kl_weight, "kl_weight")
         self.generator = generator
         self.steps = 0
 
@@ -148,6 +152,8 @@ class LatentODE(nn.Module):
             ValueError: the encoder's output is of another shape.
         """
         both = self.encoder(series)
+        if not isinstance(both, Tensor):
+            checks.refuse("the encoder's output", "a tensor", both)
         if both.ndim != 2 or len(both) != len(series) or both.shape[1] % 2:
             raise ValueError(
                 f"the encoder must return mean and log-variance side by side, of shape "
@@ -171,7 +177,8 @@ class LatentODE(nn.Module):
         Raises:
             ValueError: `wanted` has another number of samples, or times outside the interval.
         """
-        wanted = series if wanted is None else wanted
+        check_series("series", series)
+        wanted = series if wanted is None else check_series("wanted", wanted)
         if len(wanted) != len(series):
             raise ValueError(
                 f"wanted must have the {len(series)} samples of series, but has {len(wanted)}."
@@ -219,7 +226,7 @@ class LatentODE(nn.Module):
         Returns:
             A 0-d tensor.
         """
-        target = series if target is None else target
+        target = series if target is None else check_series("target", target)
         found = self(series, target) if found is None else found
         divergence = found.posterior.divergence()
         divergence = divergence.mean(1) if self.reduction == "mean" else divergence.sum(1)
@@ -241,4 +248,4 @@ class LatentODE(nn.Module):
 
 
 def _number(time: float | Tensor) -> float:
-    return float(time.detach()) if isinstance(time, Tensor) else float(time)
+    return checks.number("tspan[0]", time)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.checks import keywords
@@ -58,12 +59,12 @@ class SolverOptions(TypedDict, total=False):
     compile: bool | Literal["auto"]
 
 
-def check_options(layer: str, options: Iterable[str], without: Iterable[str] = ()) -> None:
+def check_options(layer: str, options: Mapping[str, Any], without: Iterable[str] = ()) -> None:
     """Refuse unknown options where they are given, not at the first solve.
 
     Args:
         layer: who takes them.
-        options: their names.
+        options: by name.
         without: options that this layer sets itself.
 
     Raises:
@@ -71,3 +72,16 @@ def check_options(layer: str, options: Iterable[str], without: Iterable[str] = (
     """
     known = set(SolverOptions.__annotations__).difference(without)
     keywords(layer, options, sorted(known))
+    for name in ("rtol", "atol"):
+        value = options.get(name, 1.0)
+        if not isinstance(value, tuple | list | Mapping):
+            _check_tolerance(name, value)
+
+
+def _check_tolerance(name: str, value: Any) -> None:
+    if checks.as_float(value) is not None:
+        checks.number(name, value, at_least=0)
+    elif checks.as_tensor(value) is None:
+        checks.refuse(name, "a number or a tensor", value)
+    else:
+        checks.tensor(name, value, real=True, filled=True)

@@ -9,9 +9,9 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.checks import number
-from pysciml_node.data.series import IrregularSeries
+from pysciml_node.data.series import IrregularSeries, check_series
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.layers.timed import IgnoreLinear
@@ -116,7 +116,11 @@ class _Encoder(nn.Module, ABC):
         generator: torch.Generator | None,
     ) -> None:
         super().__init__()
-        self.state, self.start = state, number("start", start)
+        sizes = {"variables": variables, "latent": latent, "state": state, "hidden": hidden}
+        for name, size in sizes.items():
+            checks.whole(name, size)
+        checks.generator("generator", generator)
+        self.state, self.start = state, checks.number("start", start)
         self.variables = variables
         self.cell = RecognitionCell(2 * variables + 1, state, hidden, generator=generator)
         self.posterior = nn.Sequential(
@@ -129,7 +133,7 @@ class _Encoder(nn.Module, ABC):
         Raises:
             ValueError: a row before the interval's start.
         """
-        first = series.times[series.first]
+        first = check_series("series", series).times[series.first]
         if bool((first < self.start).any()):
             sample = int((first < self.start).nonzero()[0])
             raise ValueError(
@@ -237,7 +241,9 @@ class ODERNNEncoder(_Encoder):
     ) -> None:
         super().__init__(variables, latent, state, hidden, start, generator)
         check_options(type(self).__name__, options, without=("saveat",))
-        self.node = NeuralODE(_OverGaps(field), algorithm, **options)
+        self.node = NeuralODE(
+            _OverGaps(checks.function("field", field, "t", "h")), algorithm, **options
+        )
 
     def between(self, h: Tensor, t: Tensor, gap: Tensor) -> Tensor:
         """The states after a gap that ends, backward in time, `gap` before `t`; both `(B,)`."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from pysciml_node import checks
 
 TimeDependence = Literal["ignore", "concat", "concatsquash"]
 
@@ -249,8 +251,8 @@ class TimedField(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.activation = activation
-        if start_at_rest:
+        self.activation = checks.function("activation", activation, "x")
+        if checks.flag("start_at_rest", start_at_rest):
             for parameter in self.layers[-1].parameters():
                 nn.init.zeros_(parameter)
 
@@ -284,7 +286,7 @@ class TimedField(nn.Module):
             generator: source of the initial weights; default torch's own.
         """
         kind = _kind(_LINEAR, time)
-        sizes = [features, *hidden, features]
+        sizes = _sizes("features", features, hidden, generator)
         layers = [kind(a, b, generator=generator) for a, b in pairwise(sizes)]
         return cls(layers, activation, start_at_rest=start_at_rest)
 
@@ -312,7 +314,8 @@ class TimedField(nn.Module):
             generator: source of the initial weights; default torch's own.
         """
         kind = _kind(_CONV2D, time)
-        sizes = [channels, *hidden, channels]
+        checks.whole("kernel_size", kernel_size)
+        sizes = _sizes("channels", channels, hidden, generator)
         layers = [kind(a, b, kernel_size, generator=generator) for a, b in pairwise(sizes)]
         return cls(layers, activation, start_at_rest=start_at_rest)
 
@@ -320,6 +323,16 @@ class TimedField(nn.Module):
 def _kind(
     kinds: dict[TimeDependence, type[nn.Module]], time: TimeDependence
 ) -> Callable[..., nn.Module]:
-    if time not in kinds:
-        raise ValueError(f"time must be one of {get_args(TimeDependence)}, but is {time!r}.")
-    return kinds[time]
+    return kinds[checks.choice("time", time, kinds)]
+
+
+def _sizes(
+    name: str, outer: int, hidden: Sequence[int], generator: torch.Generator | None
+) -> list[int]:
+    """The sizes between the layers of a field, ends included."""
+    checks.generator("generator", generator)
+    outer = checks.whole(name, outer)
+    inner = checks.shape("hidden", hidden)
+    if 0 in inner:
+        checks.refuse("hidden", "positive sizes", inner, error=ValueError)
+    return [outer, *inner, outer]

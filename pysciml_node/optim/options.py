@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 
-from pysciml_node.checks import choice, keywords
+from pysciml_node import checks
 
 Curvature: TypeAlias = Literal["terminal", "diagonal", "gauss-newton"]
 Safeguard: TypeAlias = Literal["none", "bound", "backtracking", "gain-ratio"]
@@ -93,8 +92,9 @@ def resolve_defaults(
         TypeError: an unknown option.
         ValueError: the curvature is unknown.
     """
-    keywords("VarianceCorrected", options, USUAL)
-    curvature = choice("curvature", given["curvature"], SAFEGUARDS)
+    checks.keywords("VarianceCorrected", options, USUAL)
+    curvature = checks.choice("curvature", given["curvature"], SAFEGUARDS)
+    checks.generator("generator", generator)
     resolved: dict[str, Any] = {**given, **USUAL, **options}
     if resolved["safeguard"] is None:
         resolved["safeguard"] = SAFEGUARDS[curvature][0]
@@ -114,31 +114,27 @@ def check_group(group: dict[str, Any]) -> None:
     Raises:
         ValueError: an option is out of its range or does not go with the curvature.
     """
-    lr = float(group["lr"])
-    curvature, safeguard = group["curvature"], group["safeguard"]
-    fd_step = group["fd_step"]
-    allowed = SAFEGUARDS.get(curvature, ())
-    rules = (
-        (lr >= 0 and math.isfinite(lr), "lr", "nonnegative and finite"),
-        (curvature in SAFEGUARDS, "curvature", f"one of {tuple(SAFEGUARDS)}"),
-        (safeguard in allowed, "safeguard", f"one of {allowed} with curvature={curvature!r}"),
-        (0 <= group["damping"] < math.inf, "damping", "nonnegative and finite"),
-        (
-            curvature != "terminal" or group["damping"] == 0,
-            "damping",
-            "0 with curvature='terminal' (lower lr instead)",
-        ),
-        (0 <= group["beta"] < 1, "beta", "in [0, 1)"),
-        (_is_count(group["probes"]), "probes", "an integer of at least 1"),
-        (_is_count(group["cg_steps"]), "cg_steps", "an integer of at least 1"),
-        (_is_count(group["max_trials"]), "max_trials", "an integer of at least 1"),
-        (0 < group["cg_rtol"] < 1, "cg_rtol", "in (0, 1)"),
-        (fd_step is None or 0 < fd_step < 1, "fd_step", "None or in (0, 1)"),
-        (group["jvp"] in get_args(JacobianProduct), "jvp", f"one of {get_args(JacobianProduct)}"),
-    )
-    for holds, name, expected in rules:
-        if not holds:
-            raise ValueError(f"{name} must be {expected}, but is {group[name]!r}.")
+    curvature = checks.choice("curvature", group["curvature"], SAFEGUARDS)
+    checks.number("lr", group["lr"], at_least=0)
+    safeguard, allowed = group["safeguard"], SAFEGUARDS[curvature]
+    if not isinstance(safeguard, str) or safeguard not in allowed:
+        near = checks.did_you_mean(safeguard, allowed)
+        expected = f"one of {allowed} with curvature={curvature!r}"
+        checks.refuse("safeguard", expected, safeguard, near, ValueError)
+    damping = checks.number("damping", group["damping"], at_least=0)
+    if curvature == "terminal" and damping:
+        expected, hint = f"0 with curvature={curvature!r}", "With this curvature lower lr instead."
+        checks.refuse("damping", expected, damping, hint, ValueError)
+    checks.number("beta", group["beta"], at_least=0, below=1)
+    for name in ("probes", "cg_steps", "max_trials"):
+        checks.whole(name, group[name])
+    checks.number("cg_rtol", group["cg_rtol"], above=0, below=1)
+    if group["fd_step"] is not None:
+        checks.number("fd_step", group["fd_step"], above=0, below=1)
+    checks.choice("jvp", group["jvp"], get_args(JacobianProduct))
+    checks.flag("maximize", group["maximize"])
+    if group["foreach"] is not None:
+        checks.flag("foreach", group["foreach"])
     if curvature != "terminal" and any(p.is_complex() for p in group["params"]):
         raise ValueError(
             f"curvature={curvature!r} needs real parameters, but one is complex.\n"
@@ -166,7 +162,3 @@ def check_uniform(groups: Sequence[dict[str, Any]]) -> None:
                 "gauss-newton solves for all parameters at once and needs one dtype and device, "
                 f"but got {sorted(map(str, kinds))}.\n  Use one optimizer for each."
             )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.state import tensors_of
 
 
@@ -43,10 +43,14 @@ def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
         torch.Size([8, 6])
     """
     leaves = list(tensors_of(source if isinstance(source, Tensor) else getattr(source, "u1", None)))
+    for leaf in leaves:
+        checks.tensor("solution", leaf, filled=True)
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            checks.refuse("solution", "a floating-point or complex tensor", leaf)
     if not leaves:
         raise TypeError(
-            "expected a solution (an object with u1 and problem.tspan) or a tensor (B, *D), "
-            f"but got {type(source).__name__}."
+            "solution: expected a solution (an object with u1 and problem.tspan) or a tensor "
+            f"(B, *D), but got {type(source).__name__}."
         )
     rows = [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
@@ -90,15 +94,14 @@ def terminal_moments(
             )
         state = terminal_state(solution).detach()
         second_moment = state.abs().square().sum(dim=1).mean()
-    horizon, second_moment = float(horizon), float(second_moment)
-    for name, value in (("horizon", horizon), ("second_moment", second_moment)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"{name} must be positive and finite, but is {value}.\n"
-                "  A moment of zero or infinity means that the flow collapsed or blew up: start "
-                "from parameters closer to zero, or shorten the horizon."
-            )
-    return horizon, second_moment
+    hint = (
+        "A moment of zero or infinity means that the flow collapsed or blew up: start from "
+        "parameters closer to zero, or shorten the horizon."
+    )
+    return (
+        checks.number("horizon", horizon, above=0, hint=hint),
+        checks.number("second_moment", second_moment, above=0, hint=hint),
+    )
 
 
 @torch.no_grad()
@@ -139,7 +142,13 @@ def scale_by_terminal_variance_(
     """
     t, moment = terminal_moments(solution, horizon, second_moment)
     factor = 1.0 / (t * t * moment)
-    for param in [params] if isinstance(params, Tensor) else params:
+    listed: list[Tensor] = checks.sequence(
+        "params",
+        [params] if isinstance(params, Tensor) else params,
+        Tensor,
+        example="module.parameters()",
+    )
+    for param in listed:
         if param.grad is not None:
             param.grad.mul_(factor)
     return factor

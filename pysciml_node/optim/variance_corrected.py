@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Unpack
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from pysciml_node import checks
 from pysciml_node.optim.curvatures import RULES, CurvatureRule
 from pysciml_node.optim.options import (
     Curvature,
@@ -111,7 +113,7 @@ class VarianceCorrected(Optimizer):
         **options: Unpack[CurvatureOptions],
     ) -> None:
         given = {"lr": lr, "curvature": curvature, "foreach": foreach, "maximize": maximize}
-        super().__init__(params, resolve_defaults(given, options, generator))
+        super().__init__(_listed(params), resolve_defaults(given, options, generator))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that belong to the joint step must agree with the other groups'.
@@ -159,6 +161,7 @@ class VarianceCorrected(Optimizer):
         loss: Loss | None = None
         model: Model | None = None
         if closure is not None:
+            checks.function("closure", closure)
             loss, model = self._evaluate(closure)
         if model is not None:
             solution = model.solution
@@ -207,3 +210,26 @@ class VarianceCorrected(Optimizer):
                 grads = [-grad for grad in grads]
             rows.append(Row(group, params, grads))
         return rows
+
+
+def _listed(params: ParamsT) -> ParamsT:
+    """Parameters, or groups of them, of which there is at least one.
+
+    Raises:
+        TypeError: something else.
+        ValueError: there are none.
+    """
+    alone = isinstance(params, Tensor) or getattr(params, "ndim", 1) == 0
+    if alone or not isinstance(params, Iterable):
+        checks.refuse("params", "the parameters of a model, or groups of them", params)
+    listed: list[Any] = list(params)
+    for i, one in enumerate(listed):
+        if not isinstance(one, Tensor | dict | tuple):
+            checks.refuse(f"params[{i}]", "a parameter, or a group of them", one)
+    if not listed:
+        raise ValueError(
+            "params is empty: there is nothing to optimize.\n"
+            "  A field that is a function owns no parameters: write it as an nn.Module, or pass "
+            "those of the modules that it uses."
+        )
+    return listed

@@ -186,7 +186,7 @@ def test_uniform_pixels_take_all_their_bits() -> None:
         (lambda: dequantize(torch.tensor([0.0, 0.5])), ValueError, r"\(255 \* x\).round\(\)"),
         (lambda: dequantize(digits().test.x, 17), ValueError, "whole numbers from 0 to 16"),
         (lambda: MultiScale((1, 6, 6), field, scales=3), ValueError, "cannot be halved 2 times"),
-        (lambda: MultiScale((1, 8, 8), field, blocks=0), ValueError, "at least 1"),
+        (lambda: MultiScale((1, 8, 8), field, blocks=0), ValueError, "blocks must be a positive"),
         (lambda: CNF(field(1), event_shape=(1, 4, 4))(images(2, 1, 8, 8)), ValueError, "1, 4, 4"),
     ],
 )

@@ -284,5 +284,5 @@ def test_annealing_rises_from_zero_to_one():
     assert schedule(0) == schedule(100) == 0.0
     assert schedule(200) == pytest.approx(1 - math.exp(100 * math.log(0.99)))
     assert schedule(10_000) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="above 0 and below 1"):
+    with pytest.raises(ValueError, match="between 0 and 1"):
         Annealing(1.0)
