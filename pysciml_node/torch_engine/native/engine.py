@@ -21,7 +21,7 @@ from pysciml_node.algorithms.controllers import (
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
-from pysciml_node.problems.modes import InModes
+from pysciml_node.problems.modes import InModes, ordinary_modes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -154,31 +154,45 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
+        # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         ends, *sources = ctx.saved_tensors
-        solve: _Solve = ctx.solve
         flight = dataclasses.replace(ctx.flight, ends=ends)
+        solve: _Solve = ctx.solve
         wanted = ctx.needs_input_grad[2:]
-        with_times = any(wanted[1:4])
 
-        def pull(
-            saved: Tensor | None, steps: Tensor | None, last: Tensor | None
-        ) -> tuple[Tensor | None, ...]:
-            swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
-            stats = solve.stats
-            stats.nfe_backward += swept.nfe
-            stats.nvjp += swept.nfe
-            stats.naccept_backward += swept.steps
-            times: list[Tensor | None] = [None, None, None]
-            if with_times:
-                times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
-            return tuple(
-                bar.to(source).reshape(source.shape) if needed and bar is not None else None
-                for bar, source, needed in zip(
-                    (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
-                )
-            )
+        def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad(), ordinary_modes(ends.device):
+                return _pull(solve, flight, arriving, sources, wanted)
 
         return (None, None, *pulled(pull, (ends, *sources), *cotangents))
+
+
+def _pull(
+    solve: _Solve,
+    flight: Flight,
+    arriving: tuple[Tensor | None, ...],
+    sources: list[Tensor | None],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
+    with_times = any(wanted[1:4])
+    saved, steps, last = arriving
+    swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
+    stats = solve.stats
+    stats.nfe_backward += swept.nfe
+    stats.nvjp += swept.nfe
+    stats.naccept_backward += swept.steps
+    times: list[Tensor | None] = [None, None, None]
+    if with_times:
+        times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
+    return tuple(
+        bar.to(source).reshape(source.shape)
+        if needed and bar is not None and source is not None
+        else None
+        for bar, source, needed in zip(
+            (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
+        )
+    )
 
 
 def _time_gradients(
@@ -190,7 +204,10 @@ def _time_gradients(
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
         times.step(n, t[n], h[n], None if places is None else theta[places[0]])
-    return [times.start, times.end, times.saveat]
+    asked = 0 if solve.options.saveat is None else len(solve.options.saveat)
+    # Times that the solve did not reach have none.
+    saveat = torch.nn.functional.pad(times.saveat, (0, asked - len(times.saveat)))
+    return [times.start, times.end, saveat]
 
 
 def solve_native(
@@ -222,9 +239,9 @@ def solve_native(
     load: _Steps | Kept = _Steps(problem, options, flight, u0, last)
     retcode, kept, u1 = flight.retcode, len(flight.saved), last
     kept_steps, solve.stats.nreject = len(flight.ends), flight.nreject
-    if not options.controller.adaptive:
+    if not (options.controller.adaptive and options.driven == library.size):
         record, states = load()
-        check_finite(record, states, adaptive=False)
+        check_finite(record, states, watched=False)
         load = Kept(record, states)
         retcode, kept, u1 = record.retcode, record.saved, states[-1]
         kept_steps = record.naccept

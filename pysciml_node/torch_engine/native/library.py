@@ -41,7 +41,7 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "t0 t1 dt0 dtmin dtmax shift factor"),
         ("beta", _DOUBLE * 3),
         *_fields(_DOUBLE, "gamma qmin qmax"),
-        *_fields(_INTEGER, "control max_steps stop_count save_count moving driven"),
+        *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
         *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved steps places"),
         ("room", _INTEGER),
@@ -143,7 +143,7 @@ class Library:
         try:
             found = pool.pop()
         except IndexError:
-            found = torch.zeros(size, dtype=self.dtype)
+            found = torch.zeros(size, dtype=self.dtype, device="cpu")
         yield found
         # A solve that was interrupted leaves its memory to the collector; few are kept.
         if len(pool) < _MOST_KEPT:
@@ -166,7 +166,7 @@ class Library:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
-        packed = torch.zeros(self.packed_size, dtype=self.dtype)
+        packed = torch.zeros(self.packed_size, dtype=self.dtype, device="cpu")
         lying = [
             x
             if x.dtype is self.dtype and x.is_contiguous()

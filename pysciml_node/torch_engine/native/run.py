@@ -126,12 +126,11 @@ def _control(request: SolveRequest, controller: Controller, error_order: float) 
 def _tolerance(request: SolveRequest, options: SolveOptions, like: Tensor) -> tuple[Tensor, ...]:
     """Put the tolerances into a request; returns what has to be kept alive."""
     rtol, atol, driven = options.rtol, options.atol, options.driven
-    request.driven = driven
-    if not isinstance(rtol, Tensor) and not isinstance(atol, Tensor) and rtol > 0:
-        request.shift, request.factor = atol / rtol, 1 / math.sqrt(max(driven, 1)) / rtol
+    tolerance = Tolerance(rtol, atol, driven)
+    request.driven, request.factor = driven, tolerance.factor
+    request.shift = -1.0 if tolerance.shift is None else tolerance.shift
+    if tolerance.shift is not None:
         return ()
-    request.shift = -1.0
-    request.factor = Tolerance(rtol, atol, driven).factor
     rows = tuple(
         torch.as_tensor(x).detach().to(like).expand(driven).contiguous() for x in (rtol, atol)
     )
@@ -165,9 +164,12 @@ def fly(
     marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
     saves = (ctypes.c_double * max(len(times), 1))(*times)
     room = max(4, min(64, _FIRST_ROOM // size))
-    ends, steps = u0.new_empty((room, size)), torch.empty((room, 4), dtype=torch.float64)
+    ends, steps = (
+        u0.new_empty((room, size)),
+        torch.empty((room, 4), dtype=torch.float64, device="cpu"),
+    )
     saved = u0.new_empty((len(times), size))
-    places = torch.empty((len(times), 2), dtype=torch.float64)
+    places = torch.empty((len(times), 2), dtype=torch.float64, device="cpu")
     request = SolveRequest(
         t0=problem.t0,
         t1=problem.t1,
@@ -179,6 +181,7 @@ def fly(
         stop_count=len(landings),
         save_count=len(times),
         moving=options.saveat_tensor is not None,
+        free=any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan),
         marks=ctypes.addressof(marks),
         stops=ctypes.addressof(stops_at),
         saves=ctypes.addressof(saves),
@@ -292,7 +295,8 @@ def sweep_back(
     packed_bar = torch.zeros_like(flight.packed)
     saves = len(flight.places) if with_times else 0
     times = [
-        torch.zeros(n, dtype=torch.float64) for n in (count * with_times, count * with_times, saves)
+        torch.zeros(n, dtype=torch.float64, device="cpu")
+        for n in (count * with_times, count * with_times, saves)
     ]
     request = SweepRequest(
         t0=problem.t0,

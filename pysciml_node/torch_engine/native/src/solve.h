@@ -15,7 +15,7 @@ typedef struct {
   double t0, t1, dt0, dtmin, dtmax;
   double shift, factor;                   /* of the tolerance; shift < 0: by entries */
   double beta[3], gamma, qmin, qmax;      /* of the controller; gamma is `safety` of PID */
-  int64_t control, max_steps, stop_count, save_count, moving, driven;
+  int64_t control, max_steps, stop_count, save_count, moving, free, driven;
   int64_t mark_count;
   const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
   const REAL *rtol, *atol;                /* by entries, or 0 */
@@ -196,8 +196,8 @@ static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
 }
 
 /* Save what lies in an accepted step from U to u1 (saver.py). */
-static void psn_save(Solve *s, double t, double h, double end, const REAL *u1) {
-  int forward = h > 0, closed = s->moving && end != s->t1;
+static void psn_save(Solve *s, double t, double h, double end, int lands, const REAL *u1) {
+  int forward = h > 0, closed = (s->moving && end != s->t1) || (s->free && !lands);
   while (s->reached < s->save_count) {
     double at = s->saves[s->reached];
     if (!((forward ? at < end : at > end) || (closed && at == end))) break;
@@ -227,6 +227,8 @@ static int64_t psn_march(Solve *s) {
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
     s->t = s->t0;
     s->h = psn_first_size(s, direction);
+    /* The first size is a guess: only the error of a step asks for less than the limit. */
+    if (isfinite(s->h) && fabs(s->h) < s->dtmin) s->h = copysign(s->dtmin, direction);
     s->started = 1;
   }
   for (int64_t turn = 1;; turn++) {
@@ -258,7 +260,7 @@ static int64_t psn_march(Solve *s) {
       continue;
     }
     double end = lands ? stop : t + h;
-    psn_save(s, t, h, end, u1);
+    psn_save(s, t, h, end, lands, u1);
     double *row = s->steps + 4 * s->accepted;
     row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
     memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
