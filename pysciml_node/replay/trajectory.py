@@ -78,7 +78,7 @@ class TorchTrajectory(Recorded):
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
-        return torch.stack(self.flat_states)
+        return torch.stack(self.every_state)
 
     def _stages(self, method: Method) -> tuple[Stages, FlatField]:
         field = self.make_field(self.problem)
@@ -127,7 +127,7 @@ class TorchTrajectory(Recorded):
 
         The ends of the interval belong to it: the states there move with them.
         """
-        known = {self.record.times[n + i]: (n + i, self.flat_states[n + i]) for i in (0, 1)}
+        known = {self.record.times[n + i]: (n + i, self.every_state[n + i]) for i in (0, 1)}
         last = len(self.record.sizes)
         return {t: u for t, (i, u) in known.items() if not moving or i in (0, last)}
 
@@ -154,7 +154,7 @@ class TorchTrajectory(Recorded):
         """Put the dense output at `times` into `rows`, step by step."""
         stages, field = self._stages(self.method)
         for n, members in groups.items():
-            u, (start, h) = self.flat_states[n], self._moving_step(n)
+            u, (start, h) = self.every_state[n], self._moving_step(n)
             ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
             if not times.requires_grad and all(host[i] in ends for i in members):
                 for i in members:
@@ -173,7 +173,7 @@ class TorchTrajectory(Recorded):
             found = []
             for n, h in enumerate(self.record.sizes):
                 stages.count = 0
-                found.append(stages.stiffness(self.record.times[n], h, self.flat_states[n]))
+                found.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
         self.stats.nfe += field.nfe
         return torch.stack(found) if found else self.method.nodes.new_empty(0)
 
@@ -231,7 +231,7 @@ class TorchTrajectory(Recorded):
         sizes = self.record.sizes
         if not sizes:
             return []
-        starts = self.flat_states[: len(sizes)]
+        starts = self.every_state[: len(sizes)]
         if not torch.is_grad_enabled():
             with self._as_seen():
                 found = [self._replay(n, u) for n, u in enumerate(starts)]
@@ -276,7 +276,7 @@ class TorchTrajectory(Recorded):
         rates = {"f(t0, u0)": self.make_field(self.problem)}
         lines = explain_attempt(self.record.last, self.flat_states[0], rates, options, self.problem)
         radius = self.method.tableau.stability_radius
-        sizes = self.record.sizes
+        sizes = [] if self.record.thinned else self.record.sizes
         if not sizes or not radius or not torch.isfinite(self.flat_states[-1]).all():
             return Explanation(tuple(lines))
         with torch.no_grad():

@@ -403,6 +403,15 @@ def _check_saveat(
 
 def _check_tstops(tstops: Sequence[float] | Tensor, problem: Problem) -> tuple[float, ...]:
     times = checks.numbers("tstops", tstops)
+    listed = [tstops] if isinstance(tstops, Tensor) else tstops
+    moving = any(isinstance(t, Tensor) and t.requires_grad for t in listed)
+    if moving and torch.is_grad_enabled():
+        raise ValueError(
+            "tstops must not require gradients: a solve does not tell how its end moves with a "
+            "stop.\n"
+            "  Solve once up to the stop and once from it, with the stop as an end of tspan: both "
+            "ends have gradients. Or detach it: stop.detach()."
+        )
     low, high = sorted((problem.t0, problem.t1))
     slack = 4 * math.ulp(max(abs(low), abs(high)))
     for i, t in enumerate(times):

@@ -30,6 +30,7 @@ class Record:
         saved: how many of the requested times were reached.
         last: of a failed solve, the last attempt.
         marks: start, stops and end that were asked for.
+        thinned: whether only the first and the last of the steps' states are kept.
     """
 
     times: list[float]
@@ -46,6 +47,7 @@ class Record:
     marks: tuple[float, ...] = ()
     event: int | None = None
     t1_stop: int = 0
+    thinned: bool = False
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` times, and what was saved up to there."""
@@ -91,6 +93,21 @@ class Recorded:
     def flat_states(self) -> list[Tensor]:
         """The states at `times`, each flat."""
         return self._loaded[1]
+
+    @property
+    def every_state(self) -> list[Tensor]:
+        """The same, for what looks between the ends of the interval.
+
+        Raises:
+            RuntimeError: they were not all kept.
+        """
+        if self.record.thinned:
+            raise RuntimeError(
+                "the states of the steps are not kept in a solve without gradients that names its "
+                "times by saveat and whose states are large.\n"
+                "  Name all times that you need in saveat, or leave saveat out."
+            )
+        return self.flat_states
 
     @property
     def times(self) -> list[float]:
@@ -144,6 +161,10 @@ def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:
     # u0 stays, whatever it is.
     good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)
     if good is None:
+        return
+    if record.thinned:
+        # Where it went wrong is not known any more.
+        record.retcode = ReturnCode.Unstable
         return
     record.retcode = ReturnCode.Unstable
     record.truncate(good)

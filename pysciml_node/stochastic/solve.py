@@ -9,6 +9,7 @@ from pysciml_node.algorithms.adjoints import BacksolveAdjoint, DirectAdjoint
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.problems.state import tensors_of
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import SolveNode
 from pysciml_node.steps.cotangents import Cotangents, Gradients
@@ -31,6 +32,32 @@ from pysciml_node.stochastic.step import SDEMethod, Stepper
 from pysciml_node.stochastic.trajectory import SDETrajectory
 
 Found = tuple[Record, list[Tensor], Tensor]
+
+
+def check_additive(problem: SDEProblem) -> None:
+    """Additive noise does not depend on the state: look at two states.
+
+    Raises:
+        ValueError: it does.
+    """
+    spec, p = problem.spec, problem.p
+    time = problem.time_tensor([problem.t0])[0]
+    with torch.no_grad():
+        u = spec.flatten(problem.u0).detach()
+        # Another state, in no simple relation to the first.
+        weights = torch.linspace(0.3, 1.1, u.numel(), dtype=u.dtype, device=u.device)
+        values = []
+        for state in (u, u + weights * (1 + u.abs())):
+            given = (time, spec.unflatten(state.clone()))
+            value = problem.diffusion(*given) if p is None else problem.diffusion(*given, p)
+            values.append([part.clone() for part in tensors_of(value)])
+    for one, other in zip(*values, strict=True):
+        if not torch.allclose(one, other, rtol=1e-4, atol=1e-7, equal_nan=True):
+            raise ValueError(
+                'noise="additive" says that the diffusion does not depend on the state, but it has '
+                "different values at two states.\n"
+                '  Use noise="diagonal" or "general", or a diffusion of t alone.'
+            )
 
 
 class Parts:
@@ -73,6 +100,8 @@ class _SDESolve:
 
     def _with(self, fields: Fields) -> Tensor:
         """Use these fields; returns the vector to start from."""
+        if self.problem.noise == "additive":
+            check_additive(self.problem)
         self.stepper = Stepper(self.method, fields)
         self.path = path_for(self.problem, self.options, fields.layout.size)
         return self.stepper.start(self.u0)

@@ -156,6 +156,7 @@ class _Solve:
                 options.saveat_tensor,
                 search,
                 on_step,
+                recorded=torch.is_grad_enabled() or k0 is not None,
                 moving=any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan),
             )
         if search is not None:

@@ -88,6 +88,10 @@ class Saver:
         return torch.cat(self.pieces) if self.pieces else like.new_empty((0, like.numel()))
 
 
+# States of steps that nobody has asked for are kept up to this many bytes.
+_MOST_KEPT = 2**25
+
+
 def follow(
     march: March,
     saveat: Sequence[float],
@@ -95,6 +99,7 @@ def follow(
     find_event: Callable[[Step, Stages], Step | None] | None,
     on_step: Callable[[Step], None] | None,
     moving: bool = False,
+    recorded: bool = True,
 ) -> tuple[Record, list[Tensor], Tensor]:
     """Run a march to its end.
 
@@ -105,6 +110,8 @@ def follow(
         find_event: cuts a step at an event.
         on_step: is told of each step.
         moving: whether the ends of the interval receive gradients.
+        recorded: whether gradients may be taken; else the states of the steps are let go where
+            other times are asked for and they take more than `_MOST_KEPT` bytes.
 
     Returns:
         The record; the states at its times; the saved states `(saved, N)`.
@@ -112,6 +119,7 @@ def follow(
     tstops = march.options.tstops
     record = Record(times=[march.t0], t1_stop=len(tstops), marks=march.stages.marks)
     states = [march.u]
+    spare = bool(saveat) and not recorded
     saver = Saver(saveat, saveat_tensor, march.t0, march.u, record, moving)
     for step in march:
         cut = find_event(step, march.stages) if find_event is not None else None
@@ -123,6 +131,9 @@ def follow(
         record.errors.append(step.error)
         record.stops.append(step.stop)
         states.append(step.u1)
+        if spare and len(states) * march.u.nbytes > _MOST_KEPT:
+            del states[1:-1]
+            record.thinned = True
         if on_step is not None:
             on_step(step)
         if cut is not None:

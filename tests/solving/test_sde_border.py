@@ -156,3 +156,15 @@ def test_a_failure_says_where() -> None:
     broken = problem(diffusion=lambda t, u: u / 0.0)
     with pytest.raises(psn.SolverFailure, match=r"diffusion\(t0, u0\) is not finite: sample 0"):
         psn.solve(broken, engine="torch")
+
+
+def test_noise_that_is_called_additive_and_depends_on_the_state() -> None:
+    def make(diffusion: Any) -> psn.SDEProblem:
+        return psn.SDEProblem(
+            lambda t, u: -u, diffusion, torch.zeros(3).double(), (0.0, 1.0), noise="additive"
+        )
+
+    with pytest.raises(ValueError, match=r"does not depend on the state.*\n.*diagonal"):
+        psn.solve(make(lambda t, u: 0.1 + u.square()))
+    for constant in (lambda t, u: 0.1 + 0 * u, lambda t, u: torch.ones(3, 2).double() * t):
+        assert psn.solve(make(constant)).success

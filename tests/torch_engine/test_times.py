@@ -66,3 +66,18 @@ def test_a_random_end_is_learned_like_any_other(saveat: list[float] | None) -> N
     solution = node(ones(), saveat=saveat) if saveat else node(ones())
     (found,) = torch.autograd.grad(solution.u1.sum(), end)
     assert found.item() == pytest.approx(-solution.u1.item(), rel=1e-6)
+
+
+def test_stops_that_require_gradients_are_refused_with_what_gives_them() -> None:
+    """A field that switches at a stop: the derivative is the jump, `f(S-) - f(S+)`."""
+    stop = time(0.4)
+
+    def part(sign: float, u: Tensor, start: Any, end: Any) -> Tensor:
+        problem = psn.ODEProblem(lambda t, u: sign * torch.ones_like(u), u, (start, end))
+        return psn.solve(problem).u1
+
+    with pytest.raises(ValueError, match=r"tstops must not require gradients.*\n.*both ends"):
+        psn.solve(psn.ODEProblem(lambda t, u: -u, ones(), (0.0, 1.0)), tstops=[stop])
+    end = part(-1.0, part(1.0, 0 * ones(), 0.0, stop), stop, 1.0)
+    (found,) = torch.autograd.grad(end.sum(), stop)
+    assert found.item() == pytest.approx(2.0)
