@@ -149,6 +149,10 @@ class DifferentiableField:
     def __init__(self, problem: ODEProblem, t0: Tensor, u0: Tensor) -> None:
         self.field = field = FlatField(problem)
         self.surroundings = Surroundings(field.given)
+        if self.surroundings.lazy:
+            with torch.no_grad():
+                field(t0, u0)
+            self.surroundings = Surroundings(field.given)
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             start, time = u0.detach().requires_grad_(), t0.detach().requires_grad_()

@@ -121,7 +121,8 @@ class Inputs:
         found = [x for x in surroundings.tensors if x.requires_grad]
         edges = {edge_of(x): x for x in found}
         reached: set[Edge] = set()
-        values, own = evaluate()
+        with surroundings.undisturbed():
+            values, own = evaluate()
         ours = {id(x) for x in own}
         strangers = [x for x in graph_leaves(values, edges, reached) if id(x) not in ours]
         self.first = tuple(x.detach() for x in values)

@@ -15,11 +15,12 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
@@ -74,6 +75,7 @@ class Surroundings:
         tensors: all that were found, each once.
         names: where they were found, by their ids.
         generators: the random generators that were found.
+        lazy: whether there are parameters that the first evaluation will make.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -82,6 +84,7 @@ class Surroundings:
         self.names: dict[int, str] = {}
         self.generators: list[torch.Generator] = []
         self._written: list[Tensor] = []
+        self.lazy = False
         self._modules: list[tuple[str, nn.Module]] = []
         self._places: list[Place] = []
         self._met_apart = False
@@ -128,6 +131,9 @@ class Surroundings:
                 self._see(value, f"{prefix}{key}")
 
     def _tensor(self, value: Tensor, name: str) -> None:
+        if isinstance(value, UninitializedTensorMixin):
+            self.lazy = True
+            return
         self.tensors.append(value)
         self.names[id(value)] = name
 
@@ -331,15 +337,21 @@ class Surroundings:
 
     # What has become of it.
 
+    @staticmethod
+    def undisturbed() -> AbstractContextManager[object]:
+        """Keeps the sweeps of other threads from putting other values into shared places."""
+        return _lock
+
     def settle(self) -> None:
         """Called when the solve has run: what has changed so far, the field itself has changed.
 
         A field may count its calls, keep its last output, or update running statistics. Such
         entries are left to it.
         """
-        for place in self._places:
-            if place.changed():
-                place.settle()
+        with _lock:
+            for place in self._places:
+                if place.changed():
+                    place.settle()
         for i, x in enumerate(self.tensors):
             version = _version(x)
             if version != self._versions[i]:

@@ -191,6 +191,11 @@ class DifferentiableFields:
         self.fields = fields = Fields(problem)
         self.surroundings = Surroundings(fields.given)
         time = problem.time_tensor([problem.t0])[0]
+        if self.surroundings.lazy:
+            with torch.no_grad():
+                fields.drift(time, u0)
+                fields.diffusion(time, u0)
+            self.surroundings = Surroundings(fields.given)
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             start = u0.detach().requires_grad_()

@@ -123,7 +123,8 @@ class _SDESolve:
         """Without gradients, or with every operation recorded by autograd."""
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
-        found = self.march(self._with(fields), self._first(fields))
+        with self.surroundings.undisturbed():
+            found = self.march(self._with(fields), self._first(fields))
         self.surroundings.settle()
         return found
 

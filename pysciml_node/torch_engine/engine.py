@@ -198,7 +198,8 @@ class _Solve:
                 for t in self.problem.tspan
             )
             times = (t0.to(self.method.nodes), t1.to(self.method.nodes))
-        found = self.march(stages, self.u0, None, times)
+        with self.surroundings.undisturbed():
+            found = self.march(stages, self.u0, None, times)
         self._has_run(field)
         return found
 
