@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
 from pysciml_node.replay.norms import Tolerance, initial_step
@@ -51,10 +52,26 @@ class TorchTrajectory(Recorded):
         if self.surroundings is None:
             self.surroundings = Surroundings({"f": self.problem.f, "p": self.problem.p})
 
-    def _as_seen(self) -> AbstractContextManager[None]:
-        """Everything that the field can reach as the solve saw it."""
+    @contextmanager
+    def _as_seen(self) -> Iterator[Callable[[int], None]]:
+        """Everything that the field can reach as the solve saw it.
+
+        Yields a check of a step: where tensors have been changed in place since, it is taken again,
+        and refused if it does not come out as it did.
+        """
         assert self.surroundings is not None
-        return self.surroundings.as_seen()
+        changed = self.surroundings.changed_in_place()
+        names = [self.surroundings.names[id(x)] for x in changed]
+        with self.surroundings.as_seen():
+            yield (lambda n: self._expect_step(n, names)) if changed else (lambda n: None)
+
+    def _expect_step(self, n: int, suspects: list[str]) -> None:
+        comparison, u = Comparison(), self.flat_states[n]
+        with torch.no_grad():
+            stages, _ = self._stages(self.method)
+            end = stages.solution(self.record.times[n], self.record.sizes[n], u, with_error=False)
+        comparison.add(end, self.flat_states[n + 1], u)
+        comparison.expect_equal(suspects)
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
@@ -140,12 +157,13 @@ class TorchTrajectory(Recorded):
         for i, t in enumerate(host):
             groups.setdefault(self.step_of(t), []).append(i)
         rows: list[Tensor | None] = [None] * len(host)
-        with self._as_seen():
-            self._fill(rows, times, host, groups)
+        with self._as_seen() as check:
+            self._fill(check, rows, times, host, groups)
         return torch.stack([row for row in rows if row is not None])
 
     def _fill(
         self,
+        check: Callable[[int], None],
         rows: list[Tensor | None],
         times: Tensor,
         host: list[float],
@@ -160,6 +178,7 @@ class TorchTrajectory(Recorded):
                 for i in members:
                     rows[i] = ends[host[i]]
                 continue
+            check(n)
             stages.count = 0
             theta = (times[members].double() - start) / h
             for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
@@ -168,10 +187,11 @@ class TorchTrajectory(Recorded):
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
-        with torch.no_grad(), self._as_seen():
+        with torch.no_grad(), self._as_seen() as check:
             stages, field = self._stages(self.method)
             found = []
             for n, h in enumerate(self.record.sizes):
+                check(n)
                 stages.count = 0
                 found.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
         self.stats.nfe += field.nfe
@@ -197,7 +217,9 @@ class TorchTrajectory(Recorded):
         method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
-        with self._as_seen():
+        with self._as_seen() as check:
+            if self.record.sizes:
+                check(self.step_of(t))
             return self._estimate(t, u, method, stop_gradient, dt)
 
     def _estimate(
@@ -233,8 +255,11 @@ class TorchTrajectory(Recorded):
             return []
         starts = self.every_state[: len(sizes)]
         if not torch.is_grad_enabled():
-            with self._as_seen():
-                found = [self._replay(n, u) for n, u in enumerate(starts)]
+            with self._as_seen() as check:
+                found = []
+                for n, u in enumerate(starts):
+                    check(n)
+                    found.append(self._replay(n, u))
         elif isinstance(self.options.adjoint, DirectAdjoint):
             found = [
                 checkpoint(self._replay_as_seen, n, u, use_reentrant=False)

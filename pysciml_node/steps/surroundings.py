@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
@@ -131,7 +131,7 @@ class Surroundings:
                 self._see(value, f"{prefix}{key}")
 
     def _tensor(self, value: Tensor, name: str) -> None:
-        if isinstance(value, UninitializedTensorMixin):
+        if is_lazy(value):
             self.lazy = True
             return
         self.tensors.append(value)

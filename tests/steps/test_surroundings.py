@@ -320,3 +320,27 @@ class Remembering(nn.Module):
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
         return -self.k * u
+
+
+@any_adjoint
+def test_dense_output_after_a_step_of_the_optimizer_is_refused(
+    adjoint: psn.DiscreteAdjoint,
+) -> None:
+    """States of one field and stages of another make no interpolant."""
+    field = Remembering()
+    unused = nn.Parameter(torch.ones(1))
+    field.beside = unused
+    solution = psn.solve(psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0)), adjoint=adjoint)
+    middle, times = solution(torch.tensor(0.3, dtype=D)), solution.t
+    with torch.no_grad():
+        unused.mul_(2)
+        torch.testing.assert_close(solution(torch.tensor(0.3, dtype=D)), middle)
+        field.k.mul_(2)
+        for look in (
+            lambda: solution(torch.tensor(0.3, dtype=D)),
+            solution.trajectory.stiffness,
+        ):
+            with pytest.raises(RuntimeError, match=r"has been changed in place"):
+                look()
+        # What was stored needs no field.
+        torch.testing.assert_close(solution(times), solution.u)
