@@ -14,8 +14,8 @@ from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.published.image_layers import FieldBatchNorm, initialize_, tracking
 from pysciml_node.experiments.trainer.experiment import Budget, Experiment
 from pysciml_node.experiments.trainer.model import node_options
-from pysciml_node.experiments.trainer.penalties import penalty_generator
 from pysciml_node.experiments.trainer.settings import DecayName, Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 from pysciml_node.layers import NeuralODE
 from pysciml_node.layers.timed import ConcatConv2d
@@ -102,8 +102,9 @@ class ConvClassifier(Classifier):
 
     def __init__(self, classes: int, settings: ConvSettings, run: Run) -> None:
         super().__init__()
-        initial = torch.Generator().manual_seed(run.seed)
-        self._generators = {"penalty": penalty_generator(run)}
+        draws = streams(run.seed)
+        initial = draws["parameters"]
+        self._generators = {"penalty": draws["penalty"]}
         self.more = nn.Conv2d(_COLOURS, _CHANNELS - _COLOURS, 3, padding=1)
         self.norm = nn.BatchNorm2d(_CHANNELS)
         self.fewer = nn.Conv2d(_CHANNELS, 1, 3, padding=1)

@@ -12,8 +12,9 @@ from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import RK4, Tsit5
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.trainer.model import make_adjoint
-from pysciml_node.experiments.trainer.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.trainer.penalties import make_regularizers
 from pysciml_node.experiments.trainer.settings import Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import BITS, NATS, Metric, Outcome, Trainable
 from pysciml_node.flows import (
     CNF,
@@ -92,12 +93,9 @@ class FlowModel(Trainable):
     def __init__(self, settings: FlowSettings, run: Run) -> None:
         super().__init__()
         self.settings = settings
-        self._initial = torch.Generator().manual_seed(run.seed)
-        self._generators = {
-            "penalty": penalty_generator(run),
-            # Apart from the other one, so that runs of a seed see the same pixels.
-            "noise": torch.Generator().manual_seed(run.seed + 3_000_017),
-        }
+        draws = streams(run.seed)
+        self._initial = draws["parameters"]
+        self._generators = {"penalty": draws["penalty"], "noise": draws["pixels"]}
         probes = self._generators["penalty"]
         self._options: dict[str, Any] = {
             "rtol": settings.tolerance,

@@ -12,8 +12,8 @@ from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.published.mnist import load_few, load_mnist
 from pysciml_node.experiments.trainer.experiment import Budget, Experiment
 from pysciml_node.experiments.trainer.model import make_algorithm, node_options
-from pysciml_node.experiments.trainer.penalties import penalty_generator
 from pysciml_node.experiments.trainer.settings import DecayName, Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 from pysciml_node.layers.neural_sde import NeuralSDE
 from pysciml_node.layers.recognition import dense
@@ -64,12 +64,10 @@ class SDEClassifier(Classifier):
 
     def __init__(self, features: int, classes: int, settings: SDESettings, run: Run) -> None:
         super().__init__()
-        initial = torch.Generator().manual_seed(run.seed)
-        self._generators = {
-            "penalty": penalty_generator(run),
-            "paths": torch.Generator().manual_seed(run.seed + 3_000_003),
-        }
-        self._evaluation_seed = run.seed + 4_000_003
+        draws = streams(run.seed)
+        initial = draws["parameters"]
+        self._generators = {"penalty": draws["penalty"], "paths": draws["training"]}
+        self._seed = run.seed
         self.trajectories = settings.trajectories
         self.down = dense(features, settings.state, initial)
         self.node = NeuralSDE(
@@ -96,7 +94,7 @@ class SDEClassifier(Classifier):
         if self.training:
             solution = self.node(start, generator=self._generators["paths"])
             return Prediction(self.head(solution.u1), solution.penalty, int(solution.stats.nfe))
-        paths = torch.Generator().manual_seed(self._evaluation_seed)
+        paths = streams(self._seed)["evaluation"]  # the same in every evaluation
         solutions = [self.node(start, generator=paths) for _ in range(self.trajectories)]
         logits = torch.stack([self.head(solution.u1) for solution in solutions]).mean(0)
         # The evaluations of one solve, which is what the published figures count.

@@ -19,8 +19,8 @@ from pysciml_node.experiments.published.cifar10 import (
 from pysciml_node.experiments.published.image_layers import channel_mask, initialize_
 from pysciml_node.experiments.trainer.experiment import Budget, Experiment
 from pysciml_node.experiments.trainer.model import node_options
-from pysciml_node.experiments.trainer.penalties import penalty_generator
 from pysciml_node.experiments.trainer.settings import DecayName, Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 from pysciml_node.layers import NeuralODE
 
@@ -186,10 +186,8 @@ class MultiScaleClassifier(Classifier):
 
     def __init__(self, classes: int, settings: MultiScaleSettings, run: Run) -> None:
         super().__init__()
-        self._generators = {
-            "penalty": penalty_generator(run),
-            "dropout": torch.Generator().manual_seed(run.seed + 3_000_003),
-        }
+        draws = streams(run.seed)
+        self._generators = {"penalty": draws["penalty"], "dropout": draws["training"]}
         self.dropout = settings.dropout
         self.inner_channels = settings.expansion * settings.hidden
         channels = settings.hidden
@@ -203,7 +201,7 @@ class MultiScaleClassifier(Classifier):
         )
         self.field = MultiScaleField(channels, settings.expansion, settings.side)
         self.head = _Head(channels, settings.last_channels, classes)
-        initialize_(self, torch.Generator().manual_seed(run.seed))
+        initialize_(self, draws["parameters"])
         self.node = NeuralODE(
             self.field,
             **node_options(settings, run, self._generators["penalty"]),

@@ -15,8 +15,9 @@ from pysciml_node.experiments.reporting.figures import new_grid, save_figure
 from pysciml_node.experiments.trainer.evaluation import evaluation_mode
 from pysciml_node.experiments.trainer.experiment import Budget, Experiment
 from pysciml_node.experiments.trainer.model import make_adjoint, make_algorithm
-from pysciml_node.experiments.trainer.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.trainer.penalties import make_regularizers
 from pysciml_node.experiments.trainer.settings import DecayName, OptimizerName, Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import SQUARED_ERROR, Outcome, Trainable
 from pysciml_node.experiments.trainer.training import Trainer
 from pysciml_node.layers import GRUEncoder, LatentODE, LatentSolution, ODERNNEncoder
@@ -103,11 +104,9 @@ class SeriesModel(Trainable):
 
     def __init__(self, variables: int, settings: SeriesSettings, run: Run) -> None:
         super().__init__()
-        initial = torch.Generator().manual_seed(run.seed)
-        self._generators = {
-            "penalty": penalty_generator(run),
-            "latent": torch.Generator().manual_seed(run.seed + 3_000_003),
-        }
+        draws = streams(run.seed)
+        initial = draws["parameters"]
+        self._generators = {"penalty": draws["penalty"], "latent": draws["training"]}
         solver: dict[str, Any] = {
             "engine": settings.engine,
             "adjoint": make_adjoint(settings.adjoint),

@@ -11,8 +11,9 @@ from pysciml_node.algorithms import adjoints
 from pysciml_node.algorithms import explicit as algorithms
 from pysciml_node.algorithms import stochastic as sde_algorithms
 from pysciml_node.data import LabelledData, Splits
-from pysciml_node.experiments.trainer.penalties import make_regularizers, penalty_generator
+from pysciml_node.experiments.trainer.penalties import make_regularizers
 from pysciml_node.experiments.trainer.settings import AdjointName, Run, Settings
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import Classifier, Prediction
 from pysciml_node.layers import NeuralODE
 from pysciml_node.layers.timed import ConcatLinear, glorot_linear
@@ -102,8 +103,9 @@ class ODEClassifier(Classifier):
 
     def __init__(self, features: int, classes: int, settings: Settings, run: Run) -> None:
         super().__init__()
-        initial = torch.Generator().manual_seed(run.seed)
-        self._generators = {"penalty": penalty_generator(run)}
+        draws = streams(run.seed)
+        initial = draws["parameters"]
+        self._generators = {"penalty": draws["penalty"]}
         self.node = NeuralODE(
             TimeDependentMLP(features, settings.hidden, generator=initial),
             **node_options(settings, run, self._generators["penalty"]),

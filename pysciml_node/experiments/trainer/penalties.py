@@ -20,14 +20,6 @@ from pysciml_node.schedules import Exponential
 _SAMPLING: dict[Variant, Sampling] = {"local-unbiased": "unbiased", "local-biased": "biased"}
 
 
-def penalty_generator(run: Run) -> torch.Generator:
-    """The generator of a run's penalties, apart from those of its parameters and batches.
-
-    Runs of equal seed then see the same batches whatever their variant.
-    """
-    return torch.Generator().manual_seed(run.seed + 2_000_003)
-
-
 def make_regularizers(
     settings: Settings, run: Run, generator: torch.Generator
 ) -> list[Regularizer]:

@@ -18,6 +18,7 @@ from pysciml_node.data import ShuffledBatches, Splits
 from pysciml_node.data.files import whole_file
 from pysciml_node.experiments.trainer.evaluation import evaluate
 from pysciml_node.experiments.trainer.settings import OptimizerName, Run, Settings, describe
+from pysciml_node.experiments.trainer.streams import streams
 from pysciml_node.experiments.trainer.trainable import Trainable
 
 _FORMAT = 2
@@ -78,7 +79,7 @@ class Trainer:
         self._batches: ShuffledBatches[Any] = ShuffledBatches(
             data.train,
             settings.batch_size,
-            generator=torch.Generator().manual_seed(run.seed + 1_000_003),
+            generator=streams(run.seed)["batches"],
         )
         self._optimizer = _OPTIMIZERS[settings.optimizer](
             model.parameters(),
