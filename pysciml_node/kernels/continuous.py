@@ -67,7 +67,8 @@ def _fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, scale: Tenso
     raise KernelConvergenceError(
         "the two-time equations have no finite solution on the horizon, or none that Picard "
         "iteration reaches. The variance of the state grows too fast: an activation that is not "
-        "Lipschitz (a polynomial, exp) can blow up in finite time. Reduce T * sigma_w or sigma_u."
+        "Lipschitz (a polynomial, exp) can blow up in finite time.\n"
+        "  Reduce T * sigma_w or sigma_u."
     )
 
 
@@ -184,7 +185,7 @@ def _converged_selves(model: Model, initial: Tensor, ladder: list[_Level]) -> _S
 def _not_reached(model: Model, change: float) -> KernelConvergenceError:
     return KernelConvergenceError(
         f"the collocation schemes of highest degree still differ by {change:.1e} of the kernel, "
-        f"where rtol={model.rtol:.1e} was asked for. Reduce T * sigma_w, or pass a larger rtol, "
+        f"where rtol={model.rtol:.1e} was asked for.\n  Reduce T * sigma_w, or pass a larger rtol, "
         "or a number of steps for the kernel of the Euler network."
     )
 

@@ -194,14 +194,14 @@ def _check_samples(network: _Network, x1: Tensor, x2: Tensor | None) -> None:
     for name, x in (("x1", x1), ("x2", x2)):
         try:
             with torch.no_grad():
-                found = None if x is None else network.module(x[:1])
+                out = None if x is None else network.module(x[:1])
         except Exception as error:  # whatever the user's module raises
             raise ValueError(
                 f"{name} must hold samples that the module takes, but it fails for one of shape "
                 f"{tuple(x1.shape[1:])} and dtype {x1.dtype}: {error}"
             ) from error
-        if isinstance(found, Tensor) and not found.is_floating_point():
-            raise ValueError(f"module must return real numbers, but for {name} has {found.dtype}.")
+        if isinstance(out, Tensor) and not out.is_floating_point():
+            raise ValueError(f"module must return real numbers, but for {name} has {out.dtype}.")
 
 
 def _kernel(

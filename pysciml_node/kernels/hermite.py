@@ -113,8 +113,8 @@ class HermiteSeries(GaussianExpectation):
         raise KernelConvergenceError(
             f"the Hermite series of {self.name} leaves out {left_out:.1e} of E[phi'^2] after "
             f"{_LEVELS[-1][1]} terms, where {self.rtol:.1e} was asked for (variance up to "
-            f"{float(widest) ** 2:.3g}). Its derivative jumps or it varies too fast: pass a larger "
-            "rtol, a smaller sigma_w or T, or use an activation with a closed form."
+            f"{float(widest) ** 2:.3g}). Its derivative jumps or it varies too fast.\n"
+            "  Pass a larger rtol, a smaller sigma_w or T, or use an activation with a closed form."
         )
 
     def _coefficients(self, root: Tensor, panels: int, terms: int) -> list[tuple[Tensor, Tensor]]:

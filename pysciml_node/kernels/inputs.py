@@ -126,8 +126,8 @@ def _checked_inputs(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | Non
             continue
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (n, d), but has shape {tuple(x.shape)}. "
-                f"Flatten each sample: {name}.flatten(1)."
+                f"{name} must have shape (n, d), but has shape {tuple(x.shape)}.\n"
+                f"  Flatten each sample: {name}.flatten(1)."
             )
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} must be finite, but holds NaN or infinity.")

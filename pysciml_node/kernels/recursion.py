@@ -51,8 +51,8 @@ def _layers(model: Model, initial: Tensor, steps: int) -> Features:
         variance = row[:, i + 1 : i + 2]
         if not bool(torch.isfinite(variance).all()):
             raise KernelConvergenceError(
-                f"the variance of the state overflows at layer {i + 1} of {steps}. "
-                "Reduce T * sigma_w or sigma_u."
+                f"the variance of the state overflows at layer {i + 1} of {steps}.\n"
+                "  Reduce T * sigma_w or sigma_u."
             )
         features = _append(features, model.expectation.features(variance))
     return features

@@ -23,8 +23,8 @@ def _square(kernel: Tensor, name: str) -> Tensor:
     scale = float(kernel.abs().max())
     if gap > 1e3 * torch.finfo(kernel.dtype).eps * scale:
         raise ValueError(
-            f"{name} must be symmetric, but {name} - {name}.T reaches {gap:.2e}. Compute it with "
-            "x2=None, or symmetrise it."
+            f"{name} must be symmetric, but {name} - {name}.T reaches {gap:.2e}.\n"
+            "  Compute it with x2=None, or symmetrise it."
         )
     return kernel
 
@@ -174,7 +174,7 @@ def posterior(
     if int(failed):
         raise ValueError(
             f"kernel + noise * I is not positive definite (noise={noise}): two inputs coincide, or "
-            "the activation makes the kernel singular. Pass a larger noise."
+            "the activation makes the kernel singular.\n  Pass a larger noise."
         )
     mean = cross @ torch.cholesky_solve(y, factor)
     half = torch.linalg.solve_triangular(factor, cross.T, upper=False)
@@ -305,10 +305,10 @@ class GradientDescent:
         test_train = _beside(self.kernel, "nngp[1]", nngp[1])
         diagonal = _variances(self.kernel, nngp[2], "nngp[2]")
         wanted = (self.kernel.shape, cross.shape, cross.shape[:1])
-        found = (train.shape, test_train.shape, diagonal.shape)
-        if found != wanted:
+        given = (train.shape, test_train.shape, diagonal.shape)
+        if given != wanted:
             wanted_words, found_words = (
-                ", ".join(str(tuple(x)) for x in y) for y in (wanted, found)
+                ", ".join(str(tuple(x)) for x in y) for y in (wanted, given)
             )
             raise ValueError(
                 f"nngp must fit kernel and cross: shapes {wanted_words} (the last, or its "

@@ -111,8 +111,8 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         Returns:
             The solution, whose `u1` has the shape of `u0`; or this end state.
         """
-        found: Out = self.give(self.integrate(u0, p, tspan, saveat))
-        return found
+        returned: Out = self.give(self.integrate(u0, p, tspan, saveat))
+        return returned
 
     @uncompiled
     def integrate(

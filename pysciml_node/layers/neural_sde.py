@@ -154,5 +154,5 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
                 generator=self.generator if generator is None else generator,
             )
             self.penalize(solution, self.active_regularizers())
-        found: Out = self.give(solution)
-        return found
+        returned: Out = self.give(solution)
+        return returned

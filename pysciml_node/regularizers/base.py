@@ -86,8 +86,8 @@ def stability_radius(algorithm: Algorithm) -> float:
     radius: float | None = getattr(tableau, "stability_radius", None)
     if getattr(tableau, "stiffness_stages", None) is None or radius is None:
         raise ValueError(
-            f"{algorithm!r} has no stiffness estimate; use Tsit5, DP5, DP8, Vern7 or Vern9, and "
-            "for stochastic equations SOSRI2 or SOSRA2."
+            f"{algorithm!r} has no stiffness estimate.\n"
+            "  Use Tsit5, DP5, DP8, Vern7 or Vern9, and for stochastic equations SOSRI2 or SOSRA2."
         )
     return radius
 
@@ -109,7 +109,7 @@ def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regul
     for regularizer in listed:
         if regularizer.name in names:
             raise ValueError(
-                f"two regularizers are named {regularizer.name!r}; give one of them name=..."
+                f"two regularizers are named {regularizer.name!r}.\n  Give one of them name=..."
             )
         names.add(regularizer.name)
     return listed

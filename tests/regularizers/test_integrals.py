@@ -205,7 +205,7 @@ def test_tuple_states_have_kinetic_energy() -> None:
     [
         (lambda: psn.KineticEnergy(reduction="median"), "reduction must be"),
         (lambda: psn.JacobianFrobenius(distribution="uniform"), "distribution must be"),
-        (lambda: psn.TaylorDerivative(0), "order must be a whole number"),
+        (lambda: psn.TaylorDerivative(0), "order must be a positive whole number"),
         (lambda: psn.RandomEndTime(0.0), "b must be positive"),
         (lambda: psn.GlobalError(aggregate="median"), "aggregate must be"),
         (lambda: node(CurvedField(), psn.KineticEnergy(), psn.KineticEnergy()), "two regularizers"),

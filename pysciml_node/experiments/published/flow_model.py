@@ -121,8 +121,8 @@ class FlowModel(Trainable):
 
     def density(self, x: Tensor) -> Density:
         """The flow's density of a batch."""
-        found: Density = self.flow(x.to(getattr(torch, self.settings.dtype)))
-        return found
+        density: Density = self.flow(x.to(getattr(torch, self.settings.dtype)))
+        return density
 
     def score(self, log_prob: Tensor) -> Tensor:
         """The metric of each sample."""

@@ -149,17 +149,17 @@ class SeriesModel(Trainable):
 
     def predict(self, batch: IrregularSeries) -> LatentSolution:
         """Explain each sample at its own times."""
-        found: LatentSolution = self.latent_ode(batch.to(self.dtype))
-        return found
+        latent: LatentSolution = self.latent_ode(batch.to(self.dtype))
+        return latent
 
     def outcome(self, batch: IrregularSeries) -> Outcome:
         """The loss, and each sample's mean squared error, summed over the samples."""
         batch = batch.to(self.dtype)
-        found = self.predict(batch)
-        loss = self.latent_ode.loss(batch, found=found)
-        errors = batch.per_sample((found.mean.detach() - batch.values).square())
+        latent = self.predict(batch)
+        loss = self.latent_ode.loss(batch, found=latent)
+        errors = batch.per_sample((latent.mean.detach() - batch.values).square())
         score = float((errors / batch.counts().clamp(min=1)).sum())
-        solution = found.solution
+        solution = latent.solution
         return Outcome(loss, solution.penalty, int(solution.stats.nfe), score, len(batch))
 
     def step_schedules(self) -> None:
@@ -217,10 +217,10 @@ def interpolation_errors(
     count = shown.observed.sum(0).clamp(min=1)
     means = torch.where(shown.observed, shown.values, torch.zeros_like(shown.values)).sum(0) / count
     with evaluation_mode(model):
-        found = model.latent_ode(shown, series).mean
+        decoded = model.latent_ode(shown, series).mean
     return tuple(
         float(target.per_sample((guess - series.values).square()).sum() / target.counts().sum())
-        for guess in (found, means)
+        for guess in (decoded, means)
     )  # type: ignore[return-value]
 
 

@@ -196,7 +196,7 @@ def _shared_settings(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(
                 "runs with different settings cannot share a results file: "
                 + ", ".join(f"{k} is {shared[0][k]!r} and {other.get(k)!r}" for k in differing)
-                + ". Use another output folder."
+                + ".\n  Use another output folder."
             )
     return shared[0] if shared else {}
 
@@ -236,13 +236,13 @@ def columns_of(summary: Summary) -> list[Column]:
         >>> [column.title for column in columns_of({"vanilla": one})]
         ['test acc. (%)']
     """
-    found = {name for figures in summary.values() for name in figures}
+    filled = {name for figures in summary.values() for name in figures}
     scores = [
         Column(f"{part} {m.title}", f"{part}_{m.name}", m.scale, m.decimals, with_ratio=False)
         for m in METRICS.values()
         for part in ("train", "test")
     ]
-    return [column for column in (*scores, *_COST_COLUMNS) if column.figure in found]
+    return [column for column in (*scores, *_COST_COLUMNS) if column.figure in filled]
 
 
 def format_table(summary: Summary) -> str:

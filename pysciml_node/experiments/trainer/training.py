@@ -133,7 +133,7 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(
                 f"the loss is {values[0]} and the penalty {values[1]} at step {self.step} of "
-                f"{self.run.name}. Try a smaller learning rate or penalty weight."
+                f"{self.run.name}.\n  Try a smaller learning rate or penalty weight."
             )
         self.history.loss.append(values[0])
         self.history.penalty.append(values[1])
