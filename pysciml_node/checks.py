@@ -220,9 +220,11 @@ def path(name: str, value: Any) -> Path:
     Raises:
         TypeError: something else.
     """
-    if isinstance(value, str | os.PathLike) and value:
-        return Path(value)
-    refuse(name, "a path, or its text", value, "", ValueError if value == "" else TypeError)
+    if not isinstance(value, str | os.PathLike):
+        refuse(name, "a path, or its text", value)
+    if value == "":
+        refuse(name, "a path, or its text", value, error=ValueError)
+    return Path(value)
 
 
 def choice(name: str, value: Any, known: Iterable[T]) -> T:
@@ -465,10 +467,10 @@ def shape(name: str, value: Any, *, axes: int | None = None) -> tuple[int, ...]:
         TypeError: no sequence of whole numbers.
         ValueError: a negative size, or another number of axes.
     """
-    if as_float(value) is not None:
-        value = (value,)
     if isinstance(value, Tensor):
         value = tensor(name, value, axes=1).tolist()
+    if as_float(value) is not None:
+        value = (value,)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         refuse(name, "a sequence of sizes", value)
     sizes = tuple(whole(f"{name}[{i}]", size, at_least=0) for i, size in enumerate(value))

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import DirectAdjoint, InterpolatingAdjoint
+from pysciml_node.compat.arguments import check_backward, check_call, check_time
 from pysciml_node.compat.torchdiffeq_plan import Options, Tolerances, as_time, make_plan
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
@@ -90,6 +92,8 @@ def odeint(
         True
     """
     event = event_fn is not None
+    if event:
+        checks.function("event_fn", event_fn, "t", "y")
     plan = make_plan(func, y0, t, rtol, atol, method, options, DirectAdjoint(), event=event)
     return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
 
@@ -146,11 +150,19 @@ def odeint_adjoint(
 
     Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366.
     """
-    if adjoint_method not in (None, method or "dopri5"):
+    if method is not None:
+        checks.text("method", method)
+    if adjoint_method is not None and checks.text("adjoint_method", adjoint_method) != (
+        method or "dopri5"
+    ):
         raise ValueError(
             f"adjoint_method must be the method of the forward solve, {method or 'dopri5'!r}, but "
             f"is {adjoint_method!r}.\n  Leave it out, or change method."
         )
+    adjoint_rtol, adjoint_atol, params = check_backward(
+        adjoint_rtol, adjoint_atol, adjoint_options, adjoint_params
+    )
+    check_call(func, y0, method, options)
     max_steps = _backward_steps(adjoint_options, options)
     adjoint = InterpolatingAdjoint(adjoint_rtol, adjoint_atol, max_steps)
     given = [] if options is None else [options.get("adjoint")]
@@ -159,6 +171,8 @@ def odeint_adjoint(
             'options["adjoint"] cannot be combined with adjoint_rtol, adjoint_atol or '
             "adjoint_options.\n  Put them into it, as in BacksolveAdjoint(rtol=1e-4, atol=1e-4)."
         )
+    if event_fn is not None:
+        checks.function("event_fn", event_fn, "t", "y")
     plan = make_plan(
         func,
         y0,
@@ -169,7 +183,7 @@ def odeint_adjoint(
         options,
         adjoint,
         event=event_fn is not None,
-        params=adjoint_params or (),
+        params=params,
     )
     return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
 
@@ -211,7 +225,11 @@ def odeint_event(
 
     Reference: R. T. Q. Chen, B. Amos, M. Nickel, arXiv 2011.03902.
     """
-    start = as_time(t0, y0).reshape(1)
+    check_call(func, y0, None, None)
+    checks.function("event_fn", event_fn, "t", "y")
+    checks.function("odeint_interface", odeint_interface, "func", "y0", "t")
+    reverse_time = checks.flag("reverse_time", reverse_time)
+    start = as_time(check_time("t0", t0), y0).reshape(1)
     other = start.detach() + (-1.0 if reverse_time else 1.0)
     return odeint_interface(func, y0, torch.cat((start, other)), event_fn=event_fn, **kwargs)
 
@@ -246,12 +264,16 @@ def odeint_dense(
     Raises:
         ValueError: as in `odeint`; and for `jump_t`.
     """
+    check_call(func, y0, method, options)
     if options and options.get("jump_t") is not None:
         raise ValueError(
             'options["jump_t"] is not supported by odeint_dense.\n'
             '  Use options["step_t"], or call odeint_dense between the jumps.'
         )
-    ends = torch.stack([as_time(t, y0) for t in (t0, t1)])
+    both = (check_time("t0", t0), check_time("t1", t1))
+    ends = torch.stack([as_time(t, y0) for t in both])
+    if bool(ends[0] == ends[1]):
+        raise ValueError(f"t0 and t1 must be two different times, but both are {float(ends[0])}.")
     plan = make_plan(func, y0, ends, rtol, atol, method, options, DirectAdjoint())
     ((solution, _),) = plan.pieces(plan.end, ())
     return solution

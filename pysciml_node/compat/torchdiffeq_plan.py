@@ -27,6 +27,7 @@ from pysciml_node.algorithms.explicit import (
     Midpoint,
     Tsit5,
 )
+from pysciml_node.compat.arguments import check_call
 from pysciml_node.errors import PsnWarning, SolverFailure
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -278,6 +279,7 @@ def make_plan(
     params: Iterable[Tensor] = (),
 ) -> Plan:
     """Check a call, and say what is to be solved."""
+    check_call(func, y0, method, options)
     times = _check_times(t, event)
     name = "dopri5" if method is None else method
     if name not in _ADAPTIVE and name not in _FIXED:
@@ -345,7 +347,7 @@ def _adaptive_arguments(given: Options, intervals: int) -> dict[str, Any]:
         "dt0": number("first_step"),
         "dtmin": number("min_step") or None,
         "dtmax": number("max_step"),
-        "max_steps": int(given.get("max_num_steps", _MAX_STEPS)) * intervals,
+        "max_steps": int(given.get("max_num_steps") or _MAX_STEPS) * intervals,
     }
 
 

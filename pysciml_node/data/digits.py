@@ -39,7 +39,7 @@ def digits(
         E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
         Repository (1998), its test part.
     """
-    check_division(validation, test, seed, dtype)
+    seed = check_division(validation, test, seed, dtype)
     datasets = require("sklearn.datasets", extra="examples", purpose="load the digits")
     bunch = datasets.load_digits()
     highest_pixel = 16.0

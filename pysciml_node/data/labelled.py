@@ -34,8 +34,8 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def check_division(validation: float, test: float, seed: int, dtype: torch.dtype) -> None:
-    """How a reader divides a data set, and the dtype it gives the entries.
+def check_division(validation: float, test: float, seed: int, dtype: torch.dtype) -> int:
+    """How a reader divides a data set, and the dtype it gives the entries; returns the seed.
 
     Raises:
         TypeError: one of another kind.
@@ -43,8 +43,8 @@ def check_division(validation: float, test: float, seed: int, dtype: torch.dtype
     """
     checks.number("validation", validation)
     checks.number("test", test)
-    checks.whole("seed", seed, at_least=0, at_most=2**63 - 1)
     check_dtype(dtype)
+    return checks.whole("seed", seed, at_least=0, at_most=2**63 - 1)
 
 
 @dataclass(frozen=True)

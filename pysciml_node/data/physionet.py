@@ -125,7 +125,7 @@ def physionet(
         I. Silva et al., Predicting in-hospital mortality of ICU patients: the
         PhysioNet/Computing in Cardiology challenge 2012, Comput. Cardiol. 39 (2012) 245-248.
     """
-    check_division(validation, test, seed, dtype)
+    seed = check_division(validation, test, seed, dtype)
     if quantization is not None:
         hint = "It is in hours; None keeps the times as they are."
         checks.number("quantization", quantization, above=0, at_most=HOURS, hint=hint)

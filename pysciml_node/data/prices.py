@@ -43,7 +43,7 @@ def prices(
         >>> data.train.variables, bool(data.train.times.max() < 1)
         (3, True)
     """
-    check_division(validation, test, seed, dtype)
+    seed = check_division(validation, test, seed, dtype)
     cbook = require("matplotlib.cbook", extra="examples", purpose="load the prices")
     table = cbook.get_sample_data("goog.npz")["price_data"]
     days = (table["date"] - table["date"][0]).astype(int)
