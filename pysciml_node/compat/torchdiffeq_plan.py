@@ -31,6 +31,7 @@ from pysciml_node.compat.arguments import check_call
 from pysciml_node.errors import PsnWarning, SolverFailure
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.solve import solve
 from pysciml_node.tableaus.base import Interpolant, Tableau, hermite
@@ -152,13 +153,13 @@ class Plan:
     @property
     def end(self) -> Time:
         """The last time, a tensor where it receives a gradient."""
-        return self.t[-1] if self.t.requires_grad else self.times[-1]
+        return self.t[-1] if moves(self.t) else self.times[-1]
 
     def at_times(self) -> Any:
         """The states at the requested times."""
         if len(self.times) == 1:
             return _each(lambda part: part.unsqueeze(0), self.y0)
-        saveat = self.t if self.t.requires_grad else self.times
+        saveat = self.t if moves(self.t) else self.times
         rows = [solution.u for solution, asked in self.pieces(self.end, saveat) if asked]
         return rows[0] if len(rows) == 1 else _each(lambda *parts: torch.cat(parts), *rows)
 
@@ -192,7 +193,7 @@ class Plan:
         Beside each stands whether any of the times in `saveat` lie in it.
         """
         state = self.y0
-        start: Time = self.t[0] if self.t.requires_grad else self.times[0]
+        start: Time = self.t[0] if moves(self.t) else self.times[0]
         done = 0
         for stop in (*self.cuts, end):
             low, high = sorted((_number(start), _number(stop)))
@@ -317,7 +318,7 @@ def make_plan(
             "max_steps": _MAX_STEPS if event else 2**31 - 1,
         }
         jumps = bool(given.get("perturb"))
-        if grid.requires_grad or jumps:
+        if moves(grid) or jumps:
             cuts = grid[1:-1].unbind()
         else:
             arguments["controller"] = FixedStep(tuple(grid.tolist()))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.problems.state import StateSpec
+from pysciml_node.problems.state import StateSpec, without_graph
 from pysciml_node.regularizers.probes import batch_of
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.solutions.solution import (
@@ -47,25 +48,55 @@ class AugmentedField:
         """Derivative of the augmented state."""
         own = [part for key, part in state.items() if key.startswith(_OWN)]
         outer_grad = torch.is_grad_enabled()
+
+        def field(t: Tensor, u: Any) -> Any:
+            return self.inner(t, u, p) if self.with_p else self.inner(t, u)
+
         with torch.enable_grad():
             # A view made without gradients may claim to require them and yet lead nowhere: only
             # where gradients are on is the state itself what the field is differentiated at.
             if not outer_grad:
-                own = [part.detach() for part in own]
-            parts = [part if part.requires_grad else part.requires_grad_() for part in own]
-            u = self.spec.assemble(parts)
-
-            def field(t: Tensor, u: Any) -> Any:
-                return self.inner(t, u, p) if self.with_p else self.inner(t, u)
-
-            f = field(t, u)
-            point = FieldPoint(t, u, f, field, outer_grad)
+                own = [without_graph(part) for part in own]
+            if torch._C._are_functorch_transforms_active():
+                point = _transformed(t, self.spec.assemble(own), field)
+            else:
+                parts = [part if part.requires_grad else part.requires_grad_() for part in own]
+                point = _recorded(t, self.spec.assemble(parts), field, outer_grad)
+            f = point.f
             values = {
                 name: _checked(name, rate(point), state[name]) for name, rate in self.rates.items()
             }
         out = dict(zip([k for k in state if k.startswith(_OWN)], self.spec.parts(f), strict=True))
         out.update(values)
-        return out if outer_grad else {key: value.detach() for key, value in out.items()}
+        return out if outer_grad else {key: without_graph(value) for key, value in out.items()}
+
+
+def _recorded(
+    t: Tensor, u: Any, field: Callable[[Tensor, Any], Any], with_graph: bool
+) -> FieldPoint:
+    """The field with its graph; `u` requires gradients."""
+    f = field(t, u)
+
+    def pull(vector: Tensor) -> Tensor:
+        if not f.requires_grad:
+            return torch.zeros_like(u)
+        (product,) = torch.autograd.grad(
+            f, u, vector, create_graph=with_graph, retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(u) if product is None else product
+
+    return FieldPoint(t, u, f, field, pull)
+
+
+def _transformed(t: Tensor, u: Any, field: Callable[[Tensor, Any], Any]) -> FieldPoint:
+    """The field inside a transform of `torch.func`, which knows no `requires_grad_`."""
+    f, vjp = torch.func.vjp(lambda u: field(t, u), u)  # type: ignore[misc]
+
+    def pull(vector: Tensor) -> Tensor:
+        product: Tensor = vjp(vector)[0]
+        return product
+
+    return FieldPoint(t, u, f, field, pull)
 
 
 def _checked(name: str, value: Tensor, integral: Tensor) -> Tensor:
@@ -213,6 +244,8 @@ class DrivenTrajectory:
 def _driving(augmented: ODEProblem) -> ODEProblem | None:
     """An augmented problem with the driven rates alone; `None` where it has none."""
     field, u0 = augmented.f, augmented.u0
+    if isinstance(field, InModes):
+        field = field.function
     assert isinstance(field, AugmentedField)
     assert isinstance(u0, dict)
     rates = {key: rate for key, rate in field.rates.items() if key.startswith(f"{_DRIVEN} ")}

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pysciml_node import checks
 
@@ -58,6 +59,33 @@ def _as_part(part: Any) -> Any:
     return part if found is None else found
 
 
+def recording() -> bool:
+    """Whether derivatives are being taken, in reverse or in forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def moves(x: Any) -> bool:
+    """Whether something is a tensor whose derivative is asked for, in either mode."""
+    if not isinstance(x, Tensor):
+        return False
+    return x.requires_grad or (forward_ad._current_level >= 0 and tangent_of(x) is not None)
+
+
+def tangent_of(x: Tensor) -> Tensor | None:
+    """The derivative that a tensor carries in forward mode."""
+    tangent: Tensor | None = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def without_graph(x: Tensor) -> Tensor:
+    """A tensor without the graph of reverse mode, and with its derivative in forward mode."""
+    tangent = tangent_of(x) if forward_ad._current_level >= 0 else None
+    if tangent is None:
+        return x.detach()
+    dual: Tensor = forward_ad.make_dual(x.detach(), tangent.detach())  # type: ignore[no-untyped-call]
+    return dual
+
+
 def full_precision(state: Any) -> Any:
     """A state in single precision, where autocast has made it one of half precision."""
 
@@ -82,7 +110,7 @@ def refuse_vmap() -> NoReturn:
     raise RuntimeError(
         "a solve was called inside torch.vmap, but its steps depend on the values that vmap "
         "hides.\n  Use EnsembleProblem(problem, u0=..., p=...), whose members have steps of their "
-        "own, or solve the batch as one u0."
+        "own, or solve the batch as one u0; solution(times) takes many times at once."
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
 class FieldPoint:
     """The field at one time and state, with its Jacobian products.
+
+    Args:
+        t: time, a 0-d tensor.
+        u: the state, as `f` was differentiated with respect to it.
+        f: the derivative there.
+        field: the field itself.
+        pull: takes a vector, for a single-tensor state, to `vector^T df/du`.
 
     Attributes:
         t: time, a 0-d tensor.
@@ -20,10 +26,15 @@ class FieldPoint:
     """
 
     def __init__(
-        self, t: Tensor, u: Any, f: Any, field: Callable[[Tensor, Any], Any], with_graph: bool
+        self,
+        t: Tensor,
+        u: Any,
+        f: Any,
+        field: Callable[[Tensor, Any], Any],
+        pull: Callable[[Tensor], Tensor],
     ) -> None:
         self.t, self.u, self.f, self.field = t, u, f, field
-        self._with_graph = with_graph
+        self._pull = pull
         self._pulled: dict[int, tuple[Tensor, Tensor]] = {}
 
     def pullback(self, vector: Tensor) -> Tensor:
@@ -35,20 +46,8 @@ class FieldPoint:
                     "the Jacobian of a state of several tensors is not supported.\n"
                     "  Stack them into one tensor."
                 )
-            if self.f.requires_grad:
-                (product,) = torch.autograd.grad(
-                    self.f,
-                    self.u,
-                    vector,
-                    create_graph=self._with_graph,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                product = torch.zeros_like(self.u) if product is None else product
-            else:
-                product = torch.zeros_like(self.u)
             # The vector is kept, so that its id stays its own.
-            pulled = self._pulled[id(vector)] = (vector, product)
+            pulled = self._pulled[id(vector)] = (vector, self._pull(vector))
         return pulled[1]
 
 

@@ -19,6 +19,7 @@ from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
@@ -104,7 +105,7 @@ class TorchTrajectory(Recorded):
         marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()
-            if torch.is_grad_enabled()
+            if recording()
             else vectors_like(self.flat_states[0], method.all_stages)
         )
         return stages_for(method, field, marks, vectors, self.problem.mass, 2), field
@@ -123,20 +124,18 @@ class TorchTrajectory(Recorded):
         record, problem = self.record, self.problem
         start: Real = record.times[n]
         h: Real = record.sizes[n]
-        if not torch.is_grad_enabled():
+        if not recording():
             return start, h
         t0, t1 = (
-            (t - t.detach()).double().reshape(())
-            if isinstance(t, Tensor) and t.requires_grad
-            else 0.0
+            (t - t.detach()).double().reshape(()) if isinstance(t, Tensor) and moves(t) else 0.0
             for t in problem.tspan
         )
         if isinstance(t0, Tensor) and all(stop is None for stop in record.stops[:n]):
             start = start + t0
         if record.stops[n] is not None:
-            moves = t1 if record.stops[n] == record.t1_stop else 0.0
-            if isinstance(moves, Tensor) or isinstance(start, Tensor):
-                h = record.times[n + 1] + moves - start
+            end = t1 if record.stops[n] == record.t1_stop else 0.0
+            if isinstance(end, Tensor) or isinstance(start, Tensor):
+                h = record.times[n + 1] + end - start
         return start, h
 
     def _known_states(self, n: int, moving: bool) -> dict[float, Tensor]:
@@ -174,7 +173,7 @@ class TorchTrajectory(Recorded):
         for n, members in groups.items():
             u, (start, h) = self.every_state[n], self._moving_step(n)
             ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
-            if not times.requires_grad and all(host[i] in ends for i in members):
+            if not moves(times) and all(host[i] in ends for i in members):
                 for i in members:
                     rows[i] = ends[host[i]]
                 continue

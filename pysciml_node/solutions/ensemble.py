@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.state import map_tensors
@@ -111,3 +112,15 @@ class EnsembleSolution:
         """What all cost together, as it stands now."""
         names = [f.name for f in dataclasses.fields(Stats)]
         return Stats(**{name: sum(getattr(s, name) for s in self.member_stats) for name in names})
+
+
+def _flatten(solution: EnsembleSolution) -> tuple[list[Any], EnsembleProblem]:
+    return [list(solution.solutions), solution.t], solution.problem
+
+
+def _unflatten(children: Iterable[Any], problem: EnsembleProblem) -> EnsembleSolution:
+    solutions, t = children
+    return EnsembleSolution(problem, tuple(solutions), t)
+
+
+register_pytree_node(EnsembleSolution, _flatten, _unflatten)

@@ -17,7 +17,7 @@ from torch.utils._pytree import register_pytree_node
 
 from pysciml_node import checks
 from pysciml_node.problems.modes import ordinary_modes, uncompiled
-from pysciml_node.problems.state import map_tensors
+from pysciml_node.problems.state import map_tensors, refuse_batched
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
 if TYPE_CHECKING:
@@ -313,6 +313,8 @@ class Solution:
             number = checks.as_float(t)
             listed = checks.numbers("t", t) if number is None else number
             times = torch.tensor(listed, dtype=torch.float64, device="cpu")
+        if torch._C._are_functorch_transforms_active():
+            refuse_batched(times)
         if times.ndim > 1:
             raise ValueError(f"t must be a number or one-dimensional, but has {times.ndim} axes.")
         if not times.numel():

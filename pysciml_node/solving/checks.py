@@ -23,6 +23,7 @@ from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_alg
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.problems.state import moves
 
 T = TypeVar("T")
 
@@ -397,7 +398,7 @@ def _check_saveat(
                 f"saveat must be in the order of integration ({'in' if sign > 0 else 'de'}creasing"
                 f"), but saveat[{i}]={times[i]} follows {times[i - 1]}.\n  Sort it first."
             )
-    tensor = saveat if isinstance(saveat, Tensor) and saveat.requires_grad else None
+    tensor = saveat if isinstance(saveat, Tensor) and moves(saveat) else None
     return tuple(times), tensor
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from pysciml_node.problems.event import Event
@@ -62,10 +63,19 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
         solution: stopped by `event`; changed in place.
         event: the event.
         tstops: times the solver had to step to.
+
+    Raises:
+        RuntimeError: derivatives of another kind than reverse mode are being taken.
     """
     problem = solution.problem
     assert isinstance(problem, ODEProblem)
     spec = problem.spec
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a solve was stopped by an event inside a transform of torch.func or forward-mode "
+            "differentiation, and times of events have derivatives in reverse mode alone.\n"
+            "  Take the gradient by backward() or torch.autograd.grad."
+        )
     t = problem.time_tensor([solution.trajectory.times[-1]])[0]
     if not torch.is_grad_enabled():
         solution.event_t = t

@@ -20,6 +20,7 @@ from pysciml_node.algorithms.options import SolveOptions, backward_limits
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.norms import Tolerance
@@ -156,8 +157,8 @@ class _Solve:
                 options.saveat_tensor,
                 search,
                 on_step,
-                recorded=torch.is_grad_enabled() or k0 is not None,
-                moving=any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan),
+                recorded=recording() or k0 is not None,
+                moving=any(moves(t) for t in problem.tspan),
             )
         if search is not None:
             found[0].event = search.found
@@ -273,7 +274,7 @@ class _Solve:
 
 def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
     times = [*problem.tspan, options.saveat_tensor]
-    return any(isinstance(t, Tensor) and t.requires_grad for t in times)
+    return any(moves(t) for t in times)
 
 
 def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
@@ -288,7 +289,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         if solution is not None:
             return solution
     work = _Solve(problem, algorithm, options)
-    if not torch.is_grad_enabled():
+    if not recording():
         record, states, saved = work.plain()
     elif isinstance(options.adjoint, DirectAdjoint):
         record, states, saved = work.direct()

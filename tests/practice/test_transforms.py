@@ -195,6 +195,55 @@ def test_forward_mode_is_never_lost(adjoint: psn.Adjoint, gradients: bool) -> No
             torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_of_times(gradients: bool) -> None:
+    one = torch.ones((), dtype=D)
+    options: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10, "adjoint": psn.DirectAdjoint()}
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        moving = forward_ad.make_dual(torch.tensor(0.5, dtype=D), one)
+
+        def tangent(x: Tensor) -> Tensor:
+            found: Tensor = forward_ad.unpack_dual(x).tangent
+            return found
+
+        def decay(t: Tensor, u: Tensor) -> Tensor:
+            return -u
+
+        end = psn.solve(psn.ODEProblem(decay, U0, (0.0, moving)), **options)
+        torch.testing.assert_close(tangent(end.u1), -U0 * math.exp(-0.5), rtol=1e-7, atol=0)
+        start = psn.solve(psn.ODEProblem(decay, U0, (moving, 1.0)), **options)
+        torch.testing.assert_close(tangent(start.u1), U0 * math.exp(-0.5), rtol=1e-7, atol=0)
+        torch.testing.assert_close(tangent(start(0.75)), U0 * math.exp(-0.25), rtol=1e-7, atol=0)
+        saved = psn.solve(psn.ODEProblem(decay, U0, (0.0, 1.0)), saveat=moving[None], **options)
+        torch.testing.assert_close(tangent(saved.u[0]), -U0 * math.exp(-0.5), rtol=1e-7, atol=0)
+        torch.testing.assert_close(tangent(saved(moving)), -U0 * math.exp(-0.5), rtol=1e-7, atol=0)
+        falls = psn.Event(lambda t, u: u[0] - 0.7)
+        with pytest.raises(RuntimeError, match="reverse mode"):
+            psn.solve(psn.ODEProblem(decay, U0 * moving * 2, (0.0, 1.0)), events=falls, **options)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_score_of_a_flow(gradients: bool) -> None:
+    """`d log p / dx` in all ways: for `u' = -u` the base's score times `exp(-2)`."""
+    flow = psn.CNF(
+        lambda t, u: -u, event_shape=2, rtol=1e-9, atol=1e-9, adjoint=psn.DirectAdjoint()
+    )
+    x = U0[None]
+    expected = -x * math.exp(-2)
+
+    def density(x: Tensor) -> Tensor:
+        found: Tensor = flow.log_prob(x).sum()
+        return found
+
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(torch.func.grad(density)(x), expected, rtol=1e-6, atol=0)
+        slope = torch.func.jvp(density, (x,), (x,))[1]
+        torch.testing.assert_close(slope, (expected * x).sum(), rtol=1e-6, atol=0)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(density(forward_ad.make_dual(x, x)))
+        torch.testing.assert_close(dual.tangent, (expected * x).sum(), rtol=1e-6, atol=0)
+
+
 @each_adjoint
 def test_vmap_is_refused_in_favour_of_ensembles(adjoint: psn.Adjoint) -> None:
     with pytest.raises(RuntimeError, match="EnsembleProblem"):
@@ -205,6 +254,9 @@ def test_vmap_is_refused_in_favour_of_ensembles(adjoint: psn.Adjoint) -> None:
         torch.vmap(lambda k: psn.NeuralODE(lambda t, u: -k * u, adjoint=adjoint)(U0).u1)(U0)
     with pytest.raises(RuntimeError, match="EnsembleProblem"):
         torch.vmap(lambda t1: psn.solve(psn.ODEProblem(linear, U0, (0.0, t1))).u1)(U0)
+    solution = flow(U0, adjoint)
+    with pytest.raises(RuntimeError, match=r"solution\(times\)"):
+        torch.vmap(solution)(U0)
 
 
 def test_a_solve_that_depends_on_nothing_batched_is_the_same_for_all() -> None:
