@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.controllers import FixedStep, IController
 from pysciml_node.algorithms.explicit import (
@@ -301,7 +302,13 @@ def make_plan(
     forward = times[-1] >= times[0]
 
     def ahead(key: str) -> tuple[float, ...]:
-        listed = [] if given.get(key) is None else torch.as_tensor(given[key]).reshape(-1).tolist()
+        value = given.get(key)
+        single = checks.as_float(value)
+        listed = (
+            []
+            if value is None
+            else torch.as_tensor(value if single is None else single).reshape(-1).tolist()
+        )
         inside = {x for x in listed if 0 < (x - times[0] if forward else times[0] - x) < reach}
         return tuple(sorted(inside, reverse=not forward))
 
@@ -339,7 +346,7 @@ def _adaptive_arguments(given: Options, intervals: int) -> dict[str, Any]:
     """Step control of the adaptive methods, with torchdiffeq's constants."""
 
     def number(key: str, default: float | None = None) -> Any:
-        return default if given.get(key) is None else float(given[key])
+        return default if given.get(key) is None else checks.number(key, given[key], infinite=True)
 
     return {
         "controller": IController(
