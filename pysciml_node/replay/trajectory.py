@@ -124,7 +124,7 @@ class TorchTrajectory(Recorded):
         record, problem = self.record, self.problem
         start: Real = record.times[n]
         h: Real = record.sizes[n]
-        if not recording():
+        if record.fixed or not recording():
             return start, h
         t0, t1 = (
             (t - t.detach()).double().reshape(()) if isinstance(t, Tensor) and moves(t) else 0.0

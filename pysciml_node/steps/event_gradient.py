@@ -114,8 +114,12 @@ def _moving(t: Tensor, solution: Solution, tstops: tuple[float, ...]) -> Tensor:
     """
     start = solution.problem.tspan[0]
     length = abs(solution.trajectory.times[-1] - solution.problem.t0)
-    if not isinstance(start, Tensor) or any(
-        abs(stop - solution.problem.t0) <= length for stop in tstops
+    record = getattr(solution.trajectory, "record", None)
+    fixed = record is not None and record.fixed
+    if (
+        fixed
+        or not isinstance(start, Tensor)
+        or any(abs(stop - solution.problem.t0) <= length for stop in tstops)
     ):
         return t
     return t + (start - start.detach()).to(t)

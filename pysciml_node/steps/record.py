@@ -30,6 +30,7 @@ class Record:
         saved: how many of the requested times were reached.
         last: of a failed solve, the last attempt.
         marks: start, stops and end that were asked for.
+        fixed: whether the times of steps stay where they are when the ends of the interval move.
         thinned: whether only the first and the last of the steps' states are kept.
     """
 
@@ -48,6 +49,7 @@ class Record:
     event: int | None = None
     t1_stop: int = 0
     thinned: bool = False
+    fixed: bool = False
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` times, and what was saved up to there."""

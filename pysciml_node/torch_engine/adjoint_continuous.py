@@ -369,12 +369,6 @@ def _time_gradients(
     if at_start is not None:
         # A cotangent of u0 itself does not move with t0.
         gradients.t0 = gradients.t0 + along(t0, at_start)
-    # The ends of free steps move with t0, until a stop fixes them.
-    for t, stop, cotangent in zip(record.times[1:], record.stops, arriving.states[1:], strict=True):
-        if stop is not None:
-            break
-        if cotangent is not None:
-            gradients.t0 = gradients.t0 + along(t, cotangent)
 
 
 def backward_controller(controller: Controller) -> Controller:

@@ -42,6 +42,13 @@ from pysciml_node.torch_engine.adjoint_continuous import (
     backward_controller,
     continuous_sweep,
 )
+from pysciml_node.torch_engine.end_times import (
+    at_moving_ends,
+    complete_times,
+    from_moving_start,
+    hides_time,
+    requires,
+)
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.native.engine import attempt_native
@@ -192,17 +199,36 @@ class _Solve:
             self.problem.mass,
             derivatives=2,
         )
-        times = None
-        if _wants_time_gradient(self.problem, self.options):
+        times, fixed = None, self._fixed()
+        if _wants_time_gradient(self.problem, self.options) and not fixed:
             t0, t1 = (
                 t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
                 for t in self.problem.tspan
             )
             times = (t0.to(self.method.nodes), t1.to(self.method.nodes))
+        u0 = from_moving_start(self.problem, field, self.u0) if fixed else self.u0
         with self.surroundings.undisturbed():
-            found = self.march(stages, self.u0, None, times)
+            record, states, saved = self.march(stages, u0, None, times)
+        record.fixed = fixed
+        if fixed or self.options.saveat_tensor is not None:
+            saved = at_moving_ends(
+                self.problem,
+                field,
+                record,
+                states,
+                saved,
+                self.u0,
+                self.options.saveat_tensor,
+            )
         self._has_run(field)
-        return found
+        return record, states, saved
+
+    def _fixed(self) -> bool:
+        """Whether the ends receive gradients that the steps themselves do not have."""
+        problem = self.problem
+        if problem.mass is not None or not any(map(requires, problem.tspan)):
+            return False
+        return hides_time(problem, self.method, self.u0)
 
     def _watched(self, field: FlatField) -> FlatFunction:
         """The field, with a look at what it can reach; random ones are not for adaptive steps."""
@@ -234,27 +260,37 @@ class _Solve:
         field.captured.settle()
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         stats, method, adjoint = self.stats, self.method, options.adjoint
+        found[0].fixed = not adjoint.discrete or self._fixed()
 
         def sweep(
             record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
         ) -> Gradients:
             with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
-                if isinstance(adjoint, DiscreteAdjoint):
-                    arrived = record, states, arriving, with_times, stats
-                    return discrete_sweep(field, method, *arrived)
-                assert isinstance(adjoint, _ContinuousAdjoint)
-                return continuous_sweep(
-                    field,
-                    method,
-                    record,
-                    states,
-                    arriving,
-                    adjoint,
-                    backward_controller(options.controller),
-                    *backward_limits(adjoint, options),
-                    with_times,
-                    stats,
-                )
+                gradients = pull(record, states, arriving, with_times)
+                if with_times and problem.mass is None:
+                    ends = record.fixed and adjoint.discrete
+                    complete_times(gradients, problem, field.field, record, states, arriving, ends)
+            return gradients
+
+        def pull(
+            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
+        ) -> Gradients:
+            if isinstance(adjoint, DiscreteAdjoint):
+                arrived = record, states, arriving, with_times, stats
+                return discrete_sweep(field, method, *arrived)
+            assert isinstance(adjoint, _ContinuousAdjoint)
+            return continuous_sweep(
+                field,
+                method,
+                record,
+                states,
+                arriving,
+                adjoint,
+                backward_controller(options.controller),
+                *backward_limits(adjoint, options),
+                with_times,
+                stats,
+            )
 
         keep: list[Record] = []
         t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)

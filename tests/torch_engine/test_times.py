@@ -81,3 +81,53 @@ def test_stops_that_require_gradients_are_refused_with_what_gives_them() -> None
     end = part(-1.0, part(1.0, 0 * ones(), 0.0, stop), stop, 1.0)
     (found,) = torch.autograd.grad(end.sum(), stop)
     assert found.item() == pytest.approx(2.0)
+
+
+HIDING = {
+    "detached": lambda t, u: torch.cos(t.detach()) * u,
+    "a number": lambda t, u: math.cos(float(t.detach())) * u,
+    "in part": lambda t, u: torch.cos(t.detach()) * u + 0 * t,
+}
+
+
+@every_adjoint
+@pytest.mark.parametrize("field", HIDING.values(), ids=HIDING.keys())
+@pytest.mark.parametrize(
+    "options", [TIGHT, {"controller": psn.FixedStep(), "dt0": 0.01}], ids=["adaptive", "fixed"]
+)
+def test_the_ends_where_the_field_hides_its_time(
+    adjoint: psn.DiscreteAdjoint, field: Any, options: dict[str, Any]
+) -> None:
+    """`f(t1, u1)` and `-(du/du0) f(t0, u0)`, whatever the field does with its time."""
+    t0, t1 = time(0.1), time(1.0)
+    solution = psn.solve(psn.ODEProblem(field, ones(), (t0, t1)), adjoint=adjoint, **options)
+    end = math.exp(math.sin(1.0) - math.sin(0.1))
+    found = torch.autograd.grad(solution.u1.sum(), (t0, t1), retain_graph=True)
+    assert [x.item() for x in found] == pytest.approx(
+        [-math.cos(0.1) * end, math.cos(1.0) * end], rel=1e-5
+    )
+    (inside,) = torch.autograd.grad(solution(0.5).sum(), t0)
+    expected = -math.cos(0.1) * math.exp(math.sin(0.5) - math.sin(0.1))
+    assert inside.item() == pytest.approx(expected, rel=1e-4)
+
+
+@every_adjoint
+def test_saved_times_on_the_ends_of_the_interval(adjoint: psn.DiscreteAdjoint) -> None:
+    """A solution moves along `f` with the time at which it is asked for, there as anywhere."""
+    saveat = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -u * (1 + 0 * t), ones(), (0.0, 1.0))
+    solution = psn.solve(problem, saveat=saveat, adjoint=adjoint, **TIGHT)
+    (found,) = torch.autograd.grad(solution.u.sum(), saveat)
+    assert found.tolist() == pytest.approx([-math.exp(-t) for t in (0, 0.5, 1)], rel=1e-6)
+
+
+@every_adjoint
+def test_the_event_of_a_field_that_hides_its_time(adjoint: psn.DiscreteAdjoint) -> None:
+    t0 = time(0.1)
+    problem = psn.ODEProblem(lambda t, u: torch.cos(t.detach()) + 0 * u, 0 * ones(), (t0, 1.4))
+    event = psn.Event(lambda t, u: u[0] - 0.5)
+    solution = psn.solve(problem, events=event, adjoint=adjoint, **TIGHT)
+    at = math.asin(0.5 + math.sin(0.1))
+    assert solution.event_t.item() == pytest.approx(at, rel=1e-7)
+    (found,) = torch.autograd.grad(solution.event_t, t0)
+    assert found.item() == pytest.approx(math.cos(0.1) / math.cos(at), rel=1e-5)

@@ -1,0 +1,149 @@
+"""Gradients of the ends of the interval where a solve's own steps do not have them.
+
+The derivative of a solution in its end is `f(t1, u1)`, and in its start `-(du/du0) f(t0, u0)`. That
+of the steps is the same up to the tolerance, provided that the field lets autograd see how it
+depends on time; one that detaches time, or looks values up by it, does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.stages import Method
+from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
+from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.record import Record
+
+# Where in the interval the field is looked at: nowhere special.
+_PLACE = 0.3719
+
+
+def hides_time(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
+    """Whether autograd misses how the field depends on time: beside a finite difference."""
+    field, span = FlatField(problem), problem.t1 - problem.t0
+    eps = torch.finfo(method.nodes.dtype).eps
+    at = method.nodes.new_tensor(problem.t0 + _PLACE * span)
+    after = at + eps**0.5 * max(abs(span), abs(problem.t0), abs(problem.t1))
+    u = u0.detach()
+    weights = torch.linspace(0.5, 1.5, u.numel(), device=u.device, dtype=method.nodes.dtype).to(u)
+    with torch.enable_grad():
+        time = at.requires_grad_()
+        value = torch.vdot(weights, field(time, u)).real
+        seen = None
+        if value.requires_grad:
+            (seen,) = torch.autograd.grad(value, time, allow_unused=True)
+    with torch.no_grad():
+        other = torch.vdot(weights, field(after, u)).real
+        change = (other - value.detach()) / (after - time)
+        slope = torch.zeros_like(change) if seen is None else seen.to(change)
+        rounding = 100 * eps * (other.abs() + value.abs()) / (after - time).abs()
+        allowed = 0.01 * torch.maximum(change.abs(), slope.abs()) + rounding
+        return bool((change - slope).abs() > allowed)
+
+
+def requires(end: object) -> bool:
+    """Whether an end of the interval receives a gradient."""
+    return isinstance(end, Tensor) and end.requires_grad
+
+
+def _ends(problem: ODEProblem, record: Record) -> list[tuple[int, float, object]]:
+    """The ends that the solve has reached: index of the state there, time, and what was given."""
+    ends: list[tuple[int, float, object]] = [(0, problem.t0, problem.tspan[0])]
+    if record.stops and record.stops[-1] == record.t1_stop:
+        ends.append((len(record.sizes), problem.t1, problem.tspan[1]))
+    return ends
+
+
+def complete_times(
+    gradients: Gradients,
+    problem: ODEProblem,
+    field: FlatField,
+    record: Record,
+    states: tuple[Tensor, ...],
+    arriving: Cotangents,
+    ends: bool,
+) -> None:
+    """Fill in the gradients of the ends, where the steps lack them, and of times saved there.
+
+    Args:
+        gradients: of a backward sweep; changed in place.
+        problem: what was solved.
+        field: evaluates its derivative.
+        record: the accepted steps.
+        states: at their ends.
+        arriving: the cotangents.
+        ends: whether the steps lack the gradients of the ends.
+    """
+    if gradients.saveat is not None:
+        gradients.saveat = gradients.saveat.clone()
+    if ends:
+        gradients.t1 = None if gradients.t1 is None else torch.zeros_like(gradients.t1)
+    for index, t, end in _ends(problem, record):
+        indices = record.at_end.get(index, [])
+        saved = indices and gradients.saveat is not None and not requires(end)
+        if not saved and not ends:
+            continue
+        rate = field(problem.time_tensor([t])[0], states[index])
+        if ends:
+            entering = torch.stack(
+                [torch.zeros_like(rate), *arriving_at(index, record, arriving)]
+            ).sum(0)
+            if index == 0:
+                gradients.t0 = -torch.vdot(gradients.u0 - entering, rate).real
+            else:
+                gradients.t1 = torch.vdot(entering, rate).real
+        if saved and gradients.saveat is not None and arriving.saved is not None:
+            for i in indices:
+                gradients.saveat[i] = torch.vdot(arriving.saved[i], rate).real
+
+
+def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tensor:
+    """The state at the start, as one at a fixed time that moves when the start does."""
+    start = problem.tspan[0]
+    if not isinstance(start, Tensor) or not start.requires_grad:
+        return u0
+    shift = (start - start.detach()).to(u0.dtype.to_real()).reshape(())
+    return u0 - shift * field(problem.time_tensor([problem.t0])[0], u0)
+
+
+def at_moving_ends(
+    problem: ODEProblem,
+    field: FlatField,
+    record: Record,
+    states: list[Tensor],
+    saved: Tensor,
+    u0: Tensor,
+    saveat: Tensor | None,
+) -> Tensor:
+    """The saved states, and in place the last of the steps', as they move with the ends.
+
+    Args:
+        problem: what was solved.
+        field: evaluates its derivative.
+        record: the accepted steps.
+        states: at their ends; the last is replaced where `t1` receives a gradient.
+        saved: the saved states `(m, N)`.
+        u0: the initial state, which does not move.
+        saveat: their times where those receive gradients.
+    """
+    rows = list(saved.unbind())
+    for index, t, end in _ends(problem, record):
+        indices = record.at_end.get(index, [])
+        u = states[index]
+        moves = record.fixed and index > 0 and requires(end)
+        own = indices and saveat is not None and not requires(end)
+        if not moves and not own:
+            if index == 0 and record.fixed:
+                rows[: len(indices)] = [u0] * len(indices)
+            continue
+        rate = field(problem.time_tensor([t])[0], u)
+        if moves and isinstance(end, Tensor):
+            states[index] = u + (end - end.detach()).to(rate.real.dtype).reshape(()) * rate
+            for i in indices:
+                rows[i] = states[index]
+        elif saveat is not None:
+            for i in indices:
+                rows[i] = u + (saveat[i] - saveat[i].detach()).to(rate.real.dtype) * rate
+    return torch.stack(rows) if rows else saved
