@@ -7,6 +7,7 @@
 
 #ifdef PSN_DOUBLE
 typedef int64_t INT;
+typedef uint64_t UINT; /* which wraps around where INT may not */
 #define MANTISSA 52
 #define BIAS 1023
 #define ROUND 6755399441055744.0 /* 1.5 * 2^52: adding it leaves the nearest integer in the low bits */
@@ -18,6 +19,7 @@ typedef int64_t INT;
 #define F(name) name
 #else
 typedef int32_t INT;
+typedef uint32_t UINT;
 #define MANTISSA 23
 #define BIAS 127
 #define ROUND 12582912.0f
@@ -36,7 +38,7 @@ PSN_INLINE REAL psn_real(INT i) { union { INT i; REAL x; } u = {i}; return u.x; 
 
 /* 2^n, where rounded = n + ROUND and n is within the normal range. */
 PSN_INLINE REAL psn_power_of_two(REAL rounded) {
-  return psn_real((INT)((psn_bits(rounded) + BIAS) << MANTISSA));
+  return psn_real((INT)(((UINT)psn_bits(rounded) + BIAS) << MANTISSA));
 }
 
 /* exp(r) - 1 for |r| <= log(2) / 2. */
@@ -112,6 +114,11 @@ PSN_INLINE REAL psn_sigmoid(REAL x) {
   return top / ((REAL)1 + e);
 }
 
+/* Bits of x less those of sqrt(1/2), so that the exponent changes there. */
+PSN_INLINE INT psn_bits_over_root(REAL x) {
+  return (INT)((UINT)psn_bits(x) - (UINT)psn_bits((REAL)0.70710678118654752440));
+}
+
 /* log(2^k m) from f = m - 1 and a correction c that is added to f. */
 PSN_INLINE REAL psn_log_series(REAL k, REAL f, REAL c) {
   REAL s = f / ((REAL)2 + f), z = s * s, h = (REAL)0.5 * f * f;
@@ -138,7 +145,7 @@ PSN_INLINE REAL psn_log(REAL x) {
   REAL tiny = (REAL)((INT)1 << (MANTISSA + 2));
   int is_small = x < psn_real((INT)1 << MANTISSA);
   REAL y = is_small ? x * tiny : x;
-  INT i = psn_bits(y) - psn_bits((REAL)0.70710678118654752440);
+  INT i = psn_bits_over_root(y);
   REAL k = (REAL)(i >> MANTISSA) - (is_small ? (REAL)(MANTISSA + 2) : (REAL)0);
   REAL m = psn_real((i & (((INT)1 << MANTISSA) - 1)) + psn_bits((REAL)0.70710678118654752440));
   REAL out = psn_log_series(k, m - (REAL)1, 0);
@@ -149,7 +156,7 @@ PSN_INLINE REAL psn_log(REAL x) {
 
 PSN_INLINE REAL psn_log1p(REAL x) {
   REAL u = (REAL)1 + x;
-  INT i = psn_bits(u) - psn_bits((REAL)0.70710678118654752440);
+  INT i = psn_bits_over_root(u);
   INT e = i >> MANTISSA;
   REAL k = (REAL)e;
   REAL m = psn_real((i & (((INT)1 << MANTISSA) - 1)) + psn_bits((REAL)0.70710678118654752440));

@@ -1,0 +1,151 @@
+"""Native code beside the loop in Python, on two small fields, on one core.
+
+    python benchmarks/native.py
+
+For each field: a whole solve and a solve with its gradient, by the loop and by native code, and of
+the latter the time that is spent inside the library. On a machine that does other work as well the
+fastest sample says most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timing import pin, processor, table
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node.torch_engine.native.library import Library
+
+
+class Spiral(nn.Module):
+    """torchdiffeq's spiral field, 2-50-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 50), nn.Linear(50, 2)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate the derivative at `y`, shape `(20, 2)`."""
+        out: Tensor = self.second(torch.tanh(self.first(y**3)))
+        return out
+
+
+class LotkaVolterra(nn.Module):
+    """Growth and decay with a 2-5-5-2 network for what the species do to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([1.3, -1.8]))
+        layers = [nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2)]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """Evaluate the derivative at `u`, shape `(2,)`."""
+        out: Tensor = self.rates * u + self.net(u)
+        return out
+
+
+def inside() -> list[float]:
+    """Seconds that each call of a library took, from now on."""
+    spent: list[float] = []
+    for name in ("march", "sweep"):
+        call = getattr(Library, name)
+
+        def timed(self: Library, request: Any, call: Callable[..., int] = call) -> int:
+            start = time.perf_counter()
+            status = call(self, request)
+            spent.append(time.perf_counter() - start)
+            return status
+
+        setattr(Library, name, timed)
+    return spent
+
+
+def fastest(run: Callable[[], object], samples: int, spent: list[float]) -> tuple[float, float]:
+    """Milliseconds of the fastest run, and those inside the library in the fastest of these."""
+    run()
+    whole, library = [], []
+    for _ in range(samples):
+        spent.clear()
+        start = time.perf_counter()
+        run()
+        whole.append(time.perf_counter() - start)
+        library.append(sum(spent))
+    return min(whole) * 1e3, min(library) * 1e3
+
+
+@dataclass
+class Case:
+    """A field and how it is solved."""
+
+    name: str
+    field: nn.Module
+    u0: Tensor
+    end: float
+    algorithm: Any
+    options: dict[str, Any]
+
+    def solve(self, compile: bool) -> Any:
+        """One solve."""
+        return psn.solve(
+            psn.ODEProblem(self.field, self.u0, (0.0, self.end)),
+            self.algorithm,
+            controller=psn.IController(),
+            compile=compile,
+            engine="torch",
+            **self.options,
+        )
+
+    def forward(self, compile: bool) -> Any:
+        """One solve without gradients."""
+        with torch.no_grad():
+            return self.solve(compile)
+
+    def gradient(self, compile: bool) -> Any:
+        """One solve and its gradient."""
+        solution = self.solve(compile)
+        loss = solution.u.sum() if self.options else solution.u1.sum()
+        return torch.autograd.grad(loss, [self.u0, *self.field.parameters()])
+
+
+def measure(case: Case, compile: bool, samples: int, spent: list[float]) -> list[str]:
+    """A row of the table."""
+    start = time.perf_counter()
+    nfe = case.forward(compile).stats.nfe
+    first = time.perf_counter() - start
+    cells = [case.name, "native" if compile else "loop", str(nfe), f"{first:.2f}"]
+    for run in (case.forward, case.gradient):
+        whole, library = fastest(partial(run, compile), samples, spent)
+        cells += [f"{whole:.3f}", f"{library:.3f}" if compile else ""]
+    return cells
+
+
+def main() -> None:
+    core = pin(None)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    times = torch.linspace(0, 3, 31).tolist()
+    pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    cases = [
+        Case("spiral", Spiral(), torch.randn(20, 2, requires_grad=True), 1.0, psn.DP5(), {}),
+        Case("Lotka-Volterra", LotkaVolterra().double(), pair, 3.0, psn.Tsit5(), {"saveat": times}),
+    ]
+    spent = inside()
+    rows = [
+        measure(case, compile, samples, spent)
+        for case in cases
+        for compile, samples in ((False, 50), (True, 1000))
+    ]
+    print(f"{processor()}, core {core}, torch {torch.__version__}; fastest sample, ms.\n")
+    header = ["", "", "NFE", "first, s", "forward", "inside", "with gradient", "inside"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
