@@ -69,7 +69,7 @@ def _check_count(name: str, value: Any) -> None:
 
 def check_backward(
     rtol: Any, atol: Any, adjoint_options: Any, params: Any
-) -> tuple[float | None, float | None, list[Tensor]]:
+) -> tuple[float | None, float | None, list[Tensor] | None]:
     """The arguments of the backward solve.
 
     Raises:
@@ -82,7 +82,7 @@ def check_backward(
     ]
     _check_options("adjoint_options", adjoint_options)
     example = "model.parameters()"
-    tensors: list[Tensor] = []
+    tensors: list[Tensor] | None = None
     if params is not None:
         tensors = checks.sequence("adjoint_params", params, Tensor, example=example)
     return tolerances[0], tolerances[1], tensors

@@ -137,8 +137,8 @@ def odeint_adjoint(
         adjoint_method: the same as `method`, if given.
         adjoint_options: `max_num_steps` of the backward solve, `norm="seminorm"`, or entries of
             `options` repeated.
-        adjoint_params: leaf tensors that receive gradients besides those found: for a `func` that
-            uses tensors only later than `t[0]` and is no module that holds them.
+        adjoint_params: the tensors that receive gradients, beside `y0` and `t`; default all that
+            `func` uses.
 
     Returns:
         As `odeint`; the result allows one backward pass, not a second derivative.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint
@@ -35,6 +35,7 @@ from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.solve import solve
+from pysciml_node.steps.surroundings import ForThese
 from pysciml_node.tableaus.base import Interpolant, Tableau, hermite
 
 Tolerances = float | Tensor | Sequence[float | Tensor]
@@ -231,23 +232,6 @@ def _inside(field: Callable[..., Any], low: Tensor, high: Tensor, t: Tensor, y: 
     return field(t + (t.clamp(low, high) - t).detach(), y)
 
 
-def _with(field: Callable[..., Any], _seen: nn.Module, t: Tensor, y: Any) -> Any:
-    """`field`, in a callable in which the engine sees a module's parameters as well."""
-    return field(t, y)
-
-
-class _Parameters(nn.Module):
-    """Stands for tensors that a field uses in ways that are not seen."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.tensors = tuple(x for x in tensors if x.is_leaf and x.requires_grad)
-
-    def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        """The tensors, which need not be `nn.Parameter`s."""
-        return iter(self.tensors)
-
-
 def _number(time: Time) -> float:
     return time.item() if isinstance(time, Tensor) else time
 
@@ -278,7 +262,7 @@ def make_plan(
     adjoint: Adjoint,
     *,
     event: bool = False,
-    params: Iterable[Tensor] = (),
+    params: Iterable[Tensor] | None = None,
 ) -> Plan:
     """Check a call, and say what is to be solved."""
     check_call(func, y0, method, options)
@@ -292,7 +276,6 @@ def make_plan(
     for callback in _CALLBACKS:
         if hasattr(func, callback):
             warnings.warn(f"func.{callback} is never called by this solver.", PsnWarning, 3)
-    extra = _Parameters(params)
     arguments = {
         "rtol": _tolerance(rtol, y0),
         "atol": _tolerance(atol, y0),
@@ -330,7 +313,7 @@ def make_plan(
         else:
             arguments["controller"] = FixedStep(tuple(grid.tolist()))
     return Plan(
-        field=functools.partial(_with, func, extra) if extra.tensors else func,
+        field=func if params is None else ForThese(func, params),
         y0=y0,
         t=t,
         times=times,

@@ -141,6 +141,14 @@ class Inputs:
                 self.inputs.append(x)
             elif surroundings.still_hold(x):
                 self.doubtful[edge] = x
+        # What the field may use, and what gets no gradient all the same.
+        self._constants: list[Tensor] = []
+        if surroundings.chosen is not None:
+            allowed = {id(x) for x in (*surroundings.chosen, *tensors_of(p))}
+            every = (*self.inputs, *self.doubtful.values())
+            self._constants = [x for x in every if id(x) not in allowed]
+            self.inputs = [x for x in self.inputs if id(x) in allowed]
+            self.doubtful = {e: x for e, x in self.doubtful.items() if id(x) in allowed}
         self.suspects: list[str] = []
         self._found = found
         self.leaves = self.inputs
@@ -151,7 +159,7 @@ class Inputs:
     def settle(self) -> None:
         """Called when the solve has run: what it has not used so far is no input."""
         self._surroundings.settle()
-        used = {id(x) for x in self.inputs}
+        used = {id(x) for x in (*self.inputs, *self._constants)}
         unused = [x for x in self._found if id(x) not in used]
         if unused:
             # They would hold on to what has computed them, and to the solves in there.
@@ -198,6 +206,7 @@ class Inputs:
         pairs = list(zip(self.inputs, leaves, strict=True))
         self._refused = {id(leaf): x for x, leaf in pairs if id(x) in changed}
         self._stops = {edge_of(leaf) for x, leaf in pairs if id(x) not in changed}
+        self._stops |= {edge_of(stand_ins.get(id(x), x)) for x in self._constants}
         self.leaves = leaves
         try:
             with surroundings.as_seen(stand_ins):

@@ -26,6 +26,7 @@ from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
+from pysciml_node.steps.anatomy import is_library, names_in, slots_of
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
 from pysciml_node.steps.record import Recorded
 
@@ -34,10 +35,6 @@ from pysciml_node.steps.record import Recorded
 _MOST_OBJECTS = 20_000
 _MOST_ENTRIES = 4_096
 
-# Code in these is no user's: it is not searched for globals. Their instances are.
-_LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "scipy", "pysciml_node"}) - {
-    "__main__"
-}
 # Instances of the standard library that are plain holders of others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
 
@@ -45,19 +42,20 @@ _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
 _lock = threading.RLock()
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_library(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in _LIBRARIES
+class ForThese:
+    """A field whose gradients go to chosen tensors alone (and to the state, the times and `p`).
 
+    Args:
+        field: the field.
+        tensors: the chosen ones.
+    """
 
-@functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The global and attribute names in a function's code, and in the functions inside it."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(dict.fromkeys(_names(constant)))
-    return tuple(names)
+    def __init__(self, field: Callable[..., Any], tensors: Iterable[Tensor]) -> None:
+        self.field, self.tensors = field, tuple(tensors)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Evaluate the field."""
+        return self.field(*arguments)
 
 
 class Surroundings:
@@ -76,6 +74,7 @@ class Surroundings:
         names: where they were found, by their ids.
         generators: the random generators that were found.
         lazy: whether there are parameters that the first evaluation will make.
+        chosen: the only tensors that receive gradients, where they have been chosen.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -85,6 +84,7 @@ class Surroundings:
         self.generators: list[torch.Generator] = []
         self._written: list[Tensor] = []
         self.lazy = False
+        self.chosen: tuple[Tensor, ...] | None = None
         self._modules: list[tuple[str, nn.Module]] = []
         self._places: list[Place] = []
         self._met_apart = False
@@ -136,6 +136,10 @@ class Surroundings:
             return
         self.tensors.append(value)
         self.names[id(value)] = name
+
+    def _for_these(self, value: ForThese, name: str) -> None:
+        self.chosen = value.tensors
+        self._object(value, name)
 
     def _apart(self, value: Any, name: str) -> None:
         self._met_apart = True
@@ -202,8 +206,8 @@ class Surroundings:
         if value.__dict__:
             self._visited.setdefault(id(value.__dict__), value.__dict__)
             self._attributes(value.__dict__, f"{name}.")
-        if not _is_library(value.__module__):
-            self._globals(value.__globals__, _names(code), "")
+        if not is_library(value.__module__):
+            self._globals(value.__globals__, names_in(code), "")
 
     def _globals(self, owner: dict[str, Any], names: tuple[str, ...], prefix: str) -> None:
         """The entries of a module that code names, and those of modules among them."""
@@ -218,7 +222,7 @@ class Surroundings:
             if value is MISSING:
                 continue
             if type(value) is types.ModuleType:
-                if value.__dict__ is not owner and not _is_library(value.__name__):
+                if value.__dict__ is not owner and not is_library(value.__name__):
                     self._globals(value.__dict__, names, f"{key}.")
             else:
                 seen[key] = value
@@ -290,7 +294,7 @@ class Surroundings:
         if type(own) is dict and id(own) not in self._visited:
             self._visited[id(own)] = own
             self._attributes(own, f"{name}.")
-        for key, slot in _slots(kind):
+        for key, slot in slots_of(kind):
             try:
                 seen = slot.__get__(value, kind)
             except AttributeError:  # not set
@@ -308,7 +312,7 @@ class Surroundings:
     def _class(self, kind: type, name: str) -> None:
         """The attributes of a class, and the globals that its methods name."""
         for ancestor in kind.__mro__:
-            if _is_library(ancestor.__module__) or id(ancestor) in self._visited:
+            if is_library(ancestor.__module__) or id(ancestor) in self._visited:
                 continue
             self._visited[id(ancestor)] = ancestor
             for key, held in list(ancestor.__dict__.items()):
@@ -449,18 +453,6 @@ _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
 
 
-def _slots(kind: type) -> list[tuple[str, Any]]:
-    """The slots of a class, with their descriptors."""
-    found = []
-    for ancestor in kind.__mro__:
-        names = ancestor.__dict__.get("__slots__", ())
-        for key in (names,) if isinstance(names, str) else tuple(names):
-            slot = ancestor.__dict__.get(key)
-            if isinstance(slot, types.MemberDescriptorType):
-                found.append((key, slot))
-    return found
-
-
 _Visit = Callable[[Surroundings, Any, str], None]
 _PLAIN = (
     *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice),
@@ -488,7 +480,7 @@ def _visitor(kind: type) -> _Visit | None:
     top = kind.__module__.partition(".")[0]
     if top in sys.stdlib_module_names and top not in _HOLDERS and top != "__main__":
         return None
-    if top in ("numpy", "scipy") or not (kind.__dictoffset__ or _slots(kind)):
+    if top in ("numpy", "scipy") or not (kind.__dictoffset__ or slots_of(kind)):
         return None
     return Surroundings._object
 
@@ -510,6 +502,7 @@ _KINDS: dict[type, _Visit] = {
     functools._lru_cache_wrapper: Surroundings._wrapper,
     torch.Generator: Surroundings._generator,
     Problem: Surroundings._problem,
+    ForThese: Surroundings._for_these,
     type: lambda walk, value, name: walk._class(value, name),
 }
 _visitors: dict[type, _Visit | None] = {}
