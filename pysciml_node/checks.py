@@ -512,7 +512,8 @@ def tensor(
     if found is None:
         refuse(name, "a tensor", value, hint or f"Convert it: torch.as_tensor({name}).")
     if (real or floating or precise) and (found.is_complex() or found.dtype == torch.bool):
-        refuse(name, "a tensor of real numbers", found, hint)
+        view = f"Give its real view: torch.view_as_real({name})." if found.is_complex() else ""
+        refuse(name, "a tensor of real numbers", found, hint or view)
     if precise and found.dtype not in (torch.float32, torch.float64):
         hint = hint or f"Convert it: {name}.double()."
         refuse(name, "a floating-point tensor, float32 or float64", found, hint)
