@@ -17,10 +17,12 @@ from pysciml_node import checks
 from pysciml_node.flows.distribution import check_base, leaves_of
 from pysciml_node.layers.neural_de import without_regularizers
 from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.solutions.portable import walkable
 
 Base = Distribution | nn.Module
 
 
+@walkable
 @dataclass(frozen=True)
 class Mapped:
     """A batch carried through an invertible map.
@@ -58,6 +60,7 @@ class Mapped:
         )
 
 
+@walkable
 @dataclass(frozen=True, kw_only=True)
 class Density(Mapped):
     """The density of a batch under a flow; `u` is in the base distribution's space.

@@ -16,11 +16,13 @@ from pysciml_node.data.series import IrregularSeries, check_series
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.schedules import Schedule, as_schedule
+from pysciml_node.solutions.portable import walkable
 from pysciml_node.solutions.solution import Solution
 
 Reduction = Literal["mean", "sum"]
 
 
+@walkable
 @dataclass(frozen=True)
 class Posterior:
     """The latent state's distribution given a series: a diagonal Gaussian.
@@ -45,6 +47,7 @@ class Posterior:
         return (self.log_variance.exp() + self.mean.square() - 1 - self.log_variance) / 2
 
 
+@walkable
 @dataclass(frozen=True)
 class LatentSolution:
     """What a `LatentODE` makes of series.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from pysciml_node.problems.state import map_tensors
 
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
     from pysciml_node.problems.ode import Problem
 
 P = TypeVar("P", bound="Problem")
+T = TypeVar("T")
+
+
+def walkable(kind: type[T]) -> type[T]:
+    """Let whoever walks through a module's output find the tensors in a dataclass.
+
+    DistributedDataParallel puts a node behind each of them.
+    """
+    names = tuple(field.name for field in dataclasses.fields(cast(Any, kind)))
+
+    def flatten(value: T) -> tuple[list[Any], None]:
+        return [getattr(value, name) for name in names], None
+
+    def unflatten(children: Iterable[Any], _: None) -> T:
+        return kind(**dict(zip(names, children, strict=True)))
+
+    register_pytree_node(kind, flatten, unflatten)
+    return kind
 
 
 @dataclass(frozen=True)

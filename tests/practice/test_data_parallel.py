@@ -27,16 +27,19 @@ class Field(nn.Module):
         return torch.tanh(self.linear(u)) * torch.cos(t)
 
 
-def model() -> nn.Module:
+def model(what: str) -> nn.Module:
     torch.manual_seed(0)
+    if what == "density":
+        return psn.CNF(Field(), event_shape=3, rtol=1e-10, atol=1e-10)
     return psn.NeuralODE(
         Field(), rtol=1e-10, atol=1e-10, saveat=[0.5, 1.0], regularizers=[psn.KineticEnergy()]
     )
 
 
-def loss(what: str, solution: psn.Solution) -> Tensor:
-    """A mean over samples of something that is read off a solution."""
+def loss(what: str, solution: Any) -> Tensor:
+    """A mean over samples of something that is read off a solution, or off a density."""
     read = {
+        "density": lambda: solution.log_prob,
         "u1": lambda: solution.u1,
         "u": lambda: solution.u[0],
         "dense": lambda: solution(0.3),
@@ -55,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("u", {"static_graph": True}),
     ("dense", {"static_graph": True}),
     ("steps", {"static_graph": True}),
+    ("density", {"static_graph": True}),
     ("u1", {"find_unused_parameters": True}),
 ]
 
@@ -70,7 +74,7 @@ def work(rank: int, store: str, out: str) -> None:
     )
     found = []
     for what, options in CASES:
-        parallel = DistributedDataParallel(model(), **options)
+        parallel = DistributedDataParallel(model(what), **options)
         for _ in range(2):  # a static graph is learned in the first iteration
             parallel.zero_grad()
             loss(what, parallel(samples()[rank::WORKERS])).backward()
@@ -85,7 +89,7 @@ def test_gradients_of_all_processes_agree(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (str(tmp_path / "store"), str(out)), nprocs=WORKERS)
     found = [torch.load(f"{out}.{rank}") for rank in range(WORKERS)]
     for i, (what, _) in enumerate(CASES):
-        node = model()
+        node = model(what)
         # The steps of half a batch are not those of the whole: as two solves.
         halves = [loss(what, node(samples()[rank::WORKERS])) for rank in range(WORKERS)]
         torch.stack(halves).mean().backward()
@@ -95,6 +99,6 @@ def test_gradients_of_all_processes_agree(tmp_path: Path) -> None:
 
 
 def test_data_parallel_without_devices_is_the_module() -> None:
-    node = model()
+    node = model("u1")
     found = nn.DataParallel(node)(samples())
     torch.testing.assert_close(found.u1, node(samples()).u1, rtol=0, atol=0)
