@@ -11,6 +11,7 @@ from torch import Tensor
 from pysciml_node import checks
 from pysciml_node.problems.ode import check_field
 
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _POSITIVE = ("first_step", "max_step", "safety", "ifactor", "dfactor")
 _NUMBERS = ("min_step", "step_size")
 _TIMES = ("step_t", "jump_t")
@@ -32,8 +33,8 @@ def check_call(func: Any, y0: Any, method: Any, options: Any) -> None:
         if not isinstance(part, Tensor):
             checks.refuse(name, "a tensor", part, "Convert it: torch.as_tensor(y0).")
         checks.tensor(name, part)
-        if not (part.is_floating_point() or part.is_complex()):
-            checks.refuse(name, "a floating-point or complex tensor", part)
+        if part.dtype not in _DTYPES:
+            checks.refuse(name, "float32, float64, complex64 or complex128", part)
     if not sum(part.numel() for part in parts):
         checks.refuse("y0", "a state with entries", y0, error=ValueError)
     if method is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,3 +47,13 @@ def with_time(field: Callable[..., Any]) -> Callable[..., Any]:
     if takes(field, 2) or not takes(field, 1):
         return field
     return Autonomous(field) if isinstance(field, nn.Module) else partial(_without_time, field)
+
+
+def used(field: Any) -> list[nn.Module]:
+    """The modules with trainable parameters that a function, which owns none, is seen to use."""
+    if isinstance(field, nn.Module) or not isinstance(field, FunctionType):
+        return []
+    names = inspect.getclosurevars(field)
+    seen = {**names.globals, **names.nonlocals}.values()
+    modules = [value for value in seen if isinstance(value, nn.Module)]
+    return [m for m in modules if any(p.requires_grad for p in m.parameters())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args
@@ -13,7 +14,8 @@ from typing_extensions import TypeVar
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.checks import choice
-from pysciml_node.layers.autonomous import with_time
+from pysciml_node.errors import PsnWarning
+from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.modes import solvable
 from pysciml_node.problems.ode import Problem, Time
@@ -46,6 +48,7 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     penalty: Tensor
     usual_tolerance: ClassVar[float] = 1e-6
+    fields: ClassVar[tuple[str, ...]] = ("field",)
 
     def __init__(
         self,
@@ -75,6 +78,22 @@ class NeuralDE(nn.Module, Generic[Out]):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Out:
             """What `forward` returns."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The layer's parameters; says so where it has none, since a function keeps them."""
+        found = list(super().parameters(recurse))
+        hidden = [] if found else [m for name in self.fields for m in used(getattr(self, name))]
+        if hidden:
+            kinds = ", ".join(sorted({type(m).__name__ for m in hidden}))
+            warnings.warn(
+                f"this {type(self).__name__} has no parameters: its field is a function, which "
+                f"uses those of {kinds} but does not own them.\n"
+                "  Write the field as an nn.Module, or give its modules' parameters to the "
+                "optimizer.",
+                PsnWarning,
+                stacklevel=2,
+            )
+        return iter(found)
 
     def give(self, solution: Solution) -> Any:
         """What a call returns."""

@@ -58,6 +58,7 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
     """
 
     usual_tolerance: ClassVar[float] = 1e-2
+    fields: ClassVar[tuple[str, ...]] = ("drift", "diffusion")
 
     @overload
     def __init__(

@@ -191,7 +191,7 @@ def test_structures() -> None:
         (
             {"regularizers": [psn.LocalError(), psn.LocalError()]},
             ValueError,
-            "two regularizers are named 'LocalError'.*name=",
+            "(?s)two regularizers are named 'LocalError'.*name=",
         ),
         ({"algorithm": psn.Tsit5}, TypeError, r"Tsit5\(\)"),
         ({"rtol": -1.0}, ValueError, "rtol"),

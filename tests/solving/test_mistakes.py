@@ -135,3 +135,14 @@ def test_numbers_of_numpy_and_tensors_without_axes_are_numbers() -> None:
         throw=np.bool_(True),
     )
     assert torch.equal(plain.u, same.u)
+
+
+def test_an_optimizer_for_a_field_that_is_a_function() -> None:
+    net = nn.Linear(2, 2)
+    node = psn.NeuralODE(lambda t, u: net(u))
+    with pytest.warns(psn.PsnWarning, match=r"no parameters: its field is a function.*Linear"):
+        assert list(node.parameters()) == []
+    assert len(list(psn.NeuralODE(nn.Linear(2, 2)).parameters())) == 2
+    assert list(psn.NeuralODE(decay).parameters()) == []
+    with pytest.raises(ValueError, match=r"(?s)params is empty.*write it as an nn\.Module"):
+        psn.optim.VarianceCorrected([])
