@@ -27,12 +27,14 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import pulled
-from pysciml_node.steps.cotangents import TimeCotangents
+from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents
+from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Record, check_finite
 from pysciml_node.steps.step import Step
+from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
-from pysciml_node.torch_engine.native.run import Flight, fly, sweep_back
+from pysciml_node.torch_engine.native.run import Flight, Swept, fly, sweep_back
 from pysciml_node.translation.export import translate
 
 _CONTROLS = (PIController, IController, PIDController, FixedStep)
@@ -184,7 +186,7 @@ def _pull(
     stats.naccept_backward += swept.steps
     times: list[Tensor | None] = [None, None, None]
     if with_times:
-        times = _time_gradients(solve, flight, swept.t, swept.h, swept.theta)
+        times = _time_gradients(solve, flight, swept, saved)
     return tuple(
         bar.to(source).reshape(source.shape)
         if needed and bar is not None and source is not None
@@ -196,18 +198,25 @@ def _pull(
 
 
 def _time_gradients(
-    solve: _Solve, flight: Flight, t: Tensor, h: Tensor, theta: Tensor
+    solve: _Solve, flight: Flight, swept: Swept, saved: Tensor | None
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
-    record = flight.record(solve.problem, solve.options)
-    times = TimeCotangents(record, len(flight.places), t.new_zeros(()))
+    problem, record = solve.problem, flight.record(solve.problem, solve.options)
+    times = TimeCotangents(record, len(flight.places), swept.t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
-        times.step(n, t[n], h[n], None if places is None else theta[places[0]])
+        theta = None if places is None else swept.theta[places[0]]
+        times.step(n, swept.t[n], swept.h[n], theta)
+    found = Gradients(swept.u0, times.start, times.end, times.saveat, [])
+    states = (flight.u0, *flight.ends.unbind())
+    arriving = Cotangents(saved, [None] * len(states))
+    # Times that are saved at ends which do not move; a field that hides time is not translated.
+    complete_times(found, problem, FlatField(problem), record, states, arriving, ends=False)
+    assert found.saveat is not None
     asked = 0 if solve.options.saveat is None else len(solve.options.saveat)
     # Times that the solve did not reach have none.
-    saveat = torch.nn.functional.pad(times.saveat, (0, asked - len(times.saveat)))
-    return [times.start, times.end, saveat]
+    saveat = torch.nn.functional.pad(found.saveat, (0, asked - len(found.saveat)))
+    return [found.t0, found.t1, saveat]
 
 
 def solve_native(

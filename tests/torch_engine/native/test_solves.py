@@ -114,6 +114,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "span": (tensor(0.1, gradient=True), tensor(2.4, gradient=True)),
         "saveat": tensor(0.1, 0.5, 0.9, 2.4, gradient=True), "tstops": [0.5, 1.3],
     },
+    "saved times on fixed ends": {
+        "saveat": tensor(0.0, 0.5, 2.5, gradient=True),
+        "controller": psn.FixedStep(), "dt0": 0.11, "tstops": [0.5],
+    },
     "fixed steps and times": {
         "span": (tensor(0.1, gradient=True), tensor(2.4, gradient=True)),
         "saveat": tensor(0.1, 0.5, 0.9, 2.4, gradient=True),
