@@ -37,11 +37,6 @@ def without_gradients(
     return value.detach() if value.requires_grad else value
 
 
-def _writes(x: Tensor) -> int:
-    """How often a tensor has been written to in place, as far as torch counts."""
-    return 0 if x.is_inference() else x._version
-
-
 class FlatField:
     """`f` on flat states `(N,)`, with its evaluations counted and its output checked.
 
@@ -76,10 +71,10 @@ class FlatField:
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
-        before = _writes(u)
+        before = 0 if u.is_inference() else u._version
         state = spec.unflatten(u)
         out = f(t, state) if p is None else f(t, state, p)
-        if _writes(u) != before:
+        if before != (0 if u.is_inference() else u._version):
             raise RuntimeError(
                 "the field has changed its input in place, which is the solver's own.\n"
                 "  Work on a copy, for example u.neg() instead of u.neg_()."
@@ -94,7 +89,7 @@ class FlatField:
                 out = self._checked(out)[0]
             flat: Tensor = out.reshape(-1)
             # What was written in place may be a buffer that the next evaluation writes to.
-            return flat.clone() if _writes(flat) else flat
+            return flat if flat.is_inference() or not flat._version else flat.clone()
         return torch.cat([part.reshape(-1) for part in self._checked(out)])
 
     def _checked(self, out: Any) -> list[Tensor]:

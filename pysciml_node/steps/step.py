@@ -8,6 +8,10 @@ from torch import Tensor
 
 from pysciml_node.problems.ode import Time as Real
 
+SLIVER = 1e-8
+"""A step that ends within this fraction of itself from a stop is made to end on it, so that
+rounding never leaves a sliver."""
+
 
 @dataclass
 class Step:

@@ -16,12 +16,9 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.norms import Tolerance
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.step import Attempt, Step
+from pysciml_node.steps.step import SLIVER, Attempt, Step
 from pysciml_node.stochastic.brownian import DEPTH, BrownianPath, Normals
 from pysciml_node.stochastic.step import Stepper, Taken, initial_step
-
-# A step that ends within this fraction of itself from a stop is made to end on it.
-_SLIVER = 1e-8
 
 
 def path_for(problem: SDEProblem, options: SolveOptions, size: int) -> BrownianPath:
@@ -123,7 +120,8 @@ class SDEMarch(Steps):
     """Steps that the torch engine takes.
 
     The path is what it is before the first step: a rejected step looks at it again over a shorter
-    interval, and so rejection cannot bias the solution.
+    interval. Steps that are chosen so depend on the path, which biases the mean of Euler-Maruyama's
+    solution where the noise depends on the state, by less than the tolerance.
     """
 
     @override
@@ -148,7 +146,7 @@ class SDEMarch(Steps):
                 return
             proposed = min(h, options.dtmax)
             stop = stops[next_stop]
-            lands = stop - t <= proposed * (1 + _SLIVER)
+            lands = stop - t <= proposed * (1 + SLIVER)
             if adaptive and proposed < smallest and not lands:
                 bad = self.last is not None and not math.isfinite(self.last.error)
                 self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin

@@ -14,11 +14,7 @@ from pysciml_node.replay.norms import Tolerance, initial_step
 from pysciml_node.replay.stages import Stages
 from pysciml_node.replay.vectors import Real
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.step import Attempt, Step
-
-# A step that ends within this fraction of itself from a stop is made to end on it, so that
-# rounding never leaves a sliver.
-_SLIVER = 1e-8
+from pysciml_node.steps.step import SLIVER, Attempt, Step
 
 
 def _size_between(t: float, end: float) -> float:
@@ -100,7 +96,7 @@ class March:
                 return
             proposed = math.copysign(min(abs(h), options.dtmax), direction)
             stop = stops[next_stop]
-            lands = abs(stop - t) <= abs(proposed) * (1 + _SLIVER)
+            lands = abs(stop - t) <= abs(proposed) * (1 + SLIVER)
             h = _size_between(t, stop) if lands else proposed
             # Steps cut short by a stop may be small; others below the limit mean failure.
             smallest = max(options.dtmin, 4 * math.ulp(t))
