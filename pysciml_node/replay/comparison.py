@@ -64,6 +64,23 @@ class Comparison:
             )
 
 
+def expect_same(again: Sequence[Tensor], first: Sequence[Tensor], suspects: Sequence[str]) -> None:
+    """Compare the field at the start with its first evaluation, where no step is replayed.
+
+    Args:
+        again: its values now.
+        first: those when the solve began.
+        suspects: as of `Comparison.expect_equal`.
+
+    Raises:
+        RuntimeError: the field has changed.
+    """
+    comparison = Comparison()
+    for now, then in zip(again, first, strict=True):
+        comparison.add(now.detach(), then, then)
+    comparison.expect_equal(suspects)
+
+
 def _size(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, ord=math.inf)
     return norm

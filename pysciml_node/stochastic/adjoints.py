@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.replay.comparison import Comparison
+from pysciml_node.replay.comparison import Comparison, expect_same
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
 from pysciml_node.steps.field import Accumulator
@@ -207,8 +207,11 @@ def backsolve_sweep(
             u, costate = back(t, at, u, costate)
     for extra in arriving_at(0, record, arriving):
         costate = costate + stepper.state(extra)
-    stats.nfe_backward += fields.nfe - before
     stats.nvjp += fields.nfe - before
+    begin, u0 = stepper.method.nodes.new_tensor(record.times[0]), stepper.state(states[0])
+    again = fields.drift(begin, u0), fields.diffusion(begin, u0)
+    expect_same(again, prepared.first, prepared.captured.suspects)
+    stats.nfe_backward += fields.nfe - before
     whole = torch.cat((costate, torch.zeros_like(costate)))
     carried = stepper.method.tableau.carry
     return Gradients(whole if carried else costate, None, None, None, sums.sums)

@@ -24,6 +24,7 @@ from pysciml_node.algorithms.adjoints import (
     _ContinuousAdjoint,
 )
 from pysciml_node.algorithms.controllers import Controller, FixedStep
+from pysciml_node.replay.comparison import expect_same
 from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import vectors_like
@@ -204,6 +205,8 @@ def continuous_sweep(
     gradients = Gradients(costate, None, None, None, inputs)
     if time_gradient:
         _time_gradients(gradients, field, method, jumps, arriving, dense, (t0, t1), costate)
+    begin = method.nodes.new_tensor(t0)
+    expect_same((field.field(begin, states[0]),), (field.k0,), field.captured.suspects)
     stats.nfe_backward += field.nfe - start_nfe
     return gradients
 

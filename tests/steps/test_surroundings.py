@@ -344,3 +344,23 @@ def test_dense_output_after_a_step_of_the_optimizer_is_refused(
                 look()
         # What was stored needs no field.
         torch.testing.assert_close(solution(times), solution.u)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        psn.DiscreteAdjoint(),
+        psn.InterpolatingAdjoint(),
+        psn.GaussAdjoint(),
+        psn.BacksolveAdjoint(),
+    ],
+    ids=lambda adjoint: type(adjoint).__name__,
+)
+def test_a_change_that_torch_does_not_count_is_noticed(adjoint: Any) -> None:
+    """Assignments to `.data` leave a parameter's version alone."""
+    linear = nn.Linear(2, 2).double()
+    problem = psn.ODEProblem(lambda t, u: linear(u), torch.ones(2).double(), (0.0, 1.0))
+    solution = psn.solve(problem, adjoint=adjoint)
+    linear.weight.data = linear.weight.data * 2
+    with pytest.raises(RuntimeError, match=r"could not reproduce the solve(.|\n)*\n  "):
+        solution.u1.sum().backward()
