@@ -22,6 +22,7 @@ include("stochastic/aligned.jl")
 include("stochastic/blocks.jl")
 include("stochastic/walk.jl")
 include("stochastic/pullback.jl")
+PySciMLNode.check_entries()
 include("stochastic/workload.jl")
 
 end

@@ -12,6 +12,7 @@ using PrecompileTools: PrecompileTools, @compile_workload, @setup_workload
 using PythonCall
 using SciMLBase
 using OrdinaryDiffEqCore
+using OrdinaryDiffEqCore: AutoFiniteDiff, CompositeAlgorithm
 using OrdinaryDiffEqTsit5
 
 include("fields.jl")
@@ -32,6 +33,9 @@ include("entry.jl")
 include("ensemble.jl")
 include("stochastic.jl")
 include("sensitivity.jl")
+include("mass_adjoint.jl")
+include("forward_sweep.jl")
+include("boundary.jl")
 include("workload.jl")
 
 end

@@ -50,11 +50,13 @@ function solve_many!(
     found = Vector{Any}(undef, members)
     # Streams of a GPU belong to tasks: there the work stays in the one that Python ordered.
     workers = threaded && device == 0 ? min(Threads.nthreads(), members) : 1
-    each_member(OBJECTS[field]::RightHandSide, members, workers) do rhs, i
-        found[i] = run_solve!(
-            rhs, described, device, n, starts[i], np, parameters[i], times, dt0, m, saved_times,
-            columns[i], mass, dense, fd, nothing, view(reports, :, i),
-        )
+    exclusively(OBJECTS[field]::RightHandSide) do own
+        each_member(own, members, workers) do rhs, i
+            found[i] = run_solve!(
+                rhs, described, device, n, starts[i], np, parameters[i], times, dt0, m, saved_times,
+                columns[i], mass, dense, fd, nothing, view(reports, :, i),
+            )
+        end
     end
     host(Int, records, members) .= keep.(found)
     return nothing

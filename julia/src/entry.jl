@@ -113,10 +113,12 @@ function solve!(
     marks::Int, dt0::Float64, m::Int, saveat::Int, saved::Int, mass::Int, dense::Bool, observer,
     report::Int,
 )
-    record = run_solve!(
-        OBJECTS[field]::RightHandSide, OBJECTS[plan], device, n, u0, np, p, host(Float64, marks, nmarks),
-        dt0, m, host(Float64, saveat, m), saved, mass, dense, fd, observer, host(Int, report, 5),
-    )
+    record = exclusively(OBJECTS[field]::RightHandSide) do rhs
+        run_solve!(
+            rhs, OBJECTS[plan], device, n, u0, np, p, host(Float64, marks, nmarks), dt0, m,
+            host(Float64, saveat, m), saved, mass, dense, fd, observer, host(Int, report, 5),
+        )
+    end
     return keep(record)
 end
 
@@ -130,11 +132,8 @@ function run_solve!(
     parameters = memory(T, device, p, np)
     mass_matrix = mass == 0 ? I : copy(transpose(reshape(memory(T, device, mass, n * n), n, n)))
     watch = observer === nothing ? Returns(false) : integrator -> observed(observer, integrator)
-    if dense
-        # SciML's solution outlives the call.
-        parameters = copy(parameters)
-        start = copy(start)
-    end
+    # SciML's solutions outlive the call.
+    dense && (parameters = copy(parameters))
     record = march(
         rhs, plan, start, parameters, marks, dt0, saveat, columns;
         poll = () -> stop_when_interrupted(fd), watch, dense, mass_matrix,
@@ -147,15 +146,17 @@ function run_solve!(
 end
 
 """
-The integrator of the step that an observer is looking at.
+The integrators of the steps that observers are looking at: one may itself solve something.
 """
-const CURRENT = Ref{Any}(nothing)
+const LOOKED_AT = Any[]
 
 function observed(observer, integrator)
-    CURRENT[] = integrator
-    stop = pyconvert(Bool, observer(Float64(integrator.tprev), Float64(integrator.t)))
-    CURRENT[] = nothing
-    return stop
+    push!(LOOKED_AT, integrator)
+    try
+        return pyconvert(Bool, observer(Float64(integrator.tprev), Float64(integrator.t)))
+    finally
+        pop!(LOOKED_AT)
+    end
 end
 
 """
@@ -164,7 +165,7 @@ end
 Dense output at a time inside the step that an observer is looking at.
 """
 function look!(t::Float64, address::Int, n::Int)
-    integrator = CURRENT[]
+    integrator = LOOKED_AT[end]
     out = memory(eltype(integrator.u), 0, address, n)
     T = typeof(integrator.t)
     t == Float64(integrator.t) ? copyto!(out, integrator.u) : integrator(out, T(t))
@@ -175,7 +176,7 @@ end
     fetch!(record, device, n, times, errors, states)
 
 Copy what a solve left: `times` and `errors` in double precision, and each state to the address
-that stands for it in `states`. Frees the record, unless SciML's solution was kept with it.
+that stands for it in `states`. Frees the record, unless SciML's solutions were kept with it.
 """
 function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, states::Int)
     found = OBJECTS[record]
@@ -186,37 +187,41 @@ function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, state
     for (address, state) in zip(addresses, found.states)
         copyto!(memory(eltype(state), device, address, n), state)
     end
-    found.solution === nothing && free(record)
+    isempty(found.pieces) && free(record)
     return nothing
 end
 
 """
-    pullback!(fd, field, tableau, dtype, device, n, np, p, steps, times, sizes, nmarks, marks,
-              states, cotangents, m, outputs, inside, theta, u0bar, pbar, bars, report)
+    pullback!(fd, field, tableau, forward, dtype, device, n, np, p, steps, times, sizes, nmarks,
+              marks, states, cotangents, m, outputs, inside, theta, u0bar, pbar, bars, report)
 
-The discrete adjoint. `states` and `cotangents` hold `steps + 1` addresses (0 stands for a zero
-cotangent), `outputs` those of `m` dense outputs inside the steps `inside` at `theta`. `bars`
-takes the cotangents of each step's start and size and of each `theta`, or is 0. `report` takes the
-replayed steps and the evaluations. Throws when `fd` tells of an interrupt.
+The discrete adjoint; with `forward` the same derivatives by dual numbers. `states` and `cotangents`
+hold `steps + 1` addresses (0 stands for a zero cotangent), `outputs` those of `m` dense outputs inside
+the steps `inside` at `theta`. `bars` takes the cotangents of each step's start and size and of each
+`theta`, or is 0. `report` takes the replayed steps and the evaluations. Throws when `fd` tells of an
+interrupt.
 """
 function pullback!(
-    fd::Int, field::Int, tableau::Int, dtype::Int, device::Int, n::Int, np::Int, p::Int,
-    steps::Int, times::Int, sizes::Int, nmarks::Int, marks::Int, states::Int, cotangents::Int,
-    m::Int, outputs::Int, inside::Int, theta::Int, u0bar::Int, pbar::Int, bars::Int, report::Int,
+    fd::Int, field::Int, tableau::Int, forward::Bool, dtype::Int, device::Int, n::Int, np::Int,
+    p::Int, steps::Int, times::Int, sizes::Int, nmarks::Int, marks::Int, states::Int,
+    cotangents::Int, m::Int, outputs::Int, inside::Int, theta::Int, u0bar::Int, pbar::Int,
+    bars::Int, report::Int,
 )
-    return run_pullback!(
-        REAL[dtype + 1], OBJECTS[field]::RightHandSide, OBJECTS[tableau]::Tableau, device, n, np, p,
-        host(Float64, times, steps + 1), host(Float64, sizes, steps),
-        host(Float64, marks, nmarks), host(Int, states, steps + 1),
-        host(Int, cotangents, steps + 1), host(Int, outputs, m), host(Int, inside, m),
-        host(Float64, theta, m), u0bar, pbar,
-        bars == 0 ? Float64[] : host(Float64, bars, 2 * steps + m), fd, host(Int, report, 2),
-    )
+    return exclusively(OBJECTS[field]::RightHandSide) do rhs
+        run_pullback!(
+            REAL[dtype + 1], rhs, OBJECTS[tableau]::Tableau, forward, device, n, np, p,
+            host(Float64, times, steps + 1), host(Float64, sizes, steps),
+            host(Float64, marks, nmarks), host(Int, states, steps + 1),
+            host(Int, cotangents, steps + 1), host(Int, outputs, m), host(Int, inside, m),
+            host(Float64, theta, m), u0bar, pbar,
+            bars == 0 ? Float64[] : host(Float64, bars, 2 * steps + m), fd, host(Int, report, 2),
+        )
+    end
 end
 
 function run_pullback!(
-    ::Type{T}, rhs, tableau, device, n, np, p, times, sizes, marks, states, cotangents, outputs,
-    inside, theta, u0bar, pbar, bars, fd, report,
+    ::Type{T}, rhs, tableau, forward, device, n, np, p, times, sizes, marks, states, cotangents,
+    outputs, inside, theta, u0bar, pbar, bars, fd, report,
 ) where {T}
     rhs.evaluations = 0
     vector(address) = memory(T, device, address, n)
@@ -231,11 +236,19 @@ function run_pullback!(
     # Views, so that the sweep writes into Python's memory.
     part(from, length) = isempty(bars) ? bars : view(bars, (from + 1):(from + length))
     poll = () -> stop_when_interrupted(fd)
-    replayed = sweep!(
-        rhs, tableau, steps, arriving, memory(T, device, p, np), gradient, vector(u0bar);
-        tbars = part(0, count), hbars = part(count, count),
-        thetabars = part(2 * count, length(theta)), poll,
-    )
+    parameters, ubar, replayed = memory(T, device, p, np), vector(u0bar), 0
+    # Cotangents of times come out of the replay alone.
+    if !forward || !isempty(bars)
+        replayed = sweep!(
+            rhs, tableau, steps, arriving, parameters, gradient, ubar;
+            tbars = part(0, count), hbars = part(count, count),
+            thetabars = part(2 * count, length(theta)), poll,
+        )
+    end
+    if forward
+        fill!(gradient, 0)
+        replayed = forward_sweep!(rhs, tableau, steps, arriving, parameters, gradient, ubar; poll)
+    end
     report .= (replayed, rhs.evaluations)
     return nothing
 end

@@ -44,16 +44,33 @@ A field as solvers call it. Its type is the same for every field, so that a solv
 the field is dispatched on once an evaluation.
 
 `low` and `high` bound the times at which the field is evaluated: rounding must not carry a stage
-beyond the interval, and steps that meet at a stop evaluate their own side of it.
+beyond the interval, and steps that meet at a stop evaluate their own side of it. `busy` while a solve
+uses it: what that solve calls may solve again, with a copy.
 """
 mutable struct RightHandSide <: Function
     field::AbstractField
     low::Float64
     high::Float64
     evaluations::Int
+    busy::Bool
 end
 
-RightHandSide(field) = RightHandSide(field, -Inf, Inf, 0)
+RightHandSide(field) = RightHandSide(field, -Inf, Inf, 0, false)
+
+"""
+    exclusively(work, rhs)
+
+Call `work` with the right-hand side, or with a copy of it where a solve is using it already.
+"""
+function exclusively(work, rhs::RightHandSide)
+    own = rhs.busy ? RightHandSide(copy(rhs.field)) : rhs
+    own.busy = true
+    try
+        return work(own)
+    finally
+        own.busy = false
+    end
+end
 
 @inline inside(f::RightHandSide, t::T) where {T} = clamp(t, T(f.low), T(f.high))
 

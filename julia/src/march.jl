@@ -3,8 +3,8 @@
 
 """
 What a forward solve leaves: ends of the accepted `times`, scaled `errors` of the steps, `states` at
-the times, how it ended, how many states were saved and how many steps rejected, and SciML's own
-solution where that is kept.
+the times, how it ended, how many states were saved and how many steps rejected, SciML's own
+solutions where these are kept, one between each two stops, and the right-hand side that they call.
 """
 mutable struct Record{V}
     const times::Vector{Float64}
@@ -13,8 +13,12 @@ mutable struct Record{V}
     retcode::ReturnCode.T
     saved::Int
     rejected::Int
-    solution::Any
+    const pieces::Vector{Any}
+    const rhs::RightHandSide
 end
+
+Record(rhs, u0::V, t) where {V} =
+    Record{V}([t], Float64[], [copy(u0)], ReturnCode.Default, 0, 0, [], rhs)
 
 """
     march(rhs, plan, u0, p, marks, dt0, saveat, saved; poll, watch, dense, mass_matrix) -> Record
@@ -23,27 +27,42 @@ Solve from `marks[1]` to `marks[end]`, stepping to all marks between them.
 
 The states at `saveat`, in the order of integration, are written to the columns of `saved`. `poll()`
 is called at each step and may throw. `watch(integrator)` sees each accepted step and ends the solve
-where it returns true; nothing is saved in that step. With `dense` SciML's own solution is kept in the
-record, and the field is called out of place, as the adjoints of SciMLSensitivity want it.
+where it returns true; nothing is saved in that step. With `dense` SciML's own solutions are kept in
+the record, one between each two marks, so that nothing is interpolated across a stop; the field is
+then called out of place, as the adjoints of SciMLSensitivity want it.
 """
 function march(
     rhs::RightHandSide, plan::Plan{T}, u0::V, p::V, marks, dt0, saveat, saved;
     poll, watch, dense, mass_matrix
 ) where {T,V}
-    record = Record{V}([marks[1]], Float64[], [copy(u0)], ReturnCode.Default, 0, 0, nothing)
-    bound!(rhs, T, marks, marks[1], marks[2])
-    problem = ode_problem(rhs, u0, T.((marks[1], marks[end])), p, mass_matrix, Val(dense))
-    integrator = start(problem, plan, T.(view(marks, 2:(length(marks) - 1))), dt0, Val(dense))
-    follow!(record, integrator, rhs, plan, marks, saveat, saved, poll, watch)
-    if dense
-        if integrator.sol.retcode == ReturnCode.Default
-            integrator.sol = SciMLBase.solution_new_retcode(integrator.sol, ReturnCode.Success)
-        end
-        SciMLBase.postamble!(integrator)
-        record.solution = integrator.sol
+    record = Record(rhs, u0, marks[1])
+    while record.saved < length(saveat) && saveat[record.saved + 1] == marks[1]
+        save!(record, saved, u0)
     end
-    record.rejected = integrator.stats.nreject
+    last = length(marks)
+    # By pieces where the solutions are kept, and otherwise in one go.
+    for (from, to) in (dense ? [(i, i + 1) for i in 1:(last - 1)] : [(1, last)])
+        bound!(rhs, T, marks, marks[from], marks[from + 1])
+        span = T.((marks[from], marks[to]))
+        problem = ode_problem(rhs, copy(record.states[end]), span, p, mass_matrix, Val(dense))
+        first = from == 1 || !plan.adaptive ? dt0 : 0.0
+        left = max(plan.max_steps - length(record.errors) - record.rejected, 1)
+        stops = T.(view(marks, (from + 1):(to - 1)))
+        integrator = start(problem, plan, stops, first, left, Val(dense))
+        follow!(record, integrator, rhs, plan, marks, from + 1, to, saveat, saved, poll, watch)
+        record.rejected += integrator.stats.nreject
+        dense && push!(record.pieces, finished(integrator))
+        record.retcode == ReturnCode.Success || break
+    end
     return record
+end
+
+function finished(integrator)
+    if integrator.sol.retcode == ReturnCode.Default
+        integrator.sol = SciMLBase.solution_new_retcode(integrator.sol, ReturnCode.Success)
+    end
+    SciMLBase.postamble!(integrator)
+    return integrator.sol
 end
 
 function ode_problem(rhs, u0, tspan, p, mass_matrix, ::Val{outofplace}) where {outofplace}
@@ -53,23 +72,21 @@ function ode_problem(rhs, u0, tspan, p, mass_matrix, ::Val{outofplace}) where {o
     return ODEProblem{!outofplace,SciMLBase.FullSpecialize}(f, u0, tspan, p)
 end
 
-function start(problem, plan::Plan{T}, tstops, dt0, ::Val{dense}) where {T,dense}
+function start(problem, plan::Plan{T}, tstops, dt0, maxiters, ::Val{dense}) where {T,dense}
     first = dt0 > 0 ? (; dt = T(dt0) * sign(problem.tspan[2] - problem.tspan[1])) : (;)
     return init(
         problem, plan.algorithm;
         plan.adaptive, plan.abstol, plan.reltol, plan.controller, plan.dtmin, plan.dtmax,
-        internalnorm = plan.norm, maxiters = plan.max_steps, tstops, dense, calck = true,
+        internalnorm = plan.norm, maxiters, tstops, dense, calck = true,
         save_everystep = dense, save_start = dense, save_end = dense, verbose = SILENT, first...,
     )
 end
 
-function follow!(record, integrator, rhs, plan::Plan{T}, marks, saveat, saved, poll, watch) where {T}
-    goal = length(marks)
-    next = 2
+# Step to the marks from number `next` to `goal`.
+function follow!(
+    record, integrator, rhs, plan::Plan{T}, marks, next, goal, saveat, saved, poll, watch
+) where {T}
     direction = integrator.tdir
-    while record.saved < length(saveat) && saveat[record.saved + 1] == marks[1]
-        save!(record, saved, integrator.u)
-    end
     while next <= goal
         poll()
         OrdinaryDiffEqCore.step!(integrator)

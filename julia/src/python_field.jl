@@ -15,6 +15,9 @@ struct PythonField{T} <: AbstractField
     gradient::Vector{T}
 end
 
+# The memory is read and written anew at each call.
+Base.copy(f::PythonField) = f
+
 function evaluate!(du, f::PythonField, u, p, t)
     copyto!(f.state, u)
     f.evaluate(Float64(t))

@@ -54,7 +54,7 @@ function rehearse(dtype)
                 outputs, inside, theta, done = [at(u0)], [1], [0.5], zeros(Int, 2)
                 GC.@preserve sizes bars cotangents outputs inside theta done begin
                     pullback!(
-                        -1, field, tableau, dtype, 0, n, 26, at(p), count, at(times), at(sizes), 2,
+                        -1, field, tableau, false, dtype, 0, n, 26, at(p), count, at(times), at(sizes), 2,
                         at(marks), at(addresses), at(cotangents), 1, at(outputs), at(inside),
                         at(theta), at(u0bar), at(pbar), at(bars), at(done),
                     )

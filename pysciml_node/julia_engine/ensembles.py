@@ -9,15 +9,9 @@ from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine.fields import Field
-from pysciml_node.julia_engine.forward import Forward, collect
-from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import (
-    address,
-    device_code,
-    doubles,
-    integers,
-    pointer,
-)
+from pysciml_node.julia_engine.forward import Forward, collect, real_mass
+from pysciml_node.julia_engine.process.buffers import device_code, doubles, integers, pointer
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
 
@@ -51,33 +45,31 @@ def run_many(
     parameters = [vectors[id(field)] for field in fields]
     marks = doubles((problem.t0, *options.tstops, problem.t1))
     saveat = doubles(times)
-    mass = problem.mass_matrix
-    if mass is not None:
-        mass = mass.detach().to(like).contiguous()
+    mass = real_mass(problem, like.device)
     lists = [integers([pointer(x) for x in tensors]) for tensors in (starts, parameters, saved)]
     numbers, report = integers((0,) * count), integers((0,) * (_REPORTED * count))
-    handles: list[Handle] = runtime.call_released(
+    handles: list[Handle] = enter(
         "solve_many!",
-        fields[0].handle.number,
-        plan.number,
-        device,
+        field=fields[0].handle,
+        plan=plan,
+        device=device,
         # What is kept for the adjoints of SciMLSensitivity evaluates the one field that they know.
-        not (keep_solution and torch.is_grad_enabled()),
-        count,
-        size,
-        address(lists[0]),
-        parameters[0].numel(),
-        address(lists[1]),
-        len(marks),
-        address(marks),
-        options.dt0 or 0.0,
-        len(times),
-        address(saveat),
-        address(lists[2]),
-        pointer(mass),
-        keep_solution,
-        address(numbers),
-        address(report),
+        threaded=not (keep_solution and torch.is_grad_enabled()),
+        members=count,
+        n=size,
+        u0=lists[0],
+        np=parameters[0].numel(),
+        p=lists[1],
+        nmarks=len(marks),
+        marks=marks,
+        dt0=options.dt0 or 0.0,
+        m=len(times),
+        saveat=saveat,
+        saved=lists[2],
+        mass=mass,
+        dense=keep_solution,
+        records=numbers,
+        report=report,
         wrap=lambda _: [Handle(number) for number in numbers],
     )
     reports = [report[_REPORTED * i : _REPORTED * (i + 1)] for i in range(count)]

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import CODES, device_code, pointer
+from pysciml_node.julia_engine.process.buffers import CODES, device_code
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.steps.autograd import pulled
 
@@ -39,7 +40,7 @@ class _Evaluate(torch.autograd.Function):
         ctx.field, ctx.packages = field, packages
         ctx.save_for_backward(t, u, p)
         out = torch.empty_like(u, memory_format=torch.contiguous_format)
-        _call_at("evaluate_once!", field, t, u, p, out)
+        enter("evaluate_once!", du=out, **_arguments(field, t, u, p))
         return out
 
     @staticmethod
@@ -51,25 +52,22 @@ class _Evaluate(torch.autograd.Function):
         def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
             u_bar = torch.empty_like(u, memory_format=torch.contiguous_format)
             p_bar = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            v = cotangent.contiguous()
-            t_bar = _call_at("pull_once!", ctx.field, t, u, p, v, u_bar, p_bar)
+            v, given = cotangent.contiguous(), _arguments(ctx.field, t, u, p)
+            t_bar = enter("pull_once!", v=v, ubar=u_bar, pbar=p_bar, **given)
             return t.new_tensor(t_bar), u_bar, p_bar
 
         return (None, None, *pulled(pull, (t, u, p), *cotangents))
 
 
-def _call_at(entry: str, field: Handle, t: Tensor, u: Tensor, p: Tensor, *rest: Tensor) -> Any:
-    """Call Julia with the field, `(u, p, t)` and the addresses of further contiguous tensors."""
-    state, parameters = u.contiguous(), p.contiguous()
-    return runtime.call(
-        entry,
-        field.number,
-        CODES[u.dtype],
-        device_code(u.device),
-        state.numel(),
-        pointer(state),
-        parameters.numel(),
-        pointer(parameters),
-        float(t),
-        *(pointer(tensor) for tensor in rest),
-    )
+def _arguments(field: Handle, t: Tensor, u: Tensor, p: Tensor) -> dict[str, Any]:
+    """What both entries take: the field, and where to evaluate it."""
+    return {
+        "field": field,
+        "dtype": CODES[u.dtype],
+        "device": device_code(u.device),
+        "n": u.numel(),
+        "u": u.contiguous(),
+        "np": p.numel(),
+        "p": p.contiguous(),
+        "t": t,
+    }

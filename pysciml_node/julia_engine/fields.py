@@ -16,11 +16,11 @@ from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
     CODES,
     from_real,
-    pointer,
     real_length,
     real_size,
     to_real,
 )
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.problems.ode import ODEProblem, Problem
@@ -130,7 +130,8 @@ class ProgramField:
         key = (translated.json, problem.spec.dtype)
         made = _programs.get(key)
         if made is None:
-            number = runtime.call("make_program", translated.json, CODES[problem.spec.dtype])
+            code = CODES[problem.spec.dtype]
+            number = enter("make_program", json=translated.json, dtype=code)
             made = _programs[key] = Handle(number)
         self.handle = made
 
@@ -254,18 +255,20 @@ class CalledField:
         self._state = torch.empty(real_size(spec), dtype=spec.real_dtype)
         self._slope = torch.empty(outputs * parts, dtype=spec.real_dtype)
         self._gradient = torch.zeros_like(self.parameters())
+        linearize, pull = map(_weakly, pullback) if pullback else (None, None)
         self.handle = Handle(
-            runtime.call(
+            enter(
                 "make_python_field",
-                CODES[spec.real_dtype],
-                _weakly(self._evaluate),
-                *(map(_weakly, pullback) if pullback else (None, None)),
-                self._state.numel(),
-                pointer(self._state),
-                self._slope.numel(),
-                pointer(self._slope),
-                self._gradient.numel(),
-                pointer(self._gradient),
+                dtype=CODES[spec.real_dtype],
+                evaluate=_weakly(self._evaluate),
+                linearize=linearize,
+                pull=pull,
+                n=self._state.numel(),
+                state=self._state,
+                m=self._slope.numel(),
+                slope=self._slope,
+                np=self._gradient.numel(),
+                gradient=self._gradient,
             )
         )
 

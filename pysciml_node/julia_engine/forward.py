@@ -11,16 +11,14 @@ from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine.fields import Field
-from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
-    address,
     device_code,
     doubles,
     from_real,
     integers,
-    pointer,
     to_real,
 )
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import ReturnCode
@@ -85,32 +83,40 @@ def run(
     saved = torch.empty((len(times), size), dtype=start.dtype, device=device)
     marks = doubles((problem.t0, *options.tstops, problem.t1))
     saveat, report = doubles(times), integers((0,) * 5)
-    mass = problem.mass_matrix
-    if mass is not None:
-        mass = mass.detach().to(device, start.dtype).contiguous()
-    handle = runtime.call_released(
+    mass = real_mass(problem, device)
+    handle = enter(
         "solve!",
-        field.handle.number,
-        plan.number,
-        device_code(device),
-        size,
-        pointer(start),
-        parameters.numel(),
-        pointer(parameters),
-        len(marks),
-        address(marks),
-        options.dt0 or 0.0,
-        len(times),
-        address(saveat),
-        pointer(saved),
-        pointer(mass),
-        keep_solution,
-        observer,
-        address(report),
+        field=field.handle,
+        plan=plan,
+        device=device_code(device),
+        n=size,
+        u0=start,
+        np=parameters.numel(),
+        p=parameters,
+        nmarks=len(marks),
+        marks=marks,
+        dt0=options.dt0 or 0.0,
+        m=len(times),
+        saveat=saveat,
+        saved=saved,
+        mass=mass,
+        dense=keep_solution,
+        observer=observer,
+        report=report,
         wrap=Handle,
         release=not field.calls_python and observer is None,
     )
     return collect(problem, options, handle, keep_solution, u0, saved, report)
+
+
+def real_mass(problem: ODEProblem, device: torch.device) -> Tensor | None:
+    """The mass matrix as Julia sees it: of a complex state it acts on real and imaginary parts."""
+    if problem.mass_matrix is None:
+        return None
+    mass = problem.mass_matrix.detach().to(device, problem.spec.real_dtype)
+    if problem.spec.dtype.is_complex:
+        mass = torch.kron(mass, torch.eye(2, dtype=mass.dtype, device=device))
+    return mass.contiguous()
 
 
 def collect(
@@ -138,14 +144,14 @@ def collect(
     ends, errors = doubles((0.0,) * (steps + 1)), doubles((0.0,) * steps)
     rows = [saved.new_empty(size) for _ in range(steps + 1)]
     addresses = integers([row.data_ptr() for row in rows])
-    runtime.call(
+    enter(
         "fetch!",
-        handle.number,
-        device_code(saved.device),
-        size,
-        address(ends),
-        address(errors),
-        address(addresses),
+        record=handle,
+        device=device_code(saved.device),
+        n=size,
+        times=ends,
+        errors=errors,
+        states=addresses,
     )
     if not keep_solution:
         handle.forget()

@@ -25,7 +25,8 @@ from pysciml_node.algorithms.stochastic import (
     StochasticRungeKutta,
 )
 from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import CODES, pointer
+from pysciml_node.julia_engine.process.buffers import CODES
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.stochastic.step import SDEMethod
@@ -208,13 +209,9 @@ def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int)
         }
     )
     runtime.require(*(name for name in solver.packages if name != "SciMLBase"))
-    made = runtime.call(
-        "make_plan",
-        description,
-        *(pointer(vector) for vector in vectors or (None, None)),
-        size * parts if vectors else 0,
-    )
-    return Handle(made)
+    relative, absolute = vectors or (None, None)
+    n = size * parts if vectors else 0
+    return Handle(enter("make_plan", json=description, rtol=relative, atol=absolute, n=n))
 
 
 def _full(value: float | Tensor, size: int, dtype: torch.dtype) -> float | Tensor:
@@ -238,7 +235,7 @@ def tableau(method: Tableau) -> Handle:
         "fsal": method.fsal,
         "weights": extra.weights,
     }
-    made = Handle(runtime.call("make_tableau", json.dumps(description)))
+    made = Handle(enter("make_tableau", json=json.dumps(description)))
     _tableaus[id(method)] = (method, made)
     return made
 
@@ -261,6 +258,6 @@ def stochastic_method(method: SDEMethod) -> Handle:
         "alpha": method.tableau.alpha[:count],
         "beta": [(kind, weights[:count]) for kind, weights in method.tableau.beta],
     }
-    made = Handle(runtime.call("make_sde_method", json.dumps(description)))
+    made = Handle(enter("make_sde_method", json=json.dumps(description)))
     _tableaus[id(method.tableau)] = (method.tableau, made)
     return made

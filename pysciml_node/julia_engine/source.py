@@ -9,12 +9,11 @@ from torch import Tensor
 
 from pysciml_node import checks
 from pysciml_node.julia_engine.evaluation import evaluate
-from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
     CODES,
-    address,
     integers,
 )
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.translation.recent import Recent
 
@@ -26,17 +25,20 @@ class JuliaField:
     """A vector field given as Julia source, with parameters from torch.
 
     It is a callable like any other, so it can be used on both engines and by every training method;
-    on the Julia engine it is never called back. Gradients are Zygote's, so the source must not
-    change arrays in place.
+    on the Julia engine it is never called back. The source is code and runs as such: take it from
+    nobody whom you do not trust.
 
     The source is code: it is compiled and run as it stands, with all that Julia may do on this
     machine, and a pickled field brings its source along. Load none from people, files or web pages
     that you would not take a program from.
 
     Args:
-        source: Julia code that ends in a function `f(u, p, t)` returning `du/dt`. `u` is an array
-            of the state's shape reversed: a torch state `(B, D)` is `(D, B)` in Julia, the batch
-            last. `p` is the problem's `p` as a vector, `t` a number. `LinearAlgebra` is loaded.
+        source: Julia code that ends in a function `f(u, p, t)` returning `du/dt`, or in SciML's
+            form in place, `f(du, u, p, t)`, which writes `du/dt` to `du`. `u` is an array of the
+            state's shape reversed: a torch state `(B, D)` is `(D, B)` in Julia, the batch last. `p`
+            is the problem's `p` as a vector, `t` a number. `LinearAlgebra` is loaded. Gradients of
+            the first form are Zygote's, so it must not change arrays in place; those of the second
+            are ForwardDiff's, at a cost that grows with the number of states and parameters.
 
     Raises:
         TypeError: the source is no text; when the field is first used, the state or `p` is no
@@ -68,10 +70,10 @@ class JuliaField:
         made = self._handles.get(key)
         if made is None:
             sizes = integers(tuple(reversed(shape)))
-            made = Handle(
-                runtime.call("make_source", self.source, CODES[dtype], len(sizes), address(sizes))
+            number = enter(
+                "make_source", text=self.source, dtype=CODES[dtype], dims=len(sizes), shape=sizes
             )
-            self._handles[key] = made
+            made = self._handles[key] = Handle(number)
         return made
 
     def __call__(self, t: Tensor, u: Tensor, p: Tensor | None = None) -> Tensor:

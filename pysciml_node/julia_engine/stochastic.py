@@ -16,8 +16,8 @@ from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.fields import CalledField, Field, native_field
 from pysciml_node.julia_engine.forward import RETCODES
-from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import CODES, address, device_code, doubles, pointer
+from pysciml_node.julia_engine.process.buffers import CODES, device_code, doubles
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import ReturnCode
@@ -96,13 +96,13 @@ class JuliaSteps(Steps):
         report, t = doubles((0.0,) * 5), problem.t0
         while t < problem.t1:
             u1 = torch.empty_like(self.vector, device=device)
-            code = runtime.call_released(
+            code = enter(
                 "step_sde!",
-                walk.number,
-                device_code(device),
-                u1.numel(),
-                pointer(u1),
-                address(report),
+                walk=walk,
+                device=device_code(device),
+                n=u1.numel(),
+                u=u1,
+                report=report,
                 release=False,
             )
             end, error, rejected, drifts, diffusions = report
@@ -142,32 +142,34 @@ class JuliaSteps(Steps):
         marks = doubles((problem.t0, *options.tstops, problem.t1))
         start = self.vector.detach().to(device)
         parameters = [field.parameters().to(device) for field in (self.drift, self.diffusion)]
-        made = runtime.call_released(
+        made: Handle = enter(
             "start_sde!",
-            self.drift.handle.number,
-            self.diffusion.handle.number,
-            plans.stochastic_plan(problem, self.algorithm, options).number,
-            device_code(device),
-            self.algorithm.delta,
-            start.numel(),
-            pointer(start),
-            *(x for p in parameters for x in (p.numel(), pointer(p))),
-            len(marks),
-            address(marks),
-            first,
-            proposed,
-            given.smallest,
-            noise.w.numel(),
-            layout.samples if layout.matrix else 0,
-            path.length if adaptive else 0.0,
-            pointer(noise.w),
-            pointer(noise.z),
-            lambda start, end: noise.write(path.increment(start, end)),
+            drift=self.drift.handle,
+            diffusion=self.diffusion.handle,
+            plan=plans.stochastic_plan(problem, self.algorithm, options),
+            device=device_code(device),
+            delta=self.algorithm.delta,
+            n=start.numel(),
+            u0=start,
+            nf=parameters[0].numel(),
+            pf=parameters[0],
+            ng=parameters[1].numel(),
+            pg=parameters[1],
+            nmarks=len(marks),
+            marks=marks,
+            dt0=first,
+            proposed=proposed,
+            dtmin=given.smallest,
+            motions=noise.w.numel(),
+            samples=layout.samples if layout.matrix else 0,
+            length=path.length if adaptive else 0.0,
+            w=noise.w,
+            z=noise.z,
+            noise=lambda start, end: noise.write(path.increment(start, end)),
             wrap=Handle,
             release=False,
         )
-        handle: Handle = made
-        return handle
+        return made
 
 
 def fields_of(fields: Fields, gradients: bool) -> tuple[Field, Field]:
@@ -248,22 +250,24 @@ class JuliaPullback(Pullback):
         self._sums = [torch.zeros_like(p) for p in self._parameters]
         self._stages = sum(s is not None for s in stepper.method.needed[0])
         self.evaluations = 0
-        addresses = [
-            (p.numel(), pointer(p), pointer(total))
-            for p, total in zip(self._parameters, self._sums, strict=True)
-        ]
+        (pf, pg), (pfbar, pgbar) = self._parameters, self._sums
         self._handle = Handle(
-            runtime.call(
+            enter(
                 "make_sde_pullback",
-                drift.handle.number,
-                diffusion.handle.number,
-                plans.stochastic_method(stepper.method).number,
-                CODES[spec.dtype],
-                device_code(spec.device),
-                sum(spec.sizes),
-                *(number for triple in addresses for number in triple),
-                pointer(self._noise.w),
-                pointer(self._noise.z),
+                drift=drift.handle,
+                diffusion=diffusion.handle,
+                method=plans.stochastic_method(stepper.method),
+                dtype=CODES[spec.dtype],
+                device=device_code(spec.device),
+                n=sum(spec.sizes),
+                nf=pf.numel(),
+                pf=pf,
+                pfbar=pfbar,
+                ng=pg.numel(),
+                pg=pg,
+                pgbar=pgbar,
+                w=self._noise.w,
+                z=self._noise.z,
             )
         )
 
@@ -274,15 +278,15 @@ class JuliaPullback(Pullback):
         self._noise.write(motion)
         u = start.detach().contiguous()
         bar = upon.clone(memory_format=torch.contiguous_format)
-        runtime.call_released(
+        enter(
             "pull_sde!",
-            self._handle.number,
-            device_code(self._device),
-            u.numel(),
-            t,
-            motion.h,
-            pointer(u),
-            pointer(bar),
+            pullback=self._handle,
+            device=device_code(self._device),
+            n=u.numel(),
+            t=t,
+            h=motion.h,
+            u=u,
+            ubar=bar,
         )
         self.evaluations += self._stages
         return bar

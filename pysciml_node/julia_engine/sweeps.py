@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,6 @@ from pysciml_node.julia_engine.fields import Field
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import (
     CODES,
-    address,
     device_code,
     doubles,
     from_real,
@@ -18,12 +19,13 @@ from pysciml_node.julia_engine.process.buffers import (
     pointer,
     to_real,
 )
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents, arriving_at
 from pysciml_node.steps.record import Record
 
-SENSITIVITY = ("SciMLSensitivity", "Zygote", "ForwardDiff", "ChainRulesCore")
+SENSITIVITY = ("SciMLSensitivity", "Zygote", "ChainRulesCore")
 """Julia packages of the continuous adjoints, loaded when one is asked for."""
 
 
@@ -35,27 +37,34 @@ def replayed_sweep(
     arriving: Cotangents,
     time_gradient: bool,
     stats: Stats,
+    forward: bool = False,
 ) -> Gradients:
     """The discrete adjoint, replayed in Julia with the field's own vector-Jacobian product.
 
     Args:
-        field: the right-hand side, real and on the states' device.
+        field: the right-hand side.
         tableau: the method in Julia.
         record: the accepted steps.
         states: the states at `record.times`.
         arriving: cotangents of the saved and of the step states.
         time_gradient: whether `t0`, `t1` and `saveat` need gradients.
         stats: its backward fields are filled.
+        forward: whether dual numbers are carried forward through the steps instead.
     """
-    start = states[0].detach()
+    if forward:
+        runtime.require("ForwardDiff")
+    dtype, device = states[0].dtype, states[0].device
+    where = torch.device("cpu") if field.host else device
     parameters = field.parameters()
     count = len(record.sizes)
-    known = [state.detach().contiguous() for state in states]
-    cotangents = [_sum(arriving_at(n, record, arriving)) for n in range(count + 1)]
+    known = [to_real(state.detach()).to(where) for state in states]
+    sums = [_sum(arriving_at(n, record, arriving)) for n in range(count + 1)]
+    cotangents = [None if x is None else to_real(x).to(where) for x in sums]
+    start = known[0]
     outputs: list[Tensor] = []
     inside, thetas = integers(), doubles()
     if arriving.saved is not None:
-        saved = arriving.saved.contiguous()
+        saved = [to_real(row).to(where) for row in arriving.saved]
         for n, (indices, places) in sorted(record.inside.items()):
             outputs.extend(saved[i] for i in indices)
             inside.extend([n + 1] * len(indices))
@@ -65,30 +74,31 @@ def replayed_sweep(
     addresses = [integers([pointer(x) for x in rows]) for rows in (known, cotangents, outputs)]
     u0_bar, p_bar = torch.empty_like(start), torch.zeros_like(parameters)
     report = integers((0, 0))
-    runtime.call_released(
+    enter(
         "pullback!",
-        field.handle.number,
-        tableau.number,
-        CODES[start.dtype],
-        device_code(start.device),
-        start.numel(),
-        parameters.numel(),
-        pointer(parameters),
-        count,
-        address(times),
-        address(sizes),
-        len(marks),
-        address(marks),
-        address(addresses[0]),
-        address(addresses[1]),
-        len(outputs),
-        address(addresses[2]),
-        address(inside),
-        address(thetas),
-        pointer(u0_bar),
-        pointer(p_bar),
-        address(bars) if time_gradient else 0,
-        address(report),
+        field=field.handle,
+        tableau=tableau,
+        forward=forward,
+        dtype=CODES[start.dtype],
+        device=device_code(start.device),
+        n=start.numel(),
+        np=parameters.numel(),
+        p=parameters,
+        steps=count,
+        times=times,
+        sizes=sizes,
+        nmarks=len(marks),
+        marks=marks,
+        states=addresses[0],
+        cotangents=addresses[1],
+        m=len(outputs),
+        outputs=addresses[2],
+        inside=inside,
+        theta=thetas,
+        u0bar=u0_bar,
+        pbar=p_bar,
+        bars=bars if time_gradient else None,
+        report=report,
         release=not field.calls_python,
     )
     replayed, evaluations = report
@@ -98,9 +108,11 @@ def replayed_sweep(
     moved = None
     if time_gradient:
         moved = TimeCotangents(
-            record, 0 if arriving.saved is None else arriving.saved.shape[0], start.new_zeros(())
+            record,
+            0 if arriving.saved is None else arriving.saved.shape[0],
+            start.new_zeros((), device=device),
         )
-        numbers = start.new_tensor(bars.tolist())
+        numbers = start.new_tensor(bars.tolist(), device=device)
         t_bars, h_bars = numbers[:count], numbers[count : 2 * count]
         rest = numbers[2 * count :]
         first = len(rest)
@@ -110,7 +122,7 @@ def replayed_sweep(
             theta_bar = rest[first : first + here] if here else None
             moved.step(n, t_bars[n], h_bars[n], theta_bar)
     return Gradients(
-        u0_bar,
+        from_real(u0_bar, dtype).to(device),
         None if moved is None else moved.start,
         None if moved is None else moved.end,
         None if moved is None or arriving.saved is None else moved.saveat,
@@ -137,8 +149,9 @@ def continuous_sweep(
     arriving: Cotangents,
     time_gradient: bool,
     stats: Stats,
+    mass_matrix: Tensor | None,
 ) -> Gradients:
-    """An adjoint of SciMLSensitivity along the solution that was kept.
+    """A continuous adjoint along the solution that was kept.
 
     Args:
         field: the right-hand side.
@@ -149,6 +162,7 @@ def continuous_sweep(
         arriving: cotangents of the saved and of the step states.
         time_gradient: whether `t0`, `t1` and `saveat` need gradients.
         stats: its backward fields are filled.
+        mass_matrix: of the problem; with one, all these adjoints are one of our own.
     """
     # Dense output comes without the states at the steps.
     missing = len(record.times) - len(arriving.states)
@@ -158,44 +172,53 @@ def continuous_sweep(
     if not entries:
         assert at_start is not None
         return Gradients(at_start, None, None, None, [None] * len(field.inputs))
-    runtime.require(*SENSITIVITY)
+    if mass_matrix is None:
+        runtime.require(*SENSITIVITY)
     dtype, device = entries[0][1].dtype, entries[0][1].device
     moments = sorted({t for t, _, _ in entries}, key=lambda t: t * (1 if _forward(record) else -1))
     sums = {t: _sum([x for s, x, _ in entries if s == t]) for t in moments}
-    rows = [to_real(x).cpu() for x in sums.values() if x is not None]
+    rows = torch.stack([to_real(x).cpu() for x in sums.values() if x is not None])
+    # The equation is linear, and its tolerances are absolute too: solve for a cotangent of size 1,
+    # so that gradients scale with the loss. A factor of two would change the steps.
+    scale = float(rows.abs().max())
+    if not 0 < scale < math.inf:
+        scale = 1.0
+    rows = rows / scale
     parameters = field.parameters()
-    size = rows[0].numel()
-    u0_bar, p_bar = torch.zeros_like(rows[0]), torch.zeros_like(parameters)
-    slopes = rows[0].new_zeros((len(moments) + 1, size))
-    times, addresses = doubles(moments), integers([pointer(row) for row in rows])
+    count, size = rows.shape
+    u0_bar, p_bar = rows.new_zeros(size), torch.zeros_like(parameters, device="cpu")
+    slopes = rows.new_zeros((count + 1, size)) if time_gradient else None
+    times, marks = doubles(moments), doubles(record.marks)
     report = integers((0,))
     rtol, atol, max_steps = backward_limits(options.adjoint, options)
-    runtime.call_released(
+    enter(
         "sensitivity!",
-        solution.number,
-        field.handle.number,
-        plan.number,
-        type(options.adjoint).__name__,
-        rtol,
-        atol,
-        max_steps,
-        size,
-        len(moments),
-        address(times),
-        address(addresses),
-        p_bar.numel(),
-        pointer(u0_bar),
-        pointer(p_bar),
-        pointer(slopes),
-        address(report),
+        record=solution,
+        plan=plan,
+        method=type(options.adjoint).__name__,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        n=size,
+        nmarks=len(marks),
+        marks=marks,
+        m=count,
+        times=times,
+        cotangents=integers([pointer(row) for row in rows]),
+        np=p_bar.numel(),
+        u0bar=u0_bar,
+        pbar=p_bar,
+        slopes=slopes,
+        report=report,
         release=not field.calls_python,
     )
+    u0_bar, p_bar = u0_bar * scale, p_bar * scale
     stats.nfe_backward += report[0]
     stats.nvjp += report[0]
     stats.naccept_backward += len(record.sizes)
     lam = from_real(u0_bar, dtype).to(device)
     t0_bar = t1_bar = saveat_bar = None
-    if time_gradient:
+    if slopes is not None:
         rates = from_real(slopes, dtype).to(device)
         t0_bar = -torch.vdot(lam, rates[0]).real
         along = {t: rates[i + 1] for i, t in enumerate(moments)}

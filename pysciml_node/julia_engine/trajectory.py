@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,22 +13,14 @@ from torch import Tensor
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.julia_engine.forward import place
-from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import (
-    address,
-    doubles,
-    from_real,
-    pointer,
-    real_size,
-)
+from pysciml_node.julia_engine.process.buffers import doubles, from_real, real_size
+from pysciml_node.julia_engine.process.entries import enter
+from pysciml_node.julia_engine.work import Work
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.record import Kept, Record, Recorded
-
-if TYPE_CHECKING:
-    from pysciml_node.julia_engine.engine import Work
 
 
 @dataclass
@@ -95,14 +87,7 @@ class SciMLTrajectory(Recorded):
         size = real_size(spec)
         out = torch.empty((len(times), size), dtype=spec.real_dtype)
         numbers = doubles(times)
-        runtime.call(
-            "interpolate!",
-            solution.number,
-            size,
-            len(times),
-            address(numbers),
-            pointer(out),
-        )
+        enter("interpolate!", record=solution, n=size, m=len(times), times=numbers, out=out)
         return from_real(out, spec.dtype).to(spec.device)
 
     def stiffness(self) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.julia_engine.process import runtime
-from pysciml_node.julia_engine.process.buffers import from_real, pointer, real_size
+from pysciml_node.julia_engine.process.buffers import from_real, real_size
+from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.steps.event_search import (
@@ -89,7 +89,7 @@ class Watcher:
         spec = self.problem.spec
         size = real_size(spec)
         out = torch.empty(size, dtype=spec.real_dtype)
-        runtime.call("look!", t, pointer(out), size)
+        enter("look!", t=t, address=out, n=size)
         return from_real(out, spec.dtype).to(spec.device)
 
     def _value(self, event: Event, t: float) -> float:

@@ -354,6 +354,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
     (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
     ((staticmethod, classmethod), lambda walk, x: walk.add(x.__func__)),
+    (functools._lru_cache_wrapper, lambda walk, x: walk.add(x.__wrapped__)),
     (property, lambda walk, x: walk.add((x.fget, x.fset))),
     ((np.ndarray, np.generic), _Walk._array),
 )

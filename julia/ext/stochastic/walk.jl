@@ -57,7 +57,6 @@ function walk(
     delta, dt0, proposed, dtmin, samples, length, draw,
 )
     drift, diffusion = distinct(drift, diffusion)
-    drift.evaluations = diffusion.evaluations = 0
     path = Path(draw, w, z, marks[1])
     rates = samples == 0 ? nothing : blocks(u0, samples, Base.length(w))
     problem = SDEProblem{true}(
@@ -77,17 +76,20 @@ function walk(
     return Walk(integrator, drift, diffusion)
 end
 
-# Modules of one architecture are one program: each part needs room, and a count, of its own.
-distinct(drift, diffusion) =
-    drift === diffusion ? (drift, RightHandSide(copy(drift.field))) : (drift, diffusion)
+# Modules of one architecture are one program: each part needs room, and a count, of its own. The
+# bounds on times that an ordinary solve has left are not this one's.
+distinct(drift, diffusion) = (
+    RightHandSide(drift.field),
+    RightHandSide(drift === diffusion ? copy(diffusion.field) : diffusion.field),
+)
 
 function blocks(u, samples, motions)
     m, d = motions ÷ samples, Base.length(u) ÷ samples
     return Blocks(fill!(similar(u, m, d, samples), 0))
 end
 
-function PySciMLNode.step_sde!(fd::Int, handle::Int, device::Int, n::Int, u::Int, report::Int)
-    return advance!(OBJECTS[handle]::Walk, fd, device, n, u, host(Float64, report, 5))
+function PySciMLNode.step_sde!(fd::Int, walk::Int, device::Int, n::Int, u::Int, report::Int)
+    return advance!(OBJECTS[walk]::Walk, fd, device, n, u, host(Float64, report, 5))
 end
 
 function advance!(walk::Walk, fd, device, n, address, report)
