@@ -18,7 +18,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     Raises:
         ImportError: the package is not installed; the message holds the command that installs it.
 
-    Example:
+    Examples:
         >>> require("json", extra="examples", purpose="read results").__name__
         'json'
     """

@@ -119,7 +119,7 @@ def number(
         TypeError: no real number.
         ValueError: NaN, or out of range.
 
-    Example:
+    Examples:
         >>> number("rtol", torch.tensor(0.5), above=0)
         0.5
     """
@@ -233,7 +233,7 @@ def choice(name: str, value: Any, known: Iterable[T]) -> T:
     Raises:
         ValueError: another one; the message says which was probably meant.
 
-    Example:
+    Examples:
         >>> choice("noise", "diagonal", ("diagonal", "scalar"))
         'diagonal'
     """
@@ -303,7 +303,7 @@ def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable
     Raises:
         TypeError: not callable, a class in place of its instance, or another number of arguments.
 
-    Example:
+    Examples:
         >>> function("f", lambda t: -t, "t", "u")
         Traceback (most recent call last):
         TypeError: f must be callable as f(t, u), but takes (t).

@@ -56,7 +56,7 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
             parameters with an earlier layer or computes its weight from others, or there is no
             linear layer.
 
-    Example:
+    Examples:
         >>> field = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
         >>> before = field[1].weight.clone()
         >>> torch.equal(scale_for_horizon_(field, 4.0)[1].weight, before / 4)

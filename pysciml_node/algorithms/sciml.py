@@ -33,7 +33,7 @@ class SciMLAlgorithm(Algorithm):
         TypeError: the expression is no text, or the packages are no names.
         ValueError: the expression is no call.
 
-    Example:
+    Examples:
         >>> import pysciml_node as psn
         >>> psn.SciMLAlgorithm("ROCK4()", ("OrdinaryDiffEqStabilizedRK",))
         SciMLAlgorithm(expression='ROCK4()', packages=('OrdinaryDiffEqStabilizedRK',))

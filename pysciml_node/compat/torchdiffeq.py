@@ -83,7 +83,7 @@ def odeint(
         ValueError: an unknown method or option, or an argument out of range.
         SolverFailure: the last time (or an event) was not reached.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pysciml_node.compat.torchdiffeq import odeint
         >>> t = torch.linspace(0.0, 1.0, 3, dtype=torch.float64)
@@ -214,7 +214,7 @@ def odeint_event(
     Returns:
         The time of the event, and the states at `t0` and there, `(2, *y0.shape)`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pysciml_node.compat.torchdiffeq import odeint_event
         >>> drop = lambda t, y: (y[1], -torch.ones_like(y[1]))  # height and speed under gravity 1

@@ -24,7 +24,7 @@ class ShuffledBatches(Generic[DataT]):
     Raises:
         ValueError: `batch_size` is not between one and the number of samples.
 
-    Example:
+    Examples:
         >>> from pysciml_node.data import LabelledData
         >>> data = LabelledData(torch.arange(4.0).unsqueeze(1), torch.arange(4))
         >>> batches = ShuffledBatches(data, 2, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
     Raises:
         ValueError: `batch_size` is below one.
 
-    Example:
+    Examples:
         >>> from pysciml_node.data import LabelledData
         >>> data = LabelledData(torch.zeros(5, 1), torch.zeros(5, dtype=torch.int64))
         >>> [len(batch) for batch in ordered_batches(data, 2)]

@@ -66,7 +66,7 @@ def cifar10(
         ValueError: a file's content is not CIFAR-10's, or `validation` is out of range.
         ImportError: Pillow is not installed and the subset's images are to be read.
 
-    Example:
+    Examples:
         >>> data = cifar10("data/cifar10")  # doctest: +SKIP
         >>> tuple(data.train.x.shape)  # doctest: +SKIP
         (50000, 3, 32, 32)

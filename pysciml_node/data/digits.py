@@ -30,7 +30,7 @@ def digits(
         ImportError: scikit-learn is not installed.
         ValueError: the shares leave nothing for one of the parts.
 
-    Example:
+    Examples:
         >>> data = digits()
         >>> len(data.train) + len(data.validation) + len(data.test)
         1797

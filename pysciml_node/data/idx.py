@@ -64,7 +64,7 @@ def parse_idx(content: bytes, *, name: str = "content") -> Tensor:
     Raises:
         ValueError: the header is not that of an IDX file, or the size does not match it.
 
-    Example:
+    Examples:
         >>> parse_idx(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 8, 9])).tolist()
         [7, 8, 9]
     """

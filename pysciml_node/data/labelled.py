@@ -59,7 +59,7 @@ class LabelledData:
         ValueError: `x` and `y` hold different numbers of samples, or `y` is not a vector.
         TypeError: `y` is not of an integer dtype.
 
-    Example:
+    Examples:
         >>> data = LabelledData(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
         >>> len(data), len(data[torch.tensor([0, 2])])
         (3, 2)
@@ -127,7 +127,7 @@ def stratified_split(
     Raises:
         ValueError: the shares are not positive or do not add up to one.
 
-    Example:
+    Examples:
         >>> g = torch.Generator().manual_seed(0)
         >>> parts = stratified_split(torch.tensor([0, 0, 1, 1]), {"a": 0.5, "b": 0.5}, generator=g)
         >>> sorted(parts["a"].tolist() + parts["b"].tolist())

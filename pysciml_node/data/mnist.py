@@ -51,7 +51,7 @@ def mnist(
         ConnectionError: files are missing and no mirror could be reached.
         ValueError: a file's content is not MNIST's, or `validation` is out of range.
 
-    Example:
+    Examples:
         >>> data = mnist("data/mnist")  # doctest: +SKIP
         >>> tuple(data.train.x.shape)  # doctest: +SKIP
         (60000, 28, 28)

@@ -116,7 +116,7 @@ def physionet(
         ConnectionError: there is no archive and none could be fetched.
         ValueError: a file is not of the challenge's form, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> data = physionet("data/physionet")  # doctest: +SKIP
         >>> data.train.variables  # doctest: +SKIP
         37
@@ -176,7 +176,7 @@ def parse_record(text: str, *, name: str = "record") -> Record:
     Raises:
         ValueError: a line of another form.
 
-    Example:
+    Examples:
         >>> hours, places, values = parse_record("Time,Parameter,Value\\n01:30,HR,73\\n")
         >>> hours.tolist(), VARIABLES[places[0]], values.tolist()
         ([1.5], 'HR', [73.0])

@@ -77,7 +77,7 @@ def plane(shape: str, n: int, *, generator: torch.Generator) -> LabelledData:
     Raises:
         ValueError: an unknown shape.
 
-    Example:
+    Examples:
         >>> tuple(plane("pinwheel", 5, generator=torch.Generator().manual_seed(0)).x.shape)
         (5, 2)
 

@@ -38,7 +38,7 @@ def prices(
         ImportError: matplotlib is not installed.
         ValueError: the shares leave nothing for one of the parts.
 
-    Example:
+    Examples:
         >>> data = prices()
         >>> data.train.variables, bool(data.train.times.max() < 1)
         (3, True)

@@ -31,7 +31,7 @@ class IrregularSeries:
             times or observed values that are not finite.
         TypeError: a dtype that does not suit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> series = IrregularSeries(
         ...     times=torch.tensor([0.0, 0.7, 0.2]),

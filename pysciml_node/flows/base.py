@@ -282,7 +282,7 @@ class Chain(Flow):
         event_shape: shape of one sample of the data.
         base: as for `Flow`.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> from pysciml_node import flows
         >>> cnf = flows.CNF(lambda t, u: -u)

@@ -55,7 +55,7 @@ class CNF(Flow):
         TypeError: a field that is not callable, an unknown option, a regularizer of another kind.
         ValueError: an unknown distribution of probes, a base of another shape.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> from pysciml_node.flows import CNF
         >>> flow = CNF(lambda t, u: -u, event_shape=2, rtol=1e-8, atol=1e-8)

@@ -72,7 +72,7 @@ def bits_per_dimension(log_prob: Tensor, dimensions: int, levels: int = 256) -> 
         dimensions: `D`, the pixels of an image times its channels.
         levels: how many values a pixel has.
 
-    Example:
+    Examples:
         >>> import torch
         >>> float(bits_per_dimension(torch.tensor(0.0), 64, levels=16))  # uniform on [0, 1]
         4.0
@@ -189,7 +189,7 @@ class MultiScale(Flow):
     Raises:
         ValueError: an image that cannot be halved as often as asked for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pysciml_node.layers.timed import TimedField
         >>> flow = MultiScale((1, 8, 8), lambda channels: TimedField.conv(channels, (4,)))

@@ -45,7 +45,7 @@ class JuliaField:
             single tensor.
         JuliaError: the source does not parse, or is no function.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> field = psn.JuliaField("(u, p, t) -> -p[1] .* u")
         >>> problem = psn.ODEProblem(field, torch.ones(3), (0.0, 1.0), p=torch.tensor([2.0]))

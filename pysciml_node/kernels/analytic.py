@@ -89,7 +89,7 @@ def nngp(
     Raises:
         KernelConvergenceError: if `rtol` cannot be met, or the variance blows up before `T`.
 
-    Example:
+    Examples:
         >>> x = torch.eye(2, dtype=torch.float64)
         >>> nngp(x, T=0.0, activation="relu")
         tensor([[0.2500, 0.0796],
@@ -144,7 +144,7 @@ def ntk(
     Raises:
         KernelConvergenceError: if `rtol` cannot be met, or the variance blows up before `T`.
 
-    Example:
+    Examples:
         >>> x = torch.eye(2, dtype=torch.float64)
         >>> bool((torch.linalg.eigvalsh(ntk(x, activation="tanh")) > 0).all())
         True

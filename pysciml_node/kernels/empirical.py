@@ -154,7 +154,7 @@ def empirical_ntk(
             and regularizers of a layer, in train mode), or an argument is not one of the above.
         TypeError: if the module returns no tensor, or parameters or outputs are complex.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> x = torch.eye(3)
         >>> torch.equal(empirical_ntk(layer, x)[..., 0, 0], x)

@@ -176,7 +176,7 @@ class Polynomial(GaussianExpectation):
     Args:
         coefficients: `(c_0, c_1, ...)`, lowest power first.
 
-    Example:
+    Examples:
         >>> half_square = Polynomial((0.0, 0.0, 0.5))
         >>> half_square(torch.tensor([3.0]))
         tensor([4.5000])

@@ -79,7 +79,7 @@ def spectrum(kernel: Tensor) -> Tensor:
     Raises:
         ValueError: if the matrix is not square and symmetric.
 
-    Example:
+    Examples:
         >>> spectrum(torch.diag(torch.tensor([1.0, 3.0])))
         tensor([3., 1.])
     """
@@ -92,7 +92,7 @@ def condition_number(kernel: Tensor) -> float:
 
     Gradient descent at the best learning rate needs about this many steps to gain a factor e.
 
-    Example:
+    Examples:
         >>> condition_number(torch.diag(torch.tensor([1.0, 3.0])))
         3.0
     """
@@ -106,7 +106,7 @@ def condition_number(kernel: Tensor) -> float:
 def rank(kernel: Tensor, rtol: float | None = None) -> int:
     """Number of eigenvalues above `rtol` times the largest (default: `n` times epsilon).
 
-    Example:
+    Examples:
         >>> rank(torch.ones(3, 3))
         1
     """
@@ -119,7 +119,7 @@ def rank(kernel: Tensor, rtol: float | None = None) -> int:
 def max_learning_rate(kernel: Tensor) -> float:
     """Learning rate `2 n / lambda_max` below which gradient descent is stable.
 
-    Example:
+    Examples:
         >>> max_learning_rate(torch.diag(torch.tensor([1.0, 4.0])))
         1.0
     """
@@ -154,7 +154,7 @@ def posterior(
     Raises:
         ValueError: if shapes do not match, or `K + noise I` is not positive definite.
 
-    Example:
+    Examples:
         >>> k = torch.eye(2)
         >>> posterior(k, k[:1], torch.ones(1), torch.tensor([3.0, 5.0]))
         (tensor([3.]), tensor([0.]))
@@ -195,7 +195,7 @@ class GradientDescent:
         targets: `y`, `(n,)` or `(n, o)` (outputs share the kernel: exact at infinite width).
         initial: `f_0`, of the shape of `targets`; None means zero.
 
-    Example:
+    Examples:
         >>> dynamics = GradientDescent(torch.diag(torch.tensor([2.0, 4.0])), torch.ones(2))
         >>> dynamics.outputs(1, lr=0.5)
         tensor([0.5000, 1.0000])

@@ -149,7 +149,7 @@ def activation_report(act: Activation) -> ActivationReport:
     Returns:
         The report; `print` it.
 
-    Example:
+    Examples:
         >>> activation_report("relu").backward_well_posed
         False
         >>> activation_report("softplus").kernel_positive_definite

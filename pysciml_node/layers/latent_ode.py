@@ -95,7 +95,7 @@ class LatentODE(nn.Module):
         TypeError: an unknown option.
         ValueError: an argument out of range.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> from pysciml_node.layers import GRUEncoder, LatentODE
         >>> from pysciml_node.data import prices

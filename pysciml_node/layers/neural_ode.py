@@ -44,7 +44,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         TypeError: a field that is not callable, an unknown option, a regularizer of another kind.
         ValueError: two regularizers of one name.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> class Field(torch.nn.Module):
         ...     def __init__(self):

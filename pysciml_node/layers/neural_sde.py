@@ -45,7 +45,7 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
             another kind.
         ValueError: a regularizer that is an integral along the solution, or moves its end.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> class Linear(torch.nn.Linear):
         ...     def forward(self, t, u):

@@ -175,7 +175,7 @@ class GRUEncoder(_Encoder):
         start: the interval's start.
         generator: source of the initial weights; default torch's own.
 
-    Example:
+    Examples:
         >>> from pysciml_node.data import prices
         >>> series = prices().train[:4]
         >>> GRUEncoder(series.variables, 5)(series).shape

@@ -235,7 +235,7 @@ class TimedField(nn.Module):
         activation: applied after every layer but the last.
         start_at_rest: set the last layer's weights to zero, so that the field starts as zero.
 
-    Example:
+    Examples:
         >>> import torch
         >>> field = TimedField.mlp(2, (16, 16))
         >>> float(field(torch.tensor(0.5), torch.ones(3, 2)).abs().max())

@@ -38,7 +38,7 @@ def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
     Raises:
         TypeError: the source is neither a tensor nor has a terminal state `u1`.
 
-    Example:
+    Examples:
         >>> terminal_state(torch.zeros(8, 3, 2)).shape
         torch.Size([8, 6])
     """
@@ -130,7 +130,7 @@ def scale_by_terminal_variance_(
     Raises:
         ValueError: horizon or moment is missing, or is not positive and finite.
 
-    Example:
+    Examples:
         >>> a = torch.nn.Parameter(torch.tensor(0.5))
         >>> (3.0 * a).backward()
         >>> scale_by_terminal_variance_(a, horizon=2.0, second_moment=3.0) * 12

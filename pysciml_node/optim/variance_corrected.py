@@ -56,6 +56,12 @@ class VarianceCorrected(Optimizer):
         params: parameters or parameter groups.
         lr: `eta`, dimensionless. Default 0.1; 1 is the full step.
         curvature: the form of `C`; see above.
+        foreach: update whole lists of tensors at once; default on CUDA only.
+        maximize: ascend instead.
+        generator: seeds the probes; default the global generator. Only the seed drawn from it
+            is kept, so `state_dict` continues the same sequence of probes.
+
+    Keyword Args:
         safeguard: `"none"`; `"bound"` (terminal) caps `lr` at `log(1 + d) / d` with
             `d = |grad| / (t E|x_t|^2)`, which in one dimension is the largest step that does not
             overshoot; `"backtracking"` halves the step until the loss does not rise;
@@ -76,16 +82,12 @@ class VarianceCorrected(Optimizer):
         cg_rtol: their relative residual. Default 1e-3.
         max_trials: steps tried before the safeguard gives up and leaves the parameters as they
             are. Default 10.
-        foreach: update whole lists of tensors at once; default on CUDA only.
-        maximize: ascend instead.
-        generator: seeds the probes; default the global generator. Only the seed drawn from it
-            is kept, so `state_dict` continues the same sequence of probes.
 
     Raises:
         ValueError: an option is out of its range, or does not go with the curvature; at a step, a
             parameter that the loss depends on and the outputs do not (but for `"terminal"`).
 
-    Example:
+    Examples:
         >>> a = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
         >>> optimizer = VarianceCorrected([a], lr=0.5)
         >>> x0, t = torch.ones(4, 1, dtype=torch.float64), 2.0

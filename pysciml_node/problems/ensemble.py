@@ -39,7 +39,7 @@ class EnsembleProblem(checks.Configured):
         TypeError: `problem` is no problem, or there are neither initial states nor parameters.
         ValueError: shapes that do not fit the problem or one another.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1).double(), (0.0, 1.0))
         >>> starts = torch.tensor([[1.0], [2.0]]).double()

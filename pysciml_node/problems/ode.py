@@ -201,7 +201,7 @@ class ODEProblem(Problem):
         ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite, a mass matrix of
             another shape.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
         >>> problem.tspan

@@ -45,7 +45,7 @@ class SDEProblem(Problem):
         TypeError: `drift` or `diffusion` is not callable, `u0` no real tensor, `tspan` no pair.
         ValueError: an unknown noise or interpretation, an interval that does not go forward.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> problem = psn.SDEProblem(lambda t, u: -u, lambda t, u: 0.1 * u,
         ...                          torch.ones(8, 3), (0.0, 1.0))

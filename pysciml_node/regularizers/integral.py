@@ -85,7 +85,7 @@ class Integral(IntegralRegularizer):
         name: key in `Solution.penalties`.
         weight: factor of the penalty in the loss, or a schedule of it.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> length = psn.Integral(lambda t, u, f: f.norm(dim=1), "length")
         >>> node = psn.NeuralODE(lambda t, u: -u, regularizers=[length])

@@ -106,7 +106,7 @@ class LocalError(_LocalRegularizer):
     by `atol + rtol * max(|u|, |u1|)`, with the tolerances of the solve. The extra memory is one
     step's, whatever the adjoint of the solve.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> field = torch.nn.Linear(2, 2)
         >>> node = psn.NeuralODE(lambda t, u: field(u), psn.Tsit5(),

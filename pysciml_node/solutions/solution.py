@@ -412,7 +412,7 @@ class Solution:
     def numpy(self) -> tuple[np.ndarray[Any, Any], Any]:
         """Times `(T,)` and states `(T, *u0.shape)` as arrays (in the structure of `u0`).
 
-        Example:
+        Examples:
             >>> import torch, pysciml_node as psn
             >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
             >>> t, u = psn.solve(problem, saveat=[0.5, 1.0]).numpy()

@@ -147,7 +147,7 @@ def solve(
         SolverFailure: the end of the interval was not reached (with `throw=True`); of an
             ensemble an `EnsembleFailure`.
 
-    Example:
+    Examples:
         >>> import torch, pysciml_node as psn
         >>> problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1).double(), (0.0, 1.0))
         >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)

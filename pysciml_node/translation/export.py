@@ -185,7 +185,7 @@ def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> Tra
         UnsupportedModule: an operation that programs do not have, control flow that depends on the
             numbers, or a derivative that is not that of the operations.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from pysciml_node.problems.state import StateSpec, map_tensors
         >>> class Field(torch.nn.Module):

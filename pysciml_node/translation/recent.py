@@ -16,7 +16,7 @@ class Recent(Generic[K, V]):
     Args:
         size: how many are kept.
 
-    Example:
+    Examples:
         >>> recent = Recent(2)
         >>> recent["a"], recent["b"] = 1, 2
         >>> recent.get("a")

@@ -91,7 +91,7 @@ def compare(experiment: str, summary: Summary, *, markdown: bool = False) -> str
     Returns:
         Lines of text. `†` marks published rows that were measured elsewhere than their vanilla.
 
-    Example:
+    Examples:
         >>> ours = {"nfe": {"mean": 50.0, "std": 0.0}}
         >>> compare("mnist", {"local-biased": ours}).splitlines()[2].split()[-3:]
         ['50.0', '182.8', 'x0.602']

@@ -231,7 +231,7 @@ _COST_COLUMNS = (
 def columns_of(summary: Summary) -> list[Column]:
     """The columns that a summary fills, its metric first.
 
-    Example:
+    Examples:
         >>> one = {"test_accuracy": {"mean": 1.0, "std": 0.0}}
         >>> [column.title for column in columns_of({"vanilla": one})]
         ['test acc. (%)']
@@ -254,7 +254,7 @@ def format_table(summary: Summary) -> str:
     Returns:
         Lines of text; columns read mean, spread and, in brackets, the ratio.
 
-    Example:
+    Examples:
         >>> one = {"nfe": {"mean": 20.0, "std": 0.0}}
         >>> print(format_table({"vanilla": one}).splitlines()[2].split()[0])
         vanilla

@@ -95,7 +95,7 @@ class ODEClassifier(Classifier):
         settings: width, tolerance, engine, adjoint and the length of the weight's schedule.
         run: variant, seed and weight.
 
-    Example:
+    Examples:
         >>> model = ODEClassifier(4, 3, Settings(steps=1, tolerance=1e-3), Run(variant="vanilla"))
         >>> tuple(model(torch.zeros(2, 2, 2)).logits.shape)
         (2, 3)

@@ -190,7 +190,7 @@ def describe(settings: Settings, run: Run) -> dict[str, Any]:
     Returns:
         A dictionary that JSON and checkpoints can hold; the vanilla variant has no weight.
 
-    Example:
+    Examples:
         >>> describe(Settings(steps=3), Run(variant="vanilla"))["steps"]
         3
     """

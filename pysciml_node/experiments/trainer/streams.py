@@ -29,7 +29,7 @@ def streams(seed: int) -> dict[Stream, torch.Generator]:
         For the initial parameters, the order of the batches, the penalties' times and probes, what
         the model itself draws in training and in evaluation, and the noise of pixels.
 
-    Example:
+    Examples:
         >>> first, again = streams(1), streams(1)
         >>> _ = torch.rand(5, generator=first["penalty"])
         >>> float(torch.rand((), generator=first["batches"])) == float(

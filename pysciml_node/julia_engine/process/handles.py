@@ -19,7 +19,7 @@ class Handle:
     Args:
         number: what Julia returned; greater than 0.
 
-    Example:
+    Examples:
         >>> handle = Handle(7)
         >>> handle.close()
         >>> handle.closed, pending.pop()
