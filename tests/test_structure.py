@@ -93,6 +93,35 @@ def test_no_engine_imports_another(engine):
     assert [file for room, target, file in IMPORTS if room == engine and target in others] == []
 
 
+def test_files_import_in_one_direction():
+    """No circle of files, not even one inside functions or hidden from the interpreter."""
+    modules = {
+        ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sources()
+        if room_of(file) != "__init__"
+    }
+    following = {
+        name: {
+            target
+            for full in imported(file)
+            for target in (full, full.rpartition(".")[0])
+            if target in modules and target != name and not name.startswith(f"{target}.")
+        }
+        for name, file in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join((*path[path.index(name) :], name))}"
+        if name not in done:
+            for target in sorted(following[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+
+
 def test_only_the_verb_and_the_commands_know_the_engines():
     """Everything else reads solutions."""
     knowing = {room for room, target, _ in IMPORTS if target in ENGINES and room != target}

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.vectors import Real, Vectors, Weights
 from pysciml_node.tableaus import Tableau
 
@@ -173,6 +174,19 @@ class Stages:
             # The last stage serves the error estimate and the next step alone.
             self.evaluate(t, h, u, tableau.stages - 1)
         return self.argument(tableau.stages - 1, h, u)
+
+    def error(self, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
+        """The error estimate of a step from `u` to `u1`, a 0-d tensor.
+
+        Without `tolerance.factor * |h|`, which costs nothing on the host.
+        """
+        error = self.vectors.scaled_norm(self.method.b_error, u, u1, tolerance)
+        if self.method.b_error_low is not None:
+            low = self.vectors.scaled_norm(self.method.b_error_low, u, u1, tolerance)
+            combined = error.square() / torch.sqrt(error.square() + 0.01 * low.square())
+            # Both vanish for an equilibrium.
+            error = torch.where(error == 0, torch.zeros_like(error), combined)
+        return error
 
     def dense(self, t: Real, h: Real, u: Tensor, theta: Tensor) -> Tensor:
         """Dense output at `t + theta * h` for `theta` of shape `(m,)`; returns `(m, N)`."""

@@ -21,9 +21,10 @@ from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison
+from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
-from pysciml_node.replay.norms import Tolerance, initial_step
+from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
@@ -291,7 +292,7 @@ class TorchTrajectory(Recorded):
     ) -> StepEstimate:
         """One step from `u`, with the first stage evaluated already or not."""
         u1 = stages.solution(t, h, u, with_error=True)
-        error = tolerance.step_error(stages, u, u1) * (tolerance.factor * abs(h))
+        error = stages.error(u, u1, tolerance) * (tolerance.factor * abs(h))
         dt = stages.method.nodes.new_tensor(h)
         return StepEstimate(dt, error, stages.stiffness(t, h, u))
 

@@ -12,14 +12,13 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from pysciml_node.replay.norms import Tolerance
+from pysciml_node.replay.norms import Tolerance
 
 Real = float | Tensor
 

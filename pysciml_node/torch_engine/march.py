@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.controllers import Controller
-from pysciml_node.replay.norms import Tolerance, initial_step
+from pysciml_node.replay.first_step import initial_step
+from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Stages
 from pysciml_node.replay.vectors import Real
 from pysciml_node.solutions.solution import ReturnCode
@@ -115,7 +116,7 @@ class March:
             error = math.nan
             if adaptive:
                 # The one host read of a step.
-                norm = options.tolerance.step_error(stages, u, u1).item()
+                norm = stages.error(u, u1, options.tolerance).item()
                 error = norm * options.tolerance.factor * abs(h)
             self.last = Attempt(t, h, u, u1, error)
             if adaptive and not error <= 1.0:

@@ -1,48 +1,14 @@
-"""Programs as C: the field, its vector-Jacobian product, and the packing of its parameters.
-
-Values live in four places: the state (argument of the field), the derivative (its result), the
-field's own memory `w`, kept for the pullback, and the packed parameters `P`, which also hold what
-depends on nothing but parameters and so is computed once a solve. Cotangents have places of the
-same names: `u_bar`, `k_bar`, `z`, `D`.
-"""
+"""Programs as C: the field, its vector-Jacobian product, and the packing of its parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pysciml_node.errors import UnsupportedModule
+from pysciml_node.torch_engine.native.layout import Layout
 from pysciml_node.torch_engine.native.operations import OPERATIONS
-from pysciml_node.torch_engine.native.text import PAD, number, padded, whole
-from pysciml_node.translation.program import Operation, Program
-
-
-@dataclass
-class Region:
-    """Memory that is handed out in pieces."""
-
-    name: str
-    size: int = 0
-
-    def take(self, count: int) -> str:
-        """A pointer to room for `count` entries and a vector more."""
-        start = self.size
-        self.size += padded(count)
-        return f"({self.name} + {start})"
-
-
-@dataclass
-class Packing:
-    """A weight in the layout of a product: `(outputs, inputs)` by rows, or turned."""
-
-    offset: int
-    rows: int
-    columns: int
-    stride: int
-    turned: bool
-    weight: int
-    trained: bool = False
+from pysciml_node.torch_engine.native.text import PAD, padded
 
 
 @dataclass
@@ -62,108 +28,8 @@ class Emitted:
     cost: int
 
 
-@dataclass
-class Emitter:
-    """Goes through a program once forward and once backward.
-
-    Args:
-        program: what is emitted.
-    """
-
-    program: Program
-    work: Region = field(default_factory=lambda: Region("w"))
-    bars: Region = field(default_factory=lambda: Region("z"))
-    packed: Region = field(default_factory=lambda: Region("P"))
-    cost: int = 0
-
-    def __post_init__(self) -> None:
-        program = self.program
-        self.sizes: dict[int, int] = {}
-        self.place: dict[int, str] = {}
-        self.bar: dict[int, str] = {}
-        self.fixed: set[int] = set()  # values that depend on parameters alone
-        self.active: set[int] = set()  # values that cotangents go to
-        self.started: set[int] = set()  # cotangents that have been written
-        self.packings: dict[tuple[int, bool], Packing] = {}
-        self.extra: dict[int, str] = {}  # what an operation keeps besides its result
-        self.constants: list[str] = []
-        self.offsets: list[int] = []
-        self._sources()
-        self.single = len(program.state) == 1
-        for step in program.operations:
-            self._result(step)
-
-    def _sources(self) -> None:
-        program = self.program
-        self.place[program.time], self.sizes[program.time] = "time", 1
-        self.bar[program.time] = "time_bar"
-        self.active.add(program.time)
-        offset = 0
-        for id, shape in program.state:
-            self.sizes[id] = math.prod(shape)
-            self.place[id] = f"(u + {offset})"
-            # Parts lie without room between them: their cotangents are gathered elsewhere.
-            self.bar[id] = "u_bar" if len(program.state) == 1 else self.bars.take(self.sizes[id])
-            offset += self.sizes[id]
-            self.active.add(id)
-        for parameter in program.parameters:
-            self.sizes[parameter.id] = math.prod(parameter.shape)
-            self.offsets.append(self.packed.size)
-            self.place[parameter.id] = self.packed.take(self.sizes[parameter.id])
-            self.bar[parameter.id] = self.place[parameter.id].replace("P", "D")
-            self.fixed.add(parameter.id)
-            if parameter.trained:
-                self.active.add(parameter.id)
-        for id, value in program.constants:
-            self.sizes[id] = 1
-            self.place[id] = f"c{id}"
-            self.constants.append(f"static const REAL c{id}[{PAD}] = {{{number(value)}}};")
-            self.fixed.add(id)
-
-    def _result(self, step: Operation) -> None:
-        size = self.sizes[step.out] = math.prod(step.shape)
-        if all(id in self.fixed for id in step.inputs) and step.out not in self.program.outputs:
-            self.fixed.add(step.out)
-            self.place[step.out] = self.packed.take(size)
-            self.bar[step.out] = self.place[step.out].replace("P", "D")
-        elif step.out in self.program.outputs and self.single:
-            self.place[step.out], self.bar[step.out] = "k", "k_bar"
-        else:
-            self.place[step.out] = self.work.take(size)
-            self.bar[step.out] = self.bars.take(size)
-        if any(id in self.active for id in step.inputs):
-            self.active.add(step.out)
-
-    # Helpers of the operations -----------------------------------------------------------------
-
-    def count(self, size: int, exact: bool = False) -> int:
-        """Entries that a loop over whole buffers goes through, their padding included."""
-        return size if exact or size <= PAD // 2 else whole(size)
-
-    def begin(self, id: int) -> list[str]:
-        """Make a cotangent ready to be added to."""
-        if id in self.fixed or id in self.started or id == self.program.time:
-            return []
-        self.started.add(id)
-        return [f"memset({self.bar[id]}, 0, {self.sizes[id]} * sizeof(REAL));"]
-
-    def add_to(self, id: int, size: int, value: Callable[[str], str], exact: bool) -> list[str]:
-        """Add to a cotangent entry by entry, or write it for the first time."""
-        known = id in self.fixed or id in self.started or id == self.program.time
-        self.started.add(id)
-        sign = "+=" if known else "="
-        # In the packed parameters and at the ends of parts the padding is somebody else's.
-        count = self.count(size, exact or id in self.fixed or id == self.program.time)
-        return [
-            "#pragma omp simd",
-            f"for (int i = 0; i < {count}; i++) {self.bar[id]}[i] {sign} {value('i')};",
-        ]
-
-    def wants(self, id: int) -> bool:
-        """Whether a value's cotangent is needed."""
-        return id in self.active
-
-    # The whole ---------------------------------------------------------------------------------
+class Emitter(Layout):
+    """Goes through a program once forward and once backward."""
 
     def emit(self) -> Emitted:
         """All functions of the field."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pysciml_node.torch_engine.native import elementwise
+from pysciml_node.torch_engine.native.layout import Layout, Packing
 from pysciml_node.torch_engine.native.text import (
     PAD,
     Shape,
@@ -19,10 +19,7 @@ from pysciml_node.torch_engine.native.text import (
 )
 from pysciml_node.translation.program import Operation
 
-if TYPE_CHECKING:
-    from pysciml_node.torch_engine.native.emit import Emitter, Packing
-
-Emit = Callable[["Emitter", Operation], list[str]]
+Emit = Callable[[Layout, Operation], list[str]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ OPERATIONS: dict[str, Emission] = {}
 # Entry by entry ------------------------------------------------------------------------------
 
 
-def _unary(e: Emitter, step: Operation) -> list[str]:
+def _unary(e: Layout, step: Operation) -> list[str]:
     x, y = e.place[step.inputs[0]], e.place[step.out]
     size = e.sizes[step.out]
     count = e.count(size, step.op in elementwise.LIBRARY)
@@ -52,7 +49,7 @@ def _unary(e: Emitter, step: Operation) -> list[str]:
     return ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {y}[i] = {value};"]
 
 
-def _unary_pull(e: Emitter, step: Operation) -> list[str]:
+def _unary_pull(e: Layout, step: Operation) -> list[str]:
     (id,) = step.inputs
     x, y, g = e.place[id], e.place[step.out], e.bar[step.out]
 
@@ -66,12 +63,12 @@ for _name in elementwise.FORWARD:
     OPERATIONS[_name] = Emission(_unary, _unary_pull)
 
 
-def _angle(e: Emitter, step: Operation) -> list[str]:
+def _angle(e: Layout, step: Operation) -> list[str]:
     x, y = e.place[step.inputs[0]], e.place[step.out]
     return [f"psn_sines({e.sizes[step.out]}, {x}, {y}, {int(step.op == 'cos')});"]
 
 
-def _angle_pull(e: Emitter, step: Operation) -> list[str]:
+def _angle_pull(e: Layout, step: Operation) -> list[str]:
     (id,) = step.inputs
     size, slope = e.sizes[step.out], e.bars.take(e.sizes[step.out])
     sign = "-" if step.op == "cos" else ""
@@ -87,7 +84,7 @@ OPERATIONS["sin"] = OPERATIONS["cos"] = Emission(_angle, _angle_pull)
 # Pairs ---------------------------------------------------------------------------------------
 
 
-def _pair(e: Emitter, step: Operation) -> list[str]:
+def _pair(e: Layout, step: Operation) -> list[str]:
     a, b = (e.place[id] for id in step.inputs)
     y, function = e.place[step.out], elementwise.PAIRS[step.op]
     if step.in_shapes[0] == step.in_shapes[1]:
@@ -107,7 +104,7 @@ def _paired(step: Operation) -> tuple[Shape, list[Shape]]:
     return shape, [*(broadcast_strides(s, shape) for s in step.in_shapes), contiguous(shape)]
 
 
-def _pair_pull(e: Emitter, step: Operation) -> list[str]:
+def _pair_pull(e: Layout, step: Operation) -> list[str]:
     a, b = (e.place[id] for id in step.inputs)
     y, g = e.place[step.out], e.bar[step.out]
     shape, strides = _paired(step)
@@ -144,11 +141,11 @@ for _name in elementwise.PAIRS:
 # Entries moved and summed ----------------------------------------------------------------------
 
 
-def _zero(e: Emitter, id: int) -> str:
+def _zero(e: Layout, id: int) -> str:
     return f"memset({e.place[id]}, 0, {e.sizes[id]} * sizeof(REAL));"
 
 
-def _sum(e: Emitter, step: Operation) -> list[str]:
+def _sum(e: Layout, step: Operation) -> list[str]:
     (source,), x, y = step.in_shapes, e.place[step.inputs[0]], e.place[step.out]
     kept = broadcast_strides(step.shape, source)
     factor = step.attributes["factor"]
@@ -162,7 +159,7 @@ def _sum(e: Emitter, step: Operation) -> list[str]:
     ]
 
 
-def _sum_pull(e: Emitter, step: Operation) -> list[str]:
+def _sum_pull(e: Layout, step: Operation) -> list[str]:
     (id,), (source,) = step.inputs, step.in_shapes
     kept, g = broadcast_strides(step.shape, source), e.bar[step.out]
     factor = number(step.attributes["factor"])
@@ -191,7 +188,7 @@ def _pieces(step: Operation) -> list[tuple[int, Shape, Shape, Shape, int]]:
     return found
 
 
-def _cat(e: Emitter, step: Operation) -> list[str]:
+def _cat(e: Layout, step: Operation) -> list[str]:
     lines: list[str] = []
     for id, shape, out, own, start in _pieces(step):
         target, x = f"({e.place[step.out]} + {start})", e.place[id]
@@ -199,7 +196,7 @@ def _cat(e: Emitter, step: Operation) -> list[str]:
     return lines
 
 
-def _cat_pull(e: Emitter, step: Operation) -> list[str]:
+def _cat_pull(e: Layout, step: Operation) -> list[str]:
     lines: list[str] = []
     for id, shape, out, own, start in _pieces(step):
         if e.wants(id):
@@ -220,14 +217,14 @@ def _viewed(step: Operation) -> tuple[Shape, Shape, int]:
     return tuple(a["size"]), tuple(a["stride"]), a["offset"]
 
 
-def _view(e: Emitter, step: Operation) -> list[str]:
+def _view(e: Layout, step: Operation) -> list[str]:
     shape, stride, offset = _viewed(step)
     x = f"({e.place[step.inputs[0]]} + {offset})"
     strides = [contiguous(shape), stride]
     return loops(shape, strides, e.place[step.out], lambda at: f"{x}[{at[1]}]", False)
 
 
-def _view_pull(e: Emitter, step: Operation) -> list[str]:
+def _view_pull(e: Layout, step: Operation) -> list[str]:
     (id,), (shape, stride, offset) = step.inputs, _viewed(step)
     g, target = e.bar[step.out], f"({e.bar[id]} + {offset})"
     strides = [stride, contiguous(shape)]
@@ -287,9 +284,8 @@ class _Linear:
         return 2 * self.inner >= PAD or self.inner >= self.columns
 
 
-def _packing(e: Emitter, m: _Linear, turned: bool) -> Packing:
+def _packing(e: Layout, m: _Linear, turned: bool) -> Packing:
     """The weight as `(outputs, inputs)`, or turned; packed once for all that ask for it."""
-    from pysciml_node.torch_engine.native.emit import Packing
 
     if (m.weight, turned) not in e.packings:
         columns = m.columns if turned else m.inner
@@ -302,7 +298,7 @@ def _packing(e: Emitter, m: _Linear, turned: bool) -> Packing:
     return e.packings[m.weight, turned]
 
 
-def _input(e: Emitter, m: _Linear, step: Operation) -> tuple[str, list[str]]:
+def _input(e: Layout, m: _Linear, step: Operation) -> tuple[str, list[str]]:
     """The whole input of a product, put together where it has several parts."""
     if m.plain:
         return e.place[m.pieces[0][0]], []
@@ -320,7 +316,7 @@ def _input(e: Emitter, m: _Linear, step: Operation) -> tuple[str, list[str]]:
     return x, lines
 
 
-def _linear(e: Emitter, step: Operation) -> list[str]:
+def _linear(e: Layout, step: Operation) -> list[str]:
     m, y = _Linear.of(step), e.place[step.out]
     x, lines = _input(e, m, step)
     e.cost += m.rows * m.inner * m.columns
@@ -355,7 +351,7 @@ def _linear(e: Emitter, step: Operation) -> list[str]:
     return lines
 
 
-def _linear_pull(e: Emitter, step: Operation) -> list[str]:
+def _linear_pull(e: Layout, step: Operation) -> list[str]:
     m, y, g = _Linear.of(step), e.place[step.out], e.bar[step.out]
     lines: list[str] = []
     activation = step.attributes["activation"]
@@ -380,12 +376,12 @@ def _linear_pull(e: Emitter, step: Operation) -> list[str]:
     return lines
 
 
-def _packs(e: Emitter, m: _Linear, step: Operation) -> bool:
+def _packs(e: Layout, m: _Linear, step: Operation) -> bool:
     """Whether the weight is packed: it is known before the first evaluation, and not just then."""
     return m.weight in e.fixed and step.out not in e.fixed
 
 
-def _weight_pull(e: Emitter, m: _Linear, step: Operation, x: str, g: str) -> list[str]:
+def _weight_pull(e: Layout, m: _Linear, step: Operation, x: str, g: str) -> list[str]:
     if _packs(e, m, step):
         turned = m.columns > m.inner
         w = _packing(e, m, turned)
@@ -404,7 +400,7 @@ def _weight_pull(e: Emitter, m: _Linear, step: Operation, x: str, g: str) -> lis
     ]
 
 
-def _input_pull(e: Emitter, m: _Linear, step: Operation, g: str) -> list[str]:
+def _input_pull(e: Layout, m: _Linear, step: Operation, g: str) -> list[str]:
     first = m.pieces[0][0] if m.plain else None
     # Written in place where nothing has been added to it yet.
     direct = first is not None and first not in e.fixed and first not in e.started
@@ -446,7 +442,7 @@ def _input_pull(e: Emitter, m: _Linear, step: Operation, g: str) -> list[str]:
 OPERATIONS["linear"] = Emission(_linear, _linear_pull)
 
 
-def _bmm(e: Emitter, step: Operation) -> list[str]:
+def _bmm(e: Layout, step: Operation) -> list[str]:
     a, (left, right) = step.attributes, step.inputs
     e.cost += a["batch"] * a["rows"] * a["inner"] * a["columns"]
     return [_zero(e, step.out), *_stacked(step, e.place[left], e.place[right], e.place[step.out])]
@@ -471,7 +467,7 @@ def _stacked(step: Operation, x: str, y: str, z: str, target: str = "out") -> li
     return [f"for (int b = 0; b < {a['batch']}; b++)", f"  {call}"]
 
 
-def _bmm_pull(e: Emitter, step: Operation) -> list[str]:
+def _bmm_pull(e: Layout, step: Operation) -> list[str]:
     (left, right), g = step.inputs, e.bar[step.out]
     lines: list[str] = []
     if e.wants(left):
@@ -493,14 +489,14 @@ def _conv_sizes(step: Operation) -> str:
     return f"(Conv){{{', '.join(map(str, numbers))}}}"
 
 
-def _conv(e: Emitter, step: Operation) -> list[str]:
+def _conv(e: Layout, step: Operation) -> list[str]:
     x, w, *bias = (e.place[id] for id in step.inputs)
     e.cost += math.prod(step.shape) * math.prod(step.in_shapes[1][1:])
     tail = bias[0] if bias else "0"
     return [f"psn_conv({_conv_sizes(step)}, {x}, {w}, {tail}, {e.place[step.out]});"]
 
 
-def _conv_pull(e: Emitter, step: Operation) -> list[str]:
+def _conv_pull(e: Layout, step: Operation) -> list[str]:
     wanted = [id for id in step.inputs if e.wants(id)]
     bars = [e.bar[id] if id in wanted else "0" for id in step.inputs]
     x, w = (e.place[id] for id in step.inputs[:2])
@@ -522,7 +518,7 @@ def _norm_operands(step: Operation) -> tuple[str, int, int | None, int | None]:
     return f"{blocks}, {a['groups']}, {a['channels']}, {a['pixels']}", blocks, weight, bias
 
 
-def _norm(e: Emitter, step: Operation) -> list[str]:
+def _norm(e: Layout, step: Operation) -> list[str]:
     sizes, blocks, weight, bias = _norm_operands(step)
     region = e.packed if step.out in e.fixed else e.work
     kept = e.extra[step.out] = region.take(2 * blocks)
@@ -532,7 +528,7 @@ def _norm(e: Emitter, step: Operation) -> list[str]:
     return [f"psn_norm({sizes}, {eps}, {x}, {w}, {b}, {y}, {kept});"]
 
 
-def _norm_pull(e: Emitter, step: Operation) -> list[str]:
+def _norm_pull(e: Layout, step: Operation) -> list[str]:
     sizes, _, weight, bias = _norm_operands(step)
     x, kept = step.inputs[0], e.extra[step.out]
     wanted = [id for id in (x, weight, bias) if id is not None and e.wants(id)]
