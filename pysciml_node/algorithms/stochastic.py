@@ -35,6 +35,8 @@ class StochasticRungeKutta(Algorithm):
     tableau: ClassVar[SDETableau]
     noises: ClassVar[tuple[Noise, ...]] = ("diagonal", "scalar", "additive")
     interpretations: ClassVar[tuple[Interpretation, ...]] = ("ito",)
+    # Noises for which steps may be chosen by looking at the path; the others ask for fixed steps.
+    adapts_to: ClassVar[tuple[Noise, ...]] = _EVERY
 
     delta: float = 1.0
 
@@ -61,15 +63,41 @@ class StochasticRungeKutta(Algorithm):
             raise ValueError(
                 f"{name} solves {' and '.join(self.interpretations)} equations, but the problem's "
                 f'interpretation is "{problem.interpretation}".\n'
-                f"  Use {default_algorithm(problem)!r}, or convert the drift: Ito's is "
+                f"  Use {usual_algorithm(problem)}, or convert the drift: Ito's is "
                 "Stratonovich's plus (1/2) (dg/du) g."
             )
         if problem.noise not in self.noises:
             served = ", ".join(self.noises)
             raise ValueError(
                 f'{name} is for {served} noise, but the problem\'s noise is "{problem.noise}".\n'
-                f"  Use {default_algorithm(problem)!r}."
+                f"  Use {usual_algorithm(problem)}."
             )
+
+    def check_adaptive(self, problem: SDEProblem) -> None:
+        """Refuse steps that are chosen by looking at the path, where they bias the solution.
+
+        Raises:
+            ValueError: the method does not converge with such steps for this noise.
+        """
+        if problem.noise in self.adapts_to:
+            return
+        fixed = f"controller=FixedStep(), dt0={(problem.t1 - problem.t0) / 100:.2g}"
+        other = "the Stratonovich form of the equation with EulerHeun()"
+        if problem.noise != "general":
+            other = "SOSRI(), SRIW1() or RKMil(), which may adapt their steps"
+        raise ValueError(
+            f"{type(self).__name__} with adaptive steps is for {' and '.join(self.adapts_to)} "
+            f'noise, but the problem\'s noise is "{problem.noise}": steps that follow the path '
+            "would bias the solution.\n"
+            f"  Use {fixed}; or {other}."
+        )
+
+
+def usual_algorithm(problem: SDEProblem) -> str:
+    """How a message names a problem's usual method, with the steps that it asks for."""
+    usual = default_algorithm(problem)
+    steps = "" if problem.noise in usual.adapts_to else ", controller=FixedStep(), dt0=..."
+    return f"{usual!r}{steps}"
 
 
 def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
@@ -85,14 +113,18 @@ def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
 class EM(StochasticRungeKutta):
     """Euler-Maruyama, strong order 1/2 (1 for additive noise), weak order 1; Ito, any noise.
 
-    Adaptive by what it lacks of Milstein's step (Lamba's estimate).
+    Adaptive for additive noise, by what it lacks of Milstein's step (Lamba's estimate). For other
+    noise it asks for `FixedStep`: steps that are chosen by looking at the path leave a bias that
+    only the terms of Milstein's or Heun's method take away.
 
     Reference: Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 10.2;
-    H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
+    H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430; J. G. Gaines and T. J. Lyons, SIAM J. Appl.
+    Math. 57 (1997) 1455-1484; J. Foster and A. Jelincic, arXiv 2311.14201.
     """
 
     tableau: ClassVar[SDETableau] = tableaus.EM
     noises: ClassVar[tuple[Noise, ...]] = _EVERY
+    adapts_to: ClassVar[tuple[Noise, ...]] = ("additive",)
 
     def tableau_for(self, problem: SDEProblem) -> SDETableau:
         """The coefficients for a problem's noise."""
@@ -104,8 +136,8 @@ class EM(StochasticRungeKutta):
 class LambaEM(EM):
     """As `EM`, with the diffusion at the end of the step's interval.
 
-    StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine; for a diffusion that
-    does not depend on time it takes `EM`'s steps.
+    StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine (of additive noise, as
+    for `EM`); for a diffusion that does not depend on time it takes `EM`'s steps.
 
     Reference: H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
     """

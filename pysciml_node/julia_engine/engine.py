@@ -12,7 +12,7 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, For
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_algorithm
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
 from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.ensembles import run_many
 from pysciml_node.julia_engine.fields import ProgramField, TranslatedFlatField
@@ -48,7 +48,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
     if not plans.supports(algorithm):
         known = "Tsit5()"
         if isinstance(problem, SDEProblem):
-            known = repr(default_algorithm(problem))
+            known = usual_algorithm(problem)
         return f"{algorithm!r} is not an algorithm of the Julia engine.\n  Use {known} there."
     if dtype not in (torch.float32, torch.float64):
         return f"the Julia engine solves in float32 or float64, not in {dtype}.\n  Convert u0."

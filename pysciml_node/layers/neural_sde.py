@@ -28,7 +28,8 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
     Args:
         drift: `drift(t, u)`, or with a third argument `p`; usually an `nn.Module`.
         diffusion: likewise, in the shape that `noise` asks for.
-        algorithm: default what the noise asks for (`SOSRI()` for diagonal noise).
+        algorithm: default what the noise asks for (`SOSRI()` for diagonal noise). General Ito noise
+            needs `controller=FixedStep()` and `dt0`.
         tspan: the interval.
         noise: `"diagonal"`, `"scalar"`, `"additive"` or `"general"`.
         interpretation: `"ito"` or `"stratonovich"`.

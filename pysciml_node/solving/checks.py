@@ -19,7 +19,11 @@ from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint
 from pysciml_node.algorithms.controllers import Controller, FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.algorithms.stochastic import StochasticRungeKutta, default_algorithm
+from pysciml_node.algorithms.stochastic import (
+    StochasticRungeKutta,
+    default_algorithm,
+    usual_algorithm,
+)
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
@@ -218,7 +222,7 @@ def _options(
         defaulted=frozenset(name for name, value in given.items() if value is None),
     )
     if isinstance(problem, SDEProblem):
-        _check_for_noise(problem, options, generator)
+        _check_for_noise(problem, algorithm, options, generator)
     elif generator is not None:
         raise ValueError(
             "generator draws Brownian motions, and an ODEProblem has none.\n  Leave it out."
@@ -257,7 +261,7 @@ def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
     elif isinstance(problem, SDEProblem):
         raise ValueError(
             f"algorithm {algorithm!r} is for ordinary equations, but the problem is an "
-            f"SDEProblem.\n  Use {default_algorithm(problem)!r}."
+            f"SDEProblem.\n  Use {usual_algorithm(problem)}."
         )
     elif isinstance(algorithm, StochasticRungeKutta) and not isinstance(problem, SDEProblem):
         raise ValueError(
@@ -267,9 +271,14 @@ def _check_kind(problem: Problem, algorithm: Algorithm) -> None:
 
 
 def _check_for_noise(
-    problem: SDEProblem, options: SolveOptions, generator: torch.Generator | None
+    problem: SDEProblem,
+    algorithm: Algorithm,
+    options: SolveOptions,
+    generator: torch.Generator | None,
 ) -> None:
     """The options of a stochastic solve have nothing that does not fit it."""
+    if isinstance(algorithm, StochasticRungeKutta) and options.controller.adaptive:
+        algorithm.check_adaptive(problem)
     if options.events:
         raise ValueError(
             "events are not found in stochastic solutions, which cross zero infinitely often.\n"

@@ -110,7 +110,8 @@ def solve(
     Args:
         problem: what to solve: an `ODEProblem` or an `SDEProblem`, or an `EnsembleProblem` of many.
         algorithm: how; default `Tsit5()`, and for an `SDEProblem` what its noise asks for:
-            `SOSRI()`, `SOSRA()`, `LambaEM()`, or `EulerHeun()` for Stratonovich equations.
+            `SOSRI()`, `SOSRA()`, `LambaEM()` (general noise; with `FixedStep()` and `dt0` only), or
+            `EulerHeun()` for Stratonovich equations.
         rtol: relative tolerance on the root-mean-square of the local error; a number, a tensor that
             broadcasts to `u0`, or a tuple or dict of these like `u0`. Default 1e-6, and 1e-2 for an
             `SDEProblem`.

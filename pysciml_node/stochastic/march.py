@@ -120,8 +120,8 @@ class SDEMarch(Steps):
     """Steps that the torch engine takes.
 
     The path is what it is before the first step: a rejected step looks at it again over a shorter
-    interval. Steps that are chosen so depend on the path, which biases the mean of Euler-Maruyama's
-    solution where the noise depends on the state, by less than the tolerance.
+    interval. Steps that are chosen so depend on the path. Methods that this biases are refused
+    before (`StochasticRungeKutta.check_adaptive`).
     """
 
     @override

@@ -60,7 +60,7 @@ CASES = [*((a, "ito") for a in ITO), *((a, "stratonovich") for a in STRATONOVICH
 
 
 def case_name(value: object) -> str:
-    return value if isinstance(value, str) else type(value).__name__
+    return str(value) if isinstance(value, str | bool) else type(value).__name__
 
 
 @pytest.mark.parametrize(("algorithm", "interpretation"), CASES, ids=case_name)
@@ -174,8 +174,17 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize(("algorithm", "noise", "interpretation"), GRADIENT_CASES, ids=case_name)
+# Euler-Maruyama adapts its steps to additive noise only.
+MARCHES = [
+    (*case, adaptive)
+    for case in GRADIENT_CASES
+    for adaptive in ([True, False] if case[1] in case[0].adapts_to else [False])
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "noise", "interpretation", "adaptive"), MARCHES, ids=case_name
+)
 def test_the_discrete_adjoint_is_autograd_through_the_steps(
     algorithm: Any, noise: Any, interpretation: Any, adaptive: bool, engine: str
 ) -> None:

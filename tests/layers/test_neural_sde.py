@@ -129,6 +129,18 @@ def test_integrals_are_refused_by_name(regularizer: psn.Regularizer) -> None:
         node(regularizer)
 
 
+def test_adaptive_euler_maruyama_is_refused_and_fixed_steps_are_regularized() -> None:
+    """One local step looks at no later path: its estimate needs no adaptive solve."""
+    options: dict[str, Any] = {"regularizers": [psn.LocalError()], "generator": seeded()}
+    with pytest.raises(ValueError, match=r"LambaEM with adaptive steps.*\n.*SOSRI"):
+        psn.NeuralSDE(Net(), Net(0.3), psn.LambaEM(), **options)(inputs())
+    with pytest.raises(ValueError, match=r"LambaEM with adaptive steps.*\n.*FixedStep\(\), dt0="):
+        psn.NeuralSDE(Net(), Net(0.3), noise="general", **options)(inputs())
+    fixed = psn.FixedStep()
+    model = psn.NeuralSDE(Net(), Net(0.3), psn.EM(), controller=fixed, dt0=0.1, **options)
+    assert model(inputs()).penalty > 0
+
+
 def test_eval_mode_costs_nothing() -> None:
     model = node(psn.LocalError()).eval()
     solution = model(inputs())

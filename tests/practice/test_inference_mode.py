@@ -105,7 +105,7 @@ g = lambda t, u: 0.1 * net(u)
 def all(u0):
     for name in ("Tsit5", "DP5", "DP8", "BS3"):
         yield psn.solve(psn.ODEProblem(f, u0, (0., 1.)), getattr(psn, name)(), saveat=[.3]).u
-    for name in ("SOSRI", "LambaEM"):
+    for name in ("SOSRI", "RKMil"):
         yield psn.solve(psn.SDEProblem(f, g, u0, (0., 1.)), getattr(psn, name)()).u1
     yield psn.NeuralODE(f, regularizers=[psn.LocalError()])(u0).penalty
     yield nngp(x, x, T=1., sigma_u=1., sigma_w=1., sigma_v=1., activation=torch.relu) * net.weight

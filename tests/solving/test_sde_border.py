@@ -24,6 +24,8 @@ def problem(**changes: Any) -> psn.SDEProblem:
     return psn.SDEProblem(**given)
 
 
+FIXED: dict[str, Any] = {"dt0": 0.25, "controller": psn.FixedStep()}
+
 PROBLEMS = [
     (TypeError, ("drift", "callable"), {"drift": ones()}),
     (TypeError, ("diffusion", "callable"), {"diffusion": 0.1}),
@@ -67,14 +69,53 @@ def test_which_method_serves_which_problem(name: str, noise: Any, interpretation
     algorithm = getattr(psn, name)()
     asked = problem(diffusion=constant, noise=noise, interpretation=interpretation)
     readings = [interpretation] if noise != "additive" else ["ito", "stratonovich"]
-    options: dict[str, Any] = {"dt0": 0.25, "controller": psn.FixedStep()}
     if any((noise, reading) in SERVED[name] for reading in readings):
-        assert psn.solve(asked, algorithm, engine="torch", **options).success
+        assert psn.solve(asked, algorithm, engine="torch", **FIXED).success
         return
     with pytest.raises(ValueError, match=name) as caught:
-        psn.solve(asked, algorithm, **options)
+        psn.solve(asked, algorithm, **FIXED)
     remedy = caught.value.args[0].split("Use ")[1].split("(")[0]
-    assert psn.solve(asked, getattr(psn, remedy)(), engine="torch", **options).success
+    assert psn.solve(asked, getattr(psn, remedy)(), engine="torch", **FIXED).success
+
+
+def mixing(t: Tensor, u: Tensor) -> Tensor:
+    return 0.1 * torch.stack((u, torch.ones_like(u)), -1)
+
+
+@pytest.mark.parametrize("engine", [None, "torch", "julia"])
+@pytest.mark.parametrize("controller", [None, psn.IController(), psn.PIDController()])
+@pytest.mark.parametrize(
+    ("algorithm", "noise"),
+    [
+        *((a, n) for a in (psn.EM(), psn.LambaEM()) for n in ("diagonal", "scalar", "general")),
+        (None, "general"),
+    ],
+)
+def test_euler_maruyama_takes_adaptive_steps_for_additive_noise_only(
+    algorithm: Any, noise: Any, controller: Any, engine: Any
+) -> None:
+    """Steps that follow the path bias it elsewhere; the message says what does not."""
+    asked = problem(diffusion=mixing if noise == "general" else decay, noise=noise)
+    for given in (asked, psn.EnsembleProblem(asked, torch.stack((ones(), ones())))):
+        with pytest.raises(ValueError, match="with adaptive steps is for additive noise") as caught:
+            psn.solve(given, algorithm, controller=controller, engine=engine)
+        first, remedy = str(caught.value).split("\n")
+        assert f'"{noise}"' in first
+        assert remedy.startswith("  Use controller=FixedStep(), dt0=0.01; or ")
+        assert ("EulerHeun()" if noise == "general" else "SOSRI(), SRIW1() or RKMil()") in remedy
+    options: Any = {"controller": psn.FixedStep(), "dt0": 0.01, "engine": "torch"}
+    assert psn.solve(asked, algorithm, **options).success
+
+
+def test_the_remedies_for_adaptive_euler_maruyama_adapt_their_steps() -> None:
+    for algorithm in (psn.SOSRI(), psn.SRIW1(), psn.RKMil()):
+        for noise in ("diagonal", "scalar"):
+            assert psn.solve(problem(noise=noise), algorithm, engine="torch").success
+    general = problem(diffusion=mixing, noise="general", interpretation="stratonovich")
+    assert psn.solve(general, psn.EulerHeun(), engine="torch").success
+    constant = problem(diffusion=lambda t, u: 0.1 * torch.ones_like(u), noise="additive")
+    for algorithm in (psn.EM(), psn.LambaEM()):
+        assert psn.solve(constant, algorithm, engine="torch").success
 
 
 OPTIONS = [
@@ -122,7 +163,7 @@ def test_bad_diffusions(
     error: type[Exception], words: tuple[str, ...], noise: Any, diffusion: Any
 ) -> None:
     with pytest.raises(error) as caught:
-        psn.solve(problem(noise=noise, diffusion=diffusion), engine="torch")
+        psn.solve(problem(noise=noise, diffusion=diffusion), engine="torch", **FIXED)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

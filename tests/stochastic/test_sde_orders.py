@@ -79,8 +79,8 @@ def test_weak_order(method: StochasticRungeKutta, problem: str, moment: int, ord
 
 
 ADAPTIVE = [
-    (psn.EM(), "noisy", 3e-2),
-    (psn.EM(), "rotation", 3e-2),
+    (psn.EM(), "pendulum", 3e-2),
+    (psn.EulerHeun(), "rotation stratonovich", 3e-2),
     (psn.RKMil(), "noisy", 1e-2),
     (psn.RKMil(), "noisy stratonovich", 1e-2),
     (psn.EulerHeun(), "noisy stratonovich", 1e-2),
