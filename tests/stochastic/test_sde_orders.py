@@ -79,7 +79,6 @@ def test_weak_order(method: StochasticRungeKutta, problem: str, moment: int, ord
 
 
 ADAPTIVE = [
-    (psn.EM(), "pendulum", 3e-2),
     (psn.EulerHeun(), "rotation stratonovich", 3e-2),
     (psn.RKMil(), "noisy", 1e-2),
     (psn.RKMil(), "noisy stratonovich", 1e-2),
@@ -113,15 +112,55 @@ def test_adaptive_solves_reach_the_strong_error_asked_for(
     assert solution.step_errors.max() <= 1.0
 
 
-def test_errors_follow_the_tolerance() -> None:
-    known, found = KNOWN["noisy"], []
+@pytest.mark.parametrize(
+    ("method", "problem"), [(psn.SRIW1(), "noisy"), (psn.EM(), "pendulum")], ids=label
+)
+def test_errors_follow_the_tolerance(method: StochasticRungeKutta, problem: str) -> None:
+    known, found = KNOWN[problem], []
     for tolerance in (1e-2, 1e-3):
         solution = psn.solve(
             known.make(200),
-            psn.SRIW1(),
+            method,
             rtol=tolerance,
             atol=tolerance,
             generator=torch.Generator().manual_seed(SEED),
         )
         found.append((solution.u1 - known.exact(solution)).square().mean().sqrt().item())
     assert found[0] > 3 * found[1]
+
+
+class UncheckedEM(psn.EM):
+    """Euler-Maruyama as it is refused: with steps that follow the path for any noise."""
+
+    adapts_to = psn.EM.noises
+
+
+@pytest.mark.parametrize(
+    ("method", "solves", "biased"),
+    [(psn.RKMil(), 1000, False), (UncheckedEM(), 60, True)],
+    ids=label,
+)
+def test_steps_that_follow_single_paths_bias_euler_maruyama_alone(
+    method: StochasticRungeKutta, solves: int, biased: bool
+) -> None:
+    """The mean of a martingale at a tolerance of 0.1, in standard errors.
+
+    Of the difference from the exact solution on the same path, whose mean is 1.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    sigma, differences, rejected = 0.8, [], 0
+    with torch.no_grad():
+        for _ in range(solves):
+            problem = psn.SDEProblem(
+                lambda t, u: 0 * u, lambda t, u: sigma * u, torch.ones(1).double(), (0.0, 1.0)
+            )
+            solution = psn.solve(
+                problem, method, rtol=0.1, atol=0.1, dt0=0.5, generator=generator, engine="torch"
+            )
+            exact = torch.exp(sigma * solution.brownian(0.0, 1.0) - sigma**2 / 2)
+            differences.append(solution.u1 - exact)
+            rejected += solution.stats.nreject
+    assert rejected > solves / 10
+    found = torch.cat(differences)
+    deviations = abs(found.mean().item()) / (found.std().item() / math.sqrt(solves))
+    assert deviations > 5 if biased else deviations < 3
