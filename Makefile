@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 INSTALLED := $(VENV)/.installed
 BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck bench clean
+.PHONY: help demo test lint format typecheck bench docs clean
 
 help:
 	@echo "make demo       train the digits classifier with and without regularization (runs/demo)"
@@ -19,6 +20,7 @@ help:
 	@echo "make lint       check style; make format applies it"
 	@echo "make typecheck  check types"
 	@echo "make bench      time solvers against their peers"
+	@echo "make docs       build the site, strictly (build/site)"
 	@echo "make clean      remove .venv and caches"
 
 # The stamp is touched last, so an installation that failed is tried again.
@@ -35,6 +37,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(BENCHMARKS_INSTALLED): $(INSTALLED)
 	$(PIP) install -e '.[benchmarks]' -c $(CONSTRAINTS)
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP) install -e '.[docs]' -c $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -56,6 +62,9 @@ typecheck: $(INSTALLED)
 
 bench: $(BENCHMARKS_INSTALLED)
 	$(BIN)/python benchmarks/ode.py $(ARGS)
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -62,25 +62,26 @@ class VarianceCorrected(Optimizer):
             is kept, so `state_dict` continues the same sequence of probes.
 
     Keyword Args:
-        safeguard: `"none"`; `"bound"` (terminal) caps `lr` at `log(1 + d) / d` with
+        safeguard (str): `"none"`; `"bound"` (terminal) caps `lr` at `log(1 + d) / d` with
             `d = |grad| / (t E|x_t|^2)`, which in one dimension is the largest step that does not
             overshoot; `"backtracking"` halves the step until the loss does not rise;
             `"gain-ratio"` (gauss-newton) raises the damping instead. Default `"none"`, for
             gauss-newton `"gain-ratio"`.
-        damping: added to `C` in its own units, as a fraction of the mean diagonal (diagonal) or of
-            the curvature along the gradient (gauss-newton; with `"gain-ratio"` the value at the
-            first step). Default 1e-3. Terminal takes none: its curvature is one number.
-        beta: weight of the past in the diagonal's running average, in [0, 1). Default 0.95.
-        probes: random signs a step for the diagonal; as many as outputs or more give it exactly.
-        jvp: how gauss-newton gets `J v`: `"finite-difference"`, two more solves without a
+        damping (float): added to `C` in its own units, as a fraction of the mean diagonal
+            (diagonal) or of the curvature along the gradient (gauss-newton; with `"gain-ratio"` the
+            value at the first step). Default 1e-3. Terminal takes none: its curvature is one number.
+        beta (float): weight of the past in the diagonal's running average, in [0, 1). Default 0.95.
+        probes (int): random signs a step for the diagonal; as many as outputs or more give it
+            exactly.
+        jvp (str): how gauss-newton gets `J v`: `"finite-difference"`, two more solves without a
             gradient, which works with every adjoint and engine; `"double-backward"`, exact, for
             solves with `DirectAdjoint`.
-        fd_step: length of the difference relative to `1 + |theta|`; default the fourth root of
-            the machine epsilon. Raise it for loose solver tolerances.
-        cg_steps: conjugate gradient steps at most, over all trials of a step. Default 20. The
+        fd_step (float): length of the difference relative to `1 + |theta|`; default the fourth root
+            of the machine epsilon. Raise it for loose solver tolerances.
+        cg_steps (int): conjugate gradient steps at most, over all trials of a step. Default 20. The
             memory of twice as many gradients is needed.
-        cg_rtol: their relative residual. Default 1e-3.
-        max_trials: steps tried before the safeguard gives up and leaves the parameters as they
+        cg_rtol (float): their relative residual. Default 1e-3.
+        max_trials (int): steps tried before the safeguard gives up and leaves the parameters as they
             are. Default 10.
 
     Raises:

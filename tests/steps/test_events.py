@@ -252,7 +252,7 @@ def test_second_derivatives_are_refused() -> None:
 
 @pytest.mark.parametrize("direction", [2, "up", None])
 def test_bad_directions(direction: Any) -> None:
-    with pytest.raises(ValueError, match="direction must be -1, 0 or 1"):
+    with pytest.raises(ValueError, match="direction must be one of -1, 0, 1"):
         psn.Event(lambda t, u: u, direction)
 
 
