@@ -114,8 +114,8 @@ class EM(StochasticRungeKutta):
     """Euler-Maruyama, strong order 1/2 (1 for additive noise), weak order 1; Ito, any noise.
 
     Adaptive for additive noise, by what it lacks of Milstein's step (Lamba's estimate). For other
-    noise it asks for `FixedStep`: steps that are chosen by looking at the path leave a bias that
-    only the terms of Milstein's or Heun's method take away.
+    noise it asks for `FixedStep`: steps that are chosen by looking at the path leave a bias of the
+    order of the tolerance, and convergence needs the terms of Milstein's or Heun's method.
 
     Reference: Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 10.2;
     H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430; J. G. Gaines and T. J. Lyons, SIAM J. Appl.
