@@ -69,7 +69,8 @@ class VarianceCorrected(Optimizer):
             gauss-newton `"gain-ratio"`.
         damping (float): added to `C` in its own units, as a fraction of the mean diagonal
             (diagonal) or of the curvature along the gradient (gauss-newton; with `"gain-ratio"` the
-            value at the first step). Default 1e-3. Terminal takes none: its curvature is one number.
+            value at the first step). Default 1e-3. Terminal takes none: its curvature is one
+            number.
         beta (float): weight of the past in the diagonal's running average, in [0, 1). Default 0.95.
         probes (int): random signs a step for the diagonal; as many as outputs or more give it
             exactly.
@@ -81,8 +82,8 @@ class VarianceCorrected(Optimizer):
         cg_steps (int): conjugate gradient steps at most, over all trials of a step. Default 20. The
             memory of twice as many gradients is needed.
         cg_rtol (float): their relative residual. Default 1e-3.
-        max_trials (int): steps tried before the safeguard gives up and leaves the parameters as they
-            are. Default 10.
+        max_trials (int): steps tried before the safeguard gives up and leaves the parameters as
+            they are. Default 10.
 
     Raises:
         ValueError: an option is out of its range, or does not go with the curvature; at a step, a
