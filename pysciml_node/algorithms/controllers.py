@@ -11,6 +11,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from pysciml_node import checks
 
@@ -231,7 +232,13 @@ class FixedStep(Controller):
     adaptive = False
 
     def __post_init__(self) -> None:
-        times = tuple(float(t) for t in self.times)
+        given: Any = self.times
+        if isinstance(given, int | float | str) or not hasattr(given, "__iter__"):
+            raise TypeError(
+                f"FixedStep: times must be a sequence of times, but is {given!r}.\n"
+                "  The size of fixed steps is dt0: solve(..., controller=FixedStep(), dt0=0.1)."
+            )
+        times = tuple(float(t) for t in given)
         object.__setattr__(self, "times", times)
         pairs = list(itertools.pairwise(times))
         if not (all(a < b for a, b in pairs) or all(a > b for a, b in pairs)):

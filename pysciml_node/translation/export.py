@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
+import threading
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -32,7 +33,8 @@ from pysciml_node.translation.builder import (
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.layers import HANDLERS
 from pysciml_node.translation.program import Program
-from pysciml_node.translation.snapshot import Snapshot
+from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.snapshot import Snapshot, reference
 
 VIEWS = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t"),
@@ -75,6 +77,11 @@ class _Translation:
     program: Program
     json: str
     sources: tuple[int | Tensor, ...]
+
+    @property
+    def places(self) -> list[int]:
+        """The numbers among the sources."""
+        return [source for source in self.sources if isinstance(source, int)]
 
     def with_tensors(self, tensors: list[Tensor]) -> TranslatedModule:
         """With the module's tensors as they are now."""
@@ -121,7 +128,14 @@ _MOST = 64
 _SMALL = 1024
 """Entries of a tensor that are looked at though the program does not use them: `item` might."""
 
-_CACHE: weakref.WeakKeyDictionary[Any, deque[_Outcome]] = weakref.WeakKeyDictionary()
+_FIELDS = 256
+"""Fields whose translations are kept."""
+
+_CACHE: Recent[int, tuple[Any, deque[_Outcome]]] = Recent(_FIELDS)
+"""By identity, for equal fields are not the same one; a field is not kept alive."""
+
+# torch.export, and the silence around it, are the process's own: one thread at a time.
+_lock = threading.RLock()
 
 
 class _Called(nn.Module):
@@ -142,6 +156,21 @@ class _Called(nn.Module):
 def _anchor(f: Callable[..., Any]) -> Any:
     """What translations are kept with: the code of a function, which may be made many times."""
     return getattr(getattr(f, "__func__", f), "__code__", f)
+
+
+def kept(f: Callable[..., Any]) -> deque[_Outcome]:
+    """What is kept of a field, the newest first; empty for one that is new."""
+    anchor = _anchor(f)
+    entry = _CACHE.get(id(anchor))
+    if entry is None or entry[0]() is not anchor:
+        forget = functools.partial(_forget, id(anchor))
+        entry = _CACHE[id(anchor)] = (reference(anchor, forget), deque(maxlen=_MOST))
+    return entry[1]
+
+
+def _forget(key: int, gone: object) -> None:
+    del gone
+    _CACHE.pop(key)
 
 
 def _label(f: Callable[..., Any]) -> str:
@@ -200,15 +229,16 @@ def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> Tra
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    outcomes = _CACHE.setdefault(_anchor(module), deque(maxlen=_MOST))
-    now = Snapshot.of(module)
     tensors, structure = _leaves(p)
     kind = (spec, structure)
-    outcome = next((x for x in outcomes if x.holds(kind, now)), None)
-    if outcome is None:
-        outcome = _outcome(module, spec, p, kind, now)
-        outcomes.appendleft(outcome)
+    with _lock:
+        outcomes = kept(module)
         now = Snapshot.of(module)
+        outcome = next((x for x in outcomes if x.holds(kind, now)), None)
+        if outcome is None:
+            outcome = _outcome(module, spec, p, kind, now)
+            outcomes.appendleft(outcome)
+            now = Snapshot.of(module)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
@@ -234,7 +264,9 @@ def _outcome(
 
 
 def _is_source(i: int, x: Tensor, result: Any) -> bool:
-    return isinstance(x, nn.Parameter) or (isinstance(result, _Translation) and i in result.sources)
+    if isinstance(x, nn.Parameter):
+        return True
+    return isinstance(result, _Translation) and i in result.places
 
 
 def _translate(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import contextvars
 import functools
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +46,14 @@ _GLOBAL_HOOKS = (
 _ABSENT = object()
 
 
+def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
+    """What gives an object, without keeping it alive where that can be helped."""
+    try:
+        return weakref.ref(x, gone)
+    except TypeError:
+        return lambda: x
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What a callable can reach.
@@ -67,7 +78,7 @@ class Snapshot:
             tensors = known.tensors()
             if tensors is not None:
                 return Snapshot(known.tokens, tensors)
-        walk = _Walk(weakref.ref(f, functools.partial(_forget, id(f))))
+        walk = _Walk(reference(f, functools.partial(_forget, id(f))))
         walk.add(f)
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
@@ -97,7 +108,7 @@ class _Watch:
         default: torch's default dtype.
     """
 
-    owner: weakref.ref[Any]
+    owner: Callable[[], Any]
     tokens: list[Any] = field(default_factory=list)
     items: list[tuple[Any, Any, Any]] = field(default_factory=list)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
@@ -143,11 +154,7 @@ class _Same:
     __slots__ = ("_get",)
 
     def __init__(self, x: Any) -> None:
-        self._get: Callable[[], Any]
-        try:
-            self._get = weakref.ref(x)
-        except TypeError:
-            self._get = lambda: x
+        self._get = reference(x)
 
     def __eq__(self, other: object) -> bool:
         own = self._get()
@@ -166,13 +173,14 @@ def _describe(x: Tensor) -> tuple[Any, ...]:
 class _Walk:
     """Goes through what can be reached, each object once."""
 
-    def __init__(self, owner: weakref.ref[Any]) -> None:
+    def __init__(self, owner: Callable[[], Any]) -> None:
         self.watch = _Watch(owner)
         self.found: list[Tensor] = []
         self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._indices: dict[int, int] = {}
+        self._rounds: set[tuple[str, tuple[str, ...]]] = set()
 
     def add(self, x: Any) -> None:
         """Note an object, and what can be reached from it."""
@@ -203,6 +211,8 @@ class _Walk:
     def _tensor(self, x: Tensor) -> None:
         self._indices[id(x)] = len(self.found)
         self.found.append(x)
+        if x.__dict__:
+            self._dict(x.__dict__)
         self._tokens.append(_describe(x))
 
     def _loose_tensor(self, x: Tensor) -> None:
@@ -252,6 +262,8 @@ class _Walk:
             self.watch.items.append((parts, name, getattr(f, name)))
         self.add(f.__defaults__)
         self.add(f.__kwdefaults__)
+        self._dict(f.__dict__)
+        names = _names(f.__code__)
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -259,24 +271,38 @@ class _Walk:
                 self._tokens.append("unbound")
                 continue
             self._at(_Attributes(cell), "cell_contents", content)
-        names = _names(f.__code__)
+            if isinstance(content, types.ModuleType):
+                self._names_of(content, names)
+        held = _Globals(f.__globals__)
         for name in names:
-            value = f.__globals__.get(name, _ABSENT)
+            value = held[name]
             if isinstance(value, types.ModuleType):
                 self._names_of(value, names)
             elif value is not _ABSENT:
                 self._at(f.__globals__, name, value)
+            else:
+                # The name of an attribute, of an import inside, or of what may be there later.
+                self.watch.items.append((held, name, _ABSENT))
+                if isinstance(sys.modules.get(name), types.ModuleType):
+                    self._names_of(sys.modules[name], names)
 
     def _names_of(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
         """Of a module of the user's, what the code mentions."""
         self._tokens.append(module.__name__)
-        if _is_library(module.__name__):
+        # Modules name one another: a round ends where it began.
+        round_ = (module.__name__, names)
+        if round_ in self._rounds or _is_library(module.__name__):
             return
-        held = vars(module)
+        self._rounds.add(round_)
+        held = _Globals(vars(module))
         for name in names:
-            value = held.get(name, _ABSENT)
-            if value is not _ABSENT and not isinstance(value, types.ModuleType):
-                self._at(held, name, value)
+            value = held[name]
+            if isinstance(value, types.ModuleType):
+                self._names_of(value, names)
+            elif value is not _ABSENT:
+                self._at(vars(module), name, value)
+            else:
+                self.watch.items.append((held, name, _ABSENT))
 
     def _class(self, x: type) -> None:
         self._tokens.append(_Same(x))
@@ -293,6 +319,17 @@ class _Walk:
     def _array(self, x: Any) -> None:
         self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
         self.watch.items.append((_Bytes(x), x.tobytes(), True))
+
+    def _mapping(self, x: Any) -> None:
+        """A container that is no dict: a wrapper of several, a configuration."""
+        self.add(type(x))
+        self._dict(x)
+
+    def _variable(self, x: Any) -> None:
+        self._at(_Value(functools.partial(x.get, None)), "value", x.get(None))
+
+    def _reference(self, x: Any) -> None:
+        self._at(_Value(x), "value", x())
 
     def _opaque(self, x: Any) -> None:
         self._tokens.append(_Same(x))
@@ -311,6 +348,26 @@ class _Walk:
                     self._at(parts, name, getattr(x, name))
         if values is None:
             self._tokens.append(_Same(x))
+
+
+class _Globals:
+    """The entries of a module, and what is not there."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self._held = held
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held.get(name, _ABSENT)
+
+
+class _Value:
+    """What a context variable, or a weak reference, gives."""
+
+    def __init__(self, get: Callable[[], Any]) -> None:
+        self._get = get
+
+    def __getitem__(self, key: str) -> Any:
+        return self._get()
 
 
 class _Attributes:
@@ -357,6 +414,10 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (functools._lru_cache_wrapper, lambda walk, x: walk.add(x.__wrapped__)),
     (property, lambda walk, x: walk.add((x.fget, x.fset))),
     ((np.ndarray, np.generic), _Walk._array),
+    (contextvars.ContextVar, _Walk._variable),
+    (weakref.ref, _Walk._reference),
+    ((argparse.Namespace, threading.local), _Walk._object),
+    (Mapping, _Walk._mapping),
 )
 
 

@@ -146,3 +146,8 @@ def test_an_optimizer_for_a_field_that_is_a_function() -> None:
     assert list(psn.NeuralODE(decay).parameters()) == []
     with pytest.raises(ValueError, match=r"(?s)params is empty.*write it as an nn\.Module"):
         psn.optim.VarianceCorrected([])
+
+
+def test_the_size_of_fixed_steps_is_not_the_controllers() -> None:
+    with pytest.raises(TypeError, match=r"times must be a sequence(.|\n)*dt0=0\.1"):
+        psn.FixedStep(0.1)  # type: ignore[arg-type]

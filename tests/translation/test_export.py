@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pysciml_node.layers.timed import TimedField
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.translation.export import _CACHE, UnsupportedModule, translate
+from pysciml_node.translation.export import UnsupportedModule, kept, translate
 
 
 class Field(nn.Module):
@@ -231,7 +231,7 @@ def test_translations_are_kept_by_structure_and_mode_and_die_with_the_module():
     with pytest.raises(UnsupportedModule, match="dropout"):
         translate(field, StateSpec.of(U))
     gone = weakref.ref(field)
-    assert field in _CACHE
+    assert kept(field)
     del field
     gc.collect()
     assert gone() is None

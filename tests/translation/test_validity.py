@@ -203,7 +203,7 @@ def test_translations_are_bounded():
     module.forward = lambda t, u: u * module.weight.sum()  # type: ignore[method-assign]
     for n in range(1, 5):
         translate(module, StateSpec.of(torch.zeros(n, dtype=D)))
-    kept = export._CACHE[module]
+    kept = export.kept(module)
     assert len(kept) == 4
     assert kept.maxlen == export._MOST
 

@@ -65,7 +65,7 @@ class Layout:
         self.fixed: set[int] = set()  # values that depend on parameters alone
         self.active: set[int] = set()  # values that cotangents go to
         self.started: set[int] = set()  # cotangents that have been written
-        self.packings: dict[tuple[int, bool], Packing] = {}
+        self.packings: dict[tuple[int, bool, bool], Packing] = {}
         self.extra: dict[int, str] = {}  # what an operation keeps besides its result
         self.constants: list[str] = []
         self.offsets: list[int] = []

@@ -286,16 +286,17 @@ class _Linear:
 
 def _packing(e: Layout, m: _Linear, turned: bool) -> Packing:
     """The weight as `(outputs, inputs)`, or turned; packed once for all that ask for it."""
-
-    if (m.weight, turned) not in e.packings:
+    # A weight may stand on either side of a transpose in one program.
+    key = m.weight, turned, m.by_input
+    if key not in e.packings:
         columns = m.columns if turned else m.inner
         rows = m.inner if turned else m.columns
         stride, offset = whole(columns), e.packed.size
         e.packed.take(rows * stride)
         stored = (m.columns, m.inner) if m.by_input else (m.inner, m.columns)
         flip = turned if m.by_input else not turned
-        e.packings[m.weight, turned] = Packing(offset, *stored, stride, flip, m.weight)
-    return e.packings[m.weight, turned]
+        e.packings[key] = Packing(offset, *stored, stride, flip, m.weight)
+    return e.packings[key]
 
 
 def _input(e: Layout, m: _Linear, step: Operation) -> tuple[str, list[str]]:

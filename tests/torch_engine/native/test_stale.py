@@ -1,0 +1,191 @@
+"""Native code is that of the field as it is now, wherever the field keeps its numbers."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextvars
+import dataclasses
+import math
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+
+D = torch.float64
+
+
+class Holder:
+    """A plain object that can be referred to weakly."""
+
+    k = 1.0
+
+
+def end(f: Callable[..., Any], compile: Any = True) -> float:
+    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0))
+    return float(psn.solve(problem, rtol=1e-9, atol=1e-9, compile=compile).u1.detach())
+
+
+def by_namespace() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    args = argparse.Namespace(k=1.0)
+    return lambda t, u: -args.k * u, lambda k: setattr(args, "k", k)
+
+
+def by_user_dict() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = collections.UserDict(k=1.0)
+    return lambda t, u: -held["k"] * u, lambda k: held.update(k=k)
+
+
+def by_chain_map() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held: Any = collections.ChainMap({}, {"k": 1.0})
+    return lambda t, u: -held["k"] * u, lambda k: held.update(k=k)
+
+
+def by_context_variable() -> tuple[Callable[..., Any], Callable[[float], Any]]:
+    held: contextvars.ContextVar[float] = contextvars.ContextVar("k", default=1.0)
+    held.set(1.0)
+    return lambda t, u: -held.get() * u, held.set
+
+
+def by_weak_reference() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    holder = Holder()
+    reference = weakref.ref(holder)
+    return lambda t, u: -reference().k * u, lambda k: setattr(holder, "k", k)  # type: ignore[union-attr]
+
+
+def by_function_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -f.k * u  # type: ignore[attr-defined]
+
+    f.k = 1.0  # type: ignore[attr-defined]
+    return f, lambda k: setattr(f, "k", k)
+
+
+def by_module_in_a_closure() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    config: Any = types.ModuleType("users_config")
+    config.K = 1.0
+    return lambda t, u: -config.K * u, lambda k: setattr(config, "K", k)
+
+
+def by_import_inside() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    config: Any = types.ModuleType("users_other_config")
+    config.K = 1.0
+    sys.modules["users_other_config"] = config
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        import users_other_config as other  # type: ignore[import-not-found]
+
+        return -other.K * u
+
+    return f, lambda k: setattr(config, "K", k)
+
+
+def by_late_global() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -(LATE if "LATE" in globals() else 1.0) * u  # type: ignore[name-defined] # noqa: F821
+
+    return f, lambda k: globals().update(LATE=k)
+
+
+def by_tensor_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    w: Any = torch.ones(1, dtype=D)
+    w.alpha = 1.0
+    return lambda t, u: -w.alpha * w * u, lambda k: setattr(w, "alpha", k)
+
+
+WAYS = [value for name, value in sorted(globals().items()) if name.startswith("by_")]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_number_that_has_changed_is_seen(way: Any) -> None:
+    f, change = way()
+    assert end(f) == pytest.approx(math.exp(-1), rel=1e-6)
+    change(2.0)
+    assert end(f) == pytest.approx(math.exp(-2), rel=1e-6)
+    change(1.0)
+    assert end(f) == pytest.approx(math.exp(-1), rel=1e-6)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.parametrize("size", [3, 8, 20])
+def test_a_square_tensor_and_its_transpose_in_one_field(size: int, needs_gradient: bool) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(size, size, dtype=D).div(size).requires_grad_(needs_gradient)
+    u0 = torch.randn(2, size, dtype=D, requires_grad=True)
+    fields: list[Callable[..., Any]] = [
+        lambda t, u: torch.tanh(u @ matrix) @ matrix.T - u,
+        lambda t, u: u @ matrix - u @ matrix.T,
+        lambda t, u: (u @ matrix) @ matrix.T,
+    ]
+    inputs = [u0, matrix] if needs_gradient else [u0]
+    for f in fields:
+        found = []
+        for compile in (True, False):
+            solution = psn.solve(psn.ODEProblem(f, u0, (0.0, 0.5)), compile=compile)
+            gradients = torch.autograd.grad(solution.u1.square().sum(), inputs)
+            found.append((solution.u1.detach(), *gradients))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_fields_that_compare_equal_or_have_slots() -> None:
+    @dataclasses.dataclass
+    class Equal:
+        k: float
+
+        def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.k * u
+
+    class Slotted:
+        __slots__ = ("k",)
+
+        def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.k * u
+
+    slotted: Any = Slotted()
+    for f in (Equal(1.0), slotted):
+        f.k = 1.0
+        assert end(f, "auto") == pytest.approx(math.exp(-1), rel=1e-6)
+        f.k = 2.0
+        assert end(f, "auto") == pytest.approx(math.exp(-2), rel=1e-6)
+
+
+def test_constants_that_a_field_makes_at_its_first_call() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2).double()
+            self.eye: Tensor | None = None
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            if self.eye is None:
+                self.eye = torch.eye(2, dtype=D)
+            return self.layer(u) @ self.eye
+
+    field = Lazy()
+    problem = psn.ODEProblem(field, torch.ones(3, 2, dtype=D), (0.0, 1.0))
+    first = psn.solve(problem, compile="auto").u1
+    torch.testing.assert_close(first, psn.solve(problem).u1, rtol=1e-8, atol=1e-10)
+
+
+def test_threads_translate_one_after_the_other() -> None:
+    """And leave what is printed alone."""
+    before = sys.stdout, sys.stderr
+    nets = [nn.Sequential(nn.Linear(3, 4 + i), nn.Tanh(), nn.Linear(4 + i, 3)) for i in range(4)]
+
+    def job(net: nn.Module) -> Tensor:
+        problem = psn.ODEProblem(lambda t, u: net(u), torch.ones(2, 3), (0.0, 1.0))
+        return psn.solve(problem, compile=True).u1.detach()
+
+    with ThreadPoolExecutor(4) as executor:
+        ends = list(executor.map(job, nets))
+    assert (sys.stdout, sys.stderr) == before
+    for net, u1 in zip(nets, ends, strict=True):
+        torch.testing.assert_close(u1, job(net))
