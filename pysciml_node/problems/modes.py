@@ -131,6 +131,11 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _exporting() -> bool:
+    """Whether this thread is recording an export; torch's own flag is up for all of them."""
+    return torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0
+
+
 @contextmanager
 def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
     """The problem as it can be solved, in ordinary modes for the duration.
@@ -144,7 +149,7 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
     """
     device = (problem.problem if isinstance(problem, EnsembleProblem) else problem).spec.device
     surrounding = Surrounding.now(device)
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+    if torch._C._get_tracing_state() is not None or _exporting():
         raise RuntimeError(
             "a solve cannot be exported or traced: its steps depend on the values, and a recording "
             "would repeat those of its example.\n"

@@ -138,6 +138,10 @@ class Layout:
             f"for (int i = 0; i < {count}; i++) {self.bar[id]}[i] {sign} {value('i')};",
         ]
 
+    def zero(self, id: int) -> str:
+        """Set a value to zero."""
+        return f"memset({self.place[id]}, 0, {self.sizes[id]} * sizeof(REAL));"
+
     def wants(self, id: int) -> bool:
         """Whether a value's cotangent is needed."""
         return id in self.active
