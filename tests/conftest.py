@@ -37,4 +37,4 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = why_no_julia()
     if reason is not None:
         pytest.skip(reason)
-    runtime.start(install=False)
+    runtime.start()

@@ -25,7 +25,7 @@ def precompile() -> list[str]:
         EngineUnavailable: Julia or the engine does not start.
     """
     start = time.perf_counter()
-    runtime.start(install=False)
+    runtime.start()
     print(f"engine: ready after {time.perf_counter() - start:.1f} s ({launch.describe()})")
     failed = []
     for name in env.optional_packages():

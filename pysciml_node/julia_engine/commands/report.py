@@ -92,7 +92,7 @@ def running() -> dict[str, str]:
     Raises:
         EngineUnavailable: it does not start.
     """
-    runtime.start(install=False)
+    runtime.start()
     told = json.loads(runtime.call("info"))
     packages = told.pop("packages")
     shown = {f"running {name}": _text(value) for name, value in told.items()}

@@ -36,7 +36,7 @@ def run_julia_tests() -> bool:
         EngineUnavailable: Julia or the engine does not start.
     """
     file = env.bundled_project() / "test" / "runtests.jl"
-    runtime.start(install=False)
+    runtime.start()
     try:
         sys.modules["juliacall"].Main.seval(_INCLUDE)(str(file))
     except sys.modules["juliacall"].JuliaError as error:

@@ -113,7 +113,7 @@ def install_packages(*, force: bool = False) -> None:
         )
     print(
         f"pysciml_node: installing the Julia packages of the engine, about {_MINUTES} minutes, "
-        f"once for this environment ({INSTALL} does it beforehand).",
+        f"once for this environment.",
         file=sys.stderr,
         flush=True,
     )
@@ -128,11 +128,8 @@ def install_packages(*, force: bool = False) -> None:
         ) from error
 
 
-def prepare(*, install: bool) -> None:
+def prepare() -> None:
     """Make juliacall find what was chosen.
-
-    Args:
-        install: whether what is missing is installed.
 
     Raises:
         EngineUnavailable: there is nothing to start.
@@ -144,9 +141,7 @@ def prepare(*, install: bool) -> None:
     if found is not None:
         env.point_to(found)
     elif reason is not None:
-        if not install or choose().problem is not None:
-            raise EngineUnavailable(reason)
-        install_packages()
+        raise EngineUnavailable(reason)
     named = choose().executable
     if named is not None:
         julia = env.describe(named)

@@ -60,12 +60,10 @@ def unavailable_reason() -> str | None:
     return _runtime.failure or launch.missing()
 
 
-def start(*, install: bool = True) -> None:
+def start() -> None:
     """Start Julia and load the engine; where it runs already, do nothing.
 
-    Args:
-        install: whether missing Julia packages are installed first, which takes minutes and needs
-            the network.
+    Nothing is installed: the command `install` does that, when it is asked to.
 
     Raises:
         EngineUnavailable: nothing could be started; the message holds the remedy.
@@ -80,7 +78,7 @@ def start(*, install: bool = True) -> None:
             return
         if _runtime.failure is not None:
             raise EngineUnavailable(_runtime.failure)
-        launch.prepare(install=install)
+        launch.prepare()
         try:
             juliacall, module = launch.launch()
         except EngineUnavailable as error:

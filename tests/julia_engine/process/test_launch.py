@@ -10,7 +10,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+import pysciml_node as psn
 from pysciml_node.errors import EngineUnavailable
 from pysciml_node.julia_engine.commands import install
 from pysciml_node.julia_engine.process import env, launch, runtime
@@ -60,7 +62,7 @@ def test_without_julia_the_remedy_is_named():
     assert "python -m pysciml_node install" in reason
     assert "--julia PATH" in reason
     with pytest.raises(EngineUnavailable, match="python -m pysciml_node install"):
-        runtime.start(install=False)
+        runtime.start()
 
 
 def test_installing_is_announced_in_one_line(monkeypatch, capsys):
@@ -71,7 +73,7 @@ def test_installing_is_announced_in_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(juliapkg, "resolve", resolve)
     with pytest.raises(EngineUnavailable, match=r"no network(.|\n)*install --force"):
-        runtime.start()
+        launch.install_packages()
     announced = capsys.readouterr().err
     assert announced.count("\n") == 1
     assert "minutes" in announced
@@ -80,7 +82,16 @@ def test_installing_is_announced_in_one_line(monkeypatch, capsys):
 def test_nothing_is_installed_offline(monkeypatch):
     monkeypatch.setitem(os.environ, "PYTHON_JULIAPKG_OFFLINE", "yes")
     with pytest.raises(EngineUnavailable, match="--julia PATH --project PATH"):
-        runtime.start()
+        launch.install_packages()
+
+
+def test_a_solve_installs_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "install_packages", lambda **options: asked.append(options))
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1), (0.0, 1.0))
+    with pytest.raises(EngineUnavailable, match="python -m pysciml_node install"):
+        psn.solve(problem, engine="julia")
+    assert asked == []
 
 
 def test_an_existing_julia_is_remembered_with_its_own_project(julia, capsys):

@@ -20,7 +20,7 @@ ORDERS = {
 
 USE_BOTH = """
 import torch
-runtime.start(install=False)
+runtime.start()
 product = runtime._runtime.module.seval("(a, n) -> sum(fill(a, n, n) * fill(a, n, n))")
 for n in (2, 300):
     a = torch.full((n, n), 1.5, dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_both_work_in_either_order(order):
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is not passed on to Julia there")
 def test_ctrl_c_stops_several_threads_too():
     """With several threads Julia handles signals itself, and must leave this one to Python."""
-    start = "from pysciml_node.julia_engine.process import runtime\nruntime.start(install=False)"
+    start = "from pysciml_node.julia_engine.process import runtime\nruntime.start()"
     run(start + INTERRUPT, PYTHON_JULIACALL_THREADS="2")
 
 
