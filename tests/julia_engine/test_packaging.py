@@ -1,8 +1,7 @@
-"""What is shipped: the Julia package in wheel and source distribution, found by juliapkg."""
+"""What is shipped: the Julia package, and what juliapkg is told of it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,8 +16,11 @@ import pytest
 from pysciml_node.julia_engine.process import env
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = json.loads((ROOT / "pysciml_node" / "juliapkg.json").read_text())
+REQUIREMENTS = json.loads(
+    (ROOT / "pysciml_node" / "julia_engine" / "requirements.json").read_text()
+)
 PROJECT = (ROOT / "julia" / "Project.toml").read_bytes()
+U = "7876af07-990d-54b4-ab0e-23690620f79a"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,9 @@ def julia_files() -> set[str]:
 
 def test_the_wheel_holds_the_julia_package(built):
     names = zipfile.ZipFile(built[0]).namelist()
-    assert "pysciml_node/juliapkg.json" in names
+    assert "pysciml_node/julia_engine/requirements.json" in names
+    # juliapkg would install what this lists for every other user of Julia in the environment.
+    assert not any(name.endswith("juliapkg.json") for name in names)
     assert {f"pysciml_node/julia/{file}" for file in julia_files()} <= set(names)
     assert len(names) == len(set(names))
     assert not any("Manifest" in name for name in names)
@@ -55,65 +59,65 @@ def test_the_source_distribution_holds_it_too(built):
     assert {f"pysciml_node/julia/{file}" for file in julia_files()} <= names
 
 
-FIND = """
-import json, os
+LIST = """
+import json
 from juliapkg import deps
-import juliapkg
-_, packages = deps.find_requirements()
-found = {package.name: package for package in packages}
-ours = found["PySciMLNode"]
+from pysciml_node.julia_engine.process import launch, registration
+steps = [deps.find_requirements()[1]]
+registration.register()
+steps.append(deps.find_requirements()[1])
+state = [registration.registered(), launch.resolved()]
+removed = [registration.unregister(), registration.unregister()]
+steps.append(deps.find_requirements()[1])
 print(json.dumps({
-    "files": deps.deps_files(),
-    "path": ours.path,
-    "project": os.path.isfile(os.path.join(ours.path, "Project.toml")),
-    "dev": ours.dev,
-    "packages": sorted(found),
-    "resolved": juliapkg.resolve(dry_run=True),
+    "names": [sorted(package.name for package in step) for step in steps],
+    "paths": [package.path for package in steps[1] if package.dev],
+    "state": state, "removed": removed, "left": deps.load_cur_deps(),
 }))
 """
 
 
-def test_juliapkg_finds_it_in_a_checkout_and_in_an_installed_wheel(built, tmp_path):
-    """A dry run: nothing is installed, and no Julia is needed."""
-    with zipfile.ZipFile(built[0]) as archive:
-        archive.extractall(tmp_path / "site")
-    places = {ROOT: ROOT / "julia", tmp_path / "site": tmp_path / "site" / "pysciml_node" / "julia"}
-    for place, expected in places.items():
-        project = tmp_path / f"project-{place.name}"
-        variables = {
-            **os.environ,
-            "PYTHONPATH": str(place),
-            "PYTHON_JULIAPKG_PROJECT": str(project),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", FIND],
-            env=variables,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert Path(found["path"]).resolve() == expected.resolve()
-        assert (found["project"], found["dev"], found["resolved"]) == (True, True, False)
-        assert set(REQUIREMENTS["packages"]) <= set(found["packages"])
-        assert sum(name.endswith("pysciml_node/juliapkg.json") for name in found["files"]) == 1
-
-
-def test_juliapkg_resolves_again_when_the_needs_of_the_julia_project_change():
-    """It looks at juliapkg.json alone, which therefore holds a digest of what is needed."""
-    project = tomllib.loads(PROJECT.decode())
-    needs = {name: project.get(name, {}) for name in ("deps", "weakdeps", "compat")}
-    digest = hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()
-    assert REQUIREMENTS["x-needs-sha256"] == digest, (
-        f"set x-needs-sha256 in pysciml_node/juliapkg.json to {digest}"
+@pytest.mark.parametrize("place", ["checkout", "wheel"])
+@pytest.mark.parametrize("other", [None, {"julia": "1.11", "packages": {"Example": {"uuid": U}}}])
+def test_juliapkg_gets_the_packages_when_asked_for_alone(place, other, built, tmp_path):
+    """No Julia is needed, and nothing is installed. Other packages' needs stay as they are."""
+    source = ROOT
+    if place == "wheel":
+        source = tmp_path / "site"
+        with zipfile.ZipFile(built[0]) as archive:
+            archive.extractall(source)
+    listed = tmp_path / "project" / "pyjuliapkg" / "juliapkg.json"
+    if other is not None:
+        listed.parent.mkdir(parents=True)
+        listed.write_text(json.dumps(other))
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(source),
+        "PYTHON_JULIAPKG_PROJECT": str(tmp_path / "project"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", LIST],
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    seen = json.loads(done.stdout.splitlines()[-1])
+    before, during, after = map(set, seen["names"])
+    assert before == after
+    assert during - before == set(REQUIREMENTS["packages"])
+    (path,) = seen["paths"]
+    assert (Path(path) / "Project.toml").is_file()
+    assert Path(path).resolve().is_relative_to(source.resolve())
+    assert (seen["state"], seen["removed"]) == ([True, False], [True, False])
+    assert seen["left"] == (other or {})
 
 
 def test_both_descriptions_of_the_julia_side_agree():
     project = tomllib.loads(PROJECT.decode())
     ours = REQUIREMENTS["packages"]["PySciMLNode"]
-    assert (ours["uuid"], ours["dev"], ours["path"]) == (project["uuid"], True, "julia")
+    assert (ours["uuid"], ours["dev"], ours["path"]) == (project["uuid"], True, "../julia")
     assert REQUIREMENTS["julia"] == project["compat"]["julia"]
     known = {**project["deps"], **project.get("weakdeps", {})}
     for name, package in REQUIREMENTS["packages"].items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from pysciml_node.julia_engine.commands.precompile import precompile
-from pysciml_node.julia_engine.process import env, launch
+from pysciml_node.julia_engine.process import env, launch, registration
 
+_GIGABYTES = 3
 _CUDA = {"uuid": "052768ef-5323-5732-b1bb-66c8b64840ba", "version": "5, 6"}
 
 
@@ -26,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force",
         action="store_true",
         help="forget a remembered Julia, and install again even if everything is there",
+    )
+    parser.add_argument("--yes", action="store_true", help="install without asking")
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="forget everything: other packages that use Julia in this environment no longer get "
+        "the engine's packages (before pip uninstall)",
     )
 
 
@@ -63,8 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: those of `add_arguments`.
 
     Returns:
-        0, or 1 when a package is missing.
+        0, or 1 when a package is missing or the user declined.
+
+    Raises:
+        ValueError: what was named does not fit, or nobody can be asked and `--yes` is not given.
     """
+    if arguments.remove:
+        return _remove()
     if arguments.julia or arguments.project:
         record(arguments.julia or "julia", arguments.project)
     elif arguments.force:
@@ -82,17 +96,42 @@ def run(arguments: argparse.Namespace) -> int:
                 'Pkg.add("CUDA")\''
             )
         print(f"nothing to install: {launch.describe()}")
-    else:
-        _install(cuda=arguments.cuda, force=arguments.force)
+    elif not _install(arguments):
+        return 1
     return 1 if precompile() else 0
 
 
-def _install(*, cuda: bool, force: bool) -> None:
+def _install(arguments: argparse.Namespace) -> bool:
+    """Install unless everything is there; whether the user agreed."""
     import juliapkg
 
-    if cuda:
-        juliapkg.add("CUDA", **_CUDA)
-    if not force and launch.resolved():
+    if not (arguments.force or arguments.cuda) and launch.resolved():
         print("the Julia packages are installed already (--force installs them again)")
-        return
-    launch.install_packages(force=force)
+        return True
+    if not (arguments.yes or _agreed()):
+        print("nothing was installed")
+        return False
+    if arguments.cuda:
+        juliapkg.add("CUDA", **_CUDA)
+    launch.install_packages(force=arguments.force)
+    return True
+
+
+def _agreed() -> bool:
+    """Ask whether to download."""
+    cost = f"Julia and its packages: up to {_GIGABYTES} GB and about {launch.MINUTES} minutes"
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"this downloads and compiles {cost}, and there is nobody to ask.\n"
+            f"  Run: {launch.INSTALL} --yes"
+        )
+    answer = input(f"This downloads and compiles {cost}. Go on? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _remove() -> int:
+    removed = [f"removed {path}" for path in env.remove_record()]
+    if registration.unregister():
+        removed.append("the engine's packages are off juliapkg's list")
+    print("\n".join(removed) or "there was nothing to remove")
+    return 0

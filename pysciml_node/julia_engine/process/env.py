@@ -38,8 +38,9 @@ _DEFAULTS = {
 }
 
 
-# Read by juliapkg, which looks for the name in the folder of every package.
-_REQUIREMENTS = Path(__file__).resolve().parents[2] / "juliapkg.json"
+# Not called juliapkg.json: juliapkg would install all of it for whatever else uses juliacall in
+# this Python environment. `install` registers it when asked.
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.json"
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def needed_packages() -> tuple[str, ...]:
 
 def optional_packages() -> tuple[str, ...]:
     """The Julia packages that are loaded when a solve asks for them."""
-    content = json.loads(_REQUIREMENTS.read_text(encoding="utf-8"))
+    content = json.loads(REQUIREMENTS.read_text(encoding="utf-8"))
     return tuple(name for name, package in content["packages"].items() if not package.get("dev"))
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from pysciml_node.errors import EngineUnavailable
-from pysciml_node.julia_engine.process import env
+from pysciml_node.julia_engine.process import env, registration
 from pysciml_node.julia_engine.process.errors import translate
 
 MODULE = "PySciMLNode"
 INSTALL = "python -m pysciml_node install"
 _DOCTOR = "See what is wrong with: python -m pysciml_node doctor"
-_MINUTES = "10 to 40"
+MINUTES = "10 to 40"
 KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
 """OpenBLAS's name for its kernels by what torch finds in the processor."""
 
@@ -47,8 +47,13 @@ def resolved() -> bool:
     import juliapkg
     from juliapkg.state import STATE
 
-    # A dry run makes the project's folder; where there is none, nothing can be resolved.
-    return os.path.exists(STATE["meta"]) and bool(juliapkg.resolve(dry_run=True))
+    # A dry run makes the project's folder; where there is none, nothing can be resolved. Another
+    # package may have had juliapkg make one that lacks the engine's.
+    return (
+        os.path.exists(STATE["meta"])
+        and registration.registered()
+        and bool(juliapkg.resolve(dry_run=True))
+    )
 
 
 def describe() -> str:
@@ -80,7 +85,7 @@ def missing() -> str | None:
     looked = "".join(f"\n  Passed over {note.splitlines()[0]}" for note in choice.notes)
     return (
         "the Julia packages of the engine are not installed.\n"
-        f"  Run once: {INSTALL} (about {_MINUTES} minutes), or name an existing Julia: "
+        f"  Run once: {INSTALL} (about {MINUTES} minutes), or name an existing Julia: "
         f"{INSTALL} --julia PATH [--project PATH]{looked}"
     )
 
@@ -112,20 +117,21 @@ def install_packages(*, force: bool = False) -> None:
             f"and project: {INSTALL} --julia PATH --project PATH"
         )
     print(
-        f"pysciml_node: installing the Julia packages of the engine, about {_MINUTES} minutes, "
+        f"pysciml_node: installing the Julia packages of the engine, about {MINUTES} minutes, "
         f"once for this environment.",
         file=sys.stderr,
         flush=True,
     )
     import juliapkg
 
+    registration.register()
     try:
         juliapkg.resolve(force=force)
     except Exception as error:
         raise EngineUnavailable(
             f"installing the Julia packages failed: {error}\n"
             f"  {_DOCTOR}. Try again with: {INSTALL} --force"
-        ) from error
+        ) from None
 
 
 def prepare() -> None:

@@ -15,7 +15,7 @@ import torch
 import pysciml_node as psn
 from pysciml_node.errors import EngineUnavailable
 from pysciml_node.julia_engine.commands import install
-from pysciml_node.julia_engine.process import env, launch, runtime
+from pysciml_node.julia_engine.process import env, launch, registration, runtime
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Julia is a shell script")
 
@@ -53,7 +53,17 @@ def julia(tmp_path: Path) -> str:
 
 
 def options(**given: object) -> Namespace:
-    return Namespace(**{"julia": None, "project": None, "cuda": False, "force": False, **given})
+    return Namespace(
+        **{
+            "julia": None,
+            "project": None,
+            "cuda": False,
+            "force": False,
+            "yes": True,
+            "remove": False,
+            **given,
+        }
+    )
 
 
 def test_without_julia_the_remedy_is_named():
@@ -72,6 +82,7 @@ def test_installing_is_announced_in_one_line(monkeypatch, capsys):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(juliapkg, "resolve", resolve)
+    monkeypatch.setattr(registration, "register", lambda: None)
     with pytest.raises(EngineUnavailable, match=r"no network(.|\n)*install --force"):
         launch.install_packages()
     announced = capsys.readouterr().err
@@ -162,3 +173,29 @@ def test_a_julia_that_does_not_start_is_told_once_and_for_all(julia, tmp_path):
     assert "Julia did not start" in first
     assert "doctor" in first
     assert first == second == after
+
+
+@pytest.mark.parametrize(("answer", "installs"), [("y", True), ("Yes ", True), ("", False)])
+def test_an_installation_is_agreed_to(answer, installs, monkeypatch, capsys):
+    asked, installed = [], []
+    monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    monkeypatch.setattr(launch, "install_packages", lambda *, force: installed.append(force))
+    assert install.run(options(yes=False)) == (0 if installs else 1)
+    assert "GB" in asked[0]
+    assert "minutes" in asked[0]
+    assert bool(installed) is installs
+
+
+def test_nobody_to_ask_is_not_consent(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: False))
+    with pytest.raises(ValueError, match=r"minutes(.|\n)*install --yes"):
+        install.run(options(yes=False))
+
+
+def test_everything_is_forgotten_on_request(julia, monkeypatch, capsys):
+    install.run(options(julia=julia))
+    monkeypatch.setattr(registration, "unregister", lambda: True)
+    assert install.run(options(remove=True)) == 0
+    assert env.read_record() is None
+    assert "juliapkg's list" in capsys.readouterr().out
