@@ -154,5 +154,5 @@ def test_training_may_take_fixed_steps_and_evaluations_do_not():
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="architecture must be one of"):
         settings(ImageFlowSettings, architecture="deep")
-    with pytest.raises(ValueError, match="layers must be at least 1"):
+    with pytest.raises(ValueError, match="layers must be a positive whole number"):
         settings(layers=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pysciml_node import checks
 from pysciml_node._optional import require
 from pysciml_node.data import LabelledData, Splits, digits
 from pysciml_node.experiments.reporting.figures import plot_trade_off, plot_training
@@ -81,10 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: an option is out of range.
         ImportError: a package of the `examples` extra is missing.
     """
-    if arguments.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, but is {arguments.seeds}.")
-    if arguments.threads < 1:
-        raise ValueError(f"--threads must be at least 1, but is {arguments.threads}.")
+    hint = "Leave it out for the default."
+    for option in ("seeds", "threads"):
+        checks.whole(f"--{option}", getattr(arguments, option), hint=hint)
     # Before minutes of training, not after.
     require("matplotlib", extra="examples", purpose="draw the picture")
     torch.set_num_threads(arguments.threads)

@@ -51,13 +51,16 @@ class ConvSettings(Settings):
 
 
 def check_side(side: int) -> None:
-    """Refuse sides that 32 pixels cannot be divided into, and those too small to convolve twice.
+    """Refuse a side that does not divide 32, or that is too small to convolve twice.
 
     Raises:
-        ValueError: such a side.
+        ValueError: `side` is one of these.
     """
     if side < 4 or SIDE % side:
-        raise ValueError(f"side must be 4, 8, 16 or {SIDE}, but is {side}.")
+        raise ValueError(
+            f"side must be 4, 8, 16 or {SIDE}, but is {side}.\n"
+            "  Blocks of pixels are averaged, so the side has to divide the data's."
+        )
 
 
 class ConvField(nn.Module):

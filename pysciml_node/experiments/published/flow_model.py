@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pysciml_node import checks
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import RK4, Tsit5
 from pysciml_node.data import LabelledData, Splits
@@ -39,9 +40,9 @@ class FlowSettings(Settings):
     Args:
         layers: hidden layers of the field, each of the width `hidden`.
         time: how they see the time: `"ignore"`, `"concat"` or `"concatsquash"`.
-        training_step: train with RK4 at fixed steps of this size, as the paper does with
-            regularization, instead of Tsit5 at `tolerance`; 0 for not. Evaluations are at
-            `tolerance` always.
+        training_step: size of the fixed steps of RK4 that training takes, as the paper does with
+            regularization; 0 trains with Tsit5 at `tolerance`. Evaluations are always at
+            `tolerance`.
     """
 
     layers: int = 3
@@ -50,10 +51,9 @@ class FlowSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.training_step <= 1:
-            raise ValueError(f"training_step must be in [0, 1], but is {self.training_step}.")
-        if self.layers < 1:
-            raise ValueError(f"layers must be at least 1, but is {self.layers}.")
+        hint = "0 trains with adaptive steps, 0.25 with four steps of RK4."
+        checks.number("training_step", self.training_step, at_least=0, at_most=1, hint=hint)
+        checks.whole("layers", self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,7 @@ class ImageFlowSettings(FlowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"architecture must be one of {ARCHITECTURES}, but is {self.architecture!r}."
-            )
+        checks.choice("architecture", self.architecture, ARCHITECTURES)
 
 
 class FlowModel(Trainable):
@@ -162,9 +159,9 @@ class PlaneFlow(FlowModel):
 class ImageFlow(FlowModel):
     """A flow of images with whole-number pixels, trained on bits a dimension.
 
-    Pixels are given in [0, 1] and are made whole numbers of `settings.levels` values; uniform
-    noise is added to them in training, and the same noise at every evaluation, so that the bits are
-    a bound on those of the whole numbers.
+    Pixels are given in [0, 1] and rounded to whole numbers of `settings.levels` values. Uniform
+    noise is added to them, so the bits are a bound on those of the whole numbers. Training draws
+    it anew; every evaluation adds the same noise.
 
     Args:
         shape: of an image, `(H, W)`.

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.data import LabelledData, Splits
@@ -29,7 +30,7 @@ class SDESettings(Settings):
     Args:
         delta: weight of the drift's part of the error estimate; 1/6 was SciML's default then.
         state: size of the state, to which the images are mapped linearly.
-        trajectories: whose logits a prediction averages; training takes one.
+        trajectories: how many a prediction averages the logits of; training takes one.
     """
 
     steps: int = 4000
@@ -45,8 +46,7 @@ class SDESettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trajectories < 1:
-            raise ValueError(f"trajectories must be at least 1, but is {self.trajectories}.")
+        checks.whole("trajectories", self.trajectories)
 
 
 class SDEClassifier(Classifier):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pysciml_node import checks
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.published.cifar10 import (
     FULL_GRADIENT,
@@ -65,9 +66,11 @@ class MultiScaleSettings(Settings):
         super().__post_init__()
         check_side(self.side)
         if self.hidden % _GROUPS:
-            raise ValueError(f"hidden must be a multiple of {_GROUPS}, but is {self.hidden}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {self.dropout}.")
+            raise ValueError(
+                f"hidden must be a multiple of {_GROUPS}, but is {self.hidden}.\n"
+                f"  Group normalization divides the channels into {_GROUPS} groups."
+            )
+        checks.number("dropout", self.dropout, at_least=0, below=1, hint="0 switches it off.")
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pysciml_node import checks
 from pysciml_node import data as datasets
 from pysciml_node.data import IrregularSeries, Splits
 from pysciml_node.data.physionet import VARIABLES, Outliers
@@ -63,8 +64,7 @@ class SeriesSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder not in ENCODERS:
-            raise ValueError(f"encoder must be one of {ENCODERS}, but is {self.encoder!r}.")
+        checks.choice("encoder", self.encoder, ENCODERS)
 
 
 class LatentField(nn.Module):
@@ -232,9 +232,12 @@ def draw_interpolation(trainer: Trainer, data: Splits[IrregularSeries], path: Pa
         data: the test part is drawn: the three samples with the most observations.
         path: the file to write.
     """
-    model = trainer.model
-    if not isinstance(model, SeriesModel):
-        raise TypeError(f"the picture is of a SeriesModel, not of {type(model).__name__}.")
+    model = checks.instance(
+        "the trainer's model",
+        trainer.model,
+        SeriesModel,
+        example="SeriesModel(variables, settings, run)",
+    )
     places, names = _drawn_variables(data.test)
     index = data.test.counts().argsort(descending=True)[:3]
     series = data.test[index].to(model.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.data import LabelledData, Splits
 from pysciml_node.experiments.published.flow_model import ImageFlow, PlaneFlow
 from pysciml_node.experiments.reporting.figures import new_figure, save_figure
@@ -39,10 +40,10 @@ def density_grid(flow: CNF, side: float = _SIDE, cells: int = _CELLS) -> Tensor:
 
 
 def paths(flow: CNF, x: Tensor, times: int = 41) -> tuple[Tensor, float]:
-    """Where data go, and how much longer their paths are than straight lines.
+    """The paths of data points, and how much longer than straight lines they are.
 
     Args:
-        flow: any.
+        flow: trained or not.
         x: data `(B, *E)`.
         times: points of a path.
 
@@ -69,9 +70,9 @@ def draw_plane(trainer: Trainer, data: Splits[LabelledData], path: Path) -> None
     Raises:
         ImportError: matplotlib is not installed.
     """
-    model = trainer.model
-    if not isinstance(model, PlaneFlow):
-        raise TypeError(f"this picture is of a flow in the plane, not of {type(model).__name__}.")
+    model = checks.instance(
+        "the trainer's model", trainer.model, PlaneFlow, example="PlaneFlow(settings, run)"
+    )
     figure, axes = new_figure(4)
     shown = data.test.x[:2000]
     with evaluation_mode(model):
@@ -107,9 +108,9 @@ def draw_images(trainer: Trainer, data: Splits[LabelledData], path: Path, side: 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    model = trainer.model
-    if not isinstance(model, ImageFlow):
-        raise TypeError(f"this picture is of a flow of images, not of {type(model).__name__}.")
+    model = checks.instance(
+        "the trainer's model", trainer.model, ImageFlow, example="ImageFlow(shape, settings, run)"
+    )
     figure, axes = new_figure(2)
     height, width = data.test.x.shape[1:]
     with evaluation_mode(model):

@@ -114,7 +114,7 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-# Of ours, CPU seconds: those do not depend on what else the machine does.
+# Our times are CPU seconds: those do not depend on what else the machine does.
 _COSTS = {"train_cpu_seconds": "training", "predict_cpu_seconds": "prediction", "nfe": "nfe"}
 
 
@@ -157,5 +157,5 @@ def _theirs(published: Published | None, table: dict[str, Published], name: str)
 
 
 def _number(value: float, like: float | None = None) -> str:
-    """With as many decimals as suit it, or another number."""
+    """A number with decimals that suit its size, or that of the number it stands beside."""
     return f"{value:.1f}" if (value if like is None else like) >= 10 else f"{value:.3f}"

@@ -33,7 +33,7 @@ class RunResult:
     Args:
         variant: which penalty was used.
         seed: of the run.
-        metric: name of what the next two are.
+        metric: name of the metric that `test` and `train` hold.
         test: the metric on the test data.
         train: the metric on the training data.
         nfe: on the test data.
@@ -101,7 +101,7 @@ def summarize(runs: Iterable[RunResult]) -> Summary:
         figures = [run.figures() for run in runs if run.variant == variant]
         if figures:
             summary[variant] = {
-                name: mean_and_std([one[name] for one in figures]) for name in figures[0]
+                name: mean_and_std([figure[name] for figure in figures]) for name in figures[0]
             }
     return summary
 
@@ -190,12 +190,12 @@ def _shared_settings(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {name: value for name, value in settings.items() if name not in _OF_A_RUN}
         for settings in described
     ]
-    for other in shared[1:]:
-        differing = sorted(k for k in shared[0] if shared[0][k] != other.get(k))
+    for later in shared[1:]:
+        differing = sorted(k for k in shared[0] if shared[0][k] != later.get(k))
         if differing:
             raise ValueError(
                 "runs with different settings cannot share a results file: "
-                + ", ".join(f"{k} is {shared[0][k]!r} and {other.get(k)!r}" for k in differing)
+                + ", ".join(f"{k} is {shared[0][k]!r} and {later.get(k)!r}" for k in differing)
                 + ".\n  Use another output folder."
             )
     return shared[0] if shared else {}
@@ -232,8 +232,8 @@ def columns_of(summary: Summary) -> list[Column]:
     """The columns that a summary fills, its metric first.
 
     Examples:
-        >>> one = {"test_accuracy": {"mean": 1.0, "std": 0.0}}
-        >>> [column.title for column in columns_of({"vanilla": one})]
+        >>> figures = {"test_accuracy": {"mean": 1.0, "std": 0.0}}
+        >>> [column.title for column in columns_of({"vanilla": figures})]
         ['test acc. (%)']
     """
     filled = {name for figures in summary.values() for name in figures}
@@ -255,8 +255,8 @@ def format_table(summary: Summary) -> str:
         Lines of text; columns read mean, spread and, in brackets, the ratio.
 
     Examples:
-        >>> one = {"nfe": {"mean": 20.0, "std": 0.0}}
-        >>> print(format_table({"vanilla": one}).splitlines()[2].split()[0])
+        >>> figures = {"nfe": {"mean": 20.0, "std": 0.0}}
+        >>> print(format_table({"vanilla": figures}).splitlines()[2].split()[0])
         vanilla
     """
     vanilla = summary.get("vanilla")

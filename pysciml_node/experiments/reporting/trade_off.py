@@ -37,7 +37,10 @@ def trade_off(
         ValueError: there is no validation data.
     """
     if len(data.validation) == 0:
-        raise ValueError("a trade-off is measured on validation data, but there is none.")
+        raise ValueError(
+            "a trade-off is measured on validation data, but there is none.\n"
+            "  Hold samples out: load the data with validation=1000, for example."
+        )
     planned = [("vanilla", None), *itertools.product(_LOCAL, weights)]
     total = len(planned) * len(seeds)
     measured: dict[tuple[Variant, tuple[float, float] | None], list[Evaluation]] = {}

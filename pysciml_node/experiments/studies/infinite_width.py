@@ -68,7 +68,7 @@ QUICK = Sizes(
 
 
 class WeightTied(nn.Module):
-    """The network above, with all scales 1 unless given; `layers=None` solves the ODE."""
+    """A network with one weight matrix in all layers and scales of 1; without `layers`, the ODE."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ def load(data_dir: Path | None) -> Digits:
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """Of the least-squares line through the logarithms."""
+    """The slope of the least-squares line through the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
@@ -155,9 +155,9 @@ def depth_study(digits: Digits, sizes: Sizes) -> dict[str, Any]:
             output_gaps, gradient_gaps = [], []
             for layers in sizes.depths:
                 network.layers = layers
-                other, other_gradient = value_and_gradient(network, x, y)
-                output_gaps.append(float((other - out).norm() / out.norm()))
-                gradient_gaps.append(float((other_gradient - gradient).norm() / gradient.norm()))
+                resnet, resnet_gradient = value_and_gradient(network, x, y)
+                output_gaps.append(float((resnet - out).norm() / out.norm()))
+                gradient_gaps.append(float((resnet_gradient - gradient).norm() / gradient.norm()))
             depths = [float(layers) for layers in sizes.depths]
             curves[f"{activation}, width {width}"] = {
                 "output": output_gaps,
@@ -301,8 +301,8 @@ def train(digits: Digits, sizes: Sizes, activation: str, width: int) -> dict[str
     network = WeightTied(x.shape[1], width, PHI[activation], generator, layers=layers)
     initial = network(x).detach()
     limit = kernels.GradientDescent(kernels.ntk(x, activation=activation, steps=layers), y, initial)
-    own_kernel = kernels.empirical_ntk(network, x, outputs="trace")
-    own = kernels.GradientDescent(own_kernel, y, initial)
+    empirical_kernel = kernels.empirical_ntk(network, x, outputs="trace")
+    empirical = kernels.GradientDescent(empirical_kernel, y, initial)
     lr = limit.max_learning_rate() / 2
     smallest: dict[int, float] = {}
 
@@ -313,7 +313,7 @@ def train(digits: Digits, sizes: Sizes, activation: str, width: int) -> dict[str
 
     losses = descend(network, x, y, lr, sizes.training_steps, watch)
     by_limit = np.array([limit.loss(step, lr) for step in range(len(losses))])
-    by_own = np.array([own.loss(step, lr) for step in range(len(losses))])
+    by_empirical = np.array([empirical.loss(step, lr) for step in range(len(losses))])
     half = len(losses) // 2
     return {
         "activation": activation,
@@ -321,9 +321,9 @@ def train(digits: Digits, sizes: Sizes, activation: str, width: int) -> dict[str
         "learning_rate": lr,
         "loss": losses,
         "by_limit": by_limit.tolist(),
-        "by_own_kernel": by_own.tolist(),
+        "by_own_kernel": by_empirical.tolist(),
         "worst_by_limit": float(np.max(np.abs(np.array(losses) / by_limit - 1))),
-        "worst_by_own_kernel": float(np.max(np.abs(np.array(losses) / by_own - 1))),
+        "worst_by_own_kernel": float(np.max(np.abs(np.array(losses) / by_empirical - 1))),
         "rate": math.log(losses[half] / losses[-1]) / (len(losses) - 1 - half),
         "rate_by_limit": math.log(by_limit[half] / by_limit[-1]) / (len(losses) - 1 - half),
         "smallest_eigenvalue": smallest,
@@ -339,9 +339,9 @@ def training_study(digits: Digits, sizes: Sizes) -> dict[str, Any]:
 def limit_study(digits: Digits, sizes: Sizes) -> dict[str, Any]:
     """Losses of wide networks against the limit kernel's prediction from their first outputs.
 
-    The deviation of a network is the largest of `|loss / prediction - 1|` over all steps; that of
-    the mean compares the mean loss over the networks of a width with their mean prediction. Float32
-    holds twice the width, and changes a loss by less than 1e-4 of it.
+    A network's deviation is the largest `|loss / prediction - 1|` over all steps. The deviation of
+    the mean compares the mean loss of the networks of a width with their mean prediction. Float32
+    fits twice the width into memory, and changes a loss by less than a ten-thousandth.
     """
     m, layers, steps = sizes.training_samples, sizes.training_layers, sizes.training_steps
     x, y = digits.x[:m], digits.y[:m]

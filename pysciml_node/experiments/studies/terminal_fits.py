@@ -150,7 +150,7 @@ class Run:
 
 
 def descend(task: Task, optimizer: torch.optim.Optimizer, target: float, iterations: int) -> Run:
-    """Step until the relative loss is below `target`, the flow blows up, or iterations end."""
+    """Step until the relative loss is below `target`, the flow blows up or the iterations end."""
 
     def standard() -> Tensor:
         optimizer.zero_grad()

@@ -48,9 +48,9 @@ _SHARED = {
     "steps": "optimizer steps",
     "batch_size": "samples a batch",
     "validation_samples": "training samples held out to choose settings on",
-    "learning_rate": "the first one",
+    "learning_rate": "at the first step",
     "solver": "name of the algorithm",
-    "tolerance": "relative and absolute",
+    "tolerance": "relative and absolute, of the solver",
     "dtype": "of parameters and states",
     "engine": "of the solves: auto, torch or julia",
     "adjoint": "how gradients pass through the solve; the paper's is interpolating",
@@ -97,7 +97,7 @@ def run_all(
         data: its parts.
         settings: those shared by the runs.
         runs: variants, seeds and weights.
-        place: of the files.
+        place: where the files are.
 
     Returns:
         All runs that the results file then holds.
@@ -128,7 +128,7 @@ def run_all(
 
 
 def make_parser(experiment: Experiment, description: str) -> argparse.ArgumentParser:
-    """The options of an experiment; what is not given is the budget's.
+    """The parser of an experiment's options; those left out take the budget's values.
 
     Args:
         experiment: whose settings are shown as defaults.

@@ -55,7 +55,10 @@ def evaluate(model: Trainable, data: DataT, batch_size: int) -> Evaluation:
         ValueError: `data` is empty.
     """
     if len(data) == 0:
-        raise ValueError("data must hold at least one sample to evaluate on, but is empty.")
+        raise ValueError(
+            "data must hold at least one sample to evaluate on, but is empty.\n"
+            "  Check the shares that the data was split by."
+        )
     with evaluation_mode(model):
         outcomes = [model.outcome(batch) for batch in ordered_batches(data, batch_size)]
     score = sum(outcome.score for outcome in outcomes) / sum(o.weight for o in outcomes)
@@ -79,17 +82,20 @@ def predict_seconds(
         batch_size: samples a batch; at most `len(data)`.
         warmup: untimed predictions first.
         repeats: timed predictions.
-        seconds: no further prediction is begun after so many seconds.
+        seconds: after so many, no further prediction is begun.
 
     Returns:
-        Seconds a batch, by the clock and of this process on all its cores.
+        Seconds a batch: by the clock, and of this process summed over its cores.
 
     Raises:
         ValueError: `data` does not fill one batch.
     """
     full = [b for b in ordered_batches(data, batch_size) if len(b) == batch_size]
     if not full:
-        raise ValueError(f"data must fill a batch of {batch_size} samples, but holds {len(data)}.")
+        raise ValueError(
+            f"data must fill a batch of {batch_size} samples, but holds {len(data)}.\n"
+            f"  Write batch_size={max(len(data), 1)} or less."
+        )
     walls, cpus = [], []
     begun = time.perf_counter()
     with evaluation_mode(model):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pysciml_node import checks
 from pysciml_node.algorithms import adjoints
 from pysciml_node.algorithms import explicit as algorithms
 from pysciml_node.algorithms import stochastic as sde_algorithms
@@ -63,7 +64,11 @@ def make_algorithm(name: str) -> algorithms.Algorithm:
     """
     kind = getattr(algorithms, name, None) or getattr(sde_algorithms, name, None)
     if not (isinstance(kind, type) and issubclass(kind, algorithms.Algorithm)):
-        raise ValueError(f"solver must name an algorithm, such as Tsit5 or BS3, but is {name!r}.")
+        known = (*vars(algorithms), *vars(sde_algorithms))
+        raise ValueError(
+            f"solver must name an algorithm, such as Tsit5 or BS3, but is {name!r}.\n"
+            f"  {checks.did_you_mean(name, known) or 'Write it as the package does: Tsit5.'}"
+        )
     return kind()
 
 

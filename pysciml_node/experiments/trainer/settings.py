@@ -1,9 +1,9 @@
-"""What a training run is made of: settings shared by all variants, and one run's own."""
+"""Settings of a training run: those that all variants share, and those of one run."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from pysciml_node import schedules
+from pysciml_node import checks, schedules
 from pysciml_node.regularizers.local import StepSize
 
 Variant = Literal[
@@ -43,7 +43,7 @@ class Settings:
     Args:
         steps: optimizer steps.
         batch_size: samples a batch, in training and in evaluation.
-        learning_rate: the first one.
+        learning_rate: at the first step.
         optimizer: `"adam"` or `"adamax"`.
         decay: of the learning rate: `"constant"`, `"inverse"`, which divides it by
             `1 + 1e-5 step`, or `"cosine"`, to `last_learning_rate` at the last step.
@@ -60,14 +60,13 @@ class Settings:
             the paper's code does.
         taylor_order: of the derivative that the Taylor variant penalizes.
         evaluate_every: optimizer steps between evaluations.
-        evaluation_batch_size: samples a batch in evaluations and timed predictions; the training's
-            when None. The steps of a solve are shared by the batch, so evaluations of the field and
-            times depend on it.
+        evaluation_batch_size: samples a batch in evaluations and timed predictions; `batch_size`
+            when None. A batch shares its steps, so field evaluations and times depend on it.
         validation_samples: training samples that are held out to choose settings on.
         monitor_samples: how many held-out samples these evaluations use; all of them when None.
         train_samples: how many training samples the last evaluation uses; all of them when None.
         test_samples: how many test samples the last evaluation uses; all of them when None.
-        timed_predictions: how many predictions the time of one is the median of.
+        timed_predictions: how many predictions are timed; the median is kept.
 
     Raises:
         ValueError: a number that must be positive is not, or a name is unknown.
@@ -113,12 +112,10 @@ class Settings:
             "timed_predictions",
         )
         for name in numbers:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
-        if self.validation_samples < 0:
-            raise ValueError(
-                f"validation_samples must not be negative, but is {self.validation_samples}."
-            )
+            checks.number(name, getattr(self, name), above=0, infinite=True)
+        checks.whole(
+            "validation_samples", self.validation_samples, at_least=0, hint="0 holds none out."
+        )
         choices = {
             "dtype": DTYPES,
             "step_size": STEP_SIZES,
@@ -127,10 +124,7 @@ class Settings:
             "decay": DECAYS,
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {allowed}, but is {getattr(self, name)!r}."
-                )
+            checks.choice(name, getattr(self, name), allowed)
 
     @property
     def evaluated_at_once(self) -> int:
@@ -169,10 +163,12 @@ class Run:
     weight: tuple[float, float] = (2.5, 1.0)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {VARIANTS}, but is {self.variant!r}.")
+        checks.choice("variant", self.variant, VARIANTS)
         if not min(self.weight) > 0:
-            raise ValueError(f"weight must be positive, but is {self.weight}.")
+            raise ValueError(
+                f"weight must be positive, but is {self.weight}.\n"
+                '  The run without a penalty is variant="vanilla".'
+            )
 
     @property
     def name(self) -> str:
@@ -185,7 +181,7 @@ def describe(settings: Settings, run: Run) -> dict[str, Any]:
 
     Args:
         settings: those shared by all variants.
-        run: the run's own.
+        run: variant, seed and weight.
 
     Returns:
         A dictionary that JSON and checkpoints can hold; the vanilla variant has no weight.

@@ -6,7 +6,7 @@ import torch
 
 Stream = Literal["parameters", "batches", "penalty", "training", "evaluation", "pixels"]
 
-# Written into published results: a run of a seed is the same run as ever.
+# Results were published with these numbers: a seed goes on giving the same run.
 _OFFSETS: dict[Stream, int] = {
     "parameters": 0,
     "batches": 1_000_003,

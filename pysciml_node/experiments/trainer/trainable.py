@@ -1,4 +1,4 @@
-"""What the trainer trains: a module that says how good it is on a batch, and what that took."""
+"""What the trainer trains: a module that gives its loss, metric and evaluations on a batch."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ METRICS = {metric.name: metric for metric in (ACCURACY, SQUARED_ERROR, BITS, NAT
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model makes of a batch, and what that took.
+    """A model's loss, metric and field evaluations on a batch.
 
     Args:
         loss: scalar, without the penalty.
@@ -70,8 +70,8 @@ class Outcome:
 class Trainable(nn.Module, ABC):
     """A module that the trainer can train; its penalty weights may have schedules.
 
-    A subclass whose training draws random numbers names its generators in `_generators`: their
-    states are part of the state dictionary, which so continues a run exactly.
+    A subclass whose training draws random numbers names its generators in `_generators`. The state
+    dictionary holds their states, so a run continues exactly.
     """
 
     metric: ClassVar[Metric]
@@ -86,7 +86,7 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, batch: Any) -> Any:
-        """What the model is for, on a batch; this is what is timed."""
+        """The model's prediction for a batch; its time is measured."""
 
     def step_schedules(self) -> None:
         """Advance the weights by one optimizer step."""
@@ -104,7 +104,7 @@ class Trainable(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says about a batch, and what it took to say it.
+    """A classifier's prediction for a batch.
 
     Args:
         logits: shape `(B, classes)`.

@@ -36,7 +36,7 @@ class History:
         loss: task loss of every optimizer step, without the penalty.
         penalty: weighted penalty of every step.
         nfe: field evaluations of every step's forward pass.
-        monitor: name of the data part the evaluations below are made on.
+        monitor: name of the part of the data that the evaluations below use.
         evaluated_at: optimizer steps after which the model was evaluated.
         score: the model's metric there.
         evaluation_nfe: field evaluations a batch there.
@@ -168,12 +168,12 @@ class Trainer:
         Raises:
             ValueError: the state belongs to a run with other settings.
         """
-        own = {"format": _FORMAT, **describe(self.settings, self.run)}
+        current = {"format": _FORMAT, **describe(self.settings, self.run)}
         saved = {"format": state["format"], **state["run"]}
         differences = [
-            f"{name} is {own.get(name)!r}, there {saved.get(name)!r}"
-            for name in sorted(own.keys() | saved.keys())
-            if own.get(name) != saved.get(name)
+            f"{name} is {current.get(name)!r}, there {saved.get(name)!r}"
+            for name in sorted(current.keys() | saved.keys())
+            if current.get(name) != saved.get(name)
         ]
         if differences:
             raise ValueError(
