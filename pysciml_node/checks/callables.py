@@ -1,0 +1,146 @@
+"""Callables and their arguments: what may be called how, and names that are no arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, Self
+
+from torch import nn
+
+from pysciml_node.checks.values import did_you_mean, refuse
+
+
+def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable[..., Any]:
+    """A callable that takes so many arguments by their places.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        arguments: what it is called with, in words.
+        hint: what to do where it is refused.
+
+    Raises:
+        TypeError: not callable, a class in place of its instance, or another number of arguments.
+
+    Examples:
+        >>> function("f", lambda t: -t, "t", "u")
+        Traceback (most recent call last):
+        TypeError: f must be callable as f(t, u), but takes (t).
+          Give a function, a module or a lambda t, u: ...
+    """
+    places = ", ".join(arguments)
+    call = f"{name}({places})"
+    hint = hint or f"Give a function, a module or a lambda {places}: ..."
+    if not callable(value):
+        refuse(name, f"callable as {call}", value, hint)
+    if isinstance(value, type):
+        refuse(name, f"callable as {call}", value, f"Write {value.__name__}().")
+    taken = parameters(value)
+    if taken is not None and not takes(value, len(arguments)):
+        raise TypeError(f"{name} must be callable as {call}, but takes {taken}.\n  {hint}")
+    checked: Callable[..., Any] = value
+    return checked
+
+
+class _Signature:
+    """The arguments that a callable takes, worked out once: a solve asks several times."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.shown: inspect.Signature | None = None
+        with contextlib.suppress(TypeError, ValueError):
+            signature = inspect.signature(forward)
+            self.shown = signature.replace(return_annotation=inspect.Signature.empty)
+        self._taken: dict[int, bool] = {}
+
+    def takes(self, count: int) -> bool:
+        """Whether so many arguments can be given by their places."""
+        if count not in self._taken:
+            self._taken[count] = True
+            if self.shown is not None:
+                try:
+                    self.shown.bind(*range(count))
+                except TypeError:
+                    self._taken[count] = False
+        return self._taken[count]
+
+
+# The signatures of a function: as itself, and as a bound method.
+_SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, _Signature]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _signature(value: Callable[..., Any]) -> _Signature:
+    forward = value.forward if isinstance(value, nn.Module) else value
+    function = forward.__func__ if isinstance(forward, types.MethodType) else forward
+    if not isinstance(function, types.FunctionType):
+        return _Signature(forward)
+    known = _SIGNATURES.setdefault(function, {})
+    bound = forward is not function
+    if bound not in known:
+        known[bound] = _Signature(forward)
+    return known[bound]
+
+
+def parameters(value: Callable[..., Any]) -> inspect.Signature | None:
+    """The arguments that a callable takes; those of `forward` for a module.
+
+    It is `None` where there is no signature to read, as for many built-ins.
+    """
+    return _signature(value).shown
+
+
+def takes(value: Callable[..., Any], count: int) -> bool:
+    """Whether a callable can be called with so many arguments by their places."""
+    return _signature(value).takes(count)
+
+
+def keywords(
+    where: str,
+    given: Iterable[str],
+    known: Iterable[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse names that are no arguments, and say which were probably meant.
+
+    Args:
+        where: function or class that takes the arguments.
+        given: names that were given.
+        known: names that it takes.
+        elsewhere: what other packages call them, and what to write here.
+
+    Raises:
+        TypeError: an unknown name.
+    """
+    names = list(known)
+    for name in given:
+        if name not in names:
+            translated = (elsewhere or {}).get(name)
+            near = f"Did you mean {translated}?" if translated else did_you_mean(name, names)
+            near = near or f"It takes {', '.join(names) or 'none'}."
+            raise TypeError(f"{where} takes no argument {name!r}.\n  {near}")
+
+
+@cache
+def _arguments(kind: type) -> tuple[str, ...] | None:
+    """Names of the arguments that make an object of a class; `None` where any may be given."""
+    arguments = inspect.signature(kind).parameters.values()
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+        return None
+    return tuple(argument.name for argument in arguments)
+
+
+class Configured:
+    """Base of classes whose misspelled arguments are refused with the name that was meant."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an object that `__init__` then fills."""
+        known = _arguments(cls) if kwargs else None  # type: ignore[arg-type]
+        if known is not None:
+            keywords(cls.__name__, kwargs, known)
+        return super().__new__(cls)
