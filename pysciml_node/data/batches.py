@@ -12,9 +12,8 @@ from pysciml_node.data.labelled import DataT
 class ShuffledBatches(Generic[DataT]):
     """Endless mini-batches, each pass over the data in a new random order.
 
-    All batches have the same size: the samples left over at the end of a pass sit that pass out.
-    The position can be saved and restored, so that training continues with the very batches it
-    would have seen.
+    All batches have the same size: samples left over at the end of a pass are left out of it. The
+    position can be saved and restored, so training continues with the batches it would have seen.
 
     Args:
         data: where the samples come from.
@@ -40,7 +39,7 @@ class ShuffledBatches(Generic[DataT]):
         if not 1 <= batch_size <= len(data):
             raise ValueError(
                 f"batch_size must be between 1 and the {len(data)} samples of data, but is "
-                f"{batch_size}."
+                f"{batch_size}.\n  A pass over all of them is batch_size=len(data)."
             )
         self.data = data
         self.batch_size = batch_size
@@ -80,7 +79,8 @@ class ShuffledBatches(Generic[DataT]):
         if len(order) not in (0, len(self.data)):
             raise ValueError(
                 f"the saved position is in a pass over {len(order)} samples, "
-                f"but the data has {len(self.data)}."
+                f"but the data has {len(self.data)}.\n"
+                "  Continue with the data that the position was saved with."
             )
         self._order = order
         self._position = state["position"]
@@ -106,9 +106,7 @@ def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
         >>> [len(batch) for batch in ordered_batches(data, 2)]
         [2, 2, 1]
     """
-    batch_size = _batch_size(data, batch_size)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+    batch_size = checks.whole("batch_size", _batch_size(data, batch_size))
     for start in range(0, len(data), batch_size):
         yield data[start : start + batch_size]
 
@@ -116,5 +114,6 @@ def ordered_batches(data: DataT, batch_size: int) -> Iterator[DataT]:
 def _batch_size(data: Any, batch_size: int) -> int:
     listed = isinstance(data, Sequence | Mapping) or getattr(data, "ndim", 1) == 0
     if listed or not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-        checks.refuse("data", "data with samples, such as LabelledData(x, y)", data)
+        hint = "Write LabelledData(x, y), or a class with __len__ and __getitem__."
+        checks.refuse("data", "data with samples, such as LabelledData(x, y)", data, hint)
     return checks.whole("batch_size", batch_size, at_least=None)

@@ -64,7 +64,7 @@ def cifar10(
         FileNotFoundError: there is no archive and `download` is off.
         ConnectionError: there is no archive and none could be fetched.
         ValueError: a file's content is not CIFAR-10's, or `validation` is out of range.
-        ImportError: Pillow is not installed and the subset's images are to be read.
+        ImportError: the subset is to be read, and Pillow is not installed.
 
     Examples:
         >>> data = cifar10("data/cifar10")  # doctest: +SKIP
@@ -93,11 +93,7 @@ def cifar10(
             "  Name the folder that does, or allow the download (download=True)."
         )
     train, test = (LabelledData(x.to(dtype) / 255.0, y) for x, y in parts)
-    if not 0 <= validation < len(train):
-        raise ValueError(
-            f"validation must be between 0 and {len(train) - 1} images, but is {validation}."
-        )
-    cut = len(train) - validation
+    cut = len(train) - checks.whole("validation", validation, at_least=0, at_most=len(train) - 1)
     return Splits(train[:cut], train[cut:], test)
 
 
@@ -105,10 +101,10 @@ Part = tuple[Tensor, Tensor]
 
 
 def _check_archive(path: Path) -> None:
-    own = sha256_of(path)
-    if own != SHA256:
+    digest = sha256_of(path)
+    if digest != SHA256:
         raise ValueError(
-            f"{path} is not {ARCHIVE}: its SHA-256 is {own}, expected {SHA256}.\n"
+            f"{path} is not {ARCHIVE}: its SHA-256 is {digest}, expected {SHA256}.\n"
             "  Delete it and load again to fetch it anew."
         )
 
@@ -117,7 +113,7 @@ class _ArraysOnly(pickle.Unpickler):
     """An unpickler that makes arrays and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few things that a pickled array is made of."""
+        """The few classes and functions that a pickled array is made of."""
         of_numpy = module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype")
         if of_numpy or (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
@@ -131,7 +127,9 @@ def _read_archive(path: Path) -> tuple[Part, Part]:
         def read(name: str) -> Part:
             stream = archive.extractfile(batches[name])
             if stream is None:
-                raise ValueError(f"{path} holds no file {name}.")
+                raise ValueError(
+                    f"{path} holds no file {name}.\n  Delete it and load again to fetch it anew."
+                )
             content = _ArraysOnly(stream, encoding="bytes").load()
             images = torch.from_numpy(np.asarray(content[b"data"]).reshape(-1, *_SHAPE))
             return images, torch.tensor(content[b"labels"])
@@ -151,10 +149,16 @@ def _read_subset(path: Path) -> tuple[Part, Part]:
             if len(places) < 3 or places[-3] not in samples or stream is None:
                 continue
             if places[-2] not in CLASSES:
-                raise ValueError(f"{path}: {member.name} is of no class of CIFAR-10.")
+                raise ValueError(
+                    f"{path}: {member.name} is of no class of CIFAR-10.\n"
+                    f"  Name its folder after one of them: {', '.join(CLASSES)}."
+                )
             pixels = np.array(image.open(io.BytesIO(stream.read())).convert("RGB"))
             if pixels.shape != (32, 32, 3):
-                raise ValueError(f"{path}: {member.name} is of shape {pixels.shape}, not 32x32.")
+                raise ValueError(
+                    f"{path}: {member.name} is of shape {pixels.shape}, not 32x32.\n"
+                    "  Resize the image, or leave it out."
+                )
             samples[places[-3]].append(
                 (torch.from_numpy(pixels).permute(2, 0, 1), CLASSES.index(places[-2]))
             )
@@ -165,7 +169,10 @@ def _read_subset(path: Path) -> tuple[Part, Part]:
 def _mixed(path: Path, samples: list[tuple[Tensor, int]]) -> Part:
     """The samples in a fixed random order: files come sorted by class."""
     if not samples:
-        raise ValueError(f"{path} must hold images train/<class>/*.jpg and test/<class>/*.jpg.")
+        raise ValueError(
+            f"{path} must hold images train/<class>/*.jpg and test/<class>/*.jpg.\n"
+            f"  Pack them so, or delete it and load {ARCHIVE} instead."
+        )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     images = torch.stack([image for image, _ in samples])[order]
     return images, torch.tensor([label for _, label in samples])[order]

@@ -31,7 +31,7 @@ def fetch(
         folder: where to put it; made when absent.
         addresses: tried in order.
         check: raises `ValueError` for a file that is not the right one.
-        by_hand: what to do where no address can be reached, ending the sentence "Check the
+        by_hand: what to do where no address can be reached; ends the sentence "Check the
             connection, or ...".
 
     Returns:
@@ -62,10 +62,10 @@ def fetch(
 
 
 def _chunks(address: str) -> Iterator[bytes]:
-    """What an address serves, piece by piece.
+    """The bytes that an address serves, piece by piece.
 
     Raises:
-        ValueError: it serves nothing, or less than it announced.
+        ValueError: it serves nothing, or less than it announced. `fetch` lists the reason.
     """
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_SECONDS) as response:

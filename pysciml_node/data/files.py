@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name, and the place of an older one, only at the end.
+    """Open a file for writing that takes its name only at the end, and replaces an older one then.
 
-    Until then its bytes are in a file of another name beside it, which no other process writes to,
-    and which is removed when anything goes wrong. What is renamed has reached the disk.
+    Until then the bytes are in a file of another name beside it. No other process writes to that
+    one, and it is removed when anything goes wrong. It is renamed once it has reached the disk.
 
     Args:
         path: the file; its folder is made when absent.
@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         Where to write to.
 
     Raises:
-        OSError: the file could not be written; of a full disk the message says so.
+        OSError: the file could not be written; the message says when the disk is full.
 
     Examples:
         >>> import tempfile

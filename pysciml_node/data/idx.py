@@ -14,6 +14,8 @@ from torch import Tensor
 from pysciml_node import checks
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_FETCH = "Delete it and load again to fetch it anew."
+_UNPACK = "Unpack an archive first, and give one of the files in it."
 _DTYPES: dict[int, np.dtype[Any]] = {
     0x08: np.dtype(">u1"),
     0x09: np.dtype(">i1"),
@@ -42,10 +44,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         return gzip.decompress(raw)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is a damaged gzip file ({error}).\n"
-            "  Delete it and load again to fetch it anew."
-        ) from error
+        raise ValueError(f"{path} is a damaged gzip file ({error}).\n  {_FETCH}") from error
 
 
 def parse_idx(content: bytes, *, name: str = "content") -> Tensor:
@@ -69,23 +68,25 @@ def parse_idx(content: bytes, *, name: str = "content") -> Tensor:
         [7, 8, 9]
     """
     if not isinstance(content, bytes):
-        checks.refuse("content", "the bytes of a file", content)
+        checks.refuse("content", "the bytes of a file", content, "Write path.read_bytes().")
     name = checks.text("name", name)
     if len(content) < 4 or content[:2] != b"\x00\x00" or content[2] not in _DTYPES:
         raise ValueError(
             f"{name} is not an IDX file: it must start with two zero bytes and a type code, "
-            f"but starts with {content[:4].hex(' ') or 'nothing'}."
+            f"but starts with {content[:4].hex(' ') or 'nothing'}.\n  {_UNPACK}"
         )
     dtype, rank = _DTYPES[content[2]], content[3]
     start = 4 + 4 * rank
     if len(content) < start:
-        raise ValueError(f"{name} ends inside its header ({len(content)} of {start} bytes).")
+        raise ValueError(
+            f"{name} ends inside its header ({len(content)} of {start} bytes).\n  {_FETCH}"
+        )
     shape = struct.unpack(f">{rank}I", content[4:start])
     expected = start + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
         raise ValueError(
             f"{name} should hold {expected} bytes for entries of shape {shape}, "
-            f"but holds {len(content)}."
+            f"but holds {len(content)}.\n  {_FETCH}"
         )
     entries = np.frombuffer(content, dtype, offset=start).reshape(shape)
     return torch.from_numpy(entries.astype(dtype.newbyteorder("=")))

@@ -24,22 +24,23 @@ DataT = TypeVar("DataT", bound=Samples)
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A real floating-point dtype, of entries.
+    """A real floating-point dtype.
 
     Raises:
-        TypeError: it is none.
+        TypeError: `dtype` is something else.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        checks.refuse("dtype", "a floating-point dtype, such as torch.float32", dtype)
+        expected = "a floating-point dtype, such as torch.float32"
+        checks.refuse("dtype", expected, dtype, "Write dtype=torch.float32.")
     return dtype
 
 
 def check_division(validation: float, test: float, seed: int, dtype: torch.dtype) -> int:
-    """How a reader divides a data set, and the dtype it gives the entries; returns the seed.
+    """Check the shares that a data set is divided by, and its dtype; return the seed.
 
     Raises:
-        TypeError: one of another kind.
-        ValueError: one out of range.
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
     """
     checks.number("validation", validation)
     checks.number("test", test)
@@ -73,10 +74,13 @@ class LabelledData:
         if self.y.ndim != 1 or self.x.ndim < 1 or len(self.x) != len(self.y):
             raise ValueError(
                 f"x and y must hold one label a sample: x of shape (N, *D), y of shape (N,); "
-                f"got {tuple(self.x.shape)} and {tuple(self.y.shape)}."
+                f"got {tuple(self.x.shape)} and {tuple(self.y.shape)}.\n"
+                "  Labels in one-hot rows become numbers by y.argmax(1)."
             )
         if self.y.is_floating_point() or self.y.is_complex() or self.y.dtype == torch.bool:
-            raise TypeError(f"y must be of an integer dtype, but is {self.y.dtype}.")
+            raise TypeError(
+                f"y must be of an integer dtype, but is {self.y.dtype}.\n  Convert it: y.long()."
+            )
 
     def __len__(self) -> int:
         return len(self.y)
@@ -134,8 +138,9 @@ def stratified_split(
         [0, 1, 2, 3]
     """
     labels = checks.tensor("labels", labels, axes=1)
+    hint = 'Write {"train": 0.8, "test": 0.2}.'
     if not isinstance(fractions, Mapping):
-        checks.refuse("fractions", "a dict of names and shares", fractions)
+        checks.refuse("fractions", "a dict of names and shares", fractions, hint)
     checks.instance(
         "generator", generator, torch.Generator, example="torch.Generator().manual_seed(0)"
     )
@@ -143,7 +148,8 @@ def stratified_split(
     shares = torch.tensor(listed, dtype=torch.float64)
     if bool((shares <= 0).any()) or abs(float(shares.sum()) - 1.0) > 1e-9:
         raise ValueError(
-            f"fractions must be positive and add up to one, but are {dict(fractions)}."
+            f"fractions must be positive and add up to one, but are {dict(fractions)}.\n"
+            "  Leave out a part that is to be empty, and divide the others by their sum."
         )
     bounds = torch.cat([torch.zeros(1, dtype=torch.float64), shares.cumsum(0)])
     parts: dict[str, list[Tensor]] = {name: [] for name in fractions}

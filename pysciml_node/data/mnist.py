@@ -77,11 +77,7 @@ def mnist(
         if path is not None
     }
     train = _labelled(tensors, "train", dtype)
-    if not 0 <= validation < len(train):
-        raise ValueError(
-            f"validation must be between 0 and {len(train) - 1} images, but is {validation}."
-        )
-    cut = len(train) - validation
+    cut = len(train) - checks.whole("validation", validation, at_least=0, at_most=len(train) - 1)
     return Splits(train[:cut], train[cut:], _labelled(tensors, "t10k", dtype))
 
 
@@ -97,10 +93,10 @@ def _find(folder: Path, name: str) -> Path | None:
 
 def _verified(path: Path, name: str) -> bytes:
     content = read_bytes(path)
-    own = hashlib.sha256(content).hexdigest()
-    if own != CHECKSUMS[name]:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != CHECKSUMS[name]:
         raise ValueError(
-            f"{path} is not MNIST's {name}: its unpacked content has SHA-256 {own}, "
+            f"{path} is not MNIST's {name}: its unpacked content has SHA-256 {digest}, "
             f"expected {CHECKSUMS[name]}.\n  Delete it and load again to fetch it anew."
         )
     return content

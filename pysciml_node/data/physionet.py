@@ -23,9 +23,9 @@ ADDRESSES = ("https://physionet.org/files/challenge-2012/1.0.0/set-a.tar.gz",)
 ARCHIVES = ("set-a.tar.gz", "set-a.tar.xz", "set-a.tar", "set-a.zip")
 HOURS = 48.0
 
-# Each variable with the range that a living patient's values lie in, generously: what lies
-# outside is a slip of the pen (a pH of 735, a temperature of -17.8) or a code. The units are the
-# challenge's: mmHg, bpm, degrees Celsius, kg, mL, and the laboratory's usual ones.
+# Each variable with a generous range for a living patient. A value outside is a slip of the pen
+# (a pH of 735, a temperature of -17.8) or a code. The units are the challenge's: mmHg, bpm, degrees
+# Celsius, kg, mL, and the laboratory's usual ones.
 RANGES: dict[str, tuple[float, float]] = {
     "ALP": (1.0, 5000.0),
     "ALT": (1.0, 20000.0),
@@ -68,7 +68,7 @@ RANGES: dict[str, tuple[float, float]] = {
 VARIABLES = tuple(RANGES)
 Outliers = Literal["keep", "drop", "clip"]
 
-# The patient's description, given once at time 0: no time series.
+# These describe the patient, once at time 0. They are no time series.
 _DESCRIPTORS = ("RecordID", "Age", "Gender", "Height", "ICUType")
 _UNKNOWN = -1.0
 
@@ -150,17 +150,18 @@ def physionet(
 
 
 def _download(folder: Path, addresses: Sequence[str], sha256: str | None) -> Path:
-    sums = [sha256] if sha256 is not None else [published_sum(address) for address in addresses]
+    published = [sha256] if sha256 is not None else [published_sum(url) for url in addresses]
     return fetch(
         ARCHIVES[0],
         folder,
         addresses,
-        partial(_check_archive, sums={one.lower() for one in sums if one is not None}),
+        partial(_check_archive, sums={digest.lower() for digest in published if digest}),
         by_hand=f"put set-a.tar.gz of the challenge into {folder} by hand",
     )
 
 
 Record = tuple[np.ndarray, np.ndarray, np.ndarray]
+_LEAVE_OUT = "Take the file out of the folder, or fetch the archive anew."
 
 
 def parse_record(text: str, *, name: str = "record") -> Record:
@@ -182,12 +183,12 @@ def parse_record(text: str, *, name: str = "record") -> Record:
         ([1.5], 'HR', [73.0])
     """
     if not isinstance(text, str):
-        checks.refuse("text", "the text of a file", text)
+        checks.refuse("text", "the text of a file", text, "Write path.read_text().")
     heading, *lines = text.splitlines() or [""]
     if heading.strip() != "Time,Parameter,Value":
         raise ValueError(
             f"{name} is no record of the challenge: it must start with 'Time,Parameter,Value', "
-            f"but starts with {heading[:40]!r}."
+            f"but starts with {heading[:40]!r}.\n  {_LEAVE_OUT}"
         )
     hours, places, values = [], [], []
     for number, line in enumerate(lines, start=2):
@@ -202,7 +203,9 @@ def parse_record(text: str, *, name: str = "record") -> Record:
             values.append(_number(value))
             places.append(place)
         except ValueError as error:
-            raise ValueError(f"{name}, line {number}: {line!r} ({error}).") from error
+            raise ValueError(
+                f"{name}, line {number}: {line!r} ({error}).\n  {_LEAVE_OUT}"
+            ) from error
     return np.array(hours), np.array(places, dtype=np.int64), np.array(values)
 
 
@@ -255,7 +258,10 @@ def _scaled(
     tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]], dtype: torch.dtype
 ) -> IrregularSeries:
     if not tables:
-        raise ValueError("no record holds any observation.")
+        raise ValueError(
+            "no record holds any observation.\n"
+            '  Write outliers="keep", or look at the files: they may be cut short.'
+        )
     times, values, counts = (np.concatenate(parts) for parts in zip(*tables, strict=True))
     observed = counts > 0
     low = np.where(observed, values, np.inf).min(axis=0)
@@ -318,7 +324,7 @@ def _texts(source: Path) -> Iterable[tuple[str, bytes]]:
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise ValueError(_damaged(source, error)) from error
     except OSError as error:
-        if error.errno is not None:  # of the system; gzip's own have no number
+        if error.errno is not None:  # the system's errors have a number, gzip's have none
             raise
         raise ValueError(_damaged(source, error)) from error
 
@@ -336,9 +342,9 @@ def _is_record(name: str) -> bool:
 
 
 def _check_archive(path: Path, sums: set[str]) -> None:
-    """Refuse an archive that is cut short or holds no records, or is none of those published."""
-    own = sha256_of(path)
-    if sums and own not in sums:
-        raise ValueError(f"its SHA-256 is {own}, expected {' or '.join(sorted(sums))}")
+    """Refuse an archive that is cut short, holds no records or is not a published one."""
+    digest = sha256_of(path)
+    if sums and digest not in sums:
+        raise ValueError(f"its SHA-256 is {digest}, expected {' or '.join(sorted(sums))}")
     if not sum(1 for _ in _texts(path)):
         raise ValueError("the archive holds no records")

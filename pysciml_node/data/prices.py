@@ -20,10 +20,10 @@ def prices(
 ) -> Splits[IrregularSeries]:
     """Load windows of four weeks of a share's price, observed on trading days.
 
-    Weekends and holidays are gaps. The variables are the logarithms of the closing price and of
-    the day's range, high over low, and of the volume, less their means in the window and divided
-    by their standard deviations over all windows. Nothing is downloaded: matplotlib carries the
-    daily prices from August 2004 to October 2008.
+    Weekends and holidays are gaps. The variables are the logarithms of the closing price, of the
+    day's range (high over low) and of the volume. Each has its mean in the window subtracted and is
+    divided by its standard deviation over all windows. Nothing is downloaded: matplotlib carries
+    the daily prices from August 2004 to October 2008.
 
     Args:
         validation: share of the windows held out to choose settings on.

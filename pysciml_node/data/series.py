@@ -52,11 +52,16 @@ class IrregularSeries:
         for name in ("times", "values", "observed", "lengths"):
             checks.settle(self, **{name: checks.tensor(name, getattr(self, name))})
         if self.times.ndim != 1:
-            checks.refuse("times", "a tensor of shape (N,)", self.times, error=ValueError)
+            hint = "Join the samples' times: torch.cat(times), or IrregularSeries.join(samples)."
+            checks.refuse("times", "a tensor of shape (N,)", self.times, hint, ValueError)
         if self.lengths.is_floating_point() or self.lengths.dtype == torch.bool:
-            checks.refuse("lengths", "a tensor of whole numbers", self.lengths)
+            hint = "Convert it: lengths.long()."
+            checks.refuse("lengths", "a tensor of whole numbers", self.lengths, hint)
         if self.times.is_complex() or self.values.is_complex() or self.lengths.is_complex():
-            raise TypeError("times, values and lengths must be real.")
+            raise TypeError(
+                "times, values and lengths must be real.\n"
+                "  Complex values become two variables: torch.view_as_real(values).flatten(1)."
+            )
         rows = len(self.times)
         if (
             self.times.ndim != 1
@@ -70,10 +75,14 @@ class IrregularSeries:
                 "times must be of shape (N,), values and observed (N, D), lengths (B,) with sum N; "
                 f"got {tuple(self.times.shape)}, {tuple(self.values.shape)}, "
                 f"{tuple(self.observed.shape)} and {tuple(self.lengths.shape)} with sum "
-                f"{int(self.lengths.sum())}."
+                f"{int(self.lengths.sum())}.\n"
+                "  IrregularSeries.join([(times, values, observed), ...]) lays samples end to end."
             )
         if self.observed.dtype != torch.bool:
-            raise TypeError(f"observed must be of dtype bool, but is {self.observed.dtype}.")
+            raise TypeError(
+                f"observed must be of dtype bool, but is {self.observed.dtype}.\n"
+                "  Convert it: observed.bool()."
+            )
         if bool((self.lengths < 1).any()):
             raise ValueError(
                 f"sample {int((self.lengths < 1).nonzero()[0])} has no rows.\n  Leave it out."
@@ -106,10 +115,12 @@ class IrregularSeries:
     def join(cls, samples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> IrregularSeries:
         """The series of samples given as `(times (n,), values (n, D), observed (n, D))`."""
         if not isinstance(samples, list | tuple) or not samples:
-            checks.refuse("samples", "a list of (times, values, observed)", samples)
+            hint = "Write [(times, values, observed)] for a single sample."
+            checks.refuse("samples", "a list of (times, values, observed)", samples, hint)
         for i, sample in enumerate(samples):
             if not isinstance(sample, tuple | list) or len(sample) != 3:
-                checks.refuse(f"samples[{i}]", "(times, values, observed)", sample)
+                hint = "Where all is observed, it is torch.ones_like(values, dtype=torch.bool)."
+                checks.refuse(f"samples[{i}]", "(times, values, observed)", sample, hint)
             for part in sample:
                 checks.tensor(f"samples[{i}]", part)
         times, values, observed = zip(*samples, strict=True)
@@ -120,19 +131,24 @@ class IrregularSeries:
         return len(self.lengths)
 
     def __getitem__(self, index: Tensor | slice) -> IrregularSeries:
+        expected = "a slice, or a tensor of places or of booleans"
+        hint = "Write series[i : i + 1] for sample i, or series[torch.tensor(places)]."
         if not isinstance(index, slice | Tensor):
-            checks.refuse("index", "a slice, or a tensor of places or of booleans", index)
+            checks.refuse("index", expected, index, hint)
         if isinstance(index, Tensor):
             checks.tensor("index", index, axes=1)
             if index.is_floating_point() or index.is_complex():
-                checks.refuse("index", "a slice, or a tensor of places or of booleans", index)
+                checks.refuse("index", expected, index, "Convert it: index.long().")
             if index.dtype == torch.bool and len(index) != len(self):
                 raise ValueError(
                     f"index must have a boolean for each of the {len(self)} samples, but has "
-                    f"{len(index)}."
+                    f"{len(index)}.\n  To choose rows of the samples, write series.only(rows)."
                 )
             if index.dtype != torch.bool and bool((index.abs() >= len(self)).any()):
-                raise ValueError(f"index must lie below the {len(self)} samples, but is {index}.")
+                raise ValueError(
+                    f"index must lie below the {len(self)} samples, but is {index}.\n"
+                    f"  The first sample is 0, the last {len(self) - 1}."
+                )
         lengths, first = self.lengths[index], self.first[index]
         # Row k of the result is row k - (rows before its sample here) + (first row there).
         shift = torch.repeat_interleave(first - _starts(lengths), lengths)
@@ -182,7 +198,7 @@ class IrregularSeries:
         if entries.shape != self.values.shape:
             raise ValueError(
                 f"entries must have shape {tuple(self.values.shape)}, one for each value, but has "
-                f"{tuple(entries.shape)}."
+                f"{tuple(entries.shape)}.\n  Write entries.expand_as(series.values)."
             )
         rows = torch.where(self.observed, entries, torch.zeros_like(entries)).sum(1)
         return rows.new_zeros(len(self)).index_add(0, self.sample, rows)
@@ -203,7 +219,8 @@ class IrregularSeries:
         rows = checks.tensor("rows", rows, axes=1)
         if rows.shape != self.times.shape or rows.dtype != torch.bool:
             expected = f"a tensor of booleans of shape {tuple(self.times.shape)}"
-            checks.refuse("rows", expected, rows, error=ValueError)
+            hint = "A condition on the times makes one: series.times < 0.5."
+            checks.refuse("rows", expected, rows, hint, ValueError)
         observed = self.observed & rows[:, None]
         return IrregularSeries(self.times, self.values, observed, self.lengths)
 
@@ -262,7 +279,8 @@ def split_at_random(
     if min(validation, test) < 0 or held[1] < 1 or sum(held) >= count:
         raise ValueError(
             f"validation={validation} and test={test} must be shares that leave samples for "
-            f"training and test; there are {count} samples."
+            f"training and test; there are {count} samples.\n"
+            "  Give smaller shares, or more samples."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     last, middle, first = torch.split(order, [held[1], held[0], count - sum(held)])
@@ -273,7 +291,7 @@ def check_series(name: str, value: object) -> IrregularSeries:
     """An argument that is a series.
 
     Raises:
-        TypeError: it is none.
+        TypeError: `value` is something else.
     """
     example = "IrregularSeries(times, values, observed, lengths)"
     return checks.instance(name, value, IrregularSeries, example=example)

@@ -111,7 +111,7 @@ def test_a_position_of_another_data_set_is_refused():
 def test_ordered_batches_go_through_the_data_once():
     parts = list(ordered_batches(numbered(7), 3))
     assert torch.cat([part.y for part in parts]).tolist() == list(range(7))
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="positive whole number"):
         next(ordered_batches(numbered(7), 0))
 
 
@@ -228,7 +228,7 @@ def test_mnist_says_what_is_missing_and_what_to_do(tmp_path):
 
 
 def test_mnist_validation_must_leave_training_images(tiny_mnist):
-    with pytest.raises(ValueError, match="between 0 and 5"):
+    with pytest.raises(ValueError, match="at least 0 and at most 5"):
         load_mnist(tiny_mnist, validation=6)
 
 

@@ -307,7 +307,7 @@ def test_cifar10_reads_and_downloads_the_python_version(tiny_cifar, tmp_path):
     torch.testing.assert_close(
         again.train.x[:2] * 255, torch.from_numpy(raw.reshape(2, 3, 32, 32)).float()
     )
-    with pytest.raises(ValueError, match="between 0 and 9"):
+    with pytest.raises(ValueError, match="at least 0 and at most 9"):
         cifar10(tiny_cifar, validation=10)
 
 
