@@ -205,19 +205,22 @@ class _PIDSizes(StepSizes):
 
 @dataclass(frozen=True)
 class AlgorithmController(Controller):
-    """The control that an algorithm of the Julia engine brings itself; the default of these."""
+    """The controller that an algorithm of the Julia engine brings; their default."""
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve; not for the torch engine, whose algorithms have none of their own."""
-        raise ValueError("AlgorithmController belongs to algorithms of the Julia engine only.")
+        raise ValueError(
+            "AlgorithmController belongs to algorithms of the Julia engine only.\n"
+            "  Write controller=PIController(), or leave it out."
+        )
 
 
 @dataclass(frozen=True)
 class FixedStep(Controller):
     """Steps of `dt0`, or from each of `times` to the next, whatever the error.
 
-    The last step is cut to end at `t1`. The field is seen at `times` as it is there, once from
-    each side; times that it jumps at are `tstops`, which its values on the other side never cross.
+    The last step is cut to end at `t1`. The field is evaluated at `times` themselves, from both
+    sides. Times at which it jumps belong into `tstops`: no step sees values from the other side.
 
     Args:
         times: where steps end, in the order of integration; those outside the interval are left

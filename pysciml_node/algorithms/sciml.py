@@ -52,7 +52,8 @@ class SciMLAlgorithm(Algorithm):
         if isinstance(packages, str):
             packages = (packages,)
         if not isinstance(packages, tuple | list):
-            checks.refuse("packages", "a tuple of names of Julia packages", packages)
+            hint = 'Write packages=("OrdinaryDiffEqRosenbrock",).'
+            checks.refuse("packages", "a tuple of names of Julia packages", packages, hint)
         names = tuple(checks.text(f"packages[{i}]", x) for i, x in enumerate(packages))
         checks.settle(self, packages=names)
 

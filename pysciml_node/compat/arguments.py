@@ -27,16 +27,19 @@ def check_call(func: Any, y0: Any, method: Any, options: Any) -> None:
     check_field("func", func, "The order is odeint(func, y0, t).")
     parts = y0 if isinstance(y0, tuple) else (y0,)
     if not parts:
-        checks.refuse("y0", "a tensor, or a tuple of tensors", y0, error=ValueError)
+        hint = "Write odeint(func, y0, t) with a tensor y0."
+        checks.refuse("y0", "a tensor, or a tuple of tensors", y0, hint, ValueError)
     for i, part in enumerate(parts):
         name = f"y0[{i}]" if isinstance(y0, tuple) else "y0"
         if not isinstance(part, Tensor):
             checks.refuse(name, "a tensor", part, "Convert it: torch.as_tensor(y0).")
         checks.tensor(name, part)
         if part.dtype not in _DTYPES:
-            checks.refuse(name, "float32, float64, complex64 or complex128", part)
+            hint = f"Convert it: {name}.float() or {name}.double()."
+            checks.refuse(name, "float32, float64, complex64 or complex128", part, hint)
     if not sum(part.numel() for part in parts):
-        checks.refuse("y0", "a state with entries", y0, error=ValueError)
+        hint = "Skip the solve of an empty batch."
+        checks.refuse("y0", "a state with entries", y0, hint, ValueError)
     if method is not None:
         checks.text("method", method)
     _check_options("options", options)
@@ -46,7 +49,9 @@ def _check_options(argument: str, options: Any) -> None:
     if options is None:
         return
     if not isinstance(options, Mapping):
-        checks.refuse(argument, "a dict of options", options)
+        checks.refuse(
+            argument, "a dict of options", options, f'Write {argument}={{"step_size": 0.1}}.'
+        )
     for key, value in options.items():
         name = f"{argument}[{key!r}]"
         if value is None:

@@ -175,10 +175,13 @@ class Flow(Transform):
         if self.event_shape is not None and x.shape[1:] != self.event_shape:
             raise ValueError(
                 f"x must have the shape (B, {', '.join(map(str, self.event_shape))}), but has "
-                f"{tuple(x.shape)}."
+                f"{tuple(x.shape)}.\n  A single sample is x[None]; log_prob takes any leading axes."
             )
         if self.event_shape is None and x.ndim < 2:
-            raise ValueError(f"x must have the shape (B, *E), but has {tuple(x.shape)}.")
+            raise ValueError(
+                f"x must have the shape (B, *E), but has {tuple(x.shape)}.\n"
+                "  A single sample is x[None]; samples of one number each are x[:, None]."
+            )
         mapped = self.transform(x)
         parts = {field.name: getattr(mapped, field.name) for field in dataclasses.fields(Mapped)}
         return Density(**parts, log_prob=self._base_log_prob(mapped.u) + mapped.log_det)
@@ -204,7 +207,7 @@ class Flow(Transform):
         if count < 0 or x.shape[count:] != self.event_shape:
             raise ValueError(
                 f"the last axes of x must be {tuple(self.event_shape)}, but its shape is "
-                f"{tuple(x.shape)}."
+                f"{tuple(x.shape)}.\n  Write x.reshape(-1, *flow.event_shape)."
             )
         return self._unregularized(x.reshape(-1, *self.event_shape)).reshape(x.shape[:count])
 

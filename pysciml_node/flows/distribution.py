@@ -48,16 +48,18 @@ def check_base(base: Any) -> Distribution:
         TypeError: neither.
         ValueError: a batch of distributions.
     """
-    made = base() if isinstance(base, nn.Module) else base
-    if not isinstance(made, Distribution):
-        refuse("base", "a torch.distributions.Distribution, or a module that makes one", made)
-    if made.batch_shape:
+    distribution = base() if isinstance(base, nn.Module) else base
+    if not isinstance(distribution, Distribution):
+        expected = "a torch.distributions.Distribution, or a module that makes one"
+        hint = "Leave it out for a standard normal one, or return a distribution from forward()."
+        refuse("base", expected, distribution, hint)
+    if distribution.batch_shape:
         raise ValueError(
             f"base must be one distribution, but is a batch of them, of shape "
-            f"{tuple(made.batch_shape)}.\n"
+            f"{tuple(distribution.batch_shape)}.\n"
             "  Wrap it: torch.distributions.Independent(base, len(base.batch_shape))."
         )
-    return made
+    return distribution
 
 
 def leaves_of(base: Distribution) -> list[Leaf]:

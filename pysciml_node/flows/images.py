@@ -89,7 +89,11 @@ def _check_range(name: str, x: Tensor, low: float, high: float) -> None:
         return
     least, most = (float(end) for end in torch.aminmax(x.detach()))
     if not (low <= least and most <= high):
-        raise ValueError(f"{name} must lie in [{low}, {high}], but has {least} to {most}.")
+        raise ValueError(
+            f"{name} must lie in [{low}, {high}], but has {least} to {most}.\n"
+            f"  Scale it: low + (high - low) * ({name} - {name}.min()) / "
+            f"({name}.max() - {name}.min())."
+        )
 
 
 class Logit(Transform):
@@ -113,7 +117,7 @@ class Logit(Transform):
         """Carry points of [0, 1] to the line."""
         x = checks.tensor("x", x, floating=True)
         if not x.ndim:
-            checks.refuse("x", "a batch of samples", x, error=ValueError)
+            checks.refuse("x", "a batch of samples", x, "A single one is x[None].", ValueError)
         # What `inverse` gives may lie a little outside.
         margin = self.alpha / (1 - 2 * self.alpha)
         _check_range("x", x, -margin, 1 + margin)
@@ -148,7 +152,8 @@ class Squeeze(Transform):
         x = checks.tensor("x", x, axes=4)
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(
-                f"x must have an even height and width, but has shape {tuple(x.shape)}."
+                f"x must have an even height and width, but has shape {tuple(x.shape)}.\n"
+                "  Pad it: torch.nn.functional.pad(x, (0, 1, 0, 1))."
             )
         return Mapped.start(functional.pixel_unshuffle(x, 2))
 
@@ -157,7 +162,8 @@ class Squeeze(Transform):
         z = checks.tensor("z", z, axes=4)
         if z.shape[1] % 4:
             raise ValueError(
-                f"z must have a multiple of 4 channels, but has shape {tuple(z.shape)}."
+                f"z must have a multiple of 4 channels, but has shape {tuple(z.shape)}.\n"
+                "  A squeeze makes four channels of each: give what transform returned."
             )
         return Mapped.start(functional.pixel_shuffle(z, 2))
 
@@ -215,7 +221,8 @@ class MultiScale(Flow):
         self.image_shape = image_shape
         channels, height, width = image_shape
         if min(image_shape) < 1:
-            checks.refuse("image_shape", "positive sizes", image_shape, error=ValueError)
+            hint = "Write (1, 28, 28): channels, height and width."
+            checks.refuse("image_shape", "positive sizes", image_shape, hint, ValueError)
         scales = _scales(height, width) if scales is None else checks.whole("scales", scales)
         blocks = checks.whole("blocks", blocks)
         checks.function("make_field", make_field, "channels")

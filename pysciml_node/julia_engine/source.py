@@ -18,6 +18,7 @@ from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.translation.recent import Recent
 
 _MOST = 16
+_EXAMPLE = 'Write a function, such as "(u, p, t) -> -u".'
 """Shapes and dtypes of one source that are kept in Julia."""
 
 
@@ -53,8 +54,8 @@ class JuliaField:
 
     def __init__(self, source: str) -> None:
         if not isinstance(source, str):
-            checks.refuse("source", "Julia code as text", source)
-        checks.text("source", source, hint='Write a function, such as "(u, p, t) -> -u".')
+            checks.refuse("source", "Julia code as text", source, _EXAMPLE)
+        checks.text("source", source, hint=_EXAMPLE)
         self.source = source
         self._handles = _handles()
 

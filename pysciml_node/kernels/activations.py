@@ -95,10 +95,8 @@ def as_function(activation: Activation, argument: str = "activation") -> Element
     if isinstance(activation, str):
         return _FUNCTIONS[_known_name(activation, argument)]
     if not callable(activation):
-        raise TypeError(
-            f"{argument} must be a name, a callable or an nn.Module, but is "
-            f"{checks.shown(activation)}."
-        )
+        expected, hint = "a name, a callable or an nn.Module", f'Write {argument}="relu".'
+        checks.refuse(argument, expected, activation, hint)
     function = checks.function(argument, activation, "u")
     if isinstance(function, nn.Module):
         function = copy.deepcopy(function).double()  # kernels are computed in float64
@@ -119,10 +117,14 @@ def _elementwise(function: Elementwise, argument: str) -> Elementwise:
             alone = [function(entry) for entry in probe.clone().reshape(-1, 1, 1)]
     except Exception as error:  # whatever the user's function raises
         raise TypeError(
-            f"{wanted}, but fails for one of shape (12, 5) and dtype float64: {error}"
+            f"{wanted}, but fails for one of shape (12, 5) and dtype float64: {error}\n"
+            "  Kernels are computed in float64: let the function follow its input's dtype."
         ) from error
     if not isinstance(value, Tensor) or value.shape != probe.shape or value.is_complex():
-        raise TypeError(f"{wanted}, but gives {checks.shown(value)} for one of shape (12, 5).")
+        raise TypeError(
+            f"{wanted}, but gives {checks.shown(value)} for one of shape (12, 5).\n"
+            "  Return a real tensor of the input's shape."
+        )
     one_by_one = torch.cat(alone).reshape(probe.shape)
     if not torch.allclose(value, one_by_one, rtol=1e-9, atol=1e-12, equal_nan=True):
         raise ValueError(

@@ -198,10 +198,14 @@ def _check_samples(network: _Network, x1: Tensor, x2: Tensor | None) -> None:
         except Exception as error:  # whatever the user's module raises
             raise ValueError(
                 f"{name} must hold samples that the module takes, but it fails for one of shape "
-                f"{tuple(x1.shape[1:])} and dtype {x1.dtype}: {error}"
+                f"{tuple(x1.shape[1:])} and dtype {x1.dtype}: {error}\n"
+                f"  Try module({name}[:1]): it has to take a batch of one."
             ) from error
         if isinstance(out, Tensor) and not out.is_floating_point():
-            raise ValueError(f"module must return real numbers, but for {name} has {out.dtype}.")
+            raise ValueError(
+                f"module must return real numbers, but for {name} has {out.dtype}.\n"
+                "  Return scores or logits; a complex output has two real parts."
+            )
 
 
 def _kernel(
@@ -229,11 +233,14 @@ def _check(module: nn.Module, outputs: str, method: str, x1: Tensor, x2: Tensor 
     checks.choice("method", method, get_args(Method))
     for x in (x1, x2):
         if x is not None and (x.ndim == 0 or len(x) == 0):
-            raise ValueError("x1 and x2 must hold at least one sample.")
+            raise ValueError(
+                "x1 and x2 must hold at least one sample.\n  A single sample x is x[None]."
+            )
     if x2 is not None and (x1.shape[1:], x1.dtype) != (x2.shape[1:], x2.dtype):
         raise ValueError(
             f"x1 and x2 must hold samples of one shape and dtype, but have {tuple(x1.shape[1:])} "
-            f"{x1.dtype} and {tuple(x2.shape[1:])} {x2.dtype}."
+            f"{x1.dtype} and {tuple(x2.shape[1:])} {x2.dtype}.\n"
+            "  Convert x2: x2.to(x1.dtype).reshape(-1, *x1.shape[1:])."
         )
 
 

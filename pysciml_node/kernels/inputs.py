@@ -129,12 +129,12 @@ def _checked_inputs(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | Non
                 f"{name} must have shape (n, d), but has shape {tuple(x.shape)}.\n"
                 f"  Flatten each sample: {name}.flatten(1)."
             )
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name} must be finite, but holds NaN or infinity.")
+        checks.tensor(name, x, finite=True)
     if x2 is not None and (x1.shape[1], x1.dtype, x1.device) != (x2.shape[1], x2.dtype, x2.device):
         raise ValueError(
             f"x1 and x2 must agree in features, dtype and device, but are {tuple(x1.shape)} "
-            f"{x1.dtype} {x1.device} and {tuple(x2.shape)} {x2.dtype} {x2.device}."
+            f"{x1.dtype} {x1.device} and {tuple(x2.shape)} {x2.dtype} {x2.device}.\n"
+            "  Convert it: x2.to(x1); both need the same columns."
         )
     return x1, x2
 

@@ -18,7 +18,10 @@ from pysciml_node import checks
 def _square(kernel: Tensor, name: str) -> Tensor:
     kernel = checks.tensor(name, kernel, precise=True, finite=True, filled=True)
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
-        raise ValueError(f"{name} must be square, but has shape {tuple(kernel.shape)}.")
+        raise ValueError(
+            f"{name} must be square, but has shape {tuple(kernel.shape)}.\n"
+            "  Compute it with x2=None: the training inputs against themselves."
+        )
     gap = float((kernel - kernel.T).abs().max())
     scale = float(kernel.abs().max())
     if gap > 1e3 * torch.finfo(kernel.dtype).eps * scale:
@@ -46,7 +49,7 @@ def _cross(kernel: Tensor, value: Tensor, name: str = "cross") -> Tensor:
     if value.ndim != 2 or value.shape[1] != len(kernel):
         raise ValueError(
             f"{name} must have shape (m, {len(kernel)}), test against training inputs, but has "
-            f"shape {tuple(value.shape)}."
+            f"shape {tuple(value.shape)}.\n  Compute it between test and training inputs."
         )
     return value
 
@@ -59,7 +62,7 @@ def _variances(kernel: Tensor, prior: Tensor, name: str = "prior") -> Tensor:
     if prior.ndim != 2 or prior.shape[0] != prior.shape[1]:
         raise ValueError(
             f"{name} must have shape (m, m), or (m,) of its diagonal, but has shape "
-            f"{tuple(prior.shape)}."
+            f"{tuple(prior.shape)}.\n  Compute it with x1 the test inputs and x2=None."
         )
     return prior.diagonal()
 
@@ -68,7 +71,7 @@ def _columns(targets: Tensor, n: int, name: str) -> Tensor:
     if targets.ndim not in (1, 2) or targets.shape[0] != n:
         raise ValueError(
             f"{name} must have shape ({n},) or ({n}, o), one row a training input, but has shape "
-            f"{tuple(targets.shape)}."
+            f"{tuple(targets.shape)}.\n  Transpose it where the rows are outputs: {name}.T."
         )
     return targets.reshape(n, -1)
 
@@ -129,7 +132,8 @@ def max_learning_rate(kernel: Tensor) -> float:
 def _stable_rate(largest: Tensor, n: int) -> float:
     if not largest > 0:
         raise ValueError(
-            f"kernel must have a positive eigenvalue, but its largest is {float(largest):.3g}."
+            f"kernel must have a positive eigenvalue, but its largest is {float(largest):.3g}.\n"
+            "  A kernel of zero has nothing to train: look at the activation and the inputs."
         )
     return 2 * n / float(largest)
 
@@ -167,7 +171,8 @@ def posterior(
     if cross.shape != (len(diagonal), len(kernel)):
         raise ValueError(
             f"cross must have shape ({len(diagonal)}, {len(kernel)}) (test, training) like prior "
-            f"and kernel, but has shape {tuple(cross.shape)}."
+            f"and kernel, but has shape {tuple(cross.shape)}.\n"
+            "  Compute it with x1 the test and x2 the training inputs."
         )
     noisy = kernel + noise * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     factor, failed = torch.linalg.cholesky_ex(noisy)
@@ -220,7 +225,8 @@ class GradientDescent:
         if self.initial is not None and self.initial.shape != self.targets.shape:
             raise ValueError(
                 f"initial must have the shape of targets, {tuple(self.targets.shape)}, but has "
-                f"shape {tuple(self.initial.shape)}."
+                f"shape {tuple(self.initial.shape)}.\n"
+                "  Give the network's outputs on the training inputs: initial.reshape_as(targets)."
             )
         values, vectors = torch.linalg.eigh(self.kernel)
         checks.settle(self, _values=values, _vectors=vectors)
@@ -272,7 +278,8 @@ class GradientDescent:
         if initial.shape != out.shape:
             raise ValueError(
                 f"initial must have shape {tuple(out.shape)}, an output for each test input, but "
-                f"has shape {tuple(initial.shape)}."
+                f"has shape {tuple(initial.shape)}.\n"
+                "  Give the network's outputs on the test inputs, before training."
             )
         return initial + out
 
@@ -298,8 +305,9 @@ class GradientDescent:
             when: as for `outputs`.
             lr: as for `outputs`.
         """
+        hint = "Write (nngp(x), nngp(x_test, x), nngp(x_test))."
         if not isinstance(nngp, tuple | list) or len(nngp) != 3:
-            checks.refuse("nngp", "three kernels (K, K*, K**)", nngp)
+            checks.refuse("nngp", "three kernels (K, K*, K**)", nngp, hint)
         cross = _cross(self.kernel, cross)
         train = _beside(self.kernel, "nngp[0]", nngp[0])
         test_train = _beside(self.kernel, "nngp[1]", nngp[1])
@@ -307,12 +315,13 @@ class GradientDescent:
         wanted = (self.kernel.shape, cross.shape, cross.shape[:1])
         given = (train.shape, test_train.shape, diagonal.shape)
         if given != wanted:
-            wanted_words, found_words = (
-                ", ".join(str(tuple(x)) for x in y) for y in (wanted, given)
+            wanted_words, given_words = (
+                ", ".join(str(tuple(x)) for x in shapes) for shapes in (wanted, given)
             )
             raise ValueError(
                 f"nngp must fit kernel and cross: shapes {wanted_words} (the last, or its "
-                f"diagonal), but they are {found_words}."
+                f"diagonal), but they are {given_words}.\n"
+                "  Compute all kernels from the same training and test inputs."
             )
         spent = self._spent(self._decay(when, lr))
         gain = cross @ (self._vectors * spent) @ self._vectors.T

@@ -201,7 +201,10 @@ def _elementwise(act: Activation) -> Elementwise:
         frequency, phase = act.frequency, act.phase
         return lambda u: torch.sin(frequency * u + phase)
     if isinstance(act, GaussianExpectation) and not isinstance(act, Polynomial):
-        raise TypeError(f"act: pass the activation itself, not its expectation {act}.")
+        raise TypeError(
+            f"act must be an activation, but is the expectation {act} of one.\n"
+            "  Pass the function itself, such as torch.tanh."
+        )
     return as_function(act, "act")
 
 

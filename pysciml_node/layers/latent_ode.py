@@ -134,7 +134,7 @@ class LatentODE(nn.Module):
         checks.function("encoder", encoder, "series")
         checks.function("decoder", decoder, "z")
         if not isinstance(tspan, tuple | list) or len(tspan) != 2:
-            checks.refuse("tspan", "a pair (t0, t1)", tspan)
+            checks.refuse("tspan", "a pair (t0, t1)", tspan, "Write tspan=(0.0, 1.0).")
         read_to, start = getattr(encoder, "start", None), _number(tspan[0])
         if isinstance(read_to, float) and not math.isclose(read_to, start, abs_tol=1e-6):
             raise ValueError(
@@ -155,12 +155,13 @@ class LatentODE(nn.Module):
             ValueError: the encoder's output is of another shape.
         """
         both = self.encoder(series)
+        hint = "Return torch.cat([mean, log_variance], dim=1)."
         if not isinstance(both, Tensor):
-            checks.refuse("the encoder's output", "a tensor", both)
+            checks.refuse("the encoder's output", "a tensor", both, hint)
         if both.ndim != 2 or len(both) != len(series) or both.shape[1] % 2:
             raise ValueError(
                 f"the encoder must return mean and log-variance side by side, of shape "
-                f"({len(series)}, 2 L), but returned {tuple(both.shape)}."
+                f"({len(series)}, 2 L), but returned {tuple(both.shape)}.\n  {hint}"
             )
         mean, log_variance = both.chunk(2, dim=1)
         return Posterior(mean, log_variance)
@@ -184,7 +185,8 @@ class LatentODE(nn.Module):
         wanted = series if wanted is None else check_series("wanted", wanted)
         if len(wanted) != len(series):
             raise ValueError(
-                f"wanted must have the {len(series)} samples of series, but has {len(wanted)}."
+                f"wanted must have the {len(series)} samples of series, but has {len(wanted)}.\n"
+                "  Index both alike: series[index], wanted[index]."
             )
         posterior = self.encode(series)
         start = posterior.sample(self.generator) if self.training else posterior.mean

@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, Unpack, overload
 
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.augmented import augment, integrals, without_extra
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
@@ -89,8 +90,9 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(Tsit5() if algorithm is None else algorithm, tspan, output, options)
+        hint = "Give an nn.Module or a function of (t, u)."
         if not callable(field):
-            raise TypeError(f"field must be callable as field(t, u), but is {field!r}.")
+            checks.refuse("field", "callable as field(t, u)", field, hint)
         self.field = field
 
     def forward(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Literal, Unpack, cast, overload
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
@@ -105,9 +106,10 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(algorithm, tspan, output, options)
+        hint = "Give an nn.Module or a function of (t, u)."
         for name, given in (("drift", drift), ("diffusion", diffusion)):
             if not callable(given):
-                raise TypeError(f"{name} must be callable as {name}(t, u), but is {given!r}.")
+                checks.refuse(name, f"callable as {name}(t, u)", given, hint)
         for regularizer in cast(Iterable[Regularizer], self.regularizers):
             if not regularizer.of_stochastic:
                 raise ValueError(

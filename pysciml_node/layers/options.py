@@ -82,6 +82,6 @@ def _check_tolerance(name: str, value: Any) -> None:
     if checks.as_float(value) is not None:
         checks.number(name, value, at_least=0)
     elif checks.as_tensor(value) is None:
-        checks.refuse(name, "a number or a tensor", value)
+        checks.refuse(name, "a number or a tensor", value, f"Write {name}=1e-6.")
     else:
         checks.tensor(name, value, real=True, filled=True)

@@ -54,7 +54,10 @@ def _conv2d(
 ) -> nn.Conv2d:
     """A convolution that keeps height and width."""
     if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd to keep the image's size, but is {kernel_size}.")
+        raise ValueError(
+            f"kernel_size must be odd to keep the image's size, but is {kernel_size}.\n"
+            f"  Write kernel_size={kernel_size + 1}."
+        )
     layer = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, device="meta")
     weight = torch.empty(layer.weight.shape)
     nn.init.xavier_uniform_(weight, generator=generator)
@@ -334,5 +337,6 @@ def _sizes(
     outer = checks.whole(name, outer)
     inner = checks.shape("hidden", hidden)
     if 0 in inner:
-        checks.refuse("hidden", "positive sizes", inner, error=ValueError)
+        hint = "Write hidden=() for a field without hidden layers."
+        checks.refuse("hidden", "positive sizes", inner, hint, ValueError)
     return [outer, *inner, outer]

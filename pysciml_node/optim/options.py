@@ -120,7 +120,8 @@ def check_group(group: dict[str, Any]) -> None:
     if not isinstance(safeguard, str) or safeguard not in allowed:
         near = checks.did_you_mean(safeguard, allowed)
         expected = f"one of {allowed} with curvature={curvature!r}"
-        checks.refuse("safeguard", expected, safeguard, near, ValueError)
+        hint = near or f"Write safeguard={allowed[0]!r}."
+        checks.refuse("safeguard", expected, safeguard, hint, ValueError)
     damping = checks.number("damping", group["damping"], at_least=0)
     if curvature == "terminal" and damping:
         expected, hint = f"0 with curvature={curvature!r}", "With this curvature lower lr instead."

@@ -46,12 +46,12 @@ def terminal_state(source: TerminalSolution | Tensor) -> Tensor:
     for leaf in leaves:
         checks.tensor("solution", leaf, filled=True)
         if not (leaf.is_floating_point() or leaf.is_complex()):
-            checks.refuse("solution", "a floating-point or complex tensor", leaf)
+            hint = "Convert it: solution.double()."
+            checks.refuse("solution", "a floating-point or complex tensor", leaf, hint)
     if not leaves:
-        raise TypeError(
-            "solution: expected a solution (an object with u1 and problem.tspan) or a tensor "
-            f"(B, *D), but got {type(source).__name__}."
-        )
+        expected = "a solution (an object with u1 and problem.tspan) or a tensor (B, *D)"
+        hint = "Return (loss, node(x)) from the closure."
+        checks.refuse("solution", expected, source, hint)
     rows = [leaf.reshape(leaf.shape[0] if leaf.ndim else 1, -1) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 

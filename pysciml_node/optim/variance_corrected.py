@@ -225,11 +225,13 @@ def _listed(params: ParamsT) -> ParamsT:
     """
     alone = isinstance(params, Tensor) or getattr(params, "ndim", 1) == 0
     if alone or not isinstance(params, Iterable):
-        checks.refuse("params", "the parameters of a model, or groups of them", params)
+        hint = "Write model.parameters()."
+        checks.refuse("params", "the parameters of a model, or groups of them", params, hint)
     listed: list[Any] = list(params)
-    for i, one in enumerate(listed):
-        if not isinstance(one, Tensor | dict | tuple):
-            checks.refuse(f"params[{i}]", "a parameter, or a group of them", one)
+    for i, entry in enumerate(listed):
+        if not isinstance(entry, Tensor | dict | tuple):
+            hint = 'A group is {"params": [...], "lr": ...}.'
+            checks.refuse(f"params[{i}]", "a parameter, or a group of them", entry, hint)
     if not listed:
         raise ValueError(
             "params is empty: there is nothing to optimize.\n"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.problems.ode import Problem
+from pysciml_node.problems.ode import CONTAINS_ITSELF, Problem
 from pysciml_node.problems.state import State, StateSpec, as_state, map_tensors, tensors_of
 
 
@@ -64,16 +64,17 @@ class EnsembleProblem(checks.Configured):
         if self.p is not None:
             shared = [x.shape for x in tensors_of(self.problem.p)]
             try:
-                many = list(tensors_of(self.p))
+                stacked = list(tensors_of(self.p))
             except RecursionError:
-                raise ValueError("p must not contain itself.") from None
-            if shared and len(shared) != len(many):
+                raise ValueError(CONTAINS_ITSELF) from None
+            if shared and len(shared) != len(stacked):
                 raise ValueError(
                     f"p must have the {len(shared)} tensors of the problem's p, each with a "
-                    f"leading size M, but has {len(many)}."
+                    f"leading size M, but has {len(stacked)}.\n"
+                    "  Stack the members' p, tensor by tensor: torch.stack([p1, p2])."
                 )
-            shapes: list[torch.Size | None] = [*shared] if shared else [None] * len(many)
-            given += [("p", x, shape) for x, shape in zip(many, shapes, strict=True)]
+            shapes: list[torch.Size | None] = [*shared] if shared else [None] * len(stacked)
+            given += [("p", x, shape) for x, shape in zip(stacked, shapes, strict=True)]
         if not given:
             raise TypeError(
                 "an EnsembleProblem needs u0 or p with a leading size M, and got neither.\n"
@@ -89,7 +90,7 @@ class EnsembleProblem(checks.Configured):
         # One node of the graph for each tensor, not one for each member.
         starts = None if self.u0 is None else _unbind(self.u0, self.size)
         parameters = None if self.p is None else _unbind(self.p, self.size)
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for i in range(self.size):
             changes: dict[str, Any] = {}
             if starts is not None:
@@ -97,24 +98,28 @@ class EnsembleProblem(checks.Configured):
             if parameters is not None:
                 changes["p"] = parameters[i]
             problem: Any = self.problem
-            found.append(dataclasses.replace(problem, **changes))
-        return found
+            problems.append(dataclasses.replace(problem, **changes))
+        return problems
 
 
 def _states(
     name: str, states: State, spec: StateSpec
 ) -> list[tuple[str, Tensor, torch.Size | None]]:
-    """The parts of many states with the shapes that theirs have to end in."""
+    """The parts of the members' states, with the shapes that they have to end in."""
     try:
         parts = spec.parts(states)
     except (KeyError, IndexError, TypeError):
         raise ValueError(
             f"{name} must have the parts of the problem's u0, {list(spec.keys or ())}, but is a "
-            f"{type(states).__name__}."
+            f"{type(states).__name__}.\n"
+            "  Stack the members' states, part by part: torch.stack([u0, v0])."
         ) from None
     for part in parts:
         if not isinstance(part, Tensor):
-            raise TypeError(f"{name} must be made of tensors, but has a {type(part).__name__}.")
+            raise TypeError(
+                f"{name} must be made of tensors, but has a {type(part).__name__}.\n"
+                "  Convert it: torch.as_tensor(...)."
+            )
         if part.dtype != spec.dtype or part.device != spec.device:
             raise ValueError(
                 f"{name} must be {spec.dtype} on {spec.device} like the problem's u0, but is "
@@ -128,21 +133,22 @@ def _common_size(given: Sequence[tuple[str, Tensor, torch.Size | None]]) -> int:
         if tensor.ndim == 0 or (shape is not None and tensor.shape[1:] != shape):
             wanted = "(M, ...)" if shape is None else f"(M, {', '.join(map(str, shape))})"
             raise ValueError(
-                f"{name} of an ensemble must have shape {wanted}, but has {tuple(tensor.shape)}."
+                f"{name} of an ensemble must have shape {wanted}, but has {tuple(tensor.shape)}.\n"
+                f"  The members come first: torch.stack of the {name} of each."
             )
     sizes = {tensor.shape[0] for _, tensor, _ in given}
     if len(sizes) > 1 or 0 in sizes:
         raise ValueError(
             f"the leading sizes of u0 and p must be one number of members, at least 1, but are "
-            f"{sorted(sizes)}."
+            f"{sorted(sizes)}.\n  Repeat what the members share: x.expand(M, *x.shape)."
         )
     return sizes.pop()
 
 
 def _unbind(tree: Any, size: int) -> list[Any]:
     rows = [iter(x.unbind(0)) for x in tensors_of(tree)]
-    found = []
+    trees = []
     for _ in range(size):
-        members = iter([next(row) for row in rows])
-        found.append(map_tensors(lambda _, members=members: next(members), tree))
-    return found
+        leaves = iter([next(row) for row in rows])
+        trees.append(map_tensors(lambda _, leaves=leaves: next(leaves), tree))
+    return trees

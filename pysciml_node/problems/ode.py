@@ -30,7 +30,8 @@ def _check_time(name: str, value: Any) -> float:
         if value.numel() != 1 or value.is_complex():
             raise ValueError(
                 f"{name} must be one real number, but is a tensor of shape {tuple(value.shape)} "
-                f"and dtype {value.dtype}."
+                f"and dtype {value.dtype}.\n"
+                "  Give an end to all samples; one for each needs problems of their own."
             )
         refuse_batched(value)
         value = value.reshape(())
@@ -43,7 +44,7 @@ _TIMES = frozenset({"t", "time"})
 
 
 def check_field(name: str, field: Any, hint: str) -> None:
-    """A function of time and state, and perhaps of `p`, which an ensemble may bring.
+    """Check a function of time and state, and perhaps of `p`, which an ensemble may bring.
 
     Args:
         name: of the argument.
@@ -81,7 +82,8 @@ def _number(time: Time) -> float:
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
-# Times of the state's dtype that an interval has at least.
+CONTAINS_ITSELF = "p must not contain itself.\n  Put a copy in, or leave the reference out."
+# An interval has at least so many times of the state's dtype.
 _FEWEST_TIMES = 1000
 
 
@@ -117,7 +119,8 @@ class Problem(checks.Configured):
         if isinstance(span, Tensor | np.ndarray):
             span = tuple(span) if span.ndim else (span,)
         if not isinstance(span, tuple | list) or len(span) != 2:
-            hint = "Saved times are saveat= of solve." if hasattr(span, "__len__") else ""
+            listed = hasattr(span, "__len__")
+            hint = "Saved times are saveat= of solve." if listed else "Write (0.0, 1.0)."
             checks.refuse("tspan", "a pair (t0, t1)", self.tspan, hint)
         t0, t1 = (_check_time(f"tspan[{i}]", t) for i, t in enumerate(span))
         if t0 == t1:
@@ -131,7 +134,7 @@ class Problem(checks.Configured):
         try:
             tensors = list(tensors_of(self.p))
         except RecursionError:
-            raise ValueError("p must not contain itself.") from None
+            raise ValueError(CONTAINS_ITSELF) from None
         for tensor in tensors:
             if tensor.device != self.spec.device:
                 raise ValueError(
@@ -234,7 +237,8 @@ class ODEProblem(Problem):
         if mass.shape != (size, size) or mass.is_complex():
             raise ValueError(
                 f"mass_matrix must be real of shape {(size, size)}, a row and a column for each "
-                f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}."
+                f"entry of the flat state, but is {mass.dtype} of shape {tuple(mass.shape)}.\n"
+                "  The flat state is the whole batch: torch.block_diag repeats a sample's matrix."
             )
         if mass is not None and mass.requires_grad:
             raise ValueError(

@@ -161,7 +161,10 @@ class StateSpec:
         for key, part in zip(("",) if keys is None else keys, parts, strict=True):
             name = "u0" if keys is None else f"u0[{key!r}]"
             if not isinstance(part, Tensor):
-                raise TypeError(f"{name} must be a tensor, but is {type(part).__name__}.")
+                raise TypeError(
+                    f"{name} must be a tensor, but is {type(part).__name__}.\n"
+                    f"  Convert it: torch.as_tensor(...)."
+                )
             if part.layout != torch.strided or part.is_quantized:
                 hint = "Convert it: u0.to_dense()."
                 checks.refuse(name, "a dense tensor", part, hint, ValueError)
@@ -177,14 +180,17 @@ class StateSpec:
                     "  Solve in u0.float(), and let autocast run the field in half precision."
                 )
         if not parts or sum(part.numel() for part in parts) == 0:
-            raise ValueError("u0 has no entries: there is nothing to solve.")
+            raise ValueError(
+                "u0 has no entries: there is nothing to solve.\n"
+                "  Give a state with at least one entry; skip the solve of an empty batch."
+            )
         first = parts[0]
-        for what in ("dtype", "device"):
-            found = [getattr(part, what) for part in parts]
-            if len(set(found)) > 1:
+        for attribute in ("dtype", "device"):
+            values = [getattr(part, attribute) for part in parts]
+            if len(set(values)) > 1:
                 raise ValueError(
-                    f"the parts of u0 must share one {what}, but have "
-                    + ", ".join(str(value) for value in found)
+                    f"the parts of u0 must share one {attribute}, but have "
+                    + ", ".join(str(value) for value in values)
                     + ".\n  Convert them with .to(...) before the solve."
                 )
         return cls(keys, tuple(part.shape for part in parts), first.dtype, first.device)

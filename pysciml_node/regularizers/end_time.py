@@ -48,7 +48,8 @@ class RandomEndTime(Regularizer):
         length = abs(problem.t1 - problem.t0)
         if self.b >= length:
             raise ValueError(
-                f"b must be less than the length of the interval, {length}, but is {self.b}."
+                f"b must be less than the length of the interval, {length}, but is {self.b}.\n"
+                f"  Write RandomEndTime({length / 2:g}), or widen tspan."
             )
         # The end may be learned: it moves by a constant.
         end = problem.tspan[1] + self.b * float(self._uniform(1))
@@ -57,7 +58,8 @@ class RandomEndTime(Regularizer):
     def _jitter(self, problem: ODEProblem, times: Tensor) -> tuple[ODEProblem, Tensor]:
         if self.b > 1:
             raise ValueError(
-                f"with output times b is a share of each gap, at most 1, not {self.b}."
+                f"with output times b is a share of each gap, at most 1, not {self.b}.\n"
+                "  Write RandomEndTime(1.0), or leave out saveat to move the end alone."
             )
         fixed = times.detach()
         distinct, place = torch.unique(fixed * problem.direction, return_inverse=True)

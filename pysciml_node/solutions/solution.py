@@ -251,16 +251,20 @@ class Solution:
             TypeError: the equation is not stochastic.
             ValueError: times outside the interval, or out of order.
         """
-        found = getattr(self.trajectory, "brownian", None)
-        if found is None:
-            raise TypeError("there is no Brownian motion in the solution of an ODEProblem.")
+        increment = getattr(self.trajectory, "brownian", None)
+        if increment is None:
+            raise TypeError(
+                "there is no Brownian motion in the solution of an ODEProblem.\n"
+                "  Solve an SDEProblem."
+            )
         start, end = checks.number("start", start), checks.number("end", end)
         if not self.problem.t0 <= start <= end <= self.problem.t1:
             raise ValueError(
                 f"start and end must be in order and inside ({self.problem.t0}, "
-                f"{self.problem.t1}), but are {start} and {end}."
+                f"{self.problem.t1}), but are {start} and {end}.\n"
+                "  Swap them where they are out of order, and stay inside the interval."
             )
-        return found(start, end)
+        return increment(start, end)
 
     @uncompiled
     def local_estimate(
@@ -283,12 +287,16 @@ class Solution:
         """
         t = self._inside(checks.number("t", t))
         if t == self.trajectory.times[-1]:
-            raise ValueError(f"t must lie before the end of the solved interval, but is {t}.")
+            raise ValueError(
+                f"t must lie before the end of the solved interval, but is {t}.\n"
+                "  Give an earlier time: no step starts at the end."
+            )
         dt = None if dt is None else checks.number("dt", dt, above=0)
         checks.choice("stop_gradient", stop_gradient, (True, False, "state"))
         chosen = self.algorithm if algorithm is None else algorithm
         if getattr(chosen, "tableau", None) is None:
-            checks.refuse("algorithm", "an algorithm of steps, such as Tsit5()", chosen)
+            hint = "Write algorithm=Tsit5()."
+            checks.refuse("algorithm", "an algorithm of steps, such as Tsit5()", chosen, hint)
         with self._computing():
             return self.trajectory.estimate(t, chosen, stop_gradient, dt)
 
@@ -316,9 +324,12 @@ class Solution:
         if torch._C._are_functorch_transforms_active():
             refuse_batched(times)
         if times.ndim > 1:
-            raise ValueError(f"t must be a number or one-dimensional, but has {times.ndim} axes.")
+            raise ValueError(
+                f"t must be a number or one-dimensional, but has {times.ndim} axes.\n"
+                "  Write solution(t.reshape(-1))."
+            )
         if not times.numel():
-            raise ValueError("t must name at least one time.")
+            raise ValueError("t must name at least one time.\n  The saved times are solution.t.")
         for value in times.detach().reshape(-1).tolist():
             self._inside(value, 1e-12 if times.dtype == torch.float64 else 1e-6)
         first, last = sorted((self.trajectory.times[0], self.trajectory.times[-1]))

@@ -242,7 +242,8 @@ def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
         usual = default().__class__.__name__
         expected = f"one of this package's {kind.__name__.lower()}s, such as {usual}()"
         near = checks.nearest(value, (x.__name__ for x in _kinds(kind)))
-        checks.refuse(name, expected, value, f"Did you mean {near}()?" if near else "")
+        hint = f"Did you mean {near}()?" if near else f"Write {name}={usual}(), or leave it out."
+        checks.refuse(name, expected, value, hint)
     return value
 
 
@@ -326,7 +327,8 @@ def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | T
         not named or set(value) != set(spec.keys)
     ):
         keys = list(spec.keys)
-        checks.refuse(name, f"a number, or have the parts of u0, {keys}", value, "", ValueError)
+        hint = "Write one number for all parts, or one entry for each."
+        checks.refuse(name, f"a number, or have the parts of u0, {keys}", value, hint, ValueError)
     given = spec.parts(value)
     parts = [
         _check_part(f"{name}[{key!r}]", part, problem, shape)
@@ -351,7 +353,7 @@ def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> f
     if checks.as_float(value) is not None:
         return checks.number(name, value, at_least=0, infinite=name.startswith("atol["))
     if checks.as_tensor(value) is None:
-        checks.refuse(name, "a number or a tensor", value)
+        checks.refuse(name, "a number or a tensor", value, f"Write {name.partition('[')[0]}=1e-6.")
     tensor = checks.tensor(name, value, real=True)
     spec = problem.spec
     if bool((~(tensor >= 0)).any()):
