@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from pysciml_node.algorithms.controllers import Controller, FixedStep
 
 if TYPE_CHECKING:
     from pysciml_node.problems.event import Event
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,72 @@ class SolveOptions:
         if not grid or not self.tstops:
             return grid or self.tstops
         return tuple(sorted({*grid, *self.tstops}, reverse=direction < 0))
+
+
+@dataclass(frozen=True)
+class MemberOptions:
+    """The options of an ensemble: what its members share, and what each has of its own.
+
+    Attributes:
+        common: what they share, and where they differ something that stands for all. Its stops may
+            lie outside of the interval of a member, which then has nothing to do with them.
+        spans: starts and ends of the intervals, each `(M,)` in float64.
+        saveat: own times `(M, T)` in float64; `None` where those of `common` are for all.
+        saveat_tensor: the same where they receive gradients.
+        rtol: own relative tolerances, `(M, 1)` or `(M, N)`; `None` where those of `common` are for
+            all.
+        atol: own absolute tolerances, likewise.
+        seeds: of the Brownian motions; empty for ordinary equations.
+    """
+
+    common: SolveOptions
+    spans: tuple[Array, Array]
+    saveat: Array | None = None
+    saveat_tensor: Tensor | None = None
+    rtol: Tensor | None = None
+    atol: Tensor | None = None
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def alike(self) -> bool:
+        """Whether all members have the same times and tolerances."""
+        return self.saveat is None and self.rtol is None and self.atol is None
+
+    @property
+    def times(self) -> int | None:
+        """How many times are saved; `None` where none were named."""
+        if self.saveat is not None:
+            return int(self.saveat.shape[1])
+        return None if self.common.saveat is None else len(self.common.saveat)
+
+    def of(self, m: int) -> SolveOptions:
+        """The options of one member."""
+        common = self.common
+        t0, t1 = (float(ends[m]) for ends in self.spans)
+        changes: dict[str, Any] = {
+            name: _own(tolerance[m])
+            for name in ("rtol", "atol")
+            if (tolerance := getattr(self, name)) is not None
+        }
+        if self.saveat is not None:
+            changes["saveat"] = tuple(self.saveat[m].tolist())
+        if self.saveat_tensor is not None:
+            changes["saveat_tensor"] = self.saveat_tensor[m]
+        if self.seeds:
+            changes["seed"] = self.seeds[m]
+        if common.tstops:
+            inside = (t for t in common.tstops if min(t0, t1) < t < max(t0, t1))
+            changes["tstops"] = tuple(sorted(inside, reverse=t1 < t0))
+        if isinstance(common.controller, FixedStep):
+            changes["controller"] = common.controller.within(t0, t1)
+        if common.dt0 is not None and common.dt0 > abs(t1 - t0):
+            changes["dt0"] = abs(t1 - t0)
+        return replace(common, **changes) if changes else common
+
+
+def _own(tolerance: Tensor) -> float | Tensor:
+    """The tolerance of one member: a number for all entries of its state, or a flat tensor."""
+    return float(tolerance) if tolerance.numel() == 1 else tolerance
 
 
 def without_closures(options: SolveOptions) -> SolveOptions:

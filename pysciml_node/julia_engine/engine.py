@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
 from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.ensembles import run_many
@@ -21,11 +21,13 @@ from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.julia_engine.stochastic import JuliaParts
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.work import Work
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import in_full_precision
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution, Trajectory
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.finish import build_solution
@@ -98,17 +100,18 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     return _solution(Work(problem, algorithm, options))
 
 
-def solve_many(
-    problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
-) -> list[Solution]:
-    """Run checked problems that differ in `u0` and `p` alone, over threads where these suffice.
+def solve_members(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+) -> Members:
+    """Run the members of a checked ensemble, over threads where these suffice.
 
-    What calls Python, a field or an event, needs its lock, and runs one after the other.
+    What calls Python, a field or an event, needs its lock, and runs one after the other; so do
+    members with times or tolerances of their own.
 
     Args:
-        problems: one or more.
+        ensemble: one member or more.
         algorithm: for all.
-        options: the same for all.
+        options: of all, and of each.
 
     Raises:
         EngineUnavailable: Julia cannot be started, or lacks a package.
@@ -116,16 +119,24 @@ def solve_many(
         KeyboardInterrupt: Ctrl-C stopped the solves.
     """
     runtime.start()
+    found = _solve_all(ensemble, algorithm, options)
+    return ListedMembers(tuple(found), options.times)
+
+
+def _solve_all(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+) -> list[Solution]:
+    problems = ensemble.members()
     if isinstance(problems[0], SDEProblem):
-        pairs = zip(problems, options, strict=True)
-        return [solve(problem, algorithm, chosen) for problem, chosen in pairs]
+        return [solve(problem, algorithm, options.of(m)) for m, problem in enumerate(problems)]
     works = []
-    for given, chosen in zip(problems, options, strict=True):
+    for m, given in enumerate(problems):
         problem = in_full_precision(given, (nn.Module, JuliaField))
         assert isinstance(problem, ODEProblem)
-        works.append(Work(problem, algorithm, chosen))
+        works.append(Work(problem, algorithm, options.of(m)))
     first = works[0]
-    if not first.watcher.needed and not first.field.calls_python:
+    alike = ensemble.tspan is None and options.alike
+    if alike and not first.watcher.needed and not first.field.calls_python:
         for work in works[1:]:
             # A module is the same for all; the parameters of source are each member's own.
             if isinstance(first.field, ProgramField):

@@ -3,30 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.problems.ode import CONTAINS_ITSELF, Problem
-from pysciml_node.problems.state import State, StateSpec, as_state, map_tensors, tensors_of
+from pysciml_node.problems.ode import CONTAINS_ITSELF, FEWEST_TIMES, ODEProblem, Problem
+from pysciml_node.problems.state import (
+    State,
+    StateSpec,
+    as_state,
+    map_tensors,
+    moves,
+    refuse_batched,
+    tensors_of,
+)
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OfOne:
+    """A field of batches, called for a single member.
+
+    Args:
+        function: takes `t` of shape `(M, 1, ...)` and states `(M, ...)`.
+        own: whether the members have parameters of their own.
+    """
+
+    function: Callable[..., Any]
+    own: bool
+
+    def __call__(self, t: Tensor, u: Tensor, *p: Any) -> Any:
+        """The derivative of one state."""
+        given = [map_tensors(lambda x: x.unsqueeze(0), each) if self.own else each for each in p]
+        out = self.function(t.reshape((1,) * (u.ndim + 1)), u.unsqueeze(0), *given)
+        return out.squeeze(0) if isinstance(out, Tensor) and out.ndim else out
 
 
 @dataclass(frozen=True)
 class EnsembleProblem(checks.Configured):
     """Many initial states `u_m(t0)` and parameters `p_m` of one problem, `m = 1, ..., M`.
 
-    Each member is solved for itself, with step sizes of its own; the rows of a batch in one `u0`
-    share theirs. `solve` takes it with the options of a single problem and returns an
-    `EnsembleSolution`.
+    Each member is solved for itself: it has a time, a step size, an end, output times and a failure
+    of its own, where the rows of a batch in one `u0` share theirs. `solve` takes it with the
+    options of a single problem and returns an `EnsembleSolution`.
+
+    The torch engine steps all members in one batch. It evaluates the field by `torch.vmap`, so the
+    field is written for one member, and members that have reached their end leave the batch. One
+    after the other go: stochastic equations, implicit methods, events, continuous adjoints, ends
+    and output times that receive gradients, controllers of the caller's own, fields with hooks, and
+    fields that `torch.vmap` cannot run (with a branch on values, or random numbers) or evaluates to
+    something else.
 
     The Julia engine solves the members by one call, over the threads of Julia (the environment
     variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the field is a module or a
     `JuliaField` and nothing watches the steps; other callables need Python's lock, and run one
-    after the other, as they do in the torch engine.
+    after the other.
 
     Args:
         problem: what the members share.
@@ -34,9 +71,14 @@ class EnsembleProblem(checks.Configured):
             all.
         p: their parameters, like the problem's with a leading `M` in each tensor; default the
             problem's for all.
+        tspan: their intervals, `(M, 2)`; default the problem's for all.
+        batched: the field takes a batch of members itself: `t` of shape `(M, 1, ...)`, an axis for
+            each of `u0`'s, the state and `p` with a leading `M` (a `p` of the problem has none). It
+            is called with those members that are still under way, and has to treat each for
+            itself. For a state that is one tensor.
 
     Raises:
-        TypeError: `problem` is no problem, or there are neither initial states nor parameters.
+        TypeError: `problem` is no problem, or there is nothing that differs between members.
         ValueError: shapes that do not fit the problem or one another.
 
     Examples:
@@ -51,55 +93,128 @@ class EnsembleProblem(checks.Configured):
     problem: Problem
     u0: State | None = None
     p: Any = None
+    tspan: Tensor | None = None
+    batched: bool = False
     size: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         example = "ODEProblem(f, u0, tspan)"
         checks.instance("problem", self.problem, Problem, example=example, noun="one problem")
-        if self.u0 is not None:
-            checks.settle(self, u0=as_state(self.u0))
+        checks.settle(self, batched=checks.flag("batched", self.batched))
+        if self.batched and not isinstance(self.problem, ODEProblem):
+            raise ValueError("batched=True is for an ODEProblem.\n  Leave it out.")
+        if self.batched and self.problem.spec.keys is not None:
+            raise ValueError(
+                "batched=True is for a state that is one tensor, but the problem's u0 has parts.\n"
+                "  Leave it out: the field is then evaluated by torch.vmap."
+            )
         given: list[tuple[str, Tensor, torch.Size | None]] = []
         if self.u0 is not None:
+            checks.settle(self, u0=as_state(self.u0))
             given += _states("u0", self.u0, self.problem.spec)
         if self.p is not None:
-            shared = [x.shape for x in tensors_of(self.problem.p)]
-            try:
-                stacked = list(tensors_of(self.p))
-            except RecursionError:
-                raise ValueError(CONTAINS_ITSELF) from None
-            if shared and len(shared) != len(stacked):
-                raise ValueError(
-                    f"p must have the {len(shared)} tensors of the problem's p, each with a "
-                    f"leading size M, but has {len(stacked)}.\n"
-                    "  Stack the members' p, tensor by tensor: torch.stack([p1, p2])."
-                )
-            shapes: list[torch.Size | None] = [*shared] if shared else [None] * len(stacked)
-            given += [("p", x, shape) for x, shape in zip(stacked, shapes, strict=True)]
+            given += _parameters(self.p, self.problem.p)
+        if self.tspan is not None:
+            checks.settle(self, tspan=_intervals(self.tspan, self.problem.spec))
+            given.append(("tspan", self.tspan, torch.Size((2,))))
         if not given:
             raise TypeError(
-                "an EnsembleProblem needs u0 or p with a leading size M, and got neither.\n"
+                "an EnsembleProblem needs u0, p or tspan with a leading size M, and got neither.\n"
                 "  One solve: solve(problem)."
             )
-        object.__setattr__(self, "size", _common_size(given))
+        checks.settle(self, size=_common_size(given))
 
     def __len__(self) -> int:
         return self.size
 
+    def member(self, m: int) -> Problem:
+        """The single problem of a member; gradients flow back to the tensors of the ensemble."""
+        changes: dict[str, Any] = {}
+        for name in ("u0", "p"):
+            tree = getattr(self, name)
+            if tree is not None:
+                changes[name] = map_tensors(lambda x: x[m], tree)
+        if self.tspan is not None:
+            t0, t1 = self.tspan[m]
+            changes["tspan"] = (t0, t1) if moves(self.tspan) else (float(t0), float(t1))
+        return self._single(changes)
+
     def members(self) -> list[Problem]:
-        """The single problems; gradients flow back from them to the tensors of the ensemble."""
+        """The single problems of all members."""
         # One node of the graph for each tensor, not one for each member.
-        starts = None if self.u0 is None else _unbind(self.u0, self.size)
-        parameters = None if self.p is None else _unbind(self.p, self.size)
-        problems: list[Problem] = []
-        for i in range(self.size):
-            changes: dict[str, Any] = {}
-            if starts is not None:
-                changes["u0"] = starts[i]
-            if parameters is not None:
-                changes["p"] = parameters[i]
-            problem: Any = self.problem
-            problems.append(dataclasses.replace(problem, **changes))
-        return problems
+        rows = {
+            name: _unbind(tree, self.size)
+            for name in ("u0", "p", "tspan")
+            if (tree := getattr(self, name)) is not None
+        }
+        if self.tspan is not None and not moves(self.tspan):
+            rows["tspan"] = self.tspan.tolist()
+        return [
+            self._single({name: each[m] for name, each in rows.items()}) for m in range(self.size)
+        ]
+
+    def _single(self, changes: dict[str, Any]) -> Problem:
+        problem: Any = self.problem
+        if self.batched:
+            changes["f"] = OfOne(problem.f, self.p is not None)
+        single: Problem = dataclasses.replace(problem, **changes)
+        return single
+
+    def starts(self) -> Tensor:
+        """The flat initial states, `(M, N)`."""
+        spec = self.problem.spec
+        if self.u0 is None:
+            return spec.flatten(self.problem.u0).expand(self.size, -1)
+        return torch.cat([part.reshape(self.size, -1) for part in spec.parts(self.u0)], dim=1)
+
+    def spans(self) -> tuple[Array, Array]:
+        """Starts and ends of the members' intervals, each `(M,)` in float64."""
+        if self.tspan is None:
+            return np.full(self.size, self.problem.t0), np.full(self.size, self.problem.t1)
+        first, last = self.tspan.detach().cpu().double().numpy().T
+        return first.copy(), last.copy()
+
+
+def _intervals(given: Any, spec: StateSpec) -> Tensor:
+    """Own intervals of the members, `(M, 2)`."""
+    if isinstance(given, list | tuple) and all(isinstance(row, list | tuple) for row in given):
+        given = torch.tensor([checks.numbers("tspan", row) for row in given], dtype=torch.float64)
+    tspan = checks.tensor("tspan", given, real=True, finite=True)
+    refuse_batched(tspan)
+    if tspan.ndim != 2 or tspan.shape[1] != 2:
+        raise ValueError(
+            "tspan of an ensemble must have shape (M, 2), a start and an end for each member, but "
+            f"has {tuple(tspan.shape)}.\n  An interval for all is the problem's own."
+        )
+    ends = tspan.detach().cpu().double().numpy()
+    real = np.float64 if spec.real_dtype == torch.float64 else np.float32
+    spacing = np.spacing(np.abs(ends).max(1).astype(real))
+    short = np.flatnonzero(np.abs(ends[:, 1] - ends[:, 0]) < FEWEST_TIMES * spacing)
+    if len(short):
+        m = int(short[0])
+        raise ValueError(
+            f"tspan must have two different ends for each member, {FEWEST_TIMES} times of "
+            f"{spec.real_dtype} apart at least, but tspan[{m}] is {tuple(ends[m].tolist())}.\n"
+            "  Leave out members whose end is their start: their state there is u0 itself."
+        )
+    return tspan
+
+
+def _parameters(many: Any, one: Any) -> list[tuple[str, Tensor, torch.Size | None]]:
+    """The tensors of many parameters with the shapes that theirs have to end in."""
+    shared = [x.shape for x in tensors_of(one)]
+    try:
+        stacked = list(tensors_of(many))
+    except RecursionError:
+        raise ValueError(CONTAINS_ITSELF) from None
+    if shared and len(shared) != len(stacked):
+        raise ValueError(
+            f"p must have the {len(shared)} tensors of the problem's p, each with a leading size "
+            f"M, but has {len(stacked)}.\n"
+            "  Stack the members' p, tensor by tensor: torch.stack([p1, p2])."
+        )
+    shapes: list[torch.Size | None] = [*shared] if shared else [None] * len(stacked)
+    return [("p", x, shape) for x, shape in zip(stacked, shapes, strict=True)]
 
 
 def _states(
@@ -139,8 +254,8 @@ def _common_size(given: Sequence[tuple[str, Tensor, torch.Size | None]]) -> int:
     sizes = {tensor.shape[0] for _, tensor, _ in given}
     if len(sizes) > 1 or 0 in sizes:
         raise ValueError(
-            f"the leading sizes of u0 and p must be one number of members, at least 1, but are "
-            f"{sorted(sizes)}.\n  Repeat what the members share: x.expand(M, *x.shape)."
+            "the leading sizes of u0, p and tspan must be one number of members, at least 1, but "
+            f"are {sorted(sizes)}.\n  Repeat what is the same for all: u0.expand(M, ...)."
         )
     return sizes.pop()
 

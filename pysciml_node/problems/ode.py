@@ -84,7 +84,7 @@ def _number(time: Time) -> float:
 
 CONTAINS_ITSELF = "p must not contain itself.\n  Put a copy in, or leave the reference out."
 # An interval has at least so many times of the state's dtype.
-_FEWEST_TIMES = 1000
+FEWEST_TIMES = 1000
 
 
 class Problem(checks.Configured):
@@ -147,9 +147,9 @@ class Problem(checks.Configured):
         dtype = self.spec.real_dtype
         real = np.float64 if dtype == torch.float64 else np.float32
         spacing = float(np.spacing(real(max(abs(t0), abs(t1)))))
-        if abs(t1 - t0) < _FEWEST_TIMES * spacing:
+        if abs(t1 - t0) < FEWEST_TIMES * spacing:
             raise ValueError(
-                f"tspan ({t0}, {t1}) must have at least {_FEWEST_TIMES} different times in "
+                f"tspan ({t0}, {t1}) must have at least {FEWEST_TIMES} different times in "
                 f"{dtype}, that of u0, but has {abs(t1 - t0) / spacing:.0f}: the field could not "
                 "tell them apart.\n"
                 "  Solve in float64, or count time from the start: f(t0 + s, u) over "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch.utils._pytree import register_pytree_node
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.state import map_tensors
+from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 
@@ -22,32 +24,45 @@ from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 class EnsembleSolution:
     """The result of `solve` for an `EnsembleProblem`.
 
-    `solution[m]` is the `Solution` of a member, with its steps and dense output; iteration goes
-    over these.
+    States of all members stand in one tensor. `solution[m]` is the `Solution` of a member, with its
+    steps and dense output; it is made when it is asked for. Iteration goes over these.
 
     Attributes:
         problem: what was solved.
-        solutions: of the members.
-        t: times of `u`, shape `(T,)`: `saveat`, or `None` where each member has its own.
+        members: what the engine handed back.
+        t: times of `u`, shape `(T,)`: `saveat`, or `(M, T)` where each member has its own; `None`
+            without `saveat`.
     """
 
     problem: EnsembleProblem
-    solutions: tuple[Solution, ...] = field(repr=False)
+    members: Members = field(repr=False)
     t: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.solutions)
+        return len(self.problem)
 
     def __getitem__(self, index: int) -> Solution:
-        return self.solutions[index]
+        m = operator.index(index)
+        if not -len(self) <= m < len(self):
+            raise IndexError(f"there are {len(self)} members, and no solution[{m}].")
+        return self.members.solution(m % len(self))
 
     def __iter__(self) -> Iterator[Solution]:
-        return iter(self.solutions)
+        return (self.members.solution(m) for m in range(len(self)))
+
+    @property
+    def solutions(self) -> tuple[Solution, ...]:
+        """The solutions of all members, an object for each."""
+        return tuple(self)
 
     @cached_property
     def u1(self) -> Any:
-        """States at the end, shape `(M, *u0.shape)`; of a failed member where it got to."""
-        return self._stack([solution.u1 for solution in self.solutions])
+        """States at the end, shape `(M, *u0.shape)`; NaN for members that did not get there."""
+        final = self.members.final()
+        if not self.success:
+            failed = torch.tensor([not code.successful for code in self.retcodes])
+            final = torch.where(failed.to(final.device).unsqueeze(1), torch.nan, final)
+        return self.problem.problem.spec.unflatten(final)
 
     @cached_property
     def u(self) -> Any:
@@ -56,71 +71,61 @@ class EnsembleSolution:
         Raises:
             ValueError: there was no `saveat`, so that the members have times of their own.
         """
-        if self.t is None:
+        saved = self.members.saved()
+        if saved is None:
             raise ValueError(
                 "the members of an ensemble take steps of their own: u needs saveat.\n"
                 "  Give saveat=..., or take solution[m].u."
             )
-        spec, length = self.problem.problem.spec, len(self.t)
-
-        def filled(part: Tensor) -> Tensor:
-            missing = length - part.shape[0]
-            if not missing:
-                return part
-            return torch.cat([part, part.new_full((missing, *part.shape[1:]), torch.nan)])
-
-        rows = [solution.u for solution in self.solutions]
-        return self._stack([spec.assemble([filled(x) for x in spec.parts(row)]) for row in rows])
+        return self.problem.problem.spec.unflatten(saved)
 
     def detach(self) -> EnsembleSolution:
         """The same solutions without their graph."""
         t = None if self.t is None else self.t.detach()
-        return EnsembleSolution(self.problem, tuple(s.detach() for s in self.solutions), t)
+        return EnsembleSolution(self.problem, self.members.detach(), t)
 
     def __getstate__(self) -> dict[str, Any]:
         problem = dataclasses.replace(
             self.problem,
             problem=portable_problem(mapped_problem(self.problem.problem, Tensor.detach)),
-            u0=map_tensors(Tensor.detach, self.problem.u0),
-            p=map_tensors(Tensor.detach, self.problem.p),
+            **{
+                name: map_tensors(Tensor.detach, getattr(self.problem, name))
+                for name in ("u0", "p", "tspan")
+            },
         )
         # Stacks are made again when somebody looks.
-        return {"problem": problem, "solutions": self.solutions, "t": self.detach().t}
+        return {"problem": problem, "members": self.members, "t": self.detach().t}
 
-    def _stack(self, states: list[Any]) -> Any:
-        spec = self.problem.problem.spec
-        columns = zip(*(spec.parts(state) for state in states), strict=True)
-        return spec.assemble([torch.stack(column) for column in columns])
-
-    @property
+    @cached_property
     def retcodes(self) -> tuple[ReturnCode, ...]:
         """How each member ended."""
-        return tuple(solution.retcode for solution in self.solutions)
+        return tuple(self.members.codes)
 
     @property
     def success(self) -> bool:
         """Whether all members reached their end."""
-        return all(solution.success for solution in self.solutions)
+        return all(code.successful for code in set(self.retcodes))
 
     @property
     def member_stats(self) -> tuple[Stats, ...]:
-        """What each member cost."""
-        return tuple(solution.stats for solution in self.solutions)
+        """What each member cost, as it stands now."""
+        columns = [self.members.count(f.name).tolist() for f in dataclasses.fields(Stats)]
+        return tuple(Stats(*row) for row in zip(*columns, strict=True))
 
     @property
     def stats(self) -> Stats:
         """What all cost together, as it stands now."""
         names = [f.name for f in dataclasses.fields(Stats)]
-        return Stats(**{name: sum(getattr(s, name) for s in self.member_stats) for name in names})
+        return Stats(**{name: int(self.members.count(name).sum()) for name in names})
 
 
-def _flatten(solution: EnsembleSolution) -> tuple[list[Any], EnsembleProblem]:
-    return [list(solution.solutions), solution.t], solution.problem
+def _flatten(solution: EnsembleSolution) -> tuple[list[Any], EnsembleSolution]:
+    return [*solution.members.children(), solution.t], solution
 
 
-def _unflatten(children: Iterable[Any], problem: EnsembleProblem) -> EnsembleSolution:
-    solutions, t = children
-    return EnsembleSolution(problem, tuple(solutions), t)
+def _unflatten(children: Iterable[Any], solution: EnsembleSolution) -> EnsembleSolution:
+    *held, t = children
+    return EnsembleSolution(solution.problem, solution.members.replaced(held), t)
 
 
 register_pytree_node(EnsembleSolution, _flatten, _unflatten)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Protocol
 
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.errors import EngineUnavailable, MethodUnavailable
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import Problem
+from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine import engine as torch_engine
 
@@ -33,10 +34,10 @@ class Engine(Protocol):
     def solve(self, problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
         """Run a checked problem; a failed solve is returned like any other."""
 
-    def solve_many(
-        self, problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
-    ) -> list[Solution]:
-        """Run checked problems that differ in `u0` and `p` alone."""
+    def solve_members(
+        self, ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+    ) -> Members:
+        """Run the members of a checked ensemble; those that fail are returned like any other."""
 
 
 ENGINES = ("auto", "torch", "julia")

@@ -2,57 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+import torch
+from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.errors import EnsembleFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
-from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
-from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.engines import Engine
 from pysciml_node.steps.event_gradient import differentiable_event
 
 
 def solve_members(
-    ensemble: EnsembleProblem,
-    members: Sequence[Problem],
-    engine: Engine,
-    algorithm: Algorithm,
-    options: Sequence[SolveOptions],
+    ensemble: EnsembleProblem, engine: Engine, algorithm: Algorithm, options: MemberOptions
 ) -> EnsembleSolution:
     """Solve the members of an ensemble by an engine that has been chosen.
 
     Args:
         ensemble: what is solved.
-        members: its single problems.
         engine: runs them.
         algorithm: how.
-        options: of each member.
+        options: of all, and of each.
 
     Raises:
         EnsembleFailure: members did not reach the end of the interval (with `throw=True`).
     """
-    solutions: list[Solution] = engine.solve_many(members, algorithm, options)
-    common = options[0]
-    for solution in solutions:
-        if solution.event is not None:
-            differentiable_event(solution, common.events[solution.event], common.tstops)
-    t = None
-    if common.saveat is not None:
-        t = common.saveat_tensor
-        t = members[0].time_tensor(list(common.saveat)) if t is None else t
-    found = EnsembleSolution(ensemble, tuple(solutions), t)
-    failed = tuple(i for i, solution in enumerate(solutions) if not solution.success)
+    common = options.common
+    members = engine.solve_members(ensemble, algorithm, options)
+    found = EnsembleSolution(ensemble, members, _times(ensemble, options))
+    if common.events:
+        for m, solution in enumerate(found):
+            if solution.event is not None:
+                stops = options.of(m).tstops
+                differentiable_event(solution, common.events[solution.event], stops)
+    failed = tuple(m for m, code in enumerate(found.retcodes) if not code.successful)
     if common.throw and failed:
         named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         raise EnsembleFailure(
-            f"{len(failed)} of {len(solutions)} members failed: {named}. Member {failed[0]}: "
-            f"{failure_message(solutions[failed[0]], common)}\n"
+            f"{len(failed)} of {len(found)} members failed: {named}. Member {failed[0]}: "
+            f"{failure_message(found[failed[0]], options.of(failed[0]))}\n"
             "  All members are in .ensemble; throw=False returns them.",
             found,
             failed,
         )
     return found
+
+
+def _times(ensemble: EnsembleProblem, options: MemberOptions) -> Tensor | None:
+    """The times of the states that are saved, `(T,)` or `(M, T)`."""
+    common = options.common
+    if common.saveat is None:
+        return None
+    given = options.saveat_tensor if options.saveat is not None else common.saveat_tensor
+    if given is None:
+        listed = common.saveat if options.saveat is None else options.saveat
+        given = torch.from_numpy(np.array(listed))
+    return given.to(ensemble.problem.spec.device, ensemble.problem.spec.real_dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 from pysciml_node.algorithms.adjoints import Adjoint, DirectAdjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
@@ -31,6 +30,7 @@ from pysciml_node.solving.checks import (
     explain_calls,
 )
 from pysciml_node.solving.diagnosis import failure_message
+from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
 from pysciml_node.steps.event_gradient import differentiable_event
 
@@ -109,6 +109,8 @@ def solve(
 
     Args:
         problem: what to solve: an `ODEProblem` or an `SDEProblem`, or an `EnsembleProblem` of many.
+            Its members share the options, but for `rtol` and `atol`, which may have a value for
+            each, `(M,)`, and `saveat`, which may have times for each, `(M, T)`.
         algorithm: how; default `Tsit5()`, and for an `SDEProblem` what its noise asks for:
             `SOSRI()`, `SOSRA()`, `LambaEM()` (general noise; with `FixedStep()` and `dt0` only), or
             `EulerHeun()` for Stratonovich equations.
@@ -154,38 +156,30 @@ def solve(
         >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)
         0.367879
     """
-    ensemble = problem if isinstance(problem, EnsembleProblem) else None
-    members: list[Problem] = []
+    given: dict[str, Any] = {
+        "rtol": rtol,
+        "atol": atol,
+        "saveat": saveat,
+        "adjoint": adjoint,
+        "dt0": dt0,
+        "dtmin": dtmin,
+        "dtmax": dtmax,
+        "tstops": tstops,
+        "max_steps": max_steps,
+        "controller": controller,
+        "events": events,
+        "progress": progress,
+        "throw": throw,
+        "compile": compile,
+        "generator": generator,
+    }
     if isinstance(problem, EnsembleProblem):
-        # Options are checked once: the members differ in values alone.
-        members = problem.members()
-        problem = members[0]
+        return _solve_ensemble(problem, algorithm, engine, given)
     problem = check_problem(problem)
     algorithm = check_algorithm(problem, algorithm)
-    options = check_options(
-        problem,
-        algorithm,
-        rtol=rtol,
-        atol=atol,
-        saveat=saveat,
-        adjoint=adjoint,
-        dt0=dt0,
-        dtmin=dtmin,
-        dtmax=dtmax,
-        tstops=tstops,
-        max_steps=max_steps,
-        controller=controller,
-        events=events,
-        progress=progress,
-        throw=throw,
-        compile=compile,
-        generator=generator,
-    )
-    options = _with_motions(problem, options, generator)
+    options = check_options(problem, algorithm, **given)
+    options = dataclasses.replace(options, seed=_seed(generator)) if _random(problem) else options
     chosen, options = engines.choose(engine, problem, algorithm, options)
-    if ensemble is not None:
-        several = [options, *(_with_motions(problem, options, generator) for _ in members[1:])]
-        return solve_members(ensemble, members, chosen, algorithm, several)
     solution: Solution = chosen.solve(problem, algorithm, options)
     if solution.event is not None:
         differentiable_event(solution, options.events[solution.event], options.tstops)
@@ -194,12 +188,24 @@ def solve(
     return solution
 
 
-def _with_motions(
-    problem: Problem, options: SolveOptions, generator: torch.Generator | None
-) -> SolveOptions:
-    """The options with a seed of their own for Brownian motions, where there are any."""
-    if not isinstance(problem, SDEProblem):
-        return options
+def _solve_ensemble(
+    ensemble: EnsembleProblem,
+    algorithm: Algorithm | None,
+    engine: str | None,
+    given: dict[str, Any],
+) -> EnsembleSolution:
+    problem, algorithm, options = check_members(ensemble, algorithm, **given)
+    chosen, common = engines.choose(engine, problem, algorithm, options.common)
+    seeds = tuple(_seed(given["generator"]) for _ in range(len(ensemble) * _random(problem)))
+    options = dataclasses.replace(options, common=common, seeds=seeds)
+    return solve_members(ensemble, chosen, algorithm, options)
+
+
+def _random(problem: Problem) -> bool:
+    return isinstance(problem, SDEProblem)
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    """The seed of the Brownian motions of one solve."""
     device = "cpu" if generator is None else generator.device
-    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-    return dataclasses.replace(options, seed=seed)
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))

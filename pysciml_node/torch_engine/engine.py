@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -16,8 +14,9 @@ from pysciml_node.algorithms.adjoints import (
 )
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
-from pysciml_node.algorithms.options import SolveOptions, backward_limits
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions, backward_limits
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
@@ -27,6 +26,7 @@ from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
+from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import SolveNode
 from pysciml_node.steps.cotangents import Cotangents, Gradients
@@ -347,10 +347,11 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     )
 
 
-def solve_many(
-    problems: Sequence[Problem], algorithm: Algorithm, options: Sequence[SolveOptions]
-) -> list[Solution]:
-    """Run checked problems one after the other."""
-    return [
-        solve(problem, algorithm, chosen) for problem, chosen in zip(problems, options, strict=True)
+def solve_members(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+) -> Members:
+    """Run the members of a checked ensemble."""
+    solutions = [
+        solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
     ]
+    return ListedMembers(tuple(solutions), options.times)
