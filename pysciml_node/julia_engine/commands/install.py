@@ -55,7 +55,7 @@ def record(executable: str, project: str | None) -> env.Record:
     """
     julia = env.describe(executable)
     if isinstance(julia, str):
-        raise ValueError(f"{julia}.")
+        raise ValueError(f"{julia}.\n  Give --julia the path of one: {env.SUPPORTED_JULIA}.")
     folder = os.path.abspath(project) if project else julia.project
     why = env.misfit(julia, folder)
     if why is not None and project:
@@ -88,12 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
     if choice.problem is not None:
         raise ValueError(choice.problem)
     if choice.installation is not None:
-        found = choice.installation
+        installation = choice.installation
         if arguments.cuda:
             raise ValueError(
-                f"the project {found.project} exists already and is not changed.\n  Add CUDA to it:"
-                f" {found.julia.executable} --project={found.project} -e 'using Pkg; "
-                'Pkg.add("CUDA")\''
+                f"the project {installation.project} exists already and is not changed.\n"
+                f"  {launch.how_to_add('CUDA')}"
             )
         print(f"nothing to install: {launch.describe()}")
     elif not _install(arguments):

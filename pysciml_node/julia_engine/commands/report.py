@@ -1,4 +1,4 @@
-"""What `doctor` says about Julia, found without starting it."""
+"""The part of `doctor` about Julia, which does not start it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ _GIGABYTE = 1 << 30
 
 
 def rows() -> dict[str, str]:
-    """The choice of Julia, its project and packages, and what bears on it.
+    """The Julia that was chosen, its project and packages, and the settings that matter to it.
 
     Returns:
         Names and values, all of them text.
     """
     choice = launch.choose()
-    found = choice.installation
+    installation = choice.installation
     shown: dict[str, str] = {}
-    if found is not None:
-        shown["julia"] = f"{found.julia.version}, {found.julia.executable} (by {found.source})"
-        shown["julia project"] = found.project
-        shown |= _packages(found.project, found.julia.version, found.julia.depots)
-        shown["to import juliacall first"] = _exports(found)
-        depots = [depot for depot in found.julia.depots if Path(depot).is_dir()]
+    if installation is not None:
+        julia, project = installation.julia, installation.project
+        shown["julia"] = f"{julia.version}, {julia.executable} (by {installation.source})"
+        shown["julia project"] = project
+        shown |= _packages(project, julia.version, julia.depots)
+        shown["to import juliacall first"] = _exports(installation)
+        depots = [depot for depot in julia.depots if Path(depot).is_dir()]
     elif choice.problem is not None:
         shown["julia"] = f"not usable: {choice.problem.splitlines()[0]}"
         depots = []
@@ -57,7 +58,7 @@ def rows() -> dict[str, str]:
 
 
 def advice() -> list[str]:
-    """What to do, one text for each thing that is amiss."""
+    """Advice: a text for each setting that is amiss."""
     said = []
     reason = runtime.unavailable_reason()
     if reason is not None:
@@ -75,10 +76,10 @@ def advice() -> list[str]:
             "several threads of Julia with PYTHON_JULIACALL_HANDLE_SIGNALS=no can crash. Unset it."
         )
     kernels = variables.get("OPENBLAS_CORETYPE")
-    own = launch.KERNELS.get(torch.backends.cpu.get_cpu_capability())
-    if kernels is not None and kernels != own:
+    best = launch.KERNELS.get(torch.backends.cpu.get_cpu_capability())
+    if kernels is not None and kernels != best:
         said.append(
-            f"OPENBLAS_CORETYPE={kernels} names other kernels than this processor's ({own}); a "
+            f"OPENBLAS_CORETYPE={kernels} names other kernels than this processor's ({best}); a "
             "network took 1.3 to 5 times as long. Unset it unless it is there for a reason."
         )
     if sys.platform == "darwin":
@@ -105,12 +106,12 @@ def _text(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _exports(found: env.Installation) -> str:
+def _exports(installation: env.Installation) -> str:
     """The variables by which juliacall finds the same Julia when it is imported before us."""
     named = {
-        "PYTHON_JULIACALL_EXE": found.julia.executable,
-        "PYTHON_JULIACALL_PROJECT": found.project,
-        "JULIA_DEPOT_PATH": os.pathsep.join(found.julia.depots),
+        "PYTHON_JULIACALL_EXE": installation.julia.executable,
+        "PYTHON_JULIACALL_PROJECT": installation.project,
+        "JULIA_DEPOT_PATH": os.pathsep.join(installation.julia.depots),
     }
     return "set " + " ".join(f"{name}={value}" for name, value in named.items())
 

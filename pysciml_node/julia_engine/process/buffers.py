@@ -19,7 +19,7 @@ CODES = {torch.float32: 0, torch.float64: 1}
 
 
 def device_code(device: torch.device) -> int:
-    """How the boundary names devices: 0 for the processor, 1 for CUDA."""
+    """The number that names a device at the boundary: 0 for the processor, 1 for CUDA."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -58,10 +58,10 @@ def integers(numbers: Sequence[int] = ()) -> array[int]:
 
 
 def address(numbers: array[float] | array[int]) -> int:
-    """Where the first number stands; valid as long as the array lives and keeps its length."""
+    """The address of the first number; valid as long as the array lives and keeps its length."""
     return numbers.buffer_info()[0]
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """Where a contiguous tensor's numbers stand; 0 for `None` and for no numbers."""
+    """The address of a contiguous tensor's numbers; 0 for `None` and for no numbers."""
     return 0 if tensor is None else tensor.data_ptr()

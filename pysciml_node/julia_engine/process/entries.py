@@ -57,19 +57,19 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "numbers": _array("d"),
     "integers": _array("q"),
 }
-"""What becomes of an argument of each kind."""
+"""How an argument of each kind crosses to Julia."""
 
 
 @cache
 def table() -> dict[str, tuple[bool, tuple[Field, ...]]]:
-    """Of each entry whether it runs for long, and its fields."""
+    """For each entry, whether it runs for long, and its fields."""
     text = (env.bundled_project() / "src" / "entries.json").read_text(encoding="utf-8")
-    found: dict[str, tuple[bool, tuple[Field, ...]]] = {}
+    entries: dict[str, tuple[bool, tuple[Field, ...]]] = {}
     for name, kinds in json.loads(text).items():
         long = "descriptor" in kinds.values()
         fields = tuple((key, KINDS[kind]) for key, kind in kinds.items() if kind != "descriptor")
-        found[name] = (long, fields)
-    return found
+        entries[name] = (long, fields)
+    return entries
 
 
 def enter(

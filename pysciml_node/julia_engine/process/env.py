@@ -1,4 +1,4 @@
-"""Which Julia and which project: what is set, what was recorded, what is on the path.
+"""The choice of a Julia and its project, by variables, by a record and by the path.
 
 This file uses the standard library only and imports nothing of the package, so that the Makefile
 can run it before anything is installed (`python env.py` prints the juliacall that the Julia
@@ -87,7 +87,7 @@ class Installation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the engine would start, or why there is nothing to start yet.
+    """The Julia that the engine would start, or the reason why there is none yet.
 
     Attributes:
         installation: an existing Julia with a project that fits; None when juliapkg's environment
@@ -105,7 +105,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Record:
-    """What `install --julia` wrote down.
+    """The choice that `install --julia` wrote down.
 
     Attributes:
         julia: the executable.
@@ -122,36 +122,36 @@ def bundled_project() -> Path:
 
 
 def _home() -> Path:
-    """Where this user's settings are kept."""
+    """The folder of this user's settings."""
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
 
 
 def record_paths() -> tuple[Path, ...]:
-    """Where a record is looked for; the first is where one is written.
+    """The places of a record, in the order of reading; it is written to the first.
 
     A virtual or conda environment has a record of its own.
     """
     name = Path("pysciml_node") / "julia.json"
-    own = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
+    isolated = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
     user = _home() / name
-    return (Path(sys.prefix) / "share" / name, user) if own else (user,)
+    return (Path(sys.prefix) / "share" / name, user) if isolated else (user,)
 
 
 def compiled_folder() -> Path:
-    """Where Julia keeps what it compiles for this copy of the package.
+    """The folder of the files that Julia compiles for this copy of the package.
 
     Julia names compiled files after the active project. Copies of the package that share a project
-    would therefore replace each other's, and each would compile at every start. A folder of one's
-    own also serves where the project's depot cannot be written.
+    would therefore replace each other's, and each would compile at every start. A separate folder
+    also serves where the project's depot cannot be written.
     """
     digest = hashlib.sha256(os.fsencode(bundled_project())).hexdigest()[:12]
-    own = record_paths()[0].parent
-    nearest = next(folder for folder in (own, *own.parents) if folder.exists())
+    folder = record_paths()[0].parent
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(nearest, os.W_OK):
-        own = record_paths()[-1].parent
-    return own / f"julia-{digest}"
+        folder = record_paths()[-1].parent
+    return folder / f"julia-{digest}"
 
 
 def read_record() -> Record | None:
@@ -179,10 +179,10 @@ def write_record(record: Record) -> Path:
 
 def remove_record() -> list[Path]:
     """Forget every record; returns the files that were removed."""
-    found = [path for path in record_paths() if path.exists()]
-    for path in found:
+    records = [path for path in record_paths() if path.exists()]
+    for path in records:
         path.unlink()
-    return found
+    return records
 
 
 _DESCRIBE = (
@@ -193,7 +193,7 @@ _DESCRIBE = (
 
 @lru_cache(maxsize=8)
 def describe(executable: str) -> Julia | str:
-    """Run an executable for what it is, a third of a second.
+    """Run an executable and let it describe itself, which takes a third of a second.
 
     Args:
         executable: a path, or a name on the path.
@@ -252,12 +252,12 @@ def manifest_entries(project: str | Path, julia_version: str = "") -> dict[str, 
 def absent_packages(
     project: str | Path, julia_version: str, depots: Sequence[str], names: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """Which packages of a manifest are not there, and which have not been compiled.
+    """The packages of a manifest that are not there, and those that have not been compiled.
 
     Args:
         project: folder of the project.
         julia_version: of the Julia that runs it.
-        depots: where packages and what is compiled of them are.
+        depots: folders of packages and their compiled files.
         names: of packages in the manifest.
 
     Returns:
@@ -306,7 +306,7 @@ def juliacall_version() -> str | None:
 def misfit(julia: Julia, project: str) -> str | None:
     """Why the engine cannot run in an existing project, with the remedy; None when it can."""
     if not Path(project).is_dir():
-        return f"the project {project!r} is no folder."
+        return f"the project {project!r} is no folder.\n  Name the one that has a Project.toml."
     versions = manifest_versions(project, julia.version)
     if not versions:
         return (
@@ -331,7 +331,7 @@ def misfit(julia: Julia, project: str) -> str | None:
 
 
 def _named() -> Iterator[tuple[str, str, str | None]]:
-    """What the user has named: where, the executable, and the project if one was named."""
+    """The choices of the user: where each was made, the executable, and the project if any."""
     executable = os.environ.get("PYTHON_JULIACALL_EXE")
     project = os.environ.get("PYTHON_JULIACALL_PROJECT")
     if executable and project:
@@ -361,7 +361,8 @@ def choose(*, search_path: bool = True) -> Choice:
     for source, executable, project in _named():
         julia = describe(executable)
         if isinstance(julia, str):
-            return Choice(problem=f"{julia} (named by {source}).")
+            remedy = f"Name a Julia that is {SUPPORTED_JULIA}."
+            return Choice(problem=f"{julia} (named by {source}).\n  {remedy}")
         why = misfit(julia, project or julia.project)
         if why is None:
             return Choice(Installation(julia, project or julia.project, source))
@@ -427,9 +428,9 @@ def required_juliacall() -> str | None:
     for executable, project in [(e, p) for _, e, p in _named()] or [("julia", None)]:
         julia = describe(executable)
         if isinstance(julia, Julia):
-            found = manifest_versions(project or julia.project, julia.version).get("PythonCall")
-            if found:
-                return found
+            version = manifest_versions(project or julia.project, julia.version).get("PythonCall")
+            if version:
+                return version
     return None
 
 

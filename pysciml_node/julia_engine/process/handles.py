@@ -1,4 +1,4 @@
-"""What lives in Julia and is owned by Python: an integer, freed with its owner."""
+"""Handles: integers that name objects of Julia, which are freed with their owners in Python."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class Handle:
             ValueError: the handle is closed.
         """
         if self._number == 0:
-            raise ValueError("this object of the Julia engine has been freed already.")
+            raise ValueError(
+                "this object of the Julia engine has been freed already.\n"
+                "  Make it anew: solve again, or build the JuliaField again."
+            )
         return self._number
 
     @property

@@ -21,7 +21,7 @@ INSTALL = "python -m pysciml_node install"
 _DOCTOR = "See what is wrong with: python -m pysciml_node doctor"
 MINUTES = "10 to 40"
 KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
-"""OpenBLAS's name for its kernels by what torch finds in the processor."""
+"""OpenBLAS's names for its kernels, by the instructions that torch sees in the processor."""
 
 
 def runs_already() -> bool:
@@ -32,7 +32,7 @@ def runs_already() -> bool:
 
 @cache
 def choose() -> env.Choice:
-    """What would be started; decided once in a process."""
+    """The Julia that would be started; decided once in a process."""
     choice = env.choose(search_path=False)
     if choice.problem is not None or choice.installation is not None:
         return choice
@@ -57,24 +57,23 @@ def resolved() -> bool:
 
 
 def describe() -> str:
-    """What would be started, or runs, in words."""
+    """The Julia that runs or would be started, in words."""
     if runs_already():
         base = sys.modules["juliacall"].Base
         project = os.path.dirname(str(base.active_project()))
         return f"Julia {base.VERSION}, running, project {project}"
-    found = choose().installation
-    if found is not None:
-        return (
-            f"Julia {found.julia.version}, {found.julia.executable}, project {found.project}, "
-            f"by {found.source}"
-        )
+    installation = choose().installation
+    if installation is not None:
+        julia = installation.julia
+        place = f"project {installation.project}, by {installation.source}"
+        return f"Julia {julia.version}, {julia.executable}, {place}"
     from juliapkg.state import STATE
 
     return f"the environment made by juliapkg, {STATE['project']}"
 
 
 def missing() -> str | None:
-    """What has to be done before Julia can be started; None when nothing has."""
+    """The steps to take before Julia can be started; None when there are none."""
     if runs_already():
         return None
     choice = choose()
@@ -91,18 +90,18 @@ def missing() -> str | None:
 
 
 def how_to_add(name: str) -> str:
-    """The command that adds a Julia package to what runs."""
-    found = choose().installation
-    if found is None:
+    """The command that adds a package to the Julia that runs."""
+    installation = choose().installation
+    if installation is None:
         return f"Repair the installation with: {INSTALL} --force"
     return (
-        f"Add it to the project: {found.julia.executable} --project={found.project} "
+        f"Add it to the project: {installation.julia.executable} --project={installation.project} "
         f"-e 'using Pkg; Pkg.add(\"{name}\")'"
     )
 
 
 def install_packages(*, force: bool = False) -> None:
-    """Let juliapkg install Julia, if need be, and the packages; what it does is shown.
+    """Let juliapkg install the packages, and Julia if need be; its output is shown.
 
     Args:
         force: whether everything is resolved anew.
@@ -143,9 +142,9 @@ def prepare() -> None:
     if runs_already():
         return
     reason = missing()
-    found = choose().installation
-    if found is not None:
-        env.point_to(found)
+    installation = choose().installation
+    if installation is not None:
+        env.point_to(installation)
     elif reason is not None:
         raise EngineUnavailable(reason)
     named = choose().executable

@@ -1,4 +1,4 @@
-"""What juliapkg is to install for the engine: told by `install`, and taken back by `--remove`.
+"""The packages that juliapkg installs: `install` registers them, `--remove` undoes it.
 
 juliapkg resolves one project for everything in a Python environment. So the engine's packages are
 named in that environment's own list, and only when somebody asked for the engine.

@@ -25,7 +25,7 @@ _SLOW = frozenset({"SciMLSensitivity"})
 
 
 class _Runtime:
-    """What is known of the running Julia; there is one in a process."""
+    """The state of the running Julia; there is one in a process."""
 
     def __init__(self) -> None:
         self.owner = _NOBODY  # the thread that may call
