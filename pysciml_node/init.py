@@ -25,27 +25,27 @@ _TRANSPARENT = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 @torch.no_grad()
 def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = None) -> nn.Module:
-    """Scale a vector field so that what its ODE does over `[0, T]` does not depend on `T`.
+    """Scale a vector field so that the flow of its ODE over `[0, T]` does not depend on `T`.
 
-    For an autonomous field, `h' = f(h)/T` over `[0, T]` is `h' = f(h)` over `[0, 1]` with
-    time rescaled: not only the kernels at initialisation (which depend on `T sigma_w` alone) but
-    every output is the same. The field is the output of its last linear layer, so that layer's
-    weight and bias are divided by `T`: the standard deviation of the weights goes like `1/T`,
-    their variance like `1/T^2`. (A variance of `1/T` would leave `T sigma_w = sqrt T`, and
-    the variance of the output growing with the horizon.) Scaling earlier layers instead would not
-    do: a nonlinearity stands behind them.
+    For an autonomous field, `h' = f(h)/T` over `[0, T]` is `h' = f(h)` over `[0, 1]` with time
+    rescaled. So every output is the same, and with it the kernels at initialisation, which depend
+    on `T sigma_w` alone. The field is the output of its last linear layer, so that layer's weight
+    and bias are divided by `T`. The standard deviation of the weights goes like `1/T`, their
+    variance like `1/T^2`. (A variance of `1/T` would leave `T sigma_w = sqrt T`, and the variance
+    of the output would grow with the horizon.) Earlier layers cannot be scaled instead, because a
+    nonlinearity follows them.
 
-    The horizon is remembered on the layer, so calling again with the same `T` changes nothing,
-    and with another `T` moves the field from the old horizon to the new one; a trained
-    autonomous field then keeps its flow map. A field that depends on time sees times up to `T`
-    instead of up to 1: rescale its time argument as well.
+    The layer remembers the horizon. Calling again with the same `T` changes nothing; another `T`
+    moves the field from the old horizon to the new one, and a trained autonomous field keeps its
+    flow map. A field that depends on time sees times up to `T` instead of up to 1: rescale its time
+    argument as well.
 
     Args:
         module: the vector field, or a module that holds it as `.field` (`NeuralODE`). Its last
             linear or convolutional layer, in order of registration, must produce its output.
         T: length of the horizon, positive.
-        previous: horizon the weights suit now. Default: what the last call remembered, 1 at first.
-            Pass 1 after re-initialising the weights.
+        previous: horizon that the weights suit now. The default is the one that the last call
+            remembered, 1 at first. Pass 1 after re-initialising the weights.
 
     Returns:
         The module, changed in place.
@@ -82,23 +82,24 @@ def scale_for_horizon_(module: nn.Module, T: float, *, previous: float | None = 
 
 
 def _output_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """Those that a layer's output is proportional to, as the layers of `TimedField` name them."""
+    """The parameters that a layer's output is proportional to."""
     named = getattr(layer, "output_parameters", None)
     parameters: list[nn.Parameter] = named() if named else list(layer.parameters(recurse=False))
     return parameters
 
 
 def _check_own(field: nn.Module, layer: nn.Module, scaled: list[nn.Parameter]) -> None:
-    """Refuse parameters that other layers use too, and weights that are made of others."""
+    """Refuse parameters that other layers use too, and weights computed from others."""
     parts = list(layer.modules())
-    made = [part for part in parts if getattr(part, "weight", None) is not None]
-    if any("weight" not in part._parameters for part in made):
+    weighted = [part for part in parts if getattr(part, "weight", None) is not None]
+    if any("weight" not in part._parameters for part in weighted):
         raise ValueError(
             f"the weight of the last layer, {type(layer).__name__}, is computed from other "
             "parameters (weight or spectral normalization), so scaling these does not scale it.\n"
             "  Divide the field's output by T yourself."
         )
-    elsewhere = [part for part in field.modules() if all(part is not own for own in parts)]
+    inside = {id(part) for part in parts}
+    elsewhere = [part for part in field.modules() if id(part) not in inside]
     used = {id(parameter) for part in elsewhere for parameter in part._parameters.values()}
     if any(id(parameter) in used for parameter in scaled):
         raise ValueError(

@@ -45,7 +45,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """From `start` to `end` in `steps`, by a constant factor a step; `end` from there on.
+    """From `start` to `end` in `steps`, by a constant factor a step; `end` after that.
 
     `start * (end / start)**(step / steps)`: arXiv 2303.02262, section 4.
 
@@ -84,7 +84,7 @@ class InverseDecay(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """From `start` to `end` in `steps` along half a cosine; `end` from there on."""
+    """From `start` to `end` in `steps` along half a cosine; `end` after that."""
 
     start: float
     end: float
@@ -104,12 +104,12 @@ class Cosine(Schedule):
 class Annealing(Schedule):
     """From 0 to 1: `max(0, 1 - rate**(step - delay))`.
 
-    For the weight of a latent variable's divergence from its prior, which at full strength from
-    the start would stop the encoder from learning.
+    It is meant for the weight of a latent variable's divergence from its prior. At full strength
+    from the start, that divergence would stop the encoder from learning.
 
     Args:
-        rate: what is left of the way to 1 after each step, between 0 and 1.
-        delay: steps that the value stays 0.
+        rate: factor by which each step shrinks the distance to 1, between 0 and 1.
+        delay: number of steps for which the value stays 0.
 
     Raises:
         ValueError: a rate that is not between 0 and 1.

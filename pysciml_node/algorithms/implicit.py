@@ -44,11 +44,11 @@ class ImplicitMethod(NamedAlgorithm):
 
     @override
     def options_on(self, engine: str, options: SolveOptions) -> SolveOptions:
-        """SciML's own adjoint and controller on its engine, where none was asked for."""
+        """On Julia's engine, SciML's adjoint and controller where none was asked for."""
         if engine != "julia":
             return options
-        own = {"adjoint": GaussAdjoint(), "controller": AlgorithmController()}
-        changes = {name: value for name, value in own.items() if name in options.defaulted}
+        defaults = {"adjoint": GaussAdjoint(), "controller": AlgorithmController()}
+        changes = {name: value for name, value in defaults.items() if name in options.defaulted}
         return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
 
 

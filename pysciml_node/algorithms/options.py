@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """What `solve` hands to an engine: complete, and known to be valid.
+    """The options of a solve, complete and checked, as `solve` hands them to an engine.
 
     Attributes:
         rtol: relative tolerance, a number or a flat tensor `(N,)`.
@@ -154,9 +154,9 @@ def backward_limits(adjoint: Adjoint, options: SolveOptions) -> tuple[float, flo
             return tolerance
         return float(tolerance[torch.isfinite(tolerance)].min())
 
-    own = adjoint if isinstance(adjoint, _ContinuousAdjoint) else _ContinuousAdjoint()
+    limits = adjoint if isinstance(adjoint, _ContinuousAdjoint) else _ContinuousAdjoint()
     return (
-        own.rtol or tightest(options.rtol),
-        own.atol or tightest(options.atol),
-        own.max_steps or options.max_steps,
+        limits.rtol or tightest(options.rtol),
+        limits.atol or tightest(options.atol),
+        limits.max_steps or options.max_steps,
     )

@@ -82,19 +82,19 @@ class StochasticRungeKutta(Algorithm):
         if problem.noise in self.adapts_to:
             return
         fixed = f"controller=FixedStep(), dt0={(problem.t1 - problem.t0) / 100:.2g}"
-        other = "the Stratonovich form of the equation with EulerHeun()"
+        alternative = "the Stratonovich form of the equation with EulerHeun()"
         if problem.noise != "general":
-            other = "SOSRI(), SRIW1() or RKMil(), which may adapt their steps"
+            alternative = "SOSRI(), SRIW1() or RKMil(), which may adapt their steps"
         raise ValueError(
             f"{type(self).__name__} with adaptive steps is for {' and '.join(self.adapts_to)} "
             f'noise, but the problem\'s noise is "{problem.noise}": steps that follow the path '
             "would bias the solution.\n"
-            f"  Use {fixed}; or {other}."
+            f"  Use {fixed}; or {alternative}."
         )
 
 
 def usual_algorithm(problem: SDEProblem) -> str:
-    """How a message names a problem's usual method, with the steps that it asks for."""
+    """A problem's usual method and its steps, as a message names them."""
     usual = default_algorithm(problem)
     steps = "" if problem.noise in usual.adapts_to else ", controller=FixedStep(), dt0=..."
     return f"{usual!r}{steps}"

@@ -1,4 +1,4 @@
-"""What this machine has that the package uses, and what to do about the rest."""
+"""A report on this machine: the parts that the package uses, and remedies for those missing."""
 
 import argparse
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What torchdiffeq's functions are given, checked by the names that they have there."""
+"""Checks of the arguments of torchdiffeq's functions, by their names there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of torchdiffeq's functions asks for, in this package's terms."""
+"""A call of torchdiffeq's functions, in this package's terms."""
 
 from __future__ import annotations
 

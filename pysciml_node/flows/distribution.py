@@ -96,15 +96,15 @@ def _tensors(held: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor
     if isinstance(held, Tensor):
         yield name, held
     elif isinstance(held, list | tuple):
-        for place, one in enumerate(held):
-            yield from _tensors(one, f"{name}_{place}", seen)
+        for place, entry in enumerate(held):
+            yield from _tensors(entry, f"{name}_{place}", seen)
     elif isinstance(held, nn.Module):
         for key, parameter in held.named_parameters():
             yield f"{name}_{key.replace('.', '_')}", parameter
     elif isinstance(held, Distribution | Transform):
-        for key, one in vars(held).items():
+        for key, entry in vars(held).items():
             inner = name if key in ("base_dist", "_inv") else f"{name}_{key}".lstrip("_")
-            yield from _tensors(one, inner, seen)
+            yield from _tensors(entry, inner, seen)
 
 
 def _sources(tensor: Tensor) -> set[Tensor]:

@@ -264,8 +264,8 @@ def _transformed_jacobian(network: _Network, x: Tensor) -> list[Tensor]:
 
 def _reverse_jacobian(network: _Network, x: Tensor) -> list[Tensor]:
     """The same by one reverse pass a sample and output."""
-    own = dict(network.module.named_parameters())
-    weights = [own[name] for name in network.weights]
+    parameters = dict(network.module.named_parameters())
+    weights = [parameters[name] for name in network.weights]
     rows: list[list[Tensor]] = [[] for _ in weights]
     for sample in x:
         with torch.enable_grad():
@@ -341,6 +341,8 @@ def _by_products(network: _Network, x1: Tensor, x2: Tensor, outputs: Outputs) ->
     for sample in x2:
         o = network.one(weights, sample).numel()
         units = torch.eye(o, dtype=x1.dtype, device=x1.device)
-        made = torch.stack([column(unit, sample) for unit in units])  # (b, i, a)
-        columns.append(made.permute(1, 2, 0) if outputs == "full" else torch.einsum("aia->i", made))
+        block = torch.stack([column(unit, sample) for unit in units])  # (b, i, a)
+        columns.append(
+            block.permute(1, 2, 0) if outputs == "full" else torch.einsum("aia->i", block)
+        )
     return torch.stack(columns, 1).detach()

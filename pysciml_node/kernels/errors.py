@@ -1,4 +1,4 @@
-"""What kernels raise."""
+"""The errors of kernels."""
 
 
 class KernelConvergenceError(RuntimeError):

@@ -62,7 +62,7 @@ class PairMoments(ABC):
 
 
 class GaussianExpectation(ABC):
-    """How to take `C` and `D` for one activation.
+    """The expectations `C` and `D` of one activation.
 
     Attributes:
         analytic: whether `C` is analytic on `|c| <= sqrt(q1 q2)`. Where it is not (ReLU at
@@ -73,7 +73,7 @@ class GaussianExpectation(ABC):
 
     @abstractmethod
     def features(self, q: Tensor) -> Features:
-        """What one input with variance `q` contributes."""
+        """The contribution of one input with variance `q`."""
 
     @abstractmethod
     def pair(self, f1: Features, f2: Features) -> PairMoments:

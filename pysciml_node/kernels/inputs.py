@@ -1,4 +1,4 @@
-"""What every way of computing a kernel starts from: the pairs of inputs, and the model's scales."""
+"""The start of every computation of a kernel: the pairs of inputs, and the model's scales."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def take(features: Features, who: Tensor) -> Features:
 
 @dataclass(frozen=True)
 class Layout:
-    """How kernel values of pairs fill the matrix that is returned."""
+    """The places of the pairs' kernel values in the matrix that is returned."""
 
     shape: tuple[int, int]
     symmetric: bool

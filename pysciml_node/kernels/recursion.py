@@ -42,8 +42,8 @@ def _layers(model: Model, initial: Tensor, steps: int) -> Features:
     row = initial[:, None].repeat(1, steps + 1)
     features = model.expectation.features(initial[:, None])
     for i in range(steps):
-        here: Features = tuple(part[..., i : i + 1] for part in features)
-        moment = model.expectation.pair(here, features).value(row[:, : i + 1])
+        current: Features = tuple(part[..., i : i + 1] for part in features)
+        moment = model.expectation.pair(current, features).value(row[:, : i + 1])
         growth = gain * torch.cumsum(moment, 1)
         row[:, 1 : i + 1] += growth[:, :i]
         # Sigma[i, i+1] is Sigma[i+1, i], which the line above has just computed

@@ -1,4 +1,4 @@
-"""What a kernel predicts: regression, and gradient descent in closed form.
+"""Predictions of a kernel: regression, and gradient descent in closed form.
 
 The loss throughout is `1/(2n) sum_i |f(x_i) - y_i|^2`. Under gradient descent with learning rate
 `lr` a network whose tangent kernel stays `Theta` obeys `f <- f - (lr/n) Theta (f - y)` on its

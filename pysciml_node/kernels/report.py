@@ -1,4 +1,4 @@
-"""What an activation means for a neural ODE: existence, gradients, and the kernel."""
+"""The effect of an activation on a neural ODE: existence, gradients, and the kernel."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class ActivationReport:
 
 
 def activation_report(act: Activation) -> ActivationReport:
-    """What is known, numerically, about an activation's fitness for a neural ODE.
+    """A numerical report on an activation's fitness for a neural ODE.
 
     Lipschitz constants are the largest `|phi'|` and the largest difference quotient of `phi'`
     on grids of 40001 points on [-8, 8], [-16, 16] and [-32, 32]; where that maximum grows by more

@@ -46,7 +46,7 @@ class AugmentedField:
 
     def __call__(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
         """Derivative of the augmented state."""
-        own = [part for key, part in state.items() if key.startswith(_OWN)]
+        state_parts = [part for key, part in state.items() if key.startswith(_OWN)]
         outer_grad = torch.is_grad_enabled()
 
         def field(t: Tensor, u: Any) -> Any:
@@ -56,11 +56,13 @@ class AugmentedField:
             # A view made without gradients may claim to require them and yet lead nowhere: only
             # where gradients are on is the state itself what the field is differentiated at.
             if not outer_grad:
-                own = [without_graph(part) for part in own]
+                state_parts = [without_graph(part) for part in state_parts]
             if torch._C._are_functorch_transforms_active():
-                point = _transformed(t, self.spec.assemble(own), field)
+                point = _transformed(t, self.spec.assemble(state_parts), field)
             else:
-                parts = [part if part.requires_grad else part.requires_grad_() for part in own]
+                parts = [
+                    part if part.requires_grad else part.requires_grad_() for part in state_parts
+                ]
                 point = _recorded(t, self.spec.assemble(parts), field, outer_grad)
             f = point.f
             values = {
@@ -182,41 +184,41 @@ class DrivenTrajectory:
     """The steps of a state, with the estimates of the bigger system whose errors drive them.
 
     Attributes:
-        own: of the state alone.
-        driving: of the state with the rates that have tolerances.
+        alone: steps of the state alone.
+        driving: steps of the state with the rates that have tolerances.
     """
 
-    own: Trajectory
+    alone: Trajectory
     driving: Trajectory
 
     @property
     def times(self) -> Sequence[float]:
         """Ends of the accepted steps, `t0` first."""
-        return self.own.times
+        return self.alone.times
 
     @property
     def errors(self) -> Sequence[float]:
         """Scaled error estimate of each accepted step."""
-        return self.own.errors
+        return self.alone.errors
 
     @property
     def flat_states(self) -> list[Tensor]:
-        """What was stepped: the state, and the rates behind it."""
+        """The vectors that were stepped: the state, followed by the rates."""
         return self.driving.flat_states
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> DrivenTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
-        size = self.own.flat_states[0].numel()
-        own = self.own.mapped([u[:size] for u in states], change)
-        return DrivenTrajectory(own, self.driving.mapped(states, change))
+        size = self.alone.flat_states[0].numel()
+        alone = self.alone.mapped([u[:size] for u in states], change)
+        return DrivenTrajectory(alone, self.driving.mapped(states, change))
 
     def states(self) -> Tensor:
         """The states at `times`."""
-        return self.own.states()
+        return self.alone.states()
 
     def evaluate(self, times: Tensor) -> Tensor:
         """Dense output at `times`."""
-        return self.own.evaluate(times)
+        return self.alone.evaluate(times)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step."""
@@ -233,12 +235,12 @@ class DrivenTrajectory:
         return self.driving.step_estimates()
 
     def explain(self, options: SolveOptions) -> Explanation:
-        """What the steps of a failed solve say about its failure."""
+        """The failure of a solve, as its steps explain it."""
         return self.driving.explain(options)
 
     def restrict(self, problem: ODEProblem) -> Trajectory:
         """The same trajectory for the leading part of its state."""
-        return self.own.restrict(problem)
+        return self.alone.restrict(problem)
 
 
 def _driving(augmented: ODEProblem) -> ODEProblem | None:
@@ -262,7 +264,7 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
     """
     spec = problem.spec
 
-    def own(state: dict[str, Tensor]) -> Any:
+    def state_of(state: dict[str, Tensor]) -> Any:
         return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
 
     trajectory = solution.trajectory.restrict(problem)
@@ -273,7 +275,7 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
     return dataclasses.replace(
         solution,
         problem=problem,
-        u1=own(solution.u1),
+        u1=state_of(solution.u1),
         trajectory=trajectory,
-        saved=None if solution.saved is None else own(solution.saved),
+        saved=None if solution.saved is None else state_of(solution.saved),
     )

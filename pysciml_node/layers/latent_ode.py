@@ -50,7 +50,7 @@ class Posterior:
 @walkable
 @dataclass(frozen=True)
 class LatentSolution:
-    """What a `LatentODE` makes of series.
+    """The result of a `LatentODE` for a batch of series.
 
     Args:
         mean: of the decoder's Gaussian at the rows asked for, shape `(N, D)`.
@@ -202,7 +202,7 @@ class LatentODE(nn.Module):
         return LatentSolution(mean, solution, posterior)
 
     def log_likelihood(self, mean: Tensor, target: IrregularSeries) -> Tensor:
-        """Of each sample's observed entries under `N(mean, noise^2)`, `(B,)`.
+        """Log-likelihood of each sample's observed entries under `N(mean, noise^2)`, `(B,)`.
 
         Args:
             mean: shape `(N, D)`.

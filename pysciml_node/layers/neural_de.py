@@ -1,4 +1,4 @@
-"""What modules that hold a differential equation have in common."""
+"""The base of modules that hold a differential equation."""
 
 from __future__ import annotations
 
@@ -64,25 +64,27 @@ class NeuralDE(nn.Module, Generic[Out]):
         self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self.algorithm = algorithm
         self.tspan = tspan
-        others: dict[str, Any] = dict(options)
-        self.rtol = others.pop("rtol", self.usual_tolerance)
-        self.atol = others.pop("atol", self.usual_tolerance)
-        self.regularizers = nn.ModuleList(check_names(others.pop("regularizers", ())))
-        self.adjoint = others.pop("adjoint", None)
-        self.saveat = others.pop("saveat", None)
-        self.engine = others.pop("engine", None)
-        self.options = others
+        remaining: dict[str, Any] = dict(options)
+        self.rtol = remaining.pop("rtol", self.usual_tolerance)
+        self.atol = remaining.pop("atol", self.usual_tolerance)
+        self.regularizers = nn.ModuleList(check_names(remaining.pop("regularizers", ())))
+        self.adjoint = remaining.pop("adjoint", None)
+        self.saveat = remaining.pop("saveat", None)
+        self.engine = remaining.pop("engine", None)
+        self.options = remaining
         self.regularize = True
 
     if TYPE_CHECKING:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Out:
-            """What `forward` returns."""
+            """Call `forward`."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The layer's parameters; says so where it has none, since a function keeps them."""
-        found = list(super().parameters(recurse))
-        hidden = [] if found else [m for name in self.fields for m in used(getattr(self, name))]
+        parameters = list(super().parameters(recurse))
+        hidden = (
+            [] if parameters else [m for name in self.fields for m in used(getattr(self, name))]
+        )
         if hidden:
             kinds = ", ".join(sorted({type(m).__name__ for m in hidden}))
             warnings.warn(
@@ -93,10 +95,10 @@ class NeuralDE(nn.Module, Generic[Out]):
                 PsnWarning,
                 stacklevel=2,
             )
-        return iter(found)
+        return iter(parameters)
 
     def give(self, solution: Solution) -> Any:
-        """What a call returns."""
+        """The part of a solution that a call returns."""
         if self.output == "solution":
             return solution
         self.last, self.penalty = solution, solution.penalty
@@ -129,7 +131,7 @@ class NeuralDE(nn.Module, Generic[Out]):
         return solvable(problem, isinstance(self.adjoint, DirectAdjoint))
 
     def active_regularizers(self) -> list[Regularizer]:
-        """Those that count now: all in training mode, none in eval mode."""
+        """The regularizers that count now: all in training mode, none in eval mode."""
         if not (self.training and self.regularize):
             return []
         return list(cast(Iterable[Regularizer], self.regularizers))

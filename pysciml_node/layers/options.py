@@ -1,4 +1,4 @@
-"""How a layer's equation is solved and trained: the options that all layers take."""
+"""The options that all layers take: how their equation is solved and trained."""
 
 from __future__ import annotations
 

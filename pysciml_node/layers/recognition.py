@@ -35,7 +35,7 @@ def visits(series: IrregularSeries) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _active(lengths: Tensor) -> list[int]:
-    """How many of the lengths, which decrease, exceed 0, 1, 2, ..."""
+    """The number of lengths that exceed 0, 1, 2, ...; the lengths decrease."""
     turns = torch.arange(int(lengths[0]), device=lengths.device)
     ascending = lengths.flip(0).contiguous()
     counts: list[int] = (len(lengths) - torch.searchsorted(ascending, turns, right=True)).tolist()
@@ -43,7 +43,7 @@ def _active(lengths: Tensor) -> list[int]:
 
 
 def inputs_of(series: IrregularSeries) -> tuple[Tensor, Tensor]:
-    """What an encoder reads at each row: values, mask, and the gap to the sample's next row.
+    """The inputs of an encoder at each row: values, mask, and the gap to the sample's next row.
 
     Returns:
         Inputs `(N, 2 D + 1)` with zeros where nothing was observed, and gaps `(N,)`, 0 at a

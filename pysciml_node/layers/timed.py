@@ -131,7 +131,7 @@ class ConcatLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias + t * self.time_weight)
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """Those that the output is proportional to."""
+        """The parameters that the output is proportional to."""
         return [self.weight, self.time_weight, self.bias]
 
 
@@ -190,7 +190,7 @@ class ConcatSquash(nn.Module):
         return out * gate + (t * self.shift_weight).view(shape)
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """Those that the output is proportional to: of the layer and the shift, not of the gate."""
+        """The parameters of layer and shift; the output is proportional to these alone."""
         return [*self.layer.parameters(), self.shift_weight]
 
 

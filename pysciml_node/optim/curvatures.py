@@ -35,7 +35,7 @@ class CurvatureRule(ABC):
     reads_graph: ClassVar[bool] = True
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """What is kept for a parameter, before its first step."""
+        """The state of a parameter before its first step."""
         return {}
 
     @abstractmethod

@@ -37,7 +37,7 @@ SHARED = (
 
 
 class CurvatureOptions(TypedDict, total=False):
-    """How a curvature is measured and how far its step is trusted.
+    """The measure of a curvature, and the trust in its step.
 
     Args:
         safeguard: what keeps a step from going too far; default by curvature, see `SAFEGUARDS`.

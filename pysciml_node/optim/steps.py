@@ -1,4 +1,4 @@
-"""What a step of an optimizer is made of: groups with their gradients, a model, a move."""
+"""The parts of an optimizer's step: groups with their gradients, a model, a move."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Model:
         self._sign = sign
 
     def objective_here(self) -> float:
-        """What is minimized; infinite where the flow cannot be solved."""
+        """The value that is minimized; infinite where the flow cannot be solved."""
         try:
             loss, _ = self._closure()  # type: ignore[misc]
         except SolverFailure:
@@ -52,7 +52,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step is taken with.
+    """The arguments of a step.
 
     Attributes:
         rows: the groups, at least one.

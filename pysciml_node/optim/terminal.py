@@ -13,7 +13,7 @@ from pysciml_node.problems.state import tensors_of
 
 
 class TerminalSolution(Protocol):
-    """What this package's optimizers read from a `Solution`."""
+    """The part of a `Solution` that this package's optimizers read."""
 
     @property
     def u1(self) -> Any:

@@ -94,7 +94,7 @@ class InModes:
         return self.surrounding is not None and self.surrounding.autocast is not None
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function returns, in the state's precision."""
+        """The function's value, in the state's precision."""
         if self.surrounding is None:
             out = self.function(*arguments)
         else:
@@ -217,7 +217,9 @@ def in_full_precision(problem: P, kinds: tuple[type, ...]) -> P:
 
 def _inside_vmap() -> bool:
     interpreters = torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
-    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in interpreters)
+    return any(
+        interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in interpreters
+    )
 
 
 def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:

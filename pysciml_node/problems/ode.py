@@ -88,7 +88,7 @@ FEWEST_TIMES = 1000
 
 
 class Problem(checks.Configured):
-    """What initial value problems have in common: a state, an interval, an extra argument."""
+    """The base of initial value problems: a state, an interval, an extra argument."""
 
     u0: State
     tspan: tuple[Time, Time]

@@ -49,14 +49,16 @@ def as_state(u0: Any) -> Any:
         parts = u0.values() if isinstance(u0, Mapping) else u0
         if all(isinstance(part, Tensor) for part in parts):
             return u0
-        found = [_as_part(part) for part in parts]
-        return dict(zip(u0, found, strict=True)) if isinstance(u0, Mapping) else tuple(found)
+        converted = [_as_part(part) for part in parts]
+        return (
+            dict(zip(u0, converted, strict=True)) if isinstance(u0, Mapping) else tuple(converted)
+        )
     return _as_part(u0)
 
 
 def _as_part(part: Any) -> Any:
-    found = checks.as_tensor(part)
-    return part if found is None else found
+    tensor = checks.as_tensor(part)
+    return part if tensor is None else tensor
 
 
 def recording() -> bool:
@@ -237,7 +239,7 @@ class StateSpec:
         )
 
     def locate(self, index: int) -> str:
-        """Where the flat index stands in the state, in words for an error message."""
+        """The place of a flat index in the state, in words for an error message."""
         for key, shape, size in zip(self.keys or ("",), self.shapes, self.sizes, strict=True):
             if index < size:
                 place = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)]

@@ -1,4 +1,4 @@
-"""What a regularizer is: a module that reads a solution and returns a scalar."""
+"""The base of regularizers: modules that read a solution and return a scalar."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Regularizer(checks.Configured, nn.Module, ABC):
         return problem, saveat
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate | None:
-        """What to integrate along the solution; `None` for most regularizers."""
+        """The rate to integrate along the solution; `None` for most regularizers."""
         return None
 
     @abstractmethod

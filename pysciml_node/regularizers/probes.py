@@ -18,7 +18,7 @@ _SMALL = 4
 
 
 def batch_of(state: State) -> int:
-    """How many samples a state holds: the length of its first axis.
+    """The number of samples in a state: the length of its first axis.
 
     A state with one axis, and one whose parts all have one at most, is a single system of coupled
     entries. Beside a part with more axes, a part with one axis holds a number for each sample.

@@ -1,4 +1,4 @@
-"""What a regularizer reads along a solution: the field at a point, with its Jacobian products."""
+"""The field at a point of a solution, with its Jacobian products, for regularizers."""
 
 from __future__ import annotations
 

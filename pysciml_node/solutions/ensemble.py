@@ -1,4 +1,4 @@
-"""What comes back from an ensemble."""
+"""The solution of an ensemble."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class EnsembleSolution:
 
     @cached_property
     def retcodes(self) -> tuple[ReturnCode, ...]:
-        """How each member ended."""
+        """The return code of each member."""
         return tuple(self.members.codes)
 
     @property
@@ -108,13 +108,13 @@ class EnsembleSolution:
 
     @property
     def member_stats(self) -> tuple[Stats, ...]:
-        """What each member cost, as it stands now."""
+        """The cost of each member, as it stands now."""
         columns = [self.members.count(f.name).tolist() for f in dataclasses.fields(Stats)]
         return tuple(Stats(*row) for row in zip(*columns, strict=True))
 
     @property
     def stats(self) -> Stats:
-        """What all cost together, as it stands now."""
+        """The cost of all members together, as it stands now."""
         names = [f.name for f in dataclasses.fields(Stats)]
         return Stats(**{name: int(self.members.count(name).sum()) for name in names})
 

@@ -30,7 +30,7 @@ StopGradient = bool | Literal["state"]
 
 
 class ReturnCode(enum.Enum):
-    """How a solve ended. The names are SciML's."""
+    """The way in which a solve ended. The names are SciML's."""
 
     Default = "not finished"
     Success = "reached the end of the interval"
@@ -48,7 +48,7 @@ class ReturnCode(enum.Enum):
 
 @dataclass
 class Stats:
-    """What a solve cost. The backward fields are filled when gradients have been taken.
+    """The cost of a solve. The backward fields are filled when gradients have been taken.
 
     Attributes:
         nfe: evaluations of the vector field (of a stochastic equation: of the drift).
@@ -93,7 +93,7 @@ class StepEstimate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a trajectory knows about the end of its solve.
+    """The end of a solve, as its trajectory explains it.
 
     Attributes:
         lines: of the message, each indented.
@@ -105,7 +105,7 @@ class Explanation:
 
 
 class Trajectory(Protocol):
-    """What an engine hands to a solution besides the saved states."""
+    """The accepted steps of a solve, as an engine hands them to a solution."""
 
     @property
     def times(self) -> Sequence[float]:
@@ -117,7 +117,7 @@ class Trajectory(Protocol):
 
     @property
     def flat_states(self) -> list[Tensor]:
-        """What was stepped, at `times`: flat states, with what the method carries behind them."""
+        """The vectors that were stepped, at `times`: flat states, then what a method carries."""
 
     def mapped(self, states: list[Tensor], change: Callable[[Problem], Problem]) -> Trajectory:
         """The same trajectory with `states` for `flat_states`, and its problem changed."""
@@ -140,7 +140,7 @@ class Trajectory(Protocol):
         """Error and stiffness of every accepted step, differentiable."""
 
     def explain(self, options: SolveOptions) -> Explanation:
-        """What the steps of a failed solve say about its failure."""
+        """The failure of a solve, as its steps explain it."""
 
     def restrict(self, problem: ODEProblem) -> Trajectory:
         """The same trajectory for the leading part of its state."""
@@ -398,9 +398,9 @@ class Solution:
 
     def detach(self) -> Self:
         """The same solution without its graph; nothing that is read off it has gradients."""
-        found = self.mapped(Tensor.detach)
-        found.detached = True
-        return found
+        detached = self.mapped(Tensor.detach)
+        detached.detached = True
+        return detached
 
     def to(self, target: torch.device | str | torch.dtype) -> Self:
         """The solution on another device, or in another precision; gradients flow through.
@@ -447,14 +447,14 @@ class Solution:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The field stays: it is what was solved, no part of what came back.
-        found = self.mapped(lambda x: x.detach().clone())
-        found.stats, found.detached = dataclasses.replace(self.stats), True
-        return found
+        copy = self.mapped(lambda x: x.detach().clone())
+        copy.stats, copy.detached = dataclasses.replace(self.stats), True
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        found = self.detach().mapped(lambda x: x, portable_problem)
+        portable = self.detach().mapped(lambda x: x, portable_problem)
         # What the stack is made of is in the trajectory.
-        return {**found.__dict__, "_stacked": None}
+        return {**portable.__dict__, "_stacked": None}
 
 
 # What other packages call the parts of a solution.

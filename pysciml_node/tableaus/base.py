@@ -1,4 +1,4 @@
-"""What a Runge-Kutta method is: a frozen table of coefficients."""
+"""Runge-Kutta methods as frozen tables of coefficients."""
 
 from __future__ import annotations
 

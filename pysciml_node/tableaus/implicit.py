@@ -1,4 +1,4 @@
-"""What an implicit one-step method is: a table as well, in terms of slopes.
+"""Implicit one-step methods as tables, in terms of slopes.
 
 Both kinds leave slopes `k_i` with `u1 = u + h sum_i b_i k_i`, an error estimate and a dense output
 that are linear in them, as an explicit method does. They differ in how a slope is found.

@@ -35,7 +35,7 @@ Rows = tuple[tuple[Integral, Row], ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """Where the drift or the diffusion is evaluated.
+    """A point at which the drift or the diffusion is evaluated.
 
     At time `t + c h` and state `base_0 u + base_1 v + h sum_j a_j f_j + sum_k I_k sum_j b_kj g_j`,
     with the drifts `f_j` and diffusions `g_j` of the stages before.

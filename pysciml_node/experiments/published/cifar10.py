@@ -28,7 +28,7 @@ QUICK_SAMPLES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSettings(Settings):
-    """What the convolutional runs have in common; the defaults are paper D's.
+    """Settings that the convolutional runs share; the defaults are paper D's.
 
     Args:
         side: of the images, in pixels; smaller ones are averages of blocks of the data's 32.
@@ -147,7 +147,7 @@ class Sized(Protocol):
 
     @property
     def side(self) -> int:
-        """Of the images, in pixels."""
+        """Height and width of the images, in pixels."""
         ...
 
 

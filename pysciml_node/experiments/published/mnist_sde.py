@@ -23,7 +23,7 @@ from pysciml_node.layers.timed import Ignore, IgnoreLinear
 
 @dataclass(frozen=True, kw_only=True)
 class SDESettings(Settings):
-    """What the runs of a neural SDE have in common; the defaults are paper D's.
+    """Settings that the runs of a neural SDE share; the defaults are paper D's.
 
     Its text names SOSRI2, its code takes SOSRI, and so do these.
 

@@ -34,7 +34,7 @@ _HEAD_EXPANSION = 4
 
 @dataclass(frozen=True, kw_only=True)
 class MultiScaleSettings(Settings):
-    """What the runs on two scales have in common; the defaults are paper D's, but for the solver.
+    """Settings that the runs on two scales share; the defaults are paper D's, except the solver.
 
     The paper's is VCAB3, an Adams method of order three, which the engine written in torch does
     not have; BS3 is of the same order.

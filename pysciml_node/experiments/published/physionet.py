@@ -33,7 +33,7 @@ _ENCODER_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesSettings(Settings):
-    """What the runs of a latent ODE have in common; the defaults are paper D's PhysioNet run.
+    """Settings that the runs of a latent ODE share; the defaults are paper D's PhysioNet run.
 
     Args:
         encoder: `"gru"` as in the paper, or `"ode-rnn"`.

@@ -1,4 +1,4 @@
-"""What a weight buys: field evaluations saved against accuracy lost, on the validation data."""
+"""The trade-off of a weight: evaluations saved against accuracy lost, on the validation data."""
 
 import itertools
 from collections.abc import Sequence

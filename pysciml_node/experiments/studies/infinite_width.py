@@ -26,7 +26,7 @@ PHI: dict[str, Phi] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large each study is."""
+    """The size of each study."""
 
     depth_widths: tuple[int, ...] = (100, 300, 1000)
     depths: tuple[int, ...] = (10, 32, 100, 316, 1000)

@@ -66,7 +66,7 @@ _SHARED = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a command finds and puts its files.
+    """The folders that a command reads from and writes to.
 
     Args:
         data_dir: folder of the data.

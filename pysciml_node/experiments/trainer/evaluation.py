@@ -1,4 +1,4 @@
-"""How good a model is, how many field evaluations it takes and how long it computes."""
+"""A model's score, field evaluations and computing time."""
 
 import statistics
 import time

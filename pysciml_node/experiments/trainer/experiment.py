@@ -17,7 +17,7 @@ Weights = Mapping[Variant, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a smaller budget changes in the paper's settings.
+    """The changes that a smaller budget makes to the paper's settings.
 
     Args:
         changes: values of settings.

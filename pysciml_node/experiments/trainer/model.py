@@ -73,7 +73,7 @@ def make_algorithm(name: str) -> algorithms.Algorithm:
 
 
 def node_options(settings: Settings, run: Run, penalties: torch.Generator) -> dict[str, Any]:
-    """How a classifier's equation is solved and regularized, from t = 0 to 1.
+    """The options by which a classifier's equation is solved and regularized, from t = 0 to 1.
 
     Args:
         settings: solver, tolerance, engine and adjoint.

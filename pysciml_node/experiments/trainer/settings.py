@@ -38,7 +38,7 @@ STEP_SIZES: tuple[StepSize, ...] = get_args(StepSize)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all variants of an experiment have in common; the defaults are paper D's MNIST run.
+    """Settings that all variants of an experiment share; the defaults are paper D's MNIST run.
 
     Args:
         steps: optimizer steps.

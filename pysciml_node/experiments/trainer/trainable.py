@@ -14,7 +14,7 @@ from pysciml_node.layers.neural_de import NeuralDE
 
 @dataclass(frozen=True)
 class Metric:
-    """How good a model is, in one number.
+    """The quality of a model, in one number.
 
     Args:
         name: in results files.

@@ -30,7 +30,7 @@ _OPTIMIZERS: dict[OptimizerName, type[torch.optim.Optimizer]] = {
 
 @dataclass
 class History:
-    """What happened in a run.
+    """The course of a run.
 
     Args:
         loss: task loss of every optimizer step, without the penalty.
