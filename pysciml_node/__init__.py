@@ -1,6 +1,6 @@
 """Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
 
-from pysciml_node import compat, init, kernels, optim, schedules
+from pysciml_node import compat, init, kernels, optim, plot, schedules
 from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
@@ -169,6 +169,7 @@ __all__ = [
     "init",
     "kernels",
     "optim",
+    "plot",
     "schedules",
     "set_engine",
     "solve",

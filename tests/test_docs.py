@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,20 @@ MODULES = ["pysciml_node"] + [
 
 def blocks(text: str, *, julia: bool = False) -> list[tuple[int, str]]:
     """The Python blocks of a page that are to run, each with the number of its first line."""
-    marks = ("", "{.julia}") if julia else ("",)
+    left_out = ("{.no-run}",) if julia else ("{.no-run}", "{.julia}")
     return [
         (text.count("\n", 0, match.start("code")) + 1, match["code"])
         for match in BLOCK.finditer(text)
-        if match["mark"] in marks
+        if match["mark"] not in left_out
     ]
+
+
+@pytest.fixture(autouse=True)
+def no_windows(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 def run(page, found):
@@ -66,9 +75,12 @@ x = 1
 ```python {.julia}
 y
 ```
+```python {.picture alt="a line"}
+z
+```
 """
-    assert blocks(text) == [(6, "x = 1\n")]
-    assert blocks(text, julia=True) == [(6, "x = 1\n"), (9, "y\n")]
+    assert blocks(text) == [(6, "x = 1\n"), (12, "z\n")]
+    assert blocks(text, julia=True) == [(6, "x = 1\n"), (9, "y\n"), (12, "z\n")]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "pysciml_node"
 # From the ground up: a room may import those that stand before it, and itself.
 ROOMS = (
     "checks",
+    "_optional",
+    "plot",
     "problems",
     "tableaus",
     "algorithms",
@@ -27,7 +29,6 @@ ROOMS = (
     "solving",
     "compat",
     "schedules",
-    "_optional",
     "data",
     "regularizers",
     "layers",

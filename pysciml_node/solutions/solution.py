@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from pysciml_node import checks
+from pysciml_node import checks, plot
 from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.problems.state import map_tensors, refuse_batched
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
@@ -432,6 +432,17 @@ class Solution:
         """
         times, states = map_tensors(lambda x: x.detach().cpu().numpy(), (self.t, self.u))
         return times, states
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the state along time with the steps marked, as `plot.solution` does.
+
+        Args:
+            **options: those of `plot.solution`.
+
+        Returns:
+            The axes, matplotlib's.
+        """
+        return plot.solution(self, **options)
 
     def __repr__(self) -> str:
         times = self.trajectory.times
