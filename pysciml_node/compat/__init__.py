@@ -1,5 +1,5 @@
 """Drop-in signatures of other packages, over this package's solvers."""
 
-from pysciml_node.compat import torchdiffeq
+from pysciml_node.compat import torchdiffeq, torchsde
 
-__all__ = ["torchdiffeq"]
+__all__ = ["torchdiffeq", "torchsde"]

@@ -1,0 +1,206 @@
+"""Brownian motion between any two times, as a function of its seed alone.
+
+The interval is split, and its parts again, until a part begins or ends at a time that is asked for.
+Where an interval is split depends on its ends alone: at the roundest number near its middle. So
+times such as 0.1, 0.02 or 3/64 are found after few splits; and the path does not depend on which
+times are asked for, or in which order. Nothing has to be stored; the last branch is, for speed.
+
+An interval of length `h = l + r` has the increment `W` and the space-time Levy area
+`H = (1/h) int (W_s - (s/h) W) ds`. With independent standard normals `n1, n2` its parts have
+
+    W_left = (l/h) W + (6 l r / h^2) H + 2 (a l + b r) / h n1,    W_right = W - W_left,
+    H_left = (l/h)^2 H - a n1 + c r n2,    H_right = (r/h)^2 H - b n1 - c l n2,
+    v = (l r / (l^3 + r^3))^(1/2) / 2,    a = v l^2 / h,    b = v r^2 / h,    c = v / 3^(1/2).
+
+References: J. Foster, T. Lyons, H. Oberhauser, SIAM J. Numer. Anal. 58 (2020) 1393-1421, theorem
+3.4; J. G. Gaines, T. J. Lyons, SIAM J. Appl. Math. 57 (1997) 1455-1484.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.stochastic.normals import PlacedNormals
+from pysciml_node.stochastic.ticks import Ticks
+
+# Numbers that are drawn together, at most: few calls for small motions, little memory for large.
+_TOGETHER = 2**14
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Brownian motion over an interval of length `h`.
+
+    Attributes:
+        h: length.
+        w: increment `W`, `(M,)`.
+        area: space-time Levy area `H`, `(M,)`: normal with variance `h / 12`, independent of `w`;
+            `None` where it is not looked for.
+    """
+
+    h: float
+    w: Tensor
+    area: Tensor | None
+
+    def then(self, other: Motion) -> Motion:
+        """This interval and the one that follows it, as one."""
+        h = self.h + other.h
+        if self.area is None or other.area is None or h == 0.0:
+            return Motion(h, self.w + other.w, self.area)
+        one, two = self.h / h, other.h / h
+        area = self.area * one + other.area * two + (self.w * two - other.w * one) / 2
+        return Motion(h, self.w + other.w, area)
+
+
+class VirtualTree:
+    """`size` independent Brownian motions over an interval, given by a seed.
+
+    Times are whole numbers of ticks.
+
+    Args:
+        normals: the numbers that the motions are made of.
+        size: how many motions.
+        ends: start and end of the interval.
+        ticks: length of a tick, and where intervals are split.
+        area: whether space-time Levy areas are asked for: they take twice as many numbers, and
+            give other paths.
+        depth: splits that are kept, at most; each has two vectors, with areas four.
+    """
+
+    def __init__(
+        self,
+        normals: PlacedNormals,
+        size: int,
+        ends: tuple[int, int],
+        ticks: Ticks,
+        *,
+        area: bool,
+        depth: int,
+    ) -> None:
+        self.normals, self.size, self.ends, self.ticks = normals, size, ends, ticks
+        self._rows = 2 if area else 1
+        self._depth = depth
+        self._root: Motion | None = None
+        # By depth: the interval that was split there last, and its parts.
+        self._branch: dict[int, tuple[int, int, Motion, Motion]] = {}
+        self._drawn: dict[tuple[int, int], Tensor] = {}
+        self._last = ends[0]
+
+    def given(self, w: Tensor | None, area: Tensor | None) -> None:
+        """Set the whole interval's increment or area; what is `None` is drawn."""
+        drawn = self.root()
+        self._root = Motion(
+            drawn.h, drawn.w if w is None else w, drawn.area if area is None else area
+        )
+
+    def root(self) -> Motion:
+        """The whole interval."""
+        if self._root is None:
+            start, stop = self.ends
+            h = (stop - start) * self.ticks.length
+            # Another place than that of the interval's split.
+            drawn = self.normals.at([(0, start, stop)], self._rows * self.size)
+            numbers = drawn.view(self._rows, self.size)
+            area = numbers[1] * math.sqrt(h / 12) if self._rows == 2 else None
+            self._root = Motion(h, numbers[0] * math.sqrt(h), area)
+        return self._root
+
+    def motion(self, start: int, stop: int) -> Motion:
+        """The motion from `start` to `stop`, which lie in the interval."""
+        if start >= stop:
+            zero = torch.zeros(self.size, dtype=self.normals.dtype, device=self.normals.device)
+            return Motion(0.0, zero, zero if self._rows == 2 else None)
+        root = self.root()
+        if self._rows * self.size * 4 <= _TOGETHER:
+            self._draw_toward(start)
+            self._draw_toward(stop)
+        # The end that the next interval begins with is looked for last: its branch is kept.
+        forward, self._last = start >= self._last, start
+        found = self._over(0, self.ends, root, (start, stop), forward)
+        self._drawn.clear()
+        return found
+
+    def _over(
+        self,
+        depth: int,
+        cell: tuple[int, int],
+        whole: Motion,
+        wanted: tuple[int, int],
+        forward: bool,
+    ) -> Motion:
+        """The motion over a part of a cell."""
+        if wanted == cell:
+            return whole
+        start, stop = wanted
+        middle = self.ticks.split(*cell)
+        left, right = self._parts(depth, cell, middle, whole)
+        below, above = (cell[0], middle), (middle, cell[1])
+        depth += 1
+        if stop <= middle:
+            return self._over(depth, below, left, wanted, forward)
+        if start >= middle:
+            return self._over(depth, above, right, wanted, forward)
+        if forward:
+            first = self._over(depth, below, left, (start, middle), forward)
+            return first.then(self._over(depth, above, right, (middle, stop), forward))
+        second = self._over(depth, above, right, (middle, stop), forward)
+        return self._over(depth, below, left, (start, middle), forward).then(second)
+
+    def _parts(
+        self, depth: int, cell: tuple[int, int], middle: int, whole: Motion
+    ) -> tuple[Motion, Motion]:
+        kept = self._branch.get(depth)
+        if kept is not None and kept[:2] == cell:
+            return kept[2], kept[3]
+        numbers = self._numbers(*cell)
+        tick = self.ticks.length
+        before, after = (middle - cell[0]) * tick, (cell[1] - middle) * tick
+        parts = _split(whole, before, after, numbers)
+        if depth < self._depth:
+            self._branch[depth] = (*cell, *parts)
+        return parts
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        """The numbers of a cell, `(1 or 2, M)`."""
+        drawn = self._drawn.pop((start, stop), None)
+        if drawn is None:
+            drawn = self.normals.at([(start, stop)], self._rows * self.size)[0]
+        return drawn.view(self._rows, self.size)
+
+    def _draw_toward(self, time: int) -> None:
+        """Draw the numbers of all splits on the way to a time in few calls."""
+        (start, stop), depth = self.ends, 0
+        missing: list[tuple[int, int]] = []
+        while start < time < stop:
+            kept = self._branch.get(depth)
+            if (kept is None or kept[:2] != (start, stop)) and (start, stop) not in self._drawn:
+                missing.append((start, stop))
+            middle = self.ticks.split(start, stop)
+            start, stop = (start, middle) if time <= middle else (middle, stop)
+            depth += 1
+        count = max(1, _TOGETHER // (self._rows * max(1, self.size)))
+        for first in range(0, len(missing), count):
+            cells = missing[first : first + count]
+            drawn = self.normals.at(cells, self._rows * self.size)
+            self._drawn.update(zip(cells, drawn, strict=True))
+
+
+def _split(whole: Motion, left: float, right: float, numbers: Tensor) -> tuple[Motion, Motion]:
+    """The parts of an interval, of lengths `left` and `right`."""
+    h = whole.h
+    if whole.area is None:
+        before = torch.add(whole.w * (left / h), numbers[0], alpha=math.sqrt(left * right / h))
+        return Motion(left, before, None), Motion(right, whole.w - before, None)
+    n1, n2 = numbers.unbind()
+    # Lengths as shares of the whole, so that their cubes stay in range.
+    one, two, root = left / h, right / h, math.sqrt(h)
+    v = math.sqrt(one * two / (one**3 + two**3)) / 2 * root
+    a, b, c = v * one**2, v * two**2, v / math.sqrt(3)
+    before = whole.w * one + whole.area * (6 * one * two) + n1 * (2 * (a * one + b * two))
+    below = whole.area * one**2 - n1 * a + n2 * (c * two)
+    above = whole.area * two**2 - n1 * b - n2 * (c * one)
+    return Motion(left, before, below), Motion(right, whole.w - before, above)
