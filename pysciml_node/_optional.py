@@ -26,8 +26,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        msg = (
+        raise ImportError(
             f"{package} is needed to {purpose}, but could not be imported ({error}).\n"
             f"  Install it with: pip install 'pysciml_node[{extra}]'"
-        )
-        raise ImportError(msg) from error
+        ) from error

@@ -273,7 +273,10 @@ def odeint_dense(
     both = (check_time("t0", t0), check_time("t1", t1))
     ends = torch.stack([as_time(t, y0) for t in both])
     if bool(ends[0] == ends[1]):
-        raise ValueError(f"t0 and t1 must be two different times, but both are {float(ends[0])}.")
+        raise ValueError(
+            f"t0 and t1 must be two different times, but both are {float(ends[0])}.\n"
+            "  The state at t0 is y0 itself: no solve is needed."
+        )
     plan = make_plan(func, y0, ends, rtol, atol, method, options, DirectAdjoint())
     ((solution, _),) = plan.pieces(plan.end, ())
     return solution

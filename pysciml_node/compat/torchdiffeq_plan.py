@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import math
@@ -267,10 +266,12 @@ def make_plan(
     """Check a call, and say what is to be solved."""
     check_call(func, y0, method, options)
     times = _check_times(t, event)
+    known = (*_ADAPTIVE, *_FIXED)
     name = "dopri5" if method is None else method
-    if name not in _ADAPTIVE and name not in _FIXED:
+    if name not in known:
         raise ValueError(
-            f"method must be one of {', '.join((*_ADAPTIVE, *_FIXED))}, but is {method!r}."
+            f"method must be one of {', '.join(known)}, but is {method!r}.\n"
+            f"  {checks.did_you_mean(method, known) or 'Leave it out for dopri5.'}"
         )
     given = _check_options(name, options or {})
     for callback in _CALLBACKS:
@@ -348,13 +349,20 @@ def _grid(
     """The grid of a fixed-step method: times to step to, or (beside the ends) a step size."""
     step_size, constructor = given.get("step_size"), given.get("grid_constructor")
     if given.get("interp", "linear") not in ("linear", "cubic"):
-        raise ValueError(f'options["interp"] must be linear or cubic, but is {given["interp"]!r}.')
+        raise ValueError(
+            f'options["interp"] must be linear or cubic, but is {given["interp"]!r}.\n'
+            '  Write "interp": "cubic", or leave it out.'
+        )
     if step_size is not None and constructor is not None:
-        raise ValueError("give step_size or grid_constructor, not both.")
+        raise ValueError(
+            'options has both "step_size" and "grid_constructor", which say the same.\n'
+            "  Leave one out: give step_size or grid_constructor, not both."
+        )
     if event and (step_size is None or given.get("perturb")):
         raise ValueError(
             'a fixed-step method with event_fn needs options["step_size"], for example 0.01, '
-            "and no perturb."
+            "and no perturb.\n"
+            '  Write options={"step_size": 0.01}, or take an adaptive method such as dopri5.'
         )
     if step_size is not None:
         size = abs(float(step_size))
@@ -364,11 +372,12 @@ def _grid(
         steps = torch.arange(math.ceil(abs(length.item()) / size - 1e-8), device=t.device)
         return torch.cat((t[0] + steps * length.sign() * size, t[-1:])), None
     grid: Tensor = t if constructor is None else constructor(func, y0, t)
-    ends, found = ((times[0].item(), times[-1].item()) for times in (t, grid))
-    if len(t) > 1 and found != ends:
+    ends, reached = ((times[0].item(), times[-1].item()) for times in (t, grid))
+    if len(t) > 1 and reached != ends:
         raise ValueError(
             f"grid_constructor must return times from {ends[0]} to {ends[1]}, but those it "
-            f"returned go from {found[0]} to {found[1]}."
+            f"returned go from {reached[0]} to {reached[1]}.\n"
+            "  Begin with t[0] and end with t[-1]."
         )
     return grid, None
 
@@ -376,10 +385,16 @@ def _grid(
 def _check_times(t: Tensor, event: bool) -> tuple[float, ...]:
     """The requested times as numbers."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
-        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"t must be a tensor of real times, but is {found}.")
+        kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(
+            f"t must be a tensor of real times, but is {kind}.\n"
+            "  Convert it: torch.as_tensor(t, dtype=torch.float64)."
+        )
     if t.ndim != 1 or t.numel() < 1:
-        raise ValueError(f"t must be one-dimensional, (T,), but has shape {tuple(t.shape)}.")
+        raise ValueError(
+            f"t must be one-dimensional, (T,), but has shape {tuple(t.shape)}.\n"
+            "  Write torch.linspace(t0, t1, n), or t.reshape(-1)."
+        )
     if event and t.numel() != 2:
         raise ValueError(
             f"with event_fn, t must be two times, but has {t.numel()}.\n"
@@ -403,11 +418,10 @@ def _check_options(method: str, options: Options) -> Options:
                 'options["norm"] is not supported: the norm is the root-mean-square.\n'
                 "  Weigh the parts of the state by rtol and atol: tensors, or one for each part."
             )
-        close = difflib.get_close_matches(key, known, 1)
-        remedy = f"  Did you mean {close[0]!r}? " if close else "  "
+        near = checks.did_you_mean(key, known)
         raise ValueError(
-            f"{key!r} is not an option of method {method!r}.\n{remedy}Its options are "
-            f"{', '.join(known)}."
+            f"{key!r} is not an option of method {method!r}.\n"
+            f"  {near + ' ' if near else ''}Its options are {', '.join(known)}."
         )
     return options
 

@@ -80,7 +80,9 @@ def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
             )
         checks.keywords("solve", options, known, _ELSEWHERE)
         if not arguments and "problem" not in options:
-            raise TypeError("solve needs a problem: solve(ODEProblem(f, u0, (t0, t1))).")
+            raise TypeError(
+                "solve needs a problem, but got none.\n  Write solve(ODEProblem(f, u0, (t0, t1)))."
+            )
         return solve(*arguments, **options)
 
     return call
@@ -194,7 +196,10 @@ def _options(
         grid = bool(controller.times)
         controller = controller.within(problem.t0, problem.t1)
         if dt0 is None and not grid:
-            raise ValueError("FixedStep takes steps of dt0: give dt0, for example dt0=0.05.")
+            raise ValueError(
+                "FixedStep takes steps of dt0, but dt0 is not given.\n"
+                f"  Write dt0={length / 100:.2g}, for example."
+            )
         dt0 = length if dt0 is None else dt0
     times, time_tensor = _check_saveat(saveat, problem)
     usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
@@ -228,7 +233,9 @@ def _options(
             "generator draws Brownian motions, and an ODEProblem has none.\n  Leave it out."
         )
     if options.dtmin > options.dtmax:
-        raise ValueError(f"dtmin={dtmin} must not be larger than dtmax={dtmax}.")
+        raise ValueError(
+            f"dtmin={dtmin} must not be larger than dtmax={dtmax}.\n  Swap them, or leave one out."
+        )
     _check_both_zero(options)
     return options
 
@@ -237,7 +244,7 @@ def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
     if value is None:
         return default()
     if isinstance(value, type) and issubclass(value, kind):
-        raise TypeError(f"{name} must be an instance: write {value.__name__}().")
+        checks.instance(name, value, kind, example=f"{value.__name__}()")
     if not isinstance(value, kind):
         usual = default().__class__.__name__
         expected = f"one of this package's {kind.__name__.lower()}s, such as {usual}()"
@@ -357,18 +364,24 @@ def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> f
     tensor = checks.tensor(name, value, real=True)
     spec = problem.spec
     if bool((~(tensor >= 0)).any()):
-        raise ValueError(f"{name} must be at least 0 everywhere, but has {float(tensor.min())}.")
+        raise ValueError(
+            f"{name} must be at least 0 everywhere, but has {float(tensor.min())}.\n"
+            f"  Write {name}.clamp(min=0), or the absolute values."
+        )
     try:
         full = tensor.to(spec.device, spec.real_dtype).expand(shape)
     except RuntimeError:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} does not broadcast to the state's "
-            f"{tuple(shape)}."
+            f"{tuple(shape)}.\n  Give one number, or a tensor of u0's shape."
         ) from None
     return full.reshape(-1)
 
 
-_BOTH_ZERO = "rtol and atol must not both be 0: no step could be accepted."
+_BOTH_ZERO = (
+    "rtol and atol must not both be 0: no step could be accepted.\n"
+    "  Write rtol=1e-6 for errors relative to the state, or atol for absolute ones."
+)
 
 
 def _check_both_zero(options: SolveOptions) -> None:
@@ -390,7 +403,10 @@ def _check_saveat(
         return None, None
     times = checks.numbers("saveat", saveat)
     if not times:
-        raise ValueError("saveat must name at least one time; leave it out to save every step.")
+        raise ValueError(
+            "saveat must name at least one time, but is empty.\n"
+            "  Leave it out to save every step; the end alone is solution.u1."
+        )
     low, high = sorted((problem.t0, problem.t1))
     # Times may stand some ulps outside the interval that they are meant to end.
     single = isinstance(saveat, Tensor) and saveat.dtype != torch.float64

@@ -1,4 +1,4 @@
-"""What `solve` is given for an ensemble, checked once: what members share, what is their own."""
+"""Checks of the options of an ensemble: those that members share, and those of each member."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_members(
     nested = isinstance(saveat, list | tuple) and all(isinstance(x, list | tuple) for x in saveat)
     if getattr(saveat, "ndim", 1 + nested) == 2:
         own["saveat"], own["saveat_tensor"] = _own_times(saveat, ensemble, spans)
-        # Those of the first stand for all, over an interval that may not be its own.
+        # The first member's times stand for all, over an interval that may be another's.
         given["saveat"] = sorted(own["saveat"][0].tolist(), reverse=problem.direction < 0)
     options = check_options(problem, algorithm, **given)
     if ensemble.tspan is not None and "saveat" not in own and options.saveat is not None:
@@ -73,7 +73,10 @@ def _own_tolerance(name: str, value: Any, ensemble: EnsembleProblem) -> Tensor |
         return None
     tensor = checks.tensor(name, tensor, real=True).detach().to(spec.device, spec.real_dtype)
     if bool((~(tensor >= 0) | tensor.isinf()).any()):
-        raise ValueError(f"{name} must be finite and at least 0 for each member.")
+        raise ValueError(
+            f"{name} must be finite and at least 0 for each member, but has "
+            f"{float(tensor.min())} to {float(tensor.max())}.\n  Write {name}.clamp(min=0)."
+        )
     if tensor.ndim == 1:
         if shape and shape[-1] == size and size > 1:
             raise ValueError(
@@ -87,14 +90,15 @@ def _own_tolerance(name: str, value: Any, ensemble: EnsembleProblem) -> Tensor |
     except RuntimeError:
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} does not broadcast to the states of all "
-            f"members, {(size, *shape)}."
+            f"members, {(size, *shape)}.\n"
+            f"  Give one number, one for each member ({(size,)}), or one for each entry."
         ) from None
 
 
 def _own_times(
     saveat: Any, ensemble: EnsembleProblem, spans: tuple[Array, Array]
 ) -> tuple[Array, Tensor | None]:
-    """Own output times of the members, `(M, T)`; and as a tensor where they receive gradients."""
+    """The members' output times, `(M, T)`; as a tensor too where they receive gradients."""
     if isinstance(saveat, list | tuple):
         rows = [checks.numbers("saveat", row) for row in saveat]
         if len({len(row) for row in rows}) > 1:
@@ -107,7 +111,7 @@ def _own_times(
     if tensor.shape[0] != len(ensemble) or not tensor.shape[1]:
         raise ValueError(
             f"saveat of an ensemble must have shape (T,) or (M, T) with M = {len(ensemble)}, but "
-            f"has {tuple(tensor.shape)}."
+            f"has {tuple(tensor.shape)}.\n  Give a row of times for each member, or one for all."
         )
     times: Array = tensor.detach().cpu().double().numpy()
     if tensor.dtype != torch.float64:
@@ -128,17 +132,18 @@ def _own_times(
 
 
 def _expect_inside(times: Array, spans: tuple[Array, Array]) -> Array:
-    """Times `(M, T)` or `(1, T)` that lie in the intervals of all members, to some ulps."""
+    """Times `(M, T)` or `(1, T)`, refused where they lie some ulps outside a member's interval."""
     low, high = np.minimum(*spans)[:, None], np.maximum(*spans)[:, None]
     slack = 4 * np.spacing(np.maximum(abs(low), abs(high)))
     wrong = np.argwhere((times < low - slack) | (times > high + slack))
     if len(wrong):
         m, i = (int(x) for x in wrong[0])
         value = float(np.broadcast_to(times, (len(low), times.shape[1]))[m, i])
-        own = "" if len(times) > 1 else "\n  Give saveat of shape (M, T): own times of each member."
+        shared = "Give saveat of shape (M, T): times of its own for each member."
+        remedy = shared if len(times) == 1 else "Widen its tspan, or drop the times beyond it."
         raise ValueError(
             f"saveat must lie inside the interval of each member, but time {i} of member {m} is "
-            f"{value}, and its interval ({spans[0][m]}, {spans[1][m]}).{own}"
+            f"{value}, and its interval ({spans[0][m]}, {spans[1][m]}).\n  {remedy}"
         )
     inside: Array = np.clip(times, low, high) if len(times) > 1 or len(low) == 1 else times
     return inside

@@ -115,14 +115,20 @@ class FlatField:
         for key, part, shape in zip(spec.keys or ("",), parts, spec.shapes, strict=True):
             name = "the field's output" if spec.keys is None else f"the field's output[{key!r}]"
             if not isinstance(part, Tensor):
-                raise TypeError(f"{name} must be a tensor, but is {type(part).__name__}.")
+                raise TypeError(
+                    f"{name} must be a tensor, but is {type(part).__name__}.\n"
+                    "  Return du/dt as tensors: numbers become some by torch.as_tensor."
+                )
             if part.shape != shape:
                 raise ValueError(
                     f"{name} must have the state's shape {tuple(shape)}, but has "
                     f"{tuple(part.shape)}.\n  f(t, u) returns du/dt, one entry for each of u."
                 )
             if part.device != spec.device:
-                raise ValueError(f"{name} must be on {spec.device}, but is on {part.device}.")
+                raise ValueError(
+                    f"{name} must be on {spec.device}, but is on {part.device}.\n"
+                    "  Move the field's parameters (module.to(u0.device)) or u0."
+                )
             if part.dtype != spec.dtype:
                 raise TypeError(
                     f"{name} must have the state's dtype {spec.dtype}, but has {part.dtype}.\n"

@@ -145,7 +145,7 @@ class Fields:
             if parts is None:
                 raise TypeError(
                     f"the diffusion must return the structure of u0, but returned "
-                    f"{type(out).__name__}."
+                    f"{type(out).__name__}.\n  Return a diffusion for each part of the state."
                 )
             pieces = zip(parts, self.spec.shapes, strict=True)
             return torch.cat([self._checked(part, shape).reshape(-1) for part, shape in pieces])
@@ -163,7 +163,10 @@ class Fields:
     def _checked(self, out: Any, shape: torch.Size) -> Tensor:
         spec = self.spec
         if not isinstance(out, Tensor):
-            raise TypeError(f"the diffusion must return tensors, but returned {type(out)}.")
+            raise TypeError(
+                f"the diffusion must return tensors, but returned {type(out).__name__}.\n"
+                "  A constant c is c * torch.ones_like(u)."
+            )
         if out.shape != shape:
             raise ValueError(
                 f"the diffusion must have shape {tuple(shape)} for {self.problem.noise} noise, but "
@@ -172,7 +175,7 @@ class Fields:
         if out.dtype != spec.dtype or out.device != spec.device:
             raise TypeError(
                 f"the diffusion must be {spec.dtype} on {spec.device} like u0, but is {out.dtype} "
-                f"on {out.device}."
+                f"on {out.device}.\n  Convert its parameters: module.to(u0)."
             )
         return out
 

@@ -226,7 +226,10 @@ class SDETrajectory(Recorded):
 
     def restrict(self, problem: Problem) -> SDETrajectory:
         """Refused: integrals along a solution are for ordinary equations."""
-        raise TypeError("the state of an SDEProblem cannot be augmented with integrals.")
+        raise TypeError(
+            "the state of an SDEProblem cannot be augmented with integrals.\n"
+            "  Use LocalError, LocalStiffness, GlobalError or GlobalStiffness."
+        )
 
 
 def _measure(

@@ -248,7 +248,8 @@ class GraphWalk:
             if not _is_traced(part) or part.shape != tuple(shape):
                 raise ValueError(
                     f"{self._name} must return a derivative of the state's shape {tuple(shape)}, "
-                    f"but returned {getattr(part, 'shape', part)}."
+                    f"but returned {getattr(part, 'shape', part)}.\n"
+                    "  Return du/dt, one entry for each of u."
                 )
         return list(parts)
 

@@ -123,7 +123,7 @@ OPTIONS = {
     "saveat against time": Bad(
         ValueError, ("saveat[1]=0.5", "decreasing"), {"saveat": [0.1, 0.5]}, tspan=(1.0, 0.0)
     ),
-    "saveat empty": Bad(ValueError, ("saveat", "at least one", "leave it out"), {"saveat": []}),
+    "saveat empty": Bad(ValueError, ("saveat", "at least one", "Leave it out"), {"saveat": []}),
     "saveat a step": Bad(TypeError, ("saveat", "sequence", "0.1"), {"saveat": 0.1}),
     "saveat a matrix": Bad(
         ValueError, ("saveat", "one-dimensional", "(1, 1)"), {"saveat": torch.ones(1, 1)}

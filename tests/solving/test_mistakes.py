@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "name of an algorithm": (lambda: solve("tsit5"), r"Did you mean Tsit5\(\)"),
     "name of an adjoint": (lambda: solve(adjoint="gaus_adjoint"), r"Did you mean GaussAdjoint\(\)"),
-    "class of an algorithm": (lambda: solve(psn.Tsit5), r"write Tsit5\(\)"),
+    "class of an algorithm": (lambda: solve(psn.Tsit5), r"Write Tsit5\(\)"),
     "a function for events": (
         lambda: solve(events=decay),
         r"events must be.*\n  Write Event\(cond",

@@ -204,7 +204,9 @@ def _compile(compiler: Compiler, source: str, path: Path) -> None:
         try:
             run = _run([*compiler.command, *compiler.flags, str(text), "-o", str(made), "-lm"])
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompileError(f"{compiler.name} does not finish: {error}") from error
+            raise CompileError(
+                f"{compiler.name} does not finish: {error}\n  Solve with compile=False."
+            ) from error
         if run.returncode != 0:
             raise CompileError(
                 f"{compiler.name} cannot compile the solve: {run.stderr.strip()[:500]}\n"
