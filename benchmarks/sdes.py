@@ -29,7 +29,7 @@ import pysciml_node as psn
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 
 ITO = (psn.EM(), psn.LambaEM(), psn.RKMil(), psn.SRIW1(), psn.SOSRI(), psn.SOSRI2())
-STRATONOVICH = (psn.RKMil(), psn.EulerHeun(), psn.ReversibleHeun())
+STRATONOVICH = (psn.RKMil(), psn.EulerHeun(), psn.StratonovichMidpoint(), psn.ReversibleHeun())
 ADDITIVE = (psn.EM(), psn.SRA1(), psn.SOSRA(), psn.SOSRA2())
 Exact = Callable[[psn.Solution], Tensor]
 
@@ -109,8 +109,9 @@ def order_rows(paths: int) -> list[list[str]]:
         calm = geometric(paths, reading, 1.0, 0.5)
         many, _ = geometric(100_000, reading, 0.4, 0.5)
         for method in methods:
-            if isinstance(method, psn.ReversibleHeun) and psn.get_engine() == "julia":
-                continue  # SciML does not have it
+            missing = isinstance(method, psn.ReversibleHeun | psn.StratonovichMidpoint)
+            if missing and psn.get_engine() == "julia":
+                continue  # SciML does not have them
             u1 = fixed(many, method, 1 / 512 if method.tableau.strong_order < 1.5 else 1 / 64).u1
             rows.append(
                 [

@@ -49,6 +49,7 @@ from pysciml_node.algorithms.stochastic import (
     LambaEM,
     ReversibleHeun,
     RKMil,
+    StratonovichMidpoint,
 )
 from pysciml_node.errors import (
     CompileError,
@@ -157,6 +158,7 @@ __all__ = [
     "SolverFailure",
     "Stats",
     "StepEstimate",
+    "StratonovichMidpoint",
     "TaylorDerivative",
     "Tsit5",
     "UnsupportedModule",

@@ -186,6 +186,26 @@ class EulerHeun(StochasticRungeKutta):
 
 
 @dataclass(frozen=True)
+class StratonovichMidpoint(StochasticRungeKutta):
+    """The midpoint rule for Stratonovich equations, any noise; weak order 1.
+
+    Strong order 1 where the noise commutes (diagonal, scalar and additive noise do), else 1/2. Two
+    evaluations a step, of which the second alone makes the step.
+
+    Reference: K. Burrage, P. M. Burrage, T. Tian, Proc. R. Soc. Lond. A 460 (2004) 373-402.
+    """
+
+    tableau: ClassVar[SDETableau] = tableaus.STRATONOVICH_MIDPOINT
+    noises: ClassVar[tuple[Noise, ...]] = _EVERY
+    interpretations: ClassVar[tuple[Interpretation, ...]] = ("stratonovich",)
+
+    def tableau_for(self, problem: SDEProblem) -> SDETableau:
+        """The coefficients, with the order that a problem's noise leaves."""
+        general = problem.noise == "general"
+        return tableaus.STRATONOVICH_MIDPOINT_GENERAL if general else self.tableau
+
+
+@dataclass(frozen=True)
 class ReversibleHeun(StochasticRungeKutta):
     """Reversible Heun for Stratonovich equations, any noise; one evaluation a step.
 

@@ -23,6 +23,7 @@ from pysciml_node.algorithms.stochastic import (
     ReversibleHeun,
     RKMil,
     StochasticRungeKutta,
+    StratonovichMidpoint,
 )
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import CODES
@@ -74,7 +75,7 @@ def supports(algorithm: Algorithm) -> bool:
     if isinstance(algorithm, ExplicitRungeKutta):
         return type(algorithm).__name__ in _PACKAGES
     if isinstance(algorithm, StochasticRungeKutta):
-        return not isinstance(algorithm, ReversibleHeun)
+        return not isinstance(algorithm, ReversibleHeun | StratonovichMidpoint)
     return isinstance(algorithm, SciMLAlgorithm)
 
 

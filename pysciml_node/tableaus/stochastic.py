@@ -12,6 +12,9 @@ References:
     Springer 1992, sections 10.2 and 11.1; their estimate: H. Lamba, J. Comput. Appl. Math. 161
     (2003) 417-430.
     EulerHeun: W. Ruemelin, SIAM J. Numer. Anal. 19 (1982) 604-613.
+    StratonovichMidpoint: P. E. Kloeden, E. Platen, section 5.4 (the midpoint rule of ordinary
+    equations along the path); K. Burrage, P. M. Burrage, T. Tian, Proc. R. Soc. Lond. A 460 (2004)
+    373-402.
     ReversibleHeun: P. Kidger, J. Foster, X. Li, T. Lyons, "Efficient and accurate gradients for
     neural SDEs", arXiv 2105.13493, algorithm 1.
 """
@@ -189,6 +192,20 @@ EULER_HEUN = SDETableau(
     controller_order=1.0,
 )
 
+# The midpoint rule along the path. The difference from Euler's step estimates the error.
+_HALFWAY = Stage(c=1 / 2, a=(1 / 2,), noise=(("w", (1 / 2,)),))
+STRATONOVICH_MIDPOINT = SDETableau(
+    drift=(_FIRST, _HALFWAY),
+    diffusion=(_FIRST, _HALFWAY),
+    alpha=(0.0, 1.0),
+    beta=(("w", (0.0, 1.0)),),
+    error_drift=(-1.0, 1.0),
+    error_noise=(("w", (-1.0, 1.0)),),
+    strong_order=1.0,
+    weak_order=1.0,
+    controller_order=1.0,
+)
+
 # The carried vector v is where the field was last evaluated: v1 = 2 u - v + h f(v) + g(v) W.
 _CARRIED = Stage(base=(0.0, 1.0))
 _REVERSED = Stage(c=1.0, a=(1.0,), noise=(("w", (1.0,)),), base=(2.0, -1.0))
@@ -209,6 +226,7 @@ REVERSIBLE_HEUN = SDETableau(
 # What the order is where the noise does not commute.
 _HALF: dict[str, Any] = {"strong_order": 0.5, "controller_order": 0.5, "per_root": True}
 EULER_HEUN_GENERAL = replace(EULER_HEUN, **_HALF)
+STRATONOVICH_MIDPOINT_GENERAL = replace(STRATONOVICH_MIDPOINT, **_HALF)
 REVERSIBLE_HEUN_GENERAL = replace(REVERSIBLE_HEUN, **_HALF)
 
 

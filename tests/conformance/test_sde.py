@@ -34,7 +34,12 @@ def agrees(samples: Tensor, expected: float, bias: float = 0.0) -> None:
 
 MU, SIGMA = 0.4, 0.5
 ITO = [psn.EM(), psn.LambaEM(), psn.RKMil(), psn.SRIW1(), psn.SOSRI(), psn.SOSRI2()]
-STRATONOVICH = [psn.RKMil(), psn.EulerHeun(), psn.ReversibleHeun()]
+STRATONOVICH = [
+    psn.RKMil(),
+    psn.EulerHeun(),
+    psn.StratonovichMidpoint(),
+    psn.ReversibleHeun(),
+]
 ADDITIVE = [psn.EM(), psn.LambaEM(), psn.SRA1(), psn.SOSRA(), psn.SOSRA2()]
 
 

@@ -243,7 +243,16 @@ border(
 border("set_engine", psn.set_engine, lambda: {"name": None}, {"name": ("engine",)}, name=ENGINE)
 
 # Algorithms, controllers and adjoints.
-for name in ("EM", "LambaEM", "RKMil", "EulerHeun", "ReversibleHeun", "SRA1", "SRIW1"):
+for name in (
+    "EM",
+    "LambaEM",
+    "RKMil",
+    "EulerHeun",
+    "ReversibleHeun",
+    "SRA1",
+    "SRIW1",
+    "StratonovichMidpoint",
+):
     border(name, getattr(psn, name), delta=NOT_NEGATIVE)
 for name in ("SOSRA", "SOSRA2", "SOSRI", "SOSRI2"):
     border(name, getattr(psn, name), delta=NOT_NEGATIVE)

@@ -52,6 +52,9 @@ SERVED = {
     "RKMil": [(n, i) for n in ("diagonal", "scalar") for i in ("ito", "stratonovich")],
     "EulerHeun": [(n, "stratonovich") for n in ("diagonal", "scalar", "additive", "general")],
     "ReversibleHeun": [(n, "stratonovich") for n in ("diagonal", "scalar", "additive", "general")],
+    "StratonovichMidpoint": [
+        (n, "stratonovich") for n in ("diagonal", "scalar", "additive", "general")
+    ],
     **{name: [("additive", "ito")] for name in ("SRA1", "SOSRA", "SOSRA2")},
     **{name: [(n, "ito") for n in ("diagonal", "scalar")] for name in ("SRIW1", "SOSRI", "SOSRI2")},
 }

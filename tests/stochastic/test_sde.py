@@ -77,7 +77,7 @@ def test_order_conditions_for_additive_noise(tableau: SDETableau) -> None:
 METHODS = [
     (psn.EM(), "ito"), (psn.RKMil(), "ito"), (psn.SRIW1(), "ito"), (psn.SOSRI(), "ito"),
     (psn.RKMil(), "stratonovich"), (psn.EulerHeun(), "stratonovich"),
-    (psn.ReversibleHeun(), "stratonovich"),
+    (psn.ReversibleHeun(), "stratonovich"), (psn.StratonovichMidpoint(), "stratonovich"),
 ]  # fmt: skip
 
 
@@ -124,7 +124,9 @@ def test_direct_adjoint_allows_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("noise", ["diagonal", "general", "additive"])
-@pytest.mark.parametrize("algorithm", [psn.EulerHeun(), psn.ReversibleHeun()])
+@pytest.mark.parametrize(
+    "algorithm", [psn.EulerHeun(), psn.ReversibleHeun(), psn.StratonovichMidpoint()]
+)
 def test_backsolve_converges_to_the_discrete_adjoint(algorithm: Any, noise: Any) -> None:
     """Both tend to the gradient of the equation; their difference shrinks with the steps."""
     weight = torch.tensor([[0.3, -0.5], [0.2, 0.4]], dtype=torch.float64)
