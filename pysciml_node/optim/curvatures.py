@@ -26,7 +26,7 @@ _DAMPING_AFTER_REJECTION = 0.1
 
 
 class CurvatureRule(ABC):
-    """One form of `C`: what it keeps for a parameter, and how it steps.
+    """One form of `C`: the state that it keeps for a parameter, and its step.
 
     Attributes:
         reads_graph: whether it differentiates the outputs, whose graph the backward pass must keep.
@@ -43,7 +43,7 @@ class CurvatureRule(ABC):
         """Change the parameters.
 
         Raises:
-            ValueError: what the curvature or the safeguard needs was not given.
+            ValueError: an argument that the curvature or the safeguard needs is missing.
         """
 
 
@@ -103,7 +103,7 @@ class Diagonal(CurvatureRule):
         ]
 
     def _averages(self, step: Step) -> list[list[Tensor]]:
-        """The running averages with this step's sample, corrected for where they started."""
+        """The running averages with this step's sample, corrected for their start at zero."""
         if step.solution is None:
             raise ValueError(
                 "curvature='diagonal' needs the outputs whose curvature it estimates, but step() "
@@ -132,7 +132,7 @@ class Diagonal(CurvatureRule):
 
 
 class FullGaussNewton(CurvatureRule):
-    """`C = J^T J / B`, inverted by conjugate gradients, as far as the loss follows its model."""
+    """`C = J^T J / B`, inverted by conjugate gradients and trusted while the loss follows it."""
 
     def new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The damping, which follows the gain."""
@@ -201,7 +201,7 @@ class FullGaussNewton(CurvatureRule):
 
 
 def _quotient(grad: Tensor, curvature: Tensor) -> Tensor:
-    """`grad / curvature`, and no step where no probe has seen any curvature yet."""
+    """`grad / curvature`, or no step where no probe has seen any curvature yet."""
     return torch.where(curvature > 0, grad / curvature, torch.zeros_like(grad))
 
 

@@ -58,7 +58,7 @@ def hutchinson_diagonal(
     r"""Estimate the diagonal of the Gauss-Newton matrix, `C_i = E[sum_d (dx_d/dtheta_i)^2]`.
 
     `E_v[(J^T v)_i^2] = sum_{b,d} J_{bd,i}^2` for independent random signs `v`, one vector-Jacobian
-    product a probe. As many probes as outputs or more are exchanged for the unit vectors, which
+    product a probe. Where there are as many probes as outputs, unit vectors take their place and
     give the diagonal exactly.
 
     Args:
@@ -102,33 +102,34 @@ def refuse_unreached(
 ) -> None:
     """Refuse parameters that the loss depends on and the outputs do not: they have no curvature.
 
-    Divided by nothing, or by the damping alone, their gradients would be steps of any size.
+    Their gradients would be divided by the damping alone, or by zero, and steps have any size.
 
     Args:
         outputs: `(B, n)`, with a graph that reaches the parameters.
         params: the parameters.
         grads: their gradients.
-        curvature: what is known of each parameter's curvature; 0 where there is none.
+        curvature: the known part of each parameter's curvature; 0 where nothing is known.
         damped: whether there is damping; then single entries may have no curvature.
 
     Raises:
-        ValueError: one of them has a gradient, and no curvature.
+        ValueError: a parameter has a gradient and no curvature.
     """
 
-    def alone(grad: Tensor, known: Tensor) -> bool:
+    def unreached(grad: Tensor, known: Tensor) -> bool:
         if damped and bool(known.any()):
             return False
         return bool(((known == 0) & (grad != 0)).any())
 
-    suspects = [k for k, pair in enumerate(zip(grads, curvature, strict=True)) if alone(*pair)]
+    pairs = zip(grads, curvature, strict=True)
+    suspects = [k for k, (grad, known) in enumerate(pairs) if unreached(grad, known)]
     if not suspects:
         return
-    # The signs of a probe can cancel by chance, those of normal numbers do not.
+    # Products with random signs can cancel by chance, products with normal numbers do not.
     generator = torch.Generator(device=outputs.device).manual_seed(0)
     probe = torch.empty_like(outputs).normal_(generator=generator)
     products = pull_back(outputs, [params[k] for k in suspects], probe)
     for k, product in zip(suspects, products, strict=True):
-        if alone(grads[k], curvature[k].abs() + product.abs()):
+        if unreached(grads[k], curvature[k].abs() + product.abs()):
             raise ValueError(
                 f"the outputs do not depend on parameter {k}, of shape {tuple(params[k].shape)}, "
                 "but the loss does: the outputs give it no curvature.\n"
@@ -151,8 +152,8 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def set_parameters(params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Write values into parameters behind autograd's back.
 
-    `.data` leaves the version counters as they are. A graph built at the old values stays usable
-    once these are back, which products of one operator at perturbed parameters rely on.
+    `.data` leaves the version counters as they are. So a graph built at the old values stays usable
+    once they are back. Products of one operator at perturbed parameters rely on that.
     """
     for param, value in zip(params, values, strict=True):
         param.data.copy_(value)
@@ -162,14 +163,14 @@ class GaussNewton:
     r"""Products with `C = J^T J / B`, `J` the Jacobian of `B` samples' outputs in the parameters.
 
     `J^T w` is a vector-Jacobian product through the solver's adjoint. `J v` is either a central
-    difference of the outputs, which asks nothing of the adjoint, or the derivative of `J^T w` in
-    `w`, exact, which asks for a solve that can be differentiated twice.
+    difference of the outputs, which works with every adjoint, or the derivative of `J^T w` in `w`,
+    which is exact and needs a solve that can be differentiated twice.
 
     Args:
         outputs: `(B, n)` at the present parameters, with a graph that reaches them.
         params: the parameters, all of one dtype and device.
-        evaluate: outputs `(B, n)` at the values the parameters hold when it is called; None for
-            the exact product.
+        evaluate: gives the outputs `(B, n)` at the parameters' present values; None for the exact
+            product.
         fd_step: length of the difference in parameter space, relative to `1 + |theta|`.
     """
 
@@ -251,12 +252,12 @@ class ProductSpace:
     Measuring the damping in units of the curvature along the gradient makes the step equivariant:
     units of time, state, or loss do not change how strongly it is damped.
 
-    The equations are solved on a space that grows by its own residual, which for equal damping
-    makes it the space of conjugate gradients. Keeping an orthonormal basis `v_1, v_2, ...` of it
-    with the products `C v_i` costs their memory, and saves the products of every further damping;
-    orthogonality is not lost, so that a space as large as the rank of `C` holds the solution. On
-    it `C` is the matrix of the inner products of `J v_i`, which is positive semidefinite whatever
-    the errors of differencing, and does not square the condition of `J`.
+    The equations are solved on a space that grows by the residual; for equal damping it is the
+    space of conjugate gradients. An orthonormal basis `v_1, v_2, ...` of it is kept with the
+    products `C v_i`. That costs their memory, and saves the products of every further damping. The
+    basis stays orthogonal, so a space as large as the rank of `C` holds the solution. On it `C` is
+    the matrix of the inner products of `J v_i`, which is positive semidefinite whatever the errors
+    of differencing, and does not square the condition of `J`.
 
     Args:
         operator: products with `C` and `J`.
@@ -306,7 +307,7 @@ class ProductSpace:
     def _extend(self, direction: Tensor) -> bool:
         """Add a direction; False if it lies in the space to rounding."""
         fresh = direction / direction.norm()
-        for _ in range(2):  # the second time for what rounding left of the first
+        for _ in range(2):  # the second pass removes what rounding left of the first
             fresh = fresh - (self._basis @ fresh) @ self._basis
         left = float(fresh.norm())
         if not left > len(fresh) * torch.finfo(fresh.dtype).eps:

@@ -40,14 +40,14 @@ class CurvatureOptions(TypedDict, total=False):
     """The measure of a curvature, and the trust in its step.
 
     Args:
-        safeguard: what keeps a step from going too far; default by curvature, see `SAFEGUARDS`.
+        safeguard: the limit of a step's length; default by curvature, see `SAFEGUARDS`.
         damping: added to the curvature in its own units; default by curvature, see `DAMPING`.
         beta: weight of the past in the diagonal's running average, in [0, 1).
         probes: random signs a step for the diagonal.
         jvp: how gauss-newton gets `J v`.
-        fd_step: length of its difference relative to `1 + |theta|`.
-        cg_steps: its conjugate gradient steps at most.
-        cg_rtol: their relative residual.
+        fd_step: length of that difference, relative to `1 + |theta|`.
+        cg_steps: conjugate gradient steps at most.
+        cg_rtol: relative residual at which they stop.
         max_trials: steps tried before the safeguard gives up.
     """
 
@@ -78,11 +78,11 @@ USUAL: CurvatureOptions = {
 def resolve_defaults(
     given: dict[str, Any], options: CurvatureOptions, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
-    """Fill in what depends on the curvature, and draw the seed of the probes.
+    """Fill in the defaults of the curvature, and draw the seed of the probes.
 
     Args:
-        given: the constructor's own arguments.
-        options: those of the curvature.
+        given: the constructor's named arguments.
+        options: the options of the curvature.
         generator: source of the seed; used for `"diagonal"` alone.
 
     Returns:

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Model:
-    """Loss and outputs as functions of the values the parameters hold at the time of the call."""
+    """Loss and outputs at the values that the parameters hold at the time of the call."""
 
     def __init__(self, closure: Closure, solution: Source, objective: float, sign: float) -> None:
         self.solution = solution
@@ -113,7 +113,7 @@ class Step:
                     param.add_(entry, alpha=-rate)
 
     def objective_after(self, directions: list[list[Tensor]], rates: list[float]) -> float:
-        """Objective at the end of a move that is taken back, whatever happens."""
+        """Objective after a move, which is undone whatever happens."""
         start = [param.clone() for param in self.params]
         moved = [
             torch.add(param, entry, alpha=-rate)
@@ -127,7 +127,7 @@ class Step:
             set_parameters(self.params, start)
 
     def backtrack(self, directions: list[list[Tensor]], rates: list[float]) -> None:
-        """Move as far as the objective does not rise, halving the step; else stay."""
+        """Halve the step until the objective does not rise, and move; stay if it always does."""
         objective = self.several().objective
         for _ in range(self.option("max_trials")):
             if self.objective_after(directions, rates) <= objective:

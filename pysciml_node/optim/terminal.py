@@ -63,8 +63,8 @@ def terminal_moments(
 ) -> tuple[float, float]:
     r"""Horizon `t` and terminal second moment `E|x_t|^2`, from a solution or as given.
 
-    The expectation is the mean over the batch, the norm the sum over the state's entries. A number
-    that is given takes the place of the solution's.
+    The expectation is the mean over the batch, and the norm sums over the state's entries. A number
+    that is given replaces the solution's.
 
     Args:
         solution: the solution, or its terminal state `(B, *D)` when `horizon` is given.
@@ -75,7 +75,7 @@ def terminal_moments(
         The pair `(t, E|x_t|^2)`.
 
     Raises:
-        ValueError: one of the two is missing, or is not positive and finite.
+        ValueError: horizon or moment is missing, or is not positive and finite.
     """
     if horizon is None:
         tspan = getattr(getattr(solution, "problem", None), "tspan", None)
@@ -115,11 +115,11 @@ def scale_by_terminal_variance_(
     r"""Divide the gradients by `t^2 E|x_t|^2`, in place, in front of any torch optimizer.
 
     With `torch.optim.SGD` this is the rule of `VarianceCorrected(curvature="terminal")`. Optimizers
-    that normalize gradients by their own history (Adam) see only how the factor changes from one
-    iteration to the next.
+    that normalize gradients by their history, such as Adam, see only how the factor changes from
+    one iteration to the next.
 
     Args:
-        params: the parameter or parameters whose `.grad` is scaled; those without are left alone.
+        params: the parameter or parameters whose `.grad` is scaled, where it has one.
         solution: the solution the loss was computed from, or its terminal state `(B, *D)`.
         horizon: length of the time interval; default the solution's.
         second_moment: `E|x_t|^2`; default the mean over the solution's batch.

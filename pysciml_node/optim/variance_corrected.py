@@ -39,15 +39,15 @@ class VarianceCorrected(Optimizer):
     * `"gauss-newton"`: the whole matrix `J^T J / B`, inverted by conjugate gradients. The step
       is trusted as far as the loss follows its model (Levenberg-Marquardt).
 
-    All three agree for one parameter and one state. `eta` has its meaning for the loss
-    `E|x_t - y|^2 / 2` (sum over the state, mean over the batch); for another multiple of it the
-    learning rate is to be divided by that multiple.
+    All three agree for one parameter and one state. `eta` is meant for the loss `E|x_t - y|^2 / 2`
+    (sum over the state, mean over the batch). For a multiple of that loss, divide the learning rate
+    by the multiple.
 
-    `step` is called in one of two ways. After `loss.backward()`: `step(solution=sol)`
-    (`"diagonal"` needs `loss.backward(retain_graph=True)`). Or with a closure that returns
-    `(loss, solution)` and does not call backward; `"gauss-newton"` and the backtracking
-    safeguard need this form, and call the closure several times. A closure that calls backward and
-    returns the loss, as for the other torch optimizers, is accepted where one evaluation is enough.
+    `step` is called in one of two ways. The first is `step(solution=sol)` after `loss.backward()`;
+    `"diagonal"` needs `loss.backward(retain_graph=True)`. The second is a closure that returns
+    `(loss, solution)` and does not call backward. `"gauss-newton"` and the backtracking safeguard
+    need it, and call it several times. A closure that calls backward and returns the loss, as for
+    the other torch optimizers, is accepted where one evaluation is enough.
 
     For `a0 < a*` a step can overshoot: with `d = exp(|u|) - 1` the loss rises above
     `eta = log(1 + 2 d) / d`. `safeguard` prevents it.
@@ -86,8 +86,9 @@ class VarianceCorrected(Optimizer):
             they are. Default 10.
 
     Raises:
-        ValueError: an option is out of its range, or does not go with the curvature; at a step, a
-            parameter that the loss depends on and the outputs do not (but for `"terminal"`).
+        ValueError: an option is out of its range, or does not go with the curvature. A step raises
+            it, except with `"terminal"`, where the loss depends on a parameter and the outputs do
+            not.
 
     Examples:
         >>> a = torch.nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
@@ -217,11 +218,11 @@ class VarianceCorrected(Optimizer):
 
 
 def _listed(params: ParamsT) -> ParamsT:
-    """Parameters, or groups of them, of which there is at least one.
+    """At least one parameter, or group of them.
 
     Raises:
-        TypeError: something else.
-        ValueError: there are none.
+        TypeError: `params` is something else.
+        ValueError: it is empty.
     """
     alone = isinstance(params, Tensor) or getattr(params, "ndim", 1) == 0
     if alone or not isinstance(params, Iterable):
