@@ -73,9 +73,13 @@ def _fixed_point(update: Callable[[Tensor], Tensor], start: Tensor, scale: Tenso
 
 
 def _finish(
-    model: Model, scheme: Scheme, sigma: Tensor, pair: PairMoments, initial: Tensor
+    model: Model,
+    scheme: Scheme,
+    sigma: Tensor,  # (P, M)
+    pair: PairMoments,
+    initial: Tensor,  # (P,)
 ) -> Values:
-    """NNGP and NTK from the forward covariance on the nodes, `(P, M)`."""
+    """NNGP and NTK from the forward covariance on the nodes."""
     value, slope = pair.value(sigma), pair.slope(sigma)
     last, first = scheme.corner, scheme.origin
     nngp = model.output(sigma[:, last], value[:, last])
@@ -115,7 +119,12 @@ def _moments(model: Model, scheme: Scheme, features: Features, i: Tensor, j: Ten
     )
 
 
-def _solve_selves(model: Model, initial: Tensor, level: _Level) -> _Selves:
+def _solve_selves(
+    model: Model,
+    initial: Tensor,  # (n,)
+    level: _Level,
+) -> _Selves:
+    """Inputs with themselves on one scheme."""
     scheme = level.scheme(initial.device)
     everyone = torch.arange(len(initial), device=initial.device)
 
@@ -137,7 +146,11 @@ def _solve_selves(model: Model, initial: Tensor, level: _Level) -> _Selves:
 
 
 def _solve_pairs(
-    model: Model, pairs: Pairs, level: _Level, variances: Tensor, which: Tensor
+    model: Model,
+    pairs: Pairs,
+    level: _Level,
+    variances: Tensor,  # (n, N)
+    which: Tensor,  # (P,)
 ) -> Values:
     """Kernels of the pairs `which` on one scheme, in blocks that fit in memory."""
     scheme = level.scheme(pairs.variance.device)

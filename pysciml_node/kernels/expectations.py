@@ -4,8 +4,11 @@ For centred jointly Gaussian `u, v` with variances `q1, q2` and covariance `c`,
 
     C(q1, q2, c) = E[phi(u) phi(v)],        D(q1, q2, c) = E[phi'(u) phi'(v)] = dC/dc.
 
-What depends on one input alone (its *features*) is computed once an input and shared by all of
-its pairs; what is left for a pair is a closed form, or a short power series in the correlation.
+The part that depends on one input alone, its *features*, is computed once for each input and
+shared by all of its pairs. A pair then needs a closed form, or a short power series in the
+correlation.
+
+All functions of a pair work entry by entry: `q1`, `q2` and `c` broadcast against each other.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ class GaussianExpectation(ABC):
 
     @abstractmethod
     def features(self, q: Tensor) -> Features:
-        """The contribution of one input with variance `q`."""
+        """The contribution of inputs of variance `q`, `(F, *q.shape)` each."""
 
     @abstractmethod
     def pair(self, f1: Features, f2: Features) -> PairMoments:

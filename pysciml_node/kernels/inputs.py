@@ -74,7 +74,7 @@ class Values:
 
 
 def take(features: Features, who: Tensor) -> Features:
-    """The features of the inputs `who`, which index the first axis behind the features' own."""
+    """The features `(F, P, ...)` of the inputs whose places are `who`, `(P,)`."""
     return tuple(part[:, who] for part in features)
 
 
@@ -99,7 +99,7 @@ class Layout:
 
 
 def pair_inputs(x1: Tensor, x2: Tensor | None, sigma_u: float) -> tuple[Pairs, Layout]:
-    """Every pair of rows of `x1` and `x2`, or the upper triangle when `x2` is None."""
+    """Every pair of rows of `x1`, `(n1, d)`, and `x2`, `(n2, d)`; or the upper triangle of `x1`."""
     x1, x2 = _checked_inputs(x1, x2)
     first = x1.detach().to(torch.float64)
     scale = sigma_u**2 / x1.shape[1]
@@ -143,7 +143,7 @@ def check_scale(name: str, value: float) -> float:
     """A scale of the network, or its horizon.
 
     Raises:
-        TypeError: no number.
-        ValueError: negative, not finite, or so large that its powers are not.
+        TypeError: `value` is no number.
+        ValueError: it is negative or infinite, or its powers would be.
     """
     return checks.number(name, checks.number(name, value, at_least=0), at_most=_LARGEST)

@@ -24,7 +24,7 @@ _CHUNK_NUMBERS = 1 << 23  # 64 MB of float64 for the two tables of a block of pa
 
 
 def _append(features: Features, column: Features) -> Features:
-    """One layer more; series of unequal length are padded with zero coefficients."""
+    """Features with one layer more; series of unequal length are padded with zeros."""
     joined = []
     for old, new in zip(features, column, strict=True):
         rows = max(len(old), len(new))
@@ -33,7 +33,11 @@ def _append(features: Features, column: Features) -> Features:
     return tuple(joined)
 
 
-def _layers(model: Model, initial: Tensor, steps: int) -> Features:
+def _layers(
+    model: Model,
+    initial: Tensor,  # (n,)
+    steps: int,
+) -> Features:
     """Features of every input at every layer, from `Sigma[i, i]` of inputs with themselves.
 
     Only layers `j <= i` are visited: their variances are known when row `i` needs them.
@@ -58,7 +62,14 @@ def _layers(model: Model, initial: Tensor, steps: int) -> Features:
     return features
 
 
-def _block(model: Model, initial: Tensor, f1: Features, f2: Features, steps: int) -> Values:
+def _block(
+    model: Model,
+    initial: Tensor,  # (P,)
+    f1: Features,  # each (F, P, steps + 1)
+    f2: Features,
+    steps: int,
+) -> Values:
+    """Kernels of a block of pairs."""
     gain = model.coupling / steps**2
     row = initial[:, None].repeat(1, steps + 1)
     values, slopes = [], []

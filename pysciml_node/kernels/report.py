@@ -35,7 +35,7 @@ class ActivationReport:
         smoothness: number of continuous derivatives seen.
         polynomial_degree: degree if `phi` is a polynomial, else None.
         kinks: where `phi` or `phi'` jumps, or is infinitely steep.
-        steep: those where `phi` itself is infinitely steep without a jump, as `sqrt|u|` at 0.
+        steep: kinks at which `phi` itself is infinitely steep without a jump, as `sqrt|u|` at 0.
         forward_well_posed: the ODE has one solution, for all time.
         backward_well_posed: so has the adjoint ODE, and the gradients of "optimise then discretise"
             and of "discretise then optimise" agree to first order in the step.
@@ -130,14 +130,13 @@ def activation_report(act: Activation) -> ActivationReport:
     """A numerical report on an activation's fitness for a neural ODE.
 
     Lipschitz constants are the largest `|phi'|` and the largest difference quotient of `phi'`
-    on grids of 40001 points on [-8, 8], [-16, 16] and [-32, 32]; where that maximum grows by more
-    than a fifth from each to the next, or where the function jumps, there is none (`inf`). A
+    on grids of 40001 points on [-8, 8], [-16, 16] and [-32, 32]. The constant is `inf` where the
+    maximum grows by more than a fifth from each grid to the next, or where the function jumps. A
     jump is an interval over which a change does not shrink as it is bisected to 1e-9. A function is
     infinitely steep where its largest difference quotient still grows as the spacing goes from 1e-7
-    to 1e-10. A polynomial
-    is a function whose least-squares fit of degree at most 8 on [-8, 8] is exact to 1e-9. These are
-    observations on finitely many points: an activation that misbehaves elsewhere, or between them,
-    is not caught.
+    to 1e-10. A polynomial is a function whose least-squares fit of degree at most 8 on [-8, 8] is
+    exact to 1e-9. These are observations at finitely many points: they miss an activation that
+    misbehaves elsewhere, or between them.
 
     Conditions: the forward ODE is well posed if `phi` is Lipschitz; the adjoint, and the
     agreement of the two gradients, ask for `phi'` Lipschitz as well; the kernels are strictly
