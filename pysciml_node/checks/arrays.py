@@ -86,7 +86,6 @@ def tensor(
     precise: bool = False,
     finite: bool = False,
     filled: bool = False,
-    hint: str = "",
 ) -> Tensor:
     """A tensor that holds values, or anything that speaks DLPack, such as a NumPy array.
 
@@ -99,7 +98,6 @@ def tensor(
         precise: whether half precision is refused too.
         finite: whether NaN and infinity are refused.
         filled: whether a tensor without entries is refused.
-        hint: what to do where it is refused.
 
     Raises:
         TypeError: no tensor, or of another dtype.
@@ -107,15 +105,15 @@ def tensor(
     """
     x = as_tensor(value)
     if x is None:
-        refuse(name, "a tensor", value, hint or f"Convert it: torch.as_tensor({name}).")
+        refuse(name, "a tensor", value, f"Convert it: torch.as_tensor({name}).")
     if (real or floating or precise) and (x.is_complex() or x.dtype == torch.bool):
         view = f"torch.view_as_real({name})" if x.is_complex() else f"{name}.float()"
-        refuse(name, "a tensor of real numbers", x, hint or f"Give {view}.")
+        refuse(name, "a tensor of real numbers", x, f"Give {view}.")
+    double = f"Convert it: {name}.double()."
     if precise and x.dtype not in (torch.float32, torch.float64):
-        hint = hint or f"Convert it: {name}.double()."
-        refuse(name, "a floating-point tensor, float32 or float64", x, hint)
+        refuse(name, "a floating-point tensor, float32 or float64", x, double)
     if floating and not x.is_floating_point():
-        refuse(name, "a floating-point tensor", x, hint or f"Convert it: {name}.double().")
+        refuse(name, "a floating-point tensor", x, double)
     if x.device.type == "meta":
         hint = "It is on the meta device, where tensors have no values: make it on another."
         refuse(name, "a tensor with values", x, hint, ValueError)
@@ -124,9 +122,9 @@ def tensor(
         refuse(name, "a dense tensor", x, dense, ValueError)
     if axes is not None and x.ndim != axes:
         count = f"{axes} ax{'i' if axes == 1 else 'e'}s"
-        refuse(name, f"a tensor with {count}", x, hint or f"Reshape it to {count}.", ValueError)
+        refuse(name, f"a tensor with {count}", x, f"Reshape it to {count}.", ValueError)
     if filled and x.numel() == 0:
-        refuse(name, "a tensor with entries", x, hint or "Give at least one entry.", ValueError)
+        refuse(name, "a tensor with entries", x, "Give at least one entry.", ValueError)
     if finite and not bool(torch.isfinite(x).all()):
         raise ValueError(
             f"{name} must be finite, but holds NaN or infinity.\n"

@@ -16,12 +16,12 @@ from pysciml_node.checks.values import did_you_mean, refuse
 
 
 def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable[..., Any]:
-    """A callable that takes so many arguments by their places.
+    """A callable that takes the arguments named, by their places.
 
     Args:
         name: of the argument.
         value: what was given.
-        arguments: what it is called with, in words.
+        arguments: the names of its arguments, in words.
         hint: what to do where it is refused.
 
     Raises:
@@ -58,7 +58,7 @@ class _Signature:
         self._taken: dict[int, bool] = {}
 
     def takes(self, count: int) -> bool:
-        """Whether so many arguments can be given by their places."""
+        """Whether it takes `count` arguments by their places."""
         if count not in self._taken:
             self._taken[count] = True
             if self.shown is not None:
@@ -96,7 +96,7 @@ def parameters(value: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def takes(value: Callable[..., Any], count: int) -> bool:
-    """Whether a callable can be called with so many arguments by their places."""
+    """Whether a callable takes `count` arguments by their places."""
     return _signature(value).takes(count)
 
 

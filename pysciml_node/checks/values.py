@@ -62,9 +62,9 @@ def written(name: str, example: str) -> str:
 
 
 def as_float(value: object) -> float | None:
-    """A real number of any kind as a `float`; `None` for what is no number.
+    """A real number of any kind as a `float`; `None` for anything else.
 
-    Numbers are Python's and NumPy's, and tensors without axes; booleans and text are none.
+    Numbers are Python's and NumPy's, and tensors without axes. Booleans and text do not count.
     """
     if isinstance(value, Tensor):
         stored = value.layout == torch.strided and value.device.type != "meta"
@@ -282,7 +282,7 @@ def instance(name: str, value: Any, kind: type[T], *, example: str, noun: str = 
         name: of the argument.
         value: what was given.
         kind: the class.
-        noun: what it is in words; default "an instance" of the example.
+        noun: the object in words; default "an instance" of the example.
         example: how to make one, such as `"Tsit5()"`.
 
     Raises:

@@ -51,9 +51,12 @@ class IrregularSeries:
     def __post_init__(self) -> None:
         for name in ("times", "values", "observed", "lengths"):
             checks.settle(self, **{name: checks.tensor(name, getattr(self, name))})
-        if self.times.ndim != 1:
-            hint = "Join the samples' times: torch.cat(times), or IrregularSeries.join(samples)."
-            checks.refuse("times", "a tensor of shape (N,)", self.times, hint, ValueError)
+        self._check_dtypes()
+        self._check_shapes()
+        self._check_entries()
+        self._check_order()
+
+    def _check_dtypes(self) -> None:
         if self.lengths.is_floating_point() or self.lengths.dtype == torch.bool:
             hint = "Convert it: lengths.long()."
             checks.refuse("lengths", "a tensor of whole numbers", self.lengths, hint)
@@ -62,10 +65,19 @@ class IrregularSeries:
                 "times, values and lengths must be real.\n"
                 "  Complex values become two variables: torch.view_as_real(values).flatten(1)."
             )
+        if self.observed.dtype != torch.bool:
+            raise TypeError(
+                f"observed must be of dtype bool, but is {self.observed.dtype}.\n"
+                "  Convert it: observed.bool()."
+            )
+
+    def _check_shapes(self) -> None:
+        if self.times.ndim != 1:
+            hint = "Join the samples' times: torch.cat(times), or IrregularSeries.join(samples)."
+            checks.refuse("times", "a tensor of shape (N,)", self.times, hint, ValueError)
         rows = len(self.times)
         if (
-            self.times.ndim != 1
-            or self.values.ndim != 2
+            self.values.ndim != 2
             or self.observed.shape != self.values.shape
             or len(self.values) != rows
             or self.lengths.ndim != 1
@@ -78,11 +90,8 @@ class IrregularSeries:
                 f"{int(self.lengths.sum())}.\n"
                 "  IrregularSeries.join([(times, values, observed), ...]) lays samples end to end."
             )
-        if self.observed.dtype != torch.bool:
-            raise TypeError(
-                f"observed must be of dtype bool, but is {self.observed.dtype}.\n"
-                "  Convert it: observed.bool()."
-            )
+
+    def _check_entries(self) -> None:
         if bool((self.lengths < 1).any()):
             raise ValueError(
                 f"sample {int((self.lengths < 1).nonzero()[0])} has no rows.\n  Leave it out."
@@ -101,15 +110,16 @@ class IrregularSeries:
                 f"{float(self.values[row, variable])}.\n"
                 "  Mark it as not observed: observed=torch.isfinite(values)."
             )
-        if rows > 1:
-            later = (self.times[1:] >= self.times[:-1]) | (self.sample[1:] != self.sample[:-1])
-            if not bool(later.all()):
-                row = int((~later).nonzero()[0]) + 1
-                raise ValueError(
-                    f"the times of a sample must not decrease, but row {row} of sample "
-                    f"{int(self.sample[row])} has {float(self.times[row])} after "
-                    f"{float(self.times[row - 1])}.\n  Sort its rows by time."
-                )
+
+    def _check_order(self) -> None:
+        later = (self.times[1:] >= self.times[:-1]) | (self.sample[1:] != self.sample[:-1])
+        if not bool(later.all()):
+            row = int((~later).nonzero()[0]) + 1
+            raise ValueError(
+                f"the times of a sample must not decrease, but row {row} of sample "
+                f"{int(self.sample[row])} has {float(self.times[row])} after "
+                f"{float(self.times[row - 1])}.\n  Sort its rows by time."
+            )
 
     @classmethod
     def join(cls, samples: Sequence[tuple[Tensor, Tensor, Tensor]]) -> IrregularSeries:

@@ -119,6 +119,28 @@ def refuse_vmap() -> NoReturn:
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
+def _check_part(name: str, part: Any) -> None:
+    """Refuse a part of a state that cannot be integrated."""
+    if not isinstance(part, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, but is {type(part).__name__}.\n"
+            "  Convert it: torch.as_tensor(...)."
+        )
+    if part.layout != torch.strided or part.is_quantized:
+        checks.refuse(name, "a dense tensor", part, "Convert it: u0.to_dense().", ValueError)
+    if not (part.is_floating_point() or part.is_complex()):
+        raise TypeError(
+            f"{name} must be a floating-point or complex tensor, but is {part.dtype}.\n"
+            "  Convert it: u0.float() or u0.double()."
+        )
+    if part.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float64, complex64 or complex128, but is "
+            f"{part.dtype}, which cannot resolve the steps of a solve.\n"
+            "  Solve in u0.float(), and let autocast run the field in half precision."
+        )
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """The structure of a state, and the way to and from its flat vector.
@@ -161,26 +183,7 @@ class StateSpec:
                 "  Convert it: torch.as_tensor(u0)."
             )
         for key, part in zip(("",) if keys is None else keys, parts, strict=True):
-            name = "u0" if keys is None else f"u0[{key!r}]"
-            if not isinstance(part, Tensor):
-                raise TypeError(
-                    f"{name} must be a tensor, but is {type(part).__name__}.\n"
-                    f"  Convert it: torch.as_tensor(...)."
-                )
-            if part.layout != torch.strided or part.is_quantized:
-                hint = "Convert it: u0.to_dense()."
-                checks.refuse(name, "a dense tensor", part, hint, ValueError)
-            if not (part.is_floating_point() or part.is_complex()):
-                raise TypeError(
-                    f"{name} must be a floating-point or complex tensor, but is {part.dtype}.\n"
-                    "  Convert it: u0.float() or u0.double()."
-                )
-            if part.dtype not in _DTYPES:
-                raise TypeError(
-                    f"{name} must be float32, float64, complex64 or complex128, but is "
-                    f"{part.dtype}, which cannot resolve the steps of a solve.\n"
-                    "  Solve in u0.float(), and let autocast run the field in half precision."
-                )
+            _check_part("u0" if keys is None else f"u0[{key!r}]", part)
         if not parts or sum(part.numel() for part in parts) == 0:
             raise ValueError(
                 "u0 has no entries: there is nothing to solve.\n"
