@@ -17,6 +17,7 @@ PROTOCOL |= {"SystemExit"}
 EXCEPTIONS = {
     # Assertions about calls of our own.
     "algorithms/controllers.py: rejected",
+    "stochastic/ticks.py: split",
     "julia_engine/process/entries.py: _tensor",
     "julia_engine/process/entries.py: address",
     "julia_engine/process/entries.py: enter",

@@ -122,7 +122,7 @@ class IController(Controller):
 
 
 class _PISizes(StepSizes):
-    # Errors below this count as this: a step that was exact by chance says nothing of the next.
+    # Smaller errors are raised to this: a step that was exact by chance says nothing of the next.
     smallest_previous = 1e-4
 
     def __init__(self, beta1: float, beta2: float, gamma: float, qmin: float, qmax: float) -> None:
@@ -208,7 +208,7 @@ class AlgorithmController(Controller):
     """The controller that an algorithm of the Julia engine brings; their default."""
 
     def start(self, error_order: float) -> StepSizes:
-        """Begin a solve; not for the torch engine, whose algorithms have none of their own."""
+        """Refused: the algorithms of the torch engine bring no controller."""
         raise ValueError(
             "AlgorithmController belongs to algorithms of the Julia engine only.\n"
             "  Write controller=PIController(), or leave it out."

@@ -28,11 +28,11 @@ class Mapped:
     """A batch carried through an invertible map.
 
     Attributes:
-        u: where it was carried, batch first.
+        u: the points that the batch was carried to, batch first.
         log_det: `log |det|` of the map's Jacobian for each sample, `(B,)`.
         penalty: weighted sum of the regularizers (0 in eval mode or without any).
-        penalties: their unweighted values by name; of several solves, the sums.
-        nfe: evaluations of vector fields that it took.
+        penalties: their unweighted values by name, summed over several solves.
+        nfe: evaluations of vector fields.
     """
 
     u: Tensor
@@ -81,10 +81,10 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def inverse(self, z: Tensor) -> Mapped:
-        """Carry a batch of the base's space back to data."""
+        """Carry a batch of the base's space, `(B, *E)`, back to data."""
 
     def decode(self, z: Tensor) -> Tensor:
-        """The data of `inverse`, without determinants and penalties where these cost something."""
+        """The data of `inverse`, without determinants and penalties where these cost time."""
         return self.inverse(z).u
 
     def latent_shape(self, event_shape: torch.Size) -> torch.Size:
@@ -93,7 +93,7 @@ class Transform(nn.Module, ABC):
 
 
 class Transforms(nn.ModuleList):
-    """Transforms in order, known to be such."""
+    """Transforms in order, typed as such."""
 
     def __init__(self, transforms: Iterable[Transform] = ()) -> None:
         super().__init__(transforms)
@@ -106,10 +106,10 @@ class Transforms(nn.ModuleList):
 
 
 class Flow(Transform):
-    """A distribution: data are what an invertible map carries to a base distribution.
+    """A distribution: an invertible map carries its data to a base distribution.
 
-    `log p(x) = log q(z) + log |det dz/dx|` with `z = transform(x)`. Used like a distribution of
-    `torch.distributions`, and trained like any module:
+    `log p(x) = log q(z) + log |det dz/dx|` with `z = transform(x)`. It is used like a distribution
+    of `torch.distributions`, and trained like any module:
 
         density = flow(x)
         loss = -density.log_prob.mean() + density.penalty
@@ -117,13 +117,13 @@ class Flow(Transform):
     Args:
         event_shape: shape of one sample, or the number of entries of a vector. Without it every
             input is `(B, *E)`, and samples cannot be drawn.
-        base: distribution of one transformed sample, its batch shape empty, or a module that makes
-            it whenever it is called; default a standard normal one, of the parameters' dtype and
+        base: distribution of one transformed sample, with an empty batch shape, or a module that
+            makes it at each call; default a standard normal one, of the parameters' dtype and
             device. Parameters of either are parameters of the flow.
 
     Raises:
         TypeError: `base` is no distribution.
-        ValueError: a base of another shape, or one that would not follow its parameters.
+        ValueError: `base` has another shape, or would not follow its parameters.
     """
 
     has_rsample = True
@@ -248,7 +248,10 @@ class Flow(Transform):
         z = self._draw(math.prod(shape), self.latent_shape(self.event_shape), generator)
         return self.decode(z).reshape(*shape, *self.event_shape)
 
-    def _base_log_prob(self, z: Tensor) -> Tensor:
+    def _base_log_prob(
+        self,
+        z: Tensor,  # (B, *E)
+    ) -> Tensor:
         base = self.base_distribution()
         if base is not None:
             log_prob: Tensor = base.log_prob(z)

@@ -186,7 +186,7 @@ class MultiScale(Flow):
             `lambda channels: TimedField.conv(channels, (64, 64, 64))`.
         scales: default as many as halvings of the smaller side leave it at least 4 before.
         blocks: flows before, and after, a squeeze.
-        alpha: of the logit transform of pixels in [0, 1] in front; `None` for none.
+        alpha: of the logit transform of pixels in [0, 1] that comes first; `None` leaves it out.
         base: distribution of the flat latent vector, or a module that makes it; default a standard
             normal one.
         options: further arguments of each `CNF`. Regularizers and generators are shared by all of

@@ -39,7 +39,7 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     Attributes:
         last: where the end state is returned, the solution of the last call; else `None`.
-        penalty: its penalty; where there is none, reading it raises an `AttributeError`.
+        penalty: its penalty; reading it raises an `AttributeError` where the layer has none.
 
     Raises:
         TypeError: an unknown option, a regularizer of another kind.
@@ -80,7 +80,7 @@ class NeuralDE(nn.Module, Generic[Out]):
             """Call `forward`."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The layer's parameters; says so where it has none, since a function keeps them."""
+        """The layer's parameters; warns where a function keeps them and the layer has none."""
         parameters = list(super().parameters(recurse))
         hidden = (
             [] if parameters else [m for name in self.fields for m in used(getattr(self, name))]

@@ -33,7 +33,7 @@ class SolverOptions(TypedDict, total=False):
         dtmin: the solve fails where a step would be smaller.
         dtmax: steps are never larger.
         tstops: times that steps must end on.
-        max_steps: the solve fails after so many steps.
+        max_steps: number of steps after which the solve fails.
         controller: step size control.
         events: what is looked for along the solution.
         progress: draw a progress bar.

@@ -158,7 +158,7 @@ class _Encoder(nn.Module, ABC):
 
     @abstractmethod
     def finish(self, h: Tensor, t: Tensor) -> Tensor:
-        """The states at the start of the interval, from those at the first rows' times `t`."""
+        """The states at the interval's start, from `h`, `(B, 2 S)`, at the times `t`, `(B,)`."""
 
 
 class GRUEncoder(_Encoder):
@@ -205,12 +205,12 @@ class GRUEncoder(_Encoder):
 
 
 class ODERNNEncoder(_Encoder):
-    """An ODE-RNN: between rows the cell's state follows an equation of its own.
+    """An ODE-RNN: between rows the cell's state follows a differential equation.
 
-    Across a gap from `t` back to `t - g` the state obeys `dh/dt = field(t, h)`. All samples'
-    gaps are one solve over `s` from 0 to 1, `dh/ds = -g field(t - s g, h)` with each sample's
-    own `t` and `g`; `field` gets the times as a column `(B, 1)`. After the first row the state
-    goes on to the interval's start.
+    Across a gap from `t` back to `t - g` the state obeys `dh/dt = field(t, h)`. One solve over `s`
+    from 0 to 1 covers the gaps of all samples, `dh/ds = -g field(t - s g, h)` with each sample's
+    `t` and `g`; `field` gets the times as a column `(B, 1)`. After the first row the state goes on
+    to the interval's start.
 
     Args:
         variables: of the series, `D`.
@@ -221,7 +221,7 @@ class ODERNNEncoder(_Encoder):
         start: the interval's start.
         generator: source of the initial weights; default torch's own.
         algorithm: default `Tsit5()`.
-        options: of the equation, as in `NeuralODE`, but `saveat`.
+        options: of the equation, as in `NeuralODE`, except `saveat`.
 
     Reference: Rubanova, Chen, Duvenaud, arXiv 1907.03907, Algorithm 1.
     """
@@ -258,7 +258,7 @@ class ODERNNEncoder(_Encoder):
 
 
 class _OverGaps(nn.Module):
-    """`dh/ds = -g field(t - s g, h)`, with `p` the columns `t` and `g`."""
+    """`dh/ds = -g field(t - s g, h)`, where `p`, `(B, 2)`, has the columns `t` and `g`."""
 
     def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -96,8 +96,8 @@ def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regul
     """The regularizers as a list; a single one is a list of one.
 
     Raises:
-        TypeError: one of another kind.
-        ValueError: two of one name.
+        TypeError: an entry is no regularizer.
+        ValueError: two have one name.
     """
     listed: list[Regularizer] = checks.sequence(
         "regularizers",

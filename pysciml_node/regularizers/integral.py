@@ -33,7 +33,7 @@ def check_reduction(reduction: str) -> Reduction:
     """The name of a reduction over the dimensions of a state.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown name.
     """
     return choice("reduction", reduction, get_args(Reduction))
 
@@ -147,9 +147,9 @@ class KineticEnergy(IntegralRegularizer):
 class JacobianFrobenius(IntegralRegularizer):
     """Squared Frobenius norm of the field's Jacobian, `int ||df/du||_F^2 dt`.
 
-    Estimated as `E ||e^T df/du||^2` with one random probe `e` a sample, drawn for each solve and
-    fixed through it (a probe that changed between evaluations would make the equation rough). Of a
-    complex state it is `||df/du||_F^2 + ||df/du*||_F^2`, and the second term is 0 for holomorphic
+    It is estimated as `E ||e^T df/du||^2` with one random probe `e` a sample, drawn for each solve
+    and fixed through it: a probe that changed between evaluations would make the equation rough.
+    For a complex state it is `||df/du||_F^2 + ||df/du*||_F^2`; the second term is 0 for holomorphic
     fields.
 
     Args:
@@ -159,8 +159,8 @@ class JacobianFrobenius(IntegralRegularizer):
         reduction: over dimensions; `"mean"` as in the paper, or `"sum"`.
         distribution: of the probe's entries, `"rademacher"` (less variance) or `"gaussian"` (the
             paper's).
-        generator: draws the probes; of the state's device. Default the probe of a `CNF` that this
-            regularizes, if it is of the same distribution, else torch's own generator.
+        generator: draws the probes, on the state's device. The default is the probe of a `CNF` that
+            this regularizes if it is of the same distribution, else torch's own generator.
         name: key in `Solution.penalties`.
 
     Reference: Finlay et al., How to train your neural ODE, arXiv 2002.02798, equation 17 and

@@ -27,23 +27,23 @@ class _LocalRegularizer(Regularizer):
     """One step of an embedded pair from a sampled time of the solution.
 
     Args:
-        sampling: `"unbiased"`: a time uniform on the interval; `"biased"`: one of the solver's own
-            steps, each as likely as the other, so that times where steps are small are drawn more
+        sampling: `"unbiased"` draws a time uniformly from the interval. `"biased"` draws the start
+            of a step, all steps being equally likely, so times where steps are small are drawn more
             often. The end of the interval is never drawn.
         weight: factor of the penalty in the loss, or a schedule of it.
-        step_size: `"hairer"`: the first step that a solve from the sampled state would try (what
-            the paper's code does); `"solver"`: the size of the step that contains the sampled time
-            (what its text says).
-        stop_gradient: `True` keeps gradients out of the sampled state and the first stage, so that
-            they reach the field's parameters through the other stages alone (what the paper's code
-            does). `"state"` keeps them out of the state: they flow through the whole of the one
-            step. With `False` they also flow through the state into the solve.
-        include_start: let `"biased"` draw the start of the interval too. The paper's code does
-            not, where there are other steps.
-        algorithm: the embedded pair; default `Tsit5()`, whatever the solve used, as in the paper's
-            code; for stochastic solves the solve's own method. A stochastic step has noise of its
-            own, new each time, and its first stage is part of it (`stop_gradient=True` is `"state"`
-            there).
+        step_size: `"hairer"` takes the first step that a solve from the sampled state would try, as
+            the paper's code does. `"solver"` takes the size of the step that contains the sampled
+            time, as its text says.
+        stop_gradient: `True` keeps gradients out of the sampled state and the first stage, so they
+            reach the field's parameters through the other stages alone, as in the paper's code.
+            `"state"` keeps them out of the state, and they flow through the whole of the step. With
+            `False` they also flow through the state into the solve.
+        include_start: let `"biased"` draw the start of the interval too. The paper's code does so
+            only where there is no other step.
+        algorithm: the embedded pair. The default is `Tsit5()` whatever the solve used, as in the
+            paper's code, and the solve's own method for stochastic solves. A stochastic step draws
+            new noise each time, and its first stage is part of it: `stop_gradient=True` is
+            `"state"` there.
         generator: draws the times; a CPU generator. Default torch's own.
         name: key in `Solution.penalties`.
     """

@@ -20,8 +20,8 @@ _SMALL = 4
 def batch_of(state: State) -> int:
     """The number of samples in a state: the length of its first axis.
 
-    A state with one axis, and one whose parts all have one at most, is a single system of coupled
-    entries. Beside a part with more axes, a part with one axis holds a number for each sample.
+    A state whose parts have one axis at most is a single system of coupled entries. Beside a part
+    with more axes, a part with one axis holds a number for each sample.
 
     Raises:
         ValueError: parts of different batch sizes.
@@ -40,7 +40,7 @@ def batch_of(state: State) -> int:
 
 
 def samples_of(u: Tensor, batch: int) -> Tensor:
-    """A state of so many samples as `(B, D)`, everything behind the batch flattened."""
+    """A state of `batch` samples as `(B, D)`: the axes after the batch are flattened."""
     return u.flatten(1) if u.ndim > 1 else u.reshape(batch, -1)
 
 
@@ -53,20 +53,20 @@ def check_distribution(distribution: str) -> Distribution:
     """The name of a probe's distribution.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown name.
     """
     known: tuple[Distribution, ...] = get_args(Distribution)
     return checks.choice("distribution", distribution, known)
 
 
 class Probes:
-    """The probes of one solve: made once, fixed through it, shared by all that ask for alike ones.
+    """The probes of one solve: made once, fixed through it, and shared.
 
-    Sharing them shares their vector-Jacobian products too.
+    All that ask for equal probes get the same ones, and share their vector-Jacobian products too.
 
     Args:
-        like: a state.
-        batch: how many samples it holds.
+        like: a state, `(B, *D)`, or `(D,)` for a single system.
+        batch: number of samples in it.
     """
 
     def __init__(self, like: Tensor, batch: int) -> None:
@@ -85,19 +85,19 @@ class Probes:
         """Unit vectors, whose products give the Jacobian itself, or one random probe.
 
         Args:
-            exact: which; default unit vectors where there are at most four dimensions.
+            exact: whether to take unit vectors; default where there are at most four dimensions.
             distribution: of the random probe's entries.
-            generator: draws it; without one a probe of that distribution that is there already is
-                taken.
+            generator: draws the probe. Without one, an earlier probe of this distribution is taken
+                if there is any.
         """
         small = self.dimensions <= _SMALL
         if small if exact is None else exact:
             if self._basis is None:
                 self._basis = basis_probes(self.like, self.batch)
             return self._basis
-        alike = [probe for key, probe in self._random.items() if key[0] == distribution]
-        if generator is None and alike:
-            return [alike[0]]
+        drawn = [probe for key, probe in self._random.items() if key[0] == distribution]
+        if generator is None and drawn:
+            return [drawn[0]]
         key = (distribution, None if generator is None else id(generator))
         if key not in self._random:
             self._random[key] = draw_probe(self.like, distribution, generator)
@@ -121,8 +121,9 @@ def draw_probe(
 def basis_probes(like: Tensor, batch: int) -> list[Tensor]:
     """Vectors `e` with `sum e e^H = I` in a sample's space, each for the whole batch.
 
-    They are the unit vectors, of a complex space also times `i` and all divided by `sqrt(2)`: a
-    field need not be holomorphic, and then its product with `i e` is not `i` times that with `e`.
+    They are the unit vectors. In a complex space there are as many more, times `i`, and all are
+    divided by `sqrt(2)`: a field need not be holomorphic, and then its product with `i e` is not
+    `i` times that with `e`.
     """
     flat = samples_of(like, batch)
     units: tuple[complex, ...] = (1.0, 1.0j) if like.is_complex() else (1.0,)

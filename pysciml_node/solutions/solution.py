@@ -155,7 +155,7 @@ class Solution:
         algorithm: how.
         engine: name of the engine that ran.
         retcode: how it ended.
-        stats: what it cost.
+        stats: the cost of the solve.
         t: times of `u`, shape `(T,)`: `saveat`, or else the ends of the accepted steps.
         saved: states at `saveat`, or `None` without it; read `u`, which is there in both cases.
         u1: state at the end of the interval: the last step's own result, never interpolated.
@@ -338,7 +338,7 @@ class Solution:
         return self.problem.spec.unflatten(flat if times.ndim else flat[0])
 
     def _inside(self, t: float, slack: float = 1e-12) -> float:
-        """A time of the solved interval, but for a share `slack` of its length."""
+        """A time of the solved interval, to within a share `slack` of its length."""
         first, last = sorted((self.trajectory.times[0], self.trajectory.times[-1]))
         slack *= last - first
         if not first - slack <= t <= last + slack:
@@ -367,7 +367,7 @@ class Solution:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Ordinary modes, with gradients as they are outside, but none of a detached solution."""
+        """Ordinary modes, with gradients as they are outside; a detached solution has none."""
         with (
             ordinary_modes(self.problem.spec.device),
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached),
@@ -408,7 +408,7 @@ class Solution:
         Dense output needs the field there too: move a module by its own `to`.
 
         Args:
-            target: a device; or a dtype, of which the precision is taken.
+            target: a device, or a dtype whose precision is taken.
         """
 
         def moved(x: Tensor) -> Tensor:

@@ -291,7 +291,9 @@ def _layout(
             )
     chosen = dtypes[0] if dtypes else torch.get_default_dtype()
     if not chosen.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point one, but is {chosen}.")
+        raise TypeError(
+            f"dtype must be a floating-point one, but is {chosen}.\n  Write dtype=torch.float32."
+        )
     return sizes[0], chosen, devices[0] if devices else torch.device("cpu")
 
 

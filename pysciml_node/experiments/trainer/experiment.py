@@ -34,7 +34,7 @@ class Experiment:
 
     Args:
         name: short, fit for a folder.
-        title: what it is, in a few words.
+        title: a few words for tables and help.
         settings: the paper's.
         weights: first and last weight of each variant's penalty; the variants that can be run.
         reduced: a budget of minutes on one CPU core, at which the effect still shows.
@@ -43,7 +43,7 @@ class Experiment:
         load: reads the data: `load(data_dir, download, settings)`.
         load_quick: data for the quick budget: `load_quick(data_dir, download, settings)`.
         build: makes the model of data, settings and run.
-        options: settings of this experiment alone, with what they are, for the command line.
+        options: settings of this experiment alone, with their descriptions for the command line.
         picture: draws what a trained model does, `picture(trainer, data, path)`; optional.
     """
 
@@ -70,7 +70,7 @@ class Experiment:
 
         Args:
             budget: whose.
-            folder: where it is, or is to be put.
+            folder: the data's folder; files that are downloaded go there.
             download: whether files that are missing may be fetched.
             settings: of the runs; the last training samples are held out for validation where
                 they say so.

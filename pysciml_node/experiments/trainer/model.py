@@ -60,7 +60,7 @@ def make_algorithm(name: str) -> algorithms.Algorithm:
     """The algorithm that a setting names.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no algorithm has this name.
     """
     kind = getattr(algorithms, name, None) or getattr(sde_algorithms, name, None)
     if not (isinstance(kind, type) and issubclass(kind, algorithms.Algorithm)):
