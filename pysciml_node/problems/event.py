@@ -15,20 +15,20 @@ from pysciml_node import checks
 class Event(checks.Configured):
     """Stops a solve where `condition(t, u)` crosses zero.
 
-    The event is looked for after each accepted step by the sign of its condition, and located on
-    the dense output; the last step is then taken again with the shorter size, so that the state at
-    the event is a step's own result. The time of the event is differentiable by the implicit
+    After each accepted step the sign of the condition tells whether there was an event, and the
+    dense output tells where. The step is then taken again with the shorter size, so the state at
+    the event is the result of a step. The time of the event is differentiable by the implicit
     function theorem: `dt = -dg / (dg/dt + dg/du . f)`.
 
     Args:
         condition: real scalar function of time (a 0-d tensor) and state.
-        direction: `1` for crossings from negative to positive along the integration, `-1` for the
-            others, `0` for both.
-        xtol: width of the bracket at which the search ends, relative to the step; default that of
-            the state's dtype.
+        direction: `1` for crossings from negative to positive along the integration, `-1` for
+            those from positive to negative, `0` for both.
+        xtol: width of the bracket at which the search ends, relative to the step; the default
+            follows the state's dtype.
 
     Raises:
-        ValueError: `direction` is none of the three.
+        ValueError: `direction` is not -1, 0 or 1.
 
     Reference: R. T. Q. Chen, B. Amos, M. Nickel, Learning Neural Event Functions for Ordinary
     Differential Equations, arXiv 2011.03902.

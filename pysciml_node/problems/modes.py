@@ -114,11 +114,10 @@ class InModes:
 
 @contextmanager
 def ordinary_modes(device: torch.device) -> Iterator[None]:
-    """Neither inference mode nor autocast nor another default device than the CPU.
+    """No inference mode, no autocast, and the CPU as default device.
 
-    They are not for the solver's own operations and what it keeps.
-
-    Gradients stay as they are outside: inference mode has none.
+    The solver's operations, and the tensors that it keeps, must not be subject to these modes.
+    Gradients stay as they are outside, where inference mode has none.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -185,7 +184,7 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
         if inner is not problem.problem:
             changes["problem"] = inner
     elif surrounding is not None or check is not None:
-        # Behind the wrapper it does not show what they take.
+        # The wrapper hides the arguments that they take.
         problem.check_arguments()
         for name in _FUNCTIONS:
             function = given.__dict__.get(name)
@@ -195,13 +194,13 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
 
 
 def in_full_precision(problem: P, kinds: tuple[type, ...]) -> P:
-    """The problem with functions that an engine runs by itself, and not as operations of torch.
+    """The problem with the plain functions of some classes, which an engine runs without torch.
 
-    Autocast is nothing to them: they compute in the state's precision.
+    Autocast does not concern them: they compute in the state's precision.
 
     Args:
         problem: as it is solved.
-        kinds: the classes of such functions.
+        kinds: classes of the functions.
     """
     given: Any = problem
     changes = {

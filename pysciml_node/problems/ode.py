@@ -1,4 +1,4 @@
-"""Problems: what is to be solved. A problem is checked when it is made."""
+"""Initial value problems. A problem is checked when it is made."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _check_time(name: str, value: Any) -> float:
     return checks.number(name, value)
 
 
-# How users of other packages name the state where it comes before the time.
+# Names of the state in functions for other packages, where it comes before the time.
 _STATES = frozenset({"u", "y", "x", "z", "h", "state"})
 _TIMES = frozenset({"t", "time"})
 
@@ -69,7 +69,7 @@ def check_field(name: str, field: Any, hint: str) -> None:
 
 
 def _check_called(name: str, field: Any, p: Any) -> None:
-    """A function takes `p` where it is given, and does without where it is not."""
+    """Refuse a function that does not take a `p` that is given, or asks for one that is not."""
     if p is None and not checks.takes(field, 2):
         hint = "p is not given: write p=..., or let the function take (t, u)."
         checks.function(name, field, "t", "u", hint=hint)
@@ -98,10 +98,10 @@ class Problem(checks.Configured):
     functions: ClassVar[tuple[str, ...]] = ("f",)
 
     def check_arguments(self) -> None:
-        """Refuse functions that take `p` where there is none, or the other way round.
+        """Refuse functions that ask for a `p` that is not given, or do not take one that is.
 
         Raises:
-            TypeError: there are such functions.
+            TypeError: a function is refused.
         """
         for name in self.functions:
             _check_called(name, getattr(self, name), self.p)
@@ -143,7 +143,7 @@ class Problem(checks.Configured):
                 )
 
     def _check_resolution(self, t0: float, t1: float) -> None:
-        """The field is given times of the state's real dtype: it must tell them apart."""
+        """Refuse an interval whose times the state's real dtype cannot tell apart."""
         dtype = self.spec.real_dtype
         real = np.float64 if dtype == torch.float64 else np.float32
         spacing = float(np.spacing(real(max(abs(t0), abs(t1)))))
@@ -187,8 +187,8 @@ class ODEProblem(Problem):
 
     Args:
         f: the vector field; takes `t` (a 0-d tensor of the state's real dtype) and the state, and
-            returns its derivative in the same structure, shapes and dtype. Any callable; an
-            `nn.Module`'s parameters receive gradients, and so does every tensor that `f` uses.
+            returns its derivative in the same structure, shapes and dtype. It is any callable. The
+            parameters of an `nn.Module` receive gradients, and so does every tensor that `f` uses.
         u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
             one dtype and device; float32, float64, complex64 or complex128.
         tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
@@ -196,13 +196,13 @@ class ODEProblem(Problem):
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
             gradients.
         mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
-            entries; singular for differential-algebraic equations. For implicit methods; receives
-            no gradients.
+            entries, and singular for differential-algebraic equations. It is for implicit methods,
+            and receives no gradients.
 
     Raises:
-        TypeError: `f` is not callable, `u0` no tensor, `tspan` no pair.
-        ValueError: empty or mixed `u0`, ends of `tspan` equal or not finite, a mass matrix of
-            another shape.
+        TypeError: `f` is not callable, `u0` is no tensor, or `tspan` is no pair.
+        ValueError: `u0` is empty or mixed, the ends of `tspan` are equal or not finite, or the mass
+            matrix has another shape.
 
     Examples:
         >>> import torch, pysciml_node as psn
@@ -243,5 +243,5 @@ class ODEProblem(Problem):
         if mass is not None and mass.requires_grad:
             raise ValueError(
                 "mass_matrix receives no gradient, but the one given requires it.\n"
-                "  Give mass_matrix.detach(); what is to be learned belongs into f."
+                "  Give mass_matrix.detach(); put what should be learned into f."
             )

@@ -26,8 +26,8 @@ class SDEProblem(Problem):
     | `"additive"` | `u`'s, or `(*u.shape, m)`; does not depend on `u` | each entry's, or `m` |
     | `"general"` | `(*u.shape, m)` | `m` for each sample |
 
-    A state of two or more axes is a batch: its samples have motions of their own. A state of one
-    axis is a single system.
+    A state of two or more axes is a batch, and each sample has Brownian motions of its own. A state
+    of one axis is a single system.
 
     Args:
         drift: `f`; takes `t` (a 0-d tensor) and the state, and returns the state's structure.
@@ -42,8 +42,9 @@ class SDEProblem(Problem):
             gradients.
 
     Raises:
-        TypeError: `drift` or `diffusion` is not callable, `u0` no real tensor, `tspan` no pair.
-        ValueError: an unknown noise or interpretation, an interval that does not go forward.
+        TypeError: `drift` or `diffusion` is not callable, `u0` is no real tensor, or `tspan` is no
+            pair.
+        ValueError: noise or interpretation is unknown, or the interval does not go forward.
 
     Examples:
         >>> import torch, pysciml_node as psn

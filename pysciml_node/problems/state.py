@@ -1,4 +1,4 @@
-"""States: a tensor of any shape, or a tuple or dict of tensors, seen as one flat vector."""
+"""States: a tensor of any shape, or a tuple or dict of tensors, as one flat vector."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def map_tensors(fn: Any, tree: Any) -> Any:
 
 
 def as_state(u0: Any) -> Any:
-    """A state whose parts are tensors: what speaks DLPack is lent to torch; the rest stays."""
+    """A state whose parts are tensors: those that speak DLPack are lent to torch, others stay."""
     if isinstance(u0, Tensor):
         return u0
     if isinstance(u0, tuple | Mapping):
@@ -67,7 +67,7 @@ def recording() -> bool:
 
 
 def moves(x: Any) -> bool:
-    """Whether something is a tensor whose derivative is asked for, in either mode."""
+    """Whether a value is a tensor whose derivative is being taken, in either mode."""
     if not isinstance(x, Tensor):
         return False
     return x.requires_grad or (forward_ad._current_level >= 0 and tangent_of(x) is not None)
@@ -80,7 +80,7 @@ def tangent_of(x: Tensor) -> Tensor | None:
 
 
 def without_graph(x: Tensor) -> Tensor:
-    """A tensor without the graph of reverse mode, and with its derivative in forward mode."""
+    """A tensor without its graph of reverse mode; it keeps its derivative in forward mode."""
     tangent = tangent_of(x) if forward_ad._current_level >= 0 else None
     if tangent is None:
         return x.detach()
@@ -89,7 +89,7 @@ def without_graph(x: Tensor) -> Tensor:
 
 
 def full_precision(state: Any) -> Any:
-    """A state in single precision, where autocast has made it one of half precision."""
+    """A state in single precision, where autocast has halved its precision."""
 
     def cast(x: Tensor) -> Tensor:
         halved = x.dtype in (torch.float16, torch.bfloat16)
@@ -162,8 +162,8 @@ class StateSpec:
         """The structure of `u0`.
 
         Raises:
-            TypeError: not tensors, or of dtypes that cannot be integrated.
-            ValueError: no entries, or parts that differ in dtype or device.
+            TypeError: a part is no tensor, or of a dtype that cannot be integrated.
+            ValueError: there are no entries, or the parts differ in dtype or device.
         """
         if isinstance(u0, Tensor):
             keys, parts = None, (u0,)
