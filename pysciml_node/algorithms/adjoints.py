@@ -28,7 +28,7 @@ class Adjoint(checks.Configured):
 class DirectAdjoint(Adjoint):
     """Automatic differentiation through every operation of the solver.
 
-    Keeps the whole graph, and so allows double backward and forward mode.
+    It keeps the whole graph, and therefore allows double backward and forward mode.
     """
 
     discrete = True
@@ -38,10 +38,10 @@ class DirectAdjoint(Adjoint):
 class DiscreteAdjoint(Adjoint):
     """Replays the accepted steps backward, one at a time.
 
-    The forward solve keeps the time, size and starting state of each accepted step; backward
-    recomputes the stages of one step and pulls the cotangent through them. The gradient is the
-    exact one of the discretised solution at frozen step sizes (the derivative of the step sizes
-    themselves is dropped, as in all such methods).
+    The forward solve keeps the time, size and starting state of each accepted step. The backward
+    sweep recomputes the stages of one step at a time and pulls the cotangent through them. The
+    gradient is exact for the discretised solution at frozen step sizes. As in all such methods, the
+    derivative of the step sizes themselves is dropped.
     """
 
     discrete = True
@@ -52,9 +52,9 @@ class _ContinuousAdjoint(Adjoint):
     """Options of the adjoints that solve the adjoint equation `dl/dt = -(df/du)^T l`.
 
     Args:
-        rtol: relative tolerance of the backward solve; default that of the forward solve.
-        atol: absolute tolerance of the backward solve; default that of the forward solve.
-        max_steps: accepted and rejected steps of the backward solve; default the forward's.
+        rtol: relative tolerance of the backward solve; default the forward solve's.
+        atol: absolute tolerance of the backward solve; default the forward solve's.
+        max_steps: accepted and rejected steps of the backward solve; default the forward solve's.
     """
 
     rtol: float | None = None
@@ -84,10 +84,10 @@ class InterpolatingAdjoint(_ContinuousAdjoint):
 
 @dataclass(frozen=True)
 class GaussAdjoint(_ContinuousAdjoint):
-    """Solves the adjoint equation alone; parameter gradients by Gauss quadrature on its steps.
+    """Solves the adjoint equation, and takes parameter gradients by Gauss quadrature on its steps.
 
-    The cheapest of the continuous adjoints where there are many parameters: they are differentiated
-    at the quadrature nodes only, not at every stage.
+    It is the cheapest of the continuous adjoints where there are many parameters: gradients of the
+    field in them are taken at the quadrature nodes only, not at every stage.
 
     Reference: A. Norcliffe, M. P. Deisenroth, arXiv 2308.10644; GaussAdjoint of
     SciMLSensitivity.jl.
@@ -98,10 +98,10 @@ class GaussAdjoint(_ContinuousAdjoint):
 class BacksolveAdjoint(_ContinuousAdjoint):
     """Solves state and adjoint backward together.
 
-    The state is put back onto the forward solution wherever a cotangent enters. Between those times
+    The state is set back onto the forward solution wherever a cotangent enters. Between those times
     it is recomputed backward, which is unstable for dissipative fields: check gradients before you
-    rely on it. The method could do with the memory of one state; this engine keeps the steps'
-    states all the same, for dense output.
+    rely on it. The method needs the memory of one state only. This engine keeps the steps' states
+    all the same, for dense output.
 
     Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366, Algorithm 1.
     """
@@ -111,8 +111,8 @@ class BacksolveAdjoint(_ContinuousAdjoint):
 class QuadratureAdjoint(_ContinuousAdjoint):
     """Solves the adjoint equation with dense output, then integrates the parameter gradient.
 
-    On the Julia engine only. Keeps both solutions; accurate, and sound for stiff problems of
-    moderate size.
+    It runs on the Julia engine only. It keeps both solutions, and is accurate and sound for stiff
+    problems of moderate size.
 
     Reference: Y. Ma et al., arXiv 1812.01892 (QuadratureAdjoint of SciMLSensitivity.jl).
     """
@@ -120,10 +120,10 @@ class QuadratureAdjoint(_ContinuousAdjoint):
 
 @dataclass(frozen=True)
 class ForwardDiffSensitivity(Adjoint):
-    """Solves again with dual numbers: the derivative of what the solver computed, forward.
+    """Solves again with dual numbers, which carry the derivative of the discretised solution.
 
-    On the Julia engine only. Its cost grows with the number of states and parameters together, so
-    it is for few of both (SciML's advice: below 100).
+    It runs on the Julia engine only. Its cost grows with the number of states and parameters
+    together, so it suits few of both (SciML's advice: below 100).
 
     Reference: ForwardDiffSensitivity of SciMLSensitivity.jl.
     """

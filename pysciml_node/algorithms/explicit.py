@@ -29,7 +29,7 @@ class Algorithm(checks.Configured):
         return DiscreteAdjoint()
 
     def options_on(self, engine: str, options: SolveOptions) -> SolveOptions:
-        """The options with what an engine uses where nothing was asked for."""
+        """The options, with an engine's defaults where nothing was asked for."""
         return options
 
 

@@ -20,9 +20,9 @@ from pysciml_node.tableaus import ImplicitTableau
 class ImplicitMethod(NamedAlgorithm):
     """A one-step method that solves linear systems with the field's Jacobian.
 
-    The embedded engine takes it by its tableau, with `DiscreteAdjoint` and `DirectAdjoint`; the
-    Julia engine by its name, with SciML's own step size control and `GaussAdjoint` where nothing
-    else is asked for.
+    The embedded engine runs it by its tableau, with `DiscreteAdjoint` and `DirectAdjoint`. The
+    Julia engine runs it by its name, with SciML's step size control and `GaussAdjoint` unless
+    others are asked for.
     """
 
     tableau: ClassVar[ImplicitTableau]

@@ -25,10 +25,10 @@ class SolveOptions:
     Attributes:
         rtol: relative tolerance, a number or a flat tensor `(N,)`.
         atol: absolute tolerance, a number or a flat tensor `(N,)`.
-        driven: how many leading entries of the flat state drive the step size.
+        driven: number of leading entries of the flat state that drive the step size.
         saveat: requested times as numbers in the order of integration, or `None`.
         saveat_tensor: the same as a tensor where it requires gradients, else `None`.
-        adjoint: how gradients are taken.
+        adjoint: the method by which gradients are taken.
         dt0: size of the first (or of each fixed) step, positive, or `None`.
         dtmin: smallest step.
         dtmax: largest step.
@@ -38,7 +38,7 @@ class SolveOptions:
         events: conditions to watch.
         progress: show a progress bar.
         throw: raise on failure.
-        compile: run native code: always, or (`"auto"`) where that can be.
+        compile: run native code: always, or where it can with `"auto"`.
         seed: of the Brownian motions; `None` for ordinary equations.
         defaulted: which of `adjoint` and `controller` were not given.
     """
@@ -137,7 +137,7 @@ def _own(tolerance: Tensor) -> float | Tensor:
 
 
 def without_closures(options: SolveOptions) -> SolveOptions:
-    """The options without what only a running solve needs: events, and times with a graph."""
+    """The options without those that only a running solve needs: events, times with a graph."""
     return replace(options, events=(), saveat_tensor=None)
 
 
@@ -145,8 +145,8 @@ def backward_limits(adjoint: Adjoint, options: SolveOptions) -> tuple[float, flo
     """Relative and absolute tolerance and step limit of a backward solve.
 
     Args:
-        adjoint: its own ones come first.
-        options: of the forward solve; of tolerances that differ the tightest.
+        adjoint: its limits come first.
+        options: of the forward solve, whose tightest tolerance counts where they differ.
     """
 
     def tightest(tolerance: float | Tensor) -> float:

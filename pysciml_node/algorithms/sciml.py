@@ -1,7 +1,7 @@
 """Algorithms that only the Julia engine has: SciML's, by SciML's names.
 
-They are for what explicit methods of medium order do not serve: stiff problems, equations with a
-mass matrix, very smooth problems at high accuracy.
+They serve where explicit methods of medium order do not: stiff problems, equations with a mass
+matrix, very smooth problems at high accuracy.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _CALL = re.compile(r"[A-Za-z_]\w*\(.*\)")
 class SciMLAlgorithm(Algorithm):
     """Any algorithm of SciML's solver packages, by name; runs on the Julia engine.
 
-    The expression is code: it is run as it stands, with all that Julia may do on this machine.
-    Take none from people, files or web pages that you would not take a program from.
+    The expression is code. It runs as it stands, with all that Julia may do on this machine. Take
+    expressions only from people, files and web pages that you would take a program from.
 
     Args:
-        expression: how it is made in Julia, such as `"Tsit5()"` or `"Rodas4P(autodiff=...)"`.
+        expression: makes it in Julia, such as `"Tsit5()"` or `"Rodas4P(autodiff=...)"`.
         packages: Julia packages that export the names in it; they must be in the Julia project.
 
     Raises:
@@ -62,7 +62,7 @@ class SciMLAlgorithm(Algorithm):
         return AlgorithmController()
 
     def default_adjoint(self) -> Adjoint:
-        """A continuous one: only explicit Runge-Kutta methods are replayed step by step."""
+        """A continuous adjoint: only explicit Runge-Kutta methods are replayed step by step."""
         return GaussAdjoint()
 
 

@@ -101,7 +101,7 @@ def usual_algorithm(problem: SDEProblem) -> str:
 
 
 def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
-    """The method a problem is solved with when none is given."""
+    """The method that solves a problem when none is given."""
     if problem.noise == "additive":
         return SOSRA()
     if problem.interpretation == "stratonovich":
@@ -113,9 +113,10 @@ def default_algorithm(problem: SDEProblem) -> StochasticRungeKutta:
 class EM(StochasticRungeKutta):
     """Euler-Maruyama, strong order 1/2 (1 for additive noise), weak order 1; Ito, any noise.
 
-    Adaptive for additive noise, by what it lacks of Milstein's step (Lamba's estimate). For other
-    noise it asks for `FixedStep`: steps that are chosen by looking at the path leave a bias of the
-    order of the tolerance, and convergence needs the terms of Milstein's or Heun's method.
+    It adapts its steps to additive noise, by the terms that Milstein's step has beyond it (Lamba's
+    estimate). Other noise needs `FixedStep`: steps that are chosen by looking at the path leave a
+    bias of the order of the tolerance, and convergence needs the terms of Milstein's or Heun's
+    method.
 
     Reference: Kloeden and Platen, Numerical Solution of Stochastic Differential Equations, 10.2;
     H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430; J. G. Gaines and T. J. Lyons, SIAM J. Appl.
@@ -136,8 +137,8 @@ class EM(StochasticRungeKutta):
 class LambaEM(EM):
     """As `EM`, with the diffusion at the end of the step's interval.
 
-    StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine (of additive noise, as
-    for `EM`); for a diffusion that does not depend on time it takes `EM`'s steps.
+    This is StochasticDiffEq's adaptive form, for adaptive solves on the Julia engine. As with `EM`,
+    the noise has to be additive. Where the diffusion does not depend on time, its steps are `EM`'s.
 
     Reference: H. Lamba, J. Comput. Appl. Math. 161 (2003) 417-430.
     """
@@ -189,8 +190,8 @@ class EulerHeun(StochasticRungeKutta):
 class StratonovichMidpoint(StochasticRungeKutta):
     """The midpoint rule for Stratonovich equations, any noise; weak order 1.
 
-    Strong order 1 where the noise commutes (diagonal, scalar and additive noise do), else 1/2. Two
-    evaluations a step, of which the second alone makes the step.
+    Strong order 1 where the noise commutes (diagonal, scalar and additive noise do), else 1/2. Of
+    the two evaluations in a step, only the second enters the new state.
 
     Reference: K. Burrage, P. M. Burrage, T. Tian, Proc. R. Soc. Lond. A 460 (2004) 373-402.
     """
