@@ -1,4 +1,4 @@
-"""Solutions: everything a training method needs from a solve, whatever engine ran it."""
+"""Solutions: everything that a training method needs from a solve, on every engine."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Stats:
     """The cost of a solve. The backward fields are filled when gradients have been taken.
 
     Attributes:
-        nfe: evaluations of the vector field (of a stochastic equation: of the drift).
+        nfe: evaluations of the vector field, or of the drift of a stochastic equation.
         naccept: accepted steps.
         nreject: rejected steps.
-        nfe_backward: evaluations during the backward sweep (each followed by one
-            vector-Jacobian product, but for those that only rebuild dense output).
+        nfe_backward: evaluations during the backward sweep. Each is followed by a vector-Jacobian
+            product, except those that only rebuild dense output.
         nvjp: vector-Jacobian products of the field.
         naccept_backward: accepted (or replayed) steps of the backward sweep.
         nreject_backward: rejected steps of the backward sweep.
@@ -78,7 +78,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One step of an embedded pair: what the local regularizers are made of.
+    """The estimates of one step of an embedded pair, which the local regularizers penalize.
 
     Attributes:
         dt: signed size of the step, a 0-d tensor.
@@ -151,27 +151,27 @@ class Solution:
     """The result of `solve`.
 
     Attributes:
-        problem: what was solved.
-        algorithm: how.
+        problem: the problem that was solved.
+        algorithm: the algorithm that solved it.
         engine: name of the engine that ran.
-        retcode: how it ended.
+        retcode: the way in which the solve ended.
         stats: the cost of the solve.
         t: times of `u`, shape `(T,)`: `saveat`, or else the ends of the accepted steps.
-        saved: states at `saveat`, or `None` without it; read `u`, which is there in both cases.
-        u1: state at the end of the interval: the last step's own result, never interpolated.
+        saved: states at `saveat`, or `None` without it; `u` has the states in both cases.
+        u1: state at the end of the interval: the result of the last step, never interpolated.
         event: index of the event that stopped the solve, or `None`.
         event_t: its time, a differentiable 0-d tensor, or `None`.
         penalty: weighted sum of the regularizers (0 in eval mode or without any).
         penalties: each regularizer's unweighted value by name.
-        integrals: of each regularizer that is an integral, its value for each sample, `(B,)`.
-        detached: whether gradients have been left behind, by `detach` or a copy.
+        integrals: value of each integral regularizer for each sample, `(B,)`, by name.
+        detached: whether `detach` or a copy has cut the graph.
 
-    A solution can be called: `sol(t)` is the dense output at a time, or at times of shape `(m,)`,
-    of the algorithm's own order, differentiable with respect to all that the solve depends on. It
-    recomputes the stages of the steps that are asked for.
+    A solution can be called. `sol(t)` is the dense output at a time, or at times of shape `(m,)`.
+    It has the algorithm's order, and is differentiable in everything that the solve depends on. It
+    recomputes the stages of the steps around those times.
 
-    Solutions can be copied by `deepcopy` and pickled; what comes out is detached. Dense output of
-    a pickled solution needs a field that can be pickled too, such as a module.
+    Solutions can be copied by `deepcopy` and pickled; the copies are detached. Dense output of a
+    pickled solution needs a field that can be pickled too, such as a module.
     """
 
     problem: Problem
@@ -202,7 +202,7 @@ class Solution:
 
     @uncompiled
     def _stack(self) -> Any:
-        # Stacking the steps' states copies them: only when somebody looks.
+        # Stacking copies the steps' states, so it waits until somebody reads them.
         with self._computing():
             return self.problem.spec.unflatten(self.trajectory.states())
 
@@ -225,8 +225,8 @@ class Solution:
     def step_stiffness(self) -> Tensor:
         """Estimate of the dominant eigenvalue `|lambda|` on each accepted step, shape `(n,)`.
 
-        Computed when asked for, by replaying the steps; NaN where the method has no estimate.
-        Multiply by `|dt|` and compare with the method's `stability_radius`.
+        It is computed on demand by replaying the steps, and NaN where the method has no estimate.
+        Multiply it by `|dt|` and compare with the method's `stability_radius`.
         """
         with self._computing():
             return self.trajectory.stiffness()
@@ -244,8 +244,8 @@ class Solution:
     def brownian(self, start: float, end: float) -> Any:
         """Increment `W(end) - W(start)` of the Brownian motions that drove a stochastic solve.
 
-        In the state's structure for diagonal noise (and additive noise of that structure), `(B,)`
-        for scalar, `(B, m)` for other noise, without `B` for a single system.
+        It has the state's structure for diagonal noise, and for additive noise of that structure.
+        It is `(B,)` for scalar noise and `(B, m)` for other noise, without `B` for a single system.
 
         Raises:
             TypeError: the equation is not stochastic.
@@ -278,12 +278,12 @@ class Solution:
         """Error and stiffness of one step of an embedded pair from the solution at `t`.
 
         Args:
-            t: where the step starts, inside the solved interval and before its end.
+            t: start of the step, inside the solved interval and before its end.
             algorithm: the pair; default the algorithm of the solve.
-            dt: size of the step (positive); default the first step that a solve from there would
-                try (Hairer's).
+            dt: positive size of the step; default the first step that a solve from there would try,
+                by Hairer's rule.
             stop_gradient: `"state"` keeps gradients out of the starting state, `True` out of the
-                first stage too, `False` out of nothing.
+                first stage too; `False` lets them through.
         """
         t = self._inside(checks.number("t", t))
         if t == self.trajectory.times[-1]:
@@ -357,7 +357,7 @@ class Solution:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Names of other packages are answered with those of this one."""
+            """Answer names of other packages with those of this one."""
             known = (x for x in (*self.__dataclass_fields__, *dir(type(self))) if x[0] != "_")
             meant = _ELSEWHERE.get(name) or (
                 not name.startswith("_") and checks.nearest(name, known)
@@ -382,7 +382,7 @@ class Solution:
         """The same solution with `fn` applied to each of its tensors.
 
         Args:
-            fn: from a tensor to what stands for it.
+            fn: maps a tensor to its replacement.
             change: the same for the problem; default `fn` on its state, interval and `p`.
         """
         if change is None:
