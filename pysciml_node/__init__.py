@@ -51,6 +51,7 @@ from pysciml_node.algorithms.stochastic import (
     RKMil,
     StratonovichMidpoint,
 )
+from pysciml_node.budgets import Budget
 from pysciml_node.errors import (
     CompileError,
     EngineUnavailable,
@@ -106,6 +107,7 @@ __all__ = [
     "AutoTsit5",
     "AutoVern7",
     "BacksolveAdjoint",
+    "Budget",
     "CompileError",
     "DirectAdjoint",
     "DiscreteAdjoint",

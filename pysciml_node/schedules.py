@@ -7,15 +7,54 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from pysciml_node import checks
+from pysciml_node.solutions.solution import Solution
 
 
 class Schedule(checks.Configured, ABC):
-    """Base of all schedules: a frozen function of the training step."""
+    """Base of all schedules: a frozen function of the training step.
+
+    A schedule can be scaled, `0.1 * schedule`. One that adjusts itself to what happens in training
+    (`pysciml_node.Budget`) overrides `observe`, `state_dict` and `load_state_dict` too.
+    """
 
     @abstractmethod
     def __call__(self, step: int) -> float:
         """Value at `step`, which counts from 0."""
+
+    def __mul__(self, factor: float) -> Schedule:
+        return Scaled(self, factor)
+
+    def __rmul__(self, factor: float) -> Schedule:
+        return Scaled(self, factor)
+
+    def observe(self, source: object, solution: Solution) -> None:
+        """Take note of a solve in training mode, before its penalties are evaluated.
+
+        Args:
+            source: who solved; the same object each time.
+            solution: what was solved.
+        """
+        return
+
+    def charge(self, penalty: float) -> None:
+        """Take note of a penalty of that solve, without its weight, which is read afterwards."""
+        return
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` does anything."""
+        return type(self).observe is not Schedule.observe
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has become of the schedule, beside the step number; nothing for most."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
+        return
 
 
 def _settle(schedule: Schedule, *names: str, **limits: Any) -> None:
@@ -41,6 +80,42 @@ class Constant(Schedule):
         """Value at `step`."""
         _step(step)
         return self.value
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """`factor` times another schedule.
+
+    Examples:
+        >>> (0.5 * Constant(3.0))(0)
+        1.5
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def __post_init__(self) -> None:
+        _settle(self, "factor")
+
+    def __call__(self, step: int) -> float:
+        """Value at `step`."""
+        return self.factor * self.schedule(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the other schedule."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.schedule.load_state_dict(state)
+
+
+def unscaled(schedule: Schedule) -> tuple[Schedule, float]:
+    """The schedule that another is a multiple of, and the factor."""
+    if not isinstance(schedule, Scaled):
+        return schedule, 1.0
+    inner, factor = unscaled(schedule.schedule)
+    return inner, factor * schedule.factor
 
 
 @dataclass(frozen=True)

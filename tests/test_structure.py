@@ -29,6 +29,7 @@ ROOMS = (
     "solving",
     "compat",
     "schedules",
+    "budgets",
     "data",
     "regularizers",
     "layers",

@@ -14,7 +14,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.probes import Probes
 from pysciml_node.regularizers.rates import Rate
-from pysciml_node.schedules import Schedule, as_schedule
+from pysciml_node.schedules import Schedule, as_schedule, unscaled
 from pysciml_node.solutions.solution import Solution
 
 Times = Sequence[float] | Tensor
@@ -59,16 +59,26 @@ class Regularizer(checks.Configured, nn.Module, ABC):
         """The weight at the present training step."""
         return self.weight(self.steps)
 
+    def charge(self, value: Tensor) -> None:
+        """Tell a schedule that adjusts itself what it is the weight of."""
+        schedule, factor = unscaled(self.weight)
+        if schedule.observes:
+            schedule.charge(factor * float(value.detach()))
+
     def step(self) -> None:
         """Count one training step of the schedule."""
         self.steps += 1
 
     def get_extra_state(self) -> Any:
-        """The schedule's position, for `state_dict`."""
-        return torch.tensor(self.steps)
+        """The schedule's position, and what has become of it, for `state_dict`."""
+        steps, state = torch.tensor(self.steps), self.weight.state_dict()
+        return {"steps": steps, "schedule": state} if state else steps
 
     def set_extra_state(self, state: Any) -> None:
         """Put the schedule back, from `state_dict`."""
+        if isinstance(state, dict):
+            self.weight.load_state_dict(state["schedule"])
+            state = state["steps"]
         self.steps = int(state)
 
     def extra_repr(self) -> str:
@@ -117,13 +127,32 @@ def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regul
 
 def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
     """Evaluate regularizers on a solution and set its `penalties` and `penalty`."""
-    total: Tensor | None = None
+    _let_observe(solution, regularizers)
+    found: list[tuple[Regularizer, Tensor]] = []
     for regularizer in regularizers:
         value = regularizer(solution)
-        if value is None:
-            continue
-        solution.penalties[regularizer.name] = value
+        if value is not None:
+            solution.penalties[regularizer.name] = value
+            found.append((regularizer, value))
+            regularizer.charge(value)
+    # Weights are read last: a schedule that several share has then seen all their penalties.
+    total: Tensor | None = None
+    for regularizer, value in found:
         term = regularizer.current_weight * value
         total = term if total is None else total + term
     if total is not None:
         solution.penalty = total
+
+
+def _let_observe(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
+    """Show a solution, once each, to the schedules that adjust themselves.
+
+    Before the penalties, which evaluate the field too.
+    """
+    watching: dict[Schedule, Regularizer] = {}
+    for regularizer in regularizers:
+        schedule, _ = unscaled(regularizer.weight)
+        if schedule.observes:
+            watching.setdefault(schedule, regularizer)
+    for schedule, first in watching.items():
+        schedule.observe(first, solution)

@@ -32,11 +32,13 @@ class EnsembleSolution:
         members: what the engine handed back.
         t: times of `u`, shape `(T,)`: `saveat`, or `(M, T)` where each member has its own; `None`
             without `saveat`.
+        seconds: what the solve took by the clock.
     """
 
     problem: EnsembleProblem
     members: Members = field(repr=False)
     t: Tensor | None = None
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.problem)

@@ -165,6 +165,7 @@ class Solution:
         penalties: each regularizer's unweighted value by name.
         integrals: value of each integral regularizer for each sample, `(B,)`, by name.
         detached: whether `detach` or a copy has cut the graph.
+        seconds: what the solve took by the clock; 0 of a member of an ensemble.
 
     A solution can be called. `sol(t)` is the dense output at a time, or at times of shape `(m,)`.
     It has the algorithm's order, and is differentiable in everything that the solve depends on. It
@@ -189,6 +190,7 @@ class Solution:
     penalties: dict[str, Tensor] = field(default_factory=dict)
     integrals: dict[str, Tensor] = field(default_factory=dict)
     detached: bool = False
+    seconds: float = 0.0
     _stacked: Any = field(default=None, init=False)
 
     @property

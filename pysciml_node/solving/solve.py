@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -180,7 +181,9 @@ def solve(
     options = check_options(problem, algorithm, **given)
     options = dataclasses.replace(options, seed=_seed(generator)) if _random(problem) else options
     chosen, options = engines.choose(engine, problem, algorithm, options)
+    begun = time.perf_counter()
     solution: Solution = chosen.solve(problem, algorithm, options)
+    solution.seconds = time.perf_counter() - begun
     if solution.event is not None:
         differentiable_event(solution, options.events[solution.event], options.tstops)
     if throw and not solution.success:
@@ -198,7 +201,10 @@ def _solve_ensemble(
     chosen, common = engines.choose(engine, problem, algorithm, options.common)
     seeds = tuple(_seed(given["generator"]) for _ in range(len(ensemble) * _random(problem)))
     options = dataclasses.replace(options, common=common, seeds=seeds)
-    return solve_members(ensemble, chosen, algorithm, options)
+    begun = time.perf_counter()
+    solution = solve_members(ensemble, chosen, algorithm, options)
+    solution.seconds = time.perf_counter() - begun
+    return solution
 
 
 def _random(problem: Problem) -> bool:

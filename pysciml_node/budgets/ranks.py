@@ -1,0 +1,24 @@
+"""Numbers that all processes of a distributed training agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def mean_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The mean of each value over all processes, the same in all of them; the values without any.
+
+    Args:
+        values: of this process; as many in every process.
+        device: of the model, for backends that exchange what lies on a device.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(values)
+    place = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    shared = torch.tensor(values, dtype=torch.float64, device=place)
+    dist.all_reduce(shared)
+    means: list[float] = (shared / dist.get_world_size()).tolist()
+    return means
