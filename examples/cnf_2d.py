@@ -1,7 +1,8 @@
 """Continuous normalizing flows in the plane, with and without regularization.
 
-Learns the density of eight Gaussians, a checkerboard, a pinwheel or two spirals with each of the
-regularizers asked for, after Finlay et al., "How to train your neural ODE" (arXiv:2002.02798):
+Learns the density of eight Gaussians, a checkerboard, a pinwheel, two spirals or two moons with
+each of the regularizers asked for, after Finlay et al., "How to train your neural ODE"
+(arXiv:2002.02798):
 
     python examples/cnf_2d.py --shape eight-gaussians checkerboard --regularize none rnode
 

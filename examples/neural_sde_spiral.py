@@ -17,6 +17,7 @@ paths a step. Differences to the paper: Adam instead of AdaBelief, output at the
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def draw(target: Moments, found: Moments, losses: list[float], path: Path) -> No
     save_figure(figure, path)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fit a neural SDE to the moments of a noisy spiral.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -197,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=1, help="threads of torch")
     add("--output-dir", type=Path, default=Path("runs/neural_sde_spiral"), help="what is written")
     add("--quick", action="store_true", help="half a minute's look: 60 steps, 50 paths")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:

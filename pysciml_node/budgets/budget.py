@@ -43,9 +43,8 @@ class Budget(Schedule):
     The weight `w` is the dual variable of the constraint `cost <= target`. With the smooth cost
     `c` (see `pysciml_node.budgets.costs`) averaged over a few steps, and `x = log(c / target)`,
 
-        level <- max(0, level + 4 x / response),    w = unit * (exp(max(0, level + 4 x)) - 1),
-
-    where `unit` is the weight at which the first penalties would have cost a hundredth of `limit`.
+        level <- max(0, level + 5 x / response),
+        w * (mean penalty) = limit / 50 * (exp(max(0, level + 5 x)) - 1) <= limit.
 
     Args:
         nfe: evaluations of the field that a solve may take.
@@ -58,14 +57,14 @@ class Budget(Schedule):
         horizon: training steps in all. For the last tenth of them the weight is constant, the mean
             of what it was just before, so that training ends with one objective. Without it the
             weight is adjusted until `freeze` is called.
-        limit: what the weighted penalty may cost at most, in units of the loss. It is also the
-            scale that the first weights are chosen by: give about what the loss is at the start.
+        limit: what the weighted penalty may cost at most, in units of the loss. A fiftieth of it
+            is where weights begin: give about what the loss is at the start of training.
         measure: what to hold the budget instead of the training solves' own cost: a function
             without arguments that returns the cost, such as the evaluations for a held-out batch in
             eval mode. It is called every tenth training step; in between the cost is taken to move
             as that of the training solves does.
-        response: training steps in which the cost answers to the weight, roughly; default a tenth
-            of `horizon`, at least 10, or 50.
+        response: training steps in which the cost answers to the weight, roughly; default a
+            twelfth of `horizon`, at least 10, or 50.
         synchronize: where `torch.distributed` runs, take the mean of the ranks' costs, so that all
             have the same weight. All of them have to make the same number of solves.
 
@@ -134,7 +133,7 @@ class Budget(Schedule):
         self.limit = checks.number("limit", limit, above=0)
         self.measure = None if measure is None else checks.function("measure", measure)
         if response is None:
-            response = max(self.horizon / 10, 10.0) if self.horizon else _USUAL_RESPONSE
+            response = max(self.horizon / 12, 10.0) if self.horizon else _USUAL_RESPONSE
         self.response = checks.number("response", response, at_least=1)
         self.synchronize = checks.flag("synchronize", synchronize)
         self.history = History(UNITS[self.kind])
@@ -184,7 +183,7 @@ class Budget(Schedule):
                 "a number."
             )
         if self._round.is_over(source):
-            self._advance(self._round, solution.problem.spec.device)
+            self._advance(self._round)
             self._round = _Round()
         cost, smooth = cost_of(solution, self.kind), smooth_cost_of(solution, self.kind)
         self._round.take(source, cost, smooth)
@@ -194,7 +193,7 @@ class Budget(Schedule):
         if torch.is_grad_enabled():
             self._round.penalty += penalty
 
-    def _advance(self, ended: _Round, device: torch.device) -> None:
+    def _advance(self, ended: _Round) -> None:
         """Close a training step: adjust the weight."""
         step = len(self.history)
         values = [ended.cost, ended.smooth, ended.penalty]
@@ -202,7 +201,7 @@ class Budget(Schedule):
         if self.measure is not None and measured:
             values.append(checks.number("measure()", self.measure(), at_least=0))
         if self.synchronize:
-            values = mean_over_ranks(values, device)
+            values = mean_over_ranks(values)
         cost, smooth, penalty = values[:3]
         self._cost.add(cost)
         if measured:
@@ -217,12 +216,15 @@ class Budget(Schedule):
         elif not self._frozen:
             violation = self._violation.add(math.log(max(smooth, 1e-12) / self.target))
             self._control.update(violation, usual_penalty)
-            self._say_if_stuck()
         shown = values[3] if measured else (math.nan if self.measure else cost)
         self.history.add(shown, smooth, penalty, self.weight, self.target)
-        if self.horizon and len(self.history) == math.ceil(_HANDOVER * self.horizon):
+        if self.horizon is None:
+            if self._control.limited >= _PATIENCE * self.response:
+                self._say_if_missed()
+        elif step + 1 == math.ceil(_HANDOVER * self.horizon):
             self.freeze()
-        if self.horizon and len(self.history) == self.horizon - 1:
+        elif step + 2 == self.horizon:
+            # The last training step that is closed by one after it.
             self._say_if_missed()
 
     def freeze(self) -> None:
@@ -230,10 +232,6 @@ class Budget(Schedule):
         if not self._frozen:
             self._control.settle()
             self._frozen = True
-
-    def _say_if_stuck(self) -> None:
-        if self._control.limited >= _PATIENCE * self.response:
-            self._say_if_missed()
 
     def _say_if_missed(self) -> None:
         missed = self.reached > (1 + _MISSED) * self.target

@@ -36,9 +36,7 @@ class History:
     def __len__(self) -> int:
         return len(self.cost)
 
-    def add(
-        self, cost: float, smooth: float, penalty: float, weight: float, target: float
-    ) -> None:
+    def add(self, cost: float, smooth: float, penalty: float, weight: float, target: float) -> None:
         """Take note of a training step."""
         row = (cost, smooth, penalty, weight, target)
         for name, value in zip(_COLUMNS, row, strict=True):

@@ -54,11 +54,21 @@ def _two_spirals(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return sign * points + 0.1 * _normal(generator, n, 2), arm
 
 
+def _two_moons(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    moon = torch.randint(2, (n,), generator=generator)
+    angle = math.pi * _uniform(generator, n)
+    points = torch.stack((angle.cos() - 0.5, angle.sin() - 0.25), 1)
+    # One is the other turned by half a circle.
+    points = (1 - 2 * moon).unsqueeze(1) * points + 0.1 * _normal(generator, n, 2)
+    return 2 * points, moon
+
+
 _SHAPES: dict[str, Callable[[int, torch.Generator], tuple[Tensor, Tensor]]] = {
     "eight-gaussians": _eight_gaussians,
     "checkerboard": _checkerboard,
     "pinwheel": _pinwheel,
     "two-spirals": _two_spirals,
+    "two-moons": _two_moons,
 }
 SHAPES = tuple(_SHAPES)
 
@@ -67,7 +77,8 @@ def plane(shape: str, n: int, *, generator: torch.Generator) -> LabelledData:
     """Points of a distribution in the plane, within about 4 of the origin.
 
     Args:
-        shape: `"eight-gaussians"`, `"checkerboard"`, `"pinwheel"` or `"two-spirals"`.
+        shape: `"eight-gaussians"`, `"checkerboard"`, `"pinwheel"`, `"two-spirals"` or
+            `"two-moons"`.
         n: how many points.
         generator: draws them.
 

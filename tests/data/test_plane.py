@@ -47,7 +47,9 @@ def test_the_checkerboard_has_eight_full_squares_of_sixteen():
     assert (counts[full] - 500).abs().max() < 5 * math.sqrt(500 * 7 / 8)
 
 
-@pytest.mark.parametrize(("shape", "turns"), [("pinwheel", 5), ("two-spirals", 2)])
+@pytest.mark.parametrize(
+    ("shape", "turns"), [("pinwheel", 5), ("two-spirals", 2), ("two-moons", 2)]
+)
 def test_arms_are_turned_copies_of_each_other(shape, turns):
     data = plane(shape, 20_000, generator=torch.Generator().manual_seed(0))
     z = torch.view_as_complex(data.x.double().contiguous())

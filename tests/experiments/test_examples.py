@@ -13,6 +13,7 @@ from experiments.stand_in import blobs
 from pysciml_node import data as psn_data
 from pysciml_node.cli.main import main
 from pysciml_node.data import LabelledData, Splits
+from pysciml_node.errors import PsnWarning
 from pysciml_node.experiments.demo import digits_demo
 from pysciml_node.experiments.reporting.results import COSTS
 from pysciml_node.experiments.trainer.settings import COMPARED
@@ -30,9 +31,11 @@ def one_thread():
 
 
 def test_the_demo_trains_all_variants_and_writes_its_files(tmp_path, capsys, one_thread):
-    assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
+    # Six steps are too few to get to a budget.
+    with pytest.warns(PsnWarning, match="has not been reached"):
+        assert main(["demo", "--quick", "--output-dir", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "results.json").read_text())
-    for variant in COMPARED:
+    for variant in digits_demo.DEMONSTRATED:
         assert set(content[variant]) == FIGURES
         assert content[variant]["nfe"]["mean"] > 0
     assert (tmp_path / "training.png").stat().st_size > 0

@@ -12,10 +12,15 @@ from pysciml_node import checks
 from pysciml_node._optional import require
 from pysciml_node.data import LabelledData, Splits, digits
 from pysciml_node.experiments.reporting.figures import plot_trade_off, plot_training
-from pysciml_node.experiments.reporting.results import format_table, save_results, summarize
+from pysciml_node.experiments.reporting.results import (
+    RunResult,
+    format_table,
+    save_results,
+    summarize,
+)
 from pysciml_node.experiments.reporting.trade_off import trade_off
 from pysciml_node.experiments.trainer.runner import measure, train_run
-from pysciml_node.experiments.trainer.settings import COMPARED, Run, Settings
+from pysciml_node.experiments.trainer.settings import COMPARED, Run, Settings, Variant
 
 # Three choices differ from the paper's code, and each one matters:
 # - The penalty takes the solver's own step at the sampled time. Hairer's first step, which the
@@ -39,6 +44,8 @@ QUICK_SETTINGS = replace(SETTINGS, steps=6, tolerance=1e-3, evaluate_every=3)
 # Chosen on the validation data with --trade-off, three seeds: 10 -> 3 takes 0.70 to 0.72 of the
 # evaluations at equal accuracy, 15 -> 4.5 takes 0.54 to 0.56 and loses half a point.
 WEIGHT = (12.0, 3.6)
+# The last needs no weight: it is adjusted while training.
+DEMONSTRATED: tuple[Variant, ...] = (*COMPARED, "budget-0.6")
 TRADE_OFF_WEIGHTS = tuple((first, 0.3 * first) for first in (3.0, 10.0, 12.0, 15.0, 20.0, 50.0))
 
 
@@ -112,13 +119,17 @@ def run_demo(
         seeds: of the runs.
         output_dir: folder for `results.json` and `training.png`.
     """
-    runs = []
-    total = len(COMPARED) * len(seeds)
-    for number, (seed, variant) in enumerate(itertools.product(seeds, COMPARED), start=1):
+    runs: list[RunResult] = []
+    total = len(DEMONSTRATED) * len(seeds)
+    for number, (seed, variant) in enumerate(itertools.product(seeds, DEMONSTRATED), start=1):
         spec = Run(variant=variant, seed=seed, weight=WEIGHT)
+        if variant == "budget-0.6":
+            # Of what the seed's vanilla run, the first, ended with where it was watched.
+            vanilla = runs[-DEMONSTRATED.index(variant)]
+            spec = replace(spec, budget=0.6 * vanilla.history["evaluation_nfe"][-1])
         trainer = train_run(data, settings, spec, label=f"[{number}/{total}] {spec.name}")
         runs.append(measure(trainer, data))
-    runs.sort(key=lambda result: COMPARED.index(result.variant))
+    runs.sort(key=lambda result: DEMONSTRATED.index(result.variant))
     print(format_table(summarize(runs)))
     results, picture = output_dir / "results.json", output_dir / "training.png"
     save_results(results, runs)

@@ -22,6 +22,7 @@ _COLORS: dict[Variant, str] = {
     "kinetic": "#8c564b",
     "jacobian": "#7f7fff",
     "rnode": "#b00020",
+    "budget-0.6": "#117733",
 }
 
 

@@ -23,7 +23,7 @@ UNITS = {
     "mean, std": "over the seeds; std with n - 1 in the denominator, 0 for a single seed",
 }
 # What may differ between runs of one file: these describe a run, not the experiment.
-_OF_A_RUN = ("variant", "seed", "weight")
+_OF_A_RUN = ("variant", "seed", "weight", "budget")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pysciml_node.data import Splits
@@ -45,7 +46,8 @@ def trade_off(
     total = len(planned) * len(seeds)
     measured: dict[tuple[Variant, tuple[float, float] | None], list[Evaluation]] = {}
     for number, (seed, (variant, weight)) in enumerate(itertools.product(seeds, planned), start=1):
-        run = Run(variant=variant, seed=seed, **({} if weight is None else {"weight": weight}))
+        run = Run(variant=variant, seed=seed)
+        run = run if weight is None else replace(run, weight=weight)
         shown = "" if weight is None else f" {weight[0]:g}→{weight[1]:g}"
         trainer = train_run(data, settings, run, label=f"[{number}/{total}] {run.name}{shown}")
         evaluation = evaluate(trainer.model, data.validation, settings.batch_size)

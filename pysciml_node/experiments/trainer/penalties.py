@@ -2,6 +2,7 @@
 
 import torch
 
+from pysciml_node.budgets import Budget
 from pysciml_node.experiments.trainer.settings import Run, Settings, Variant
 from pysciml_node.regularizers import (
     GlobalError,
@@ -15,15 +16,19 @@ from pysciml_node.regularizers import (
     TaylorDerivative,
 )
 from pysciml_node.regularizers.local import Sampling
-from pysciml_node.schedules import Exponential
+from pysciml_node.schedules import Exponential, Schedule
 
-_SAMPLING: dict[Variant, Sampling] = {"local-unbiased": "unbiased", "local-biased": "biased"}
+_SAMPLING: dict[Variant, Sampling] = {
+    "local-unbiased": "unbiased",
+    "local-biased": "biased",
+    "budget-0.6": "unbiased",
+}
 
 
 def make_regularizers(
     settings: Settings, run: Run, generator: torch.Generator
 ) -> list[Regularizer]:
-    """The variant's regularizers, their weights on the schedule of the run.
+    """The variant's regularizers, their weights on the schedule of the run, or held to its budget.
 
     Args:
         settings: length of the schedule, and the choices of the local penalties.
@@ -33,7 +38,9 @@ def make_regularizers(
     Returns:
         None for vanilla, two for RNODE, one for the others.
     """
-    weight = Exponential(*run.weight, settings.steps)
+    weight: Schedule = Exponential(*run.weight, settings.steps)
+    if run.budget is not None:
+        weight = Budget(nfe=run.budget, horizon=settings.steps)
     if run.variant in _SAMPLING:
         return [
             LocalError(

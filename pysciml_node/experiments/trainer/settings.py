@@ -18,6 +18,7 @@ Variant = Literal[
     "kinetic",
     "jacobian",
     "rnode",
+    "budget-0.6",
 ]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # What the paper on local regularization is about; the others are its baselines.
@@ -153,14 +154,18 @@ class Run:
             seed start from the same parameters and see the same batches whatever their variant.
         weight: first and last weight of the penalty; ignored by the vanilla variant. STEER has no
             weight: the first number is the half width of its interval.
+        budget: evaluations of the field that a solve may take; the weight is then adjusted to them
+            while training. The variant `"budget-0.6"` is the unbiased local error, held to 0.6 of
+            what the vanilla run of its seed ended with.
 
     Raises:
-        ValueError: an unknown variant or a weight that is not positive.
+        ValueError: an unknown variant, or a weight or budget that is not positive.
     """
 
     variant: Variant
     seed: int = 0
     weight: tuple[float, float] = (2.5, 1.0)
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         checks.choice("variant", self.variant, VARIANTS)
@@ -169,6 +174,8 @@ class Run:
                 f"weight must be positive, but is {self.weight}.\n"
                 '  The run without a penalty is variant="vanilla".'
             )
+        if self.budget is not None:
+            checks.number("budget", self.budget, above=0)
 
     @property
     def name(self) -> str:
@@ -190,5 +197,11 @@ def describe(settings: Settings, run: Run) -> dict[str, Any]:
         >>> describe(Settings(steps=3), Run(variant="vanilla"))["steps"]
         3
     """
-    weight = None if run.variant == "vanilla" else list(run.weight)
-    return {**asdict(settings), "variant": run.variant, "seed": run.seed, "weight": weight}
+    unweighted = run.variant == "vanilla" or run.budget is not None
+    own = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "weight": None if unweighted else list(run.weight),
+        "budget": run.budget,
+    }
+    return {**asdict(settings), **own}

@@ -1,0 +1,368 @@
+"""Training to a budget: evaluations asked for and reached, and what a weight found by hand gives.
+
+For each task and seed: a run without a penalty, runs with `psn.Budget` at shares of its
+evaluations, and runs with constant weights, between which the test metric at the same evaluations
+is interpolated:
+
+    python examples/train_to_budget.py --task digits spiral moons mnist --seeds 0 1 2
+
+The same budget for one regularizer after the other:
+
+    python examples/train_to_budget.py --task digits --regularizers --seeds 0 1 2
+
+Results of every run are added to OUTPUT_DIR/TASK.json as it ends, and runs that are there are not
+repeated. OUTPUT_DIR/TASK.png has evaluations and weights over training, and the trade-off.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import neural_sde_spiral as spiral
+import torch
+
+import pysciml_node as psn
+from pysciml_node import data as datasets
+from pysciml_node.experiments.demo import digits_demo
+from pysciml_node.experiments.published.flows import plane_experiment
+from pysciml_node.experiments.published.mnist import MNIST_ODE
+from pysciml_node.experiments.reporting.figures import new_figure, save_figure
+from pysciml_node.experiments.reporting.results import lay_out, mean_and_std
+from pysciml_node.experiments.trainer.evaluation import evaluate
+from pysciml_node.experiments.trainer.model import make_classifier
+from pysciml_node.experiments.trainer.runner import Build, make_trainer
+from pysciml_node.experiments.trainer.settings import Run, Settings, Variant
+
+SHARES = (0.4, 0.6, 0.8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: what holds its cost down, if anything does.
+
+    Args:
+        seed: of parameters, batches and random times.
+        variant: the regularizer.
+        weight: a constant one.
+        share: a budget, as a share of the evaluations of the seed's run without a penalty.
+    """
+
+    seed: int
+    variant: str = "vanilla"
+    weight: float | None = None
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What the run is called in files."""
+        held = "" if self.weight is None else f" weight {self.weight:g}"
+        held += "" if self.share is None else f" budget {self.share:g}"
+        return f"{self.variant}{held} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Args:
+        nfe: evaluations of a prediction, mean over the test batches.
+        score: the test metric.
+        seconds: CPU seconds of training.
+        target: evaluations asked for.
+        weights: of the penalty, about twenty over the training.
+        costs: evaluations of the training solves at these times.
+    """
+
+    nfe: float
+    score: float
+    seconds: float
+    target: float | None = None
+    weights: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+
+Train = Callable[[Plan, float | None], Outcome]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to learn.
+
+    Args:
+        metric: what scores are.
+        scale: factor between score and table; negative where less is better.
+        weights: constant ones, whose evaluations span those of the budgets.
+        train: trains and measures a plan with a target.
+    """
+
+    metric: str
+    scale: float
+    weights: Sequence[float]
+    train: Train
+
+
+def trained(build: Build, load: Callable[[], Any], settings: Settings, native: bool) -> Train:
+    """A task of the trainer."""
+
+    def train(plan: Plan, target: float | None) -> Outcome:
+        data = load()
+        weight = plan.weight or 1.0
+        variant: Any = plan.variant
+        run = Run(variant=variant, seed=plan.seed, weight=(weight, weight), budget=target)
+        trainer = make_trainer(data, settings, run, build=build)
+        if native:
+            trainer.model.node.options["compile"] = True
+        trainer.train()
+        found = evaluate(trainer.model, data.test, settings.evaluated_at_once)
+        history = history_of(trainer.model)
+        return Outcome(found.nfe, found.score, trainer.train_cpu_seconds, target, *history)
+
+    return train
+
+
+def history_of(model: torch.nn.Module) -> tuple[list[float], list[float]]:
+    """Twenty weights and costs of the budget inside a model, if there is one."""
+    for module in model.modules():
+        if isinstance(module, psn.Regularizer) and isinstance(module.weight, psn.Budget):
+            history = module.weight.history
+            every = max(len(history) // 20, 1)
+            return history.weight[::every], history.cost[::every]
+    return [], []
+
+
+def train_spiral(plan: Plan, target: float | None) -> Outcome:
+    """The stochastic spiral of `neural_sde_spiral.py`."""
+    words = ["--regularize", "none" if plan.variant == "vanilla" else plan.variant]
+    words += ["--seed", str(plan.seed), "--steps", str(SPIRAL_STEPS), "--engine", "torch"]
+    words += [] if plan.weight is None else ["--weight", str(plan.weight)]
+    arguments = spiral.parse_arguments(words)
+    moments = spiral.true_moments("torch", seed=0)
+    model = spiral.make_model(arguments)
+    if target is not None:
+        model.regularizers[0].weight = psn.Budget(nfe=target, horizon=SPIRAL_STEPS)
+    seconds, _, _ = spiral.train(model, moments, arguments)
+    figures, _ = spiral.evaluate(model, moments, paths=1000)
+    history = history_of(model)
+    return Outcome(figures["test_nfe"], figures["test_mse"], seconds, target, *history)
+
+
+def few_mnist() -> Any:
+    """MNIST, its first 1,000 test images alone."""
+    parts = datasets.mnist(MNIST_ODE.data_dir, download=False)
+    return replace(parts, test=parts.test[:1000])
+
+
+def few_moons() -> Any:
+    """2,000 points of two moons, and 500 to test on."""
+    return PLANE.load_quick(PLANE.data_dir, False, MOONS)
+
+
+SPIRAL_STEPS = 120
+DIGITS = replace(digits_demo.SETTINGS, steps=150, taylor_order=2, evaluate_every=1000)
+PLANE = plane_experiment("two-moons")
+MOONS = replace(PLANE.at("reduced")[0], steps=150, evaluate_every=1000)
+FEW_MNIST = replace(
+    MNIST_ODE.at("reduced")[0],
+    steps=100,
+    batch_size=64,
+    tolerance=1e-6,
+    evaluate_every=1000,
+    validation_samples=0,
+)
+TASKS: Mapping[str, Task] = {
+    "digits": Task(
+        "accuracy (%)",
+        100.0,
+        (10.0, 80.0),
+        trained(make_classifier, datasets.digits, DIGITS, native=True),
+    ),
+    "spiral": Task("MSE", -1.0, (10.0, 100.0), train_spiral),
+    "moons": Task(
+        "NLL (nats)",
+        -1.0,
+        (1.0, 10.0),
+        trained(
+            PLANE.build, lambda: PLANE.load_quick(PLANE.data_dir, False, MOONS), MOONS, native=False
+        ),
+    ),
+    "mnist": Task(
+        "accuracy (%)",
+        100.0,
+        (20.0, 100.0),
+        trained(make_classifier, few_mnist, FEW_MNIST, native=True),
+    ),
+}
+# All that have a weight, and STEER, whose end time has none and is drawn from its widest interval.
+REGULARIZERS: Sequence[Variant] = (
+    "local-unbiased",
+    "local-biased",
+    "local-stiffness",
+    "global-error",
+    "kinetic",
+    "jacobian",
+    "rnode",
+    "taylor",
+)
+
+
+class Results:
+    """The runs of a task, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text()) if path.exists() else {}
+        self.outcomes = {name: Outcome(**outcome) for name, outcome in found.items()}
+
+    def run(self, task: Task, plan: Plan) -> Outcome:
+        """The outcome of a plan, trained where it is not known."""
+        if plan.name not in self.outcomes:
+            target = None
+            if plan.share is not None:
+                target = plan.share * self.run(task, Plan(plan.seed)).nfe
+            began = time.perf_counter()
+            # What a budget says of itself is in the table.
+            with warnings.catch_warnings(action="ignore", category=psn.PsnWarning):
+                outcome = task.train(plan, target)
+            self.outcomes[plan.name] = outcome
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
+            self.path.write_text(json.dumps(content, indent=1) + "\n")
+            print(
+                f"{self.path.stem}: {plan.name}: nfe {outcome.nfe:.1f}, score {outcome.score:.4f}, "
+                f"target {target}, {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self.outcomes[plan.name]
+
+
+def shown(values: Sequence[float], decimals: int) -> str:
+    """Mean and spread."""
+    found = mean_and_std(values)
+    return f"{found['mean']:.{decimals}f} ± {found['std']:.{decimals}f}"
+
+
+def by_hand(points: Sequence[tuple[float, float]], nfe: float) -> float | None:
+    """The score at these evaluations, between constant weights; `None` outside of them."""
+    ordered = sorted(points)
+    for (a, low), (b, high) in itertools.pairwise(ordered):
+        if a <= nfe <= b:
+            return low + (high - low) * (nfe - a) / max(b - a, 1e-9)
+    return None
+
+
+def compare_weights(name: str, task: Task, results: Results, seeds: Sequence[int]) -> None:
+    """Budgets, and weights by hand at the same evaluations."""
+    rows = [["budget", "asked for", "reached", "reached / asked", task.metric, "weight by hand"]]
+    hand: dict[int, list[tuple[float, float]]] = {}
+    for seed in seeds:
+        vanilla = results.run(task, Plan(seed))
+        hand[seed] = [(vanilla.nfe, vanilla.score)]
+        for share in SHARES:
+            results.run(task, Plan(seed, "local-unbiased", share=share))
+        for weight in task.weights:
+            found = results.run(task, Plan(seed, "local-unbiased", weight))
+            hand[seed].append((found.nfe, found.score))
+    scale = abs(task.scale)
+    decimals = 2 if scale > 1 else 4
+    plain = [results.run(task, Plan(seed)) for seed in seeds]
+    scores = shown([scale * o.score for o in plain], decimals)
+    rows.append(["none", "", shown([o.nfe for o in plain], 1), "", scores, ""])
+    for share in SHARES:
+        found = {s: results.run(task, Plan(s, "local-unbiased", share=share)) for s in seeds}
+        ratios = [o.nfe / (o.target or 1.0) for o in found.values()]
+        matched = [by_hand(hand[seed], o.nfe) for seed, o in found.items()]
+        known = [scale * score for score in matched if score is not None]
+        rows.append(
+            [
+                f"{share:g}",
+                shown([o.target or 0.0 for o in found.values()], 1),
+                shown([o.nfe for o in found.values()], 1),
+                shown(ratios, 3),
+                shown([scale * o.score for o in found.values()], decimals),
+                (shown(known, decimals) if known else "") + f" ({len(known)} of {len(seeds)})",
+            ]
+        )
+    print(f"{name}\n{lay_out(rows)}\n")
+    draw(name, task, results, seeds, hand)
+
+
+def compare_regularizers(name: str, task: Task, results: Results, seeds: Sequence[int]) -> None:
+    """One budget for each regularizer."""
+    rows = [["", "reached / asked", task.metric, "training (CPU s)"]]
+    scale = abs(task.scale)
+    decimals = 2 if scale > 1 else 4
+    for variant in ("vanilla", *REGULARIZERS):
+        share = None if variant == "vanilla" else 0.6
+        found = [results.run(task, Plan(seed, variant, share=share)) for seed in seeds]
+        rows.append(
+            [
+                variant,
+                shown([o.nfe / o.target for o in found if o.target], 3) if share else "",
+                shown([scale * o.score for o in found], decimals),
+                shown([o.seconds for o in found], 1),
+            ]
+        )
+    print(f"{name}, 0.6 of the evaluations without a penalty\n{lay_out(rows)}\n")
+
+
+def draw(
+    name: str,
+    task: Task,
+    results: Results,
+    seeds: Sequence[int],
+    hand: Mapping[int, Sequence[tuple[float, float]]],
+) -> None:
+    """Costs over training, and the trade-off."""
+    figure, (over_time, weights, trade_off) = new_figure(3)
+    colors = dict(zip(SHARES, ("#d55e00", "#0072b2", "#009e73"), strict=True))
+    for share, seed in itertools.product(SHARES, seeds):
+        found = results.run(task, Plan(seed, "local-unbiased", share=share))
+        places = [k / max(len(found.costs) - 1, 1) for k in range(len(found.costs))]
+        label = f"{share:g} of vanilla" if seed == seeds[0] else None
+        over_time.plot(places, found.costs, color=colors[share], label=label, linewidth=1)
+        over_time.axhline(found.target, color=colors[share], linestyle=":", linewidth=1)
+        weights.plot(places, [w or None for w in found.weights], color=colors[share], linewidth=1)
+        trade_off.plot(found.nfe, abs(task.scale) * found.score, "o", color=colors[share])
+    for seed in seeds:
+        points = sorted(hand[seed])
+        scores = [abs(task.scale) * score for _, score in points]
+        label = "constant weights" if seed == seeds[0] else None
+        trade_off.plot(
+            [n for n, _ in points], scores, "-x", color="#888888", linewidth=1, label=label
+        )
+    over_time.set(xlabel="share of training", ylabel="evaluations", title=name)
+    weights.set(xlabel="share of training", ylabel="weight", yscale="log")
+    trade_off.set(xlabel="evaluations (test)", ylabel=task.metric)
+    over_time.legend()
+    trade_off.legend()
+    save_figure(figure, results.path.with_suffix(".png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", nargs="+", choices=TASKS, default=list(TASKS), help="[default: all]")
+    add("--regularizers", action="store_true", help="one budget for every regularizer instead")
+    add("--seed", "--seeds", type=int, nargs="+", default=[0], help="[default: 0]")
+    add("--output-dir", type=Path, default=Path("runs/budget"), help="[default: %(default)s]")
+    add("--threads", type=int, default=1, help="of torch [default: 1]")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    compare = compare_regularizers if arguments.regularizers else compare_weights
+    for name in arguments.task:
+        results = Results(arguments.output_dir / f"{name}.json")
+        compare(name, TASKS[name], results, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
