@@ -39,8 +39,8 @@ class View:
     def expand(self, shape: Shape) -> View:
         """Broadcast to `shape`."""
         lead = len(shape) - len(self.shape)
-        own = zip(self.shape, self.stride, shape[lead:], strict=True)
-        stride = tuple(0 if n == 1 and m != 1 else s for n, s, m in own)
+        dimensions = zip(self.shape, self.stride, shape[lead:], strict=True)
+        stride = tuple(0 if n == 1 and m != 1 else s for n, s, m in dimensions)
         return replace(self, shape=shape, stride=(0,) * lead + stride)
 
     def core(self) -> View:
@@ -62,14 +62,14 @@ class View:
 
 @dataclass(frozen=True)
 class Joined:
-    """Views side by side along `dim`, not put together as long as no operation asks for it."""
+    """Views side by side along `dim`, joined only when an operation asks for it."""
 
     pieces: tuple[View, ...]
     dim: int
 
     @property
     def shape(self) -> Shape:
-        """Of the concatenation."""
+        """The shape of the concatenation."""
         width = sum(piece.shape[self.dim] for piece in self.pieces)
         shape = self.pieces[0].shape
         return (*shape[: self.dim], width, *shape[self.dim + 1 :])
@@ -114,7 +114,7 @@ class Builder:
         self._parameters: list[Parameter] = []
         self._constants: dict[int, float] = {}
         self._operations: list[Operation] = []
-        self._made: dict[tuple[Any, ...], View] = {}
+        self._views: dict[tuple[Any, ...], View] = {}
 
     def _new(self, size: int) -> int:
         self._sizes.append(size)
@@ -144,11 +144,11 @@ class Builder:
     def constant(self, value: float, shape: Shape = ()) -> View:
         """One number, as a tensor of any shape."""
         key = ("constant", value)
-        if key not in self._made:
+        if key not in self._views:
             id = self._new(1)
             self._constants[id] = value
-            self._made[key] = View(id, (), ())
-        return self._made[key].expand(shape)
+            self._views[key] = View(id, (), ())
+        return self._views[key].expand(shape)
 
     def literal(self, tensor: Tensor) -> View:
         """A tensor known when the module is translated."""
@@ -174,7 +174,7 @@ class Builder:
         return View(id, shape, row_strides(shape))
 
     def whole(self, x: Traced) -> View:
-        """The same entries as a value of their own, by rows."""
+        """The same entries as a separate value, by rows."""
         if isinstance(x, Joined):
             return self._concatenate(x)
         size = math.prod(x.shape)
@@ -183,19 +183,19 @@ class Builder:
         if dense and size == self._sizes[x.id]:
             return x.reshape(x.shape)
         key = ("range" if dense else "view", x)
-        if key not in self._made:
+        if key not in self._views:
             source = [(x.id, (self._sizes[x.id],))]
             if dense:
-                made = self.emit("range", source, x.shape, offset=x.offset)
+                view = self.emit("range", source, x.shape, offset=x.offset)
             else:
-                made = self.emit(
+                view = self.emit(
                     "view", source, x.shape, size=x.shape, stride=x.stride, offset=x.offset
                 )
-            self._made[key] = made
-        return self._made[key]
+            self._views[key] = view
+        return self._views[key]
 
     def _concatenate(self, x: Joined) -> View:
-        if ("cat", x) not in self._made:
+        if ("cat", x) not in self._views:
             inputs: list[tuple[int, Shape]] = []
             for piece in x.pieces:
                 if piece.is_single:
@@ -203,15 +203,15 @@ class Builder:
                 else:
                     inputs.append((self.whole(piece).id, piece.shape))
             widths = [piece.shape[x.dim] for piece in x.pieces]
-            self._made["cat", x] = self.emit("cat", inputs, x.shape, dim=x.dim, widths=widths)
-        return self._made["cat", x]
+            self._views["cat", x] = self.emit("cat", inputs, x.shape, dim=x.dim, widths=widths)
+        return self._views["cat", x]
 
     def unary(self, op: str, x: Traced, **attributes: Any) -> View:
-        """A function entry by entry; what is repeated is computed once."""
+        """A function entry by entry; repeated entries are computed once."""
         view = x if isinstance(x, View) else self.whole(x)
         core = view.core()
-        made = self.emit(op, [(self.whole(core).id, core.shape)], core.shape, **attributes)
-        return made.expand(view.shape)
+        value = self.emit(op, [(self.whole(core).id, core.shape)], core.shape, **attributes)
+        return value.expand(view.shape)
 
     def affine(self, x: Traced, factor: float = 1.0, shift: float = 0.0) -> Traced:
         """`factor * x + shift`."""

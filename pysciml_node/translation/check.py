@@ -16,7 +16,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative; far above rounding, far below any other difference."""
 
 _ROUNDINGS = 100.0
-"""How much rounding may differ from what one disturbed evaluation shows of it."""
+"""Rounding may exceed the effect of one disturbed evaluation by this factor."""
 
 
 def check_program(
@@ -28,16 +28,16 @@ def check_program(
 ) -> None:
     """Compare value and derivatives at a random state.
 
-    What they find is a `forward` whose derivative in torch is not that of its operations:
-    functions with a `backward` of their own, derivatives taken inside without `create_graph`.
-    What rounding alone can do, where terms cancel, is seen from a second evaluation in which each
-    operation is disturbed by as much.
+    They differ for a `forward` whose derivative in torch is not that of its operations: functions
+    with a `backward` of their own, or derivatives taken inside without `create_graph`. Where terms
+    cancel, rounding alone makes a difference. A second evaluation, in which each operation is
+    disturbed by a rounding error, shows how large that is.
 
     Args:
         field: the vector field, as a function of time and state.
-        name: what it is called in messages.
+        name: of the field in messages.
         spec: structure of the state.
-        program: what it was translated to.
+        program: the field's translation.
         p: the tensors that make up the program's parameter vector.
 
     Raises:
@@ -56,27 +56,27 @@ def check_program(
             signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
             return x * (1 + torch.finfo(spec.dtype).eps * signs)
 
-        found, disturbed = (
+        value, disturbed = (
             torch.cat([part.reshape(-1) for part in program.evaluate(t, state, flat, after)])
             for after in (None, rounded)
         )
         try:
-            pulled = [_pull(x, inputs, v) for x in (found, disturbed, expected)]
+            pulled = [_pull(x, inputs, v) for x in (value, disturbed, expected)]
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModule(
                 f"{name} cannot be differentiated by torch: {reason}"
             ) from error
-    own, again, others = (
-        [x, *y] for x, y in zip((found, disturbed, expected), pulled, strict=True)
+    computed, disturbed_parts, wanted = (
+        [x, *y] for x, y in zip((value, disturbed, expected), pulled, strict=True)
     )
-    for one, moved, other in zip(own, again, others, strict=True):
+    for part, disturbed_part, target in zip(computed, disturbed_parts, wanted, strict=True):
         bound = _TOLERANCE.get(spec.dtype, 1e-1)
-        atol = bound * _largest(other) + _ROUNDINGS * _largest(moved - one)
-        if not torch.allclose(one, other, rtol=bound, atol=atol, equal_nan=True):
-            what = "another value" if other is expected else "another derivative"
+        atol = bound * _largest(target) + _ROUNDINGS * _largest(disturbed_part - part)
+        if not torch.allclose(part, target, rtol=bound, atol=atol, equal_nan=True):
+            difference = "another value" if target is expected else "another derivative"
             raise UnsupportedModule(
-                f"{name} has {what} in torch than its operations have; functions "
+                f"{name} has {difference} in torch than its operations have; functions "
                 "with a backward of their own and derivatives taken inside without create_graph "
                 "cannot be translated."
             )

@@ -1,4 +1,4 @@
-"""A memory that forgets: what has been used last is kept, up to a number."""
+"""A memory that forgets: it keeps the entries used last, up to a number."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recent(Generic[K, V]):
         return len(self._entries)
 
     def get(self, key: K) -> V | None:
-        """An entry, which has then been used last; `None` where there is none."""
+        """An entry, which counts as used last from now on; `None` where there is none."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)

@@ -1,4 +1,4 @@
-"""What a program was made from: everything that a callable can reach, noted so as to compare it."""
+"""Snapshots of everything that a callable can reach, noted so that two of them can be compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PLAIN = frozenset(
     )
 )
 
-# Of a module: what no evaluation looks at.
+# Attributes of a module that no evaluation looks at.
 _UNSEEN = (
     *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -47,7 +47,7 @@ _ABSENT = object()
 
 
 def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
-    """What gives an object, without keeping it alive where that can be helped."""
+    """A function that gives an object; it keeps the object alive only where it must."""
     try:
         return weakref.ref(x, gone)
     except TypeError:
@@ -56,11 +56,11 @@ def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[],
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a callable can reach.
+    """Everything that a callable can reach.
 
     Attributes:
-        tokens: structure and plain values, in the order in which they are found. Of a tensor they
-            hold dtype, shape and device, and not its numbers.
+        tokens: structure and plain values, in the order of the walk. For a tensor they hold dtype,
+            shape and device, and not its numbers.
         tensors: the distinct tensors, in that order: equal tokens mean the same places.
     """
 
@@ -71,7 +71,7 @@ class Snapshot:
     def of(f: Any) -> Snapshot:
         """Look at everything that `f` can reach: attributes, closures, globals, hooks.
 
-        Where nothing has changed since the last look, only that is found out.
+        The walk is skipped where nothing has changed since the last one.
         """
         known = _watched.get(id(f))
         if known is not None and known.owner() is f:
@@ -84,7 +84,7 @@ class Snapshot:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
         _watched[id(f)] = walk.watch
-        return Snapshot(walk.watch.tokens, walk.found)
+        return Snapshot(walk.watch.tokens, walk.tensors)
 
     def changes(self, later: Snapshot) -> frozenset[int]:
         """Places at which a later snapshot differs, if both have the same structure."""
@@ -99,12 +99,12 @@ class _Watch:
     """The places that were looked at, so that a second look is a quick one.
 
     Attributes:
-        owner: what was looked at.
-        tokens: what was found.
-        items: containers, keys and what they held.
-        sizes: containers, and how many entries they had.
-        places: of each tensor its container, its key and the token that describes it.
-        repeated: further places of a tensor, and its number.
+        owner: gives the callable.
+        tokens: structure and plain values.
+        items: containers, keys and the values at them.
+        sizes: containers, and their numbers of entries.
+        places: container and key of each tensor, and the token that describes it.
+        repeated: container and key of a tensor's further places, and its number.
         default: torch's default dtype.
     """
 
@@ -125,19 +125,19 @@ class _Watch:
             for container, size in self.sizes:
                 if len(container) != size:
                     return None
-            found: list[Tensor] = []
+            tensors: list[Tensor] = []
             for container, key, token in self.places:
                 tensor = container[key]
                 if not isinstance(tensor, Tensor) or _describe(tensor) != token:
                     return None
-                found.append(tensor)
+                tensors.append(tensor)
             for container, key, index in self.repeated:
-                if container[key] is not found[index]:
+                if container[key] is not tensors[index]:
                     return None
         except (LookupError, ValueError):
             return None
-        distinct = len(set(map(id, found))) == len(found)
-        return found if distinct and torch.get_default_dtype() is self.default else None
+        distinct = len(set(map(id, tensors))) == len(tensors)
+        return tensors if distinct and torch.get_default_dtype() is self.default else None
 
 
 _watched: Recent[int, _Watch] = Recent(64)
@@ -149,7 +149,7 @@ def _forget(key: int, owner: object) -> None:
 
 
 class _Same:
-    """Compares an object by its identity, and does not keep it alive if it can be helped."""
+    """Compares an object by its identity; keeps it alive only where it must."""
 
     __slots__ = ("_get",)
 
@@ -157,25 +157,25 @@ class _Same:
         self._get = reference(x)
 
     def __eq__(self, other: object) -> bool:
-        own = self._get()
-        return isinstance(other, _Same) and own is not None and other._get() is own
+        referent = self._get()
+        return isinstance(other, _Same) and referent is not None and other._get() is referent
 
     __hash__ = None  # type: ignore[assignment]
 
 
 def _describe(x: Tensor) -> tuple[Any, ...]:
-    # A parameter can be frozen, and set free again, without a program of its own.
+    # A parameter that is frozen, or set free again, needs no new program.
     kind = type(x)
     needs_gradient = None if kind is nn.Parameter else x.requires_grad
     return kind, x.dtype, x.shape, x.device, needs_gradient
 
 
 class _Walk:
-    """Goes through what can be reached, each object once."""
+    """Walks through everything that can be reached, each object once."""
 
     def __init__(self, owner: Callable[[], Any]) -> None:
         self.watch = _Watch(owner)
-        self.found: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
@@ -209,8 +209,8 @@ class _Walk:
             self.watch.places.append((container, key, self._tokens[-1]))
 
     def _tensor(self, x: Tensor) -> None:
-        self._indices[id(x)] = len(self.found)
-        self.found.append(x)
+        self._indices[id(x)] = len(self.tensors)
+        self.tensors.append(x)
         if x.__dict__:
             self._dict(x.__dict__)
         self._tokens.append(_describe(x))
@@ -256,7 +256,7 @@ class _Walk:
         self._tokens.append(f.__code__)
         if _is_library(f.__module__):
             return
-        # What a function holds can be exchanged, though hardly anybody does.
+        # The parts of a function can be exchanged, though hardly anybody does.
         parts = _Attributes(f)
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.watch.items.append((parts, name, getattr(f, name)))
@@ -287,7 +287,7 @@ class _Walk:
                     self._names_of(sys.modules[name], names)
 
     def _names_of(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
-        """Of a module of the user's, what the code mentions."""
+        """Note the names in a user's module that the code mentions."""
         self._tokens.append(module.__name__)
         # Modules name one another: a round ends where it began.
         round_ = (module.__name__, names)
@@ -351,7 +351,7 @@ class _Walk:
 
 
 class _Globals:
-    """The entries of a module, and what is not there."""
+    """The entries of a module, with a mark for names that it lacks."""
 
     def __init__(self, held: dict[str, Any]) -> None:
         self._held = held
@@ -361,7 +361,7 @@ class _Globals:
 
 
 class _Value:
-    """What a context variable, or a weak reference, gives."""
+    """The value of a context variable, or of a weak reference."""
 
     def __init__(self, get: Callable[[], Any]) -> None:
         self._get = get
@@ -423,7 +423,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
 
 @functools.lru_cache(maxsize=1024)
 def _handler(kind: Any) -> Callable[[_Walk, Any], None]:
-    """How objects of a class are walked."""
+    """The method that walks the objects of a class."""
     for kinds, handler in _KINDS:
         if issubclass(kind, kinds):
             return handler
