@@ -84,10 +84,10 @@ class Emitter(Layout):
         return lines
 
     def _text(self, body: list[str], once: list[str], backward: list[str], early: list[str]) -> str:
-        program = self.program
+        shared = [p for p in self.program.parameters if p.id not in self.own]
         tensors = [
             f"memcpy(P + {offset}, tensors[{i}], {math.prod(p.shape)} * sizeof(REAL));"
-            for i, (p, offset) in enumerate(zip(program.parameters, self.offsets, strict=True))
+            for i, (p, offset) in enumerate(zip(shared, self.offsets, strict=True))
         ]
         packs = [
             f"psn_pack({p.rows}, {p.columns}, {self.place[p.weight]}, {p.stride}, "
@@ -101,24 +101,10 @@ class Emitter(Layout):
             if p.trained
         ]
         out, back = self._outputs()
-        arguments = "const REAL *u, const REAL *P, {k}REAL *k, {w}REAL *w"
+        field, pull, start = self._heads()
         functions = [
-            (
-                "static void field(REAL t, const REAL *u, const REAL *P, REAL *k, REAL *w)",
-                [f"REAL time[{PAD}] = {{t}};", "(void)time;", *body, *out],
-            ),
-            (
-                "static void pull(REAL t, "
-                + arguments.format(k="const ", w="const ")
-                + ", REAL *k_bar, REAL *u_bar, REAL *time_bar, REAL *D, REAL *z)",
-                [
-                    f"REAL time[{PAD}] = {{t}};",
-                    "(void)time;",
-                    *back,
-                    *backward,
-                    *self._state_bars(),
-                ],
-            ),
+            (field, [*start, *body, *out]),
+            (pull, [*start, *back, *backward, *self._state_bars()]),
             (
                 "static void pack(const REAL *const *tensors, REAL *P)",
                 [*tensors, *once, *packs],
@@ -132,3 +118,20 @@ class Emitter(Layout):
         for head, lines in functions:
             text += ["", f"{head} {{", *(f"  {line}" for line in lines), "}"]
         return "\n".join(text) + "\n"
+
+    def _heads(self) -> tuple[str, str, list[str]]:
+        """Heads of the field and its pullback, and the lines that both begin with."""
+        if self.abreast:
+            inputs = "const REAL *restrict time, const REAL *restrict u, const REAL *restrict P, "
+            inputs += "const REAL *restrict Q, {0}REAL *restrict k, {0}REAL *restrict w"
+            bars = "".join(f", REAL *restrict {x}" for x in ("k_bar", "u_bar", "D", "R", "z"))
+            start = []
+        else:
+            inputs = "REAL t, const REAL *u, const REAL *P, {0}REAL *k, {0}REAL *w"
+            bars = "".join(f", REAL *{x}" for x in ("k_bar", "u_bar", "time_bar", "D", "z"))
+            start = [f"REAL time[{PAD}] = {{t}};", "(void)time;"]
+        return (
+            f"static void field({inputs.format('')})",
+            f"static void pull({inputs.format('const ')}{bars})",
+            start,
+        )

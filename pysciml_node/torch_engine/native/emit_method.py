@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.text import number, padded
 
@@ -16,21 +18,45 @@ def _sum(weights: Sequence[float], base: str, first: int = 0) -> str:
     return " + ".join(terms) if terms else "(REAL)0"
 
 
-def _loop(body: str) -> str:
-    return f"#pragma omp simd\n    for (int i = 0; i < N; i++) {body}"
+class _Single:
+    """Loops over the state of one solve."""
+
+    h, size_of_step, count = "h", "REAL h", "N"
+
+    @staticmethod
+    def loop(body: str) -> str:
+        """A loop over the entries `i` of the state."""
+        return f"#pragma omp simd\n    for (int i = 0; i < N; i++) {body}"
 
 
-def emit_method(method: Method, size: int) -> str:
+class _Abreast(_Single):
+    """Loops over the states of members abreast, each with a step size of its own."""
+
+    h, size_of_step, count = "h[l]", "const REAL *restrict h", "N * ABREAST"
+
+    @staticmethod
+    @override
+    def loop(body: str) -> str:
+        return (
+            "for (int entry = 0; entry < N; entry++)\n    #pragma omp simd\n    "
+            f"for (int l = 0; l < ABREAST; l++) {{ int i = entry * ABREAST + l; {body} }}"
+        )
+
+
+def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     """The tableau's part of the emitted code.
 
     Args:
         method: the method.
         size: entries of the flat state.
+        abreast: members that step at once, of an ensemble; 0 for a single solve.
     """
     tableau = method.tableau
+    style = _Abreast if abreast else _Single
+    restrict = "restrict " if abreast else ""
     rows = [*method.host_rows, tableau.b]
     lines = [
-        f"enum {{ N = {size}, ROW = {padded(size)}, STAGES = {method.stages}, "
+        f"enum {{ N = {size}, ROW = {padded(size * max(abreast, 1))}, STAGES = {method.stages}, "
         f"ALL_STAGES = {method.all_stages}, END = {method.all_stages}, "
         f"FSAL = {int(tableau.fsal)}, ORDER = {tableau.order}, "
         f"END_STAGE = {-1 if method.end_stage is None else method.end_stage}, "
@@ -41,15 +67,16 @@ def emit_method(method: Method, size: int) -> str:
         "};",
         "",
         "/* The argument of a stage, or (END) the end of the step. */",
-        "static void combine(int stage, REAL h, const REAL *u, const REAL *k, REAL *g) {",
+        f"static void combine(int stage, {style.size_of_step}, const REAL *{restrict}u, "
+        f"const REAL *{restrict}k, REAL *{restrict}g) {{",
         "  switch (stage) {",
     ]
     for stage, row in enumerate(rows):
         lines.append(f"  case {stage}:")
         if any(row):
-            lines.append("    " + _loop(f"g[i] = u[i] + h * ({_sum(row, 'k')});"))
+            lines.append("    " + style.loop(f"g[i] = u[i] + {style.h} * ({_sum(row, 'k')});"))
         else:
-            lines.append("    memcpy(g, u, N * sizeof(REAL));")
+            lines.append(f"    memcpy(g, u, {style.count} * sizeof(REAL));")
         lines.append("    break;")
     lines += ["  }", "}", ""]
     estimates = {"error_of": tableau.b_error}
@@ -58,23 +85,23 @@ def emit_method(method: Method, size: int) -> str:
         estimates["error_low_of"] = tableau.b_error_low
     for name, row in estimates.items():
         lines += [
-            f"static void {name}(const REAL *k, REAL *error) {{",
-            "    " + _loop(f"error[i] = {_sum(row, 'k')};"),
+            f"static void {name}(const REAL *{restrict}k, REAL *{restrict}error) {{",
+            "    " + style.loop(f"error[i] = {_sum(row, 'k')};"),
             "}",
             "",
         ]
-    return "\n".join([*lines, *_bars(method)])
+    return "\n".join([*lines, *_bars(method, style, restrict)])
 
 
-def _bars(method: Method) -> list[str]:
+def _bars(method: Method, style: type[_Single], restrict: str) -> list[str]:
     """The cotangent of a stage's derivative, from those of the end and of later arguments."""
-    tableau = method.tableau
+    tableau, h = method.tableau, style.h
     rows = method.host_rows
     # The last stage of such a method serves the next step, which replays it as its first.
     usual = method.stages - 1 if tableau.fsal else method.stages
     lines = [
-        "static void combine_bars(int stage, int count, REAL h, const REAL *bar, "
-        "const REAL *bars, REAL *k_bar) {",
+        f"static void combine_bars(int stage, int count, {style.size_of_step}, "
+        f"const REAL *{restrict}bar, const REAL *{restrict}bars, REAL *{restrict}k_bar) {{",
         "  switch (stage) {",
     ]
     for stage in range(method.all_stages):
@@ -89,12 +116,13 @@ def _bars(method: Method) -> list[str]:
             far_sum = _sum(far, "bars", stage + 1 + len(near))
             lines += [
                 f"    if (count > {usual}) {{",
-                "    " + _loop(f"k_bar[i] = h * (k_bar[i] + {start}{near_sum} + {far_sum});"),
+                "    "
+                + style.loop(f"k_bar[i] = {h} * (k_bar[i] + {start}{near_sum} + {far_sum});"),
                 "    break;",
                 "    }",
             ]
         lines += [
-            "    " + _loop(f"k_bar[i] = h * (k_bar[i] + {start}{near_sum});"),
+            "    " + style.loop(f"k_bar[i] = {h} * (k_bar[i] + {start}{near_sum});"),
             "    break;",
         ]
     return [*lines, "  }", "}", ""]

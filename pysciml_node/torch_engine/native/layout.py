@@ -3,7 +3,8 @@
 Values live in four places: the state (argument of the field), the derivative (its result), the
 field's own memory `w`, kept for the pullback, and the packed parameters `P`, which also hold what
 depends on nothing but parameters and so is computed once a solve. Cotangents have places of the
-same names: `u_bar`, `k_bar`, `z`, `D`.
+same names: `u_bar`, `k_bar`, `z`, `D`. Parameters that each member of an ensemble has for itself
+lie in `Q`, with cotangents in `R`.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ class Layout:
 
     Args:
         program: what is emitted.
+        own: parameters that are each member's own.
+        abreast: members that are evaluated at once, of an ensemble; 0 for a single solve.
     """
 
     program: Program
+    own: frozenset[int] = frozenset()
+    abreast: int = 0
     work: Region = field(default_factory=lambda: Region("w"))
     bars: Region = field(default_factory=lambda: Region("z"))
     packed: Region = field(default_factory=lambda: Region("P"))
+    mine: Region = field(default_factory=lambda: Region("Q"))
     cost: int = 0
 
     def __post_init__(self) -> None:
@@ -65,10 +71,12 @@ class Layout:
         self.fixed: set[int] = set()  # values that depend on parameters alone
         self.active: set[int] = set()  # values that cotangents go to
         self.started: set[int] = set()  # cotangents that have been written
+        self.summed: set[int] = set()  # cotangents that are added to through a whole sweep
         self.packings: dict[tuple[int, bool, bool], Packing] = {}
         self.extra: dict[int, str] = {}  # what an operation keeps besides its result
         self.constants: list[str] = []
         self.offsets: list[int] = []
+        self.own_offsets: list[int] = []
         self._sources()
         self.single = len(program.state) == 1
         for step in program.operations:
@@ -76,9 +84,11 @@ class Layout:
 
     def _sources(self) -> None:
         program = self.program
-        self.place[program.time], self.sizes[program.time] = "time", 1
+        self.place[program.time], self.sizes[program.time] = "time", max(self.abreast, 1)
         self.bar[program.time] = "time_bar"
-        self.active.add(program.time)
+        self.summed.add(program.time)
+        if not self.abreast:  # the members' times have no gradients
+            self.active.add(program.time)
         offset = 0
         for id, shape in program.state:
             self.sizes[id] = math.prod(shape)
@@ -89,10 +99,16 @@ class Layout:
             self.active.add(id)
         for parameter in program.parameters:
             self.sizes[parameter.id] = math.prod(parameter.shape)
-            self.offsets.append(self.packed.size)
-            self.place[parameter.id] = self.packed.take(self.sizes[parameter.id])
-            self.bar[parameter.id] = self.place[parameter.id].replace("P", "D")
-            self.fixed.add(parameter.id)
+            self.summed.add(parameter.id)
+            if parameter.id in self.own:
+                self.own_offsets.append(self.mine.size)
+                self.place[parameter.id] = self.mine.take(self.sizes[parameter.id])
+                self.bar[parameter.id] = self.place[parameter.id].replace("Q", "R")
+            else:
+                self.offsets.append(self.packed.size)
+                self.place[parameter.id] = self.packed.take(self.sizes[parameter.id])
+                self.bar[parameter.id] = self.place[parameter.id].replace("P", "D")
+                self.fixed.add(parameter.id)
             if parameter.trained:
                 self.active.add(parameter.id)
         for id, value in program.constants:
@@ -100,11 +116,13 @@ class Layout:
             self.place[id] = f"c{id}"
             self.constants.append(f"static const REAL c{id}[{PAD}] = {{{number(value)}}};")
             self.fixed.add(id)
+            self.summed.add(id)
 
     def _result(self, step: Operation) -> None:
         size = self.sizes[step.out] = math.prod(step.shape)
         if all(id in self.fixed for id in step.inputs) and step.out not in self.program.outputs:
             self.fixed.add(step.out)
+            self.summed.add(step.out)
             self.place[step.out] = self.packed.take(size)
             self.bar[step.out] = self.place[step.out].replace("P", "D")
         elif step.out in self.program.outputs and self.single:
@@ -121,14 +139,14 @@ class Layout:
 
     def begin(self, id: int) -> list[str]:
         """Make a cotangent ready to be added to."""
-        if id in self.fixed or id in self.started or id == self.program.time:
+        if id in self.summed or id in self.started:
             return []
         self.started.add(id)
         return [f"memset({self.bar[id]}, 0, {self.sizes[id]} * sizeof(REAL));"]
 
     def add_to(self, id: int, size: int, value: Callable[[str], str], exact: bool) -> list[str]:
         """Add to a cotangent entry by entry, or write it for the first time."""
-        known = id in self.fixed or id in self.started or id == self.program.time
+        known = id in self.summed or id in self.started
         self.started.add(id)
         sign = "+=" if known else "="
         # In the packed parameters and at the ends of parts the padding is somebody else's.

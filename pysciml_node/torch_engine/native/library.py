@@ -67,73 +67,48 @@ class SweepRequest(ctypes.Structure):
     )
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """A file of src/."""
     return (files(__package__) / "src" / name).read_text(encoding="utf-8")
 
 
-def header(dtype: torch.dtype) -> str:
+def header(dtype: torch.dtype, abreast: int = 0) -> str:
     """What all native code of a dtype begins with: its functions and products."""
     lines = [
         *(f"#include <{name}.h>" for name in ("math", "stdint", "string", "time")),
+        *([f"#define ABREAST {abreast}"] if abreast else []),
         *(["#define PSN_DOUBLE"] if dtype is torch.float64 else []),
         f"typedef {REALS[dtype]} REAL;",
-        _source("functions.h"),
-        _source("products.h"),
+        source("functions.h"),
+        source("products.h"),
     ]
     return "\n".join(lines)
 
 
-class Library:
-    """Native code of a program and a method.
+class Code:
+    """Emitted code that is compiled when it is first called, with memory that is used again.
 
     Args:
-        program: the field.
-        method: the Runge-Kutta method; its dtype is that of the state.
         dtype: of the state.
-
-    Attributes:
-        size: entries of the state.
-        cost: multiplications of an evaluation.
+        text: the code.
+        packed_size: entries of the packed parameters.
+        calls: the names that it gives, with their result and their arguments.
     """
 
-    def __init__(self, program: Program, method: Method, dtype: torch.dtype) -> None:
-        emitter = Emitter(program)
-        emitted = emitter.emit()
-        self.dtype, self.cost = dtype, emitted.cost
-        self.size = sum(_length(shape) for _, shape in program.state)
-        self.packed_size = max(emitted.packed, 1)
-        row, work, bars = padded(self.size), padded(emitter.work.size), padded(emitter.bars.size)
-        stages = method.all_stages
+    def __init__(
+        self, dtype: torch.dtype, text: str, packed_size: int, calls: dict[str, tuple[Any, ...]]
+    ) -> None:
+        self.dtype, self.text, self.packed_size = dtype, text, packed_size
+        self._calls = calls
         self._pools: dict[int, list[Tensor]] = {}
-        self._stages, self._row = stages, row
-        self.march_memory = (stages + 4) * row + work
-        self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
-        self.scratch = bars
-        self._places = [
-            (offset, _length(parameter.shape))
-            for parameter, offset in zip(program.parameters, emitted.offsets, strict=True)
-        ]
-        # The clock is looked at after as many steps as take about a tenth of a millisecond.
-        turns = max(1, min(1000, 200_000 // ((emitted.cost + 10 * self.size + 50) * stages)))
-        parts = (
-            header(dtype),
-            f"enum {{ TURNS = {turns} }};",
-            emit_method(method, self.size),
-            emitted.source,
-            _source("solve.h"),
-        )
-        self.text = "\n".join(parts)
 
     @cached_property
-    def _loaded(self) -> ctypes.CDLL:
+    def loaded(self) -> ctypes.CDLL:
+        """The compiled code."""
         library = build(self.text)
-        for name, result in (("march", _INTEGER), ("sweep", _INTEGER)):
-            getattr(library, name).restype = result
-        library.march.argtypes = (ctypes.POINTER(SolveRequest),)
-        library.sweep.argtypes = (ctypes.POINTER(SweepRequest),)
-        library.prepare.argtypes = (_POINTER, _POINTER)
-        library.finish.argtypes = (_POINTER, _POINTER, _POINTER)
-        library.prepare.restype = library.finish.restype = None
+        for name, (result, *arguments) in self._calls.items():
+            call = getattr(library, name)
+            call.restype, call.argtypes = result, arguments
         return library
 
     @contextmanager
@@ -149,14 +124,87 @@ class Library:
         if len(pool) < _MOST_KEPT:
             pool.append(found)
 
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What the field reads of its parameters."""
+        packed = torch.zeros(self.packed_size, dtype=self.dtype, device="cpu")
+        lying = [self.lying(x) for x in tensors]
+        self.loaded.prepare(addresses(lying), packed.data_ptr())
+        return packed
+
+    def lying(self, x: Tensor) -> Tensor:
+        """A tensor as C reads it."""
+        if x.dtype is self.dtype and x.is_contiguous():
+            return x
+        return x.detach().to(self.dtype).contiguous()
+
+
+def addresses(tensors: Sequence[Tensor]) -> Any:
+    """Where tensors lie, as an array of C."""
+    return (_POINTER * len(tensors))(*[x.data_ptr() for x in tensors])
+
+
+def turns(cost: int, stages: int) -> int:
+    """Steps after which the clock is looked at: about a tenth of a millisecond of them.
+
+    Args:
+        cost: of an evaluation, in multiplications.
+        stages: evaluations of a step.
+    """
+    return max(1, min(1000, 200_000 // (cost * stages)))
+
+
+class Library(Code):
+    """Native code of a program and a method.
+
+    Args:
+        program: the field.
+        method: the Runge-Kutta method; its dtype is that of the state.
+        dtype: of the state.
+
+    Attributes:
+        size: entries of the state.
+        cost: multiplications of an evaluation.
+    """
+
+    def __init__(self, program: Program, method: Method, dtype: torch.dtype) -> None:
+        emitter = Emitter(program)
+        emitted = emitter.emit()
+        self.cost = emitted.cost
+        self.size = sum(_length(shape) for _, shape in program.state)
+        row, work, bars = padded(self.size), padded(emitter.work.size), padded(emitter.bars.size)
+        stages = method.all_stages
+        self._stages, self._row = stages, row
+        self.march_memory = (stages + 4) * row + work
+        self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
+        self.scratch = bars
+        self._places = [
+            (offset, _length(parameter.shape))
+            for parameter, offset in zip(program.parameters, emitted.offsets, strict=True)
+        ]
+        parts = (
+            header(dtype),
+            f"enum {{ TURNS = {turns(emitted.cost + 10 * self.size + 50, stages)} }};",
+            emit_method(method, self.size),
+            emitted.source,
+            source("steps.h"),
+            source("solve.h"),
+        )
+        calls = {
+            "march": (_INTEGER, ctypes.POINTER(SolveRequest)),
+            "sweep": (_INTEGER, ctypes.POINTER(SweepRequest)),
+            "prepare": (None, _POINTER, _POINTER),
+            "finish": (None, _POINTER, _POINTER, _POINTER),
+        }
+        super().__init__(dtype, "\n".join(parts), max(emitted.packed, 1), calls)
+
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""
-        status: int = self._loaded.march(ctypes.byref(request))
+        status: int = self.loaded.march(ctypes.byref(request))
         return status
 
     def sweep(self, request: SweepRequest) -> int:
         """Go back for a while."""
-        status: int = self._loaded.sweep(ctypes.byref(request))
+        status: int = self.loaded.sweep(ctypes.byref(request))
         return status
 
     def last_states(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,23 +212,10 @@ class Library:
         start, row = self._stages * self._row, self._row
         return memory[start : start + self.size], memory[start + 2 * row :][: self.size]
 
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What the field reads of its parameters."""
-        packed = torch.zeros(self.packed_size, dtype=self.dtype, device="cpu")
-        lying = [
-            x
-            if x.dtype is self.dtype and x.is_contiguous()
-            else x.detach().to(self.dtype).contiguous()
-            for x in tensors
-        ]
-        addresses = (_POINTER * len(lying))(*[x.data_ptr() for x in lying])
-        self._loaded.prepare(addresses, packed.data_ptr())
-        return packed
-
     def unpack(self, packed: Tensor, packed_bar: Tensor) -> list[Tensor]:
         """The cotangent of each parameter, flat, from that of the packed ones."""
         with self.memory(self.scratch) as scratch:
-            self._loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
+            self.loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
         return [packed_bar[start : start + length] for start, length in self._places]
 
 

@@ -185,7 +185,7 @@ def _weight_pull(e: Layout, m: _Linear, step: Operation, x: str, g: str) -> list
 def _input_pull(e: Layout, m: _Linear, step: Operation, g: str) -> list[str]:
     first = m.pieces[0][0] if m.plain else None
     # Written in place where nothing has been added to it yet.
-    direct = first is not None and first not in e.fixed and first not in e.started
+    direct = first is not None and first not in e.summed and first not in e.started
     into = e.bar[first] if direct and first is not None else e.bars.take(m.rows * m.inner)
     if _packs(e, m, step):
         w = _packing(e, m, not m.backward_by_columns)

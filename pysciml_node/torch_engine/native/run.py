@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,12 @@ class Flight:
         return record
 
 
-def _control(request: SolveRequest, controller: Controller, error_order: float) -> None:
+def set_control(request: Any, controller: Controller, error_order: float) -> tuple[float, float]:
+    """Put a controller into a request of one solve, or of members.
+
+    Returns:
+        The errors that it takes for those before the first step.
+    """
     if isinstance(controller, PIController | IController):
         request.control = 1
         request.beta[0], request.beta[1] = controller.exponents(error_order)
@@ -110,17 +116,17 @@ def _control(request: SolveRequest, controller: Controller, error_order: float) 
             controller.qmin,
             controller.qmax,
         )
-        request.history[0] = 1e-4
-    elif isinstance(controller, PIDController):
+        return 1e-4, 1.0
+    if isinstance(controller, PIDController):
         k = error_order + 1
         request.control = 2
         for i, beta in enumerate((controller.beta1, controller.beta2, controller.beta3)):
             request.beta[i] = beta / k
         request.gamma = controller.safety
-        request.history[0] = request.history[1] = 1.0
-    else:
-        assert isinstance(controller, FixedStep)
-        request.control = 0
+        return 1.0, 1.0
+    assert isinstance(controller, FixedStep)
+    request.control = 0
+    return 1.0, 1.0
 
 
 def _tolerance(request: SolveRequest, options: SolveOptions, like: Tensor) -> tuple[Tensor, ...]:
@@ -191,7 +197,7 @@ def fly(
         places=places.data_ptr(),
         seconds=TURN,
     )
-    _control(request, options.controller, error_order)
+    request.history[:] = set_control(request, options.controller, error_order)
     kept = _tolerance(request, options, u0)
     status, last = FULL, None
     with library.memory(library.march_memory) as memory:

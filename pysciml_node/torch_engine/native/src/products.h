@@ -150,6 +150,50 @@ static void psn_matmul(int m, int inner, int n, const REAL *a, int a_row, int a_
     }
 }
 
+#ifdef ABREAST
+/* Some columns of the next. */
+PSN_INLINE void psn_product_tile(int columns, int add, int inner, const REAL *a, int a_column,
+                                 int a_lane, const REAL *b, int b_row, int b_column, int b_lane,
+                                 REAL *y, int y_column, int y_lane) {
+  REAL sum[4][ABREAST] = {{0}};
+  for (int i = 0; i < inner; i++)
+    for (int c = 0; c < columns; c++)
+#pragma omp simd
+      for (int l = 0; l < ABREAST; l++)
+        sum[c][l] += a[i * a_column + l * a_lane] * b[i * b_row + c * b_column + l * b_lane];
+  for (int c = 0; c < columns; c++) {
+    REAL *out = y + c * y_column;
+    if (y_lane) {
+#pragma omp simd
+      for (int l = 0; l < ABREAST; l++) out[l] = add ? out[l] + sum[c][l] : sum[c][l];
+    } else {
+      REAL total = 0;
+#pragma omp simd reduction(+ : total)
+      for (int l = 0; l < ABREAST; l++) total += sum[c][l];
+      *out = add ? *out + total : total;
+    }
+  }
+}
+
+/* y (m, n) = a b, or y += a b, for members abreast. A lane of 0 is an operand that they share; in y
+   their sum. */
+PSN_INLINE void psn_product(int add, int m, int inner, int n, const REAL *a, int a_row, int a_column,
+                            int a_lane, const REAL *b, int b_row, int b_column, int b_lane, REAL *y,
+                            int y_row, int y_column, int y_lane) {
+  for (int r = 0; r < m; r++) {
+    const REAL *a_r = a + r * a_row;
+    REAL *y_r = y + r * y_row;
+    int c = 0;
+    for (; c + 4 <= n; c += 4)
+      psn_product_tile(4, add, inner, a_r, a_column, a_lane, b + c * b_column, b_row, b_column,
+                       b_lane, y_r + c * y_column, y_column, y_lane);
+    for (; c < n; c++)
+      psn_product_tile(1, add, inner, a_r, a_column, a_lane, b + c * b_column, b_row, b_column,
+                       b_lane, y_r + c * y_column, y_column, y_lane);
+  }
+}
+#endif
+
 /* Cross-correlation of (n, c, h, w) with (o, c / groups, kh, kw); weights and values by rows. */
 typedef struct {
   int n, c, h, w, o, oh, ow, kh, kw, sy, sx, py, px, dy, dx, groups;

@@ -6,10 +6,6 @@
    pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
    whoever changes one changes the other. */
 
-enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE };
-enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
-#define SLIVER 1e-8
-
 typedef struct {
   /* The problem. */
   double t0, t1, dt0, dtmin, dtmax;
@@ -37,35 +33,6 @@ typedef struct {
 #define LAST(s) (s->memory + (ALL_STAGES + 2) * ROW)
 #define EXTRA(s) (s->memory + (ALL_STAGES + 3) * ROW)
 #define W(s) (s->memory + (ALL_STAGES + 4) * ROW)
-
-static double psn_seconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec + 1e-9 * now.tv_nsec;
-}
-
-static double psn_larger(double a, double b) { return a > b ? a : b; }
-static double psn_smaller(double a, double b) { return a < b ? a : b; }
-
-/* The times of the stages, kept inside the interval, and inside what jumps of the field leave of the
-   step. They are formed in double precision and rounded once. */
-static void psn_times(const double *marks, int64_t count, double t0, double t1, double t, double h,
-                      REAL *times) {
-  double low = psn_smaller(t0, t1), high = psn_larger(t0, t1), near = 1e-9 * fabs(h);
-  double first = psn_smaller(t, t + h), last = psn_larger(t, t + h);
-  for (int64_t i = 0; i < count; i++) {
-    if (fabs(first - marks[i]) < near) low = F(nextafter)((REAL)marks[i], (REAL)INFINITY);
-    if (fabs(last - marks[i]) < near) high = F(nextafter)((REAL)marks[i], -(REAL)INFINITY);
-  }
-  for (int i = 0; i < ALL_STAGES; i++)
-    times[i] = (REAL)psn_smaller(psn_larger(t + NODES[i] * h, low), high);
-}
-
-/* The size h with which t + h is the end to the last bit, where there is one. */
-static double psn_size_between(double t, double end) {
-  double h = end - t, below = nextafter(h, -INFINITY), above = nextafter(h, INFINITY);
-  return t + h == end ? h : t + below == end ? below : t + above == end ? above : h;
-}
 
 static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
   REAL sum = 0;
@@ -178,15 +145,6 @@ static double psn_size_after_rejected(const Solve *s, double h, double error) {
     return isfinite(error) ? h * psn_smaller(psn_pid(s, error), 0.9) : h * 0.2;
   if (!isfinite(error)) return h * s->qmin;
   return h / psn_smaller(1 / s->qmin, psn_larger(pow(error, s->beta[0]) / s->gamma, 1.0));
-}
-
-static void psn_dense_weights(double theta, int derivative, REAL *weights) {
-  for (int i = 0; i < ALL_STAGES; i++) {
-    double sum = 0, power = derivative ? 1 : theta;
-    for (int j = 0; j < POWERS; j++, power *= theta)
-      sum += DENSE[i][j] * (derivative ? (j + 1) * power : power);
-    weights[i] = (REAL)sum;
-  }
 }
 
 static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {

@@ -1,0 +1,309 @@
+"""Runs the native loop over members and its sweep, in turns, so that Python hears of an interrupt."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.replay.norms import Tolerance
+from pysciml_node.torch_engine.native.library import addresses
+from pysciml_node.torch_engine.native.member_library import (
+    COUNTS,
+    MemberLibrary,
+    MembersRequest,
+    MembersSweepRequest,
+)
+from pysciml_node.torch_engine.native.run import RUNNING, TURN, set_control
+
+ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE = range(5)
+_OUT_OF_MEMORY = 6
+_MOST_THREADS = 256
+# Members of a chunk of the sweep, at least, and chunks, at most: fixed by the number of members alone.
+_LEAST_CHUNK, _MOST_CHUNKS = 64, 64
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Tolerances of members as C reads them; one row for all, or one for each.
+
+    Attributes:
+        shift: `atol / rtol`, where both are one number for a member; else `None`.
+        factor: what turns norms into the root-mean-square.
+        rtol: by entries, where `shift` is `None`.
+        atol: likewise.
+    """
+
+    shift: Tensor | None
+    factor: Tensor
+    rtol: Tensor | None = None
+    atol: Tensor | None = None
+
+    @staticmethod
+    def of(
+        options: SolveOptions, rtol: Tensor | None, atol: Tensor | None, like: Tensor
+    ) -> Scales:
+        """The tolerances of a solve.
+
+        Args:
+            options: what the members share.
+            rtol: their own, `(M, N)` or `(M, 1)`, or `None`.
+            atol: likewise.
+            like: the initial states `(M, N)`.
+        """
+        driven = options.driven
+        if rtol is None and atol is None:
+            common = Tolerance(options.rtol, options.atol, driven)
+            factor = torch.tensor([common.factor], dtype=torch.float64)
+            if common.shift is not None:
+                return Scales(torch.tensor([common.shift], dtype=torch.float64), factor)
+        rows = tuple(
+            torch.as_tensor(usual if own is None else own).detach().cpu().double()
+            for own, usual in ((rtol, options.rtol), (atol, options.atol))
+        )
+        if all(row.ndim == 0 or row.shape[-1] == 1 for row in rows):
+            r, a = (row.reshape(-1).expand(len(like)) for row in rows)
+            if bool((r > 1e-9).all()) and bool((a <= r * 1e9).all()):
+                return Scales(a / r, 1 / (math.sqrt(driven) * r))
+        r, a = (row.expand(len(like), like.shape[1]).contiguous() for row in rows)
+        counted = torch.isfinite(a[:, :driven]).sum(1).clamp(min=1)
+        return Scales(None, 1 / counted.double().sqrt(), r.to(like), a.to(like))
+
+
+@dataclass(frozen=True)
+class Passengers:
+    """What the members of a solve start with.
+
+    Attributes:
+        u0: flat initial states `(M, N)`, detached and contiguous.
+        t0: starts of their intervals, `(M,)`, or `(1,)` where they share it.
+        t1: ends.
+        saveat: times to be saved, `(M, T)`, `(1, T)` where they share them, or `None`.
+        scales: their tolerances.
+        own: the parameters that are their own, each `(M, ...)`.
+    """
+
+    u0: Tensor
+    t0: np.ndarray[Any, Any]
+    t1: np.ndarray[Any, Any]
+    saveat: np.ndarray[Any, Any] | None
+    scales: Scales
+    own: Sequence[Tensor]
+
+    @property
+    def times(self) -> int:
+        """How many times are saved."""
+        return 0 if self.saveat is None else self.saveat.shape[1]
+
+
+@dataclass(frozen=True)
+class Flights:
+    """What a native solve of many members leaves.
+
+    Attributes:
+        passengers: what it was given.
+        packed: the shared parameters as the field reads them.
+        marks: where the field jumps.
+        ends: states at the ends of the accepted steps, member after member, `(P, N)`.
+        steps: end, size, error, and the stop or -1 of each, `(P, 4)`.
+        offsets: where each member's steps begin, `(M + 1,)`.
+        saved: states at the saved times, NaN where they were not reached, `(M, T, N)`.
+        places: of each its step and its place in it, or the state that it is and NaN, `(M, T, 2)`.
+        counts: of each member, `(M, COUNTS)`.
+        last: the state that each got to, `(M, N)`.
+    """
+
+    passengers: Passengers
+    packed: Tensor
+    marks: np.ndarray[Any, Any]
+    ends: Tensor
+    steps: Tensor
+    offsets: np.ndarray[Any, Any]
+    saved: Tensor
+    places: Tensor
+    counts: np.ndarray[Any, Any]
+    last: Tensor
+
+
+def _address(x: np.ndarray[Any, Any] | Tensor | None) -> int | None:
+    if x is None:
+        return None
+    return x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
+
+
+def _stride(x: np.ndarray[Any, Any] | Tensor | None, step: int = 1) -> int:
+    """Entries from one member's row to the next; 0 where all share one."""
+    return 0 if x is None or len(x) == 1 else step
+
+
+def _threads(library: MemberLibrary, members: int) -> int:
+    """Workers: as many as torch has, but each with something to do."""
+    most = max(1, members // (2 * library.abreast))
+    return min(torch.get_num_threads(), most, _MOST_THREADS)
+
+
+def fly_members(
+    library: MemberLibrary,
+    passengers: Passengers,
+    options: SolveOptions,
+    error_order: float,
+    packed: Tensor,
+) -> Flights:
+    """Solve forward.
+
+    Args:
+        library: the field and the method.
+        passengers: the members.
+        options: what they share.
+        error_order: of the method, for the controller.
+        packed: the shared parameters.
+
+    Raises:
+        MemoryError: there is none left for the steps.
+    """
+    u0, scales, times = passengers.u0, passengers.scales, passengers.times
+    members, size = u0.shape
+    stops = np.array(sorted(options.landings(1)), dtype=np.float64)
+    marks = np.array(options.tstops, dtype=np.float64)
+    saved, last = u0.new_empty((members, times, size)), torch.empty_like(u0)
+    places = torch.empty((members, times, 2), dtype=torch.float64, device="cpu")
+    counts = np.zeros((members, COUNTS), dtype=np.int64)
+    own, threads = addresses(passengers.own), _threads(library, members)
+    request = MembersRequest(
+        span_stride=_stride(passengers.t0),
+        scale_stride=_stride(scales.factor),
+        tolerance_stride=_stride(scales.rtol, size),
+        save_stride=_stride(passengers.saveat, times),
+        start_stride=size,
+        members=members,
+        stop_count=len(stops),
+        mark_count=len(marks),
+        save_count=times,
+        max_steps=options.max_steps,
+        driven=options.driven,
+        threads=threads,
+        dt0=math.nan if options.dt0 is None else options.dt0,
+        dtmin=options.dtmin,
+        dtmax=options.dtmax,
+        seconds=TURN,
+        own=ctypes.addressof(own),
+        memory_stride=library.march_memory,
+    )
+    for name, value in (
+        *(("t0", passengers.t0), ("t1", passengers.t1), ("saves", passengers.saveat)),
+        *(("shift", scales.shift), ("factor", scales.factor)),
+        *(("rtol", scales.rtol), ("atol", scales.atol), ("stops", stops), ("marks", marks)),
+        *(("u0", u0), ("packed", packed), ("last", last), ("saved", saved)),
+        *(("places", places), ("counts", counts)),
+    ):
+        setattr(request, name, _address(value))
+    set_control(request, options.controller, error_order)
+    loaded = library.loaded
+    with library.memory(library.march_memory * threads) as memory:
+        request.memory = memory.data_ptr()
+        try:
+            while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
+                pass
+            if status == _OUT_OF_MEMORY or (counts[:, CODE] == _OUT_OF_MEMORY).any():
+                raise MemoryError(f"there is no memory left for the steps of {members} members.")
+            offsets = np.zeros(members + 1, dtype=np.int64)
+            np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
+            ends = u0.new_empty((int(offsets[-1]), size))
+            steps = torch.empty((len(ends), 4), dtype=torch.float64, device="cpu")
+            loaded.members_gather(
+                ctypes.byref(request), offsets.ctypes.data, ends.data_ptr(), steps.data_ptr()
+            )
+        finally:
+            loaded.members_release(ctypes.byref(request))
+    return Flights(
+        passengers, packed, marks, ends, steps, offsets, saved, places, counts, last
+    )
+
+
+@dataclass(frozen=True)
+class SweptMembers:
+    """What a native sweep of many members returns.
+
+    Attributes:
+        u0: cotangents of the initial states `(M, N)`.
+        own: of the members' own parameters, flat, each `(M, n)`.
+        shared: of the shared parameters, flat.
+        costs: evaluations and replayed steps of each member, `(M, 2)`.
+    """
+
+    u0: Tensor
+    own: list[Tensor]
+    shared: list[Tensor]
+    costs: np.ndarray[Any, Any]
+
+
+def sweep_members(
+    library: MemberLibrary,
+    flights: Flights,
+    saved_bar: Tensor | None,
+    ends_bar: Tensor | None,
+    last_bar: Tensor | None,
+) -> SweptMembers:
+    """Pull the cotangents of a solve back to its inputs.
+
+    Args:
+        library: the field and the method.
+        flights: the solve.
+        saved_bar: cotangents of the saved states.
+        ends_bar: of the states at the ends of the steps.
+        last_bar: of the last of these, once more.
+    """
+    passengers = flights.passengers
+    u0 = passengers.u0
+    members, size = u0.shape
+    bars = [None if x is None else x.to(u0).contiguous() for x in (saved_bar, ends_bar, last_bar)]
+    chunk = max(_LEAST_CHUNK, -(-members // _MOST_CHUNKS))
+    packed_bar = torch.zeros((-(-members // chunk), library.packed_size), dtype=u0.dtype)
+    start_bar = torch.empty_like(u0)
+    own_bars = [u0.new_empty((members, x.numel() // members)) for x in passengers.own]
+    costs = np.zeros((members, 2), dtype=np.int64)
+    own, own_places = addresses(passengers.own), addresses(own_bars)
+    threads = min(_threads(library, members), len(packed_bar))
+    request = MembersSweepRequest(
+        span_stride=_stride(passengers.t0),
+        start_stride=size,
+        mark_count=len(flights.marks),
+        save_count=passengers.times,
+        members=members,
+        chunk=chunk,
+        threads=threads,
+        seconds=TURN,
+        own=ctypes.addressof(own),
+        own_bar=ctypes.addressof(own_places),
+        memory_stride=library.sweep_memory,
+    )
+    for name, value in (
+        *(("t0", passengers.t0), ("t1", passengers.t1), ("marks", flights.marks)),
+        *(("steps", flights.steps), ("places", flights.places), ("u0", u0)),
+        *(("packed", flights.packed), ("ends", flights.ends), ("offsets", flights.offsets)),
+        *(("counts", flights.counts), ("saved_bar", bars[0] if passengers.times else None)),
+        *(("ends_bar", bars[1]), ("last_bar", bars[2]), ("start_bar", start_bar)),
+        *(("packed_bar", packed_bar), ("costs", costs)),
+    ):
+        setattr(request, name, _address(value))
+    loaded = library.loaded
+    with library.memory(library.sweep_memory * threads) as memory:
+        request.memory = memory.data_ptr()
+        try:
+            while (status := loaded.members_sweep(ctypes.byref(request))) == RUNNING:
+                pass
+            if status == _OUT_OF_MEMORY:
+                raise MemoryError(f"there is no memory left for a sweep over {members} members.")
+            loaded.members_finish(ctypes.byref(request), memory.data_ptr())
+        finally:
+            loaded.members_let_go(ctypes.byref(request))
+    total = packed_bar[0]
+    shared = [total[start : start + length] for start, length in library.places]
+    return SweptMembers(start_bar, own_bars, shared, costs)

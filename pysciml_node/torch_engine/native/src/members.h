@@ -1,0 +1,452 @@
+/* The time loop and its discrete adjoint for the members of an ensemble, each with steps of its own.
+
+   ABREAST members step at once: of every entry of a state those of all of them lie side by side, so
+   that loops over members become vector code, and what one of them does depends on no other. A member
+   that is done gives its lane to the next one. Workers, one a thread, share the members. The loop is
+   that of solve.h and march.py, lane by lane.
+
+   The emitted code before this file gives the sizes, the method and the field for ABREAST members:
+   OWN parameters of each member's own with OWN_PLACES and OWN_SIZES, in OWN_ROOM numbers, and whether
+   the field reads the time (TIMED). */
+
+enum { OUT_OF_MEMORY = 6 };
+
+/* What a worker knows of the members that it runs. */
+typedef struct {
+  double t[ABREAST], h[ABREAST], proposed[ABREAST], size[ABREAST], stop[ABREAST], error[ABREAST];
+  double t0[ABREAST], t1[ABREAST], direction[ABREAST], history[2][ABREAST], shift[ABREAST],
+      factor[ABREAST];
+  REAL real_size[ABREAST], take[ABREAST], follow[ABREAST];
+  int64_t member[ABREAST], known[ABREAST], lands[ABREAST], code[ABREAST];
+  int64_t next_stop[ABREAST], first_stop[ABREAST], stop_count[ABREAST];
+  int64_t accepted[ABREAST], rejected[ABREAST], evaluations[ABREAST], reached[ABREAST];
+  /* Steps of the members of each lane, one member after the other. */
+  REAL *ends[ABREAST];
+  double *steps[ABREAST];
+  int64_t used[ABREAST], room[ABREAST];
+  int64_t started, status;
+  REAL *memory;
+} Worker;
+
+typedef struct {
+  /* The problem; rows of each member where a stride is not 0. */
+  const double *t0, *t1, *shift, *factor, *stops, *marks, *saves;
+  const REAL *rtol, *atol, *u0, *packed;
+  const REAL *const *own;
+  int64_t span_stride, scale_stride, tolerance_stride, save_stride, start_stride;
+  int64_t members, stop_count, mark_count, save_count, control, max_steps, driven, threads;
+  double dt0, dtmin, dtmax, beta[3], gamma, qmin, qmax, seconds;
+  /* Where results go: of each member the state that it got to, the saved states, the numbers of its
+     accepted and rejected steps, evaluations and saved times, how it ended, and where its steps are:
+     worker and lane, and the first one's place there. */
+  REAL *last, *saved, *memory;
+  double *places;
+  int64_t *counts; /* (members, 7) */
+  int64_t memory_stride, next;
+  Worker *workers;
+} Many;
+
+enum { ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE, LANE, FIRST, COUNTS };
+
+#define K(i) (w->memory + (i) * ROW)
+#define U (w->memory + ALL_STAGES * ROW)
+#define G (w->memory + (ALL_STAGES + 1) * ROW)
+#define LAST (w->memory + (ALL_STAGES + 2) * ROW)
+#define EXTRA (w->memory + (ALL_STAGES + 3) * ROW)
+#define TIMES (w->memory + (ALL_STAGES + 4) * ROW)
+#define OWN_VALUES (TIMES + (ALL_STAGES + 1) * TIME_ROW)
+#define VALUES (OWN_VALUES + OWN_ROOM)
+#define AT(x, i, l) (x)[(i) * ABREAST + (l)]
+#define LANES_ALL for (int l = 0; l < ABREAST; l++)
+#define FOR_ENTRIES for (int i = 0; i < N; i++)
+
+/* Distance to the next number above. */
+PSN_INLINE double psn_unit(double t) {
+  union { double x; int64_t i; } u = {__builtin_fabs(t)};
+  double x = u.x;
+  u.i++;
+  return u.x - x;
+}
+
+static void psn_lane_times(const Many *m, Worker *w, const double *size) {
+  if (!TIMED) return;
+  LANES_ALL {
+    REAL times[ALL_STAGES];
+    psn_times(m->marks, m->mark_count, w->t0[l], w->t1[l], w->t[l], size[l], times);
+    for (int i = 0; i < ALL_STAGES; i++) TIMES[i * TIME_ROW + l] = times[i];
+  }
+}
+
+static void psn_lanes_evaluate(const Many *m, Worker *w, int stage, const REAL *u, REAL *k) {
+  field(TIMES + stage * TIME_ROW, u, m->packed, OWN_VALUES, k, VALUES);
+}
+
+/* The first stage of those who have none, and are asked for, at times that have been formed. */
+static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
+  int missing = 0, takes[ABREAST];
+  LANES_ALL missing |= takes[l] = w->member[l] >= 0 && !w->known[l] && (!asked || asked[l]);
+  if (!missing) return;
+  psn_lanes_evaluate(m, w, 0, U, EXTRA);
+  FOR_ENTRIES LANES_ALL AT(K(0), i, l) = takes[l] ? AT(EXTRA, i, l) : AT(K(0), i, l);
+  LANES_ALL if (takes[l]) w->known[l] = 1, w->evaluations[l]++;
+}
+
+/* Norms of x in units of the tolerance, one for each member. */
+static void psn_lane_norms(const Many *m, const Worker *w, const REAL *x, const REAL *u,
+                           const REAL *u1, double *norms) {
+  REAL sum[ABREAST] = {0}, shift[ABREAST];
+  LANES_ALL shift[l] = (REAL)w->shift[l];
+  for (int64_t i = 0; i < m->driven; i++) {
+    if (!m->rtol) {
+#pragma omp simd
+      LANES_ALL {
+        REAL a = F(__builtin_fabs)(AT(u, i, l)), b = F(__builtin_fabs)(AT(u1, i, l));
+        REAL q = AT(x, i, l) / (((a > b || a != a) ? a : b) + shift[l]);
+        sum[l] += q * q;
+      }
+    } else
+      LANES_ALL {
+        int64_t member = w->member[l] < 0 ? 0 : w->member[l], row = member * m->tolerance_stride;
+        REAL a = F(__builtin_fabs)(AT(u, i, l)), b = F(__builtin_fabs)(AT(u1, i, l));
+        REAL q = AT(x, i, l) / (((a > b || a != a) ? a : b) * m->rtol[row + i] + m->atol[row + i]);
+        sum[l] += q * q;
+      }
+  }
+  LANES_ALL norms[l] = F(__builtin_sqrt)(sum[l]) * w->factor[l];
+}
+
+/* Hairer's first step (Solving Ordinary Differential Equations I, section II.4) of fresh members. */
+static void psn_first_sizes(const Many *m, Worker *w, const int *fresh) {
+  double zero[ABREAST] = {0}, d0[ABREAST], d1[ABREAST], d2[ABREAST], h0[ABREAST];
+  psn_lane_times(m, w, zero);
+  psn_lanes_first(m, w, fresh);
+  psn_lane_norms(m, w, U, U, U, d0);
+  psn_lane_norms(m, w, K(0), U, U, d1);
+  LANES_ALL {
+    double span = w->t1[l] - w->t0[l], length = fabs(span);
+    double first = d0[l] < 1e-5 || d1[l] < 1e-5 ? 1e-6 : 0.01 * d0[l] / d1[l];
+    h0[l] = copysign(psn_smaller(first, length), span);
+    TIMES[ALL_STAGES * TIME_ROW + l] = (REAL)(w->t0[l] + h0[l]);
+  }
+  FOR_ENTRIES LANES_ALL AT(G, i, l) = AT(U, i, l) + (REAL)h0[l] * AT(K(0), i, l);
+  psn_lanes_evaluate(m, w, ALL_STAGES, G, EXTRA);
+  FOR_ENTRIES LANES_ALL AT(EXTRA, i, l) -= AT(K(0), i, l);
+  psn_lane_norms(m, w, EXTRA, U, U, d2);
+  LANES_ALL if (fresh[l]) {
+    double span = w->t1[l] - w->t0[l], length = fabs(span), size = fabs(h0[l]);
+    double largest = psn_larger(d2[l] / size, d1[l]);
+    double h1 = largest <= 1e-15 ? psn_larger(1e-6, size * 1e-3) : pow(0.01 / largest, 1.0 / ORDER);
+    w->h[l] = copysign(psn_smaller(psn_smaller(100 * size, h1), length), span);
+    if (!isfinite(largest)) w->h[l] = h0[l];
+    if (!isfinite(d1[l])) w->h[l] = NAN;
+    else w->evaluations[l]++;
+  }
+}
+
+/* The stop that a member goes to: its own ones of those of all, and then its end. */
+static void psn_aim(const Many *m, Worker *w, int l) {
+  int64_t n = w->next_stop[l], at = w->first_stop[l] + (w->direction[l] > 0 ? n : -n);
+  w->stop[l] = n < w->stop_count[l] ? m->stops[at] : w->t1[l];
+}
+
+static void psn_keep_saved(const Many *m, Worker *w, int l, double state, const REAL *u) {
+  int64_t place = w->member[l] * m->save_count + w->reached[l]++;
+  FOR_ENTRIES m->saved[place * N + i] = AT(u, i, l);
+  m->places[2 * place] = state, m->places[2 * place + 1] = NAN;
+}
+
+static double psn_save_time(const Many *m, const Worker *w, int l) {
+  return m->saves[w->member[l] * m->save_stride + w->reached[l]];
+}
+
+/* Give a lane to a member. */
+static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
+  double t0 = m->t0[member * m->span_stride], t1 = m->t1[member * m->span_stride];
+  double low = psn_smaller(t0, t1), high = psn_larger(t0, t1);
+  int64_t first = 0, last = m->stop_count;
+  while (first < last && m->stops[first] <= low) first++;
+  while (last > first && m->stops[last - 1] >= high) last--;
+  w->member[l] = member;
+  w->t[l] = w->t0[l] = t0, w->t1[l] = t1;
+  w->direction[l] = t1 > t0 ? 1 : -1;
+  w->shift[l] = m->rtol ? 0 : m->shift[member * m->scale_stride];
+  w->factor[l] = m->factor[member * m->scale_stride];
+  w->history[0][l] = m->control == DERIVATIVE ? 1 : 1e-4, w->history[1][l] = 1;
+  w->known[l] = w->next_stop[l] = w->code[l] = 0;
+  w->error[l] = 0;
+  w->stop_count[l] = last - first;
+  w->first_stop[l] = t1 > t0 ? first : last - 1;
+  w->accepted[l] = w->rejected[l] = w->evaluations[l] = w->reached[l] = 0;
+  psn_aim(m, w, l);
+  FOR_ENTRIES AT(U, i, l) = m->u0[member * m->start_stride + i];
+  for (int j = 0; j < OWN; j++)
+    for (int i = 0; i < OWN_SIZES[j]; i++)
+      AT(OWN_VALUES + OWN_PLACES[j], i, l) = m->own[j][member * OWN_SIZES[j] + i];
+  while (w->reached[l] < m->save_count && psn_save_time(m, w, l) == t0) psn_keep_saved(m, w, l, 0, U);
+  w->h[l] = copysign(m->dt0, w->direction[l]);
+}
+
+/* Idle lanes take the next members; returns whether any lane is busy. */
+static int psn_fill(Many *m, Worker *w) {
+  int busy = 0, any = 0, fresh[ABREAST] = {0};
+  LANES_ALL {
+    if (w->member[l] < 0 && __atomic_load_n(&m->next, __ATOMIC_RELAXED) < m->members) {
+      int64_t member = __atomic_fetch_add(&m->next, 1, __ATOMIC_RELAXED);
+      if (member < m->members) psn_begin(m, w, l, member), any = fresh[l] = 1;
+    }
+    busy |= w->member[l] >= 0;
+  }
+  if (any && isnan(m->dt0)) psn_first_sizes(m, w, fresh);
+  if (any) /* The first size is a guess: only the error of a step asks for less than the limit. */
+    LANES_ALL if (fresh[l] && isfinite(w->h[l]) && fabs(w->h[l]) < m->dtmin)
+        w->h[l] = copysign(m->dtmin, w->direction[l]);
+  return busy;
+}
+
+/* A member is done: how, and what it leaves. */
+static void psn_end(Many *m, Worker *w, int l, int64_t code) {
+  int64_t member = w->member[l], *counts = m->counts + member * COUNTS;
+  counts[ACCEPTED] = w->accepted[l], counts[REJECTED] = w->rejected[l];
+  counts[EVALUATIONS] = w->evaluations[l], counts[REACHED] = w->reached[l];
+  counts[CODE] = code;
+  counts[LANE] = (w - m->workers) * ABREAST + l;
+  counts[FIRST] = w->used[l] - w->accepted[l];
+  FOR_ENTRIES m->last[member * N + i] = AT(U, i, l);
+  for (int64_t i = w->reached[l] * N; i < m->save_count * N; i++)
+    m->saved[member * m->save_count * N + i] = (REAL)NAN;
+  w->member[l] = -1;
+}
+
+/* Sizes of the next attempts; returns whether a member ended. */
+static int psn_propose(Many *m, Worker *w) {
+  int ended = 0, adaptive = m->control != FIXED;
+#pragma omp simd reduction(| : ended)
+  LANES_ALL {
+    double h = w->h[l], proposed = copysign(psn_smaller(fabs(h), m->dtmax), w->direction[l]);
+    double smallest = psn_larger(m->dtmin, 4 * psn_unit(w->t[l]));
+    int lands = fabs(w->stop[l] - w->t[l]) <= fabs(proposed) * (1 + SLIVER);
+    int finite = fabs(h) <= 1.7976931348623157e308;
+    int late = w->accepted[l] + w->rejected[l] >= m->max_steps;
+    int small = adaptive && fabs(proposed) < smallest && !lands;
+    w->proposed[l] = w->size[l] = proposed;
+    w->lands[l] = lands;
+    w->code[l] = !finite ? UNSTABLE : late ? OUT_OF_STEPS : small ? TOO_SMALL : RUNNING;
+    ended |= w->member[l] >= 0 && w->code[l] != RUNNING;
+  }
+  LANES_ALL if (w->lands[l]) w->size[l] = psn_size_between(w->t[l], w->stop[l]);
+  if (ended)
+    LANES_ALL if (w->member[l] >= 0 && w->code[l] != RUNNING) {
+      int bad = w->code[l] == TOO_SMALL && !isfinite(w->error[l]);
+      psn_end(m, w, l, bad ? UNSTABLE : w->code[l]);
+    }
+  return ended;
+}
+
+/* The stages of an attempt, its end and its error. */
+static void psn_attempt(const Many *m, Worker *w, int upto) {
+  int adaptive = m->control != FIXED;
+  LANES_ALL w->real_size[l] = (REAL)w->size[l];
+  psn_lane_times(m, w, w->size);
+  psn_lanes_first(m, w, 0);
+  for (int i = 1; i < upto; i++) {
+    REAL *g = FSAL && adaptive && i == STAGES - 1 ? LAST : G;
+    combine(i, w->real_size, U, K(0), g);
+    psn_lanes_evaluate(m, w, i, g, K(i));
+  }
+  if (!(FSAL && adaptive)) combine(END, w->real_size, U, K(0), LAST);
+  LANES_ALL w->evaluations[l] += upto - 1;
+  if (!adaptive) {
+    LANES_ALL w->error[l] = NAN;
+    return;
+  }
+  error_of(K(0), EXTRA);
+  psn_lane_norms(m, w, EXTRA, U, LAST, w->error);
+#ifdef TWO_ERRORS
+  double low[ABREAST];
+  error_low_of(K(0), EXTRA);
+  psn_lane_norms(m, w, EXTRA, U, LAST, low);
+  LANES_ALL {
+    double a = w->error[l], b = low[l];
+    if (a != 0) w->error[l] = a * a / sqrt(a * a + 0.01 * b * b);
+  }
+#endif
+  LANES_ALL w->error[l] *= fabs(w->size[l]);
+}
+
+static double psn_derivative_size(const Many *m, Worker *w, int l, int accepted) {
+  double last = psn_larger(w->error[l], 1e-10), product = 1;
+  double errors[3] = {last, w->history[0][l], w->history[1][l]};
+  for (int i = 0; i < 3; i++) product *= pow(errors[i] / m->gamma, -m->beta[i]);
+  double factor = 1 + atan(product - 1);
+  if (!accepted) return w->size[l] * (isfinite(w->error[l]) ? psn_smaller(factor, 0.9) : 0.2);
+  w->history[1][l] = w->history[0][l];
+  w->history[0][l] = last;
+  return w->size[l] * factor;
+}
+
+static void psn_proportional_sizes(const Many *m, Worker *w, double *next) {
+  REAL first = (REAL)m->beta[0], second = (REAL)m->beta[1], power[ABREAST], before[ABREAST] = {0};
+  double widest = 1 / m->qmin, tightest = 1 / m->qmax, gamma = m->gamma, qmin = m->qmin;
+  double *error = w->error, *size = w->size, *history = w->history[0];
+#pragma omp simd
+  LANES_ALL power[l] = psn_log(error[l] > 0 ? (REAL)error[l] : (REAL)1);
+  if (second != 0)
+#pragma omp simd
+    LANES_ALL before[l] = second * psn_log((REAL)history[l]);
+#pragma omp simd
+  LANES_ALL {
+    REAL accepted_power = first * power[l] - before[l], rejected_power = first * power[l];
+    power[l] = psn_exp(error[l] <= 1 ? accepted_power : rejected_power);
+  }
+#pragma omp simd
+  LANES_ALL {
+    double e = error[l], q = e > 0 ? (double)power[l] / gamma : 0, least = e <= 1 ? tightest : 1;
+    q = q > least ? q : least;
+    q = q < widest ? q : widest;
+    double sized = size[l] / q, cut = size[l] * qmin, kept = e > 1e-4 ? e : 1e-4;
+    next[l] = __builtin_fabs(e) <= 1.7976931348623157e308 ? sized : cut;
+    history[l] = e <= 1 ? kept : history[l];
+    w->take[l] = e <= 1 ? (REAL)1 : (REAL)0;
+  }
+}
+
+/* The sizes that follow from the errors; `take` says who has been accepted. */
+static void psn_control(const Many *m, Worker *w) {
+  if (m->control == FIXED) {
+    LANES_ALL w->take[l] = 1, w->h[l] = w->proposed[l];
+    return;
+  }
+  double next[ABREAST];
+  if (m->control == DERIVATIVE) {
+    LANES_ALL {
+      w->take[l] = w->error[l] <= 1;
+      next[l] = psn_derivative_size(m, w, l, w->error[l] <= 1);
+    }
+  } else
+    psn_proportional_sizes(m, w, next);
+  /* A step cut short by a stop says little: keep the size that was proposed. */
+#pragma omp simd
+  LANES_ALL {
+    int cut = w->take[l] != 0 && fabs(w->size[l]) < 0.9 * fabs(w->proposed[l]) &&
+              fabs(w->proposed[l]) >= fabs(next[l]);
+    w->h[l] = cut ? w->proposed[l] : next[l];
+  }
+}
+
+/* Whether a time that is to be saved lies inside a step that has been accepted. */
+static int psn_is_passed(const Many *m, const Worker *w, int l, double end) {
+  if (w->reached[l] == m->save_count) return 0;
+  double at = psn_save_time(m, w, l);
+  return w->direction[l] > 0 ? at < end : at > end;
+}
+
+static double psn_step_end(const Worker *w, int l) {
+  return w->lands[l] ? w->stop[l] : w->t[l] + w->size[l];
+}
+
+/* Save what lies in the accepted steps (saver.py). */
+static void psn_lanes_save(const Many *m, Worker *w, int have) {
+  int any = 0, passed[ABREAST];
+  LANES_ALL {
+    passed[l] = w->member[l] >= 0 && w->take[l] != 0 && psn_is_passed(m, w, l, psn_step_end(w, l));
+    any |= passed[l];
+  }
+  if (any) {
+    for (int i = have; i < ALL_STAGES; i++) {
+      combine(i, w->real_size, U, K(0), G);
+      psn_lanes_evaluate(m, w, i, G, K(i));
+    }
+    LANES_ALL if (passed[l]) {
+      w->evaluations[l] += ALL_STAGES - have;
+      w->known[l] = ALL_STAGES;
+      double end = psn_step_end(w, l);
+      while (psn_is_passed(m, w, l, end)) {
+        int64_t place = w->member[l] * m->save_count + w->reached[l];
+        double theta = (psn_save_time(m, w, l) - w->t[l]) / w->size[l];
+        REAL weights[ALL_STAGES];
+        psn_dense_weights(theta, 0, weights);
+        FOR_ENTRIES {
+          REAL sum = 0;
+          for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * AT(K(j), i, l);
+          m->saved[place * N + i] = AT(U, i, l) + w->real_size[l] * sum;
+        }
+        m->places[2 * place] = (double)w->accepted[l], m->places[2 * place + 1] = theta;
+        w->reached[l]++;
+      }
+    }
+  }
+  LANES_ALL if (w->member[l] >= 0 && w->take[l] != 0) {
+    double end = psn_step_end(w, l);
+    while (w->reached[l] < m->save_count && psn_save_time(m, w, l) == end)
+      psn_keep_saved(m, w, l, (double)(w->accepted[l] + 1), LAST);
+  }
+}
+
+static int psn_grow(Worker *w, int l) {
+  int64_t room = w->room[l] ? 2 * w->room[l] : 64;
+  REAL *ends = realloc(w->ends[l], room * N * sizeof(REAL));
+  if (ends) w->ends[l] = ends;
+  double *steps = realloc(w->steps[l], room * 4 * sizeof(double));
+  if (steps) w->steps[l] = steps;
+  if (!ends || !steps) return 0;
+  w->room[l] = room;
+  return 1;
+}
+
+/* Write down the accepted steps and go on from their ends. */
+static void psn_advance(Many *m, Worker *w, int upto) {
+  LANES_ALL w->known[l] = upto;
+  if (m->save_count) psn_lanes_save(m, w, upto);
+  LANES_ALL {
+    int taken = w->member[l] >= 0 && w->take[l] != 0;
+    w->take[l] = taken;
+    w->follow[l] = taken && END_STAGE >= 0 && w->known[l] > END_STAGE && !w->lands[l];
+    w->known[l] = !taken || w->follow[l] != 0;
+    w->code[l] = RUNNING;
+    w->rejected[l] += !taken;
+    if (!taken) continue;
+    if (w->used[l] == w->room[l] && !psn_grow(w, l)) {
+      w->code[l] = OUT_OF_MEMORY;
+      continue;
+    }
+    double *row = w->steps[l] + 4 * w->used[l], end = psn_step_end(w, l);
+    row[0] = end, row[1] = w->size[l], row[2] = w->error[l];
+    row[3] = w->lands[l] ? (double)w->next_stop[l] : -1;
+    REAL *into = w->ends[l] + w->used[l]++ * N;
+    FOR_ENTRIES into[i] = AT(LAST, i, l);
+    w->accepted[l]++;
+    w->t[l] = end;
+    if (w->lands[l]) {
+      if (w->next_stop[l]++ == w->stop_count[l]) w->code[l] = SUCCESS;
+      else psn_aim(m, w, l);
+    }
+  }
+  FOR_ENTRIES {
+#pragma omp simd
+    LANES_ALL {
+      AT(U, i, l) = w->take[l] != 0 ? AT(LAST, i, l) : AT(U, i, l);
+      if (END_STAGE >= 0)
+        AT(K(0), i, l) = w->follow[l] != 0 ? AT(K(END_STAGE >= 0 ? END_STAGE : 0), i, l)
+                                           : AT(K(0), i, l);
+    }
+  }
+  LANES_ALL if (w->code[l] != RUNNING) psn_end(m, w, l, w->code[l]);
+}
+
+/* Step until all members are done, or for a while. */
+static int64_t psn_members_march(Many *m, Worker *w) {
+  double until = psn_seconds() + m->seconds;
+  int upto = FSAL && m->control == FIXED ? STAGES - 1 : STAGES;
+  if (!w->started) {
+    LANES_ALL w->member[l] = -1;
+    w->started = 1;
+  }
+  for (int64_t turn = 1; psn_fill(m, w); turn++) {
+    if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
+    if (psn_propose(m, w)) continue;
+    psn_attempt(m, w, upto);
+    psn_control(m, w);
+    psn_advance(m, w, upto);
+  }
+  return SUCCESS;
+}

@@ -1,0 +1,44 @@
+/* What every loop over steps needs: codes, times of the stages, sizes that end on a stop, weights of
+   the dense output. */
+
+enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE };
+enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
+#define SLIVER 1e-8
+
+static double psn_seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+static double psn_larger(double a, double b) { return a > b ? a : b; }
+static double psn_smaller(double a, double b) { return a < b ? a : b; }
+
+/* The times of the stages, kept inside the interval, and inside what jumps of the field leave of the
+   step. They are formed in double precision and rounded once. */
+static void psn_times(const double *marks, int64_t count, double t0, double t1, double t, double h,
+                      REAL *times) {
+  double low = psn_smaller(t0, t1), high = psn_larger(t0, t1), near = 1e-9 * fabs(h);
+  double first = psn_smaller(t, t + h), last = psn_larger(t, t + h);
+  for (int64_t i = 0; i < count; i++) {
+    if (fabs(first - marks[i]) < near) low = F(nextafter)((REAL)marks[i], (REAL)INFINITY);
+    if (fabs(last - marks[i]) < near) high = F(nextafter)((REAL)marks[i], -(REAL)INFINITY);
+  }
+  for (int i = 0; i < ALL_STAGES; i++)
+    times[i] = (REAL)psn_smaller(psn_larger(t + NODES[i] * h, low), high);
+}
+
+/* The size h with which t + h is the end to the last bit, where there is one. */
+static double psn_size_between(double t, double end) {
+  double h = end - t, below = nextafter(h, -INFINITY), above = nextafter(h, INFINITY);
+  return t + h == end ? h : t + below == end ? below : t + above == end ? above : h;
+}
+
+static void psn_dense_weights(double theta, int derivative, REAL *weights) {
+  for (int i = 0; i < ALL_STAGES; i++) {
+    double sum = 0, power = derivative ? 1 : theta;
+    for (int j = 0; j < POWERS; j++, power *= theta)
+      sum += DENSE[i][j] * (derivative ? (j + 1) * power : power);
+    weights[i] = (REAL)sum;
+  }
+}
