@@ -46,7 +46,7 @@ class MembersRequest(ctypes.Structure):
         ("beta", _DOUBLE * 3),
         *_fields(_DOUBLE, "gamma qmin qmax seconds"),
         *_fields(_POINTER, "last saved memory places counts"),
-        *_fields(_INTEGER, "memory_stride next"),
+        *_fields(_INTEGER, "memory_stride next room"),
         ("workers", _POINTER),
     )
 
@@ -78,13 +78,14 @@ class MemberLibrary(Code):
         size: entries of a member's state.
         abreast: how many members step at once.
         cost: multiplications of an evaluation of one member.
+        steps: of a member of the last solve, about: room for as many is made at first.
     """
 
     def __init__(
         self, program: Program, own: frozenset[int], method: Method, dtype: torch.dtype
     ) -> None:
         self.size = sum(math.prod(shape) for _, shape in program.state)
-        self._method = method
+        self._method, self.steps = method, 16
         width = _VECTOR // dtype.itemsize
         wide = abreast(program, own, width)
         emitter = None if wide is None else Emitter(wide, own, width)

@@ -195,6 +195,7 @@ def fly_members(
         seconds=TURN,
         own=ctypes.addressof(own),
         memory_stride=library.march_memory,
+        room=library.steps * (4 + members // (threads * library.abreast)),
     )
     for name, value in (
         *(("t0", passengers.t0), ("t1", passengers.t1), ("saves", passengers.saveat)),
@@ -215,6 +216,7 @@ def fly_members(
                 raise MemoryError(f"there is no memory left for the steps of {members} members.")
             offsets = np.zeros(members + 1, dtype=np.int64)
             np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
+            library.steps = 1 + int(offsets[-1] * 1.1) // members
             ends = u0.new_empty((int(offsets[-1]), size))
             steps = torch.empty((len(ends), 4), dtype=torch.float64, device="cpu")
             loaded.members_gather(

@@ -42,7 +42,7 @@ typedef struct {
   REAL *last, *saved, *memory;
   double *places;
   int64_t *counts; /* (members, 7) */
-  int64_t memory_stride, next;
+  int64_t memory_stride, next, room; /* room for the steps of a lane at first */
   Worker *workers;
 } Many;
 
@@ -382,8 +382,8 @@ static void psn_lanes_save(const Many *m, Worker *w, int have) {
   }
 }
 
-static int psn_grow(Worker *w, int l) {
-  int64_t room = w->room[l] ? 2 * w->room[l] : 64;
+static int psn_grow(Worker *w, int l, int64_t first) {
+  int64_t room = w->room[l] ? 2 * w->room[l] : first;
   REAL *ends = realloc(w->ends[l], room * N * sizeof(REAL));
   if (ends) w->ends[l] = ends;
   double *steps = realloc(w->steps[l], room * 4 * sizeof(double));
@@ -393,19 +393,27 @@ static int psn_grow(Worker *w, int l) {
   return 1;
 }
 
+/* Where no error estimate watches the whole state, one that is not finite ends its member. */
+static void psn_watch(const Many *m, Worker *w) {
+  if (m->control != FIXED && m->driven == N) return;
+  REAL sum[ABREAST] = {0};
+  FOR_ENTRIES LANES_ALL sum[l] += 0 * AT(LAST, i, l);
+  LANES_ALL if (w->take[l] != 0 && sum[l] != 0) w->take[l] = 0, w->code[l] = UNSTABLE;
+}
+
 /* Write down the accepted steps and go on from their ends. */
 static void psn_advance(Many *m, Worker *w, int upto) {
   LANES_ALL w->known[l] = upto;
+  psn_watch(m, w);
   if (m->save_count) psn_lanes_save(m, w, upto);
   LANES_ALL {
     int taken = w->member[l] >= 0 && w->take[l] != 0;
     w->take[l] = taken;
     w->follow[l] = taken && END_STAGE >= 0 && w->known[l] > END_STAGE && !w->lands[l];
     w->known[l] = !taken || w->follow[l] != 0;
-    w->code[l] = RUNNING;
-    w->rejected[l] += !taken;
+    w->rejected[l] += !taken && w->code[l] == RUNNING;
     if (!taken) continue;
-    if (w->used[l] == w->room[l] && !psn_grow(w, l)) {
+    if (w->used[l] == w->room[l] && !psn_grow(w, l, m->room)) {
       w->code[l] = OUT_OF_MEMORY;
       continue;
     }
@@ -430,7 +438,7 @@ static void psn_advance(Many *m, Worker *w, int upto) {
                                            : AT(K(0), i, l);
     }
   }
-  LANES_ALL if (w->code[l] != RUNNING) psn_end(m, w, l, w->code[l]);
+  LANES_ALL if (w->member[l] >= 0 && w->code[l] != RUNNING) psn_end(m, w, l, w->code[l]);
 }
 
 /* Step until all members are done, or for a while. */
