@@ -52,6 +52,7 @@ from pysciml_node.torch_engine.end_times import (
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.march import March, MarchOptions
 from pysciml_node.torch_engine.native.engine import attempt_native
+from pysciml_node.torch_engine.native.members import attempt_native_members
 from pysciml_node.torch_engine.saver import follow
 
 NAME = "torch"
@@ -351,6 +352,10 @@ def solve_members(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
 ) -> Members:
     """Run the members of a checked ensemble."""
+    if options.common.compile:
+        native = attempt_native_members(ensemble, algorithm, options, NAME)
+        if native is not None:
+            return native
     solutions = [
         solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
     ]

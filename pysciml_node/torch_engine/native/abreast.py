@@ -1,4 +1,4 @@
-"""The program of one member as that of several at once, abreast: each value has a last dimension more.
+"""The program of one member as that of several abreast: each value has a last dimension more.
 
 A loop over the members is then the innermost one everywhere, and becomes vector code whatever the
 field is. What depends on shared parameters alone stays as it was.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pysciml_node.torch_engine.native import elementwise
+from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.layout import Layout
 from pysciml_node.torch_engine.native.operations import OPERATIONS, Emission
 from pysciml_node.torch_engine.native.text import Shape, contiguous
 from pysciml_node.translation.program import Operation, Program
 
-_ENTRYWISE = {*elementwise.FORWARD, "sin", "cos"}
+_AS_THEY_ARE = {*elementwise.FORWARD, *elementwise.PAIRS, "sin", "cos", "sum"}
 
 
 @dataclass
@@ -54,9 +55,7 @@ class _Widening:
         for step in program.operations:
             if not self.wide.intersection(step.inputs):
                 self.steps.append(step)
-            elif step.op in _ENTRYWISE:
-                self._append(replace(step, in_shapes=self._shapes(step)))
-            elif step.op in elementwise.PAIRS:
+            elif step.op in _AS_THEY_ARE:
                 self._append(replace(step, in_shapes=self._shapes(step)))
             elif step.op in _OTHER:
                 _OTHER[step.op](self, step)
@@ -104,9 +103,6 @@ class _Widening:
         step = self.width if wide else 1
         strides = (*(s * step for s in stride), int(wide))
         return self.new("view", (id,), shape, size=(*shape, self.width), stride=strides, offset=0)
-
-    def _sum(self, step: Operation) -> None:
-        self._append(replace(step, in_shapes=self._shapes(step)))
 
     def _moved(self, step: Operation) -> None:
         a, width = dict(step.attributes), self.width
@@ -187,7 +183,8 @@ class _Widening:
         widths = [width for _, width, _, _ in pieces]
         out, self.next = self.next, self.next + 1
         blocks = tuple((rows, width, self.width) for width in widths)
-        self._append(Operation("cat", parts, blocks, out, (rows, inner), {"dim": 1, "widths": widths}))
+        attributes = {"dim": 1, "widths": widths}
+        self._append(Operation("cat", parts, blocks, out, (rows, inner), attributes))
         return out
 
     def _bmm(self, step: Operation) -> None:
@@ -206,7 +203,6 @@ class _Widening:
 
 
 _OTHER: dict[str, Callable[[_Widening, Operation], None]] = {
-    "sum": _Widening._sum,
     "cat": _Widening._cat,
     "view": _Widening._moved,
     "range": _Widening._moved,
@@ -286,4 +282,7 @@ def _product_pull(e: Layout, step: Operation) -> list[str]:
     return lines
 
 
-OPERATIONS["product"] = Emission(_product, _product_pull)
+class WideEmitter(Emitter):
+    """Writes the program of members abreast."""
+
+    operations: ClassVar = {**OPERATIONS, "product": Emission(_product, _product_pull)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.torch_engine.native.layout import Layout
@@ -31,17 +32,19 @@ class Emitted:
 class Emitter(Layout):
     """Goes through a program once forward and once backward."""
 
+    operations: ClassVar = OPERATIONS
+
     def emit(self) -> Emitted:
         """All functions of the field."""
         program = self.program
         body: list[str] = []
         once: list[str] = []
         for step in program.operations:
-            if step.op not in OPERATIONS:
+            if step.op not in self.operations:
                 raise UnsupportedModule(
                     f"the operation {step.op!r} has no native code.", operation=step.op
                 )
-            lines = OPERATIONS[step.op].forward(self, step)
+            lines = self.operations[step.op].forward(self, step)
             (once if step.out in self.fixed else body).extend(lines)
         backward = self._backward(body_only=True)
         early = self._backward(body_only=False)
@@ -58,7 +61,7 @@ class Emitter(Layout):
                 continue
             if body_only and step.out not in self.started:
                 continue
-            lines += OPERATIONS[step.op].pullback(self, step)
+            lines += self.operations[step.op].pullback(self, step)
         return lines
 
     def _outputs(self) -> tuple[list[str], list[str]]:

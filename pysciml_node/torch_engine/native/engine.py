@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,15 +33,18 @@ from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Record, check_finite
 from pysciml_node.steps.step import Step
+from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
 from pysciml_node.torch_engine.native.run import Flight, Swept, fly, sweep_back
 from pysciml_node.translation.export import translate
 
+S = TypeVar("S")
 _CONTROLS = (PIController, IController, PIDController, FixedStep)
 
 
-def _refusal(what: str, remedy: str = "compile=False") -> CompileError:
+def refusal(what: str, remedy: str = "compile=False") -> CompileError:
+    """The error for something that native code does not have."""
     return CompileError(f"native code does not have {what}.\n  Solve with {remedy}.")
 
 
@@ -52,24 +56,24 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
     """
     spec = problem.spec
     if not isinstance(algorithm, ExplicitRungeKutta):
-        raise _refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+        raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
     if spec.device.type != "cpu":
-        raise _refusal(f"states on {spec.device}")
+        raise refusal(f"states on {spec.device}")
     if spec.dtype not in REALS:
-        raise _refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
+        raise refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
     if options.events:
-        raise _refusal("events")
+        raise refusal("events")
     if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
         name = type(options.adjoint).__name__
-        raise _refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
+        raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
     if type(options.controller) not in _CONTROLS:
-        raise _refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
+        raise refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
     if torch._C._are_functorch_transforms_active():
-        raise _refusal("transforms of torch.func")
+        raise refusal("transforms of torch.func")
     if torch.autograd.forward_ad._current_level >= 0:
-        raise _refusal("forward-mode derivatives")
+        raise refusal("forward-mode derivatives")
     if isinstance(problem.f, InModes):
-        raise _refusal("autocast" if problem.f.autocast else "a default device")
+        raise refusal("autocast" if problem.f.autocast else "a default device")
 
 
 def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]:
@@ -82,11 +86,16 @@ def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]
         translated = translate(problem.f, problem.spec, problem.p)
         library = library_of(translated, method, problem.spec.dtype)
     except UnsupportedModule as error:
-        raise CompileError(
-            f"the field has no native code: {error.message}\n"
-            "  Rewrite it with operations that programs have, or solve with compile=False."
-        ) from error
+        raise no_code(error) from error
     return library, translated.parameters
+
+
+def no_code(error: UnsupportedModule) -> CompileError:
+    """The error for a field that cannot be translated."""
+    return CompileError(
+        f"the field has no native code: {error.message}\n"
+        "  Rewrite it with operations that programs have, or solve with compile=False."
+    )
 
 
 @dataclass
@@ -245,17 +254,45 @@ def solve_native(
     else:
         flight = solve.run(u0)
         last = flight.ends[-1] if len(flight.ends) else u0
+    surroundings = Surroundings({"f": problem.f, "p": problem.p})
+    return solution_of(problem, algorithm, options, engine, flight, last, solve.stats, surroundings)
+
+
+def solution_of(
+    problem: ODEProblem,
+    algorithm: ExplicitRungeKutta,
+    options: SolveOptions,
+    engine: str,
+    flight: Flight,
+    last: Tensor,
+    stats: Stats,
+    surroundings: Surroundings,
+) -> Solution:
+    """The solution of a flight.
+
+    Args:
+        problem: what was solved.
+        algorithm: how.
+        options: of the solve.
+        engine: name of the engine.
+        flight: what native code left, with its graph.
+        last: the state that it got to.
+        stats: what it cost; completed here.
+        surroundings: the field as the solve saw it.
+    """
+    spec, u0 = problem.spec, problem.spec.flatten(problem.u0)
     load: _Steps | Kept = _Steps(problem, options, flight, u0, last)
     retcode, kept, u1 = flight.retcode, len(flight.saved), last
-    kept_steps, solve.stats.nreject = len(flight.ends), flight.nreject
-    if not (options.controller.adaptive and options.driven == library.size):
+    kept_steps, stats.nreject = len(flight.ends), flight.nreject
+    if not (options.controller.adaptive and options.driven == sum(spec.sizes)):
         record, states = load()
         check_finite(record, states, watched=False)
         load = Kept(record, states)
         retcode, kept, u1 = record.retcode, record.saved, states[-1]
         kept_steps = record.naccept
-    solve.stats.naccept = kept_steps
-    trajectory = TorchTrajectory(problem, method, load, solve.stats, options)
+    stats.naccept = kept_steps
+    method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+    trajectory = TorchTrajectory(problem, method, load, stats, options, surroundings=surroundings)
     if options.saveat is None:
         t = flight.times(problem.t0, kept_steps).to(spec.real_dtype)
     elif options.saveat_tensor is None:
@@ -267,7 +304,7 @@ def solve_native(
         algorithm=algorithm,
         engine=engine,
         retcode=retcode,
-        stats=solve.stats,
+        stats=stats,
         t=t,
         u1=spec.unflatten(u1),
         trajectory=trajectory,
@@ -295,16 +332,14 @@ class _Steps:
 _told: set[str] = set()
 
 
-def attempt_native(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
-) -> Solution | None:
-    """`solve_native`; with `compile="auto"` `None` where that cannot be, and a word about it, once.
+def attempted(solve: Callable[[], S], options: SolveOptions) -> S | None:
+    """A native solve; with `compile="auto"` `None` where there is none, and a word about it, once.
 
     Raises:
-        CompileError: with `compile=True`, as `solve_native`.
+        CompileError: with `compile=True`, as the solve.
     """
     try:
-        return solve_native(problem, algorithm, options, engine)
+        return solve()
     except CompileError as error:
         if options.compile != "auto":
             raise
@@ -314,6 +349,17 @@ def attempt_native(
         warnings.warn(
             f"{reason}\n  The solve goes on without native code, as others like it will.",
             PsnWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     return None
+
+
+def attempt_native(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+) -> Solution | None:
+    """`solve_native`, as `compile` asks for it: see `attempted`.
+
+    Raises:
+        CompileError: with `compile=True`, as `solve_native`.
+    """
+    return attempted(lambda: solve_native(problem, algorithm, options, engine), options)

@@ -9,7 +9,7 @@ import math
 import torch
 
 from pysciml_node.replay.stages import Method
-from pysciml_node.torch_engine.native.abreast import abreast
+from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
 from pysciml_node.torch_engine.native.emit import Emitted, Emitter
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.library import (
@@ -88,7 +88,7 @@ class MemberLibrary(Code):
         self._method, self.steps = method, 16
         width = _VECTOR // dtype.itemsize
         wide = abreast(program, own, width)
-        emitter = None if wide is None else Emitter(wide, own, width)
+        emitter: Emitter | None = None if wide is None else WideEmitter(wide, own, width)
         emitted = None if emitter is None else emitter.emit()
         if emitter is None or self._memory(emitter)[1] * dtype.itemsize > _MOST_MEMORY:
             emitter = Emitter(program, own, 1)
@@ -118,6 +118,7 @@ class MemberLibrary(Code):
         timed = any(program.time in step.inputs for step in program.operations)
         sizes = [math.prod(p.shape) // width for p in program.parameters if p.id in own]
         cost = emitted.cost + (10 * self.size + 50) * width
+        places = emitter.own_offsets
         parts = (
             *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),
             header(dtype, width),
@@ -125,7 +126,7 @@ class MemberLibrary(Code):
             f"OWN_ROOM = {padded(emitter.mine.size)}, PACKED = {max(emitted.packed, 1)}, "
             f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
             f"static const int OWN_SIZES[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
-            f"static const int OWN_PLACES[] = {{{', '.join(map(str, [*emitter.own_offsets, 0]))}}};",
+            f"static const int OWN_PLACES[] = {{{', '.join(map(str, [*places, 0]))}}};",
             emit_method(self._method, self.size, width),
             emitted.source,
             *map(source, ("steps.h", "members.h", "members_sweep.h")),

@@ -1,4 +1,4 @@
-"""Runs the native loop over members and its sweep, in turns, so that Python hears of an interrupt."""
+"""Runs the native loop over members and its sweep, in turns: Python hears of an interrupt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pysciml_node.torch_engine.native.run import RUNNING, TURN, set_control
 ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE = range(5)
 _OUT_OF_MEMORY = 6
 _MOST_THREADS = 256
-# Members of a chunk of the sweep, at least, and chunks, at most: fixed by the number of members alone.
+# Members of a chunk of the sweep, at least, and chunks, at most: whatever the threads are.
 _LEAST_CHUNK, _MOST_CHUNKS = 64, 64
 
 
@@ -47,9 +47,7 @@ class Scales:
     atol: Tensor | None = None
 
     @staticmethod
-    def of(
-        options: SolveOptions, rtol: Tensor | None, atol: Tensor | None, like: Tensor
-    ) -> Scales:
+    def of(options: SolveOptions, rtol: Tensor | None, atol: Tensor | None, like: Tensor) -> Scales:
         """The tolerances of a solve.
 
         Args:
@@ -224,9 +222,7 @@ def fly_members(
             )
         finally:
             loaded.members_release(ctypes.byref(request))
-    return Flights(
-        passengers, packed, marks, ends, steps, offsets, saved, places, counts, last
-    )
+    return Flights(passengers, packed, marks, ends, steps, offsets, saved, places, counts, last)
 
 
 @dataclass(frozen=True)

@@ -404,13 +404,15 @@ def test_members_and_threads() -> None:
     starts = torch.linspace(0.5, 2.0, 5, dtype=D).reshape(5, 1)
     problem = psn.ODEProblem(decay, starts[0], (0.0, 1.0))
     found = psn.solve(psn.EnsembleProblem(problem, u0=starts), compile=True)
-    ends = torch.stack([member.u1 for member in found])
-    torch.testing.assert_close(ends, starts * math.exp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.u1, starts * math.exp(-1), rtol=1e-5, atol=1e-5)
+    ends = [psn.solve(psn.ODEProblem(decay, u0, (0.0, 1.0)), compile=True).u1 for u0 in starts]
     results: list[Tensor] = []
+    together: list[Tensor] = []
 
     def work() -> None:
         for u0 in starts:
             results.append(psn.solve(psn.ODEProblem(decay, u0, (0.0, 1.0)), compile=True).u1)
+        together.append(psn.solve(psn.EnsembleProblem(problem, u0=starts), compile=True).u1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -418,6 +420,7 @@ def test_members_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert sorted(float(x.detach()) for x in results) == sorted([float(x) for x in ends] * 4)
+    assert all(torch.equal(u1, found.u1) for u1 in together)
 
 
 def test_an_interrupt_ends_a_solve() -> None:

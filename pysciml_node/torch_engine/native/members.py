@@ -1,0 +1,298 @@
+"""`solve(EnsembleProblem(...), compile=True)`: from checked members to native code and back."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import Array, MemberOptions
+from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.modes import ordinary_modes
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import moves, tensors_of
+from pysciml_node.replay.stages import Method
+from pysciml_node.solutions.members import ListedMembers
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
+from pysciml_node.steps.autograd import pulled
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.torch_engine.native.engine import attempted, check, no_code, refusal, solution_of
+from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
+from pysciml_node.torch_engine.native.member_run import (
+    ACCEPTED,
+    CODE,
+    EVALUATIONS,
+    REACHED,
+    REJECTED,
+    Flights,
+    Passengers,
+    Scales,
+    fly_members,
+    sweep_members,
+)
+from pysciml_node.torch_engine.native.run import RETCODES, Flight
+from pysciml_node.translation.export import translate
+
+_COLUMNS = {"nfe": EVALUATIONS, "naccept": ACCEPTED, "nreject": REJECTED}
+_SWEPT = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
+
+
+def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
+    """Refuse what cannot be native whatever the field is, by name."""
+    problem = cast(ODEProblem, ensemble.problem)
+    check(problem, algorithm, options.common)
+    if ensemble.batched:
+        raise refusal("fields of a batch of members", "batched=False, and the field of one member")
+    times = (*problem.tspan, ensemble.tspan, options.saveat_tensor, options.common.saveat_tensor)
+    if torch.is_grad_enabled() and any(x is not None and moves(x) for x in times):
+        raise refusal("gradients of times for members")
+    if options.common.progress:
+        raise refusal("a progress bar over members", "progress=False")
+
+
+@dataclass
+class _Solve:
+    """A native solve of all members: run by `_Node`, or alone where no gradient is asked for."""
+
+    ensemble: EnsembleProblem
+    options: MemberOptions
+    library: MemberLibrary
+    error_order: float
+    own: list[bool]  # of each parameter of the program, whether it is each member's own
+    swept: Array  # evaluations and steps of sweeps, of each member
+
+    def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
+        """Solve forward."""
+        options, library = self.options, self.library
+        common = options.common
+        shared = [x for x, own in zip(parameters, self.own, strict=True) if not own]
+        # Aliases could be changed in place before they are replayed.
+        mine = [
+            library.lying(x.detach()).clone()
+            for x, own in zip(parameters, self.own, strict=True)
+            if own
+        ]
+        start = u0.detach().clone(memory_format=torch.contiguous_format)
+        spans, saveat = options.spans, options.saveat
+        if self.ensemble.tspan is None:
+            spans = (spans[0][:1], spans[1][:1])
+        if saveat is None and common.saveat:
+            saveat = np.array([common.saveat], dtype=np.float64)
+        elif saveat is not None:
+            saveat = np.ascontiguousarray(saveat)
+        scales = Scales.of(common, options.rtol, options.atol, start)
+        passengers = Passengers(start, *spans, saveat, scales, mine)
+        return fly_members(library, passengers, common, self.error_order, library.pack(shared))
+
+
+class _Node(torch.autograd.Function):
+    """A solve of members in the graph: saved states, states at the ends of the steps, the last."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, solve: _Solve, keep: list[Flights], u0: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        flights = solve.run(u0, parameters)
+        keep.append(flights)
+        # Without the outputs, which hold on to this node.
+        nothing = u0.new_empty(0)
+        ctx.solve = solve
+        ctx.flights = dataclasses.replace(flights, ends=nothing, saved=nothing, last=nothing)
+        ctx.save_for_backward(flights.ends, u0, *parameters)
+        ctx.set_materialize_grads(False)
+        return flights.saved, flights.ends, flights.last
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        ends, *sources = ctx.saved_tensors
+        solve: _Solve = ctx.solve
+        flights = dataclasses.replace(ctx.flights, ends=ends)
+        wanted = ctx.needs_input_grad[2:]
+
+        def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad(), ordinary_modes(ends.device):
+                swept = sweep_members(solve.library, flights, *arriving)
+            solve.swept += swept.costs
+            own, shared = iter(swept.own), iter(swept.shared)
+            bars = [swept.u0, *(next(own if mine else shared) for mine in solve.own)]
+            return tuple(
+                bar.to(source).reshape(source.shape) if needed else None
+                for bar, source, needed in zip(bars, sources, wanted, strict=True)
+            )
+
+        return (None, None, *pulled(pull, (ends, *sources), *cotangents))
+
+
+@dataclass
+class NativeMembers:
+    """The members of an ensemble that native code has solved.
+
+    Args:
+        solve: what was run.
+        algorithm: how.
+        engine: name of the engine.
+        flights: what the loop left.
+        tensors: the same saved states, states at the ends of the steps and last states as
+            `flights` has, with their graph.
+        surroundings: the field as the solve saw it.
+    """
+
+    solve: _Solve
+    algorithm: ExplicitRungeKutta
+    engine: str
+    flights: Flights
+    tensors: tuple[Tensor, Tensor, Tensor]
+    surroundings: Surroundings
+    detached: bool = False
+    made: dict[int, Solution] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> Sequence[ReturnCode]:
+        """How each ended."""
+        return [RETCODES[code] for code in self.flights.counts[:, CODE].tolist()]
+
+    def final(self) -> Tensor:
+        """The states that they got to, `(M, N)`."""
+        return self.tensors[2]
+
+    def saved(self) -> Tensor | None:
+        """The states at `saveat`, `(M, T, N)`; NaN where a member did not get to."""
+        return None if self.solve.options.times is None else self.tensors[0]
+
+    def count(self, name: str) -> Array:
+        """A field of `Stats` for each member, `(M,)`, as it stands now."""
+        if name in _COLUMNS:
+            return self.flights.counts[:, _COLUMNS[name]]
+        if name in _SWEPT:
+            return self.solve.swept[:, _SWEPT[name]]
+        return np.zeros(len(self.flights.counts), dtype=np.int64)
+
+    def solution(self, m: int) -> Solution:
+        """The solution of one member, made when it is asked for and kept."""
+        if m not in self.made:
+            made = self._make(m)
+            self.made[m] = made.detach() if self.detached else made
+        return self.made[m]
+
+    def _make(self, m: int) -> Solution:
+        flights, counts = self.flights, self.flights.counts[m]
+        saved, ends, last = self.tensors
+        first, behind = flights.offsets[m : m + 2].tolist()
+        reached = int(counts[REACHED])
+        problem = cast(ODEProblem, self.solve.ensemble.member(m))
+        flight = Flight(
+            u0=flights.passengers.u0[m],
+            packed=flights.packed,
+            ends=ends[first:behind],
+            steps=flights.steps[first:behind],
+            saved=saved[m, :reached],
+            places=flights.places[m, :reached],
+            marks=(ctypes.c_double * 0)(),
+            retcode=RETCODES[int(counts[CODE])],
+            nfe=int(counts[EVALUATIONS]),
+            nreject=int(counts[REJECTED]),
+            last=None,
+        )
+        stats = Stats(
+            **{name: int(self.count(name)[m]) for name in (*_COLUMNS, *_SWEPT)},
+        )
+        # The field as the solve saw it, with what the member has of its own.
+        seen = copy.copy(self.surroundings)
+        seen.roots = {**seen.roots, "p": problem.p}
+        options = self.solve.options.of(m)
+        return solution_of(
+            problem, self.algorithm, options, self.engine, flight, last[m], stats, seen
+        )
+
+    def children(self) -> list[Any]:
+        """The tensors with a graph."""
+        return list(self.tensors)
+
+    def replaced(self, children: list[Any]) -> NativeMembers:
+        """The same with other tensors."""
+        saved, ends, last = children
+        return dataclasses.replace(self, tensors=(saved, ends, last), made={})
+
+    def detach(self) -> NativeMembers:
+        """The same without the graph."""
+        found = self.replaced([x.detach() for x in self.tensors])
+        found.detached = True
+        return found
+
+    def __reduce__(self) -> Any:
+        every = tuple(self.solution(m) for m in range(len(self.flights.counts)))
+        return ListedMembers, (every, self.solve.options.times)
+
+
+def _prepare(
+    ensemble: EnsembleProblem, method: Method
+) -> tuple[MemberLibrary, list[Tensor], list[bool]]:
+    """The native code, the tensors that the field reads, and which are each member's own."""
+    problem, stacked = ensemble.problem, list(tensors_of(ensemble.p))
+    first = ensemble.member(0).p if stacked else problem.p
+    leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
+    try:
+        translated = translate(cast(ODEProblem, problem).f, problem.spec, first)
+        places = [leaves.get(id(x)) for x in translated.parameters]
+        pairs = zip(translated.program.parameters, places, strict=True)
+        own = frozenset(p.id for p, place in pairs if place is not None)
+        library = member_library(translated, own, method, problem.spec.dtype)
+    except UnsupportedModule as error:
+        raise no_code(error) from error
+    pairs_of_tensors = zip(translated.parameters, places, strict=True)
+    tensors = [x if place is None else stacked[place] for x, place in pairs_of_tensors]
+    return library, tensors, [place is not None for place in places]
+
+
+def solve_native_members(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions, engine: str
+) -> NativeMembers:
+    """Run the members of a checked ensemble as native code.
+
+    Raises:
+        CompileError: an option or the field has no native code, or there is no compiler.
+    """
+    _check(ensemble, algorithm, options)
+    assert isinstance(algorithm, ExplicitRungeKutta)
+    problem = cast(ODEProblem, ensemble.problem)
+    method = Method.of(algorithm.tableau, problem.spec.dtype, problem.spec.device)
+    library, parameters, own = _prepare(ensemble, method)
+    swept = np.zeros((len(ensemble), 2), dtype=np.int64)
+    solve = _Solve(ensemble, options, library, algorithm.tableau.error_order, own, swept)
+    p = problem.p if ensemble.p is None else ensemble.p
+    surroundings = Surroundings({"f": problem.f, "p": p})
+    if torch.is_grad_enabled():
+        keep: list[Flights] = []
+        tensors = _Node.apply(solve, keep, ensemble.starts(), *parameters)  # type: ignore[no-untyped-call]
+        flights = keep[0]
+    else:
+        flights = solve.run(ensemble.starts(), parameters)
+        tensors = flights.saved, flights.ends, flights.last
+    return NativeMembers(solve, algorithm, engine, flights, tensors, surroundings)
+
+
+def attempt_native_members(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions, engine: str
+) -> NativeMembers | None:
+    """`solve_native_members`; with `compile="auto"` `None` where that cannot be, and a word, once.
+
+    Raises:
+        CompileError: with `compile=True`, as `solve_native_members`.
+    """
+    return attempted(
+        lambda: solve_native_members(ensemble, algorithm, options, engine), options.common
+    )
