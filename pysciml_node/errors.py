@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pysciml_node.solutions.ensemble import EnsembleSolution
     from pysciml_node.solutions.solution import ReturnCode, Solution
 
-# What fits a screen: types in Julia's messages can fill pages.
+# Types in Julia's messages can fill pages. This fits a screen.
 _MOST_LINES = 20
 _LONGEST_LINE = 400
 
@@ -22,7 +22,7 @@ class EngineUnavailable(RuntimeError):
 
 
 class MethodUnavailable(EngineUnavailable):
-    """The engine asked for runs here, and has no such method; the message says what it has."""
+    """The engine asked for runs here, but lacks the method; the message names those it has."""
 
 
 class CompileError(RuntimeError):
@@ -32,8 +32,7 @@ class CompileError(RuntimeError):
 class JuliaError(RuntimeError):
     """An exception that Julia code raised.
 
-    Its text is the first lines of Julia's message; the whole of it, with the stack, is in the
-    attributes.
+    Its text is the first lines of Julia's message. The attributes hold all of it, and the stack.
 
     Attributes:
         julia_type: name of the exception's type in Julia.
@@ -42,7 +41,7 @@ class JuliaError(RuntimeError):
     """
 
     def __init__(self, julia_type: str, julia_message: str, julia_backtrace: str = "") -> None:
-        # The three words are the arguments, so that the error survives pickling.
+        # All three are the exception's arguments, so it survives pickling.
         super().__init__(julia_type, julia_message, julia_backtrace)
         self.julia_type = julia_type
         self.julia_message = julia_message
@@ -103,7 +102,7 @@ class SolverFailure(RuntimeError):
         self.solution = solution
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # An exception is made again from its arguments, which are more than its text here.
+        # Pickle makes an exception again from its arguments, and the text alone is not enough here.
         return type(self), (str(self), self.solution)
 
     @property

@@ -326,10 +326,10 @@ class _Round:
 
     @classmethod
     def of(cls, numbers: list[float]) -> _Round:
-        found = cls()
-        begun, found.cost, found.smooth, found.penalty = numbers
-        found._sources = None if begun else set()
-        return found
+        restored = cls()
+        begun, restored.cost, restored.smooth, restored.penalty = numbers
+        restored._sources = None if begun else set()
+        return restored
 
     def __getstate__(self) -> dict[str, Any]:
         return {"numbers": self.numbers()}

@@ -56,9 +56,9 @@ def smooth_cost_of(solution: Solution | EnsembleSolution, kind: Kind) -> float:
 
 def has_fixed_steps(solution: Solution | EnsembleSolution) -> bool:
     """Whether the method estimates errors, and none were estimated."""
-    one = solution[0] if isinstance(solution, EnsembleSolution) else solution
-    known = getattr(one.algorithm, "tableau", None) is not None
-    return known and all(math.isnan(error) for error in one.trajectory.errors)
+    solve = solution[0] if isinstance(solution, EnsembleSolution) else solution
+    known = getattr(solve.algorithm, "tableau", None) is not None
+    return known and all(math.isnan(error) for error in solve.trajectory.errors)
 
 
 def _correction(solution: Solution) -> float:

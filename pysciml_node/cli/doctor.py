@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 when a package that the package needs is missing.
 
     Raises:
-        EngineUnavailable: Julia was to be started, and does not.
+        EngineUnavailable: Julia was asked for, and does not start.
     """
     rows = environment()
     rows["cuda"] = "available" if torch.cuda.is_available() else "not available"

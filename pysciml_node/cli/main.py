@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: the words after the program's name; those of the process when None.
+        argv: the words after the program's name; the process's own when None.
 
     Returns:
         The exit status: 0 for success.

@@ -13,15 +13,15 @@ from pysciml_node.plot.canvas import array, axes_or_current, columns, grid, pypl
 
 
 class Solved(Protocol):
-    """What is drawn of a `Solution`."""
+    """The part of a `Solution` that is drawn."""
 
     @property
     def problem(self) -> Any:
-        """What was solved."""
+        """The problem that was solved."""
 
     @property
     def algorithm(self) -> Any:
-        """How."""
+        """The algorithm that solved it."""
 
     @property
     def step_times(self) -> Tensor:

@@ -43,15 +43,14 @@ def record(executable: str, project: str | None) -> env.Record:
 
     Args:
         executable: a path, or a name on the path.
-        project: folder of a project that holds what the engine needs; None for the one that is
-            active in that Julia if it does, and else for one that juliapkg makes.
+        project: folder of a project that holds the engine's packages. None takes the project that
+            is active in that Julia if it holds them, and else one that juliapkg makes.
 
     Returns:
-        What was written down.
+        The record that was written.
 
     Raises:
-        ValueError: the executable is no Julia that the engine runs on, or the project named lacks
-            something.
+        ValueError: the engine does not run on this executable, or the project lacks a package.
     """
     julia = env.describe(executable)
     if isinstance(julia, str):
@@ -75,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 when a package is missing or the user declined.
 
     Raises:
-        ValueError: what was named does not fit, or nobody can be asked and `--yes` is not given.
+        ValueError: the Julia or project named does not fit, or there is nobody to ask and no
+            `--yes`.
     """
     if arguments.remove:
         return _remove()
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> bool:
-    """Install unless everything is there; whether the user agreed."""
+    """Install unless everything is there; return whether the user agreed."""
     import juliapkg
 
     if not (arguments.force or arguments.cuda) and launch.resolved():

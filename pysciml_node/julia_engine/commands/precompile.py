@@ -11,7 +11,7 @@ from pysciml_node.julia_engine.process import env, launch, runtime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options of its own."""
+    """Declare no options: the command takes none."""
     del parser
 
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Precompile, and say how long each part took.
 
     Args:
-        arguments: none are used.
+        arguments: not used.
 
     Returns:
         0, or 1 when a package is missing.

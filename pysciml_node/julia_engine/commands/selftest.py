@@ -1,4 +1,4 @@
-"""The command `test`: the tests of the Julia package, and those every engine has to pass."""
+"""The command `test`: the tests of the Julia package, and those that every engine must pass."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options of its own."""
+    """Declare no options: the command takes none."""
     del parser
 
 
 def run_julia_tests() -> bool:
-    """Run the tests of the bundled Julia package; whether they passed.
+    """Run the tests of the bundled Julia package; return whether they passed.
 
     Raises:
         EngineUnavailable: Julia or the engine does not start.
@@ -46,7 +46,7 @@ def run_julia_tests() -> bool:
 
 
 def run_conformance_tests() -> bool | None:
-    """Run the conformance tests on every engine; whether they passed, None when they are absent."""
+    """Run the conformance tests on every engine; return whether they passed, None without them."""
     if not _CONFORMANCE.is_dir() or importlib.util.find_spec("pytest") is None:
         return None
     command = [sys.executable, "-m", "pytest", str(_CONFORMANCE)]
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run both suites.
 
     Args:
-        arguments: none are used.
+        arguments: not used.
 
     Returns:
         0 when everything passed.

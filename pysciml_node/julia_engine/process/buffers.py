@@ -15,7 +15,7 @@ from torch import Tensor
 from pysciml_node.problems.state import StateSpec
 
 CODES = {torch.float32: 0, torch.float64: 1}
-"""How the boundary names real dtypes."""
+"""The numbers that name real dtypes at the boundary."""
 
 
 def device_code(device: torch.device) -> int:
@@ -34,7 +34,7 @@ def real_size(spec: StateSpec) -> int:
 
 
 def to_real(vector: Tensor) -> Tensor:
-    """A flat vector `(N,)`, real and contiguous: of a complex one real and imaginary parts."""
+    """A flat vector `(N,)`, real and contiguous; a complex one as real and imaginary parts."""
     if vector.is_complex():
         return torch.view_as_real(vector.resolve_conj()).reshape(-1).contiguous()
     return vector.contiguous()

@@ -1,7 +1,7 @@
 """The functions that Julia offers, called by the names of their arguments.
 
-What they take is written once, in `julia/src/entries.json`: the fields of each entry, in order, and
-of which kind they are. Julia holds its methods against that table when it compiles them.
+Their fields are written once, in `julia/src/entries.json`: in order, with the kind of each. Julia
+checks its methods against that table when it compiles them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _tensor(x: Tensor | None) -> int:
 
 
 def _array(code: str) -> Callable[[array[Any] | None], int]:
-    """Takes arrays of one type to the address of their numbers, `None` to 0."""
+    """A function that gives the addresses of arrays of one type, and 0 for `None`."""
 
     def address(x: array[Any] | None) -> int:
         if x is None:
@@ -81,7 +81,7 @@ def enter(
 ) -> Any:
     """Call an entry of the table.
 
-    What is given stays alive until Julia returns.
+    The arguments stay alive until Julia returns.
 
     Args:
         entry: its name.

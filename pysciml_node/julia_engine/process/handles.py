@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import NoReturn, Self
 
-# Finalizers run on any thread and in the middle of anything, so they only note what is to be freed;
-# the runtime frees it with its next call.
+# Finalizers run on any thread and in the middle of anything. So they only note the number, and the
+# runtime frees the object with its next call.
 pending: deque[int] = deque()
 
 
@@ -17,7 +17,7 @@ class Handle:
     into Julia.
 
     Args:
-        number: what Julia returned; greater than 0.
+        number: the number that Julia returned, greater than 0.
 
     Examples:
         >>> handle = Handle(7)
@@ -51,7 +51,7 @@ class Handle:
         return self._number == 0
 
     def close(self) -> None:
-        """Give the object back; more than once does nothing."""
+        """Give the object back; a second call does nothing."""
         number, self._number = self._number, 0
         if number:
             pending.append(number)

@@ -1,9 +1,9 @@
 """Ctrl-C while Julia runs.
 
-Python notes a signal in a handler written in C, but acts on it only between its own instructions,
-so not before a solve in Julia is over. That handler also writes the signal's number to a socket, if
-asked to (`signal.set_wakeup_fd`), and Julia looks into the other end of it at every step
-(`interrupted` in `julia/src/interrupt.jl`) and stops by itself.
+Python notes a signal in a handler written in C. It acts on it only between its own instructions,
+that is, after a solve in Julia is over. But the handler can also write the signal's number to a
+socket (`signal.set_wakeup_fd`). Julia looks into the other end of it at every step (`interrupted`
+in `julia/src/interrupt.jl`), and stops.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import threading
 from types import FrameType, TracebackType
 
 NOT_LISTENING = -1
-# The module `signal` wraps these functions written in C, to turn numbers into enumerations; that
-# would take longer than all the rest of a call into Julia.
+# The module `signal` wraps these functions to turn numbers into enumerations. That would take
+# longer than all the rest of a call into Julia.
 _get_handler = _signal.getsignal
 _set_handler = _signal.signal
 _DRAIN = 256
@@ -39,8 +39,8 @@ class Listening:
 
     Entering gives the descriptor that Julia polls, or -1 where there is nothing to poll: off the
     main thread, on Windows, and where the program ignores SIGINT or lets it kill the process.
-    Leaving restores what was there, and then calls the handler that a SIGINT meanwhile was meant
-    for, which by default raises `KeyboardInterrupt`.
+    Leaving restores the handler that was there. If a SIGINT came meanwhile, that handler is called
+    then; by default it raises `KeyboardInterrupt`.
     """
 
     __slots__ = ("_armed", "_handler", "_previous_fd", "_received")
@@ -83,7 +83,7 @@ class Listening:
             self._handler(_SIGINT, None)
 
     def _forward(self) -> None:
-        """Empty the socket, and hand what came to whoever listened before, such as asyncio."""
+        """Empty the socket, and pass its bytes on to an earlier listener, such as asyncio."""
         try:
             received = _pair()[0].recv(_DRAIN)
         except BlockingIOError:

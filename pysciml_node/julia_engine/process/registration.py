@@ -1,7 +1,7 @@
 """The packages that juliapkg installs: `install` registers them, `--remove` undoes it.
 
-juliapkg resolves one project for everything in a Python environment. So the engine's packages are
-named in that environment's own list, and only when somebody asked for the engine.
+juliapkg resolves one project for everything in a Python environment. So the engine's packages go
+onto that environment's list only when somebody asks for the engine.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from pysciml_node.julia_engine.process import env
 
-# juliapkg resolves again when its list has changed, but does not look into the Julia package. The
+# juliapkg resolves again when its list has changed, but does not look into the Julia package. A
 # digest of that package's needs makes the list change with them.
 _DIGEST = "x-pysciml-node-needs"
 
 
 def _wanted() -> tuple[dict[str, Any], str, str]:
-    """Packages by name, Julia versions, and the digest of what the engine's own package needs."""
+    """Packages by name, Julia versions, and the digest of the needs of the engine's package."""
     content = json.loads(env.REQUIREMENTS.read_text(encoding="utf-8"))
     packages: dict[str, Any] = content["packages"]
     for package in packages.values():
@@ -32,7 +32,7 @@ def _wanted() -> tuple[dict[str, Any], str, str]:
 
 
 def registered() -> bool:
-    """Whether juliapkg's list for this environment holds what this copy of the engine needs."""
+    """Whether juliapkg's list for this environment holds the needs of this copy of the engine."""
     from juliapkg import deps
 
     packages, _, digest = _wanted()
@@ -44,7 +44,7 @@ def registered() -> bool:
 
 
 def register() -> None:
-    """Put the engine's packages on juliapkg's list; a Julia version that is there already stays."""
+    """Put the engine's packages on juliapkg's list; a Julia version on it stays."""
     from juliapkg import deps
     from juliapkg.state import STATE
 

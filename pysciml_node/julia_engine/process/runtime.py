@@ -20,7 +20,7 @@ from pysciml_node.julia_engine.process.errors import translate
 from pysciml_node.julia_engine.process.interrupt import Listening
 
 _NOBODY = 0
-# Loads Enzyme, whose start alone can take half a minute.
+# It loads Enzyme, whose start alone can take half a minute.
 _SLOW = frozenset({"SciMLSensitivity"})
 
 
@@ -93,14 +93,14 @@ def start() -> None:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call a function of the Julia module, holding Python's lock: for the quick ones.
+    """Call a quick function of the Julia module, holding Python's lock.
 
     Args:
         name: of the function in the module `PySciMLNode`.
         *arguments: numbers and strings.
 
     Returns:
-        What Julia returned, as Python converts it.
+        The value that Julia returned, as Python converts it.
 
     Raises:
         JuliaError: Julia raised.
@@ -125,15 +125,16 @@ def call_released(
 ) -> Any:
     """Call a function that runs for long: other Python threads run on, and Ctrl-C stops it.
 
-    Julia gets one argument more, the first: the descriptor for `interrupted(descriptor)`. A
-    function that finds itself interrupted frees what it holds and throws an `InterruptException`.
+    Julia gets another argument in front: the descriptor for `interrupted(descriptor)`. A function
+    that sees an interrupt frees its objects and throws an `InterruptException`.
 
     Args:
         name: of the function in the module `PySciMLNode`.
         *arguments: numbers and strings.
-        wrap: called with the result while Ctrl-C is still held back, so that a handle gets its
-            owner before anything can be raised.
-        release: whether other Python threads may run; not where Julia calls back into Python.
+        wrap: called with the result while Ctrl-C is still held back, so a handle gets its owner
+            before anything can be raised.
+        release: whether other Python threads may run; they may not where Julia calls back into
+            Python.
 
     Returns:
         The result, wrapped.
@@ -162,7 +163,7 @@ def call_released(
 
 
 def free_pending() -> None:
-    """Free what closed and collected handles owned; every call does this first."""
+    """Free the objects of closed and collected handles; every call does this first."""
     if threading.get_ident() != _runtime.owner:
         _enter()
     free = _runtime.functions.get("free") or _function("free")
@@ -181,7 +182,7 @@ def require(*packages: str) -> None:
         *packages: names, such as `"OrdinaryDiffEqRosenbrock"`.
 
     Raises:
-        EngineUnavailable: one is not in the project, or does not load.
+        EngineUnavailable: a package is not in the project, or does not load.
     """
     for name in packages:
         if name in _runtime.loaded:
@@ -223,7 +224,7 @@ def _match_threads() -> None:
 
 
 def _enter() -> None:
-    """A caller that is not the owner: start Julia for the first, refuse the others."""
+    """Let a thread in that is not the owner: start Julia for the first, refuse the others."""
     if not _runtime.owner and not _runtime.pid:
         start()
         return
