@@ -25,6 +25,7 @@ from pysciml_node.torch_engine.native.run import RUNNING, TURN, set_control
 
 ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE = range(5)
 _OUT_OF_MEMORY = 6
+_LESS_MEMORY = "Solve fewer members at a time, or with larger tolerances."
 _MOST_THREADS = 256
 # Members of a chunk of the sweep, at least, and chunks, at most: whatever the threads are.
 _LEAST_CHUNK, _MOST_CHUNKS = 64, 64
@@ -211,7 +212,9 @@ def fly_members(
             while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
                 pass
             if status == _OUT_OF_MEMORY or (counts[:, CODE] == _OUT_OF_MEMORY).any():
-                raise MemoryError(f"there is no memory left for the steps of {members} members.")
+                raise MemoryError(
+                    f"there is no memory left for the steps of {members} members.\n  {_LESS_MEMORY}"
+                )
             offsets = np.zeros(members + 1, dtype=np.int64)
             np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
             library.steps = 1 + int(offsets[-1] * 1.1) // members
@@ -298,7 +301,9 @@ def sweep_members(
             while (status := loaded.members_sweep(ctypes.byref(request))) == RUNNING:
                 pass
             if status == _OUT_OF_MEMORY:
-                raise MemoryError(f"there is no memory left for a sweep over {members} members.")
+                raise MemoryError(
+                    f"there is no memory left for a sweep over {members} members.\n  {_LESS_MEMORY}"
+                )
             loaded.members_finish(ctypes.byref(request), memory.data_ptr())
         finally:
             loaded.members_let_go(ctypes.byref(request))
