@@ -204,6 +204,6 @@ def place(record: Record, saveat: Sequence[float], moving: bool, problem: ODEPro
         elif t == record.times[step + 1] and not (moving and t != problem.t1):
             record.at_end.setdefault(step + 1, []).append(i)
         else:
-            indices, thetas = record.inside.setdefault(step, ([], []))
+            indices, times = record.inside.setdefault(step, ([], []))
             indices.append(i)
-            thetas.append((t - record.times[step]) / record.sizes[step])
+            times.append(t)

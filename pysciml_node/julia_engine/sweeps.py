@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from pysciml_node.julia_engine.process.buffers import (
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents, arriving_at
+from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.record import Record
 
 SENSITIVITY = ("SciMLSensitivity", "Zygote", "ChainRulesCore")
@@ -30,46 +32,31 @@ SENSITIVITY = ("SciMLSensitivity", "Zygote", "ChainRulesCore")
 
 
 def replayed_sweep(
-    field: Field,
-    tableau: Handle,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
-    time_gradient: bool,
-    stats: Stats,
-    forward: bool = False,
+    field: Field, tableau: Handle, backward: BackwardPass, stats: Stats, forward: bool = False
 ) -> Gradients:
     """The discrete adjoint, replayed in Julia with the field's own vector-Jacobian product.
 
     Args:
         field: the right-hand side.
         tableau: the method in Julia.
-        record: the accepted steps.
-        states: the states at `record.times`.
-        arriving: cotangents of the saved and of the step states.
-        time_gradient: whether `t0`, `t1` and `saveat` need gradients.
+        backward: the steps of the solve, and the cotangents.
         stats: its backward fields are filled.
         forward: whether dual numbers are carried forward through the steps instead.
     """
     if forward:
         runtime.require("ForwardDiff")
+    record, states = backward.record, backward.states
     dtype, device = states[0].dtype, states[0].device
     where = torch.device("cpu") if field.host else device
     parameters = field.parameters()
     count = len(record.sizes)
     known = [to_real(state.detach()).to(where) for state in states]
-    sums = [_sum(arriving_at(n, record, arriving)) for n in range(count + 1)]
+    sums = [_sum(backward.entering(n)) for n in range(count + 1)]
     cotangents = [None if x is None else to_real(x).to(where) for x in sums]
     start = known[0]
-    outputs: list[Tensor] = []
-    inside, thetas = integers(), doubles()
-    if arriving.saved is not None:
-        saved = [to_real(row).to(where) for row in arriving.saved]
-        for n, (indices, places) in sorted(record.inside.items()):
-            outputs.extend(saved[i] for i in indices)
-            inside.extend([n + 1] * len(indices))
-            thetas.extend(places)
-    bars = doubles((0.0,) * ((2 * count + len(outputs)) if time_gradient else 0))
+    outputs, inside, thetas = _dense_outputs(backward, where)
+    numbers = (2 * count + len(outputs)) if backward.with_times else 0
+    bars = doubles((0.0,) * numbers)
     times, sizes, marks = (doubles(x) for x in (record.times, record.sizes, record.marks))
     addresses = [integers([pointer(x) for x in rows]) for rows in (known, cotangents, outputs)]
     u0_bar, p_bar = torch.empty_like(start), torch.zeros_like(parameters)
@@ -97,7 +84,7 @@ def replayed_sweep(
         theta=thetas,
         u0bar=u0_bar,
         pbar=p_bar,
-        bars=bars if time_gradient else None,
+        bars=bars if backward.with_times else None,
         report=report,
         release=not field.calls_python,
     )
@@ -105,29 +92,39 @@ def replayed_sweep(
     stats.naccept_backward += replayed
     stats.nfe_backward += evaluations
     stats.nvjp += evaluations
-    moved = None
-    if time_gradient:
-        moved = TimeCotangents(
-            record,
-            0 if arriving.saved is None else arriving.saved.shape[0],
-            start.new_zeros((), device=device),
-        )
-        numbers = start.new_tensor(bars.tolist(), device=device)
-        t_bars, h_bars = numbers[:count], numbers[count : 2 * count]
-        rest = numbers[2 * count :]
-        first = len(rest)
-        for n in reversed(range(count)):
-            here = len(record.inside[n][0]) if outputs and n in record.inside else 0
-            first -= here
-            theta_bar = rest[first : first + here] if here else None
-            moved.step(n, t_bars[n], h_bars[n], theta_bar)
-    return Gradients(
-        from_real(u0_bar, dtype).to(device),
-        None if moved is None else moved.start,
-        None if moved is None else moved.end,
-        None if moved is None or arriving.saved is None else moved.saveat,
-        field.split(p_bar),
-    )
+    gradients = Gradients(u0=from_real(u0_bar, dtype).to(device), inputs=field.split(p_bar))
+    if backward.with_times:
+        _complete_times(gradients, backward, start.new_tensor(bars.tolist(), device=device))
+    return gradients
+
+
+def _dense_outputs(
+    backward: BackwardPass, where: torch.device
+) -> tuple[list[Tensor], array[int], array[float]]:
+    """The cotangents of states saved inside steps: real rows, their steps, and where they lie."""
+    outputs: list[Tensor] = []
+    steps, thetas = integers(), doubles()
+    if backward.saved is not None:
+        saved = [to_real(row).to(where) for row in backward.saved]
+        for n, (indices, _) in sorted(backward.record.inside.items()):
+            outputs.extend(saved[i] for i in indices)
+            steps.extend([n + 1] * len(indices))
+            thetas.extend(backward.record.fractions(n))
+    return outputs, steps, thetas
+
+
+def _complete_times(gradients: Gradients, backward: BackwardPass, bars: Tensor) -> None:
+    """Put in the gradients of times: `bars` are those of starts, sizes and places of outputs."""
+    record = backward.record
+    count = len(record.sizes)
+    t_bars, h_bars, places = bars[:count], bars[count : 2 * count], bars[2 * count :]
+    times = TimeCotangents(record, backward.saved_count, bars.new_zeros(()))
+    first = len(places)
+    for n in reversed(range(count)):
+        here = len(record.inside[n][0]) if len(places) and n in record.inside else 0
+        first -= here
+        times.step(n, t_bars[n], h_bars[n], places[first : first + here] if here else None)
+    times.put_into(gradients)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor | None:
@@ -140,39 +137,35 @@ def _sum(tensors: list[Tensor]) -> Tensor | None:
     return total.contiguous()
 
 
-def continuous_sweep(
-    field: Field,
-    plan: Handle,
-    solution: Handle,
-    options: SolveOptions,
-    record: Record,
-    arriving: Cotangents,
-    time_gradient: bool,
-    stats: Stats,
-    mass_matrix: Tensor | None,
-) -> Gradients:
+@dataclass(frozen=True)
+class KeptSolution:
+    """A solve whose solution is kept in Julia, for the adjoints of SciMLSensitivity."""
+
+    field: Field  # the right-hand side
+    plan: Handle  # how it was solved
+    solution: Handle  # SciML's solution
+    options: SolveOptions  # of the solve; its adjoint names the method and its tolerances
+    mass_matrix: Tensor | None  # (N, N); with one, all these adjoints are one of our own
+
+
+def continuous_sweep(solve: KeptSolution, backward: BackwardPass, stats: Stats) -> Gradients:
     """A continuous adjoint along the solution that was kept.
 
     Args:
-        field: the right-hand side.
-        plan: how the solve was run.
-        solution: SciML's solution.
-        options: of the solve; its adjoint names the method and its tolerances.
-        record: the accepted steps.
-        arriving: cotangents of the saved and of the step states.
-        time_gradient: whether `t0`, `t1` and `saveat` need gradients.
+        solve: the solve.
+        backward: its steps, and the cotangents.
         stats: its backward fields are filled.
-        mass_matrix: of the problem; with one, all these adjoints are one of our own.
     """
+    field, record = solve.field, backward.record
     # Dense output comes without the states at the steps.
-    missing = len(record.times) - len(arriving.states)
-    arriving = Cotangents(arriving.saved, [*arriving.states, *[None] * missing])
-    entries = _entries(record, options, arriving)
-    at_start = _sum(arriving_at(0, record, arriving))
+    missing = len(record.times) - len(backward.at_steps)
+    backward = replace(backward, at_steps=[*backward.at_steps, *[None] * missing])
+    entries = _entries(backward)
+    at_start = _sum(backward.entering(0))
     if not entries:
         assert at_start is not None
-        return Gradients(at_start, None, None, None, [None] * len(field.inputs))
-    if mass_matrix is None:
+        return Gradients(u0=at_start, inputs=[None] * len(field.inputs))
+    if solve.mass_matrix is None:
         runtime.require(*SENSITIVITY)
     dtype, device = entries[0][1].dtype, entries[0][1].device
     moments = sorted({t for t, _, _ in entries}, key=lambda t: t * (1 if _forward(record) else -1))
@@ -183,18 +176,50 @@ def continuous_sweep(
     scale = float(rows.abs().max())
     if not 0 < scale < math.inf:
         scale = 1.0
-    rows = rows / scale
-    parameters = field.parameters()
+    slopes = rows.new_zeros((len(rows) + 1, rows.shape[1])) if backward.with_times else None
+    u0_bar, p_bar, evaluations = _solve_backward(solve, record, moments, rows / scale, slopes)
+    u0_bar, p_bar = u0_bar * scale, p_bar * scale
+    stats.nfe_backward += evaluations
+    stats.nvjp += evaluations
+    stats.naccept_backward += len(record.sizes)
+    gradients = Gradients(u0=from_real(u0_bar, dtype).to(device), inputs=field.split(p_bar))
+    if slopes is not None:
+        rates = from_real(slopes, dtype).to(device)
+        _times_along(gradients, backward, entries, dict(zip((None, *moments), rates, strict=True)))
+    if at_start is not None:
+        gradients.u0 = gradients.u0 + at_start
+    return gradients
+
+
+def _solve_backward(
+    solve: KeptSolution,
+    record: Record,
+    moments: list[float],
+    rows: Tensor,
+    slopes: Tensor | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Solve the adjoint equation in Julia.
+
+    Args:
+        solve: the forward solve.
+        record: its steps.
+        moments: `m` times after the start at which cotangents enter.
+        rows: these cotangents, real, `(m, N)`.
+        slopes: receives the field at the start and at these times, `(m + 1, N)`.
+
+    Returns:
+        Cotangents of the initial state and of the parameters, and the number of evaluations.
+    """
+    field, options = solve.field, solve.options
     count, size = rows.shape
-    u0_bar, p_bar = rows.new_zeros(size), torch.zeros_like(parameters, device="cpu")
-    slopes = rows.new_zeros((count + 1, size)) if time_gradient else None
+    u0_bar, p_bar = rows.new_zeros(size), torch.zeros_like(field.parameters(), device="cpu")
     times, marks = doubles(moments), doubles(record.marks)
     report = integers((0,))
     rtol, atol, max_steps = backward_limits(options.adjoint, options)
     enter(
         "sensitivity!",
-        record=solution,
-        plan=plan,
+        record=solve.solution,
+        plan=solve.plan,
         method=type(options.adjoint).__name__,
         rtol=rtol,
         atol=atol,
@@ -212,33 +237,44 @@ def continuous_sweep(
         report=report,
         release=not field.calls_python,
     )
-    u0_bar, p_bar = u0_bar * scale, p_bar * scale
-    stats.nfe_backward += report[0]
-    stats.nvjp += report[0]
-    stats.naccept_backward += len(record.sizes)
-    lam = from_real(u0_bar, dtype).to(device)
-    t0_bar = t1_bar = saveat_bar = None
-    if slopes is not None:
-        rates = from_real(slopes, dtype).to(device)
-        t0_bar = -torch.vdot(lam, rates[0]).real
-        along = {t: rates[i + 1] for i, t in enumerate(moments)}
-        t1_bar = torch.zeros_like(t0_bar)
-        problem_end = record.marks[-1]
-        free = _moving_with_start(record)
-        if arriving.saved is not None:
-            saveat_bar = t0_bar.new_zeros(arriving.saved.shape[0])
-        for t, cotangent, index in entries:
-            slope = torch.vdot(cotangent, along[t]).real
-            if index is not None:
-                assert saveat_bar is not None
-                saveat_bar[index] += slope
-            elif t == problem_end:
-                t1_bar = t1_bar + slope
-            elif t in free:
-                t0_bar = t0_bar + slope
-    if at_start is not None:
-        lam = lam + at_start
-    return Gradients(lam, t0_bar, t1_bar, saveat_bar, field.split(p_bar))
+    return u0_bar, p_bar, report[0]
+
+
+Entry = tuple[float, Tensor, int | None]
+"""A cotangent that enters after the start: the time, the cotangent `(N,)`, and the index of the
+saved time where that moves."""
+
+
+def _times_along(
+    gradients: Gradients,
+    backward: BackwardPass,
+    entries: list[Entry],
+    rates: dict[float | None, Tensor],
+) -> None:
+    """Put in the gradients of times: a cotangent along the solution's slope.
+
+    Args:
+        gradients: of the sweep, without the cotangents that enter at the start; changed in place.
+        backward: the steps of the solve, and the cotangents.
+        entries: the cotangents that enter after the start.
+        rates: the field at their times, `(N,)` each; under `None` at the start.
+    """
+    record = backward.record
+    t0_bar = -torch.vdot(gradients.u0, rates[None]).real
+    t1_bar = torch.zeros_like(t0_bar)
+    if backward.saved is not None:
+        gradients.saveat = t0_bar.new_zeros(backward.saved_count)
+    free = _moving_with_start(record)
+    for t, cotangent, index in entries:
+        slope = torch.vdot(cotangent, rates[t]).real
+        if index is not None:
+            assert gradients.saveat is not None
+            gradients.saveat[index] += slope
+        elif t == record.marks[-1]:
+            t1_bar = t1_bar + slope
+        elif t in free:
+            t0_bar = t0_bar + slope
+    gradients.t0, gradients.t1 = t0_bar, t1_bar
 
 
 def _moving_with_start(record: Record) -> set[float]:
@@ -251,16 +287,15 @@ def _forward(record: Record) -> bool:
     return record.times[-1] > record.times[0]
 
 
-def _entries(
-    record: Record, options: SolveOptions, arriving: Cotangents
-) -> list[tuple[float, Tensor, int | None]]:
-    """Cotangents after the start: their times, and the index of a saved time that moves."""
-    found: list[tuple[float, Tensor, int | None]] = [
+def _entries(backward: BackwardPass) -> list[Entry]:
+    """The cotangents that enter after the start."""
+    record = backward.record
+    entries: list[Entry] = [
         (record.times[n], cotangent, None)
         for n in range(1, len(record.times))
-        for cotangent in arriving_at(n, record, arriving)
+        for cotangent in backward.entering(n)
     ]
-    if arriving.saved is not None:
-        for indices, _ in record.inside.values():
-            found += [((options.saveat or ())[i], arriving.saved[i], i) for i in indices]
-    return found
+    if backward.saved is not None:
+        for indices, times in record.inside.values():
+            entries += [(t, backward.saved[i], i) for i, t in zip(indices, times, strict=True)]
+    return entries

@@ -15,14 +15,14 @@ from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.fields import CallbackField, Field, field_of
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.process.handles import Handle
-from pysciml_node.julia_engine.sweeps import continuous_sweep, replayed_sweep
+from pysciml_node.julia_engine.sweeps import KeptSolution, continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode, Stats
 from pysciml_node.steps.autograd import SolveNode
-from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Record
 
 
@@ -136,16 +136,13 @@ class Work:
     ) -> tuple[Tensor, ...]:
         """Record a solve in the graph."""
 
-        def sweep(
-            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
-        ) -> Gradients:
-            arguments = field, options, record, states, arriving, with_times
+        def sweep(backward: BackwardPass) -> Gradients:
             if not isinstance(field, CallbackField):
-                return self._sweep(*arguments)
+                return self._sweep(field, options, backward)
             # Only the replay in torch compares what it evaluates with what the solve found.
             compares = isinstance(options.adjoint, DiscreteAdjoint)
             with field.linearizer.captured.sweep(compares):
-                return self._sweep(*arguments)
+                return self._sweep(field, options, backward)
 
         t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
         found: tuple[Tensor, ...] = SolveNode.apply(  # type: ignore[no-untyped-call]
@@ -181,37 +178,17 @@ class Work:
         found = self.apply(forward, self._field, [], options)
         return found[0]
 
-    def _sweep(
-        self,
-        field: Field,
-        options: SolveOptions,
-        record: Record,
-        states: tuple[Tensor, ...],
-        arriving: Cotangents,
-        with_times: bool,
-    ) -> Gradients:
+    def _sweep(self, field: Field, options: SolveOptions, backward: BackwardPass) -> Gradients:
+        """The sweep of the solve's adjoint."""
         if not self.replayed:
             assert self.solution is not None
-            return continuous_sweep(
-                field,
-                self.plan,
-                self.solution,
-                options,
-                record,
-                arriving,
-                with_times,
-                self.stats,
-                self.problem.mass_matrix,
-            )
+            kept = KeptSolution(field, self.plan, self.solution, options, self.problem.mass_matrix)
+            return continuous_sweep(kept, backward, self.stats)
         assert isinstance(self.algorithm, ExplicitRungeKutta)
         spec = self.problem.spec
         forward = isinstance(options.adjoint, ForwardDiffSensitivity)
         if isinstance(field, CallbackField) and not forward:
             method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
-            return discrete_sweep(
-                field.linearizer, method, record, states, arriving, with_times, self.stats
-            )
+            return discrete_sweep(field.linearizer, method, backward, self.stats)
         tableau = plans.tableau(self.algorithm.tableau)
-        return replayed_sweep(
-            field, tableau, record, states, arriving, with_times, self.stats, forward
-        )
+        return replayed_sweep(field, tableau, backward, self.stats, forward)

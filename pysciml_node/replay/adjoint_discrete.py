@@ -19,9 +19,14 @@ from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents, arriving_at
+from pysciml_node.steps.cotangents import (
+    BackwardPass,
+    Gradients,
+    StepBack,
+    StepCotangents,
+    TimeCotangents,
+)
 from pysciml_node.steps.field import Accumulator, DifferentiableField, Linearized
-from pysciml_node.steps.record import Record
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.tableaus.base import Row
 
@@ -45,47 +50,23 @@ class _StepPullback:
         self.comparison = Comparison()
         self._plain: dict[int, list[Weights]] = {}
 
-    def __call__(
-        self,
-        t: float,
-        h: float,
-        u: Tensor,
-        u1: Tensor,
-        end: Tensor,
-        inside: Tensor | None,
-        theta: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Cotangents of the step's start, `t`, `h` and its dense outputs' `theta`.
-
-        Args:
-            t: start of the step.
-            h: its size.
-            u: its starting state `(N,)`.
-            u1: the state at its end that the solve found, `(N,)`.
-            end: cotangent of its end state `(N,)`.
-            inside: cotangents of its dense outputs `(m, N)`, or `None`.
-            theta: where they lie, `(m,)` in float64.
-        """
-        method, cotangents = self.method, self.cotangents
+    def __call__(self, step: StepBack) -> StepCotangents:
+        """Pull a step back."""
+        method, cotangents, inside = self.method, self.cotangents, step.inside
         count = method.stages
         if inside is not None:
             count = method.all_stages
         elif method.tableau.fsal:
             count -= 1  # the last stage serves the next step, which replays it as its first
-        lines = self._linearize(t, h, u, count)
-        stages = self.stages
-        if method.tableau.fsal:
-            again = stages.argument(method.stages - 1, h, u)
-        else:
-            again = stages.vectors.combine(u, h, method.b)
-        self.comparison.add(again, u1, u)
+        h, u = step.h, step.u
+        lines = self._linearize(step.t, h, u, count)
+        self.comparison.add(self._end(h, u), step.u1, u)
         # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
         # each stage's cotangent combines all that is there.
-        arrived = [end] if inside is None else [end, *inside.unbind()]
+        arrived = [step.end] if inside is None else [step.end, *inside.unbind()]
         for place, vector in enumerate(arrived):
             cotangents.put(place, vector)
-        outputs = None if inside is None else method.dense_weights(theta)
-        upon = self._weights(count, outputs)
+        upon = self._weights(count, None if inside is None else method.dense_weights(step.theta))
         t_bar: Tensor | None = None
         h_bar: Tensor | None = None
         for i in reversed(range(count)):
@@ -103,10 +84,16 @@ class _StepPullback:
                     h_bar = h_bar + method.host_nodes[i] * time
         theta_bar = None
         if self.time_gradient and inside is not None:
-            slopes = method.dense_weights(theta, derivative=True)
+            slopes = method.dense_weights(step.theta, derivative=True)
             slope = self.stages.vectors.combine_many(None, h, slopes)
             theta_bar = (inside.conj() * slope).sum(1).real
-        return cotangents.combine(None, 1.0, upon[-1]), t_bar, h_bar, theta_bar
+        return StepCotangents(cotangents.combine(None, 1.0, upon[-1]), t_bar, h_bar, theta_bar)
+
+    def _end(self, h: float, u: Tensor) -> Tensor:
+        """The state at the end of the step, of the stages that are there."""
+        if self.method.tableau.fsal:
+            return self.stages.argument(self.method.stages - 1, h, u)
+        return self.stages.vectors.combine(u, h, self.method.b)
 
     def _weights(self, count: int, outputs: Tensor | None) -> list[Weights]:
         """Weights of all cotangents upon each stage; the last entry sums them all."""
@@ -140,68 +127,68 @@ class _StepPullback:
         return lines
 
 
+def _pullback_for(
+    field: DifferentiableField, method: Method, backward: BackwardPass
+) -> _StepPullback | RecordedPullback:
+    """The adjoint of single steps of a method."""
+    record, with_times = backward.record, backward.with_times
+    if isinstance(method.tableau, ImplicitTableau):
+        return RecordedPullback(field, method, record.marks, with_times)
+    outputs = 0
+    if backward.saved is not None:
+        outputs = max((len(indices) for indices, _ in record.inside.values()), default=0)
+    return _StepPullback(field, method, record.marks, backward.states[0], outputs, with_times)
+
+
 def discrete_sweep(
-    field: DifferentiableField,
-    method: Method,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
-    time_gradient: bool,
-    stats: Stats,
+    field: DifferentiableField, method: Method, backward: BackwardPass, stats: Stats
 ) -> Gradients:
     """Pull all cotangents of a solve back to its inputs.
 
     Args:
         field: the field prepared for gradients.
         method: the method of the forward solve.
-        record: its accepted steps.
-        states: the states at `record.times`.
-        arriving: cotangents of the saved and of the step states.
-        time_gradient: whether `t0`, `t1` and `saveat` need gradients.
+        backward: its steps, and the cotangents.
         stats: its backward fields are filled.
     """
     start_nfe = field.nfe
-    saved = arriving.saved
-    most = max((len(indices) for indices, _ in record.inside.values()), default=0)
-    if isinstance(method.tableau, ImplicitTableau):
-        pullback: _StepPullback | RecordedPullback = RecordedPullback(
-            field, method, record.marks, time_gradient
-        )
-    else:
-        outputs = 0 if saved is None else most
-        pullback = _StepPullback(field, method, record.marks, states[0], outputs, time_gradient)
+    record, states = backward.record, backward.states
+    pullback = _pullback_for(field, method, backward)
     cotangent = torch.zeros_like(states[0])
     times = None
-    if time_gradient:
+    if backward.with_times:
         zero = states[0].new_zeros((), dtype=method.nodes.dtype)
-        times = TimeCotangents(record, 0 if saved is None else saved.shape[0], zero)
+        times = TimeCotangents(record, backward.saved_count, zero)
     live = False
     for n in reversed(range(len(record.sizes))):
-        for extra in arriving_at(n + 1, record, arriving):
+        for extra in backward.entering(n + 1):
             cotangent = cotangent + extra
             live = True
-        indices, theta_list = record.inside.get(n, ([], []))
-        inside = saved[indices] if saved is not None and indices else None
+        inside = backward.inside(n)
         if not live and inside is None:
             continue
         live = True
-        h = record.sizes[n]
-        theta = torch.tensor(theta_list, dtype=torch.float64)
-        cotangent, t_bar, h_bar, theta_bar = pullback(
-            record.times[n], h, states[n], states[n + 1], cotangent, inside, theta
+        theta = torch.tensor(record.fractions(n), dtype=torch.float64)
+        step = StepBack(
+            record.times[n],
+            record.sizes[n],
+            states[n],
+            states[n + 1],
+            end=cotangent,
+            inside=inside,
+            theta=theta,
         )
+        pulled = pullback(step)
+        cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:
-            times.step(n, t_bar, h_bar, theta_bar)
+            times.step(n, pulled.t, pulled.h, pulled.theta)
     pullback.comparison.expect_equal(field.captured.suspects)
-    for extra in arriving_at(0, record, arriving):
+    for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe
     stats.nvjp += field.nfe - start_nfe
-    return Gradients(
-        cotangent,
-        times.start if times is not None else None,
-        times.end if times is not None else None,
-        times.saveat if times is not None and saved is not None else None,
-        pullback.sums.sums,
-    )
+    gradients = Gradients(u0=cotangent, inputs=pullback.sums.sums)
+    if times is not None:
+        times.put_into(gradients)
+    return gradients

@@ -13,6 +13,7 @@ from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.implicit import ImplicitStages
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Real, RecordedVectors
+from pysciml_node.steps.cotangents import StepBack, StepCotangents
 from pysciml_node.steps.field import Accumulator, DifferentiableField
 
 
@@ -38,47 +39,30 @@ class RecordedPullback:
         self.sums = Accumulator(field.leaves)
         self.comparison = Comparison()
 
-    def __call__(
-        self,
-        t: float,
-        h: float,
-        u: Tensor,
-        u1: Tensor,
-        end: Tensor,
-        inside: Tensor | None,
-        theta: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Cotangents of the step's start, `t`, `h` and its dense outputs' `theta`.
-
-        Args:
-            t: start of the step.
-            h: its size.
-            u: its starting state `(N,)`.
-            u1: the state at its end that the solve found, `(N,)`.
-            end: cotangent of its end state `(N,)`.
-            inside: cotangents of its dense outputs `(m, N)`, or `None`.
-            theta: where they lie, `(m,)` in float64.
-        """
-        start: Real = t
-        size: Real = h
+    def __call__(self, step: StepBack) -> StepCotangents:
+        """Pull a step back."""
+        start: Real = step.t
+        size: Real = step.h
+        theta = step.theta
         times: list[Tensor] = []
         field = self.field.field
         with torch.enable_grad():
-            state = u.detach().requires_grad_()
+            state = step.u.detach().requires_grad_()
             if self.time_gradient:
                 start, size = times = [
-                    self.method.nodes.new_tensor(x).requires_grad_() for x in (t, h)
+                    self.method.nodes.new_tensor(x).requires_grad_() for x in (step.t, step.h)
                 ]
                 theta = theta.clone().requires_grad_()
             stages = ImplicitStages(self.method, field, self.marks, RecordedVectors(), field.mass)
-            outputs, cotangents = [stages.solution(start, size, state, with_error=False)], [end]
-            if inside is not None:
+            outputs = [stages.solution(start, size, state, with_error=False)]
+            cotangents = [step.end]
+            if step.inside is not None:
                 outputs.append(stages.dense(start, size, state, theta))
-                cotangents.append(inside)
-        self.comparison.add(outputs[0].detach(), u1, u)
+                cotangents.append(step.inside)
+        self.comparison.add(outputs[0].detach(), step.u1, step.u)
         for output in outputs:
             self.field.captured.expect_known(output, state, *times, theta)
-        places = [theta] if self.time_gradient and inside is not None else []
+        places = [theta] if self.time_gradient and step.inside is not None else []
         gradients: list[Tensor | None] = list(
             torch.autograd.grad(
                 outputs,
@@ -94,4 +78,5 @@ class RecordedPullback:
         h_bar = gradients.pop(0) if times else None
         theta_bar = gradients.pop(0) if places else None
         self.sums.add(gradients)
-        return torch.zeros_like(u) if state_bar is None else state_bar, t_bar, h_bar, theta_bar
+        u_bar = torch.zeros_like(step.u) if state_bar is None else state_bar
+        return StepCotangents(u_bar, t_bar, h_bar, theta_bar)

@@ -10,10 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.problems.modes import ordinary_modes
-from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Record
 
-Sweep = Callable[[Record, tuple[Tensor, ...], Cotangents, bool], Gradients]
+Sweep = Callable[[BackwardPass], Gradients]
 Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], tuple[Record, list[Tensor], Tensor]]
 
@@ -205,9 +205,15 @@ class SolveNode(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:7]
 
         def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
-            arriving = Cotangents(saved, [None, *at_steps[: len(states) - 1]])
+            backward = BackwardPass(
+                record=ctx.record,
+                states=states,
+                saved=saved,
+                at_steps=[None, *at_steps[: len(states) - 1]],
+                with_times=any(wanted),
+            )
             with torch.no_grad(), ordinary_modes(states[0].device):
-                found = ctx.sweep(ctx.record, states, arriving, any(wanted))
+                found = ctx.sweep(backward)
             if found.saveat is not None and len(found.saveat) < ctx.asked:
                 # Times that the solve did not reach.
                 missing = ctx.asked - len(found.saveat)

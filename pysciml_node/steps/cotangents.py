@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +12,75 @@ from torch import Tensor
 from pysciml_node.steps.record import Record
 
 
-@dataclass
-class Cotangents:
-    """Gradients that arrive at, or leave, a solve.
+@dataclass(frozen=True)
+class BackwardPass:
+    """A solve that has run, and the cotangents that arrive at it; `None` stands for zero."""
 
-    `None` stands for zero.
-    """
+    record: Record  # the n accepted steps
+    states: tuple[Tensor, ...]  # (N,) each, n + 1 of them, at `record.times`
+    saved: Tensor | None  # (saved, N), cotangents of the saved states
+    at_steps: Sequence[Tensor | None]  # (N,) each, n + 1 of them, cotangents of `states`
+    with_times: bool  # whether `t0`, `t1` and `saveat` need gradients
 
-    saved: Tensor | None
-    states: list[Tensor | None]
+    @property
+    def saved_count(self) -> int:
+        """How many saved states have cotangents."""
+        return 0 if self.saved is None else self.saved.shape[0]
+
+    def entering(self, n: int) -> list[Tensor]:
+        """The cotangents that enter at `record.times[n]`, `(N,)` each."""
+        entering = []
+        direct = self.at_steps[n]
+        if direct is not None:
+            entering.append(direct)
+        indices = self.record.at_end.get(n)
+        if indices and self.saved is not None:
+            entering.append(self.saved[indices].sum(0))
+        return entering
+
+    def inside(self, n: int) -> Tensor | None:
+        """The cotangents of the states saved inside step `n`, `(m, N)`."""
+        if self.saved is None or n not in self.record.inside:
+            return None
+        return self.saved[self.record.inside[n][0]]
+
+    def saved_inside(self, n: int) -> Iterator[tuple[float, Tensor]]:
+        """The times saved inside step `n`, and the cotangents of the states there, `(N,)` each."""
+        if self.saved is not None and n in self.record.inside:
+            for i, t in zip(*self.record.inside[n], strict=True):
+                yield t, self.saved[i]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Gradients:
-    """What a backward sweep returns."""
+    """What a backward sweep returns; `None` stands for zero."""
 
-    u0: Tensor
-    t0: Tensor | None
-    t1: Tensor | None
-    saveat: Tensor | None
-    inputs: list[Tensor | None]
+    u0: Tensor  # (N,)
+    inputs: list[Tensor | None]  # each of its input's shape
+    t0: Tensor | None = None  # ()
+    t1: Tensor | None = None  # ()
+    saveat: Tensor | None = None  # (saved,)
+
+
+class StepBack(NamedTuple):
+    """An accepted step to be pulled back, and the cotangents that arrive at it."""
+
+    t: float  # its start
+    h: float  # its size
+    u: Tensor  # (N,), the state at its start
+    u1: Tensor  # (N,), the state at its end, as the solve found it
+    end: Tensor  # (N,), cotangent of the state at its end
+    inside: Tensor | None  # (m, N), cotangents of its dense outputs
+    theta: Tensor  # (m,) in float64, where these lie
+
+
+class StepCotangents(NamedTuple):
+    """What a step pulls back."""
+
+    u: Tensor  # (N,), of the state at its start
+    t: Tensor | None = None  # (), of its start
+    h: Tensor | None = None  # (), of its size
+    theta: Tensor | None = None  # (m,), of the places of its dense outputs
 
 
 class TimeCotangents:
@@ -63,9 +114,8 @@ class TimeCotangents:
         size = torch.zeros_like(self.start) if h_bar is None else h_bar
         if theta_bar is not None:
             # theta = (s - t) / h
-            indices, places = self.record.inside[n]
-            theta = torch.tensor(places, dtype=torch.float64).to(theta_bar)
-            self.saveat[indices] = theta_bar / h
+            theta = torch.tensor(self.record.fractions(n), dtype=torch.float64).to(theta_bar)
+            self.saveat[self.record.inside[n][0]] = theta_bar / h
             t = t - theta_bar.sum() / h
             size = size - (theta_bar * theta).sum() / h
         if self.record.stops[n] is None:
@@ -75,14 +125,8 @@ class TimeCotangents:
             self.end = self.start + size
         self.start = t - size
 
-
-def arriving_at(state: int, record: Record, arriving: Cotangents) -> list[Tensor]:
-    """Cotangents that enter at one of the record's times."""
-    found = []
-    direct = arriving.states[state]
-    if direct is not None:
-        found.append(direct)
-    indices = record.at_end.get(state)
-    if indices and arriving.saved is not None:
-        found.append(arriving.saved[indices].sum(0))
-    return found
+    def put_into(self, gradients: Gradients) -> None:
+        """Complete the gradients of a sweep, all steps having been taken in."""
+        gradients.t0, gradients.t1 = self.start, self.end
+        if len(self.saveat):
+            gradients.saveat = self.saveat

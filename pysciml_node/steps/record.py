@@ -25,7 +25,7 @@ class Record:
         sizes: signed step sizes, length `n`.
         errors: scaled error estimates, length `n`.
         stops: for each step the stop it ends on, or `None`.
-        inside: for a step, the saved times that lie inside it: their indices and `theta`.
+        inside: for a step, the saved times that lie inside it: their indices and the times.
         at_end: for a state index, the saved times that coincide with it.
         saved: how many of the requested times were reached.
         last: of a failed solve, the last attempt.
@@ -50,6 +50,13 @@ class Record:
     t1_stop: int = 0
     thinned: bool = False
     fixed: bool = False
+
+    def fractions(self, n: int) -> list[float]:
+        """Where the saved times inside step `n` lie in it, from 0 to 1."""
+        if n not in self.inside:
+            return []
+        start, h = self.times[n], self.sizes[n]
+        return [(t - start) / h for t in self.inside[n][1]]
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` times, and what was saved up to there."""

@@ -13,7 +13,6 @@ differential equations, arXiv 2001.01328.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -22,23 +21,12 @@ from typing_extensions import override
 
 from pysciml_node.replay.comparison import Comparison, expect_same
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import pull_back
-from pysciml_node.steps.record import Record
 from pysciml_node.stochastic.brownian import BrownianPath, Increment
 from pysciml_node.stochastic.fields import DifferentiableFields
 from pysciml_node.stochastic.step import Stepper
-
-
-def saved_inside(
-    record: Record, n: int, saved: Tensor | None
-) -> Iterator[tuple[int, float, Tensor]]:
-    """The saved times inside step `n`: their indices, the times, and their cotangents."""
-    indices, times = record.inside.get(n, ([], []))
-    if saved is not None:
-        for i, t in zip(indices, times, strict=True):
-            yield i, t, saved[i]
 
 
 class Pullback(Protocol):
@@ -103,52 +91,92 @@ class StepPullback(Pullback):
 
 
 def discrete_sweep(
-    pull: Pullback,
-    path: BrownianPath,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
-    stats: Stats,
+    pull: Pullback, path: BrownianPath, backward: BackwardPass, stats: Stats
 ) -> Gradients:
     """Pull all cotangents of a solve back to its inputs, through its steps.
 
     Args:
         pull: the adjoint of single steps.
         path: the Brownian motions of the forward solve.
-        record: its accepted steps; `inside` holds times.
-        states: the vectors at `record.times`.
-        arriving: cotangents of the saved and of the step states.
+        backward: its steps, and the cotangents.
         stats: its backward fields are filled.
     """
+    record, states = backward.record, backward.states
     cotangent = torch.zeros_like(states[0])
     live = False
     for n in reversed(range(len(record.sizes))):
-        for extra in arriving_at(n + 1, record, arriving):
+        for extra in backward.entering(n + 1):
             cotangent, live = cotangent + extra, True
         t, total = record.times[n], None
         if live:
             motion = path.increment(t, record.times[n + 1])
             total = pull(t, states[n], motion, cotangent, states[n + 1])
-        for _, at, upon in saved_inside(record, n, arriving.saved):
+        for at, upon in backward.saved_inside(n):
             part = pull(t, states[n], path.increment(t, at), upon)
             total, live = part if total is None else total + part, True
         if total is not None:
             cotangent = total
             stats.naccept_backward += 1
-    for extra in arriving_at(0, record, arriving):
+    for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += pull.evaluations
     stats.nvjp += pull.evaluations
-    return Gradients(cotangent, None, None, None, pull.inputs())
+    return Gradients(u0=cotangent, inputs=pull.inputs())
+
+
+class _BackwardHeun:
+    """Steps of the adjoint equation backward in time, beside the state.
+
+    Args:
+        prepared: the fields with their inputs.
+        stepper: the method with these fields.
+        path: the Brownian motions of the forward solve.
+
+    Attributes:
+        sums: what has been added up for the inputs.
+        steps: how many steps were taken.
+    """
+
+    def __init__(
+        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
+    ) -> None:
+        self._prepared, self._fields, self._path = prepared, prepared.fields, path
+        self._like = stepper.method.nodes
+        self.sums = Accumulator(prepared.leaves)
+        self.steps = 0
+
+    def _rates(
+        self, t: float, u: Tensor, costate: Tensor, motion: Increment
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Changes of state, costate and parameter gradients over the step, backward."""
+        prepared, fields = self._prepared, self._fields
+        time = self._like.new_tensor(t)
+        with torch.enable_grad():
+            state = u.detach().requires_grad_()
+            noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
+            change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
+        prepared.captured.expect_known(change, state)
+        pulled, *leaves = pull_back(change, (state, *prepared.leaves), costate)
+        return -change.detach(), torch.zeros_like(u) if pulled is None else pulled, leaves
+
+    def __call__(
+        self, start: float, end: float, u: Tensor, costate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """State and costate at `start` from those at `end`, `(N,)` each."""
+        motion = self._path.increment(start, end)
+        du, dl, leaves = self._rates(end, u, costate, motion)
+        du1, dl1, leaves1 = self._rates(start, u + du, costate + dl, motion)
+        self.sums.add(leaves, scale=0.5)
+        self.sums.add(leaves1, scale=0.5)
+        self.steps += 1
+        return u + (du + du1) / 2, costate + (dl + dl1) / 2
 
 
 def backsolve_sweep(
     prepared: DifferentiableFields,
     stepper: Stepper,
     path: BrownianPath,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
+    backward: BackwardPass,
     stats: Stats,
 ) -> Gradients:
     """Pull all cotangents back by the adjoint equation.
@@ -156,47 +184,21 @@ def backsolve_sweep(
     Args:
         prepared: the fields with their inputs.
         stepper: the method with these fields.
-        path: as for `discrete_sweep`, like the other arguments.
-        record: the accepted steps.
-        states: the vectors at their ends.
-        arriving: cotangents.
-        stats: of the solve.
+        path: the Brownian motions of the forward solve.
+        backward: its steps, and the cotangents.
+        stats: its backward fields are filled.
     """
-    fields = prepared.fields
+    fields, record, states = prepared.fields, backward.record, backward.states
     before = fields.nfe
-    sums = Accumulator(prepared.leaves)
+    back = _BackwardHeun(prepared, stepper, path)
     u, costate = stepper.state(states[-1]).clone(), torch.zeros_like(stepper.state(states[-1]))
-
-    def rates(
-        t: float, u: Tensor, costate: Tensor, motion: Increment
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Changes of state, costate and parameter gradients over the step, backward."""
-        time = stepper.method.nodes.new_tensor(t)
-        with torch.enable_grad():
-            state = u.detach().requires_grad_()
-            noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
-            change = torch.add(noise, fields.drift(time, state), alpha=motion.h)
-        prepared.captured.expect_known(change, state)
-        found = pull_back(change, (state, *prepared.leaves), costate)
-        pulled = torch.zeros_like(u) if found[0] is None else found[0]
-        return -change.detach(), pulled, found[1:]
-
-    def back(start: float, end: float, u: Tensor, costate: Tensor) -> tuple[Tensor, Tensor]:
-        motion = path.increment(start, end)
-        du, dl, leaves = rates(end, u, costate, motion)
-        du1, dl1, leaves1 = rates(start, u + du, costate + dl, motion)
-        sums.add(leaves, scale=0.5)
-        sums.add(leaves1, scale=0.5)
-        stats.naccept_backward += 1
-        return u + (du + du1) / 2, costate + (dl + dl1) / 2
-
     live = False
     for n in reversed(range(len(record.sizes))):
         t, at = record.times[n], record.times[n + 1]
-        for extra in arriving_at(n + 1, record, arriving):
+        for extra in backward.entering(n + 1):
             costate = costate + stepper.state(extra)
             u, live = stepper.state(states[n + 1]), True
-        for _, s, upon in reversed(list(saved_inside(record, n, arriving.saved))):
+        for s, upon in reversed(list(backward.saved_inside(n))):
             if live and s < at:
                 u, costate = back(s, at, u, costate)
             if not live:
@@ -205,13 +207,14 @@ def backsolve_sweep(
             costate, at = costate + stepper.state(upon), s
         if live:
             u, costate = back(t, at, u, costate)
-    for extra in arriving_at(0, record, arriving):
+    for extra in backward.entering(0):
         costate = costate + stepper.state(extra)
+    stats.naccept_backward += back.steps
     stats.nvjp += fields.nfe - before
     begin, u0 = stepper.method.nodes.new_tensor(record.times[0]), stepper.state(states[0])
     again = fields.drift(begin, u0), fields.diffusion(begin, u0)
     expect_same(again, prepared.first, prepared.captured.suspects)
     stats.nfe_backward += fields.nfe - before
-    whole = torch.cat((costate, torch.zeros_like(costate)))
-    carried = stepper.method.tableau.carry
-    return Gradients(whole if carried else costate, None, None, None, sums.sums)
+    if stepper.method.tableau.carry:
+        costate = torch.cat((costate, torch.zeros_like(costate)))
+    return Gradients(u0=costate, inputs=back.sums.sums)

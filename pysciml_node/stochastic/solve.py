@@ -12,7 +12,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import SolveNode
-from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
@@ -160,16 +160,13 @@ class _SDESolve:
         prepared.captured.settle()
         self.surroundings = prepared.surroundings
 
-        def sweep(
-            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
-        ) -> Gradients:
-            arrived = record, states, arriving, self.stats
+        def sweep(backward: BackwardPass) -> Gradients:
             backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
             with prepared.captured.sweep(replayed=not backsolve):
                 if backsolve:
-                    return backsolve_sweep(prepared, self.stepper, self.path, *arrived)
+                    return backsolve_sweep(prepared, self.stepper, self.path, backward, self.stats)
                 pull = self.parts.pullback(prepared, self.stepper)
-                return discrete_sweep(pull, self.path, *arrived)
+                return discrete_sweep(pull, self.path, backward, self.stats)
 
         keep: list[Record] = []
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]

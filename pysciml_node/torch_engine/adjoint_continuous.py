@@ -12,26 +12,21 @@ of `L` for any number `c`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.adjoints import (
-    BacksolveAdjoint,
-    GaussAdjoint,
-    _ContinuousAdjoint,
-)
-from pysciml_node.algorithms.controllers import Controller, FixedStep
+from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint, GaussAdjoint
+from pysciml_node.algorithms.controllers import FixedStep
+from pysciml_node.algorithms.options import SolveOptions, backward_limits
 from pysciml_node.replay.comparison import expect_same
 from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import vectors_like
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator, DifferentiableField
-from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.march import March, MarchOptions
 
@@ -43,15 +38,13 @@ class BackwardFailure(RuntimeError):
 class DenseForward:
     """The forward solution at any time, its last used step's stages kept."""
 
-    def __init__(
-        self, field: DifferentiableField, method: Method, record: Record, states: Iterable[Tensor]
-    ) -> None:
-        self.record, self.states = record, tuple(states)
-        times = record.times
+    def __init__(self, field: DifferentiableField, method: Method, backward: BackwardPass) -> None:
+        self.record, self.states = backward.record, backward.states
+        times = self.record.times
         self.sign = 1.0 if times[-1] >= times[0] else -1.0
         self.ordered = np.asarray(times) * self.sign
         vectors = vectors_like(self.states[0], method.all_stages)
-        self.stages = Stages(method, field.field, record.marks, vectors)
+        self.stages = Stages(method, field.field, self.record.marks, vectors)
         self.current = -1
 
     def __call__(self, t: float) -> Tensor:
@@ -79,21 +72,20 @@ class _Jumps:
         finite: whether all of them are.
     """
 
-    def __init__(self, record: Record, arriving: Cotangents) -> None:
+    def __init__(self, backward: BackwardPass) -> None:
+        record, saved = backward.record, backward.saved
         entering: dict[float, list[Tensor]] = {}
         self.saved_times: dict[int, float] = {}
-        for n, gradient in enumerate(arriving.states):
+        for t, gradient in zip(record.times, backward.at_steps, strict=True):
             if gradient is not None:
-                entering.setdefault(record.times[n], []).append(gradient)
-        if arriving.saved is not None:
-            for n, (indices, thetas) in record.inside.items():
-                for i, theta in zip(indices, thetas, strict=True):
-                    self.saved_times[i] = record.times[n] + theta * record.sizes[n]
+                entering.setdefault(t, []).append(gradient)
+        if saved is not None:
+            for indices, times in record.inside.values():
+                self.saved_times.update(zip(indices, times, strict=True))
             for n, indices in record.at_end.items():
-                for i in indices:
-                    self.saved_times[i] = record.times[n]
+                self.saved_times.update((i, record.times[n]) for i in indices)
             for i, t in self.saved_times.items():
-                entering.setdefault(t, []).append(arriving.saved[i])
+                entering.setdefault(t, []).append(saved[i])
         sums = {t: torch.stack(parts).sum(0) for t, parts in entering.items()}
         peaks = torch.stack([x.abs().max() for x in sums.values()]).tolist() if sums else []
         self.finite = all(math.isfinite(peak) for peak in peaks)
@@ -112,87 +104,38 @@ class _Jumps:
 def continuous_sweep(
     field: DifferentiableField,
     method: Method,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
-    adjoint: _ContinuousAdjoint,
-    controller: Controller,
-    rtol: float,
-    atol: float,
-    max_steps: int,
-    time_gradient: bool,
+    options: SolveOptions,
+    backward: BackwardPass,
     stats: Stats,
 ) -> Gradients:
     """Pull all cotangents of a solve back to its inputs by the adjoint equation.
 
     Args:
         field: the field prepared for gradients.
-        method: the method, used backward as well.
-        record: the accepted steps of the forward solve.
-        states: the states at `record.times`.
-        arriving: cotangents of the saved and of the step states.
-        adjoint: which adjoint, and its tolerances.
-        controller: step control of the backward march.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        max_steps: limit of the backward march.
-        time_gradient: whether `t0`, `t1` and `saveat` need gradients.
+        method: the method of the forward solve, used backward as well.
+        options: of the forward solve; its adjoint may have tolerances of its own.
+        backward: the steps of the forward solve, and the cotangents.
         stats: its backward fields are filled.
 
     Raises:
         BackwardFailure: the backward march failed.
     """
     start_nfe = field.nfe
-    jumps = _Jumps(record, arriving)
+    jumps = _Jumps(backward)
     if not jumps.finite:
         # As through any other operation: who scales losses looks for it.
-        return _filled(field, states[0], arriving, time_gradient, math.nan)
+        return _filled(field, backward, math.nan)
     if not jumps.by_time:
-        return _filled(field, states[0], arriving, time_gradient, 0.0)
-    dense = DenseForward(field, method, record, states)
+        return _filled(field, backward, 0.0)
+    dense = DenseForward(field, method, backward)
     sums = Accumulator(field.leaves)
-    t0, t1 = record.times[0], record.times[-1]
-    augmented = _augmentation(adjoint, field, dense, stats)
-
+    augmented = _augmentation(options.adjoint, field, dense, stats)
     # Nothing enters after the first of these times.
     first, cotangent = next(iter(jumps.by_time.items()))
-    # Where the forward march had to stop, the field may have a kink.
-    kinks = {t for t, stop in zip(record.times[1:], record.stops, strict=True) if stop is not None}
-    sign = 1.0 if t1 > t0 else -1.0
-    stop_times = sorted(
-        (t for t in kinks | set(jumps.by_time) if sign * t0 < sign * t < sign * first),
-        reverse=t0 < t1,
-    )
-    start = augmented.start(first, cotangent)
-    vector = start
+    t0 = backward.record.times[0]
+    vector = augmented.start(first, cotangent)
     if first != t0:
-        options = MarchOptions(
-            controller=controller,
-            # Only the adjoint state (and the state beside it) drives the step size.
-            tolerance=Tolerance(rtol, atol, augmented.driven),
-            max_steps=max_steps,
-            dt0=max(map(abs, record.sizes)) if not controller.adaptive else None,
-            tstops=tuple(stop_times),
-        )
-        marks = (first, *(t for t in reversed(record.marks[1:-1]) if t in kinks), t0)
-        stages = Stages(method, augmented, marks, vectors_like(start, method.all_stages))
-        march = March(stages, start, first, t0, options)
-        for step in march:
-            if isinstance(adjoint, GaussAdjoint):
-                _gauss_quadrature(step, stages, augmented, sums)
-            jump = jumps.at(step.end) if step.stop is not None else None
-            if jump is not None and step.stop != len(stop_times):
-                march.replace(augmented.jump(step.u1, jump, step.end))
-        stats.naccept_backward += march.naccept
-        stats.nreject_backward += march.nreject
-        if not march.retcode.successful:
-            raise BackwardFailure(
-                f"the backward solve of {type(adjoint).__name__} stopped at "
-                f"t={march.last.t if march.last else first:.6g}: {march.retcode.value}.\n"
-                "  Try, in order: adjoint=DiscreteAdjoint(); looser tolerances for the adjoint, as "
-                f"in {type(adjoint).__name__}(rtol=1e-4, atol=1e-4); a larger max_steps."
-            )
-        vector = march.u
+        vector = _march_back(augmented, method, options, jumps, vector, sums)
     augmented.collect(vector, sums)
     costate = augmented.costate(vector)
     at_start = jumps.at(t0)
@@ -202,28 +145,87 @@ def continuous_sweep(
         torch.zeros_like(leaf) if total is None else total
         for total, leaf in zip(sums.sums, field.leaves, strict=True)
     ]
-    gradients = Gradients(costate, None, None, None, inputs)
-    if time_gradient:
-        _time_gradients(gradients, field, method, jumps, arriving, dense, (t0, t1), costate)
+    gradients = Gradients(u0=costate, inputs=inputs)
+    if backward.with_times:
+        _time_gradients(gradients, field, method, jumps, backward, dense)
     begin = method.nodes.new_tensor(t0)
-    expect_same((field.field(begin, states[0]),), (field.k0,), field.captured.suspects)
+    expect_same((field.field(begin, backward.states[0]),), (field.k0,), field.captured.suspects)
     stats.nfe_backward += field.nfe - start_nfe
     return gradients
 
 
-def _filled(
-    field: DifferentiableField,
-    like: Tensor,
-    arriving: Cotangents,
-    time_gradient: bool,
-    value: float,
-) -> Gradients:
+def _march_back(
+    augmented: _Augmented,
+    method: Method,
+    options: SolveOptions,
+    jumps: _Jumps,
+    vector: Tensor,
+    sums: Accumulator,
+) -> Tensor:
+    """The vector at `t0`, by a march from where the first cotangent has entered.
+
+    Args:
+        augmented: the right-hand side.
+        method: of the march.
+        options: of the forward solve.
+        jumps: the cotangents that enter.
+        vector: where the march starts.
+        sums: receives the gradients of the field's inputs, where they are no part of the vector.
+
+    Raises:
+        BackwardFailure: the march has failed.
+    """
+    record, stats, adjoint = augmented.dense.record, augmented.stats, options.adjoint
+    first, t0, forward = next(iter(jumps.by_time)), record.times[0], augmented.dense.sign
+    # Where the forward march had to stop, the field may have a kink.
+    kinks = {t for t, stop in zip(record.times[1:], record.stops, strict=True) if stop is not None}
+    stops = sorted(
+        (t for t in kinks | set(jumps.by_time) if forward * t0 < forward * t < forward * first),
+        reverse=forward > 0,
+    )
+    rtol, atol, max_steps = backward_limits(adjoint, options)
+    adaptive = options.controller.adaptive
+    march_options = MarchOptions(
+        # Fixed steps backward where forward had them, all of one size.
+        controller=options.controller if adaptive else FixedStep(),
+        # Only the adjoint state (and the state beside it) drives the step size.
+        tolerance=Tolerance(rtol, atol, augmented.driven),
+        max_steps=max_steps,
+        dt0=None if adaptive else max(map(abs, record.sizes)),
+        tstops=tuple(stops),
+    )
+    marks = (first, *(t for t in reversed(record.marks[1:-1]) if t in kinks), t0)
+    stages = Stages(method, augmented, marks, vectors_like(vector, method.all_stages))
+    march = March(stages, vector, first, t0, march_options)
+    for step in march:
+        if isinstance(adjoint, GaussAdjoint):
+            _gauss_quadrature(step, stages, augmented, sums)
+        jump = jumps.at(step.end) if step.stop is not None else None
+        if jump is not None and step.stop != len(stops):
+            march.replace(augmented.jump(step.u1, jump, step.end))
+    stats.naccept_backward += march.naccept
+    stats.nreject_backward += march.nreject
+    if not march.retcode.successful:
+        raise BackwardFailure(
+            f"the backward solve of {type(adjoint).__name__} stopped at "
+            f"t={march.last.t if march.last else first:.6g}: {march.retcode.value}.\n"
+            "  Try, in order: adjoint=DiscreteAdjoint(); looser tolerances for the adjoint, as "
+            f"in {type(adjoint).__name__}(rtol=1e-4, atol=1e-4); a larger max_steps."
+        )
+    return march.u
+
+
+def _filled(field: DifferentiableField, backward: BackwardPass, value: float) -> Gradients:
     """Gradients that are all one number."""
-    time = like.new_full((), value, dtype=like.dtype.to_real()) if time_gradient else None
-    saved = arriving.saved
-    saveat = None if time is None or saved is None else time.expand(saved.shape[0])
+    like = backward.states[0]
     leaves: list[Tensor | None] = [torch.full_like(leaf, value) for leaf in field.leaves]
-    return Gradients(torch.full_like(like, value), time, time, saveat, leaves)
+    gradients = Gradients(u0=torch.full_like(like, value), inputs=leaves)
+    if backward.with_times:
+        time = like.new_full((), value, dtype=like.dtype.to_real())
+        gradients.t0 = gradients.t1 = time
+        if backward.saved is not None:
+            gradients.saveat = time.expand(backward.saved_count)
+    return gradients
 
 
 def _size(cotangent: Tensor) -> float:
@@ -311,7 +313,7 @@ class _Augmented:
 
 
 def _augmentation(
-    adjoint: _ContinuousAdjoint, field: DifferentiableField, dense: DenseForward, stats: Stats
+    adjoint: Adjoint, field: DifferentiableField, dense: DenseForward, stats: Stats
 ) -> _Augmented:
     return _Augmented(
         field,
@@ -342,10 +344,8 @@ def _time_gradients(
     field: DifferentiableField,
     method: Method,
     jumps: _Jumps,
-    arriving: Cotangents,
+    backward: BackwardPass,
     dense: DenseForward,
-    ends: tuple[float, float],
-    costate: Tensor,
 ) -> None:
     """`dL/dt_i = <cotangent_i, f(t_i, u_i)>`, and `-<l, f>` at `t0`."""
 
@@ -354,26 +354,21 @@ def _time_gradients(
             rate = field.field(method.nodes.new_tensor(t), dense(t))
         return torch.vdot(cotangent, rate).real
 
-    t0, t1 = ends
-    record = dense.record
+    record = backward.record
+    t0, t1 = record.times[0], record.times[-1]
     at_end = jumps.at(t1)
     # A solve that an event has stopped does not reach the end of its interval.
     reached = bool(record.stops) and record.stops[-1] == record.t1_stop
     gradients.t1 = method.nodes.new_zeros(())
     if reached and at_end is not None:
         gradients.t1 = along(t1, at_end)
-    gradients.t0 = -along(t0, costate)
-    if arriving.saved is not None:
-        gradients.saveat = method.nodes.new_zeros(arriving.saved.shape[0])
+    gradients.t0 = -along(t0, gradients.u0)
+    if backward.saved is not None:
+        gradients.saveat = method.nodes.new_zeros(backward.saved_count)
         for i, t in jumps.saved_times.items():
-            if t not in ends:
-                gradients.saveat[i] = along(t, arriving.saved[i])
+            if t not in (t0, t1):
+                gradients.saveat[i] = along(t, backward.saved[i])
     at_start = jumps.at(t0)
     if at_start is not None:
         # A cotangent of u0 itself does not move with t0.
         gradients.t0 = gradients.t0 + along(t0, at_start)
-
-
-def backward_controller(controller: Controller) -> Controller:
-    """Step control of the backward march: fixed steps backward where forward had them."""
-    return FixedStep() if isinstance(controller, FixedStep) else controller

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
-from pysciml_node.steps.cotangents import Cotangents, Gradients, arriving_at
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.record import Record
 
@@ -60,9 +60,7 @@ def complete_times(
     gradients: Gradients,
     problem: ODEProblem,
     field: FlatField,
-    record: Record,
-    states: tuple[Tensor, ...],
-    arriving: Cotangents,
+    backward: BackwardPass,
     ends: bool,
 ) -> None:
     """Fill in the gradients of the ends, where the steps lack them, and of times saved there.
@@ -71,32 +69,28 @@ def complete_times(
         gradients: of a backward sweep; changed in place.
         problem: what was solved.
         field: evaluates its derivative.
-        record: the accepted steps.
-        states: at their ends.
-        arriving: the cotangents.
+        backward: what the sweep started from.
         ends: whether the steps lack the gradients of the ends.
     """
     if gradients.saveat is not None:
         gradients.saveat = gradients.saveat.clone()
     if ends:
         gradients.t1 = None if gradients.t1 is None else torch.zeros_like(gradients.t1)
-    for index, t, end in _ends(problem, record):
-        indices = record.at_end.get(index, [])
+    for index, t, end in _ends(problem, backward.record):
+        indices = backward.record.at_end.get(index, [])
         saved = indices and gradients.saveat is not None and not requires(end)
         if not saved and not ends:
             continue
-        rate = field(problem.time_tensor([t])[0], states[index])
+        rate = field(problem.time_tensor([t])[0], backward.states[index])
         if ends:
-            entering = torch.stack(
-                [torch.zeros_like(rate), *arriving_at(index, record, arriving)]
-            ).sum(0)
+            entering = torch.stack([torch.zeros_like(rate), *backward.entering(index)]).sum(0)
             if index == 0:
                 gradients.t0 = -torch.vdot(gradients.u0 - entering, rate).real
             else:
                 gradients.t1 = torch.vdot(entering, rate).real
-        if saved and gradients.saveat is not None and arriving.saved is not None:
+        if saved and gradients.saveat is not None and backward.saved is not None:
             for i in indices:
-                gradients.saveat[i] = torch.vdot(arriving.saved[i], rate).real
+                gradients.saveat[i] = torch.vdot(backward.saved[i], rate).real
 
 
 def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,10 @@ from pysciml_node.algorithms.adjoints import (
     DiscreteAdjoint,
     ForwardDiffSensitivity,
     QuadratureAdjoint,
-    _ContinuousAdjoint,
 )
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
-from pysciml_node.algorithms.options import MemberOptions, SolveOptions, backward_limits
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
@@ -29,7 +30,7 @@ from pysciml_node.replay.vectors import RecordedVectors, vectors_like
 from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import SolveNode
-from pysciml_node.steps.cotangents import Cotangents, Gradients
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.progress import step_listener
@@ -38,10 +39,7 @@ from pysciml_node.steps.record import Record, check_finite
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.solve import Parts, solve_sde
 from pysciml_node.tableaus import DiagonallyImplicitTableau
-from pysciml_node.torch_engine.adjoint_continuous import (
-    backward_controller,
-    continuous_sweep,
-)
+from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
 from pysciml_node.torch_engine.end_times import (
     at_moving_ends,
     complete_times,
@@ -260,44 +258,12 @@ class _Solve:
         field.field.watch = None
         field.captured.settle()
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
-        stats, method, adjoint = self.stats, self.method, options.adjoint
-        found[0].fixed = not adjoint.discrete or self._fixed()
-
-        def sweep(
-            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
-        ) -> Gradients:
-            with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
-                gradients = pull(record, states, arriving, with_times)
-                if with_times and problem.mass is None:
-                    ends = record.fixed and adjoint.discrete
-                    complete_times(gradients, problem, field.field, record, states, arriving, ends)
-            return gradients
-
-        def pull(
-            record: Record, states: tuple[Tensor, ...], arriving: Cotangents, with_times: bool
-        ) -> Gradients:
-            if isinstance(adjoint, DiscreteAdjoint):
-                arrived = record, states, arriving, with_times, stats
-                return discrete_sweep(field, method, *arrived)
-            assert isinstance(adjoint, _ContinuousAdjoint)
-            return continuous_sweep(
-                field,
-                method,
-                record,
-                states,
-                arriving,
-                adjoint,
-                backward_controller(options.controller),
-                *backward_limits(adjoint, options),
-                with_times,
-                stats,
-            )
-
+        found[0].fixed = not options.adjoint.discrete or self._fixed()
         keep: list[Record] = []
         t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
             lambda _: found,
-            sweep,
+            partial(self._sweep, field),
             keep,
             self.u0,
             t0,
@@ -307,6 +273,20 @@ class _Solve:
             *field.inputs,
         )
         return keep[0], [self.u0, *states], saved
+
+    def _sweep(self, field: DifferentiableField, backward: BackwardPass) -> Gradients:
+        """The sweep of the solve's adjoint."""
+        problem, options = self.problem, self.options
+        adjoint = options.adjoint
+        with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
+            if isinstance(adjoint, DiscreteAdjoint):
+                gradients = discrete_sweep(field, self.method, backward, self.stats)
+            else:
+                gradients = continuous_sweep(field, self.method, options, backward, self.stats)
+            if backward.with_times and problem.mass is None:
+                ends = backward.record.fixed and adjoint.discrete
+                complete_times(gradients, problem, field.field, backward, ends)
+        return gradients
 
 
 def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:

@@ -67,8 +67,9 @@ class Saver:
             last += 1
         if last > done:
             indices = list(range(done, last))
-            theta = [(self.times[i] - step.t) / step.h for i in indices]
-            self.record.inside[len(self.record.sizes)] = (indices, theta)
+            theta = [(t - step.t) / step.h for t in self.times[done:last]]
+            inside = list(self.times[done:last])
+            self.record.inside[len(self.record.sizes)] = (indices, inside)
             at = torch.tensor(theta, dtype=torch.float64)
             if self.time_tensor is not None:
                 at = (self.time_tensor[done:last] - step.time) / step.size

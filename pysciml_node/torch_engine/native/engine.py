@@ -28,7 +28,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import pulled
-from pysciml_node.steps.cotangents import Cotangents, Gradients, TimeCotangents
+from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Record, check_finite
@@ -216,16 +216,16 @@ def _time_gradients(
         places = record.inside.get(n)
         theta = None if places is None else swept.theta[places[0]]
         times.step(n, swept.t[n], swept.h[n], theta)
-    found = Gradients(swept.u0, times.start, times.end, times.saveat, [])
+    gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
     states = (flight.u0, *flight.ends.unbind())
-    arriving = Cotangents(saved, [None] * len(states))
+    backward = BackwardPass(record, states, saved, [None] * len(states), with_times=True)
     # Times that are saved at ends which do not move; a field that hides time is not translated.
-    complete_times(found, problem, FlatField(problem), record, states, arriving, ends=False)
-    assert found.saveat is not None
+    complete_times(gradients, problem, FlatField(problem), backward, ends=False)
+    assert gradients.saveat is not None
     asked = 0 if solve.options.saveat is None else len(solve.options.saveat)
     # Times that the solve did not reach have none.
-    saveat = torch.nn.functional.pad(found.saveat, (0, asked - len(found.saveat)))
-    return [found.t0, found.t1, saveat]
+    saveat = torch.nn.functional.pad(gradients.saveat, (0, asked - len(gradients.saveat)))
+    return [gradients.t0, gradients.t1, saveat]
 
 
 def solve_native(

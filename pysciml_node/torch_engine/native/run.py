@@ -92,13 +92,14 @@ class Flight:
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(options.landings(problem.direction)),
         )
-        for i, (place, theta) in enumerate(self.places.tolist()):
+        asked = options.saveat or ()
+        for i, (t, (place, theta)) in enumerate(zip(asked, self.places.tolist(), strict=False)):
             if math.isnan(theta):
                 record.at_end.setdefault(int(place), []).append(i)
             else:
-                indices, thetas = record.inside.setdefault(int(place), ([], []))
+                indices, times = record.inside.setdefault(int(place), ([], []))
                 indices.append(i)
-                thetas.append(theta)
+                times.append(t)
         return record
 
 
