@@ -19,13 +19,52 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
+class Tolerances:
+    """How large errors may be, `atol + rtol * |u|`, and in which entries of a state they count.
+
+    Attributes:
+        rtol: relative tolerance, a number or a flat tensor `(N,)`.
+        atol: absolute tolerance, a number or a flat tensor `(N,)`; where it is `inf` the entry does
+            not count.
+        driven: how many leading entries of the flat state drive the step size.
+    """
+
+    rtol: float | Tensor
+    atol: float | Tensor
+    driven: int
+
+    @property
+    def counted(self) -> int:
+        """How many entries count."""
+        atol = self.atol
+        return int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else self.driven
+
+    @property
+    def tightest(self) -> tuple[float, float]:
+        """The smallest of the relative and of the absolute tolerances."""
+
+        def smallest(tolerance: float | Tensor) -> float:
+            if not isinstance(tolerance, Tensor):
+                return tolerance
+            return float(tolerance[torch.isfinite(tolerance)].min())
+
+        return smallest(self.rtol), smallest(self.atol)
+
+    def leading(self, size: int) -> Tolerances:
+        """Those of the leading entries of a state, all of which count."""
+
+        def cut(tolerance: float | Tensor) -> float | Tensor:
+            return tolerance[:size] if isinstance(tolerance, Tensor) else tolerance
+
+        return Tolerances(cut(self.rtol), cut(self.atol), size)
+
+
+@dataclass(frozen=True)
 class SolveOptions:
     """The options of a solve, complete and checked, as `solve` hands them to an engine.
 
     Attributes:
-        rtol: relative tolerance, a number or a flat tensor `(N,)`.
-        atol: absolute tolerance, a number or a flat tensor `(N,)`.
-        driven: number of leading entries of the flat state that drive the step size.
+        tolerances: how large errors may be, and of what.
         saveat: requested times as numbers in the order of integration, or `None`.
         saveat_tensor: the same as a tensor where it requires gradients, else `None`.
         adjoint: the method by which gradients are taken.
@@ -43,9 +82,7 @@ class SolveOptions:
         defaulted: which of `adjoint` and `controller` were not given.
     """
 
-    rtol: float | Tensor
-    atol: float | Tensor
-    driven: int
+    tolerances: Tolerances
     saveat: tuple[float, ...] | None
     saveat_tensor: Tensor | None
     adjoint: Adjoint
@@ -110,11 +147,14 @@ class MemberOptions:
         """The options of one member."""
         common = self.common
         t0, t1 = (float(ends[m]) for ends in self.spans)
-        changes: dict[str, Any] = {
+        own: dict[str, Any] = {
             name: _own(tolerance[m])
             for name in ("rtol", "atol")
             if (tolerance := getattr(self, name)) is not None
         }
+        changes: dict[str, Any] = {}
+        if own:
+            changes["tolerances"] = replace(common.tolerances, **own)
         if self.saveat is not None:
             changes["saveat"] = tuple(self.saveat[m].tolist())
         if self.saveat_tensor is not None:
@@ -148,15 +188,6 @@ def backward_limits(adjoint: Adjoint, options: SolveOptions) -> tuple[float, flo
         adjoint: its limits come first.
         options: of the forward solve, whose tightest tolerance counts where they differ.
     """
-
-    def tightest(tolerance: float | Tensor) -> float:
-        if not isinstance(tolerance, Tensor):
-            return tolerance
-        return float(tolerance[torch.isfinite(tolerance)].min())
-
     limits = adjoint if isinstance(adjoint, _ContinuousAdjoint) else _ContinuousAdjoint()
-    return (
-        limits.rtol or tightest(options.rtol),
-        limits.atol or tightest(options.atol),
-        limits.max_steps or options.max_steps,
-    )
+    rtol, atol = options.tolerances.tightest
+    return limits.rtol or rtol, limits.atol or atol, limits.max_steps or options.max_steps

@@ -159,7 +159,7 @@ def _solution(work: Work) -> Solution:
     problem, algorithm, options = work.problem, work.algorithm, work.options
     field = work.field
     record, states, saved = work.node() if torch.is_grad_enabled() else work.plain()
-    watched = options.controller.adaptive and options.driven == sum(problem.spec.sizes)
+    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
     check_finite(record, states, watched)
     stats, spec = work.stats, problem.spec
     stats.naccept, stats.nreject = record.naccept, record.nreject

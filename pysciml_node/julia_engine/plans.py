@@ -169,11 +169,11 @@ def stochastic_plan(
 
 
 def _made_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
-    if isinstance(options.rtol, Tensor) or isinstance(options.atol, Tensor):
+    tolerances = options.tolerances
+    if isinstance(tolerances.rtol, Tensor) or isinstance(tolerances.atol, Tensor):
         return _make(solver, options, dtype, size)
     limits = (options.dtmin, options.dtmax, options.max_steps)
-    tolerances = (options.rtol, options.atol, options.driven)
-    key = (solver, options.controller, *tolerances, *limits, dtype)
+    key = (solver, options.controller, tolerances, *limits, dtype)
     made = _plans.get(key)
     if made is None:
         made = _plans[key] = _make(solver, options, dtype, size)
@@ -183,7 +183,8 @@ def _made_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size:
 def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
     real = dtype.to_real()
     parts = 2 if dtype.is_complex else 1
-    rtol, atol = (_full(tolerance, size, real) for tolerance in (options.rtol, options.atol))
+    tolerances = options.tolerances
+    rtol, atol = (_full(value, size, real) for value in (tolerances.rtol, tolerances.atol))
     vectors: list[Tensor] = []
     if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
         vectors = [
@@ -192,7 +193,7 @@ def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int)
             else torch.full((size * parts,), value, dtype=real)
             for value in (rtol, atol)
         ]
-    counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else options.driven
+    counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else tolerances.driven
     description = json.dumps(
         {
             "dtype": CODES[real],
@@ -202,7 +203,7 @@ def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int)
             "controller": _controller(options.controller, solver),
             "rtol": None if vectors else rtol,
             "atol": None if vectors else atol,
-            "driven": parts * options.driven,
+            "driven": parts * tolerances.driven,
             "counted": parts * counted,
             "dtmin": options.dtmin,
             "dtmax": None if math.isinf(options.dtmax) else options.dtmax,

@@ -21,11 +21,12 @@ from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.step import Step
 from pysciml_node.stochastic.adjoints import Pullback
 from pysciml_node.stochastic.brownian import Increment
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields, NoiseLayout
-from pysciml_node.stochastic.march import Start, Steps
+from pysciml_node.stochastic.march import Start
 from pysciml_node.stochastic.solve import Parts
 from pysciml_node.stochastic.step import Stepper
 
@@ -72,15 +73,19 @@ class JuliaSteps(Steps):
     def __init__(
         self, start: Start, algorithm: StochasticRungeKutta, drift: Field, diffusion: Field
     ) -> None:
-        super().__init__(start)
+        super().__init__(start.vector)
+        self.start = start
         self.algorithm, self.drift, self.diffusion = algorithm, drift, diffusion
         self._counted = (0, 0)
 
-    @property
-    @override
-    def evaluations(self) -> tuple[int, int]:
-        drifts, diffusions = super().evaluations
-        return drifts + self._counted[0], diffusions + self._counted[1]
+    def _count(self, drifts: int, diffusions: int) -> None:
+        """Count what Julia has evaluated so far; what is called back has been counted in torch."""
+        fields, before = self.start.stepper.fields, self._counted
+        if not self.drift.calls_python:
+            fields.drift.nfe += drifts - before[0]
+        if not self.diffusion.calls_python:
+            fields.nfe_diffusion += diffusions - before[1]
+        self._counted = drifts, diffusions
 
     @override
     def __iter__(self) -> Iterator[Step]:
@@ -95,7 +100,7 @@ class JuliaSteps(Steps):
         stops = {t: i for i, t in enumerate((*options.tstops, problem.t1))}
         report, t = doubles((0.0,) * 5), problem.t0
         while t < problem.t1:
-            u1 = torch.empty_like(self.vector, device=device)
+            u1 = torch.empty_like(self.u, device=device)
             code = enter(
                 "step_sde!",
                 walk=walk,
@@ -107,20 +112,16 @@ class JuliaSteps(Steps):
             )
             end, error, rejected, drifts, diffusions = report
             self.nreject = int(rejected)
-            # What is called back has been counted in torch.
-            self._counted = (
-                0 if self.drift.calls_python else int(drifts),
-                0 if self.diffusion.calls_python else int(diffusions),
-            )
+            self._count(int(drifts), int(diffusions))
             if code != _RUNNING:
                 self.retcode = RETCODES[code]
                 # No step is small enough for a field that is not finite.
                 if self.retcode is ReturnCode.DtLessThanMin and not math.isfinite(error):
                     self.retcode = ReturnCode.Unstable
                 return
-            u, self.vector = self.vector, u1.to(problem.spec.device)
+            u, self.u = self.u, u1.to(problem.spec.device)
             self.naccept += 1
-            yield Step(t, end - t, end, u, self.vector, error, stops.get(end), t, end - t)
+            yield Step(t, end - t, end, u, self.u, error, stops.get(end), t, end - t)
             t = end
         self.retcode = ReturnCode.Success
 
@@ -140,7 +141,7 @@ class JuliaSteps(Steps):
             first = min(end, problem.t1) - problem.t0
         noise = _Noise(layout, problem.spec.dtype, device)
         marks = doubles((problem.t0, *options.tstops, problem.t1))
-        start = self.vector.detach().to(device)
+        start = self.u.detach().to(device)
         parameters = [field.parameters().to(device) for field in (self.drift, self.diffusion)]
         made: Handle = enter(
             "start_sde!",

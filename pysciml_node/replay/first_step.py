@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction, Method
+from pysciml_node.steps.norms import ErrorNorm
 
 
 def initial_step(
     field: FlatFunction,
     method: Method,
-    tolerance: Tolerance,
+    norm: ErrorNorm,
     t: float,
     u: Tensor,
     k: Tensor,
@@ -31,17 +30,16 @@ def initial_step(
 
     Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
     """
-    scale = tolerance.scale(u)
-    norms = torch.stack((tolerance.norm(u, scale), tolerance.norm(k, scale)))
-    d0, d1 = (norm * tolerance.factor for norm in norms.tolist())
+    scale = norm.scale(u)
+    d0, d1 = norm.read_all(scale, u, k)
     if not math.isfinite(d1):
         return math.nan
     length = abs(span)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = math.copysign(min(h0, length), span)
     time = method.nodes.new_full((), t + h0)
-    change = tolerance.norm(field(time, u + h0 * k) - k, scale)
-    d2 = change.item() * tolerance.factor / abs(h0)
+    change = norm.raw(field(time, u + h0 * k) - k, scale)
+    d2 = norm.read(change) / abs(h0)
     largest = max(d1, d2)
     if not math.isfinite(largest):
         return h0

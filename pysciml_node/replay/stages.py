@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.vectors import Real, Vectors, Weights
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.tableaus import Tableau
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
@@ -175,14 +175,18 @@ class Stages:
             self.evaluate(t, h, u, tableau.stages - 1)
         return self.argument(tableau.stages - 1, h, u)
 
-    def error(self, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
-        """The error estimate of a step from `u` to `u1`, a 0-d tensor.
+    def error(self, h: float, u: Tensor, u1: Tensor, norm: ErrorNorm) -> Tensor:
+        """The scaled error estimate of a step from `u` to `u1`, a 0-d tensor."""
+        return norm.complete(self._raw_error(u, u1, norm), abs(h))
 
-        Without `tolerance.factor * |h|`, which costs nothing on the host.
-        """
-        error = self.vectors.scaled_norm(self.method.b_error, u, u1, tolerance)
+    def error_size(self, h: float, u: Tensor, u1: Tensor, norm: ErrorNorm) -> float:
+        """The same as a number: one host read."""
+        return norm.read(self._raw_error(u, u1, norm), abs(h))
+
+    def _raw_error(self, u: Tensor, u1: Tensor, norm: ErrorNorm) -> Tensor:
+        error = self.vectors.raw_norm(self.method.b_error, u, u1, norm)
         if self.method.b_error_low is not None:
-            low = self.vectors.scaled_norm(self.method.b_error_low, u, u1, tolerance)
+            low = self.vectors.raw_norm(self.method.b_error_low, u, u1, norm)
             combined = error.square() / torch.sqrt(error.square() + 0.01 * low.square())
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)

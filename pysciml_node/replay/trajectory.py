@@ -24,12 +24,12 @@ from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -226,17 +226,17 @@ class TorchTrajectory(Recorded):
         self, t: float, u: Tensor, method: Method, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
         stages, field = self._stages(method)
-        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        norm = ErrorNorm(self.options.tolerances)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
             k = field(stages.times(t, 0.0)[0], u)
         span = self.problem.t1 - t
         with torch.no_grad():
             if dt is None:
-                h = initial_step(field, method, tolerance, t, u.detach(), k.detach(), span)
+                h = initial_step(field, method, norm, t, u.detach(), k.detach(), span)
             else:
                 h = min(dt, abs(span)) * self.problem.direction
         stages.begin(k)
-        found = self._measure(stages, tolerance, t, h, u)
+        found = self._measure(stages, norm, t, h, u)
         self.stats.nfe += field.nfe
         return found
 
@@ -281,18 +281,16 @@ class TorchTrajectory(Recorded):
     def _replay(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step from the state at its start."""
         stages, field = self._stages(self.method)
-        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
-        found = self._measure(stages, tolerance, self.record.times[n], self.record.sizes[n], u)
+        norm = ErrorNorm(self.options.tolerances)
+        found = self._measure(stages, norm, self.record.times[n], self.record.sizes[n], u)
         self.stats.nfe += field.nfe
         return found.error, found.stiffness
 
     @staticmethod
-    def _measure(
-        stages: Stages, tolerance: Tolerance, t: float, h: float, u: Tensor
-    ) -> StepEstimate:
+    def _measure(stages: Stages, norm: ErrorNorm, t: float, h: float, u: Tensor) -> StepEstimate:
         """One step from `u`, with the first stage evaluated already or not."""
         u1 = stages.solution(t, h, u, with_error=True)
-        error = stages.error(u, u1, tolerance) * (tolerance.factor * abs(h))
+        error = stages.error(h, u, u1, norm)
         dt = stages.method.nodes.new_tensor(h)
         return StepEstimate(dt, error, stages.stiffness(t, h, u))
 
@@ -324,13 +322,6 @@ class TorchTrajectory(Recorded):
         def load() -> tuple[Record, list[Tensor]]:
             return self.record, [u[:size] for u in self.flat_states]
 
-        def leading(tolerance: float | Tensor) -> float | Tensor:
-            return tolerance[:size] if isinstance(tolerance, Tensor) else tolerance
-
-        options = dataclasses.replace(
-            self.options,
-            driven=size,
-            rtol=leading(self.options.rtol),
-            atol=leading(self.options.atol),
-        )
+        tolerances = self.options.tolerances.leading(size)
+        options = dataclasses.replace(self.options, tolerances=tolerances)
         return TorchTrajectory(problem, self.method, load, self.stats, options)

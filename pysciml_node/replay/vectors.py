@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.replay.norms import Tolerance
+from pysciml_node.steps.norms import ErrorNorm
 
 Real = float | Tensor
 
@@ -77,9 +77,9 @@ class Vectors(ABC):
     def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
         """`combine` for each row of `weights`, shape `(m, n)`; returns `(m, N)`."""
 
-    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
-        """Norm of `sum_j weights_j v_j` over its scale, `tolerance.factor` left out; 0-d."""
-        return tolerance.norm(self.combine(None, 1.0, weights), tolerance.scale(u, u1))
+    def raw_norm(self, weights: Weights, u: Tensor, u1: Tensor, norm: ErrorNorm) -> Tensor:
+        """`norm.raw` of `sum_j weights_j v_j`; 0-d."""
+        return norm.raw(self.combine(None, 1.0, weights), norm.scale(u, u1))
 
     def recycle(self, vector: Tensor) -> None:  # noqa: B027 - most holders have no use for it
         """Told that the caller is done with a vector that `combine` has made."""
@@ -199,13 +199,13 @@ class BlockedVectors(Vectors):
         return torch.stack(rows)
 
     @override
-    def scaled_norm(self, weights: Weights, u: Tensor, u1: Tensor, tolerance: Tolerance) -> Tensor:
-        if tolerance.shift is None:
-            return super().scaled_norm(weights, u, u1, tolerance)
+    def raw_norm(self, weights: Weights, u: Tensor, u1: Tensor, norm: ErrorNorm) -> Tensor:
+        if norm.shift is None:
+            return super().raw_norm(weights, u, u1, norm)
         (i, w), *rest = self._terms(1.0, weights.numbers)
         norms = []
-        starts = torch.split(tolerance.counted(u), self._size)
-        ends = torch.split(tolerance.counted(u1), self._size)
+        starts = torch.split(norm.counted(u), self._size)
+        ends = torch.split(norm.counted(u1), self._size)
         for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
             size = start.numel()
             error, scale, other = (block[:size] for block in self._scratch)
@@ -214,7 +214,7 @@ class BlockedVectors(Vectors):
                 error.add_(self._blocks[j][n][:size], alpha=v)
             torch.abs(start, out=scale)
             torch.maximum(scale, torch.abs(end, out=other), out=scale)
-            error.div_(scale.add_(tolerance.shift))
+            error.div_(scale.add_(norm.shift))
             norms.append(torch.linalg.vector_norm(error))
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total

@@ -18,7 +18,7 @@ from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint
 from pysciml_node.algorithms.controllers import Controller, FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import SolveOptions, Tolerances
 from pysciml_node.algorithms.stochastic import (
     StochasticRungeKutta,
     default_algorithm,
@@ -208,9 +208,7 @@ def _options(
     if isinstance(relative, Tensor) and driven < relative.numel():
         relative = relative[:driven]
     options = SolveOptions(
-        rtol=relative,
-        atol=absolute,
-        driven=driven,
+        tolerances=Tolerances(relative, absolute, driven),
         saveat=times,
         saveat_tensor=time_tensor,
         adjoint=adjoint,
@@ -387,11 +385,12 @@ _BOTH_ZERO = (
 def _check_both_zero(options: SolveOptions) -> None:
     if not options.controller.adaptive:
         return
-    if isinstance(options.rtol, float) and isinstance(options.atol, float):
-        if options.rtol == options.atol == 0:
+    rtol, atol = options.tolerances.rtol, options.tolerances.atol
+    if isinstance(rtol, float) and isinstance(atol, float):
+        if rtol == atol == 0:
             raise ValueError(_BOTH_ZERO)
         return
-    both = torch.as_tensor(options.rtol == 0) & torch.as_tensor(options.atol == 0)
+    both = torch.as_tensor(rtol == 0) & torch.as_tensor(atol == 0)
     if bool(both.any()):
         raise ValueError(_BOTH_ZERO)
 

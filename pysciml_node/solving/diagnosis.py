@@ -44,7 +44,8 @@ def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[st
         if solution.retcode is ReturnCode.MaxIters:
             tries.append(f"a larger max_steps than {options.max_steps}")
         eps = torch.finfo(solution.problem.spec.real_dtype).eps
-        rtol = options.rtol if isinstance(options.rtol, float) else float(options.rtol.min())
+        given = options.tolerances.rtol
+        rtol = given if isinstance(given, float) else float(given.min())
         near = f" (rtol={rtol:.1g} is near the state's precision)" if rtol < 20 * eps else ""
         tries.append(f"larger tolerances{near}")
         if near:

@@ -47,7 +47,8 @@ def explain_attempt(
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         return [f"  First value that is not finite: {spec.locate(index)}."]
-    scale = torch.maximum(u.abs(), u1.abs()) * options.rtol + options.atol
+    tolerances = options.tolerances
+    scale = torch.maximum(u.abs(), u1.abs()) * tolerances.rtol + tolerances.atol
     index = int(((u1 - u).abs() / scale).argmax())
     return [
         f"  Fastest change in units of the tolerance: {spec.locate(index)}; "

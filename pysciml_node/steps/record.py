@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.step import Attempt
+from pysciml_node.steps.step import Attempt, Step
 
 
 @dataclass
@@ -149,9 +149,9 @@ def check_discrete(adjoint: Adjoint) -> None:
         )
 
 
-def detached(attempt: Attempt) -> Attempt:
+def detached(step: Step) -> Attempt:
     """An attempt for a record, which must not hold on to the graph that it is part of."""
-    return replace(attempt, u=attempt.u.detach(), u1=attempt.u1.detach())
+    return Attempt(step.t, step.h, step.u.detach(), step.u1.detach(), step.error)
 
 
 def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:

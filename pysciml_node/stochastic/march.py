@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +12,9 @@ from typing_extensions import override
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.replay.norms import Tolerance
-from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.step import SLIVER, Attempt, Step
+from pysciml_node.steps.loop import Loop, MarchOptions
+from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.steps.step import Step
 from pysciml_node.stochastic.brownian import DEPTH, BrownianPath, Normals
 from pysciml_node.stochastic.step import Stepper, Taken, initial_step
 
@@ -78,125 +76,113 @@ class Start:
             return options.dt0, slope
         stepper = self.stepper
         u = stepper.state(self.vector).detach()
-        tolerance = Tolerance(options.rtol, options.atol, options.driven)
+        norm = ErrorNorm(options.tolerances)
         with torch.no_grad():
             if slope is None:
                 slope = starting_slope(stepper, problem.t0, u)
             span, fields = problem.t1 - problem.t0, stepper.fields
-            size = initial_step(fields, stepper.method, tolerance, problem.t0, u, slope, span)
+            size = initial_step(fields, stepper.method, norm, problem.t0, u, slope, span)
         return size, slope
 
 
-class Steps(ABC):
-    """Accepted steps from `t0` to `t1`: iterate to get them.
-
-    Attributes:
-        vector: what is stepped, at the end of the last one.
-        naccept: how many there are.
-        nreject: how many attempts were rejected.
-        retcode: after the last step, how it ended.
-        last: the last attempt, where it is known.
-    """
-
-    def __init__(self, start: Start) -> None:
-        self.start = start
-        self.vector = start.vector
-        self.naccept = self.nreject = 0
-        self.retcode = ReturnCode.Default
-        self.last: Attempt | None = None
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Step]:
-        """The steps, once."""
-
-    @property
-    def evaluations(self) -> tuple[int, int]:
-        """Of drift and diffusion, so far."""
-        fields = self.start.stepper.fields
-        return fields.nfe, fields.nfe_diffusion
-
-
-class SDEMarch(Steps):
+class SDEMarch(Loop):
     """Steps that the torch engine takes.
 
     The path is what it is before the first step: a rejected step looks at it again over a shorter
     interval. Steps that are chosen so depend on the path. Methods that this biases are refused
     before (`StochasticRungeKutta.check_adaptive`).
+
+    Args:
+        start: what the steps begin from.
     """
 
+    whole = 0.7
+
+    def __init__(self, start: Start) -> None:
+        options, problem = start.options, start.problem
+        control = MarchOptions(
+            controller=options.controller,
+            norm=ErrorNorm(options.tolerances),
+            max_steps=options.max_steps,
+            dtmax=options.dtmax,
+            tstops=options.landings(1),
+        )
+        super().__init__(start.vector, problem.t0, problem.t1, control)
+        self.start, self._smallest = start, start.smallest
+        self._rejecting = False
+        self._taken: Taken
+        # Drift and diffusion of the next step's first stages, where they are known.
+        self._first: Slope | None = None
+
+    @property
     @override
-    def __iter__(self) -> Iterator[Step]:
-        start = self.start
-        options, problem, stepper, path = start.options, start.problem, start.stepper, start.path
-        adaptive = options.controller.adaptive
-        sizes = options.controller.start(stepper.method.tableau.error_order)
-        tolerance = Tolerance(options.rtol, options.atol, options.driven)
-        stops = (*options.landings(1), problem.t1)
-        t, next_stop, rejecting = problem.t0, 0, False
-        smallest = start.smallest
-        h, slope = start.first_size()
+    def error_order(self) -> float:
+        return self.start.stepper.method.tableau.error_order
+
+    @override
+    def first_size(self) -> float:
+        h, slope = self.start.first_size()
         # Autograd has not recorded what the search for a first size has evaluated.
-        first = None if torch.is_grad_enabled() or not self._first_is_at_start else slope
-        while True:
-            if not math.isfinite(h):
-                self.retcode = ReturnCode.Unstable
-                return
-            if self.naccept + self.nreject >= options.max_steps:
-                self.retcode = ReturnCode.MaxIters
-                return
-            proposed = min(h, options.dtmax)
-            stop = stops[next_stop]
-            lands = stop - t <= proposed * (1 + SLIVER)
-            if adaptive and proposed < smallest and not lands:
-                bad = self.last is not None and not math.isfinite(self.last.error)
-                self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
-                return
-            end = stop if lands else t + proposed
-            if adaptive and not lands:
-                end = path.aligned(t, proposed, down=rejecting or proposed == options.dtmax)
-                lands = end >= stop
-                end = min(end, stop)
-            motion = path.increment(t, end)
-            u = self.vector
-            u1, taken = stepper.take(t, u, motion, with_error=adaptive, first=first)
-            error = math.nan
-            if adaptive:
-                with torch.no_grad():
-                    # The one host read of a step.
-                    error = stepper.error(taken, u, u1, motion, tolerance).item()
-            self.last = Attempt(t, motion.h, u, u1, error)
-            if adaptive and not error <= 1.0:
-                self.nreject += 1
-                rejecting = True
-                if self._first_is_at_start:
-                    first = _both(taken, 0)
-                h = sizes.rejected(min(proposed, 1.125 * (end - t)), error)
-                continue
-            self.naccept += 1
-            self.vector, rejecting = u1, False
-            stop_index = next_stop if lands else None
-            yield Step(t, motion.h, end, u, u1, error, stop_index, t, motion.h)
-            # The fields may jump at a stop: their values there belong to the next step.
-            first = _both(taken, -1) if stepper.method.tableau.fsal and not lands else None
-            h = proposed
-            if adaptive:
-                # A step cut short by a stop says little: keep the size that was proposed. What the
-                # alignment has changed is not fed back: small factors would be rounded away.
-                cut = end - t < 0.7 * proposed
-                following = sizes.accepted(end - t if cut else proposed, error)
-                h = max(following, proposed) if cut else following
-            t = end
-            if lands:
-                next_stop += 1
-                if next_stop == len(stops):
-                    self.retcode = ReturnCode.Success
-                    return
+        if self._first_is_at_start and not torch.is_grad_enabled():
+            self._first = slope
+        return h
+
+    @override
+    def smallest(self) -> float:
+        return self._smallest
+
+    @override
+    def take(self, proposed: float, lands: bool) -> Step:
+        options, stepper, path, t, u = (
+            self.options,
+            self.start.stepper,
+            self.start.path,
+            self.t,
+            self.u,
+        )
+        adaptive, stop = options.controller.adaptive, self.stops[self.passed]
+        end = stop if lands else t + proposed
+        if adaptive and not lands:
+            down = self._rejecting or proposed == options.dtmax
+            end = path.aligned(t, proposed, down=down)
+            lands = end >= stop
+            end = min(end, stop)
+        motion = path.increment(t, end)
+        u1, self._taken = stepper.take(t, u, motion, with_error=adaptive, first=self._first)
+        error = math.nan
+        if adaptive:
+            with torch.no_grad():
+                # The one host read of a step.
+                error = stepper.error(self._taken, u, u1, motion, options.norm).item()
+        h = motion.h
+        return Step(t, h, end, u, u1, error, self.passed if lands else None, t, h)
+
+    @override
+    def rejected(self, step: Step) -> None:
+        self._rejecting = True
+        if self._first_is_at_start:
+            self._first = _both(self._taken, 0)
+
+    @override
+    def accepted(self, step: Step) -> None:
+        self._rejecting = False
+        # The fields may jump at a stop: their values there belong to the next step.
+        again = self.start.stepper.method.tableau.fsal and step.stop is None
+        self._first = _both(self._taken, -1) if again else None
+
+    @override
+    def size_accepted(self, step: Step, proposed: float, cut: bool) -> float:
+        # What the alignment has changed is not fed back: small factors would be rounded away.
+        return step.end - step.t if cut else proposed
+
+    @override
+    def size_rejected(self, step: Step, proposed: float) -> float:
+        return min(proposed, 1.125 * (step.end - step.t))
 
     @property
     def _first_is_at_start(self) -> bool:
         """Whether the first stages of drift and diffusion do not depend on the step's size."""
-        tableau = self.start.stepper.method.tableau
-        first = tableau.diffusion[0]
+        first = self.start.stepper.method.tableau.diffusion[0]
         return first is not None and first.c == 0.0
 
 

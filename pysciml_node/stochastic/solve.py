@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,11 @@ from pysciml_node.solutions.solution import Solution, Stats
 from pysciml_node.steps.autograd import SolveNode
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
-from pysciml_node.steps.record import Record, check_finite, detached
+from pysciml_node.steps.record import Record, check_finite
+from pysciml_node.steps.saver import Outcome, Saver, follow
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.adjoints import (
@@ -27,11 +31,9 @@ from pysciml_node.stochastic.adjoints import (
 )
 from pysciml_node.stochastic.brownian import BrownianPath
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields
-from pysciml_node.stochastic.march import SDEMarch, Slope, Start, Steps, path_for
+from pysciml_node.stochastic.march import SDEMarch, Slope, Start, path_for
 from pysciml_node.stochastic.step import SDEMethod, Stepper
 from pysciml_node.stochastic.trajectory import SDETrajectory
-
-Found = tuple[Record, list[Tensor], Tensor]
 
 
 def check_additive(problem: SDEProblem) -> None:
@@ -106,20 +108,37 @@ class _SDESolve:
         self.path = path_for(self.problem, self.options, fields.layout.size)
         return self.stepper.start(self.u0)
 
-    def march(self, vector: Tensor, slope: Slope | None) -> Found:
+    def march(self, vector: Tensor, slope: Slope | None) -> Outcome:
         """Run the time loop and keep what the options ask for."""
-        options = self.options
+        options, problem = self.options, self.problem
         march = self.parts.steps(Start(self.stepper, options, self.path, vector, slope))
-        with step_listener(options.progress, self.problem) as on_step:
-            saver = _Saver(self, march)
-            for step in march:
-                saver.see(step)
-                if on_step is not None:
-                    on_step(step)
-        self.stats.nfe, self.stats.nfe_diffusion = march.evaluations
-        return saver.finish()
+        saver = Saver(
+            Record(
+                times=[problem.t0],
+                t1_stop=len(options.landings(1)),
+                marks=(problem.t0, *options.tstops, problem.t1),
+            ),
+            vector,
+            self._between,
+            options.saveat or (),
+        )
+        with step_listener(options.progress, problem) as on_step:
+            outcome = follow(march, saver, on_step)
+        fields = self.stepper.fields
+        self.stats.nfe, self.stats.nfe_diffusion = fields.nfe, fields.nfe_diffusion
+        return outcome
 
-    def recorded(self) -> Found:
+    def _between(self, step: Step, times: Sequence[float], moving: Tensor | None) -> Tensor:
+        """The vectors at times inside a step: shorter steps from its start, on the same path."""
+        assert moving is None
+        vectors = []
+        for t in times:
+            motion = self.path.increment(step.t, t)
+            at_start = motion.h <= 0
+            vectors.append(step.u if at_start else self.stepper.take(step.t, step.u, motion)[0])
+        return torch.stack(vectors)
+
+    def recorded(self) -> Outcome:
         """Without gradients, or with every operation recorded by autograd."""
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
@@ -142,7 +161,7 @@ class _SDESolve:
         (drift, diffusion), _ = checked()
         return drift, diffusion
 
-    def node(self) -> Found:
+    def node(self) -> Outcome:
         """As one node of the graph, its backward the sweep of the adjoint."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -172,66 +191,7 @@ class _SDESolve:
         saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
             lambda _: found, sweep, keep, start, None, None, None, True, *prepared.inputs
         )
-        return keep[0], [start, *states], saved
-
-
-class _Saver:
-    """Keeps the accepted steps, and the solution at the times that were asked for."""
-
-    def __init__(self, work: _SDESolve, march: Steps) -> None:
-        self.work, self.march = work, march
-        options, problem = work.options, work.problem
-        marks = (problem.t0, *options.tstops, problem.t1)
-        self.record = Record(times=[problem.t0], t1_stop=len(options.landings(1)), marks=marks)
-        self.states = [march.vector]
-        self.pieces: list[Tensor] = []
-        self._keep_ends(0)
-
-    @property
-    def _waiting(self) -> tuple[float, ...]:
-        return (self.work.options.saveat or ())[self.record.saved :]
-
-    def _keep_ends(self, state: int) -> None:
-        """Save the times that coincide with the end of a step."""
-        t = self.record.times[-1]
-        count = sum(1 for s in self._waiting if s == t)
-        if count:
-            first = self.record.saved
-            self.record.at_end[state] = list(range(first, first + count))
-            self.pieces.extend([self.states[-1]] * count)
-            self.record.saved += count
-
-    def see(self, step: Step) -> None:
-        """Keep an accepted step."""
-        record, work = self.record, self.work
-        inside = [s for s in self._waiting if s < step.end]
-        if inside:
-            first, n = record.saved, len(record.sizes)
-            record.inside[n] = (list(range(first, first + len(inside))), inside)
-            for s in inside:
-                motion = work.path.increment(step.t, s)
-                vector = step.u
-                if motion.h > 0:
-                    vector, _ = work.stepper.take(step.t, step.u, motion)
-                self.pieces.append(vector)
-            record.saved += len(inside)
-        record.times.append(step.end)
-        record.sizes.append(step.h)
-        record.errors.append(step.error)
-        record.stops.append(step.stop)
-        self.states.append(step.u1)
-        self._keep_ends(len(record.sizes))
-
-    def finish(self) -> Found:
-        """The record, the vectors at its times, and the saved ones."""
-        record, march = self.record, self.march
-        record.naccept, record.nreject = march.naccept, march.nreject
-        record.retcode = march.retcode
-        if march.last is not None and not march.retcode.successful:
-            record.last = detached(march.last)
-        like = self.states[0]
-        saved = torch.stack(self.pieces) if self.pieces else like.new_empty((0, like.numel()))
-        return record, self.states, saved
+        return Outcome(keep[0], [start, *states], saved)
 
 
 def solve_sde(
@@ -255,7 +215,7 @@ def solve_sde(
         record, vectors, saved = work.recorded()
     else:
         record, vectors, saved = work.node()
-    watched = options.controller.adaptive and options.driven == sum(problem.spec.sizes)
+    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
     check_finite(record, vectors, watched)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = SDETrajectory(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysciml_node.replay.norms import Tolerance
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.stochastic.brownian import Increment
 from pysciml_node.stochastic.fields import Fields
 from pysciml_node.tableaus.stochastic import Integral, Row, Rows, SDETableau, Stage
@@ -211,7 +211,7 @@ class Stepper:
         return base
 
     def error(
-        self, taken: Taken, start: Tensor, end: Tensor, motion: Increment, tolerance: Tolerance
+        self, taken: Taken, start: Tensor, end: Tensor, motion: Increment, norm: ErrorNorm
     ) -> Tensor:
         """Scaled root-mean-square error estimate of a step taken `with_error`; 0-d."""
         vector = torch.zeros_like(self.state(start))
@@ -220,11 +220,9 @@ class Stepper:
             vector = torch.add(vector, drift, alpha=motion.h)
         integrals = self._integrals(motion)
         vector = self._add_noise(vector, self.method.tableau.error_noise, taken, integrals)
-        scale = tolerance.scale(self.state(start), self.state(end))
-        factor = tolerance.factor
-        if self.method.tableau.per_root:
-            factor *= math.sqrt(self.span / motion.h)
-        return tolerance.norm(vector, scale) * factor
+        raw = norm.raw(vector, norm.scale(self.state(start), self.state(end)))
+        per_root = self.method.tableau.per_root
+        return norm.complete(raw, math.sqrt(self.span / motion.h) if per_root else 1.0)
 
     def stiffness(self, taken: Taken) -> Tensor:
         """`|f_i - f_j| / |x_i - x_j|` for two stages of one node; NaN without such a pair."""
@@ -244,7 +242,7 @@ class Stepper:
 def initial_step(
     fields: Fields,
     method: SDEMethod,
-    tolerance: Tolerance,
+    norm: ErrorNorm,
     t: float,
     u: Tensor,
     first: tuple[Tensor, Tensor],
@@ -255,7 +253,7 @@ def initial_step(
     Args:
         fields: drift and diffusion.
         method: its order sets the size.
-        tolerance: the unit of errors.
+        norm: measures errors.
         t: where the step starts.
         u: the state there.
         first: drift and diffusion there.
@@ -268,17 +266,16 @@ def initial_step(
     the three deviations are StochasticDiffEq.jl's.
     """
     f, g = first[0], 3 * fields.layout.magnitude(first[1])
-    scale = tolerance.scale(u)
-    norms = torch.stack((tolerance.norm(u, scale), tolerance.norm(f.abs() + g, scale)))
-    d0, d1 = (norm * tolerance.factor for norm in norms.tolist())
+    scale = norm.scale(u)
+    d0, d1 = norm.read_all(scale, u, f.abs() + g)
     if not math.isfinite(d1):
         return math.nan
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, span)
     time, ahead = method.nodes.new_tensor(t + h0), torch.add(u, f, alpha=h0)
     f1, g1 = fields.drift(time, ahead), 3 * fields.layout.magnitude(fields.diffusion(time, ahead))
-    change = tolerance.norm((f1 - f).abs() + (g1 - g).abs(), scale)
-    d2 = change.item() * tolerance.factor / h0
+    change = norm.raw((f1 - f).abs() + (g1 - g).abs(), scale)
+    d2 = norm.read(change) / h0
     largest = max(d1, d2)
     if not math.isfinite(largest):
         return h0

@@ -16,10 +16,10 @@ from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
@@ -159,16 +159,16 @@ class SDETrajectory(Recorded):
         stepper = Stepper(method, fields)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
-        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        norm = ErrorNorm(self.options.tolerances)
         span = self.problem.t1 - t
         with self._as_seen():
             if dt is None:
                 with torch.no_grad():
                     start = u.detach()
                     slope = starting_slope(stepper, t, start)
-                    dt = initial_step(fields, method, tolerance, t, start, slope, span)
+                    dt = initial_step(fields, method, norm, t, start, slope, span)
             motion = self._fresh_motion(fields.layout.size, min(dt, span))
-            error, stiffness = _measure(stepper, tolerance, t, stepper.start(u), motion)
+            error, stiffness = _measure(stepper, norm, t, stepper.start(u), motion)
         self._count(fields)
         return StepEstimate(method.nodes.new_tensor(motion.h), error, stiffness)
 
@@ -205,10 +205,10 @@ class SDETrajectory(Recorded):
 
     def _replay_as_seen(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         fields = self._fields()
-        tolerance = Tolerance(self.options.rtol, self.options.atol, self.options.driven)
+        norm = ErrorNorm(self.options.tolerances)
         t, end = self.record.times[n : n + 2]
         motion = self.path.increment(t, end)
-        found = _measure(Stepper(self.stepper.method, fields), tolerance, t, vector, motion)
+        found = _measure(Stepper(self.stepper.method, fields), norm, t, vector, motion)
         self._count(fields)
         return found
 
@@ -233,8 +233,8 @@ class SDETrajectory(Recorded):
 
 
 def _measure(
-    stepper: Stepper, tolerance: Tolerance, t: float, vector: Tensor, motion: Increment
+    stepper: Stepper, norm: ErrorNorm, t: float, vector: Tensor, motion: Increment
 ) -> tuple[Tensor, Tensor]:
     end, taken = stepper.take(t, vector, motion, with_error=True)
-    error = stepper.error(taken, vector, end, motion, tolerance)
+    error = stepper.error(taken, vector, end, motion, norm)
     return error, stepper.stiffness(taken)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint, GaussAdjoint
 from pysciml_node.algorithms.controllers import FixedStep
-from pysciml_node.algorithms.options import SolveOptions, backward_limits
+from pysciml_node.algorithms.options import SolveOptions, Tolerances, backward_limits
 from pysciml_node.replay.comparison import expect_same
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import vectors_like
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator, DifferentiableField
+from pysciml_node.steps.loop import MarchOptions
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.step import Step
-from pysciml_node.torch_engine.march import March, MarchOptions
+from pysciml_node.torch_engine.march import March
 
 
 class BackwardFailure(RuntimeError):
@@ -189,7 +190,7 @@ def _march_back(
         # Fixed steps backward where forward had them, all of one size.
         controller=options.controller if adaptive else FixedStep(),
         # Only the adjoint state (and the state beside it) drives the step size.
-        tolerance=Tolerance(rtol, atol, augmented.driven),
+        norm=ErrorNorm(Tolerances(rtol, atol, augmented.driven)),
         max_steps=max_steps,
         dt0=None if adaptive else max(map(abs, record.sizes)),
         tstops=tuple(stops),

@@ -23,7 +23,6 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.implicit import stages_for
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
@@ -33,9 +32,12 @@ from pysciml_node.steps.autograd import SolveNode
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.loop import MarchOptions
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import repeatable_first
 from pysciml_node.steps.record import Record, check_finite
+from pysciml_node.steps.saver import Outcome, Saver, follow
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.solve import Parts, solve_sde
 from pysciml_node.tableaus import DiagonallyImplicitTableau
@@ -48,10 +50,9 @@ from pysciml_node.torch_engine.end_times import (
     requires,
 )
 from pysciml_node.torch_engine.event_search import EventSearch
-from pysciml_node.torch_engine.march import March, MarchOptions
+from pysciml_node.torch_engine.march import March
 from pysciml_node.torch_engine.native.engine import attempt_native
 from pysciml_node.torch_engine.native.members import attempt_native_members
-from pysciml_node.torch_engine.saver import follow
 
 NAME = "torch"
 # A Jacobian of more entries takes longer than Krylov methods would: 2048 rows are 34 MB.
@@ -135,9 +136,10 @@ class _Solve:
 
     def march(
         self, stages: Stages, u0: Tensor, k0: Tensor | None, times: tuple[Tensor, Tensor] | None
-    ) -> tuple[Record, list[Tensor], Tensor]:
+    ) -> Outcome:
         """Run the time loop and keep what the options ask for."""
         options, problem = self.options, self.problem
+        landings = options.landings(problem.direction)
         march = March(
             stages,
             u0,
@@ -145,30 +147,31 @@ class _Solve:
             problem.t1,
             MarchOptions(
                 controller=options.controller,
-                tolerance=Tolerance(options.rtol, options.atol, options.driven),
+                norm=ErrorNorm(options.tolerances),
                 max_steps=options.max_steps,
                 dt0=options.dt0,
                 dtmin=options.dtmin,
                 dtmax=options.dtmax,
-                tstops=options.landings(problem.direction),
+                tstops=landings,
                 time_tensors=times,
             ),
             k=k0,
         )
-        search = EventSearch(options.events, problem) if options.events else None
+        saver = Saver(
+            Record(times=[problem.t0], t1_stop=len(landings), marks=self.marks),
+            u0,
+            march.between,
+            options.saveat or (),
+            options.saveat_tensor,
+            moving=any(moves(t) for t in problem.tspan),
+        )
+        search = EventSearch(options.events, problem, stages) if options.events else None
         with step_listener(options.progress, problem) as on_step:
-            found = follow(
-                march,
-                options.saveat or (),
-                options.saveat_tensor,
-                search,
-                on_step,
-                recorded=recording() or k0 is not None,
-                moving=any(moves(t) for t in problem.tspan),
-            )
+            kept = recording() or k0 is not None
+            outcome = follow(march, saver, on_step, search, recorded=kept)
         if search is not None:
-            found[0].event = search.found
-        return found
+            outcome.record.event = search.found
+        return outcome
 
     @property
     def marks(self) -> tuple[float, ...]:
@@ -312,7 +315,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         record, states, saved = work.direct()
     else:
         record, states, saved = work.node()
-    watched = options.controller.adaptive and options.driven == sum(problem.spec.sizes)
+    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
     check_finite(record, states, watched)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = TorchTrajectory(

@@ -12,36 +12,40 @@ from pysciml_node.steps.step import Step
 
 
 class EventSearch:
-    """Looks at each accepted step; cuts it at the first event found there."""
+    """Looks at each accepted step; cuts it at the first event found there.
 
-    def __init__(self, events: tuple[Event, ...], problem: ODEProblem) -> None:
-        self.events, self.problem = events, problem
+    Args:
+        events: all that are watched.
+        problem: that is solved.
+        stages: of the steps.
+    """
+
+    def __init__(self, events: tuple[Event, ...], problem: ODEProblem, stages: Stages) -> None:
+        self.events, self.problem, self.stages = events, problem, stages
         start = problem.spec.flatten(problem.u0).detach()
         self.before = [condition_value(event, problem, problem.t0, start) for event in events]
         self.found: int | None = None
 
-    def __call__(self, step: Step, stages: Stages) -> Step | None:
+    def __call__(self, step: Step) -> Step | None:
         """The step cut at its first event, or `None` where there is none."""
         after = [condition_value(event, self.problem, step.end, step.u1) for event in self.events]
-        crossing = first_crossing(
-            self.events, self.before, after, lambda i: self._locate(i, step, stages)
-        )
+        crossing = first_crossing(self.events, self.before, after, lambda i: self._locate(i, step))
         if crossing is None:
             self.before = after
             return None
         theta, self.found = crossing
         # Taken again with the shorter size: the state at the event is the step's own result.
         h = theta * step.h
-        stages.count = 1
-        u1 = stages.solution(step.time, h, step.u, with_error=False)
+        self.stages.count = 1
+        u1 = self.stages.solution(step.time, h, step.u, with_error=False)
         return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, h)
 
-    def _locate(self, i: int, step: Step, stages: Stages) -> float:
+    def _locate(self, i: int, step: Step) -> float:
         event = self.events[i]
 
         def value(theta: float) -> float:
             at = torch.tensor([theta], dtype=torch.float64)
-            u = stages.dense(step.t, step.h, step.u.detach(), at)[0]
+            u = self.stages.dense(step.t, step.h, step.u.detach(), at)[0]
             return condition_value(event, self.problem, step.t + theta * step.h, u)
 
         with torch.no_grad():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.march import March, MarchOptions
+from pysciml_node.steps.loop import MarchOptions
+from pysciml_node.torch_engine.march import March
 
 
 class Script:
@@ -34,10 +35,8 @@ class Script:
         self.attempts.append((t, h))
         return u + h
 
-    def error(self, u: Tensor, u1: Tensor, tolerance: Any) -> Tensor:
-        # The loop multiplies by the factor and the size.
-        h = abs(self.attempts[-1][1])
-        return torch.tensor(self.errors[len(self.attempts) - 1] / h, dtype=torch.float64)
+    def error_size(self, h: float, u: Tensor, u1: Tensor, norm: Any) -> float:
+        return self.errors[len(self.attempts) - 1]
 
     def next_first(self) -> None:
         return None
@@ -61,13 +60,13 @@ class Halving:
 def march(errors: list[float], t1: float = 1.0, **options: Any) -> tuple[March, Script, list[Any]]:
     script: Any = Script(errors)
     controller: Any = Halving()
-    tolerance: Any = SimpleNamespace(factor=1.0)
+    norm: Any = None
     loop = March(
         script,
         torch.zeros(1, dtype=torch.float64),
         0.0,
         t1,
-        MarchOptions(controller, tolerance, **{"max_steps": 100, "dt0": 0.25, **options}),
+        MarchOptions(controller, norm, **{"max_steps": 100, "dt0": 0.25, **options}),
     )
     return loop, script, list(loop)
 

@@ -284,7 +284,7 @@ def solution_of(
     load: _Steps | Kept = _Steps(problem, options, flight, u0, last)
     retcode, kept, u1 = flight.retcode, len(flight.saved), last
     kept_steps, stats.nreject = len(flight.ends), flight.nreject
-    if not (options.controller.adaptive and options.driven == sum(spec.sizes)):
+    if not (options.controller.adaptive and options.tolerances.driven == sum(spec.sizes)):
         record, states = load()
         check_finite(record, states, watched=False)
         load = Kept(record, states)

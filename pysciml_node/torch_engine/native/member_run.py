@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.replay.norms import Tolerance
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
     COUNTS,
@@ -57,15 +57,16 @@ class Scales:
             atol: likewise.
             like: the initial states `(M, N)`.
         """
-        driven = options.driven
+        tolerances = options.tolerances
+        driven = tolerances.driven
         if rtol is None and atol is None:
-            common = Tolerance(options.rtol, options.atol, driven)
+            common = ErrorNorm(tolerances)
             factor = torch.tensor([common.factor], dtype=torch.float64)
             if common.shift is not None:
                 return Scales(torch.tensor([common.shift], dtype=torch.float64), factor)
         rows = tuple(
             torch.as_tensor(usual if own is None else own).detach().cpu().double()
-            for own, usual in ((rtol, options.rtol), (atol, options.atol))
+            for own, usual in ((rtol, tolerances.rtol), (atol, tolerances.atol))
         )
         if all(row.ndim == 0 or row.shape[-1] == 1 for row in rows):
             r, a = (row.reshape(-1).expand(len(like)) for row in rows)
@@ -186,7 +187,7 @@ def fly_members(
         mark_count=len(marks),
         save_count=times,
         max_steps=options.max_steps,
-        driven=options.driven,
+        driven=options.tolerances.driven,
         threads=threads,
         dt0=math.nan if options.dt0 is None else options.dt0,
         dtmin=options.dtmin,

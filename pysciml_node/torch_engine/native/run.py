@@ -20,8 +20,8 @@ from pysciml_node.algorithms.controllers import (
 )
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.replay.norms import Tolerance
 from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
@@ -132,14 +132,14 @@ def set_control(request: Any, controller: Controller, error_order: float) -> tup
 
 def _tolerance(request: SolveRequest, options: SolveOptions, like: Tensor) -> tuple[Tensor, ...]:
     """Put the tolerances into a request; returns what has to be kept alive."""
-    rtol, atol, driven = options.rtol, options.atol, options.driven
-    tolerance = Tolerance(rtol, atol, driven)
-    request.driven, request.factor = driven, tolerance.factor
-    request.shift = -1.0 if tolerance.shift is None else tolerance.shift
-    if tolerance.shift is not None:
+    norm = ErrorNorm(options.tolerances)
+    request.driven, request.factor = norm.size, norm.factor
+    request.shift = -1.0 if norm.shift is None else norm.shift
+    if norm.shift is not None:
         return ()
     rows = tuple(
-        torch.as_tensor(x).detach().to(like).expand(driven).contiguous() for x in (rtol, atol)
+        torch.as_tensor(x).detach().to(like).expand(norm.size).contiguous()
+        for x in (norm.rtol, norm.atol)
     )
     request.rtol, request.atol = (row.data_ptr() for row in rows)
     return rows

@@ -467,7 +467,7 @@ def test_native_code_knows_every_option() -> None:
     """Whoever adds an option or a field of a controller brings it to native code, or refuses it."""
     options = {field.name for field in dataclasses.fields(SolveOptions)}
     assert options == {
-        *("rtol", "atol", "driven", "saveat", "saveat_tensor", "adjoint", "dt0", "dtmin", "dtmax"),
+        *("tolerances", "saveat", "saveat_tensor", "adjoint", "dt0", "dtmin", "dtmax"),
         *("tstops", "max_steps", "controller", "events", "progress", "throw", "compile", "seed"),
         "defaulted",
     }

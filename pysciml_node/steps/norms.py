@@ -7,26 +7,29 @@ import math
 import torch
 from torch import Tensor
 
+from pysciml_node.algorithms.options import Tolerances
 
-class Tolerance:
+
+class ErrorNorm:
     """Root-mean-square norm of an error in units of `atol + rtol * max(|u|, |u1|)`.
 
+    `raw` is cheap and lacks a factor, which `complete` and `read` put in: on the device, and on the
+    host.
+
     Args:
-        rtol: a number, or a flat tensor `(N,)`.
-        atol: a number, or a flat tensor `(N,)`; entries with `atol = inf` never count.
-        size: number of entries that count; those behind them never drive the step size.
+        tolerances: give the unit, and say which entries count.
 
     Attributes:
         shift: `atol / rtol` where scales are given over a number `rtol`, else `None`.
-        factor: what turns a norm of `norm` into the root-mean-square.
+        factor: what turns a raw norm into the root-mean-square.
     """
 
-    def __init__(self, rtol: float | Tensor, atol: float | Tensor, size: int) -> None:
-        self.rtol, self.atol, self.size = rtol, atol, size
-        counted = int(torch.isfinite(atol).sum()) if isinstance(atol, Tensor) else size
+    def __init__(self, tolerances: Tolerances) -> None:
+        rtol, atol = tolerances.rtol, tolerances.atol
+        self.rtol, self.atol, self.size = rtol, atol, tolerances.driven
         # A number rtol is divided out of the scale, to save a pass, and put into the factor.
         self.shift: float | None = None
-        self.factor = 1 / math.sqrt(max(counted, 1))
+        self.factor = 1 / math.sqrt(max(tolerances.counted, 1))
         numbers = isinstance(rtol, int | float) and isinstance(atol, int | float)
         # A rtol of nearly nothing would make that scale overflow, and every error vanish.
         if numbers and rtol > 1e-9 and atol <= rtol * 1e9:
@@ -54,7 +57,21 @@ class Tolerance:
         scale: Tensor = largest * self.rtol + self.atol
         return scale
 
-    def norm(self, vector: Tensor, scale: Tensor) -> Tensor:
-        """Norm of a vector in units of `scale`, `factor` left out; a 0-d tensor."""
+    def raw(self, vector: Tensor, scale: Tensor) -> Tensor:
+        """Norm of a vector in units of `scale`, without the factor; a 0-d tensor."""
         norm: Tensor = torch.linalg.vector_norm(self.counted(vector) / scale)
         return norm
+
+    def complete(self, raw: Tensor, times: float = 1.0) -> Tensor:
+        """A raw norm with its factor, multiplied by `times`; a 0-d tensor."""
+        return raw * (self.factor * times)
+
+    def read(self, raw: Tensor, times: float = 1.0) -> float:
+        """The same as a number: one host read."""
+        number: float = raw.item() * self.factor * times
+        return number
+
+    def read_all(self, scale: Tensor, *vectors: Tensor) -> list[float]:
+        """The norms of vectors in units of `scale` as numbers: one host read."""
+        raws = torch.stack([self.raw(vector, scale) for vector in vectors])
+        return [number * self.factor for number in raws.tolist()]

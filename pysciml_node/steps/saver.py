@@ -1,0 +1,146 @@
+"""Runs steps to their end and keeps what was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.loop import Steps
+from pysciml_node.steps.record import Record, detached
+from pysciml_node.steps.step import Step
+
+Between = Callable[[Step, Sequence[float], Tensor | None], Tensor]
+"""The states `(m, N)` at `m` times inside a step; where these receive gradients, they come as a
+tensor too."""
+
+
+class Outcome(NamedTuple):
+    """What a solve leaves."""
+
+    record: Record  # the n accepted steps
+    states: list[Tensor]  # (N,) each, n + 1 of them, at `record.times`
+    saved: Tensor  # (saved, N), the states at the times that were asked for
+
+
+class Saver:
+    """Collects the states at requested times from the steps that pass over them.
+
+    Args:
+        record: told where the saved times lie; empty as yet.
+        u0: the state at its first time, `(N,)`.
+        between: the states inside a step.
+        times: requested times in the order of integration.
+        time_tensor: the same as a tensor where it receives gradients through the dense output.
+        moving: whether the ends of the interval receive gradients. Free steps then move with the
+            start, and the times that are asked for do not.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        u0: Tensor,
+        between: Between,
+        times: Sequence[float],
+        time_tensor: Tensor | None = None,
+        moving: bool = False,
+    ) -> None:
+        self.record, self.between = record, between
+        self.times, self.time_tensor, self.moving = times, time_tensor, moving
+        self.states = [u0]
+        self._pieces: list[Tensor] = []
+        at_start = [i for i, t in enumerate(times) if t == record.times[0]]
+        self._keep_end(0, at_start, u0)
+
+    def _keep_end(self, state: int, indices: list[int], u: Tensor) -> None:
+        if indices:
+            self.record.at_end[state] = indices
+            self._pieces.append(u.expand(len(indices), -1))
+            self.record.saved += len(indices)
+
+    def see(self, step: Step) -> None:
+        """Keep an accepted step, and save what lies in it."""
+        record = self.record
+        if record.saved < len(self.times):
+            self._save(step)
+        record.times.append(step.end)
+        record.sizes.append(step.h)
+        record.errors.append(step.error)
+        record.stops.append(step.stop)
+        self.states.append(step.u1)
+
+    def _save(self, step: Step) -> None:
+        record, times, end, forward = self.record, self.times, step.end, step.h > 0
+        done = last = record.saved
+        # A time that receives a gradient moves along the dense output, also where a step ends; only
+        # the end of the interval has a gradient of its own.
+        closed = (self.time_tensor is not None and step.stop != record.t1_stop) or (
+            self.moving and step.stop is None
+        )
+        while last < len(times) and (
+            (times[last] < end if forward else times[last] > end) or (closed and times[last] == end)
+        ):
+            last += 1
+        if last > done:
+            inside = list(times[done:last])
+            record.inside[len(record.sizes)] = (list(range(done, last)), inside)
+            moving = None if self.time_tensor is None else self.time_tensor[done:last]
+            self._pieces.append(self.between(step, inside, moving))
+            record.saved = last
+        at_end = []
+        while last < len(times) and times[last] == end:
+            at_end.append(last)
+            last += 1
+        self._keep_end(len(record.sizes) + 1, at_end, step.u1)
+
+    def saved(self) -> Tensor:
+        """The saved states, shape `(saved, N)`."""
+        like = self.states[0]
+        return torch.cat(self._pieces) if self._pieces else like.new_empty((0, like.numel()))
+
+
+# States of steps that nobody has asked for are kept up to this many bytes.
+_MOST_KEPT = 2**25
+
+
+def follow(
+    steps: Steps,
+    saver: Saver,
+    on_step: Callable[[Step], None] | None = None,
+    find_event: Callable[[Step], Step | None] | None = None,
+    recorded: bool = True,
+) -> Outcome:
+    """Run steps to their end.
+
+    Args:
+        steps: the steps.
+        saver: keeps them.
+        on_step: is told of each step.
+        find_event: cuts a step at an event.
+        recorded: whether gradients may be taken; else the states of the steps are let go where
+            other times are asked for and they take more than `_MOST_KEPT` bytes.
+    """
+    record, states = saver.record, saver.states
+    most = _MOST_KEPT if saver.times and not recorded else math.inf
+    for step in steps:
+        cut = find_event(step) if find_event is not None else None
+        if cut is not None:
+            step = cut
+        saver.see(step)
+        if len(states) * step.u1.nbytes > most:
+            del states[1:-1]
+            record.thinned = True
+        if on_step is not None:
+            on_step(step)
+        if cut is not None:
+            steps.retcode = ReturnCode.Terminated
+            break
+    record.naccept, record.nreject = steps.naccept, steps.nreject
+    record.retcode = steps.retcode
+    if steps.last is not None and not steps.retcode.successful:
+        record.last = detached(steps.last)
+    return Outcome(record, states, saver.saved())
