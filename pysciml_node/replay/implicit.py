@@ -173,6 +173,14 @@ class ImplicitStages(Stages):
         self._factors: tuple[float, tuple[Tensor, Tensor]] | None = None
 
     @override
+    def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
+        # One evaluation serves the first stage and the Jacobian.
+        self._first, self._factors = None, None
+        self._at_start = self._linearize(t, h, u)
+        self.count = 1
+        return self._at_start.value
+
+    @override
     def begin(self, k1: Tensor) -> None:
         self._first, self._at_start, self._factors = k1, None, None
         self.count = 1
@@ -183,18 +191,9 @@ class ImplicitStages(Stages):
             return None
         if self.count == 0:
             self._first, self._at_start, self._factors = None, None, None
-        times = self.times(t, h)
         if self._at_start is None:
-            rosenbrock = isinstance(self.table, RosenbrockTableau)
-            # A diagonally implicit step takes its own Jacobians where it is differentiated.
-            self._at_start = linearize(
-                self.field,
-                times[0],
-                u,
-                with_time=rosenbrock,
-                recorded=self.recorded,
-                differentiable=self.recorded and rosenbrock,
-            )
+            self._at_start = self._linearize(t, h, u)
+        times = self.times(t, h)
         if isinstance(self.table, RosenbrockTableau):
             self._rosenbrock(self.table, times, h, u, self._at_start)
         else:
@@ -206,6 +205,19 @@ class ImplicitStages(Stages):
     def solution(self, t: Real, h: Real, u: Tensor, with_error: bool) -> Tensor:
         self.evaluate(t, h, u, self.method.stages)
         return self.vectors.combine(u, h, self.method.b)
+
+    def _linearize(self, t: Real, h: Real, u: Tensor) -> Linearization:
+        """The field and its derivatives at the start of the step."""
+        rosenbrock = isinstance(self.table, RosenbrockTableau)
+        # A diagonally implicit step takes its own Jacobians where it is differentiated.
+        return linearize(
+            self.field,
+            self.times(t, h)[0],
+            u,
+            with_time=rosenbrock,
+            recorded=self.recorded,
+            differentiable=self.recorded and rosenbrock,
+        )
 
     def _matrix(self, h: Real, jacobian: Tensor) -> Tensor:
         """`M - h gamma J`."""

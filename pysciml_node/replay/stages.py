@@ -137,6 +137,12 @@ class Stages:
             high = self._before[i]
         return low, high
 
+    def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
+        """Start a step whose first stage is not known yet; returns it."""
+        k1 = self.field(self.times(t, h)[0], u)
+        self.begin(k1)
+        return k1
+
     def begin(self, k1: Tensor) -> None:
         """Start a step whose first stage is known."""
         self.vectors.put(0, k1)

@@ -77,7 +77,7 @@ class March(Loop):
             last = self.passed == len(self.stops) - 1
             size = (options.time_tensors[1] if last else stop) - time
         if stages.count == 0:
-            stages.begin(self._first_stage(time, size))
+            self._begin(time, size)
         u1 = stages.solution(time, size, u, with_error=adaptive)
         # The one host read of a step.
         error = stages.error_size(h, u, u1, options.norm) if adaptive else math.nan
@@ -119,9 +119,11 @@ class March(Loop):
             theta = torch.tensor([(t - step.t) / step.h for t in times], dtype=torch.float64)
         return self.stages.dense(step.time, step.size, step.u, theta)
 
-    def _first_stage(self, time: Real, size: Real) -> Tensor:
+    def _begin(self, time: Real, size: Real) -> Tensor:
+        """Begin the next step; returns its first stage."""
         if self.k is None:
-            self.k = self.stages.field(self.stages.times(time, size)[0], self.u)
+            return self.stages.start(time, size, self.u)
+        self.stages.begin(self.k)
         return self.k
 
     @override
@@ -130,7 +132,7 @@ class March(Loop):
         if options.dt0 is not None:
             h = math.copysign(abs(options.dt0), self.direction)
         else:
-            k = self._first_stage(self.time, 0.0).detach()
+            k = self._begin(self.time, 0.0).detach()
             start, span = self.u.detach(), self.t1 - self.t0
             with torch.no_grad():
                 h = initial_step(stages.field, stages.method, options.norm, self.t0, start, k, span)

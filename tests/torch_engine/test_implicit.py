@@ -46,6 +46,19 @@ def test_orders_of_solution_and_dense_output(algorithm: Any, case: str) -> None:
     assert observed_order(sizes, between) > min(algorithm.order, interpolant.order) - 0.35
 
 
+@pytest.mark.parametrize("algorithm", ROSENBROCK, ids=name)
+def test_a_rosenbrock_step_evaluates_the_field_once_a_stage(algorithm: Any) -> None:
+    """The Jacobian at the start of a step is taken of the first stage."""
+    known = KNOWN["swirl"]
+    problem = psn.ODEProblem(known.f, known.u0, known.tspan)
+    with torch.no_grad():
+        assert fixed(problem, algorithm, 5).stats.nfe == 5 * algorithm.tableau.stages
+        stats = psn.solve(problem, algorithm, rtol=1e-7, atol=1e-7, dt0=1.0).stats
+    again = algorithm.tableau.stages - 1  # a rejected step keeps what it knows of its start
+    assert stats.nreject > 0
+    assert stats.nfe == stats.naccept * (again + 1) + stats.nreject * again
+
+
 @pytest.mark.parametrize("algorithm", IMPLICIT, ids=name)
 def test_order_of_the_error_estimate(algorithm: Any) -> None:
     known = KNOWN["swirl"]

@@ -28,8 +28,9 @@ class Script:
     def times(self, t: float, h: float) -> tuple[Tensor, ...]:
         return (torch.tensor(t, dtype=torch.float64),)
 
-    def begin(self, k1: Tensor) -> None:
+    def start(self, t: float, h: float, u: Tensor) -> Tensor:
         self.count = 1
+        return torch.ones_like(u)
 
     def solution(self, t: float, h: float, u: Tensor, with_error: bool) -> Tensor:
         self.attempts.append((t, h))
