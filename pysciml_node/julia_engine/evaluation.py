@@ -25,8 +25,8 @@ def evaluate(field: Handle, t: Tensor, u: Tensor, p: Tensor, packages: tuple[str
         p: the field's flat parameters.
         packages: Julia packages that its vector-Jacobian product needs.
     """
-    found: Tensor = _Evaluate.apply(field, packages, t, u, p)  # type: ignore[no-untyped-call]
-    return found
+    value: Tensor = _Evaluate.apply(field, packages, t, u, p)  # type: ignore[no-untyped-call]
+    return value
 
 
 class _Evaluate(torch.autograd.Function):

@@ -128,12 +128,12 @@ class ProgramField:
         # What the solve sees, so that its gradient sees the same.
         self._flat = flat_parameters(self._all, self._spec.dtype, self._spec.device)
         key = (translated.json, problem.spec.dtype)
-        made = _programs.get(key)
-        if made is None:
+        handle = _programs.get(key)
+        if handle is None:
             code = CODES[problem.spec.dtype]
             number = enter("make_program", json=translated.json, dtype=code)
-            made = _programs[key] = Handle(number)
-        self.handle = made
+            handle = _programs[key] = Handle(number)
+        self.handle = handle
 
     def parameters(self) -> Tensor:
         """All parameters, buffers and constants of the module, as the solve saw them."""
@@ -340,9 +340,9 @@ class CallbackField(CalledField):
         else:
             self._state.copy_(to_real(state))
         parts = torch.split(self._gradient, [real_length(x) for x in self.inputs])
-        for part, found in zip(parts, inputs, strict=True):
-            if found is None:
+        for part, gradient in zip(parts, inputs, strict=True):
+            if gradient is None:
                 part.zero_()
             else:
-                part.copy_(to_real(found.reshape(-1)))
+                part.copy_(to_real(gradient.reshape(-1)))
         return 0.0 if time is None else float(time)

@@ -68,22 +68,22 @@ class JuliaField:
     def handle(self, dtype: torch.dtype, shape: torch.Size) -> Handle:
         """The field in Julia for states of one dtype and shape."""
         key = (self.source, dtype, shape)
-        made = self._handles.get(key)
-        if made is None:
+        handle = self._handles.get(key)
+        if handle is None:
             sizes = integers(tuple(reversed(shape)))
             number = enter(
                 "make_source", text=self.source, dtype=CODES[dtype], dims=len(sizes), shape=sizes
             )
-            made = self._handles[key] = Handle(number)
-        return made
+            handle = self._handles[key] = Handle(number)
+        return handle
 
     def __call__(self, t: Tensor, u: Tensor, p: Tensor | None = None) -> Tensor:
         """The derivative at `(t, u)`; shape and dtype of `u`."""
         if not _is_real(u) or not (p is None or _is_real(p)):
             raise TypeError(
                 "a JuliaField takes one real tensor as state and one as p, but was given "
-                f"{_what(u)} and {_what(p)}.\n  Join the parts with torch.cat; of complex numbers "
-                "use torch.view_as_real."
+                f"{_described(u)} and {_described(p)}.\n"
+                "  Join the parts with torch.cat, and complex numbers with torch.view_as_real."
             )
         parameters = u.new_empty(0) if p is None else p.reshape(-1).to(u)
         time = t if isinstance(t, Tensor) else u.new_tensor(t)
@@ -98,5 +98,5 @@ def _is_real(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.is_complex()
 
 
-def _what(x: Any) -> str:
+def _described(x: Any) -> str:
     return f"one of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -56,10 +56,10 @@ def measure_steps(measure: Measure, states: Sequence[Tensor], surroundings: Surr
                 inputs.watch(row)
             rows[n] = row.detach()
         inputs.settle()
-    found: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
+    measured: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
         measure, inputs, rows, len(states), *states, *inputs.inputs
     )
-    return found
+    return measured
 
 
 class _Measured(torch.autograd.Function):
@@ -102,12 +102,12 @@ def _pull_back(
             continue
         start = u.detach().requires_grad_()
         with torch.enable_grad():
-            found = torch.stack(measure(n, start))[wanted[n]]
-        if not found.requires_grad:
+            values = torch.stack(measure(n, start))[wanted[n]]
+        if not values.requires_grad:
             state_bars.append(None)
             continue
-        inputs.expect_known(found, start)
-        bar, *others = pull_back(found, (start, *inputs.leaves), cotangent[n][wanted[n]])
+        inputs.expect_known(values, start)
+        bar, *input_bars = pull_back(values, (start, *inputs.leaves), cotangent[n][wanted[n]])
         state_bars.append(None if bar is None else bars[n].copy_(bar))
-        sums.add([*others])
+        sums.add([*input_bars])
     return (*state_bars, *sums.sums)

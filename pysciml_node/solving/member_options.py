@@ -32,22 +32,22 @@ def check_members(
     if ensemble.tspan is not None:
         problem = _over_all(problem, spans)
     algorithm = check_algorithm(problem, algorithm)
-    own: dict[str, Any] = {}
+    differing: dict[str, Any] = {}
     for name in ("rtol", "atol"):
         tolerance = _own_tolerance(name, given[name], ensemble)
         if tolerance is not None:
-            own[name] = tolerance
+            differing[name] = tolerance
             given[name] = float(tolerance.amin())
     saveat = given["saveat"]
     nested = isinstance(saveat, list | tuple) and all(isinstance(x, list | tuple) for x in saveat)
     if getattr(saveat, "ndim", 1 + nested) == 2:
-        own["saveat"], own["saveat_tensor"] = _own_times(saveat, ensemble, spans)
+        differing["saveat"], differing["saveat_tensor"] = _own_times(saveat, ensemble, spans)
         # The first member's times stand for all, over an interval that may be another's.
-        given["saveat"] = sorted(own["saveat"][0].tolist(), reverse=problem.direction < 0)
+        given["saveat"] = sorted(differing["saveat"][0].tolist(), reverse=problem.direction < 0)
     options = check_options(problem, algorithm, **given)
-    if ensemble.tspan is not None and "saveat" not in own and options.saveat is not None:
+    if ensemble.tspan is not None and "saveat" not in differing and options.saveat is not None:
         _expect_inside(np.array([options.saveat]), spans)
-    return problem, algorithm, MemberOptions(options, spans, **own)
+    return problem, algorithm, MemberOptions(options, spans, **differing)
 
 
 def _over_all(problem: Problem, spans: tuple[Array, Array]) -> Problem:

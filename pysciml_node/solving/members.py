@@ -32,23 +32,23 @@ def solve_members(
     """
     common = options.common
     members = engine.solve_members(ensemble, algorithm, options)
-    found = EnsembleSolution(ensemble, members, _times(ensemble, options))
+    solved = EnsembleSolution(ensemble, members, _times(ensemble, options))
     if common.events:
-        for m, solution in enumerate(found):
+        for m, solution in enumerate(solved):
             if solution.event is not None:
                 stops = options.of(m).tstops
                 differentiable_event(solution, common.events[solution.event], stops)
-    failed = tuple(m for m, code in enumerate(found.retcodes) if not code.successful)
+    failed = tuple(m for m, code in enumerate(solved.retcodes) if not code.successful)
     if common.throw and failed:
         named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         raise EnsembleFailure(
-            f"{len(failed)} of {len(found)} members failed: {named}. Member {failed[0]}: "
-            f"{failure_message(found[failed[0]], options.of(failed[0]))}\n"
+            f"{len(failed)} of {len(solved)} members failed: {named}. Member {failed[0]}: "
+            f"{failure_message(solved[failed[0]], options.of(failed[0]))}\n"
             "  All members are in .ensemble; throw=False returns them.",
-            found,
+            solved,
             failed,
         )
-    return found
+    return solved
 
 
 def _times(ensemble: EnsembleProblem, options: MemberOptions) -> Tensor | None:

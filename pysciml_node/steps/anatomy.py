@@ -1,4 +1,4 @@
-"""What functions and classes are made of: the names in their code, their slots."""
+"""The anatomy of functions and classes: the names in their code, their slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import types
 from typing import Any
 
-# Code in these is no user's: it is not searched for globals. Their instances are.
+# Code in these libraries is not searched for globals. Their instances are.
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "scipy", "pysciml_node"}) - {
     "__main__"
 }
@@ -15,7 +15,7 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy", "scipy", "py
 
 @functools.lru_cache(maxsize=4096)
 def is_library(module: str | None) -> bool:
-    """Whether a module is of a library whose code is not searched."""
+    """Whether a module belongs to a library whose code is not searched."""
     return module is not None and module.partition(".")[0] in _LIBRARIES
 
 
@@ -31,11 +31,11 @@ def names_in(code: types.CodeType) -> tuple[str, ...]:
 
 def slots_of(kind: type) -> list[tuple[str, Any]]:
     """The slots of a class, with their descriptors."""
-    found = []
+    slots = []
     for ancestor in kind.__mro__:
         names = ancestor.__dict__.get("__slots__", ())
         for key in (names,) if isinstance(names, str) else tuple(names):
             slot = ancestor.__dict__.get(key)
             if isinstance(slot, types.MemberDescriptorType):
-                found.append((key, slot))
-    return found
+                slots.append((key, slot))
+    return slots

@@ -215,10 +215,10 @@ class Linearized:
             wanted.append(self._time)
         if with_leaves:
             wanted.extend(self._leaves)
-        found = pull_back(self._k, wanted, cotangent)
-        state = found.pop(0) if with_state else None
-        time = found.pop(0) if self._time is not None else None
-        return state, time, found if with_leaves else [None] * len(self._leaves)
+        gradients = pull_back(self._k, wanted, cotangent)
+        state = gradients.pop(0) if with_state else None
+        time = gradients.pop(0) if self._time is not None else None
+        return state, time, gradients if with_leaves else [None] * len(self._leaves)
 
 
 class Accumulator:

@@ -1,9 +1,9 @@
-"""The tensors outside that a field's result depends on, and what stands for them in a sweep.
+"""The outside tensors that a field's result depends on, and their stand-ins during a sweep.
 
-Most of them are leaves, such as parameters, and are differentiated as they are. A tensor that
-something else has computed (an encoder's output), and one that has hooks, is replaced in its places
-by a detached stand-in while a backward sweep runs: gradients stop there, and what lies beyond runs
-once, when the sum of them leaves the solve.
+Most of them are leaves, such as parameters, and are differentiated as they are. A tensor that was
+computed elsewhere (an encoder's output), or one that has hooks, is replaced in its places by a
+detached stand-in while a backward sweep runs. Gradients stop there. The graph beyond runs once,
+when their sum leaves the solve.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.surroundings import Surroundings
 
 Edge = tuple[Any, int]
-"""A node of the autograd graph, and which of its outputs."""
+"""A node of the autograd graph, and the number of one of its outputs."""
 
 Evaluate = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
-"""Evaluates something that depends on the inputs: its values, and leaves made for that."""
+"""An evaluation that depends on the inputs: it gives values, and the leaves made for it."""
 
 
 def edge_of(x: Tensor) -> Edge:
-    """Where the gradient of a tensor enters the graph (as `get_gradient_edge`, in less time)."""
+    """The edge by which a tensor's gradient enters the graph: a quicker `get_gradient_edge`."""
     if x.grad_fn is not None:
         return x.grad_fn, x.output_nr
     with torch.enable_grad():
@@ -47,7 +47,7 @@ def graph_leaves(
     Args:
         values: the roots of the graphs.
         stops: edges beyond which not to look.
-        reached: collects those of them that the graphs come to.
+        reached: collects the stops that the graphs come to.
     """
     leaves: list[Tensor] = []
     seen: set[Any] = set()
@@ -74,16 +74,16 @@ def pull_back(value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> lis
     """Gradients of `cotangent . value`, `None` where it does not depend on an input.
 
     This is `torch.autograd.grad(..., retain_graph=True, allow_unused=True)` without its checks,
-    which take a third of the time of a small field. The graph is kept, because parts of it may be
-    the caller's own (a hidden tensor that something has computed).
+    which take a third of the time of a small field. The graph is kept, because parts of it may
+    belong to the caller (a hidden tensor that was computed elsewhere).
     """
     if not (inputs and value.requires_grad):
         return [None] * len(inputs)
     backward = Variable._execution_engine.run_backward
-    found: Sequence[Tensor | None] = backward(
+    gradients: Sequence[Tensor | None] = backward(
         (value,), (cotangent,), True, False, tuple(inputs), True, accumulate_grad=False
     )
-    return list(found)
+    return list(gradients)
 
 
 def _stand_in(x: Tensor) -> Tensor:
@@ -95,40 +95,40 @@ def _stand_in(x: Tensor) -> Tensor:
 class Inputs:
     """The tensors outside that receive gradients.
 
-    All that the surroundings hold and that need gradients, and every other leaf that one evaluation
-    is found to depend on and that outlives it. (A leaf that a field makes for itself does not.)
-    What could not be found like this and turns up in a sweep is refused.
+    They are the tensors in the surroundings that need gradients, and every other leaf that the
+    first evaluation depends on and that outlives it. (A leaf that a field makes for itself does
+    not.) A tensor that escapes this search and turns up in a sweep is refused.
 
     A computed tensor that the first evaluation does not use is doubtful: it may be left over from
-    something else, its graph freed long ago. It becomes an input when the solve is seen to use it.
+    something else, its graph freed long ago. It becomes an input once the solve uses it.
 
     Args:
-        surroundings: what can be reached.
+        surroundings: the objects that the field can reach.
         evaluate: the first evaluation.
         p: its tensors are inputs, used or not.
 
     Attributes:
         inputs: the outer tensors, in the order of `leaves`.
-        leaves: what stands for them inside.
-        doubtful: those that have not been seen in use, by their edges.
+        leaves: the tensors that stand for them inside a sweep.
+        doubtful: tensors that have not been used so far, by their edges.
         first: the values of the first evaluation, detached.
-        suspects: in a sweep, the names of constants that have been changed in place. The field may
-            not use them: whether it does, the comparison of the steps will tell.
+        suspects: in a sweep, the names of constants that have been changed in place. The comparison
+            of the steps will tell whether the field uses them.
     """
 
     def __init__(self, surroundings: Surroundings, evaluate: Evaluate, p: Any) -> None:
         self._surroundings = surroundings
-        found = [x for x in surroundings.tensors if x.requires_grad]
-        edges = {edge_of(x): x for x in found}
+        trainable = [x for x in surroundings.tensors if x.requires_grad]
+        edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
         with surroundings.undisturbed():
-            values, own = evaluate()
-        ours = {id(x) for x in own}
-        strangers = [x for x in graph_leaves(values, edges, reached) if id(x) not in ours]
+            values, fresh = evaluate()
+        fresh_ids = {id(x) for x in fresh}
+        strangers = [x for x in graph_leaves(values, edges, reached) if id(x) not in fresh_ids]
         self.first = tuple(x.detach() for x in values)
         references = [weakref.ref(x) for x in strangers]
-        del values, own, strangers
-        # Those that are still alive belong to somebody, though not to a place that can be found.
+        del values, fresh, strangers
+        # Strangers that are still alive belong to somebody, but to no place that was found.
         hidden = [x for x in (reference() for reference in references) if x is not None]
         self._hidden = {id(x): (x, x._version) for x in hidden}
         certain = {id(edges[edge]) for edge in reached} | {
@@ -141,7 +141,7 @@ class Inputs:
                 self.inputs.append(x)
             elif surroundings.still_hold(x):
                 self.doubtful[edge] = x
-        # What the field may use, and what gets no gradient all the same.
+        # Tensors that the field may use, but that get no gradient.
         self._constants: list[Tensor] = []
         if surroundings.chosen is not None:
             allowed = {id(x) for x in (*surroundings.chosen, *tensors_of(p))}
@@ -150,21 +150,21 @@ class Inputs:
             self.inputs = [x for x in self.inputs if id(x) in allowed]
             self.doubtful = {e: x for e, x in self.doubtful.items() if id(x) in allowed}
         self.suspects: list[str] = []
-        self._found = found
+        self._trainable = trainable
         self.leaves = self.inputs
         self._stops: set[Edge] | None = None
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
 
     def settle(self) -> None:
-        """Called when the solve has run: what it has not used so far is no input."""
+        """Called when the solve has run: tensors that it has not used are no inputs."""
         self._surroundings.settle()
         used = {id(x) for x in (*self.inputs, *self._constants)}
-        unused = [x for x in self._found if id(x) not in used]
+        unused = [x for x in self._trainable if id(x) not in used]
         if unused:
-            # They would hold on to what has computed them, and to the solves in there.
+            # They would keep alive the graphs that computed them, and the solves in those.
             self._surroundings.forget(unused)
-            self._found = [x for x in self._found if id(x) in used]
+            self._trainable = [x for x in self._trainable if id(x) in used]
         self.doubtful = {}
 
     @property
@@ -183,7 +183,7 @@ class Inputs:
         """Everything as the solve saw it, with leaves for the inputs.
 
         Args:
-            replayed: whether the caller compares what it evaluates with what the solve found.
+            replayed: whether the caller compares its steps with the recorded ones.
 
         Raises:
             RuntimeError: a tensor without gradients has been changed in place and nobody compares,
@@ -196,7 +196,7 @@ class Inputs:
         self.suspects = [self._name(x) for x in constants]
         if constants and not replayed:
             raise RuntimeError(changed_message(self.suspects[0]))
-        stand_ins = {id(x): _stand_in(x) for x in self._found if self._needs_stand_in(x)}
+        stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
         if any(self._needs_stand_in(x) for x, _ in self._hidden.values()):
             raise RuntimeError(
                 "the field uses a tensor with hooks that is in no place that can be found: they "
@@ -219,12 +219,12 @@ class Inputs:
     def _needs_stand_in(x: Tensor) -> bool:
         return not x.is_leaf or bool(x._backward_hooks)
 
-    def expect_known(self, value: Tensor, *own: Tensor) -> None:
+    def expect_known(self, value: Tensor, *fresh: Tensor) -> None:
         """Check that a value depends on nothing but the inputs.
 
         Args:
             value: of an evaluation in a sweep.
-            own: leaves that were made for it.
+            fresh: leaves that were made for it.
 
         Raises:
             RuntimeError: it uses a tensor that was changed in place.
@@ -232,7 +232,7 @@ class Inputs:
         if self._stops is None:
             return
         for leaf in graph_leaves((value,), self._stops):
-            if any(leaf is x for x in own):
+            if any(leaf is x for x in fresh):
                 continue
             if id(leaf) in self._refused:
                 raise RuntimeError(changed_message(self._name(self._refused[id(leaf)])))
@@ -240,12 +240,12 @@ class Inputs:
             self._strangers.append(weakref.ref(leaf))
 
     def _expect_gone(self) -> None:
-        """Raise when other leaves are left than those a field makes for an evaluation."""
+        """Raise if leaves are left that the field did not make for an evaluation."""
         if not any(reference() is not None for reference in self._strangers):
             return
         gc.collect()
         late = {id(x): x for x in (reference() for reference in self._strangers) if x is not None}
-        # What the field keeps of an evaluation, in an attribute of its own, is not an input.
+        # A tensor that the field keeps from an evaluation, in an attribute, is not an input.
         kept = [x for x in late.values() if self._surroundings.keeps(x)]
         for x in kept:
             del late[id(x)]
@@ -263,7 +263,7 @@ class Inputs:
 
 
 def changed_message(name: str) -> str:
-    """Says that a tensor has been changed in place."""
+    """The message that a tensor has been changed in place."""
     return (
         f"{name} has been changed in place since the solve, and the field is evaluated again: it "
         "would see another value.\n"

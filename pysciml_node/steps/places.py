@@ -1,4 +1,4 @@
-"""Somewhere that holds values: what it held can be put back for a while."""
+"""Places that hold values: an earlier content can be put back for a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 StandIns = Mapping[int, Tensor]
-"""What takes the place of tensors, by their ids."""
+"""Replacements for tensors, by the tensors' ids."""
 
 MISSING = object()
 
@@ -40,11 +40,11 @@ def holds(value: Any, test: Test) -> bool:
 
 
 class Place(ABC):
-    """Somewhere that holds values a field can reach.
+    """A place of values that a field can reach.
 
     Attributes:
-        name: of the whole.
-        container: the list or dict that it is, where it is one.
+        name: of the place.
+        container: the list or dict that the place is, if any.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Place(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Leave alone from now on what has changed: the field changes it itself."""
+        """Leave changed entries alone from now on: the field changes them itself."""
 
     @abstractmethod
     def forget(self, test: Test) -> None:
-        """Leave alone from now on, and do not hold, what passes a test."""
+        """Leave entries that pass a test alone from now on, and do not hold them."""
 
     @abstractmethod
     def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        """Put back what it held, with stand-ins; returns what undoes that."""
+        """Put the earlier content back, with stand-ins; return a function that undoes it."""
 
     @abstractmethod
     def values(self) -> Iterable[Any]:
-        """What it holds now, of what is not left alone."""
+        """The values that it holds now, except those left alone."""
 
 
 class Names(Place):
@@ -76,16 +76,16 @@ class Names(Place):
 
     Args:
         owner: the dict.
-        seen: what it held.
-        name: of the whole.
-        whole: whether other entries would matter too.
+        seen: its earlier content.
+        name: of the place.
+        whole: whether entries that were not seen matter too.
     """
 
     def __init__(
         self, owner: dict[Any, Any], seen: dict[Any, Any], name: str, whole: bool = True
     ) -> None:
         self.owner, self.seen, self.name, self.whole = owner, seen, name, whole
-        self.own: set[Any] = set()
+        self.left_alone: set[Any] = set()
 
     @override
     def changed(self) -> bool:
@@ -102,20 +102,20 @@ class Names(Place):
             if owner.get(key, MISSING) is not wanted:
                 yield key, wanted
         if self.whole and len(owner) > len(self.seen):
-            for key in [k for k in owner if k not in self.seen and k not in self.own]:
+            for key in [k for k in owner if k not in self.seen and k not in self.left_alone]:
                 yield key, MISSING
 
     @override
     def settle(self) -> None:
         for key, _ in [*self._differences({})]:
             self.seen.pop(key, None)
-            self.own.add(key)
+            self.left_alone.add(key)
 
     @override
     def forget(self, test: Test) -> None:
         for key in [key for key, value in self.seen.items() if holds(value, test)]:
             del self.seen[key]
-            self.own.add(key)
+            self.left_alone.add(key)
 
     @override
     def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
@@ -126,7 +126,7 @@ class Names(Place):
         if not differences:
             return None
         before = [(key, owner.get(key, MISSING)) for key, _ in differences]
-        # The order of a dict is part of what a field sees: keep it where keys come and go.
+        # A field sees the order of a dict too: keep it where keys come and go.
         order = list(owner) if any(MISSING in pair for pair in (*differences, *before)) else None
 
         def undo() -> None:
@@ -216,25 +216,25 @@ class Single(Place):
         self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str
     ) -> None:
         self._get, self._set, self.seen, self.name = get, put, seen, name
-        self.own = False
+        self.left_alone = False
 
     @override
     def changed(self) -> bool:
-        return not self.own and self._get() is not self.seen
+        return not self.left_alone and self._get() is not self.seen
 
     @override
     def settle(self) -> None:
         if self.changed():
-            self.own, self.seen = True, None
+            self.left_alone, self.seen = True, None
 
     @override
     def forget(self, test: Test) -> None:
         if holds(self.seen, test):
-            self.own, self.seen = True, None
+            self.left_alone, self.seen = True, None
 
     @override
     def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
-        if self.own:
+        if self.left_alone:
             return None
         wanted, before = _substituted(self.seen, stand_ins), self._get()
         if wanted is before:
@@ -249,4 +249,4 @@ class Single(Place):
 
     @override
     def values(self) -> Iterable[Any]:
-        return () if self.own else (self._get(),)
+        return () if self.left_alone else (self._get(),)

@@ -1,4 +1,4 @@
-"""Fields that draw random numbers: what needs an evaluation twice cannot have them."""
+"""Fields that draw random numbers: refused wherever an evaluation has to be repeated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expect_repeatable(
         surroundings: of the field; its generators are watched beside torch's own.
         device: of the state.
         evaluate: evaluates the field at the start.
-        who: what needs evaluations to be the same, for the message.
+        who: the method that needs equal evaluations, for the message.
 
     Returns:
         An evaluation that raises a `ValueError` when the values depend on numbers drawn in it.
@@ -47,7 +47,7 @@ def expect_repeatable(
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         before = _RandomState(surroundings.generators, device)
-        values, own = evaluate()
+        values, fresh = evaluate()
         # Another thread may have drawn them, and the values may not depend on them.
         if before.moved() and not _same(values, evaluate()[0]):
             raise ValueError(
@@ -56,7 +56,7 @@ def expect_repeatable(
                 "  Use field.eval(); or draw the numbers once before each solve (a mask passed as "
                 "p=); or take FixedStep() with adjoint=DirectAdjoint()."
             )
-        return values, own
+        return values, fresh
 
     return checked
 
@@ -69,8 +69,8 @@ def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 def _drawers(surroundings: Surroundings) -> str:
     """The dropout layers in train mode, in words."""
-    found = surroundings.training(torch.nn.modules.dropout._DropoutNd)
-    return f" ({', '.join(found)})" if found else ""
+    layers = surroundings.training(torch.nn.modules.dropout._DropoutNd)
+    return f" ({', '.join(layers)})" if layers else ""
 
 
 def repeatable_first(

@@ -1,9 +1,9 @@
-"""What a field can reach, so that a replay finds what the solve saw.
+"""The surroundings of a field, recorded so that a replay sees the same as the solve.
 
 A field is a program: besides its arguments it reads attributes, closures, globals and the contents
 of lists and dicts. `Surroundings` looks through them once, when a solve begins, without calling
-anything. It keeps what each place held, so that a backward sweep can put it back for its duration,
-with stand-ins for tensors where gradients have to stop; it names each place for messages; and it
+anything. It keeps the content of each place. A backward sweep can put it back for its duration,
+with stand-ins for tensors where gradients have to stop. It also names each place for messages, and
 notices tensors that have been changed in place since.
 """
 
@@ -30,15 +30,15 @@ from pysciml_node.steps.anatomy import is_library, names_in, slots_of
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
 from pysciml_node.steps.record import Recorded
 
-# Objects looked at, and entries of a list or dict looked through: what lies beyond is left to the
-# check of every evaluation.
+# Limits of the objects to visit, and of the entries of a list or dict. Whatever lies beyond is left
+# to the check of every evaluation.
 _MOST_OBJECTS = 20_000
 _MOST_ENTRIES = 4_096
 
-# Instances of the standard library that are plain holders of others.
+# Modules of the standard library whose instances merely hold others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
 
-# A sweep that puts other values into places excludes the solves of other threads meanwhile.
+# While a sweep has put other values into places, the solves of other threads wait.
 _lock = threading.RLock()
 
 
@@ -47,7 +47,7 @@ class ForThese:
 
     Args:
         field: the field.
-        tensors: the chosen ones.
+        tensors: the chosen tensors.
     """
 
     def __init__(self, field: Callable[..., Any], tensors: Iterable[Tensor]) -> None:
@@ -59,20 +59,20 @@ class ForThese:
 
 
 class Surroundings:
-    """What a field can reach, found by one walk.
+    """Everything that a field can reach, by one walk.
 
-    Modules with their parameters, buffers and other attributes, closures, partials, bound methods
-    and their owners, globals named in the code, attributes, slots, and the contents of containers,
-    at any depth. No property is read and nothing is called.
+    The walk visits modules with their parameters, buffers and other attributes, closures,
+    partials, bound methods and their owners, globals named in the code, attributes, slots, and the
+    contents of containers, at any depth. It reads no property and calls nothing.
 
     Args:
-        roots: where to begin, by the names to give them. A field that reads its parts from this
-            dict is given stand-ins for them too.
+        roots: the objects to begin with, by name. A field that reads its parts from this dict is
+            given stand-ins for them too.
 
     Attributes:
-        tensors: all that were found, each once.
-        names: where they were found, by their ids.
-        generators: the random generators that were found.
+        tensors: all tensors, each once.
+        names: names of their places, by their ids.
+        generators: the random generators.
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
     """
@@ -88,7 +88,7 @@ class Surroundings:
         self._modules: list[tuple[str, nn.Module]] = []
         self._places: list[Place] = []
         self._met_apart = False
-        # Keeps what is visited alive, so that ids stay their own.
+        # Keeps visited objects alive, so that no id is used twice.
         self._visited: dict[int, Any] = {}
         self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[Callable[[Surroundings, Any, str], None], Any, str]] = deque()
@@ -122,11 +122,11 @@ class Surroundings:
         self._todo.append((visit, value, name))
 
     def _attributes(self, owner: dict[Any, Any], prefix: str) -> None:
-        """All entries of a dict whose keys are names."""
+        """The entries of a dict whose keys are names."""
         seen = owner.copy()
         self._places.append(Names(owner, seen, prefix))
         for key, value in seen.items():
-            # Most entries hold nothing: a name is not made for them.
+            # Most entries lead nowhere, and need no name.
             if value is not None and _visitors.get(type(value), MISSING) is not None:
                 self._see(value, f"{prefix}{key}")
 
@@ -153,10 +153,10 @@ class Surroundings:
         if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
             # Torch does not count these changes as such.
             self._written += [x for x in (value.running_mean, value.running_var) if x is not None]
-        # Found by the names of the user's attributes: `f.net.0.weight`.
-        own = value.__dict__
-        seen = own.copy()
-        self._places.append(Names(own, seen, f"{name}."))
+        # Messages name tensors as the user does: `f.net.0.weight`.
+        attributes = value.__dict__
+        seen = attributes.copy()
+        self._places.append(Names(attributes, seen, f"{name}."))
         for key, held in seen.items():
             if type(held) in _EMPTY and not held:
                 continue
@@ -167,7 +167,7 @@ class Surroundings:
                 self._see(held, f"{name}.{key}")
 
     def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
-        """A compiled module keeps its tensors to itself: they can be named, and not replaced."""
+        """A compiled module hides its tensors: they can be named, but not replaced."""
         for key, held in (*value.named_parameters(), *value.named_buffers()):
             if id(held) not in self._visited:
                 self._visited[id(held)] = held
@@ -189,7 +189,7 @@ class Surroundings:
         self._fixed(value, name)
 
     def _fixed(self, value: Iterable[Any], name: str) -> None:
-        """The members of what cannot be changed; of a set they have no place."""
+        """The members of a container that cannot be changed, or of a set, which has no places."""
         for i, held in enumerate(value):
             if i > _MOST_ENTRIES:
                 return
@@ -210,7 +210,7 @@ class Surroundings:
             self._globals(value.__globals__, names_in(code), "")
 
     def _globals(self, owner: dict[str, Any], names: tuple[str, ...], prefix: str) -> None:
-        """The entries of a module that code names, and those of modules among them."""
+        """The entries of a module that code mentions, and those of modules among them."""
         # Modules name one another: a round ends where it began.
         place = (id(owner), names)
         if place in self._entered:
@@ -280,20 +280,22 @@ class Surroundings:
         self._see(value.__wrapped__, name)
 
     def _problem(self, value: Problem, name: str) -> None:
-        """The functions of a problem, and `p`; states are what they are called with."""
-        own = value.__dict__
-        seen = {key: own[key] for key in ("f", "drift", "diffusion", "p") if key in own}
-        self._places.append(Names(own, seen, f"{name}.", whole=False))
+        """The functions of a problem, and `p`; the states are arguments of the functions."""
+        attributes = value.__dict__
+        seen = {
+            key: attributes[key] for key in ("f", "drift", "diffusion", "p") if key in attributes
+        }
+        self._places.append(Names(attributes, seen, f"{name}.", whole=False))
         for key, held in seen.items():
             self._see(held, key)
 
     def _object(self, value: Any, name: str) -> None:
         kind = type(value)
         self._class(kind, name)
-        own = getattr(value, "__dict__", None)
-        if type(own) is dict and id(own) not in self._visited:
-            self._visited[id(own)] = own
-            self._attributes(own, f"{name}.")
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict and id(attributes) not in self._visited:
+            self._visited[id(attributes)] = attributes
+            self._attributes(attributes, f"{name}.")
         for key, slot in slots_of(kind):
             try:
                 seen = slot.__get__(value, kind)
@@ -339,15 +341,15 @@ class Surroundings:
         )
         self._see(seen, f"{kind.__name__}.{key}")
 
-    # What has become of it.
+    # Changes since the walk.
 
     @staticmethod
     def undisturbed() -> AbstractContextManager[object]:
-        """Keeps the sweeps of other threads from putting other values into shared places."""
+        """A lock under which no sweep of another thread changes shared places."""
         return _lock
 
     def settle(self) -> None:
-        """Called when the solve has run: what has changed so far, the field itself has changed.
+        """Called when the solve has run: the field itself has made the changes up to here.
 
         A field may count its calls, keep its last output, or update running statistics. Such
         entries are left to it.
@@ -363,7 +365,7 @@ class Surroundings:
                 self._written.append(x)
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """Hold tensors no longer that have turned out not to be used."""
+        """Let go of tensors that have turned out to be unused."""
         ids = {id(x) for x in tensors}
         kept = [i for i, x in enumerate(self.tensors) if id(x) not in ids]
         self.tensors = [self.tensors[i] for i in kept]
@@ -400,7 +402,7 @@ class Surroundings:
         )
 
     def keeps(self, tensor: Tensor) -> bool:
-        """Whether a tensor is somewhere to be found now."""
+        """Whether a walk would reach a tensor now."""
         return id(tensor) in Surroundings(self.roots).names
 
     def training(self, kind: type[nn.Module]) -> list[str]:
@@ -412,7 +414,7 @@ class Surroundings:
         ]
 
     def changed_in_place(self) -> list[Tensor]:
-        """Tensors with other values than the solve saw, whoever uses them."""
+        """Tensors whose values have changed since the solve, used or not."""
         return [
             x
             for x, version in zip(self.tensors, self._versions, strict=True)
@@ -424,7 +426,7 @@ class Surroundings:
         """Everything as the solve saw it, for the duration of a replay.
 
         Args:
-            stand_ins: tensors to be put in the place of others.
+            stand_ins: replacements for tensors, by their ids.
         """
         undo: list[Callable[[], None]] = []
         written = [(x, x.detach().clone()) for x in self._written]
@@ -444,11 +446,11 @@ class Surroundings:
 
 
 def _version(x: Tensor) -> int | None:
-    """How often a tensor has been changed in place; `None` where torch does not count."""
+    """The number of changes in place of a tensor; `None` where torch does not count them."""
     return None if x.is_inference() else x._version
 
 
-# The dicts of a module whose entries are attributes for whoever writes its code.
+# Dicts of a module whose entries read as attributes in its code.
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
 
@@ -459,7 +461,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.Size, torch.layout),
     *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GeneratorType),
 )
-# Large things that a field does not read from, although it may be able to reach them.
+# Large objects that a field does not read from, although it may reach them.
 _APART: tuple[type, ...] = (
     *(Solution, EnsembleSolution, Recorded, SolverFailure),
     torch.optim.Optimizer,
@@ -471,7 +473,7 @@ _APART: tuple[type, ...] = (
 
 
 def _visitor(kind: type) -> _Visit | None:
-    """How objects of a class are looked through; `None` for those that hold nothing."""
+    """The method that visits objects of a class; `None` for those that hold nothing."""
     if issubclass(kind, _PLAIN) and not hasattr(kind, "_fields"):
         return None
     for of, visit in _KINDS.items():

@@ -157,21 +157,21 @@ class BrownianPath:
     def increment(self, start: float, end: float) -> Increment:
         """The motion from `start` to `end`; bit for bit the same whenever it is asked for."""
         at, stop = self.position(start), self.position(end)
-        found: Increment | None = None
+        total: Increment | None = None
         while at < stop:
             size = at & -at if at else 2**DEPTH
             while at + size > stop:
                 size >>= 1
             level = DEPTH - size.bit_length() + 1
             piece = self._node(level, at // size)
-            found = piece if found is None else found.then(piece)
+            total = piece if total is None else total.then(piece)
             at += size
-        if found is None:
+        if total is None:
             zero = torch.zeros(
                 self.normals.size, dtype=self.normals.dtype, device=self.normals.device
             )
             return Increment(0.0, zero, zero)
-        return found
+        return total
 
     def _node(self, level: int, index: int) -> Increment:
         """The motion over interval `index` of the `2**level` equal ones."""

@@ -52,12 +52,12 @@ class NoiseLayout:
         if problem.noise == "additive" and (problem.spec.keys is not None or value.shape == shape):
             return cls(entries, None, entries, matrix=False)
         if not isinstance(value, Tensor) or value.shape[:-1] != shape or value.ndim == 0:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            returned = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             wanted = f"({', '.join(str(n) for n in (*shape, 'm'))})"
             also = f"{tuple(shape)} or " if problem.noise == "additive" else ""
             raise ValueError(
                 f"the diffusion must have shape {also}{wanted} for {problem.noise} noise, but "
-                f"returned {found}.\n  The last axis is over the m Brownian motions."
+                f"returned {returned}.\n  The last axis is over the m Brownian motions."
             )
         return cls(problem.samples, value.shape[-1], entries, matrix=True)
 
@@ -65,10 +65,10 @@ class NoiseLayout:
         """The diffusion times an integral of each motion; flat, `(N,)`."""
         if self.motions is None or isinstance(integral, float):
             return g * integral
-        each = integral.view(self.samples, 1, self.motions)
+        increments = integral.view(self.samples, 1, self.motions)
         if self.matrix:
-            return (g.view(self.samples, -1, self.motions) * each).sum(-1).reshape(-1)
-        return (g.view(self.samples, -1) * each[:, 0]).reshape(-1)
+            return (g.view(self.samples, -1, self.motions) * increments).sum(-1).reshape(-1)
+        return (g.view(self.samples, -1) * increments[:, 0]).reshape(-1)
 
     def by_entry(self, integral: Tensor) -> Tensor:
         """An integral of each motion, repeated for every entry that it drives alone, `(N,)`.
@@ -115,11 +115,11 @@ class Fields:
 
     def of(self, problem: SDEProblem) -> Fields:
         """Those of a problem that differs in values alone; the layout need not be looked for."""
-        found = copy.copy(self)
-        found.given = _given(problem)
-        found.drift = FlatField(problem, found.given)
-        found.problem, found.spec = problem, problem.spec
-        return found
+        fields = copy.copy(self)
+        fields.given = _given(problem)
+        fields.drift = FlatField(problem, fields.given)
+        fields.problem, fields.spec = problem, problem.spec
+        return fields
 
     @property
     def nfe(self) -> int:

@@ -85,7 +85,7 @@ class Ticks:
 def _powers(twos: int, fives: int, base: int, most: float) -> list[int]:
     """The whole numbers of ticks that a power of the base is, in units, up to `most`."""
     first = -min(twos, fives) if base == 10 else -twos
-    found = []
+    steps = []
     for power in range(first, first + 80):
         two, five = twos + power, fives + (power if base == 10 else 0)
         if two < 0 or five < 0:
@@ -93,5 +93,5 @@ def _powers(twos: int, fives: int, base: int, most: float) -> list[int]:
         step = 2**two * 5**five
         if step > most:
             break
-        found.append(step)
-    return found
+        steps.append(step)
+    return steps

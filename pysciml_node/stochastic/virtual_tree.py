@@ -120,9 +120,9 @@ class VirtualTree:
             self._draw_toward(stop)
         # The end that the next interval begins with is looked for last: its branch is kept.
         forward, self._last = start >= self._last, start
-        found = self._over(0, self.ends, root, (start, stop), forward)
+        motion = self._over(0, self.ends, root, (start, stop), forward)
         self._drawn.clear()
-        return found
+        return motion
 
     def _over(
         self,

@@ -63,12 +63,12 @@ def _commands() -> list[tuple[str, ...]]:
     chosen = os.environ.get("PSN_CC")
     if chosen:
         return [tuple(shlex.split(chosen))]
-    found: list[tuple[str, ...]] = [
+    commands: list[tuple[str, ...]] = [
         (path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))
     ]
     if find_spec("ziglang") is not None:
-        found.append((sys.executable, "-m", "ziglang", "cc"))
-    return found
+        commands.append((sys.executable, "-m", "ziglang", "cc"))
+    return commands
 
 
 def _run(command: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -107,8 +107,8 @@ def find_compiler() -> Compiler | str:
 
 def available() -> tuple[bool, str]:
     """Whether native code can be made here, and the compiler or the reason."""
-    found = find_compiler()
-    return (False, found) if isinstance(found, str) else (True, found.name)
+    compiler = find_compiler()
+    return (False, compiler) if isinstance(compiler, str) else (True, compiler.name)
 
 
 @functools.cache
@@ -135,13 +135,13 @@ def cache_folder() -> Path:
     folder = Path(base)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        status = folder.stat()
     except OSError as error:
         raise CompileError(
             f"the folder for native code, {folder}, cannot be used: {error}.\n"
             "  Set PSN_NATIVE_CACHE to a folder of yours."
         ) from error
-    if not _private(found):
+    if not _private(status):
         raise CompileError(
             f"the folder for native code, {folder}, belongs to somebody else, or others may write "
             "to it.\n  Set PSN_NATIVE_CACHE to a folder of yours (chmod go-w)."
@@ -149,8 +149,8 @@ def cache_folder() -> Path:
     return folder
 
 
-def _private(found: os.stat_result) -> bool:
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def _private(status: os.stat_result) -> bool:
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _seal(data: bytes) -> bytes:
@@ -199,10 +199,10 @@ def build(source: str) -> ctypes.CDLL:
 def _compile(compiler: Compiler, source: str, path: Path) -> None:
     # A folder of its own in the cache: the library is moved into place whole, whoever is first.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
-        text, made = Path(folder, "solve.c"), Path(folder, "solve.so")
+        text, library = Path(folder, "solve.c"), Path(folder, "solve.so")
         text.write_text(source, encoding="utf-8")
         try:
-            run = _run([*compiler.command, *compiler.flags, str(text), "-o", str(made), "-lm"])
+            run = _run([*compiler.command, *compiler.flags, str(text), "-o", str(library), "-lm"])
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompileError(
                 f"{compiler.name} does not finish: {error}\n  Solve with compile=False."
@@ -212,7 +212,7 @@ def _compile(compiler: Compiler, source: str, path: Path) -> None:
                 f"{compiler.name} cannot compile the solve: {run.stderr.strip()[:500]}\n"
                 "  Solve with compile=False."
             )
-        data = made.read_bytes()
-        made.write_bytes(data + _seal(data))
-        made.chmod(0o600)
-        os.replace(made, path)
+        data = library.read_bytes()
+        library.write_bytes(data + _seal(data))
+        library.chmod(0o600)
+        os.replace(library, path)

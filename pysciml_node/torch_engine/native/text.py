@@ -41,9 +41,9 @@ def contiguous(shape: Sequence[int]) -> Shape:
 
 def broadcast_strides(shape: Shape, to: Shape) -> Shape:
     """Strides of an array by rows, repeated to another shape."""
-    own = contiguous(shape)
+    strides = contiguous(shape)
     lead = len(to) - len(shape)
-    return (0,) * lead + tuple(0 if n == 1 else s for n, s in zip(shape, own, strict=True))
+    return (0,) * lead + tuple(0 if n == 1 else s for n, s in zip(shape, strides, strict=True))
 
 
 def _merged(shape: Shape, strides: Sequence[Shape]) -> tuple[list[int], list[list[int]]]:
