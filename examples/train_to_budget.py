@@ -165,7 +165,7 @@ def few_moons() -> Any:
 
 
 SPIRAL_STEPS = 120
-DIGITS = replace(digits_demo.SETTINGS, steps=150, taylor_order=2, evaluate_every=1000)
+DIGITS = replace(digits_demo.SETTINGS, steps=200, taylor_order=2, evaluate_every=1000)
 PLANE = plane_experiment("two-moons")
 MOONS = replace(PLANE.at("reduced")[0], steps=150, evaluate_every=1000)
 FEW_MNIST = replace(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pysciml_node import checks
+from pysciml_node import checks, plot
 from pysciml_node.budgets.control import Average, DualWeight
 from pysciml_node.budgets.costs import UNITS, Kind, cost_of, has_fixed_steps, smooth_cost_of
 from pysciml_node.budgets.history import History
@@ -26,6 +25,8 @@ _USUAL_WARMUP = 50
 _USUAL_RESPONSE = 50.0
 # Of the horizon: where the weight becomes constant.
 _HANDOVER = 0.9
+# The violation is taken ahead by this many times what it has changed by within a response.
+_LEAD = 1.0
 # A budget counts as missed where the cost is above it by more than this share.
 _MISSED = 0.1
 # The weight has been at its limit for so many responses: it will stay there.
@@ -40,11 +41,8 @@ class Budget(Schedule):
     cheaper. Nothing else in a training loop changes: no call of `step_schedules` is needed. It can
     be scaled, `0.1 * budget`, for regularizers that share it in another proportion.
 
-    The weight `w` is the dual variable of the constraint `cost <= target`. With the smooth cost
-    `c` (see `pysciml_node.budgets.costs`) averaged over a few steps, and `x = log(c / target)`,
-
-        level <- max(0, level + 5 x / response),
-        w * (mean penalty) = limit / 50 * (exp(max(0, level + 5 x)) - 1) <= limit.
+    The weight is the dual variable of the constraint `cost <= target`. How it is found is in
+    `pysciml_node.budgets.control`, and which cost it sees in `pysciml_node.budgets.costs`.
 
     Args:
         nfe: evaluations of the field that a solve may take.
@@ -64,7 +62,7 @@ class Budget(Schedule):
             eval mode. It is called every tenth training step; in between the cost is taken to move
             as that of the training solves does.
         response: training steps in which the cost answers to the weight, roughly; default a
-            twelfth of `horizon`, at least 10, or 50.
+            twentieth of `horizon`, at least 8, or 50.
         synchronize: where `torch.distributed` runs, take the mean of the ranks' costs, so that all
             have the same weight. All of them have to make the same number of solves.
 
@@ -133,7 +131,7 @@ class Budget(Schedule):
         self.limit = checks.number("limit", limit, above=0)
         self.measure = None if measure is None else checks.function("measure", measure)
         if response is None:
-            response = max(self.horizon / 12, 10.0) if self.horizon else _USUAL_RESPONSE
+            response = max(self.horizon / 20, 8.0) if self.horizon else _USUAL_RESPONSE
         self.response = checks.number("response", response, at_least=1)
         self.synchronize = checks.flag("synchronize", synchronize)
         self.history = History(UNITS[self.kind])
@@ -142,7 +140,7 @@ class Budget(Schedule):
     def _reset(self) -> None:
         quick = self.response / 5
         self._control = DualWeight(self.response, self.limit)
-        self._violation = Average(quick)
+        self._violation, self._before = Average(quick), Average(self.response)
         self._penalty = Average(self.response)
         self._cost = Average(self.response)
         # What `measure` has returned, and the smooth cost of training solves beside it.
@@ -214,8 +212,9 @@ class Budget(Schedule):
             if self.fraction and step + 1 == self.warmup:
                 self.target = self.fraction * self.reached
         elif not self._frozen:
-            violation = self._violation.add(math.log(max(smooth, 1e-12) / self.target))
-            self._control.update(violation, usual_penalty)
+            violation = math.log(max(smooth, 1e-12) / self.target)
+            now, before = self._violation.add(violation), self._before.add(violation)
+            self._control.update(now + _LEAD * (now - before), usual_penalty)
         shown = values[3] if measured else (math.nan if self.measure else cost)
         self.history.add(shown, smooth, penalty, self.weight, self.target)
         if self.horizon is None:
@@ -230,7 +229,7 @@ class Budget(Schedule):
     def freeze(self) -> None:
         """Keep the weight constant from here on: the mean of what it was of late."""
         if not self._frozen:
-            self._control.settle()
+            self._control.settle(self._penalty.value)
             self._frozen = True
 
     def _say_if_missed(self) -> None:
@@ -254,29 +253,31 @@ class Budget(Schedule):
             f"costs {price:.3g} in the loss (at most {self.limit:g})"
         )
 
-    def plot(self, path: str | Path) -> None:
-        """Draw cost, weight and price over training.
+    def plot(self, axes: Any = None) -> Any:
+        """Draw cost and weight over training; see `pysciml_node.plot.budget`.
 
         Args:
-            path: file to write; its ending names the format.
+            axes: matplotlib's; the current ones by default.
+
+        Returns:
+            The axes of the cost.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        self.history.plot(checks.path("path", path))
+        return plot.budget(self.history, axes=axes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides how the weight goes on, and the history.
 
         It is part of the `state_dict` of regularizers, and so of models.
         """
-        averages = (self._violation, self._penalty, self._cost, self._measured, self._beside)
         numbers = [
             self.target,
             float(self._frozen),
             float(self._told),
             *self._control.numbers(),
-            *(x for average in averages for x in average.numbers()),
+            *(x for average in self._averages() for x in average.numbers()),
             *self._round.numbers(),
         ]
         return {
@@ -288,15 +289,18 @@ class Budget(Schedule):
         """Continue from what `state_dict` returned."""
         self._reset()
         numbers = iter(state["control"].tolist())
-        averages = (self._violation, self._penalty, self._cost, self._measured, self._beside)
         target = next(numbers)
         self.target = target if self.fraction else self.target
         self._frozen, self._told = bool(next(numbers)), bool(next(numbers))
         self._control.restore([next(numbers) for _ in self._control.numbers()])
-        for average in averages:
+        for average in self._averages():
             average.restore([next(numbers), next(numbers)])
         self._round = _Round.of(list(numbers))
         self.history.restore(state["history"])
+
+    def _averages(self) -> tuple[Average, ...]:
+        times = (self._violation, self._before)
+        return (*times, self._penalty, self._cost, self._measured, self._beside)
 
     def __repr__(self) -> str:
         amount = f"fraction={self.fraction:g}" if self.fraction else f"{self.kind}={self.target:g}"

@@ -29,6 +29,9 @@ from dataclasses import dataclass, field
 # The price is small against this share of its limit where steps of theta are additive.
 _SHARE = 0.02
 _TOP = math.log1p(1 / _SHARE)
+# Violations beyond this are left to the proportional part: by the time that the cost has come all
+# the way the integral part would be far too large.
+_FAR = 0.1
 
 
 @dataclass
@@ -103,18 +106,26 @@ class DualWeight:
         wanted = self.level + self.proportional * violation
         # Anti-windup: the integral part waits while it could not move the weight anyway.
         if wanted < _TOP or violation < 0.0:
-            self.level += self.proportional * violation / self.response
+            bounded = min(max(violation, -_FAR), _FAR)
+            self.level += self.proportional * bounded / self.response
         self.level = min(max(self.level, 0.0), _TOP)
         theta = min(max(self.level + self.proportional * violation, 0.0), _TOP)
         self.limited = self.limited + 1 if wanted >= _TOP and violation > 0.0 else 0
+        self.usual.add(theta)
+        self._set(theta, penalty)
+
+    def settle(self, penalty: float) -> None:
+        """Keep the weight where it has been of late.
+
+        Args:
+            penalty: as for `update`.
+        """
+        if self.usual.mass:
+            self._set(self.usual.value, penalty)
+
+    def _set(self, theta: float, penalty: float) -> None:
         price = _SHARE * self.limit * math.expm1(theta)
         self.weight = price / penalty if penalty > 0.0 else 0.0
-        self.usual.add(self.weight)
-
-    def settle(self) -> None:
-        """Keep the weight where it has been of late."""
-        if self.usual.mass:
-            self.weight = self.usual.value
 
     def numbers(self) -> list[float]:
         """The state."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from pysciml_node._optional import require
 
 _COLUMNS = ("cost", "smooth", "penalty", "weight", "target")
 
@@ -51,29 +48,3 @@ class History:
         """Replace all of it."""
         for name, column in zip(_COLUMNS, table.tolist(), strict=True):
             setattr(self, name, column)
-
-    def plot(self, path: Path) -> None:
-        """Draw cost, weight and weighted penalty over training.
-
-        Args:
-            path: file to write; its folder is made when absent.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        figures = require("matplotlib.figure", extra="plots", purpose="draw the picture")
-        figure = figures.Figure(figsize=(11.0, 3.4), layout="constrained")
-        costs, weights, prices = figure.subplots(1, 3)
-        steps = range(1, len(self) + 1)
-        costs.plot(steps, self.cost, ".", color="#bbbbbb", markersize=3, label="measured")
-        costs.plot(steps, self.smooth, color="#0072b2", linewidth=1, label="smooth")
-        costs.plot(steps, self.target, "--", color="#d55e00", label="budget")
-        costs.set(xlabel="training step", ylabel=self.unit)
-        costs.legend()
-        weights.plot(steps, self.weight, color="#0072b2")
-        weights.set(xlabel="training step", ylabel="weight")
-        price = [w * p for w, p in zip(self.weight, self.penalty, strict=True)]
-        prices.plot(steps, price, ".", color="#0072b2", markersize=3)
-        prices.set(xlabel="training step", ylabel="weighted penalty")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=140)

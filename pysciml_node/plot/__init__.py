@@ -6,11 +6,12 @@ limits and saving stay with matplotlib. The functions read what they draw and ke
 
 from pysciml_node.plot.models import bands, density
 from pysciml_node.plot.solutions import phase, solution, steps
-from pysciml_node.plot.studies import bars, training, work_precision
+from pysciml_node.plot.studies import bars, budget, training, work_precision
 
 __all__ = [
     "bands",
     "bars",
+    "budget",
     "density",
     "phase",
     "solution",

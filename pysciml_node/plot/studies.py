@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pysciml_node import checks
 from pysciml_node.plot.canvas import array, axes_or_current
@@ -47,6 +48,43 @@ def training(
         right.set(ylabel=", ".join(others))
     if label is not None:
         axes.legend()
+    return axes
+
+
+class Spending(Protocol):
+    """What a budget's history has for a picture, one number a training step each."""
+
+    unit: str
+    cost: list[float]
+    smooth: list[float]
+    target: list[float]
+    weight: list[float]
+
+
+def budget(history: Spending, *, axes: Any = None) -> Any:
+    """Draw what solves cost while a budget was held, and the weight that held it on a second axis.
+
+    Args:
+        history: `budget.history` of a `Budget`.
+        axes: matplotlib's; the current ones by default.
+
+    Returns:
+        The axes of the cost.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    axes = axes_or_current(axes)
+    steps = range(1, len(history.cost) + 1)
+    axes.plot(steps, history.cost, ".", color="#999999", markersize=3, label="measured")
+    axes.plot(steps, history.smooth, color="#0072b2", linewidth=1, label="smooth")
+    axes.plot(steps, history.target, "--", color="#d55e00", label="budget")
+    axes.set(xlabel="training step", ylabel=history.unit, ylim=(0, None))
+    axes.legend(loc="lower left")
+    right = axes.twinx()
+    # A weight of 0 has no place on a logarithmic axis.
+    right.semilogy(steps, [w or math.nan for w in history.weight], color="#009e73", linewidth=1)
+    right.set(ylabel="weight")
     return axes
 
 

@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,13 +270,16 @@ def test_bad_budgets(arguments: dict[str, Any], error: type[Exception], words: s
         psn.Budget(**arguments)
 
 
-def test_what_is_said_and_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_what_is_said_and_drawn() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
     budget = psn.Budget(nfe=20)
     node = layer(local_error(budget))
     for _ in range(4):
         node(points())
     assert "20 evaluations were asked for" in budget.report()
     assert repr(budget).startswith("Budget(nfe=20, weight=")
-    budget.plot(tmp_path / "folder" / "budget.png")
-    assert (tmp_path / "folder" / "budget.png").stat().st_size > 0
+    axes = budget.plot(axes=figures.Figure().subplots())
+    assert axes.get_ylabel() == "evaluations"
+    measured, _, asked = axes.get_lines()
+    assert list(measured.get_ydata()) == budget.history.cost
+    assert set(asked.get_ydata()) == {20.0}
