@@ -75,6 +75,7 @@ class SolveOptions:
         max_steps: limit of accepted and rejected steps.
         controller: step size control.
         events: conditions to watch.
+        fired: which of them have just happened at the start, and are looked at a little later.
         progress: show a progress bar.
         throw: raise on failure.
         compile: run native code: always, or where it can with `"auto"`.
@@ -97,6 +98,7 @@ class SolveOptions:
     throw: bool
     compile: bool | Literal["auto"]
     seed: int | None = None
+    fired: tuple[int, ...] = ()
     defaulted: frozenset[str] = frozenset()
 
     def landings(self, direction: int) -> tuple[float, ...]:

@@ -17,11 +17,7 @@ from pysciml_node.julia_engine.process.buffers import from_real, real_size
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.steps.event_search import (
-    condition_value,
-    first_crossing,
-    locate_crossing,
-)
+from pysciml_node.steps.event_search import Signs, condition_value
 from pysciml_node.steps.progress import step_listener
 
 
@@ -47,8 +43,7 @@ class Watcher:
         self.event: int | None = None
         self.t = problem.t0
         self._stack = ExitStack()
-        start = problem.spec.flatten(problem.u0).detach()
-        self._before = [condition_value(e, problem, problem.t0, start) for e in self.events]
+        self._signs = Signs(problem, options.events, options.fired)
 
     def __enter__(self) -> Self:
         self._show = self._stack.enter_context(step_listener(self.progress, self.problem))
@@ -74,11 +69,10 @@ class Watcher:
         if not self.events:
             return False
         after = [self._value(event, end) for event in self.events]
-        crossing = first_crossing(
-            self.events, self._before, after, lambda i: self._locate(i, t, end)
+        crossing = self._signs.first_crossing(
+            after, lambda i, theta: self._value(self.events[i], t + theta * (end - t))
         )
         if crossing is None:
-            self._before = after
             return False
         theta, self.event = crossing
         self.t = t + theta * (end - t)
@@ -94,15 +88,6 @@ class Watcher:
 
     def _value(self, event: Event, t: float) -> float:
         return condition_value(event, self.problem, t, self._state(t))
-
-    def _locate(self, i: int, t: float, end: float) -> float:
-        event = self.events[i]
-        return locate_crossing(
-            lambda theta: self._value(event, t + theta * (end - t)),
-            event,
-            self._before[i],
-            self.problem,
-        )
 
 
 def last_step(options: SolveOptions, h: float, saveat: tuple[float, ...]) -> SolveOptions:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, without_graph
@@ -170,6 +171,30 @@ def augment(
     return bigger, spread(rtol), spread(atol, math.inf)
 
 
+def augmented_events(events: Sequence[Event], spec: StateSpec) -> list[Event]:
+    """Events that see the problem's own state, for an augmented problem; integrals do not jump."""
+
+    def own(state: dict[str, Tensor]) -> Any:
+        return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
+
+    def seen(event: Event) -> Event:
+        condition, affect = event.condition, event.affect
+        changes: dict[str, Any] = {}
+        if condition is not None:
+            changes["condition"] = lambda t, state: condition(t, own(state))
+        if affect is not None:
+
+            def jump(t: Tensor, state: dict[str, Tensor], *p: Any) -> dict[str, Tensor]:
+                names = [key for key in state if key.startswith(_OWN)]
+                parts = spec.parts(affect(t, own(state), *p))
+                return {**state, **dict(zip(names, parts, strict=True))}
+
+            changes["affect"] = jump
+        return dataclasses.replace(event, **changes)
+
+    return [seen(event) for event in events]
+
+
 def integrals(solution: Solution) -> dict[str, Tensor]:
     """The integrals at the end of an augmented solve, each `(B,)` and real."""
     return {
@@ -278,4 +303,8 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
         u1=state_of(solution.u1),
         trajectory=trajectory,
         saved=None if solution.saved is None else state_of(solution.saved),
+        jumps=tuple(
+            jump._replace(before=state_of(jump.before), after=state_of(jump.after))
+            for jump in solution.jumps
+        ),
     )

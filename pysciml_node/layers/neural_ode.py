@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
-from pysciml_node.layers.augmented import augment, integrals, without_extra
+from pysciml_node.layers.augmented import augment, augmented_events, integrals, without_extra
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
+from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import State
@@ -177,7 +178,9 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         if not (rates or beside):
             return self.solve(problem, saveat=saveat)
         bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch)
-        solution = self.solve(bigger, rtol=rtol, atol=atol, saveat=saveat)
+        given = checks.sequence("events", self.options.get("events", ()), Event, example="Event(f)")
+        events = augmented_events(given, problem.spec)
+        solution = self.solve(bigger, rtol=rtol, atol=atol, saveat=saveat, events=events)
         values = integrals(solution)
         solution = without_extra(solution, problem)
         solution.integrals = values

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
@@ -74,6 +74,22 @@ class Stats:
     def asdict(self) -> dict[str, int]:
         """The counts by name, as a logger takes them."""
         return dataclasses.asdict(self)
+
+
+class Jump(NamedTuple):
+    """What an event has done.
+
+    Attributes:
+        event: its index among the events of the solve.
+        t: its time, a 0-d tensor, differentiable where the event moves.
+        before: the state that it met, in the structure of `u0`.
+        after: the state that it left; the same where it has no `affect`.
+    """
+
+    event: int
+    t: Tensor
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,7 @@ class Solution:
         u1: state at the end of the interval: the result of the last step, never interpolated.
         event: index of the event that stopped the solve, or `None`.
         event_t: its time, a differentiable 0-d tensor, or `None`.
+        jumps: what the events have done, in order; a solve that only an event has stopped has none.
         penalty: weighted sum of the regularizers (0 in eval mode or without any).
         penalties: each regularizer's unweighted value by name.
         integrals: value of each integral regularizer for each sample, `(B,)`, by name.
@@ -186,6 +203,7 @@ class Solution:
     saved: Any = None
     event: int | None = None
     event_t: Tensor | None = None
+    jumps: tuple[Jump, ...] = ()
     penalty: Tensor = field(default_factory=lambda: torch.zeros(()))
     penalties: dict[str, Tensor] = field(default_factory=dict)
     integrals: dict[str, Tensor] = field(default_factory=dict)
@@ -461,7 +479,7 @@ class Solution:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The field stays: it is what was solved, no part of what came back.
         copy = self.mapped(lambda x: x.detach().clone())
-        copy.stats, copy.detached = dataclasses.replace(self.stats), True
+        copy.stats, copy.detached = Stats(**self.stats.asdict()), True
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -488,7 +506,7 @@ _ELSEWHERE = {
     "status": "retcode",
 }
 
-_HELD = ("t", "u1", "saved", "event_t", "penalty", "penalties", "integrals")
+_HELD = ("t", "u1", "saved", "event_t", "jumps", "penalty", "penalties", "integrals")
 """What a solution holds, in one structure or another of tensors."""
 
 

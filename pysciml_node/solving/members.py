@@ -11,9 +11,10 @@ from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.errors import EnsembleFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
+from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.engines import Engine
-from pysciml_node.steps.event_gradient import differentiable_event
+from pysciml_node.solving.jumps import run
 
 
 def solve_members(
@@ -31,13 +32,16 @@ def solve_members(
         EnsembleFailure: members did not reach the end of the interval (with `throw=True`).
     """
     common = options.common
-    members = engine.solve_members(ensemble, algorithm, options)
-    solved = EnsembleSolution(ensemble, members, _times(ensemble, options))
+    members: Members
     if common.events:
-        for m, solution in enumerate(solved):
-            if solution.event is not None:
-                stops = options.of(m).tstops
-                differentiable_event(solution, common.events[solution.event], stops)
+        solutions = (
+            run(engine, problem, algorithm, options.of(m))
+            for m, problem in enumerate(ensemble.members())
+        )
+        members = ListedMembers(tuple(solutions), options.times)
+    else:
+        members = engine.solve_members(ensemble, algorithm, options)
+    solved = EnsembleSolution(ensemble, members, _times(ensemble, options))
     failed = tuple(m for m, code in enumerate(solved.retcodes) if not code.successful)
     if common.throw and failed:
         named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")

@@ -31,9 +31,9 @@ from pysciml_node.solving.checks import (
     explain_calls,
 )
 from pysciml_node.solving.diagnosis import failure_message
+from pysciml_node.solving.jumps import run
 from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
-from pysciml_node.steps.event_gradient import differentiable_event
 
 R = TypeVar("R")
 
@@ -130,7 +130,7 @@ def solve(
         tstops: times that steps must end on, for fields with discontinuities.
         max_steps: the solve fails after this many accepted and rejected steps.
         controller: step size control; default the algorithm's, `PIController()`.
-        events: conditions that stop the solve where they cross zero.
+        events: what happens where conditions cross zero, or at given times: see `Event`.
         progress: draw a progress bar on stderr.
         throw: raise `SolverFailure` if the end is not reached; otherwise return what there is,
             with the reason in `retcode`.
@@ -182,10 +182,8 @@ def solve(
     options = dataclasses.replace(options, seed=_seed(generator)) if _random(problem) else options
     chosen, options = engines.choose(engine, problem, algorithm, options)
     begun = time.perf_counter()
-    solution: Solution = chosen.solve(problem, algorithm, options)
+    solution = run(chosen, problem, algorithm, options)
     solution.seconds = time.perf_counter() - begun
-    if solution.event is not None:
-        differentiable_event(solution, options.events[solution.event], options.tstops)
     if throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution

@@ -90,7 +90,7 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
     solution.stats.nfe += 1
     time = t.detach().requires_grad_()
     state = u.detach().requires_grad_()
-    g = event.condition(time, spec.unflatten(state))
+    g = event.value(time, spec.unflatten(state))
     dg_dt, dg_du = None, None
     if g.requires_grad:
         dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
@@ -102,7 +102,7 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
     if slope == 0:
         shift = _UnknownShift.apply(t, u)  # type: ignore[no-untyped-call]
     else:
-        shift = _NewtonShift.apply(event.condition(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
+        shift = _NewtonShift.apply(event.value(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
     solution.event_t = t + shift
     solution.u1 = spec.unflatten(u + rate * shift)
 

@@ -1,8 +1,9 @@
-"""Finds where a condition crosses zero inside an accepted step."""
+"""Finds where conditions cross zero inside accepted steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
         TypeError: it is no single real number.
     """
     with torch.no_grad():
-        value = event.condition(problem.time_tensor([t])[0], problem.spec.unflatten(u.detach()))
+        value = event.value(problem.time_tensor([t])[0], problem.spec.unflatten(u.detach()))
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
@@ -31,22 +32,47 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
     return float(value)
 
 
-def first_crossing(
-    events: Sequence[Event],
-    before: Sequence[float],
-    after: Sequence[float],
-    locate: Callable[[int], float],
-) -> tuple[float, int] | None:
-    """Where in a step the first event lies, as a fraction, and which it is; `None` without one.
+# An event that has just happened leaves its condition near zero, of either sign: what counts as its
+# sign at the start is the one at this share of the first step, as in SciML's callbacks.
+_AFTER = 0.01
+
+
+class Signs:
+    """The signs of conditions from step to step.
 
     Args:
+        problem: for its start.
         events: all that are watched.
-        before: their conditions at the step's start.
-        after: and at its end.
-        locate: the crossing of one event in the step.
+        fired: which of them have just happened at the start.
     """
-    crossing = [i for i, event in enumerate(events) if event.crosses(before[i], after[i])]
-    return min(((locate(i), i) for i in crossing), default=None)
+
+    def __init__(
+        self, problem: ODEProblem, events: Sequence[Event], fired: Sequence[int] = ()
+    ) -> None:
+        self.events, self.problem = events, problem
+        start = problem.spec.flatten(problem.u0).detach()
+        self.before = [condition_value(event, problem, problem.t0, start) for event in events]
+        self._unsettled = {*fired, *(i for i, value in enumerate(self.before) if value == 0)}
+
+    def first_crossing(
+        self, after: list[float], value: Callable[[int, float], float]
+    ) -> tuple[float, int] | None:
+        """Where in a step the first event lies, as a fraction, and which it is; `None` without one.
+
+        Args:
+            after: the conditions at the end of the step.
+            value: the condition of one event at a fraction of the step.
+        """
+        for i in self._unsettled:
+            self.before[i] = value(i, _AFTER)
+        self._unsettled = set()
+        before, self.before = self.before, after
+        crossing = [i for i, event in enumerate(self.events) if event.crosses(before[i], after[i])]
+        located = (
+            (locate_crossing(partial(value, i), self.events[i], before[i], self.problem), i)
+            for i in crossing
+        )
+        return min(located, default=None)
 
 
 def locate_crossing(

@@ -165,7 +165,7 @@ class _Solve:
             options.saveat_tensor,
             moving=any(moves(t) for t in problem.tspan),
         )
-        search = EventSearch(options.events, problem, stages) if options.events else None
+        search = EventSearch(options, problem, stages) if options.events else None
         with step_listener(options.progress, problem) as on_step:
             kept = recording() or k0 is not None
             outcome = follow(march, saver, on_step, search, recorded=kept)

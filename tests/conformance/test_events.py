@@ -76,3 +76,38 @@ def test_no_event_no_stop(engine: str) -> None:
     solution = psn.solve(problem, events=psn.Event(lambda t, u: u[0]), engine=engine)
     assert solution.success
     assert solution.event is None
+
+
+@pytest.mark.parametrize(
+    "adjoint", [None, psn.InterpolatingAdjoint()], ids=["default", "continuous"]
+)
+def test_bounces_and_doses_with_their_gradients(
+    adjoint: psn.InterpolatingAdjoint | None, engine: str
+) -> None:
+    """A ball that bounces and is pushed at t = 1, against its closed form."""
+    u0, g = leaves()
+    push = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    events = [
+        psn.Event(
+            lambda t, u: u[0],
+            direction=-1,
+            affect=lambda t, u, p: torch.stack((u[0], -0.9 * u[1])),
+        ),
+        psn.Event(at=[1.0], affect=lambda t, u, p: torch.stack((u[0], u[1] + push))),
+    ]
+    problem = psn.ODEProblem(fall, u0, (0.0, 1.5), p=g)
+    solution = psn.solve(
+        problem, events=events, adjoint=adjoint, engine=engine, saveat=[0.5, 1.0], **TIGHT
+    )
+    time = landing(u0, g)
+    speed = -0.9 * (u0[1] - g * time)
+    rest = 1.0 - time
+    pushed = torch.stack((speed * rest - g * rest**2 / 2, speed - g * rest + push))
+    exact = torch.stack((pushed[0] + pushed[1] * 0.5 - g * 0.125, pushed[1] - g * 0.5))
+    assert [jump.event for jump in solution.jumps] == [0, 1]
+    torch.testing.assert_close(solution.jumps[0].t, time, rtol=1e-9, atol=0)
+    torch.testing.assert_close(solution.u[1], pushed, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solution.u1, exact, rtol=1e-8, atol=1e-8)
+    one = torch.autograd.grad(solution.u1.sum() + solution.jumps[0].t, (u0, g, push))
+    other = torch.autograd.grad(exact.sum() + time, (u0, g, push))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)

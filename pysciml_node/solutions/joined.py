@@ -1,0 +1,144 @@
+"""Solutions of several pieces with jumps of the state between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.solutions.solution import (
+    Explanation,
+    Solution,
+    Stats,
+    StepEstimate,
+    StopGradient,
+    Trajectory,
+)
+
+
+class JoinedStats(Stats):
+    """The cost of all pieces, as it stands now: backward sweeps count in the pieces."""
+
+    def __init__(self, parts: Sequence[Stats]) -> None:
+        self.parts = tuple(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stats, tuple(getattr(self, f.name) for f in dataclasses.fields(Stats))
+
+
+def _total(name: str) -> property:
+    return property(lambda self: sum(getattr(part, name) for part in self.parts))
+
+
+for _field in dataclasses.fields(Stats):
+    setattr(JoinedStats, _field.name, _total(_field.name))
+
+
+@dataclass(frozen=True)
+class JoinedTrajectory:
+    """Trajectories one after the other. At a jump the later one counts.
+
+    Attributes:
+        pieces: the trajectories, each of which starts at the time at which the one before it ends.
+        problems: what each has solved.
+    """
+
+    pieces: tuple[Trajectory, ...]
+    problems: tuple[ODEProblem, ...]
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Ends of the accepted steps, `t0` first."""
+        return [self.pieces[0].times[0], *(t for piece in self.pieces for t in piece.times[1:])]
+
+    @property
+    def errors(self) -> Sequence[float]:
+        """Scaled error estimate of each accepted step."""
+        return [error for piece in self.pieces for error in piece.errors]
+
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """The states of all pieces, with both sides of each jump."""
+        return [state for piece in self.pieces for state in piece.flat_states]
+
+    def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> JoinedTrajectory:
+        """The same trajectory with other states, and its problems changed."""
+        ends = [0]
+        for piece in self.pieces:
+            ends.append(ends[-1] + len(piece.flat_states))
+        pieces = tuple(
+            piece.mapped(states[a:b], change)
+            for piece, (a, b) in zip(self.pieces, pairwise(ends), strict=True)
+        )
+        return JoinedTrajectory(pieces, tuple(change(problem) for problem in self.problems))
+
+    def states(self) -> Tensor:
+        """The states at `times`, those after the jumps, flat, `(n + 1, N)`."""
+        parts = [piece.states() for piece in self.pieces]
+        return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]])
+
+    def evaluate(self, times: Tensor) -> Tensor:
+        """Dense output at `times` `(m,)`, flat, `(m, N)`; right-continuous at jumps."""
+        owners = torch.tensor([self._owner(t) for t in times.detach().double().tolist()])
+        order = torch.argsort(owners, stable=True)
+        rows = [
+            self.pieces[i].evaluate(times[owners == i])
+            for i in range(len(self.pieces))
+            if bool((owners == i).any())
+        ]
+        return torch.cat(rows)[torch.argsort(order).to(rows[0].device)]
+
+    def _owner(self, t: float) -> int:
+        """Which piece counts at a time."""
+        sign = self.problems[0].direction
+        starts = [sign * piece.times[0] for piece in self.pieces]
+        return max(bisect_right(starts, sign * t) - 1, 0)
+
+    def stiffness(self) -> Tensor:
+        """Stiffness estimate of each accepted step."""
+        return torch.cat([piece.stiffness() for piece in self.pieces])
+
+    def estimate(
+        self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
+    ) -> StepEstimate:
+        """One step of `algorithm` from the solution at `t`."""
+        return self.pieces[self._owner(t)].estimate(t, algorithm, stop_gradient, dt)
+
+    def step_estimates(self) -> list[StepEstimate]:
+        """Error and stiffness of every accepted step, differentiable."""
+        return [estimate for piece in self.pieces for estimate in piece.step_estimates()]
+
+    def explain(self, options: SolveOptions) -> Explanation:
+        """The failure of a solve, as the steps of its last piece explain it."""
+        return self.pieces[-1].explain(options)
+
+    def restrict(self, problem: ODEProblem) -> JoinedTrajectory:
+        """The same trajectory for the leading part of its state."""
+        size = sum(problem.spec.sizes)
+        problems = tuple(
+            dataclasses.replace(
+                problem,
+                u0=problem.spec.unflatten(piece.flat_states[0][:size]),
+                tspan=whole.tspan,
+            )
+            for piece, whole in zip(self.pieces, self.problems, strict=True)
+        )
+        pieces = (p.restrict(own) for p, own in zip(self.pieces, problems, strict=True))
+        return JoinedTrajectory(tuple(pieces), problems)
+
+
+def joined_trajectory(pieces: Sequence[Solution]) -> JoinedTrajectory:
+    """The steps of solutions of ordinary problems that follow one another."""
+    problems = []
+    for piece in pieces:
+        assert isinstance(piece.problem, ODEProblem)
+        problems.append(piece.problem)
+    return JoinedTrajectory(tuple(piece.trajectory for piece in pieces), tuple(problems))

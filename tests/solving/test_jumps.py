@@ -1,0 +1,313 @@
+"""Events that change the state: closed forms of states, times and gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pysciml_node as psn
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+ADJOINTS = [
+    psn.DiscreteAdjoint(),
+    psn.DirectAdjoint(),
+    psn.InterpolatingAdjoint(),
+    psn.GaussAdjoint(),
+]
+every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
+
+
+def leaf(value: float | list[float]) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def fall(t: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    """Height and velocity under gravity."""
+    return torch.stack((u[1], -g))
+
+
+def bouncing(h: Tensor, g: Tensor, e: Tensor, end: float, **options: Any) -> psn.Solution:
+    bounce = psn.Event(
+        lambda t, u: u[0], direction=-1, affect=lambda t, u, p: torch.stack((u[0], -e * u[1]))
+    )
+    start = torch.stack((h, torch.zeros_like(h)))
+    return psn.solve(
+        psn.ODEProblem(fall, start, (0.0, end), p=g), events=bounce, **TIGHT, **options
+    )
+
+
+def bounces(h: Tensor, g: Tensor, e: Tensor, n: int) -> tuple[list[Tensor], Tensor]:
+    """Times of `n` bounces, and the velocity after the last."""
+    times, speed = [torch.sqrt(2 * h / g)], torch.sqrt(2 * g * h) * e
+    for _ in range(n - 1):
+        times.append(times[-1] + 2 * speed / g)
+        speed = speed * e
+    return times, speed
+
+
+@every_adjoint
+def test_twenty_bounces_with_their_gradients(adjoint: psn.DiscreteAdjoint) -> None:
+    h, g, e = leaf(2.0), leaf(9.81), leaf(0.9)
+    solution = bouncing(h, g, e, 10.65, adjoint=adjoint)
+    times, speed = bounces(h, g, e, 20)
+    assert [jump.event for jump in solution.jumps] == [0] * 20
+    found = torch.stack([jump.t for jump in solution.jumps])
+    torch.testing.assert_close(found, torch.stack(times), rtol=1e-10, atol=0)
+    rest = 10.65 - times[-1]
+    end = torch.stack((speed * rest - g * rest**2 / 2, speed - g * rest))
+    torch.testing.assert_close(solution.u1, end, rtol=1e-8, atol=1e-9)
+    weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    one = torch.autograd.grad(found.sum() + solution.u1 @ weights, (h, g, e))
+    other = torch.autograd.grad(torch.stack(times).sum() + end @ weights, (h, g, e))
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_both_sides_of_a_jump_are_kept_and_the_later_one_counts() -> None:
+    h, g, e = (x.detach() for x in (leaf(2.0), leaf(9.81), leaf(0.9)))
+    solution = bouncing(h, g, e, 1.5)
+    (first, *_) = solution.jumps
+    at = (solution.t == first.t).nonzero().flatten()
+    assert len(at) == 2
+    torch.testing.assert_close(solution.u[at[0]], first.before)
+    torch.testing.assert_close(solution.u[at[1]], first.after)
+    torch.testing.assert_close(solution(first.t), first.after, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solution(first.t - 1e-9)[1], first.before[1], rtol=1e-7, atol=0)
+    torch.testing.assert_close(first.after[1], -0.9 * first.before[1])
+    times = torch.tensor([1.4, 0.1, 0.9, 0.3], dtype=torch.float64)
+    rows = torch.stack([solution(t) for t in times])
+    torch.testing.assert_close(solution(times), rows, rtol=1e-12, atol=1e-12)
+    assert len(solution.step_times) == len(solution.step_errors) + 1
+    assert bool((solution.step_times.diff() > 0).all())
+    assert solution.retcode is psn.ReturnCode.Success
+    assert solution.stats.naccept == len(solution.step_errors)
+
+
+RATE = 0.7
+DOSES = [0.0, 1.0, 2.5, 2.5, 4.0]
+
+
+def concentration(t: Tensor, dose: Tensor, rate: Tensor, doses: list[float] | Tensor) -> Tensor:
+    """After equal doses of a drug that decays, right-continuous."""
+    times = torch.as_tensor(doses, dtype=torch.float64)
+    given = times <= t[:, None]
+    return (dose * torch.where(given, torch.exp(-rate * (t[:, None] - times)), 0.0)).sum(1)
+
+
+@every_adjoint
+def test_doses_against_their_closed_form(adjoint: psn.DiscreteAdjoint) -> None:
+    dose, rate = leaf(1.5), leaf(RATE)
+    saveat = torch.tensor([0.0, 0.5, 1.0, 2.5, 3.0, 4.0], dtype=torch.float64)
+    problem = psn.ODEProblem(
+        lambda t, u, p: -p * u, torch.zeros(1, dtype=torch.float64), (0.0, 4.0), p=rate
+    )
+    event = psn.Event(at=DOSES, affect=lambda t, u, p: u + dose)
+    solution = psn.solve(problem, events=event, saveat=saveat, adjoint=adjoint, **TIGHT)
+    exact = concentration(saveat, dose, rate, DOSES)
+    torch.testing.assert_close(solution.t, saveat)
+    torch.testing.assert_close(solution.u[:, 0], exact, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(solution.u1, solution.u[-1])
+    weights = torch.arange(1.0, 7.0, dtype=torch.float64)
+    one = torch.autograd.grad(solution.u[:, 0] @ weights, (dose, rate))
+    other = torch.autograd.grad(exact @ weights, (dose, rate))
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@every_adjoint
+def test_times_of_doses_receive_gradients(adjoint: psn.DiscreteAdjoint) -> None:
+    times, rate = leaf([0.5, 2.0]), leaf(RATE)
+    problem = psn.ODEProblem(
+        lambda t, u, p: -p * u, torch.ones(1, dtype=torch.float64), (0.0, 3.0), p=rate
+    )
+    event = psn.Event(at=times, affect=lambda t, u, p: 1.5 * u + 1.0 + t)
+    solution = psn.solve(problem, events=event, adjoint=adjoint, **TIGHT)
+    u, now = torch.ones(1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t in times:
+        u, now = 1.5 * u * torch.exp(-rate * (t - now)) + 1.0 + t, t
+    exact = u * torch.exp(-rate * (3.0 - now))
+    torch.testing.assert_close(solution.u1, exact, rtol=1e-9, atol=0)
+    one = torch.autograd.grad(solution.u1.sum(), (times, rate))
+    other = torch.autograd.grad(exact.sum(), (times, rate))
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_simultaneous_events_in_their_order() -> None:
+    """Given times first, then conditions as listed; each sees what the one before has left."""
+    events = [
+        psn.Event(lambda t, u: t - 1, affect=lambda t, u: 10 * u),
+        psn.Event(lambda t, u: 2 * (t - 1), affect=lambda t, u: u + 1),
+        psn.Event(at=[1.0], affect=lambda t, u: u + 2),
+    ]
+    problem = psn.ODEProblem(lambda t, u: 0 * u, torch.ones(1, dtype=torch.float64), (0.0, 2.0))
+    solution = psn.solve(problem, events=events)
+    assert [jump.event for jump in solution.jumps] == [2, 0, 1]
+    assert float(solution.u1) == 31.0
+
+
+def test_terminal_events_end_after_their_effect() -> None:
+    ending = psn.Event(lambda t, u: u[0] - 2, affect=lambda t, u: 0 * u, terminal=True)
+    problem = psn.ODEProblem(lambda t, u: u, torch.ones(1, dtype=torch.float64), (0.0, 3.0))
+    solution = psn.solve(problem, events=ending, saveat=[0.5, 2.0], **TIGHT)
+    assert solution.retcode is psn.ReturnCode.Terminated
+    assert solution.event == 0
+    torch.testing.assert_close(
+        float(solution.event_t), float(torch.log(torch.tensor(2.0).double()))
+    )
+    assert float(solution.u1) == 0.0
+    assert solution.t.tolist() == [0.5]
+
+
+def test_events_that_are_only_noted_change_nothing() -> None:
+    def swing(t: Tensor, u: Tensor) -> Tensor:
+        return torch.stack((u[1], -u[0]))
+
+    start = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    problem = psn.ODEProblem(swing, start, (0.0, 10.0))
+    solution = psn.solve(problem, events=psn.Event(lambda t, u: u[0], terminal=False), **TIGHT)
+    crossings = torch.stack([jump.t for jump in solution.jumps])
+    exact = torch.pi * torch.arange(1, 4, dtype=torch.float64)
+    torch.testing.assert_close(crossings, exact, rtol=1e-9, atol=0)
+    assert bool((solution.t.diff() > 0).all())
+    ten = torch.tensor(10.0, dtype=torch.float64)
+    torch.testing.assert_close(solution.u1, torch.stack((ten.sin(), ten.cos())), rtol=0, atol=1e-8)
+
+
+def test_backward_in_time() -> None:
+    problem = psn.ODEProblem(lambda t, u: u, torch.ones(1, dtype=torch.float64), (2.0, 0.0))
+    event = psn.Event(at=[0.5, 1.5], affect=lambda t, u: u + 1)
+    solution = psn.solve(problem, events=event, saveat=[1.5, 0.5, 0.0], **TIGHT)
+    e = torch.exp(torch.tensor([-0.5, -1.0, -0.5], dtype=torch.float64))
+    first = e[0] + 1
+    second = first * e[1] + 1
+    exact = torch.stack((first, second, second * e[2]))
+    torch.testing.assert_close(solution.u[:, 0], exact, rtol=1e-9, atol=0)
+
+
+def test_states_of_several_parts_fixed_steps_and_what_is_changed_in_place() -> None:
+    def moving(t: Tensor, u: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": u["v"], "v": 0 * u["v"]}
+
+    def turn(t: Tensor, u: dict[str, Tensor]) -> dict[str, Tensor]:
+        u["v"].mul_(-1)
+        return u
+
+    start = {"x": torch.zeros(3, dtype=torch.float64), "v": torch.ones(3, dtype=torch.float64)}
+    event = psn.Event(lambda t, u: u["x"].max() - 0.55, affect=turn, direction=1)
+    solution = psn.solve(
+        psn.ODEProblem(moving, start, (0.0, 1.0)),
+        psn.RK4(),
+        events=event,
+        controller=psn.FixedStep(),
+        dt0=0.1,
+    )
+    torch.testing.assert_close(solution.u1["x"], torch.full((3,), 0.1, dtype=torch.float64))
+    (jump,) = solution.jumps
+    assert float(jump.before["v"][0]) == 1.0
+    assert float(jump.after["v"][0]) == -1.0
+
+
+def test_members_have_events_of_their_own() -> None:
+    heights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    g = torch.tensor(9.81, dtype=torch.float64)
+    bounce = psn.Event(
+        lambda t, u: u[0], direction=-1, affect=lambda t, u, p: u * u.new_tensor([1.0, -0.8])
+    )
+    start = torch.stack((heights, torch.zeros(3, dtype=torch.float64)), 1)
+    problem = psn.ODEProblem(fall, start[0].detach(), (0.0, 1.0), p=g)
+    solution = psn.solve(psn.EnsembleProblem(problem, u0=start), events=bounce, **TIGHT)
+    times = torch.stack([member.jumps[0].t for member in solution])
+    torch.testing.assert_close(times, torch.sqrt(2 * heights / g), rtol=1e-10, atol=0)
+    (one,) = torch.autograd.grad(solution.u1.sum(), heights)
+    other = [
+        torch.autograd.grad(bouncing(h, g, g.new_tensor(0.8), 1.0).u1.sum(), h)[0]
+        for h in heights.detach().clone().unbind()
+        if h.requires_grad_() is not None
+    ]
+    torch.testing.assert_close(one, torch.stack(other), rtol=1e-8, atol=1e-8)
+
+
+def test_layers_with_integrals_and_local_penalties() -> None:
+    field = torch.nn.Linear(2, 2).double()
+    node = psn.NeuralODE(
+        lambda t, u: field(u),
+        events=psn.Event(at=[0.5], affect=lambda t, u: 2 * u),
+        regularizers=[psn.KineticEnergy(1.0), psn.LocalError(weight=1.0), psn.GlobalError(1.0)],
+        **TIGHT,
+    )
+    u0 = torch.randn(4, 2, dtype=torch.float64)
+    solution = node(u0)
+    half = psn.NeuralODE(
+        lambda t, u: field(u), tspan=(0.0, 0.5), regularizers=[psn.KineticEnergy(1.0)], **TIGHT
+    )
+    first = half(u0)
+    second = half(2 * first.u1)
+    torch.testing.assert_close(solution.u1, second.u1, rtol=1e-8, atol=1e-9)
+    both = first.penalties["KineticEnergy"] + second.penalties["KineticEnergy"]
+    torch.testing.assert_close(solution.penalties["KineticEnergy"], both, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(solution.jumps[0].after, 2 * first.u1, rtol=1e-8, atol=1e-9)
+    solution.penalty.backward()
+    assert field.weight.grad is not None
+
+
+def test_solutions_with_jumps_travel() -> None:
+    h, g, e = leaf(2.0), leaf(9.81), leaf(0.9)
+    solution = bouncing(h, g, e, 1.0)
+    solution.u1.sum().backward()
+    assert solution.stats.nfe_backward > 0
+    for other in (copy.deepcopy(solution), pickle.loads(pickle.dumps(solution)), solution.detach()):
+        torch.testing.assert_close(other.u1, solution.u1.detach())
+        torch.testing.assert_close(other.jumps[0].t, solution.jumps[0].t.detach())
+        assert other.stats.asdict() == solution.stats.asdict()
+        assert not other.jumps[0].after.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({}, "has a condition or times, but neither"),
+        ({"condition": lambda t, u: u[0], "at": [1.0]}, "both"),
+        ({"at": [1.0], "direction": 1}, "direction is for conditions"),
+        ({"at": [1.0], "affect": 3}, "affect must be callable"),
+    ],
+)
+def test_events_that_make_no_sense(event: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        psn.Event(**event)
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (psn.Event(at=[3.0], affect=lambda t, u: u), r"inside tspan(.|\n)*Widen"),
+        (psn.Event(at=[0.5], affect=lambda t, u, p: u), "affect must be callable"),
+        (psn.Event(at=[0.5], affect=lambda t, u: u[:1]), r"like u0(.|\n)*Return the new state"),
+        (psn.Event(at=[0.5], affect=lambda t, u: None), r"like u0(.|\n)*Return the new state"),
+        (psn.Event(at=[0.0], terminal=True), "nothing to solve"),
+    ],
+)
+def test_events_that_do_not_fit_the_problem(event: psn.Event, message: str) -> None:
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2, dtype=torch.float64), (0.0, 1.0))
+    with pytest.raises((TypeError, ValueError), match=message):
+        psn.solve(problem, events=event)
+
+
+def test_a_failure_between_jumps_is_a_failure() -> None:
+    problem = psn.ODEProblem(lambda t, u: u**2, torch.ones(1, dtype=torch.float64), (0.0, 2.0))
+    event = psn.Event(at=[0.5], affect=lambda t, u: u)
+    with pytest.raises(psn.SolverFailure) as failure:
+        psn.solve(problem, events=event)
+    assert abs(failure.value.solution.t[-1] - 1.0) < 1e-3
+    solution = psn.solve(problem, events=event, saveat=[0.25, 0.75, 1.5], throw=False)
+    assert solution.t.tolist() == [0.25, 0.75]
+
+
+def test_steps_of_all_pieces_count() -> None:
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1, dtype=torch.float64), (0.0, 10.0))
+    event = psn.Event(at=list(range(1, 10)), affect=lambda t, u: u + 1)
+    solution = psn.solve(problem, events=event, max_steps=7, throw=False)
+    assert solution.retcode is psn.ReturnCode.MaxIters
+    assert solution.stats.naccept + solution.stats.nreject <= 8
