@@ -24,11 +24,11 @@ from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.step import Step
 from pysciml_node.stochastic.adjoints import Pullback
-from pysciml_node.stochastic.brownian import Increment
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields, NoiseLayout
 from pysciml_node.stochastic.march import Start
 from pysciml_node.stochastic.solve import Parts
 from pysciml_node.stochastic.step import Stepper
+from pysciml_node.stochastic.virtual_tree import Increment
 
 _RUNNING = -1
 
@@ -224,6 +224,7 @@ class _Noise:
     def write(self, motion: Increment) -> None:
         """Put a motion there."""
         self.w.copy_(self._layout.by_entry(motion.w))
+        assert motion.area is not None
         # I_(1,0) = h (w / 2 + area).
         self.z.copy_(self._layout.by_entry(motion.area)).mul_(math.sqrt(12))
 

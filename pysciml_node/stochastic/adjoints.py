@@ -24,9 +24,10 @@ from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import pull_back
-from pysciml_node.stochastic.brownian import BrownianPath, Increment
+from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields
 from pysciml_node.stochastic.step import Stepper
+from pysciml_node.stochastic.virtual_tree import Increment
 
 
 class Pullback(Protocol):
@@ -90,9 +91,7 @@ class StepPullback(Pullback):
         return self._sums.sums
 
 
-def discrete_sweep(
-    pull: Pullback, path: BrownianPath, backward: BackwardPass, stats: Stats
-) -> Gradients:
+def discrete_sweep(pull: Pullback, path: Path, backward: BackwardPass, stats: Stats) -> Gradients:
     """Pull all cotangents of a solve back to its inputs, through its steps.
 
     Args:
@@ -137,9 +136,7 @@ class _BackwardHeun:
         steps: how many steps were taken.
     """
 
-    def __init__(
-        self, prepared: DifferentiableFields, stepper: Stepper, path: BrownianPath
-    ) -> None:
+    def __init__(self, prepared: DifferentiableFields, stepper: Stepper, path: Path) -> None:
         self._prepared, self._fields, self._path = prepared, prepared.fields, path
         self._like = stepper.method.nodes
         self.sums = Accumulator(prepared.leaves)
@@ -175,7 +172,7 @@ class _BackwardHeun:
 def backsolve_sweep(
     prepared: DifferentiableFields,
     stepper: Stepper,
-    path: BrownianPath,
+    path: Path,
     backward: BackwardPass,
     stats: Stats,
 ) -> Gradients:

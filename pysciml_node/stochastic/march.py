@@ -15,7 +15,8 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.steps.loop import Loop, MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.step import Step
-from pysciml_node.stochastic.brownian import DEPTH, BrownianPath, Normals
+from pysciml_node.stochastic.brownian import DEPTH, BrownianPath, Path
+from pysciml_node.stochastic.normals import PlacedNormals
 from pysciml_node.stochastic.step import Stepper, Taken, initial_step
 
 
@@ -32,8 +33,8 @@ def path_for(problem: SDEProblem, options: SolveOptions, size: int) -> BrownianP
         length = math.ldexp(options.dt0, max(0, math.ceil(math.log2(span / options.dt0) - 1e-9)))
         # A last step that is a sliver shorter than the others ends where the tree ends.
         length = max(length, span)
-    normals = Normals(options.seed, size, problem.spec.dtype, problem.spec.device)
-    return BrownianPath(normals, problem.t0, length)
+    normals = PlacedNormals(options.seed, problem.spec.dtype, problem.spec.device)
+    return BrownianPath(normals, size, problem.t0, length)
 
 
 Slope = tuple[Tensor, Tensor]
@@ -54,7 +55,7 @@ class Start:
 
     stepper: Stepper
     options: SolveOptions
-    path: BrownianPath
+    path: Path
     vector: Tensor
     slope: Slope | None
 

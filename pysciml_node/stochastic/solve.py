@@ -29,7 +29,7 @@ from pysciml_node.stochastic.adjoints import (
     backsolve_sweep,
     discrete_sweep,
 )
-from pysciml_node.stochastic.brownian import BrownianPath
+from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields
 from pysciml_node.stochastic.march import SDEMarch, Slope, Start, path_for
 from pysciml_node.stochastic.step import SDEMethod, Stepper
@@ -71,6 +71,18 @@ class Parts:
 
     watches = True
 
+    def stepper(self, method: SDEMethod, fields: Fields) -> Stepper:
+        """What takes single steps."""
+        return Stepper(method, fields)
+
+    def path(self, problem: SDEProblem, options: SolveOptions, size: int) -> Path:
+        """So many Brownian motions."""
+        return path_for(problem, options, size)
+
+    def begin(self, stepper: Stepper, u0: Tensor) -> Tensor:
+        """The vector that is stepped, at `t0`."""
+        return stepper.start(u0)
+
     def steps(self, start: Start) -> Steps:
         """The accepted steps."""
         return SDEMarch(start)
@@ -97,16 +109,16 @@ class _SDESolve:
         self.stats = Stats()
         self.u0 = spec.flatten(problem.u0)
         self.stepper: Stepper
-        self.path: BrownianPath
+        self.path: Path
         self.surroundings: Surroundings
 
     def _with(self, fields: Fields) -> Tensor:
         """Use these fields; returns the vector to start from."""
         if self.problem.noise == "additive":
             check_additive(self.problem)
-        self.stepper = Stepper(self.method, fields)
-        self.path = path_for(self.problem, self.options, fields.layout.size)
-        return self.stepper.start(self.u0)
+        self.stepper = self.parts.stepper(self.method, fields)
+        self.path = self.parts.path(self.problem, self.options, fields.layout.size)
+        return self.parts.begin(self.stepper, self.u0)
 
     def march(self, vector: Tensor, slope: Slope | None) -> Outcome:
         """Run the time loop and keep what the options ask for."""

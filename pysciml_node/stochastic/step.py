@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pysciml_node.steps.norms import ErrorNorm
-from pysciml_node.stochastic.brownian import Increment
 from pysciml_node.stochastic.fields import Fields
+from pysciml_node.stochastic.virtual_tree import Increment
 from pysciml_node.tableaus.stochastic import Integral, Row, Rows, SDETableau, Stage
 
 
@@ -23,6 +23,7 @@ def integral(kind: Integral, motion: Increment) -> Tensor | float:
     if kind == "w":
         return w
     if kind == "i10":
+        assert motion.area is not None
         return w / 2 + motion.area
     if kind == "i11":
         return (w.square() - h) / (2 * math.sqrt(h))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,13 +23,14 @@ from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.stochastic.brownian import BrownianPath, Increment, Normals
+from pysciml_node.stochastic.brownian import BrownianPath, Path
 from pysciml_node.stochastic.fields import Fields
 from pysciml_node.stochastic.march import starting_slope
 from pysciml_node.stochastic.step import SDEMethod, Stepper, initial_step
+from pysciml_node.stochastic.virtual_tree import Increment
 
-# Counters of fresh noise stand where a tree of the solve's own never reaches.
-_FRESH = 2**20
+# The place of fresh noise: no interval of the solve's own tree begins so late.
+_FRESH = 2**40
 
 
 @dataclass
@@ -43,7 +45,7 @@ class SDETrajectory(Recorded):
 
     problem: SDEProblem
     stepper: Stepper
-    path: BrownianPath
+    path: Path
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
@@ -175,9 +177,9 @@ class SDETrajectory(Recorded):
     def _fresh_motion(self, size: int, h: float) -> Increment:
         """Noise that the solve has not seen, new at each call and given by the solve's seed."""
         self._fresh += 1
-        normals = self.path.normals
-        fresh = Normals(normals.seed, size, normals.dtype, normals.device)
-        return fresh.increment(_FRESH, self._fresh, h)
+        assert isinstance(self.path, BrownianPath)
+        first, second = self.path.normals.at([(_FRESH, self._fresh)], 2 * size).view(2, size)
+        return Increment(h, first * math.sqrt(h), second * math.sqrt(h / 12))
 
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable with respect to all.

@@ -32,7 +32,7 @@ _TOGETHER = 2**14
 
 
 @dataclass(frozen=True)
-class Motion:
+class Increment:
     """Brownian motion over an interval of length `h`.
 
     Attributes:
@@ -46,14 +46,14 @@ class Motion:
     w: Tensor
     area: Tensor | None
 
-    def then(self, other: Motion) -> Motion:
+    def then(self, other: Increment) -> Increment:
         """This interval and the one that follows it, as one."""
         h = self.h + other.h
         if self.area is None or other.area is None or h == 0.0:
-            return Motion(h, self.w + other.w, self.area)
+            return Increment(h, self.w + other.w, self.area)
         one, two = self.h / h, other.h / h
         area = self.area * one + other.area * two + (self.w * two - other.w * one) / 2
-        return Motion(h, self.w + other.w, area)
+        return Increment(h, self.w + other.w, area)
 
 
 class VirtualTree:
@@ -84,20 +84,22 @@ class VirtualTree:
         self.normals, self.size, self.ends, self.ticks = normals, size, ends, ticks
         self._rows = 2 if area else 1
         self._depth = depth
-        self._root: Motion | None = None
-        # By depth: the interval that was split there last, and its parts.
-        self._branch: dict[int, tuple[int, int, Motion, Motion]] = {}
+        self._root: Increment | None = None
+        # By depth: the interval that was split there last, where, and its parts.
+        self._branch: dict[int, tuple[tuple[int, int], int, Increment, Increment]] = {}
+        # What a query has drawn and worked out ahead.
         self._drawn: dict[tuple[int, int], Tensor] = {}
+        self._middles: dict[tuple[int, int], int] = {}
         self._last = ends[0]
 
     def given(self, w: Tensor | None, area: Tensor | None) -> None:
         """Set the whole interval's increment or area; what is `None` is drawn."""
         drawn = self.root()
-        self._root = Motion(
+        self._root = Increment(
             drawn.h, drawn.w if w is None else w, drawn.area if area is None else area
         )
 
-    def root(self) -> Motion:
+    def root(self) -> Increment:
         """The whole interval."""
         if self._root is None:
             start, stop = self.ends
@@ -106,14 +108,14 @@ class VirtualTree:
             drawn = self.normals.at([(0, start, stop)], self._rows * self.size)
             numbers = drawn.view(self._rows, self.size)
             area = numbers[1] * math.sqrt(h / 12) if self._rows == 2 else None
-            self._root = Motion(h, numbers[0] * math.sqrt(h), area)
+            self._root = Increment(h, numbers[0] * math.sqrt(h), area)
         return self._root
 
-    def motion(self, start: int, stop: int) -> Motion:
+    def motion(self, start: int, stop: int) -> Increment:
         """The motion from `start` to `stop`, which lie in the interval."""
         if start >= stop:
             zero = torch.zeros(self.size, dtype=self.normals.dtype, device=self.normals.device)
-            return Motion(0.0, zero, zero if self._rows == 2 else None)
+            return Increment(0.0, zero, zero if self._rows == 2 else None)
         root = self.root()
         if self._rows * self.size * 4 <= _TOGETHER:
             self._draw_toward(start)
@@ -122,22 +124,22 @@ class VirtualTree:
         forward, self._last = start >= self._last, start
         motion = self._over(0, self.ends, root, (start, stop), forward)
         self._drawn.clear()
+        self._middles.clear()
         return motion
 
     def _over(
         self,
         depth: int,
         cell: tuple[int, int],
-        whole: Motion,
+        whole: Increment,
         wanted: tuple[int, int],
         forward: bool,
-    ) -> Motion:
+    ) -> Increment:
         """The motion over a part of a cell."""
         if wanted == cell:
             return whole
         start, stop = wanted
-        middle = self.ticks.split(*cell)
-        left, right = self._parts(depth, cell, middle, whole)
+        middle, left, right = self._parts(depth, cell, whole)
         below, above = (cell[0], middle), (middle, cell[1])
         depth += 1
         if stop <= middle:
@@ -151,18 +153,19 @@ class VirtualTree:
         return self._over(depth, below, left, (start, middle), forward).then(second)
 
     def _parts(
-        self, depth: int, cell: tuple[int, int], middle: int, whole: Motion
-    ) -> tuple[Motion, Motion]:
+        self, depth: int, cell: tuple[int, int], whole: Increment
+    ) -> tuple[int, Increment, Increment]:
+        """Where a cell is split, and its parts."""
         kept = self._branch.get(depth)
-        if kept is not None and kept[:2] == cell:
-            return kept[2], kept[3]
-        numbers = self._numbers(*cell)
+        if kept is not None and kept[0] == cell:
+            return kept[1:]
+        middle = self._middles.get(cell) or self.ticks.split(*cell)
         tick = self.ticks.length
-        before, after = (middle - cell[0]) * tick, (cell[1] - middle) * tick
-        parts = _split(whole, before, after, numbers)
+        numbers = self._numbers(*cell)
+        parts = _split(whole, (middle - cell[0]) * tick, (cell[1] - middle) * tick, numbers)
         if depth < self._depth:
-            self._branch[depth] = (*cell, *parts)
-        return parts
+            self._branch[depth] = (cell, middle, *parts)
+        return middle, *parts
 
     def _numbers(self, start: int, stop: int) -> Tensor:
         """The numbers of a cell, `(1 or 2, M)`."""
@@ -173,14 +176,18 @@ class VirtualTree:
 
     def _draw_toward(self, time: int) -> None:
         """Draw the numbers of all splits on the way to a time in few calls."""
-        (start, stop), depth = self.ends, 0
+        cell, depth = self.ends, 0
         missing: list[tuple[int, int]] = []
-        while start < time < stop:
+        while cell[0] < time < cell[1]:
             kept = self._branch.get(depth)
-            if (kept is None or kept[:2] != (start, stop)) and (start, stop) not in self._drawn:
-                missing.append((start, stop))
-            middle = self.ticks.split(start, stop)
-            start, stop = (start, middle) if time <= middle else (middle, stop)
+            if kept is not None and kept[0] == cell:
+                middle = kept[1]
+            else:
+                middle = self._middles.get(cell) or self.ticks.split(*cell)
+                self._middles[cell] = middle
+                if cell not in self._drawn:
+                    missing.append(cell)
+            cell = (cell[0], middle) if time <= middle else (middle, cell[1])
             depth += 1
         count = max(1, _TOGETHER // (self._rows * max(1, self.size)))
         for first in range(0, len(missing), count):
@@ -189,12 +196,14 @@ class VirtualTree:
             self._drawn.update(zip(cells, drawn, strict=True))
 
 
-def _split(whole: Motion, left: float, right: float, numbers: Tensor) -> tuple[Motion, Motion]:
+def _split(
+    whole: Increment, left: float, right: float, numbers: Tensor
+) -> tuple[Increment, Increment]:
     """The parts of an interval, of lengths `left` and `right`."""
     h = whole.h
     if whole.area is None:
         before = torch.add(whole.w * (left / h), numbers[0], alpha=math.sqrt(left * right / h))
-        return Motion(left, before, None), Motion(right, whole.w - before, None)
+        return Increment(left, before, None), Increment(right, whole.w - before, None)
     n1, n2 = numbers.unbind()
     # Lengths as shares of the whole, so that their cubes stay in range.
     one, two, root = left / h, right / h, math.sqrt(h)
@@ -203,4 +212,4 @@ def _split(whole: Motion, left: float, right: float, numbers: Tensor) -> tuple[M
     before = whole.w * one + whole.area * (6 * one * two) + n1 * (2 * (a * one + b * two))
     below = whole.area * one**2 - n1 * a + n2 * (c * two)
     above = whole.area * two**2 - n1 * b - n2 * (c * one)
-    return Motion(left, before, below), Motion(right, whole.w - before, above)
+    return Increment(left, before, below), Increment(right, whole.w - before, above)

@@ -14,7 +14,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pysciml_node.stochastic.brownian import DEPTH, BrownianPath, Increment, Normals
+from pysciml_node.stochastic.brownian import DEPTH, BrownianPath
+from pysciml_node.stochastic.normals import PlacedNormals
+from pysciml_node.stochastic.virtual_tree import Increment
 
 SIZE = 40_000
 
@@ -22,7 +24,7 @@ SIZE = 40_000
 def path(
     seed: int = 1, size: int = SIZE, dtype: torch.dtype = torch.float64, t0: float = 0.0
 ) -> BrownianPath:
-    return BrownianPath(Normals(seed, size, dtype, torch.device("cpu")), t0, 2.0)
+    return BrownianPath(PlacedNormals(seed, dtype, torch.device("cpu")), size, t0, 2.0)
 
 
 INTERVALS = [(0.0, 2.0), (0.0, 0.25), (0.5, 1.0), (0.3, 0.7), (1.0, 1.0 + 2**-20), (0.1, 1.9)]
@@ -133,15 +135,15 @@ def test_memory_is_two_increments_a_level() -> None:
     tree = path(size=3)
     for n in range(500):
         tree.increment(2 * n / 500, 2 * (n + 1) / 500)
-    assert len(tree._branch) <= DEPTH
+    assert len(tree.tree._branch) <= DEPTH
 
 
 def test_aligned_steps_cost_few_draws() -> None:
     """An adaptive step changes by an eighth at most and asks for a few places in the tree."""
-    normals = Normals(1, 3, torch.float64, torch.device("cpu"))
-    tree, drawn = BrownianPath(normals, 0.0, 1.0), []
-    draw = normals.pair
-    normals.pair = lambda level, index: (drawn.append(level), draw(level, index))[1]  # type: ignore[method-assign]
+    normals = PlacedNormals(1, torch.float64, torch.device("cpu"))
+    tree, drawn = BrownianPath(normals, 3, 0.0, 1.0), []
+    draw = normals.at
+    normals.at = lambda places, size: (drawn.extend(places), draw(places, size))[1]  # type: ignore[method-assign]
     t, steps, sizes = 0.0, 0, torch.rand(400, generator=torch.Generator().manual_seed(0))
     while t < 0.9:
         h = 0.001 + 0.004 * sizes[steps].item()

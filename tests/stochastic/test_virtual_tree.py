@@ -17,7 +17,7 @@ from torch import Tensor
 from pysciml_node.stochastic.levy import levy_area
 from pysciml_node.stochastic.normals import PlacedNormals
 from pysciml_node.stochastic.ticks import Ticks
-from pysciml_node.stochastic.virtual_tree import Motion, VirtualTree
+from pysciml_node.stochastic.virtual_tree import Increment, VirtualTree
 
 SIZE = 20_000
 
@@ -30,7 +30,7 @@ def tree(
     return VirtualTree(normals, size, (ticks.at(0.0), ticks.at(2.0)), ticks, area=area, depth=depth)
 
 
-def motion(source: VirtualTree, start: float, end: float) -> Motion:
+def motion(source: VirtualTree, start: float, end: float) -> Increment:
     return source.motion(source.ticks.at(start), source.ticks.at(end))
 
 

@@ -16,13 +16,20 @@ from pysciml_node.compat.torchsde.brownian import (
     ReverseBrownian,
     brownian_interval_like,
 )
+from pysciml_node.compat.torchsde.functions import sdeint, sdeint_adjoint
+from pysciml_node.compat.torchsde.sdes import BaseSDE, SDEIto, SDEStratonovich
 
 __all__ = [
     "BaseBrownian",
+    "BaseSDE",
     "BrownianInterval",
     "BrownianPath",
     "BrownianTree",
     "ReverseBrownian",
+    "SDEIto",
+    "SDEStratonovich",
     "brownian_interval_like",
+    "sdeint",
+    "sdeint_adjoint",
     "settings",
 ]

@@ -22,7 +22,7 @@ from pysciml_node.compat.torchsde.settings import LEVY_AREA_APPROXIMATIONS
 from pysciml_node.stochastic.levy import levy_area
 from pysciml_node.stochastic.normals import PlacedNormals
 from pysciml_node.stochastic.ticks import Ticks
-from pysciml_node.stochastic.virtual_tree import Motion, VirtualTree
+from pysciml_node.stochastic.virtual_tree import Increment, VirtualTree
 
 Scalar = float | Tensor
 Found = Tensor | tuple[Tensor | None, ...]
@@ -215,10 +215,14 @@ class BrownianInterval(BaseBrownian):
                 "  Exchange them, and change the sign of W."
             )
         places = self._ticks.at(start), self._ticks.at(stop)
+        with torch.inference_mode(False):
+            return self._returned(self.motion(start, stop), places, return_U, return_A)
+
+    def motion(self, start: float, end: float) -> Increment:
+        """The motion between two times inside, flat; not to be changed in place."""
         # What is kept must not belong to one caller's mode.
         with torch.inference_mode(False):
-            motion = self._tree.motion(*places)
-            return self._returned(motion, places, return_U, return_A)
+            return self._tree.motion(self._ticks.at(start), self._ticks.at(end))
 
     def _inside(self, name: str, value: Scalar) -> float:
         t = as_time(name, value)
@@ -231,7 +235,7 @@ class BrownianInterval(BaseBrownian):
         return min(max(t, self.t0), self.t1)
 
     def _returned(
-        self, motion: Motion, places: tuple[int, int], return_U: bool, return_A: bool
+        self, motion: Increment, places: tuple[int, int], return_U: bool, return_A: bool
     ) -> Found:
         found: list[Tensor | None] = [self._shaped(motion.w)]
         if return_U:
@@ -245,7 +249,7 @@ class BrownianInterval(BaseBrownian):
         """In the form of an increment; never what is kept itself."""
         return flat.to(self.dtype, copy=True).view(self.shape)
 
-    def _levy_area(self, motion: Motion, places: tuple[int, int]) -> Tensor | None:
+    def _levy_area(self, motion: Increment, places: tuple[int, int]) -> Tensor | None:
         if self.levy_area_approximation not in ("davie", "foster"):
             return None
         assert motion.area is not None
