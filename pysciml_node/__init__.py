@@ -84,6 +84,7 @@ from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, StepEstimate
 from pysciml_node.solving.engines import get_engine, set_engine
 from pysciml_node.solving.solve import solve
+from pysciml_node.tuning import tune
 
 __version__ = "0.1.0.dev0"
 
@@ -177,4 +178,5 @@ __all__ = [
     "schedules",
     "set_engine",
     "solve",
+    "tune",
 ]

@@ -33,6 +33,7 @@ ROOMS = (
     "data",
     "regularizers",
     "layers",
+    "tuning",
     "flows",
     "kernels",
     "optim",
