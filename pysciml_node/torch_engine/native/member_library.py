@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,6 +35,8 @@ COUNTS = 7
 # The bytes of a sweep's memory with which members still go abreast: about what a core keeps near.
 _MOST_MEMORY = 1 << 20
 _VECTOR = 64
+# The bytes of steps that the workers of a library keep for the next solve.
+_MOST_RESTING = 1 << 24
 
 
 class MembersRequest(ctypes.Structure):
@@ -79,6 +84,7 @@ class MemberLibrary(Code):
         abreast: how many members step at once.
         cost: multiplications of an evaluation of one member.
         steps: of a member of the last solve, about: room for as many is made at first.
+        resting: workers of earlier solves by their number, with room for steps.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class MemberLibrary(Code):
     ) -> None:
         self.size = sum(math.prod(shape) for _, shape in program.state)
         self._method, self.steps = method, 16
+        self.resting: dict[int, list[int]] = {}
         width = _VECTOR // dtype.itemsize
         wide = abreast(program, own, width)
         emitter: Emitter | None = None if wide is None else WideEmitter(wide, own, width)
@@ -103,6 +110,22 @@ class MemberLibrary(Code):
             (offset, math.prod(p.shape)) for p, offset in zip(shared, emitted.offsets, strict=True)
         ]
         super().__init__(dtype, self._text(emitter, emitted, dtype), max(emitted.packed, 1), _CALLS)
+
+    @contextmanager
+    def workers(self, request: MembersRequest) -> Iterator[None]:
+        """Workers for a solve, which rest afterwards; those of one that is interrupted go."""
+        resting = self.resting.setdefault(request.threads, [])
+        with contextlib.suppress(IndexError):
+            request.workers = resting.pop()
+        try:
+            yield
+            if not resting:
+                most = _MOST_RESTING // (request.threads * self.abreast)
+                self.loaded.members_rest(ctypes.byref(request), most)
+                resting.append(request.workers)
+                request.workers = None
+        finally:
+            self.loaded.members_release(ctypes.byref(request))
 
     def _memory(self, emitter: Emitter) -> tuple[int, int]:
         """Entries of a worker's memory, of the loop and of the sweep."""
@@ -138,6 +161,7 @@ _CALLS = {
     "members_march": (_INTEGER, ctypes.POINTER(MembersRequest)),
     "members_gather": (None, ctypes.POINTER(MembersRequest), _POINTER, _POINTER, _POINTER),
     "members_release": (None, ctypes.POINTER(MembersRequest)),
+    "members_rest": (None, ctypes.POINTER(MembersRequest), _INTEGER),
     "members_sweep": (_INTEGER, ctypes.POINTER(MembersSweepRequest)),
     "members_finish": (None, ctypes.POINTER(MembersSweepRequest), _POINTER),
     "members_let_go": (None, ctypes.POINTER(MembersSweepRequest)),

@@ -6,13 +6,12 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import Array, SolveOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
@@ -42,8 +41,8 @@ class Scales:
         atol: likewise.
     """
 
-    shift: Tensor | None
-    factor: Tensor
+    shift: Array | None
+    factor: Array
     rtol: Tensor | None = None
     atol: Tensor | None = None
 
@@ -61,9 +60,8 @@ class Scales:
         driven = tolerances.driven
         if rtol is None and atol is None:
             common = ErrorNorm(tolerances)
-            factor = torch.tensor([common.factor], dtype=torch.float64)
             if common.shift is not None:
-                return Scales(torch.tensor([common.shift], dtype=torch.float64), factor)
+                return Scales(np.array([common.shift]), np.array([common.factor]))
         rows = tuple(
             torch.as_tensor(usual if own is None else own).detach().cpu().double()
             for own, usual in ((rtol, tolerances.rtol), (atol, tolerances.atol))
@@ -71,10 +69,10 @@ class Scales:
         if all(row.ndim == 0 or row.shape[-1] == 1 for row in rows):
             r, a = (row.reshape(-1).expand(len(like)) for row in rows)
             if bool((r > 1e-9).all()) and bool((a <= r * 1e9).all()):
-                return Scales(a / r, 1 / (math.sqrt(driven) * r))
+                return Scales((a / r).numpy(), (1 / (math.sqrt(driven) * r)).numpy())
         r, a = (row.expand(len(like), like.shape[1]).contiguous() for row in rows)
         counted = torch.isfinite(a[:, :driven]).sum(1).clamp(min=1)
-        return Scales(None, 1 / counted.double().sqrt(), r.to(like), a.to(like))
+        return Scales(None, (1 / counted.double().sqrt()).numpy(), r.to(like), a.to(like))
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ class Passengers:
     """
 
     u0: Tensor
-    t0: np.ndarray[Any, Any]
-    t1: np.ndarray[Any, Any]
-    saveat: np.ndarray[Any, Any] | None
+    t0: Array
+    t1: Array
+    saveat: Array | None
     scales: Scales
     own: Sequence[Tensor]
 
@@ -122,23 +120,24 @@ class Flights:
 
     passengers: Passengers
     packed: Tensor
-    marks: np.ndarray[Any, Any]
+    marks: Array
     ends: Tensor
     steps: Tensor
-    offsets: np.ndarray[Any, Any]
+    offsets: Array
     saved: Tensor
     places: Tensor
-    counts: np.ndarray[Any, Any]
+    counts: Array
     last: Tensor
 
 
-def _address(x: np.ndarray[Any, Any] | Tensor | None) -> int | None:
-    if x is None:
-        return None
-    return x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
+def _address(x: Array | Tensor | None) -> int | None:
+    if isinstance(x, Tensor):
+        return x.data_ptr()
+    address: int | None = None if x is None else x.__array_interface__["data"][0]
+    return address
 
 
-def _stride(x: np.ndarray[Any, Any] | Tensor | None, step: int = 1) -> int:
+def _stride(x: Array | Tensor | None, step: int = 1) -> int:
     """Entries from one member's row to the next; 0 where all share one."""
     return 0 if x is None or len(x) == 1 else step
 
@@ -207,25 +206,22 @@ def fly_members(
         setattr(request, name, _address(value))
     set_control(request, options.controller, error_order)
     loaded = library.loaded
-    with library.memory(library.march_memory * threads) as memory:
+    with library.memory(library.march_memory * threads) as memory, library.workers(request):
         request.memory = memory.data_ptr()
-        try:
-            while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
-                pass
-            if status == _OUT_OF_MEMORY or (counts[:, CODE] == _OUT_OF_MEMORY).any():
-                raise MemoryError(
-                    f"there is no memory left for the steps of {members} members.\n  {_LESS_MEMORY}"
-                )
-            offsets = np.zeros(members + 1, dtype=np.int64)
-            np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
-            library.steps = 1 + int(offsets[-1] * 1.1) // members
-            ends = u0.new_empty((int(offsets[-1]), size))
-            steps = torch.empty((len(ends), 4), dtype=torch.float64, device="cpu")
-            loaded.members_gather(
-                ctypes.byref(request), offsets.ctypes.data, ends.data_ptr(), steps.data_ptr()
+        while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
+            pass
+        if status == _OUT_OF_MEMORY or (counts[:, CODE] == _OUT_OF_MEMORY).any():
+            raise MemoryError(
+                f"there is no memory left for the steps of {members} members.\n  {_LESS_MEMORY}"
             )
-        finally:
-            loaded.members_release(ctypes.byref(request))
+        offsets = np.zeros(members + 1, dtype=np.int64)
+        np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
+        library.steps = 1 + int(offsets[-1] * 1.1) // members
+        ends = u0.new_empty((int(offsets[-1]), size))
+        steps = torch.empty((len(ends), 4), dtype=torch.float64, device="cpu")
+        loaded.members_gather(
+            ctypes.byref(request), offsets.ctypes.data, ends.data_ptr(), steps.data_ptr()
+        )
     return Flights(passengers, packed, marks, ends, steps, offsets, saved, places, counts, last)
 
 
@@ -243,7 +239,7 @@ class SweptMembers:
     u0: Tensor
     own: list[Tensor]
     shared: list[Tensor]
-    costs: np.ndarray[Any, Any]
+    costs: Array
 
 
 def sweep_members(

@@ -20,7 +20,7 @@ from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.problems.state import moves, tensors_of
+from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
@@ -243,7 +243,7 @@ def _prepare(
 ) -> tuple[MemberLibrary, list[Tensor], list[bool]]:
     """The native code, the tensors that the field reads, and which are each member's own."""
     problem, stacked = ensemble.problem, list(tensors_of(ensemble.p))
-    first = ensemble.member(0).p if stacked else problem.p
+    first = map_tensors(lambda x: x[0], ensemble.p) if stacked else problem.p
     leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
     try:
         translated = translate(cast(ODEProblem, problem).f, problem.spec, first)

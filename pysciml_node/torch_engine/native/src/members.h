@@ -286,7 +286,7 @@ static double psn_derivative_size(const Many *m, Worker *w, int l, int accepted)
 
 static void psn_proportional_sizes(const Many *m, Worker *w, double *next) {
   REAL first = (REAL)m->beta[0], second = (REAL)m->beta[1], power[ABREAST], before[ABREAST] = {0};
-  double widest = 1 / m->qmin, tightest = 1 / m->qmax, gamma = m->gamma, qmin = m->qmin;
+  double widest = 1 / m->qmin, tightest = 1 / m->qmax, safety = 1 / m->gamma, qmin = m->qmin;
   double *error = w->error, *size = w->size, *history = w->history[0];
 #pragma omp simd
   LANES_ALL power[l] = psn_log(error[l] > 0 ? (REAL)error[l] : (REAL)1);
@@ -300,7 +300,7 @@ static void psn_proportional_sizes(const Many *m, Worker *w, double *next) {
   }
 #pragma omp simd
   LANES_ALL {
-    double e = error[l], q = e > 0 ? (double)power[l] / gamma : 0, least = e <= 1 ? tightest : 1;
+    double e = error[l], q = e > 0 ? (double)power[l] * safety : 0, least = e <= 1 ? tightest : 1;
     q = q > least ? q : least;
     q = q < widest ? q : widest;
     double sized = size[l] / q, cut = size[l] * qmin, kept = e > 1e-4 ? e : 1e-4;
@@ -384,6 +384,7 @@ static void psn_lanes_save(const Many *m, Worker *w, int have) {
 
 static int psn_grow(Worker *w, int l, int64_t first) {
   int64_t room = w->room[l] ? 2 * w->room[l] : first;
+  if (w->used[l] < w->room[l]) return 1;
   REAL *ends = realloc(w->ends[l], room * N * sizeof(REAL));
   if (ends) w->ends[l] = ends;
   double *steps = realloc(w->steps[l], room * 4 * sizeof(double));
@@ -412,22 +413,25 @@ static void psn_advance(Many *m, Worker *w, int upto) {
     w->follow[l] = taken && END_STAGE >= 0 && w->known[l] > END_STAGE && !w->lands[l];
     w->known[l] = !taken || w->follow[l] != 0;
     w->rejected[l] += !taken && w->code[l] == RUNNING;
-    if (!taken) continue;
-    if (w->used[l] == w->room[l] && !psn_grow(w, l, m->room)) {
+    w->accepted[l] += taken;
+  }
+  LANES_ALL if (w->take[l] != 0) {
+    if (!psn_grow(w, l, m->room)) {
       w->code[l] = OUT_OF_MEMORY;
+      w->accepted[l]--;
       continue;
     }
-    double *row = w->steps[l] + 4 * w->used[l], end = psn_step_end(w, l);
-    row[0] = end, row[1] = w->size[l], row[2] = w->error[l];
-    row[3] = w->lands[l] ? (double)w->next_stop[l] : -1;
-    REAL *into = w->ends[l] + w->used[l]++ * N;
-    FOR_ENTRIES into[i] = AT(LAST, i, l);
-    w->accepted[l]++;
-    w->t[l] = end;
+    int64_t place = w->used[l]++;
+    double *row = w->steps[l] + 4 * place, end = w->t[l] + w->size[l], stop = -1;
     if (w->lands[l]) {
+      end = w->stop[l], stop = (double)w->next_stop[l];
       if (w->next_stop[l]++ == w->stop_count[l]) w->code[l] = SUCCESS;
       else psn_aim(m, w, l);
     }
+    row[0] = end, row[1] = w->size[l], row[2] = w->error[l], row[3] = stop;
+    REAL *into = w->ends[l] + place * N;
+    FOR_ENTRIES into[i] = AT(LAST, i, l);
+    w->t[l] = end;
   }
   FOR_ENTRIES {
 #pragma omp simd

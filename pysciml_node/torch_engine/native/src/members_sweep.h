@@ -279,11 +279,8 @@ static int64_t psn_sweep_worker(void *job, int64_t i) {
 
 /* What Python calls. */
 int64_t members_march(Many *m) {
-  if (!m->workers) {
-    m->workers = calloc(m->threads, sizeof(Worker));
-    if (!m->workers) return OUT_OF_MEMORY;
-    for (int64_t i = 0; i < m->threads; i++) m->workers[i].memory = m->memory + i * m->memory_stride;
-  }
+  if (!m->workers && !(m->workers = calloc(m->threads, sizeof(Worker)))) return OUT_OF_MEMORY;
+  for (int64_t i = 0; i < m->threads; i++) m->workers[i].memory = m->memory + i * m->memory_stride;
   return psn_in_threads(m, psn_march_worker, m->threads);
 }
 
@@ -305,6 +302,21 @@ void members_release(Many *m) {
     LANES_ALL free(m->workers[i].ends[l]), free(m->workers[i].steps[l]);
   free(m->workers);
   m->workers = 0;
+}
+
+/* Make the workers ready for another solve; where their steps take more than `most` bytes a lane,
+   let go of these. */
+void members_rest(Many *m, int64_t most) {
+  for (int64_t i = 0; i < m->threads; i++) {
+    Worker *w = m->workers + i;
+    w->started = w->status = 0;
+    LANES_ALL {
+      w->used[l] = 0;
+      if (w->room[l] * (int64_t)(N * sizeof(REAL) + 4 * sizeof(double)) <= most) continue;
+      free(w->ends[l]), free(w->steps[l]);
+      w->ends[l] = 0, w->steps[l] = 0, w->room[l] = 0;
+    }
+  }
 }
 
 int64_t members_sweep(Back *b) {

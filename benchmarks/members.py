@@ -1,0 +1,238 @@
+"""Ensembles: many Lorenz systems with their own parameter, each with steps of its own, on one core.
+
+    python benchmarks/members.py [--sizes 200 1000 10000] [--only native diffrax ...]
+
+Every solver takes Tsit5 with an integral controller and tolerances of 1e-6 in float64, from (1, 1,
+1) over [0, 2], with rho between 10 and 40, and gives the states at the end; the gradient is that of
+their sum to all starts and parameters. Peers that are not installed are left out. Times are in
+milliseconds: the median of CPU time, and the fastest run by the clock, for on a machine that does
+other work as well the clock's median says little. The error is the largest of any state, against
+native code at tolerances of 1e-12.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from timing import pin, processor, table, versions
+
+CORE = pin(None)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import pysciml_node as psn  # noqa: E402
+
+D = torch.float64
+END, TOLERANCE = 2.0, 1e-6
+PACKAGES = ("torch", "pysciml_node", "diffrax", "jax", "torchode", "gradsolve", "warp-lang")
+
+
+@dataclass
+class Candidate:
+    """A solver made ready for some members.
+
+    Attributes:
+        forward: solves, and returns the states at the end, `(M, 3)`.
+        gradient: solves, and returns the gradients of starts and parameters.
+    """
+
+    forward: Callable[[], Any]
+    gradient: Callable[[], Any]
+
+
+def parameters(size: int) -> np.ndarray[Any, Any]:
+    """The members' own parameters."""
+    return np.linspace(10, 40, size)
+
+
+def lorenz(t: Tensor, u: Tensor, rho: Tensor) -> Tensor:
+    """One Lorenz system."""
+    x, y, z = u
+    return torch.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z])
+
+
+def _ours(size: int, tolerance: float = TOLERANCE, **options: Any) -> Candidate:
+    rho = torch.tensor(parameters(size)).requires_grad_()
+    u0 = torch.ones(size, 3, dtype=D, requires_grad=True)
+    one = psn.ODEProblem(lorenz, u0[0].detach(), (0.0, END), p=rho[0].detach())
+
+    def solve() -> Tensor:
+        found: Tensor = psn.solve(
+            psn.EnsembleProblem(one, u0, rho), psn.Tsit5(), rtol=tolerance, atol=tolerance,
+            controller=psn.IController(), engine="torch", **options,
+        ).u1  # fmt: skip
+        return found
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return solve()
+
+    return Candidate(forward, lambda: torch.autograd.grad(solve().sum(), [u0, rho]))
+
+
+def native(size: int) -> Candidate:
+    """Native code."""
+    return _ours(size, compile=True)
+
+
+def eager(size: int) -> Candidate:
+    """The loop in Python."""
+    return _ours(size)
+
+
+def _lorenz_jax(jnp: Any) -> Callable[..., Any]:
+    def f(t: Any, u: Any, rho: Any) -> Any:
+        x, y, z = u
+        return jnp.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z])
+
+    return f
+
+
+def diffrax(size: int) -> Candidate:
+    """`vmap` and `jit`, with the adjoint that it takes by default."""
+    dfx, jax = importlib.import_module("diffrax"), importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    field = _lorenz_jax(jax.numpy)
+
+    def one(u0: Any, rho: Any) -> Any:
+        return dfx.diffeqsolve(
+            dfx.ODETerm(field), dfx.Tsit5(), 0.0, END, None, u0, args=rho,
+            stepsize_controller=dfx.PIDController(rtol=TOLERANCE, atol=TOLERANCE),
+        ).ys[0]  # fmt: skip
+
+    u0, rho = jax.numpy.ones((size, 3)), jax.numpy.asarray(parameters(size))
+    many = jax.jit(jax.vmap(one))
+    pulled = jax.jit(jax.grad(lambda u, r: jax.vmap(one)(u, r).sum(), argnums=(0, 1)))
+    return Candidate(
+        lambda: jax.block_until_ready(many(u0, rho)),
+        lambda: jax.block_until_ready(pulled(u0, rho)),
+    )
+
+
+def torchode(size: int) -> Candidate:
+    """Its batch, differentiated through."""
+    to = importlib.import_module("torchode")
+    rho = torch.tensor(parameters(size)).requires_grad_()
+    u0 = torch.ones(size, 3, dtype=D, requires_grad=True)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        x, y, z = u.unbind(1)
+        return torch.stack([10 * (y - x), x * (rho - z) - y, x * y - 8 / 3 * z], 1)
+
+    term = to.ODETerm(field)
+    control = to.IntegralController(TOLERANCE, TOLERANCE, term=term)
+    solver = to.AutoDiffAdjoint(to.Tsit5(term=term), control)
+    ends = torch.tensor([[0.0, END]], dtype=D).expand(size, 2)
+
+    def solve() -> Tensor:
+        found: Tensor = solver.solve(to.InitialValueProblem(y0=u0, t_eval=ends)).ys[:, -1]
+        return found
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return solve()
+
+    return Candidate(forward, lambda: torch.autograd.grad(solve().sum(), [u0, rho]))
+
+
+def _gradsolve(size: int, engine: str, fused: Any) -> Candidate:
+    package, jax = importlib.import_module("gradsolve"), importlib.import_module("jax")
+    field = _lorenz_jax(jax.numpy)
+
+    class Problem:
+        name, dim, t0, t1, is_stiff = "lorenz_members", 3, 0.0, END, False
+
+        @staticmethod
+        def f_jax(t: Any, y: Any, params: Any) -> Any:
+            """One system."""
+            return field(t, y, params[0])
+
+    u0, rho = np.ones((size, 3)), parameters(size)[:, None]
+    options = {"engine": engine, "fused": fused, "rtol": TOLERANCE, "atol": TOLERANCE}
+
+    def gradient() -> Any:
+        # The steps are recorded, and then replayed.
+        ends = package.grad_closure(Problem(), u0, rho, wrt=("y0", "params"), **options)
+        pull = jax.grad(lambda u, r: ends(u, r).sum(), argnums=(0, 1))
+        return jax.block_until_ready(pull(jax.numpy.asarray(u0), jax.numpy.asarray(rho)))
+
+    return Candidate(lambda: package.solve(Problem(), u0, rho, **options).y_final, gradient)
+
+
+def gradsolve(size: int) -> Candidate:
+    """Record and replay in JAX."""
+    return _gradsolve(size, "tsit5_replay", False)
+
+
+def gradsolve_warp(size: int) -> Candidate:
+    """The same with fused kernels of Warp."""
+    importlib.import_module("warp")
+    return _gradsolve(size, "auto", True)
+
+
+CANDIDATES = {
+    "native": native,
+    "eager": eager,
+    "diffrax": diffrax,
+    "gradsolve": gradsolve,
+    "gradsolve, Warp": gradsolve_warp,
+    "torchode": torchode,
+}
+LARGEST = {"eager": 1000, "torchode": 10_000}
+"""Members beyond which a row takes too long."""
+
+
+def sample(run: Callable[[], Any], seconds: float = 3.0) -> tuple[float, float]:
+    """Milliseconds: median of CPU time, and the fastest run."""
+    run()
+    cpu: list[float] = []
+    wall: list[float] = []
+    gc.collect()
+    until = time.perf_counter() + seconds
+    while len(cpu) < 3 or (time.perf_counter() < until and len(cpu) < 300):
+        start, before = time.perf_counter(), time.process_time()
+        run()
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - before)
+    return 1e3 * median(cpu), 1e3 * min(wall)
+
+
+def row(name: str, size: int, exact: Tensor) -> list[str]:
+    """A row of the table."""
+    try:
+        candidate = CANDIDATES[name](size)
+    except ImportError as error:
+        return [name, str(size), f"not installed: {error.name}", "", "", "", ""]
+    ends = torch.tensor(np.asarray(candidate.forward()))
+    cells = [name, str(size), f"{float((ends - exact).abs().max()):.0e}"]
+    for run in (candidate.forward, candidate.gradient):
+        cells += [f"{x:.3g}" for x in sample(run)]
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 10_000])
+    parser.add_argument("--only", nargs="+", default=list(CANDIDATES))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for size in asked.sizes:
+        exact = _ours(size, 1e-12, compile=True).forward()
+        rows += [row(name, size, exact) for name in asked.only if size <= LARGEST.get(name, size)]
+    print(f"{processor()}, core {CORE}; {versions(PACKAGES)}\n")
+    header = ["", "members", "error", "forward, CPU", "fastest", "with gradient, CPU", "fastest"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
