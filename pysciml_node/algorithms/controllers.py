@@ -8,16 +8,22 @@ OrdinaryDiffEq.jl.
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pysciml_node import checks
+from pysciml_node.algorithms.elementwise import ARRAYS, NUMBERS, Array, Maths
 
 
 class StepSizes(ABC):
-    """The running state of a controller during one solve."""
+    """The running state of a controller during one solve.
+
+    With `ARRAYS` for its functions it is that of many solves, each with a size, an error and a
+    memory of its own.
+    """
 
     @abstractmethod
     def accepted(self, h: float, error: float) -> float:
@@ -28,6 +34,47 @@ class StepSizes(ABC):
         """Size of the next attempt after `h` was rejected (`error > 1`, or not finite)."""
 
 
+class ManySizes(StepSizes):
+    """Step sizes by formulas that hold for numbers and for arrays, entry by entry.
+
+    Attributes:
+        memory: what it keeps of the steps before.
+    """
+
+    memory: tuple[Any, ...]
+
+    @abstractmethod
+    def accepted(self, h: Any, error: Any) -> Any:
+        """Sizes of the next steps after `h` were accepted."""
+
+    @abstractmethod
+    def rejected(self, h: Any, error: Any) -> Any:
+        """Sizes of the next attempts after `h` were rejected."""
+
+    def following(self, h: Array, error: Array, accepted: Array) -> Array:
+        """Sizes of the next attempts `(M,)` of solves of which some accepted their step.
+
+        Args:
+            h: sizes of the last attempts, `(M,)`.
+            error: their scaled errors, `(M,)`.
+            accepted: which were accepted, `(M,)`.
+        """
+        if accepted.all():
+            sizes: Array = self.accepted(h, error)
+            return sizes
+        smaller, before = self.rejected(h, error), self.memory
+        larger = self.accepted(h, error)
+        self.memory = tuple(
+            np.where(accepted, new, old) for new, old in zip(self.memory, before, strict=True)
+        )
+        chosen: Array = np.where(accepted, larger, smaller)
+        return chosen
+
+    def keep(self, rows: Array) -> None:
+        """Go on with some of the solves."""
+        self.memory = tuple(x[rows] for x in self.memory)
+
+
 class Controller(checks.Configured, ABC):
     """Base of all controllers: a frozen description; `start` begins a solve with it."""
 
@@ -36,6 +83,15 @@ class Controller(checks.Configured, ABC):
     @abstractmethod
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve with a method whose embedded solution has order `error_order`."""
+
+    def start_many(self, error_order: float, count: int) -> ManySizes | None:
+        """Begin many solves at once; `None` where the control is for one at a time.
+
+        Args:
+            error_order: order of the embedded solution.
+            count: number of solves.
+        """
+        return None
 
 
 def _settle_limits(controller: PIController | IController) -> None:
@@ -90,7 +146,11 @@ class PIController(Controller):
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
-        return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
+        return _PISizes(self.exponents(error_order), self)
+
+    def start_many(self, error_order: float, count: int) -> ManySizes:
+        """Begin many solves at once."""
+        return _PISizes(self.exponents(error_order), self, ARRAYS, count)
 
 
 @dataclass(frozen=True)
@@ -118,30 +178,41 @@ class IController(Controller):
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
-        return _PISizes(*self.exponents(error_order), self.gamma, self.qmin, self.qmax)
+        return _PISizes(self.exponents(error_order), self)
+
+    def start_many(self, error_order: float, count: int) -> ManySizes:
+        """Begin many solves at once."""
+        return _PISizes(self.exponents(error_order), self, ARRAYS, count)
 
 
-class _PISizes(StepSizes):
+class _PISizes(ManySizes):
     # Smaller errors are raised to this: a step that was exact by chance says nothing of the next.
     smallest_previous = 1e-4
 
-    def __init__(self, beta1: float, beta2: float, gamma: float, qmin: float, qmax: float) -> None:
-        self.beta1, self.beta2, self.gamma, self.qmin, self.qmax = beta1, beta2, gamma, qmin, qmax
-        self.previous = self.smallest_previous
+    def __init__(
+        self,
+        exponents: tuple[float, float],
+        controller: PIController | IController,
+        maths: Maths = NUMBERS,
+        count: int | None = None,
+    ) -> None:
+        self.beta1, self.beta2 = exponents
+        self.gamma, self.qmin, self.qmax = controller.gamma, controller.qmin, controller.qmax
+        self.maths = maths
+        self.memory = (maths.full(count, self.smallest_previous),)
 
-    def accepted(self, h: float, error: float) -> float:
+    def accepted(self, h: Any, error: Any) -> Any:
+        maths, (previous,) = self.maths, self.memory
         # A zero error asks for the largest factor.
-        if error > 0:
-            q = math.pow(error, self.beta1) / math.pow(self.previous, self.beta2) / self.gamma
-        else:
-            q = 0.0
-        self.previous = max(error, self.smallest_previous)
-        return h / min(max(q, 1 / self.qmax), 1 / self.qmin)
+        q = maths.power(error, self.beta1) / maths.power(previous, self.beta2) / self.gamma
+        self.memory = (maths.maximum(error, self.smallest_previous),)
+        return h / maths.minimum(maths.maximum(q, 1 / self.qmax), 1 / self.qmin)
 
-    def rejected(self, h: float, error: float) -> float:
-        if not math.isfinite(error):
-            return h * self.qmin
-        return h / min(1 / self.qmin, max(math.pow(error, self.beta1) / self.gamma, 1.0))
+    def rejected(self, h: Any, error: Any) -> Any:
+        maths = self.maths
+        q = maths.maximum(maths.power(error, self.beta1) / self.gamma, 1.0)
+        smaller = h / maths.minimum(q, 1 / self.qmin)
+        return maths.where(maths.isfinite(error), smaller, h * self.qmin)
 
 
 @dataclass(frozen=True)
@@ -175,32 +246,46 @@ class PIDController(Controller):
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""
+        return _PIDSizes(self, error_order)
+
+    def start_many(self, error_order: float, count: int) -> ManySizes:
+        """Begin many solves at once."""
+        return _PIDSizes(self, error_order, ARRAYS, count)
+
+
+class _PIDSizes(ManySizes):
+    # The floor keeps the powers finite where a step was exact.
+    smallest = 1e-10
+
+    def __init__(
+        self,
+        controller: PIDController,
+        error_order: float,
+        maths: Maths = NUMBERS,
+        count: int | None = None,
+    ) -> None:
         k = error_order + 1
-        return _PIDSizes((self.beta1 / k, self.beta2 / k, self.beta3 / k), self.safety)
+        self.betas = (controller.beta1 / k, controller.beta2 / k, controller.beta3 / k)
+        self.safety, self.maths = controller.safety, maths
+        self.memory = (maths.full(count, 1.0), maths.full(count, 1.0))
 
+    def _factor(self, error: Any) -> Any:
+        maths = self.maths
+        product: Any = 1.0
+        for e, beta in zip((error, *self.memory), self.betas, strict=True):
+            product = product * maths.power(e / self.safety, -beta)
+        return 1 + maths.atan(product - 1)
 
-class _PIDSizes(StepSizes):
-    def __init__(self, betas: tuple[float, float, float], safety: float) -> None:
-        self.betas, self.safety = betas, safety
-        self.history = (1.0, 1.0)
-
-    def _factor(self, error: float) -> float:
-        # The floor keeps the powers finite where a step was exact.
-        errors = (max(error, 1e-10), *self.history)
-        product = math.prod(
-            (e / self.safety) ** -beta for e, beta in zip(errors, self.betas, strict=True)
-        )
-        return 1 + math.atan(product - 1)
-
-    def accepted(self, h: float, error: float) -> float:
+    def accepted(self, h: Any, error: Any) -> Any:
+        error = self.maths.maximum(error, self.smallest)
         factor = self._factor(error)
-        self.history = (max(error, 1e-10), self.history[0])
+        self.memory = (error, self.memory[0])
         return h * factor
 
-    def rejected(self, h: float, error: float) -> float:
-        if not math.isfinite(error):
-            return h * 0.2
-        return h * min(self._factor(error), 0.9)
+    def rejected(self, h: Any, error: Any) -> Any:
+        maths = self.maths
+        smaller = h * maths.minimum(self._factor(maths.maximum(error, self.smallest)), 0.9)
+        return maths.where(maths.isfinite(error), smaller, h * 0.2)
 
 
 @dataclass(frozen=True)
@@ -259,10 +344,16 @@ class FixedStep(Controller):
         """Begin a solve."""
         return _FixedSizes()
 
+    def start_many(self, error_order: float, count: int) -> ManySizes:
+        """Begin many solves at once."""
+        return _FixedSizes()
 
-class _FixedSizes(StepSizes):
-    def accepted(self, h: float, error: float) -> float:
+
+class _FixedSizes(ManySizes):
+    memory = ()
+
+    def accepted(self, h: Any, error: Any) -> Any:
         return h
 
-    def rejected(self, h: float, error: float) -> float:
+    def rejected(self, h: Any, error: Any) -> Any:
         raise RuntimeError("fixed steps are never rejected")

@@ -51,17 +51,32 @@ class Comparison:
         rounding = torch.finfo(sizes.dtype).eps ** 0.5
         # Entries that ought to be zero may come out as rounding errors.
         scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(rounding)
-        worst = torch.nan_to_num(torch.stack(self._differences) / scale, nan=0.0).max().item()
-        if worst > rounding:
-            if suspects:
-                raise RuntimeError(changed_message(suspects[0]))
-            raise RuntimeError(
-                f"the backward pass could not reproduce the solve: replayed steps end up to "
-                f"{worst:.2g} (relative) from where they ended before, so the field has changed "
-                "since, draws random numbers, or remembers earlier calls.\n"
-                "  Go backward before anything it uses is changed, make it a function of its "
-                "arguments, or use adjoint=DirectAdjoint()."
-            )
+        worst = torch.nan_to_num(torch.stack(self._differences) / scale, nan=0.0).max()
+        expect_reproduced(worst, suspects)
+
+
+def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
+    """Look at the largest relative difference between replayed steps and those of the solve.
+
+    Args:
+        worst: the difference, a 0-d tensor.
+        suspects: as of `Comparison.expect_equal`.
+
+    Raises:
+        RuntimeError: it is more than rounding.
+    """
+    found = worst.item()
+    if found <= torch.finfo(worst.dtype).eps ** 0.5:
+        return
+    if suspects:
+        raise RuntimeError(changed_message(suspects[0]))
+    raise RuntimeError(
+        f"the backward pass could not reproduce the solve: replayed steps end up to {found:.2g} "
+        "(relative) from where they ended before, so the field has changed since, draws random "
+        "numbers, or remembers earlier calls.\n"
+        "  Go backward before anything it uses is changed, make it a function of its arguments, "
+        "or use adjoint=DirectAdjoint()."
+    )
 
 
 def expect_same(again: Sequence[Tensor], first: Sequence[Tensor], suspects: Sequence[str]) -> None:

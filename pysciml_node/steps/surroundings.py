@@ -413,6 +413,12 @@ class Surroundings:
             if isinstance(module, kind) and module.training
         ]
 
+    @property
+    def hooked(self) -> bool:
+        """Whether a module has hooks."""
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return any(getattr(module, kind) for _, module in self._modules for kind in kinds)
+
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""
         return [

@@ -51,6 +51,7 @@ from pysciml_node.torch_engine.end_times import (
 )
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.march import March
+from pysciml_node.torch_engine.members.engine import batches, solve_batch
 from pysciml_node.torch_engine.native.engine import attempt_native
 from pysciml_node.torch_engine.native.members import attempt_native_members
 
@@ -334,11 +335,15 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
 def solve_members(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
 ) -> Members:
-    """Run the members of a checked ensemble."""
+    """Run the members of a checked ensemble: in one batch where that can be, or one by one."""
     if options.common.compile:
         native = attempt_native_members(ensemble, algorithm, options, NAME)
         if native is not None:
             return native
+    if options.common.compile is not True and batches(ensemble, algorithm, options):
+        found = solve_batch(ensemble, algorithm, options)
+        if found is not None:
+            return found
     solutions = [
         solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
     ]

@@ -1,0 +1,1 @@
+"""Steps of many members, each of its own size, taken in one batch."""

@@ -1,0 +1,148 @@
+"""The vector field of all members at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.problems.ensemble import Array, EnsembleProblem
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import map_tensors
+from pysciml_node.steps.field import FlatField, Watch, without_gradients
+
+_functorch = torch._C._functorch
+
+
+class MembersField:
+    """`f` on the flat states of some members, `(L, N)`, each at a time of its own.
+
+    The field is written for one member and mapped over them; or it takes the batch itself
+    (`batched` of the ensemble).
+
+    Args:
+        ensemble: gives `f`, the structure of a state and the members' `p`.
+
+    Attributes:
+        given: holds `f` and the `p` of all members, or of the problem: during a backward sweep with
+            stand-ins for tensors.
+        own: whether members have parameters of their own.
+        nfe: evaluations for each member, `(M,)`.
+        watch: is shown what evaluations without gradients would depend on.
+    """
+
+    watch: Watch | None = None
+
+    def __init__(self, ensemble: EnsembleProblem) -> None:
+        problem = ensemble.problem
+        assert isinstance(problem, ODEProblem)
+        self.own = ensemble.p is not None
+        self.batched = ensemble.batched
+        self.given: dict[str, Any] = {"f": problem.f, "p": ensemble.p if self.own else problem.p}
+        self.spec = problem.spec
+        self.nfe = np.zeros(len(ensemble), dtype=np.int64)
+        self._all = np.arange(len(ensemble))
+        # What it makes of the output of one member: checks, and the way to flat vectors.
+        self._one = FlatField(problem, {})
+
+    def parameters(self, rows: Array) -> Any:
+        """The `p` of some members."""
+        p = self.given["p"]
+        if not self.own or np.array_equal(rows, self._all):
+            return p
+        index: Tensor | None = None
+
+        def chosen(x: Tensor) -> Tensor:
+            nonlocal index
+            if index is None or index.device != x.device:
+                index = torch.from_numpy(rows).to(x.device)
+            return x.index_select(0, index)
+
+        return map_tensors(chosen, p)
+
+    def __call__(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
+        """Evaluate the derivatives, `(L, N)`; the caller counts.
+
+        Args:
+            t: times, `(L,)`.
+            u: flat states, `(L, N)`.
+            p: their parameters, as `parameters` gave them.
+        """
+        evaluate = self._batch if self.batched else self._mapped
+        if torch.is_grad_enabled():
+            return evaluate(t, u, p)
+        return without_gradients(lambda t, u: evaluate(t, u, p), t, u, self.watch)
+
+    def tally(self, rows: Array, evaluations: int = 1) -> None:
+        """Count evaluations for some members, which may be named several times."""
+        np.add.at(self.nfe, rows, evaluations)
+
+    def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
+        """As `torch.vmap` does it, without a walk through the arguments at each call."""
+        count = len(u)
+        level = _functorch._vmap_increment_nesting(count, "error")
+        try:
+
+            def inside(x: Tensor) -> Tensor:
+                return _functorch._add_batch_dim(x, 0, level)
+
+            given = {"f": self.given["f"], "p": map_tensors(inside, p) if self.own else p}
+            self._one.given = given
+            out = self._one._evaluate(inside(t), inside(u))
+            return _functorch._remove_batch_dim(out, level, count, 0)
+        finally:
+            self._one.given = {}
+            _functorch._vmap_decrement_nesting()
+
+    def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
+        """By one call of a field that takes batches."""
+        f, shape = self.given["f"], (len(u), *self.spec.shapes[0])
+        times = t.view(-1, *(1,) * (len(shape) - 1)) if len(shape) > 1 else t
+        before = u._version
+        out = f(times, u.view(shape)) if p is None else f(times, u.view(shape), p)
+        if u._version != before:
+            raise RuntimeError(
+                "the field has changed its input in place, which is the solver's own.\n"
+                "  Work on a copy, for example u.neg() instead of u.neg_()."
+            )
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"the field must return a tensor like u0, but returned {type(out).__name__}.\n"
+                "  Return the derivative of each member's state, with a leading M."
+            )
+        if out.shape != shape or out.dtype != u.dtype or out.device != u.device:
+            raise ValueError(
+                f"the field's output must have shape {tuple(shape)}, {u.dtype} on {u.device}, but "
+                f"is {tuple(out.shape)}, {out.dtype} on {out.device}.\n"
+                "  With batched=True it is given the states of all members that are under way."
+            )
+        flat = out.reshape(len(u), -1)
+        return flat.clone() if flat._version else flat
+
+
+def differing(field: MembersField, ensemble: EnsembleProblem, k: Tensor) -> int | None:
+    """A member for which the field by itself gives something else than in the batch, if any.
+
+    The first and the last are looked at.
+
+    Args:
+        field: as evaluated in the batch.
+        ensemble: gives the starts and parameters.
+        k: the derivatives of all members at their starts, `(M, N)`.
+    """
+    rounding = torch.finfo(field.spec.real_dtype).eps ** 0.5
+    for m in {0, len(ensemble) - 1}:
+        problem = ensemble.member(m)
+        assert isinstance(problem, ODEProblem)
+        alone = FlatField(problem)
+        with torch.no_grad():
+            u = field.spec.flatten(problem.u0).detach()
+            expected = alone(problem.time_tensor([problem.t0])[0], u)
+        found = k[m].detach()
+        scale = torch.maximum(expected.abs().amax(), found.abs().amax()).clamp_min(rounding)
+        same = (found - expected).abs() <= rounding * scale
+        if not bool((same | (found.isnan() & expected.isnan()) | (found == expected)).all()):
+            return m
+    return None

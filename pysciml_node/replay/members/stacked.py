@@ -1,0 +1,245 @@
+"""Members whose steps and states stand in common tensors; single solutions on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array, EnsembleProblem, OfOne
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import map_tensors
+from pysciml_node.replay.stages import Method
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.portable import mapped_problem, portable_problem
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
+from pysciml_node.steps.record import Kept, Record
+from pysciml_node.steps.step import Attempt
+from pysciml_node.steps.surroundings import Surroundings
+
+
+@dataclass
+class MemberSteps:
+    """The accepted steps of all members, member after member, `P` of them.
+
+    Attributes:
+        offsets: the steps of member `m` are `offsets[m]` to `offsets[m + 1]`; `(M + 1,)`.
+        starts: their starts, `(P,)` in float64.
+        sizes: their signed sizes, `(P,)`.
+        ends: their ends, `(P,)`.
+        errors: their scaled errors, `(P,)`; NaN for fixed steps.
+        stops: which of its member's stops each ends on, or -1, `(P,)`.
+    """
+
+    offsets: Array
+    starts: Array
+    sizes: Array
+    ends: Array
+    errors: Array
+    stops: Array
+
+    @property
+    def counts(self) -> Array:
+        """How many steps each member has taken, `(M,)`."""
+        return np.diff(self.offsets)
+
+    def of(self, m: int) -> slice:
+        """Where the steps of a member stand."""
+        return slice(int(self.offsets[m]), int(self.offsets[m + 1]))
+
+
+@dataclass
+class StackedMembers:
+    """The results of members that an engine has solved in one batch.
+
+    Attributes:
+        ensemble: what was solved.
+        algorithm: how.
+        engine: name of the engine.
+        options: of all, and of each.
+        codes: how each ended.
+        columns: the fields of `Stats` for each, `(M,)`.
+        steps: the accepted steps.
+        u0: flat starts, `(M, N)`.
+        states: flat states at the ends of the steps, `(P, N)`; where they are thinned the last of
+            each member, `(M, N)`.
+        at_times: states at `saveat`, `(M, T, N)`, NaN where a member did not get to; or `None`.
+        reached: how many of these times each got to, `(M,)`.
+        surroundings: what the field can reach.
+        thinned: whether only the last state of each member is kept.
+        failures: the last attempts of failed members, by member.
+        detached: whether gradients have been left behind.
+    """
+
+    ensemble: EnsembleProblem
+    algorithm: Algorithm
+    engine: str
+    options: MemberOptions
+    codes: Sequence[ReturnCode]
+    columns: dict[str, Array]
+    steps: MemberSteps
+    u0: Tensor
+    states: Tensor
+    at_times: Tensor | None
+    reached: Array
+    surroundings: Surroundings | None
+    thinned: bool = False
+    failures: dict[int, Attempt] = field(default_factory=dict)
+    detached: bool = False
+    _made: dict[int, Solution] = field(default_factory=dict, init=False)
+
+    def final(self) -> Tensor:
+        """The states that they got to, `(M, N)`."""
+        if self.thinned:
+            return self.states
+        last = torch.from_numpy(self.steps.offsets[1:] - 1).to(self.u0.device)
+        stuck = self.steps.counts == 0
+        if not stuck.any():
+            return self.states.index_select(0, last)
+        # Those that have taken no step are where they started.
+        places = np.where(stuck, np.arange(len(stuck)), len(stuck) + self.steps.offsets[1:] - 1)
+        index = torch.from_numpy(places).to(self.u0.device)
+        return torch.cat((self.u0, self.states)).index_select(0, index)
+
+    def saved(self) -> Tensor | None:
+        """The states at `saveat`, `(M, T, N)`; NaN where a member did not get to."""
+        return self.at_times
+
+    def count(self, name: str) -> Array:
+        """A field of `Stats` for each member, `(M,)`, as it stands now."""
+        column = self.columns.get(name)
+        found = np.zeros(len(self.codes), np.int64) if column is None else column.copy()
+        for m, solution in self._made.items():
+            found[m] = getattr(solution.stats, name)
+        return found
+
+    def add(self, name: str, counts: Array) -> None:
+        """Add to a field of `Stats` of each member."""
+        self.columns[name] = self.columns.get(name, 0) + counts
+        for m, solution in self._made.items():
+            stats = solution.stats
+            setattr(stats, name, getattr(stats, name) + int(counts[m]))
+
+    def solution(self, m: int) -> Solution:
+        """The solution of one member, made when it is asked for and kept."""
+        if m not in self._made:
+            self._made[m] = self._make(m)
+        return self._made[m]
+
+    def _make(self, m: int) -> Solution:
+        problem, options, steps = self.ensemble.member(m), self.options.of(m), self.steps
+        assert isinstance(problem, ODEProblem)
+        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        spec, own = problem.spec, steps.of(m)
+        stats = Stats(**{name: int(column[m]) for name, column in self.columns.items()})
+        landings = options.landings(problem.direction)
+        record = Record(
+            times=[problem.t0, *steps.ends[own].tolist()],
+            sizes=steps.sizes[own].tolist(),
+            errors=steps.errors[own].tolist(),
+            stops=[None if stop < 0 else stop for stop in steps.stops[own].tolist()],
+            saved=int(self.reached[m]),
+            naccept=stats.naccept,
+            nreject=stats.nreject,
+            retcode=self.codes[m],
+            last=self.failures.get(m),
+            marks=(problem.t0, *options.tstops, problem.t1),
+            t1_stop=len(landings),
+            thinned=self.thinned and len(steps.sizes[own]) > 1,
+        )
+        ends = self.states[m : m + 1] if self.thinned else self.states[own]
+        states = [self.u0[m], *(ends.unbind() if len(record.sizes) else ())]
+        trajectory = TorchTrajectory(
+            problem,
+            Method.of(self.algorithm.tableau, spec.dtype, spec.device),
+            Kept(record, states),
+            stats,
+            options,
+            surroundings=OfMember(self._reach(), m, self.ensemble),
+        )
+        return Solution(
+            problem=problem,
+            algorithm=self.algorithm,
+            engine=self.engine,
+            retcode=self.codes[m],
+            stats=stats,
+            t=self._times(m, problem, record),
+            u1=spec.unflatten(states[-1]),
+            trajectory=trajectory,
+            saved=None
+            if self.at_times is None
+            else spec.unflatten(self.at_times[m, : record.saved]),
+            detached=self.detached,
+        )
+
+    def _times(self, m: int, problem: ODEProblem, record: Record) -> Tensor:
+        """The times of a member's `u`."""
+        if self.at_times is None:
+            return problem.time_tensor(record.times)
+        saveat = self.options.of(m).saveat or ()
+        return problem.time_tensor(list(saveat[: record.saved]))
+
+    def _reach(self) -> Surroundings:
+        if self.surroundings is None:
+            problem, p = self.ensemble.problem, self.ensemble.p
+            assert isinstance(problem, ODEProblem)
+            p = problem.p if p is None else p
+            self.surroundings = Surroundings({"f": problem.f, "p": p})
+        return self.surroundings
+
+    def children(self) -> list[Any]:
+        """The tensors."""
+        return [self.u0, self.states, self.at_times]
+
+    def replaced(self, children: list[Any]) -> StackedMembers:
+        """The same with other tensors."""
+        u0, states, at_times = children
+        return dataclasses.replace(self, u0=u0, states=states, at_times=at_times)
+
+    def detach(self) -> StackedMembers:
+        """The same without the graph."""
+        changes = {
+            name: map_tensors(Tensor.detach, getattr(self.ensemble, name))
+            for name in ("u0", "p", "tspan")
+        }
+        problem = mapped_problem(self.ensemble.problem, Tensor.detach)
+        ensemble = dataclasses.replace(self.ensemble, problem=problem, **changes)
+        found = self.replaced([map_tensors(Tensor.detach, x) for x in self.children()])
+        return dataclasses.replace(found, ensemble=ensemble, surroundings=None, detached=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = self.detach()
+        found.ensemble = dataclasses.replace(
+            found.ensemble, problem=portable_problem(found.ensemble.problem)
+        )
+        return found.__dict__
+
+
+class OfMember(Surroundings):
+    """What the field of one member can reach: the same as that of all, with its own `p`.
+
+    Args:
+        whole: of all members.
+        m: which member.
+        ensemble: says whether members have parameters of their own.
+    """
+
+    def __init__(self, whole: Surroundings, m: int, ensemble: EnsembleProblem) -> None:
+        self.__dict__.update({k: v for k, v in whole.__dict__.items() if k != "roots"})
+        self._whole, self._m, self._ensemble = whole, m, ensemble
+
+    @property
+    def roots(self) -> dict[str, Any]:  # type: ignore[override]
+        """The field and the parameters of the member, as they stand now."""
+        f, p = self._whole.roots["f"], self._whole.roots["p"]
+        own = self._ensemble.p is not None
+        if own:
+            p = map_tensors(lambda x: x[self._m], p)
+        return {"f": OfOne(f, own) if self._ensemble.batched else f, "p": p}

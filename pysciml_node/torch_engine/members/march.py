@@ -1,0 +1,325 @@
+"""The time loop of many members: each has its own time, step size, memory, stops and end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.controllers import ManySizes
+from pysciml_node.algorithms.elementwise import ARRAYS
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array
+from pysciml_node.replay.first_step import first_size, trial_size
+from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.limits import StepLimits
+from pysciml_node.replay.members.norm import MembersNorm
+from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.stages import Method
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.step import SLIVER
+from pysciml_node.torch_engine.members.stops import Stops
+from pysciml_node.torch_engine.members.tape import Accepted, Attempts, Tape
+
+
+def _sizes_between(t: Array, end: Array) -> Array:
+    """Sizes `h` with which `t + h` is `end` to the last bit, where there are such."""
+    h = end - t
+    for toward in (-math.inf, math.inf):
+        off = t + h != end
+        if not off.any():
+            break
+        near = np.nextafter(end - t, toward)
+        h = np.where(off & (t + near == end), near, h)
+    return h
+
+
+@dataclass
+class _Live:
+    """The members that are under way, an entry of each array for each of them."""
+
+    rows: Array  # which they are
+    t: Array
+    h: Array  # the size that is tried next
+    stop: Array  # which of its stops comes next
+    naccept: Array
+    nreject: Array
+    error: Array  # of its last attempt
+
+    def keep(self, staying: Array) -> _Live:
+        return _Live(*(getattr(self, f.name)[staying] for f in dataclasses.fields(self)))
+
+
+class MembersMarch:
+    """Steps of all members from their starts to their ends, or to where they fail.
+
+    Args:
+        method: the method.
+        field: the field of all members.
+        options: step control.
+        stops: where steps end.
+        tape: is told of accepted steps, and of members that are done.
+        recorded: whether autograd is to follow.
+
+    Attributes:
+        codes: how each member has ended.
+        naccept: accepted steps of each, `(M,)`.
+        nreject: rejected steps of each, `(M,)`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        field: MembersField,
+        options: MemberOptions,
+        stops: Stops,
+        tape: Tape,
+        recorded: bool,
+    ) -> None:
+        self.method, self.field, self.options = method, field, options
+        self.stops, self.tape, self.recorded = stops, tape, recorded
+        count = len(field.nfe)
+        self.codes = [ReturnCode.Default] * count
+        self.naccept = np.zeros(count, dtype=np.int64)
+        self.nreject = np.zeros(count, dtype=np.int64)
+        common = options.common
+        self.adaptive = common.controller.adaptive
+        sizes = common.controller.start_many(method.tableau.error_order, count)
+        assert sizes is not None
+        self.sizes: ManySizes = sizes
+        self.u: Tensor
+        self.k: Tensor
+        self.norm: MembersNorm
+        self.live: _Live
+        self.stages: MemberStages
+        self.limits = StepLimits(options, method.nodes.dtype)
+        self._last: Attempts
+        # Absolute values of the states at the start, and at the end, of the step.
+        self._largest: Tensor
+        self._size: Tensor
+        # Members whose first stage has to be evaluated anew.
+        self._stale: Array
+
+    def run(self, u: Tensor, k: Tensor) -> None:
+        """Step until all members are done.
+
+        Args:
+            u: initial states, `(M, N)`.
+            k: derivatives there, `(M, N)`.
+        """
+        self.u, self.k = u, k
+        t0, _ = self.options.spans
+        rows = np.arange(len(t0))
+        zeros = np.zeros(len(t0), dtype=np.int64)
+        self.norm = MembersNorm(self.options, u.shape[1])
+        self._largest = u.detach().abs()
+        self.live = _Live(rows, t0, t0, zeros, zeros.copy(), zeros.copy(), 0.0 * t0)
+        self._stale = np.zeros(len(rows), dtype=bool)
+        self._renew()
+        with np.errstate(all="ignore"):
+            self.live.h = self._first_sizes()
+            while len(self.live.rows):
+                self._attempt()
+
+    def _renew(self) -> None:
+        """Make room for the stages of the members that are left."""
+        rows = self.live.rows
+        p = self.field.parameters(rows)
+        self.stages = MemberStages(self.method, self.field, rows, p, self.u, self.recorded)
+
+    def _first_sizes(self) -> Array:
+        options = self.options.common
+        direction, length = self.stops.direction, self.stops.length
+        if options.dt0 is not None:
+            h = np.copysign(np.minimum(options.dt0, length), direction)
+        else:
+            with torch.no_grad():
+                h = self._hairer(direction, length)
+        smallest = np.copysign(options.dtmin, direction)
+        # The first size is a guess: only the error of a step asks for less than the limit.
+        sizes: Array = np.where(np.isfinite(h) & (abs(h) < options.dtmin), smallest, h)
+        return sizes
+
+    def _hairer(self, direction: Array, length: Array) -> Array:
+        """First sizes from the field at the starts and one explicit Euler step."""
+        norm, u, k, like = self.norm, self.u.detach(), self.k.detach(), self.method.nodes
+        scale = norm.scale(u.abs())
+        d0, d1 = self._read(torch.stack((norm(u, scale), norm(k, scale))))
+        h0 = np.copysign(trial_size(ARRAYS, d0, d1, length), direction)
+        sizes = np.where(np.isfinite(h0), h0, 0.0)
+        h, t = (
+            torch.from_numpy(x).to(like.device, like.dtype) for x in (sizes, self.live.t + sizes)
+        )
+        at = self.field(t, u + h.unsqueeze(1) * k, self.stages.p)
+        self.field.tally(self.live.rows)
+        d2 = self._read(norm(at - k, scale)) / abs(h0)
+        order = self.method.tableau.order
+        h1 = np.copysign(first_size(ARRAYS, abs(h0), d1, d2, order, length), direction)
+        return np.where(np.isfinite(d1), h1, math.nan)
+
+    @staticmethod
+    def _read(x: Tensor) -> Array:
+        """The one host read of a step."""
+        found: Array = x.detach().cpu().double().numpy()
+        return found
+
+    def _attempt(self) -> None:
+        """One attempt of each member, of its own size."""
+        live, options = self.live, self.options.common
+        direction = self.stops.direction
+        proposed = np.copysign(np.minimum(abs(live.h), options.dtmax), direction)
+        stop = self.stops.next(live.stop)
+        lands = abs(stop - live.t) <= abs(proposed) * (1 + SLIVER)
+        failed = self._failures(proposed, lands)
+        if failed is not None:
+            self._retire(failed)
+            return
+        h = proposed
+        if lands.any():
+            h = np.where(lands, _sizes_between(live.t, stop), proposed)
+        stages = self.stages
+        stages.begin(self.u, live.t, h, self.limits(live.rows, live.t, h))
+        self._first_stages()
+        stages.know(self.k)
+        u1 = stages.solution(with_error=self.adaptive)
+        error, accepted = self._judge(u1, h)
+        self._last = Attempts(live.rows, live.t, h, self.u, u1, error)
+        end = np.where(lands, stop, live.t + h)
+        places = np.flatnonzero(accepted)
+        if len(places):
+            stops = np.where(lands, live.stop, -1)
+            columns = (live.rows, np.arange(len(h)), live.t, h, end, error, stops, live.naccept)
+            taken = Accepted(*(column[places] for column in columns))
+            self._take(u1, taken, accepted)
+        live.naccept = live.naccept + accepted
+        live.nreject = live.nreject + ~accepted
+        live.error = error
+        if self.adaptive:
+            following = self.sizes.following(h, error, accepted)
+            # A step cut short by a stop says little: keep the size that was proposed.
+            cut = accepted & (abs(h) < 0.9 * abs(proposed)) & (abs(proposed) > abs(following))
+            live.h = np.where(cut, proposed, following)
+        else:
+            live.h = proposed
+        done = accepted & lands & self.stops.last(live.stop)
+        live.stop = live.stop + (accepted & lands)
+        if done.any():
+            self._retire({ReturnCode.Success: done})
+
+    def _failures(self, proposed: Array, lands: Array) -> dict[ReturnCode, Array] | None:
+        """The members that cannot go on, by the reason."""
+        live, options = self.live, self.options.common
+        unstable = ~np.isfinite(proposed)
+        tried = live.naccept + live.nreject >= options.max_steps
+        small = np.zeros_like(tried)
+        if self.adaptive:
+            # Steps cut short by a stop may be small; others below the limit mean failure.
+            smallest = np.maximum(options.dtmin, 4 * np.spacing(abs(live.t)))
+            small = (abs(proposed) < smallest) & ~lands
+        if not (unstable | tried | small).any():
+            return None
+        tried &= ~unstable
+        small &= ~(unstable | tried)
+        bad = small & ~np.isfinite(live.error)
+        return {
+            ReturnCode.Unstable: unstable | bad,
+            ReturnCode.MaxIters: tried,
+            ReturnCode.DtLessThanMin: small & ~bad,
+        }
+
+    def _first_stages(self) -> None:
+        """Evaluate the first stages that the steps before have not left."""
+        stale = self._stale
+        if not stale.any():
+            return
+        rows, t = self.live.rows, self.stages.times[0]
+        if stale.all():
+            self.k = self.field(t, self.u, self.stages.p)
+        else:
+            places = np.flatnonzero(stale)
+            index = torch.from_numpy(places).to(self.u.device)
+            p = self.field.parameters(rows[places])
+            u = self.u.index_select(0, index)
+            k = self.field(t.index_select(0, index), u, p)
+            self.k = self.k.index_copy(0, index, k)
+        self.field.tally(rows[stale])
+        self._stale = np.zeros_like(stale)
+
+    def _judge(self, u1: Tensor, h: Array) -> tuple[Array, Array]:
+        """Scaled errors of the attempts, and which of them are accepted."""
+        if not self.adaptive:
+            return np.full(len(h), math.nan), np.ones(len(h), dtype=bool)
+        with torch.no_grad():
+            size = u1.detach().abs()
+            scale = self.norm.scale(torch.maximum(self._largest, size))
+            error = self._read(self.stages.error(scale, self.norm))
+        self._size = size
+        return error, error <= 1.0
+
+    def _take(self, u1: Tensor, taken: Accepted, accepted: Array) -> None:
+        """Go on from the accepted steps, and tell of them."""
+        live, stages = self.live, self.stages
+        k = stages.end
+        ends = self.tape.step(stages, u1, taken)
+        if len(taken.rows) == len(u1):
+            self.u = u1
+            if self.adaptive:
+                self._largest = self._size
+            self.k = self.k if k is None else k
+        else:
+            mask = torch.from_numpy(accepted).to(u1.device).unsqueeze(1)
+            self.u = torch.where(mask, u1, self.u)
+            if self.adaptive:
+                self._largest = torch.where(mask, self._size, self._largest)
+            self.k = self.k if k is None else torch.where(mask, k, self.k)
+        # The field may jump at a stop: its value there belongs to the next step.
+        lands = taken.stop >= 0
+        stale = lands if k is not None else np.ones_like(lands)
+        if k is None and ends is not None:
+            at, values = ends
+            self.k = self.k.index_copy(0, torch.from_numpy(at).to(u1.device), values)
+            stale = np.where(np.isin(taken.places, at), lands, stale)
+        self._stale[taken.places] = stale
+        live.t = live.t.copy()
+        live.t[taken.places] = taken.end
+
+    def _retire(self, done: dict[ReturnCode, Array]) -> None:
+        """Take members out of the batch."""
+        live = self.live
+        leaving = np.zeros(len(live.rows), dtype=bool)
+        for code, which in done.items():
+            leaving |= which
+            for m in live.rows[which]:
+                self.codes[m] = code
+        rows = live.rows[leaving]
+        self.naccept[rows], self.nreject[rows] = live.naccept[leaving], live.nreject[leaving]
+        index = torch.from_numpy(np.flatnonzero(leaving)).to(self.u.device)
+        self.tape.leave(rows, self.u.index_select(0, index), self._failed(done))
+        staying = ~leaving
+        index = torch.from_numpy(np.flatnonzero(staying)).to(self.u.device)
+        self.live = live.keep(staying)
+        self.sizes.keep(staying)
+        self.stops.keep(staying)
+        self.norm.keep(index)
+        self._stale = self._stale[staying]
+        self.u, self.k = self.u.index_select(0, index), self.k.index_select(0, index)
+        self._largest = self._largest.index_select(0, index)
+        if len(self.live.rows):
+            self._renew()
+
+    def _failed(self, done: dict[ReturnCode, Array]) -> Attempts | None:
+        """The last attempts of the members that have failed."""
+        rows = [self.live.rows[x] for code, x in done.items() if not code.successful]
+        tried = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
+        tried = np.sort(tried[self.naccept[tried] + self.nreject[tried] > 0])
+        if not len(tried):
+            return None
+        last = self._last
+        places = np.searchsorted(last.rows, tried)
+        index = torch.from_numpy(places).to(self.u.device)
+        u, u1 = (x.detach().index_select(0, index) for x in (last.u, last.u1))
+        return Attempts(tried, last.t[places], last.h[places], u, u1, last.error[places])

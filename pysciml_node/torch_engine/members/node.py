@@ -1,0 +1,52 @@
+"""A batched solve as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.problems.modes import ordinary_modes
+from pysciml_node.steps.autograd import pulled
+
+# From starts, states, and the cotangents of saved and of step states to those of all inputs.
+Sweep = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor | None, ...]]
+
+
+class MembersNode(torch.autograd.Function):
+    """Gives the states that a batched solve has found; its backward is the sweep over all members.
+
+    The outputs are the states at `saveat`, `(M, T, N)` or `None`, and those at the ends of the
+    steps, `(P, N)`.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        sweep: Sweep,
+        found: tuple[Tensor | None, Tensor],
+        u0: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Tensor | None, Tensor]:
+        ctx.sweep, ctx.inputs = sweep, inputs
+        ctx.save_for_backward(u0, found[1])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        u0, states = ctx.saved_tensors
+
+        def pull(saved: Tensor | None, at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad(), ordinary_modes(u0.device):
+                gradients: tuple[Tensor | None, ...] = ctx.sweep(u0, states, saved, at_steps)
+            return gradients
+
+        return (None, None, *pulled(pull, (u0, *ctx.inputs), *cotangents))

@@ -1,0 +1,294 @@
+"""The discrete adjoint of many members: their accepted steps replayed backward, all at once.
+
+One sweep goes over the steps of all members: its first batch holds the last step of each, and
+members leave as their steps run out. A few steps of each member are replayed at once where the
+batch is small: steps do not depend on one another, given the states at their starts, and cotangents
+pass from one to the next by the steps' Jacobians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array
+from pysciml_node.replay.comparison import expect_reproduced
+from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.limits import StepLimits
+from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
+from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.stages import Method
+from pysciml_node.steps.field import Accumulator
+from pysciml_node.steps.inputs import Inputs
+from pysciml_node.torch_engine.members.tape import SavedPlaces
+
+# Steps of one member are replayed at once while their rows are fewer than this, and their Jacobians
+# have no more columns than that: measured, see benchmarks/members.py.
+_ROWS = 8192
+_COLUMNS = 4
+
+
+@dataclass
+class Replay:
+    """What a sweep needs of a solve that has run."""
+
+    method: Method
+    field: MembersField
+    options: MemberOptions
+    captured: Inputs
+    steps: MemberSteps
+    places: SavedPlaces | None
+
+
+@dataclass
+class _Inside:
+    """Saved states inside steps, ordered by how far from the end of its member each step is."""
+
+    depth: Array  # 1 for the last step
+    step: Array  # among all steps
+    theta: Array
+    cotangent: Array  # its row in the flat cotangents of saved states
+
+
+def members_sweep(
+    replay: Replay,
+    result: StackedMembers,
+    u0: Tensor,
+    states: Tensor,
+    saved: Tensor | None,
+    at_steps: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Pull all cotangents of a batched solve back to the starts and the field's inputs.
+
+    Args:
+        replay: the solve.
+        result: whose counts of evaluations and steps are added to.
+        u0: starts, `(M, N)`.
+        states: at the ends of the steps, `(P, N)`.
+        saved: cotangents of the saved states, `(M, T, N)`; `None` is zero.
+        at_steps: cotangents of `states`; `None` is zero.
+    """
+    field = replay.field
+    before = field.nfe.copy()
+    with replay.captured.sweep(replayed=True):
+        sweep = _Sweep(replay, u0, states, saved, at_steps)
+        start = sweep.run()
+        gradients = (start, *sweep.sums.sums)
+    evaluations = field.nfe - before
+    result.add("nfe_backward", evaluations)
+    result.add("nvjp", evaluations)
+    result.add("naccept_backward", sweep.counts)
+    return gradients
+
+
+class _Sweep:
+    """One backward sweep."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        u0: Tensor,
+        states: Tensor,
+        saved: Tensor | None,
+        at_steps: Tensor | None,
+    ) -> None:
+        self.replay, self.u0, self.states = replay, u0, states
+        self.sums = Accumulator(replay.captured.leaves)
+        self.limits = StepLimits(replay.options, replay.method.nodes.dtype)
+        self.saved = None if saved is None else saved.reshape(-1, saved.shape[2])
+        steps = replay.steps
+        arrives = np.zeros(len(steps.sizes), dtype=bool)
+        self.arriving = at_steps
+        if at_steps is not None:
+            arrives |= (at_steps != 0).any(1).cpu().numpy()
+        self.at_start: tuple[Array, Tensor] | None = None
+        self.inside = _Inside(*(np.empty(0, np.int64),) * 4)
+        if self.saved is not None and replay.places is not None:
+            arrives |= self._take_saved(replay.places, self.saved)
+        # The steps after the last cotangent that arrives have nothing to pull back.
+        member = np.repeat(np.arange(len(steps.counts)), steps.counts)
+        number = np.arange(len(arrives)) - steps.offsets[member]
+        self.counts = np.zeros(len(steps.counts), dtype=np.int64)
+        np.maximum.at(self.counts, member[arrives], number[arrives] + 1)
+        self.inside.depth = self.counts[member[self.inside.step]] - number[self.inside.step]
+        order = np.argsort(self.inside.depth, kind="stable")
+        for name in ("depth", "step", "theta", "cotangent"):
+            setattr(self.inside, name, getattr(self.inside, name)[order])
+        self._differences: list[Tensor] = []
+
+    def _take_saved(self, places: SavedPlaces, saved: Tensor) -> Array:
+        """Sort the cotangents of saved states by where they enter; says which steps have some."""
+        steps, times = self.replay.steps, len(saved) // len(self.u0)
+        row = places.row * times + places.time
+        step = steps.offsets[places.row] + places.step
+        within = ~np.isnan(places.theta)
+        self.inside = _Inside(step[within], step[within], places.theta[within], row[within])
+        ends = ~within & (places.step >= 0)
+        arrives = np.zeros(len(steps.sizes), dtype=bool)
+        arrives[step[within]] = True
+        arrives[step[ends]] = True
+        if ends.any():
+            total = torch.zeros_like(self.states) if self.arriving is None else self.arriving
+            at, index = (torch.from_numpy(x[ends]).to(saved.device) for x in (step, row))
+            self.arriving = total.index_add(0, at, saved.index_select(0, index))
+        starts = places.step < 0
+        if starts.any():
+            index = torch.from_numpy(row[starts]).to(saved.device)
+            self.at_start = places.row[starts], saved.index_select(0, index)
+        return arrives
+
+    def run(self) -> Tensor:
+        """The cotangents of the starts, `(M, N)`; those of the inputs are in `sums`."""
+        # Members with many steps come first, so that those under way are always the first ones.
+        order = np.argsort(-self.counts, kind="stable")
+        cotangent = torch.zeros_like(self.u0)
+        for depths in self._windows(self.counts[order]):
+            self._window(order, depths, cotangent)
+        self._expect_reproduced()
+        start = torch.empty_like(cotangent)
+        start[torch.from_numpy(order).to(start.device)] = cotangent
+        if self.at_start is not None:
+            rows, values = self.at_start
+            start.index_add_(0, torch.from_numpy(rows).to(start.device), values)
+        return start
+
+    def _windows(self, counts: Array) -> Iterator[list[tuple[int, int]]]:
+        """Depths that are replayed at once, each with the number of members that are under way."""
+        most = int(counts.max(initial=0))
+        live = np.searchsorted(-counts, -np.arange(1, most + 1), side="right")
+        several = self.u0.shape[1] <= _COLUMNS and not self.u0.is_complex()
+        window: list[tuple[int, int]] = []
+        rows = 0
+        for depth, count in enumerate(live.tolist(), start=1):
+            if window and (not several or rows + count > _ROWS):
+                yield window
+                window, rows = [], 0
+            window.append((depth, count))
+            rows += count
+        if window:
+            yield window
+
+    def _window(self, order: Array, depths: list[tuple[int, int]], cotangent: Tensor) -> None:
+        """Replay some steps of each member and pull the cotangent back through them, in place."""
+        steps = self.replay.steps
+        members = np.concatenate([order[:count] for _, count in depths])
+        depth = np.repeat([d for d, _ in depths], [count for _, count in depths])
+        number = self.counts[members] - depth
+        at = steps.offsets[members] + number
+        begin = torch.from_numpy(np.where(number > 0, at - 1, 0)).to(self.u0.device)
+        index = torch.from_numpy(at).to(self.u0.device)
+        u = self.states.index_select(0, begin)
+        first = np.flatnonzero(number == 0)
+        if len(first):
+            starts = torch.from_numpy(members[first]).to(u.device)
+            u.index_copy_(0, torch.from_numpy(first).to(u.device), self.u0.index_select(0, starts))
+        u = u.requires_grad_()
+        outputs, bars = self._replayed(u, members, at, depths)
+        u1 = outputs[0]
+        self._compare(u1.detach(), self.states.index_select(0, index), u.detach())
+        arriving = None if self.arriving is None else self.arriving.index_select(0, index)
+        leaves = self.replay.captured.leaves
+        if len(depths) == 1:
+            live = cotangent[: len(members)]
+            if arriving is not None:
+                live += arriving
+            bar, *others = self._pull(outputs, [u, *leaves], [live.clone(), *bars])
+            live.copy_(torch.zeros_like(live) if bar is None else bar)
+        else:
+            ends = self._chain(outputs, bars, u, depths, arriving, cotangent)
+            others = self._pull(outputs, leaves, [ends, *bars]) if leaves else []
+        self.sums.add(others)
+
+    def _replayed(
+        self, u: Tensor, members: Array, at: Array, depths: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The states at the ends of steps and inside them, and the cotangents of the latter."""
+        replay, inside, steps = self.replay, self.inside, self.replay.steps
+        first, last = (np.searchsorted(inside.depth, d) for d in (depths[0][0], depths[-1][0] + 1))
+        here = slice(int(first), int(last))
+        with torch.enable_grad():
+            field = replay.field
+            p = field.parameters(members)
+            stages = MemberStages(replay.method, field, members, p, u, recorded=True)
+            t, h = steps.starts[at], steps.sizes[at]
+            stages.begin(u, t, h, self.limits(members, t, h))
+            outputs = [stages.solution(with_error=False)]
+            if len(inside.step[here]):
+                place = np.empty(len(steps.sizes), dtype=np.int64)
+                place[at] = np.arange(len(at))
+                outputs.append(self._dense(stages, place[inside.step[here]], inside.theta[here]))
+        for output in outputs:
+            replay.captured.expect_known(output, u)
+        if len(outputs) == 1:
+            return outputs, []
+        assert self.saved is not None
+        rows = torch.from_numpy(inside.cotangent[here]).to(u.device)
+        return outputs, [self.saved.index_select(0, rows)]
+
+    @staticmethod
+    def _dense(stages: MemberStages, places: Array, theta: Array) -> Tensor:
+        """Dense output; the stages for it alone are evaluated where there is some."""
+        needed, which = np.unique(places, return_inverse=True)
+        part = stages if len(needed) == len(stages.rows) else stages.some(needed)
+        part.evaluate(stages.method.all_stages)
+        return part.dense(places if part is stages else which, theta)
+
+    @staticmethod
+    def _pull(
+        outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
+    ) -> list[Tensor | None]:
+        # Parts of the graph may be the caller's own (a captured tensor that is no leaf).
+        return list(
+            torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
+        )
+
+    def _chain(
+        self,
+        outputs: list[Tensor],
+        bars: list[Tensor],
+        u: Tensor,
+        depths: list[tuple[int, int]],
+        arriving: Tensor | None,
+        cotangent: Tensor,
+    ) -> Tensor:
+        """Pass the cotangent from step to step; returns those of the ends of all of them."""
+        u1 = outputs[0]
+        rows = []
+        for i in range(u.shape[1]):
+            unit = torch.zeros_like(u1)
+            unit[:, i] = 1
+            (row,) = torch.autograd.grad(u1, u, unit, retain_graph=True)
+            rows.append(row)
+        jacobians = torch.stack(rows, dim=1)  # (R, N, N)
+        more = None
+        if bars:
+            (more,) = torch.autograd.grad(outputs[1:], u, bars, retain_graph=True)
+        ends = torch.empty_like(u1)
+        place = 0
+        for _, count in depths:
+            here = slice(place, place + count)
+            live = cotangent[:count]
+            if arriving is not None:
+                live += arriving[here]
+            ends[here] = live
+            back = torch.bmm(live.unsqueeze(1), jacobians[here]).squeeze(1)
+            live.copy_(back if more is None else back + more[here])
+            place += count
+        return ends
+
+    def _compare(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
+        """Remember how far replayed steps end from where they ended."""
+        size = torch.maximum(recorded.abs().amax(1), start.abs().amax(1))
+        rounding = torch.finfo(size.dtype).eps ** 0.5
+        off = (again - recorded).abs().amax(1) / size.clamp_min(rounding)
+        self._differences.append(torch.nan_to_num(off, nan=0.0).max())
+
+    def _expect_reproduced(self) -> None:
+        if self._differences:
+            worst = torch.stack(self._differences).max()
+            expect_reproduced(worst, self.replay.captured.suspects)

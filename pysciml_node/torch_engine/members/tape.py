@@ -1,0 +1,253 @@
+"""What the loop over members leaves: their accepted steps, and their states at requested times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array
+from pysciml_node.replay.members.stacked import MemberSteps
+from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.steps.step import Attempt
+
+# States of steps that nobody has asked for are kept up to this many bytes.
+_MOST_KEPT = 2**25
+
+
+class Accepted(NamedTuple):
+    """Steps that some members have taken at once, `(A,)` each."""
+
+    rows: Array  # which members
+    places: Array  # where they stand in the batch
+    t: Array
+    h: Array
+    end: Array
+    error: Array
+    stop: Array  # which stop they end on, or -1
+    number: Array  # which step of its member each is
+
+
+class Attempts(NamedTuple):
+    """The last attempts of some members, kept to explain a failure."""
+
+    rows: Array  # (L,), increasing
+    t: Array  # (L,)
+    h: Array  # (L,)
+    u: Tensor  # (L, N)
+    u1: Tensor  # (L, N)
+    error: Array  # (L,)
+
+
+@dataclass
+class SavedPlaces:
+    """Where the saved states lie: as many entries as there are of these.
+
+    Attributes:
+        row: the member.
+        step: which of its steps it lies in, or ends; -1 is the start.
+        time: which of its times it is.
+        theta: where in the step, between 0 and 1; NaN at its end.
+    """
+
+    row: Array
+    step: Array
+    time: Array
+    theta: Array
+
+    def where(self, kept: Array) -> SavedPlaces:
+        """Some of them."""
+        return SavedPlaces(self.row[kept], self.step[kept], self.time[kept], self.theta[kept])
+
+
+class Tape:
+    """Collects the accepted steps, and the states at the times that they pass over.
+
+    Args:
+        options: say which times.
+        u0: initial states, `(M, N)`.
+        recording: whether gradients may be taken; else the states of the steps are let go where
+            other times are asked for and they take more than `_MOST_KEPT` bytes.
+
+    Attributes:
+        thinned: whether only the last state of each member is kept.
+        failures: the last attempts of members that have failed, by member.
+    """
+
+    def __init__(self, options: MemberOptions, u0: Tensor, recording: bool) -> None:
+        t0, t1 = options.spans
+        self.u0, self.count = u0, len(t0)
+        self.thinned = False
+        self.failures: dict[int, Attempt] = {}
+        self._steps: list[Accepted] = []
+        self._states: list[Tensor] = []
+        self._finals: list[tuple[Array, Tensor]] = []
+        self._size = options.times
+        self._spare = self._size is not None and not recording
+        self._bytes = 0
+        self._places: list[SavedPlaces] = []
+        self._values: list[Tensor] = []
+        self._passed = np.zeros(self.count, dtype=np.int64)
+        if self._size is None:
+            return
+        times = np.array([options.common.saveat]) if options.saveat is None else options.saveat
+        self._sign = np.sign(t1 - t0)
+        # One row for each member, or one for all; an infinite time follows the last.
+        shared = options.saveat is None and bool((self._sign == self._sign[0]).all())
+        signs = self._sign[:1, None] if shared else self._sign[:, None]
+        beyond = np.full((len(signs), 1), np.inf)
+        self._times = np.concatenate((times * signs, beyond), axis=1)
+        self._row_of = np.zeros(self.count, dtype=np.int64) if shared else np.arange(self.count)
+        every = np.arange(self.count)
+        self._save_ends(every, np.full(self.count, -1), every, t0, u0)
+
+    def step(
+        self, stages: MemberStages, u1: Tensor, taken: Accepted
+    ) -> tuple[Array, Tensor] | None:
+        """Take in the steps that some members have taken.
+
+        Args:
+            stages: of the step.
+            u1: the states at its end, of all members in the batch, `(L, N)`.
+            taken: the accepted ones.
+
+        Returns:
+            Places in the batch for which `f(t + h, u1)` was evaluated on the way, and these.
+        """
+        self._steps.append(taken)
+        every = len(taken.rows) == len(u1)
+        chosen = u1
+        if not every:
+            chosen = u1.index_select(0, torch.from_numpy(taken.places).to(u1.device))
+        if not self.thinned:
+            self._states.append(chosen)
+            self._bytes += chosen.nbytes
+            if self._spare and self._bytes > _MOST_KEPT:
+                self._states, self.thinned = [], True
+        if self._size is None:
+            return None
+        ends = self._save_inside(stages, taken)
+        self._save_ends(taken.rows, taken.number, np.arange(len(chosen)), taken.end, chosen)
+        return ends
+
+    def leave(self, rows: Array, u: Tensor, failed: Attempts | None) -> None:
+        """Members leave the batch.
+
+        Args:
+            rows: which.
+            u: their states, `(R, N)`.
+            failed: the last attempts of those that have failed, if any.
+        """
+        if self._spare:
+            self._finals.append((rows, u))
+        if failed is not None:
+            for i, m in enumerate(failed.rows.tolist()):
+                t, h, error = (float(x[i]) for x in (failed.t, failed.h, failed.error))
+                self.failures[m] = Attempt(t, h, failed.u[i], failed.u1[i], error)
+
+    def _save_inside(self, stages: MemberStages, taken: Accepted) -> tuple[Array, Tensor] | None:
+        """States at times that lie inside the steps."""
+        sign, rows = self._sign[taken.rows], taken.rows
+        row, end = self._row_of[rows], taken.end * sign
+        first = self._passed[rows]
+        last = first.copy()
+        while (passing := self._times[row, last] < end).any():
+            last += passing
+        counts = last - first
+        inside = np.flatnonzero(counts)
+        if not len(inside):
+            return None
+        self._passed[rows] = last
+        several = counts[inside]
+        of = np.repeat(inside, several)
+        within = np.arange(len(of)) - np.repeat(np.cumsum(several) - several, several)
+        time = first[of] + within
+        theta = (self._times[row[of], time] * sign[of] - taken.t[of]) / taken.h[of]
+        common, places = stages.count, taken.places[inside]
+        all_stages = stages.method.all_stages
+        part, at = stages, np.repeat(places, several)
+        if common < all_stages and len(places) < len(stages.rows):
+            part, at = stages.some(places), np.repeat(np.arange(len(places)), several)
+        part.evaluate(all_stages)
+        self._keep(rows[of], taken.number[of], time, theta, part.dense(at, theta))
+        end_stage = stages.method.end_stage
+        if end_stage is None or end_stage < common or part.end is None:
+            return None
+        return places, part.end
+
+    def _save_ends(self, rows: Array, index: Array, places: Array, end: Array, u1: Tensor) -> None:
+        """States at times at which the steps end."""
+        row, end = self._row_of[rows], end * self._sign[rows]
+        while (there := self._times[row, self._passed[rows]] == end).any():
+            found = np.flatnonzero(there)
+            chosen = u1.index_select(0, torch.from_numpy(places[found]).to(u1.device))
+            time = self._passed[rows[found]].copy()
+            theta = np.full(len(found), np.nan)
+            self._keep(rows[found], index[found], time, theta, chosen)
+            self._passed[rows[found]] += 1
+
+    def _keep(self, row: Array, step: Array, time: Array, theta: Array, values: Tensor) -> None:
+        self._places.append(SavedPlaces(row, step, time, theta))
+        self._values.append(values)
+
+    # What has been collected.
+
+    def steps(self, kept: Array | None = None) -> tuple[MemberSteps, Tensor]:
+        """The steps, member after member, and the states at their ends `(P, N)`.
+
+        Args:
+            kept: how many steps of each member; default all.
+        """
+        names = ("rows", "t", "h", "end", "error", "stop", "number")
+        columns = {
+            name: np.concatenate([np.empty(0, np.int64), *(getattr(x, name) for x in self._steps)])
+            for name in names
+        }
+        order = np.argsort(columns["rows"], kind="stable")
+        if kept is not None:
+            rows = columns["rows"][order]
+            order = order[columns["number"][order] < kept[rows]]
+        columns = {name: column[order] for name, column in columns.items()}
+        counts = np.bincount(columns["rows"].astype(np.int64), minlength=self.count)
+        found = MemberSteps(
+            offsets=np.concatenate(([0], np.cumsum(counts))),
+            starts=columns["t"],
+            sizes=columns["h"],
+            ends=columns["end"],
+            errors=columns["error"],
+            stops=columns["stop"].astype(np.int64),
+        )
+        if self.thinned:
+            rows = np.concatenate([rows for rows, _ in self._finals])
+            finals = torch.cat([u for _, u in self._finals])
+            return found, finals[torch.from_numpy(np.argsort(rows)).to(finals.device)]
+        if not self._states:
+            return found, self.u0.new_empty((0, self.u0.shape[1]))
+        index = torch.from_numpy(order).to(self.u0.device)
+        return found, torch.cat(self._states).index_select(0, index)
+
+    def saved(self, kept: Array | None = None) -> tuple[SavedPlaces, Tensor] | None:
+        """Where the saved states lie, and these themselves, `(M, T, N)`; NaN where there are none.
+
+        Args:
+            kept: how many steps of each member count; default all.
+        """
+        if self._size is None:
+            return None
+        nothing = np.empty(0, dtype=np.int64)
+        every = [SavedPlaces(nothing, nothing, nothing, np.empty(0)), *self._places]
+        columns = zip(*((p.row, p.step, p.time, p.theta) for p in every), strict=True)
+        places = SavedPlaces(*(np.concatenate(column) for column in columns))
+        values = torch.cat([self.u0[:0], *self._values])
+        if kept is not None:
+            good = places.step < kept[places.row]
+            places = places.where(good)
+            values = values[torch.from_numpy(np.flatnonzero(good)).to(values.device)]
+        empty = values.new_full((self.count * self._size, values.shape[1]), torch.nan)
+        at = torch.from_numpy(places.row * self._size + places.time).to(values.device)
+        filled = empty.index_copy(0, at, values)
+        return places, filled.view(self.count, self._size, -1)
