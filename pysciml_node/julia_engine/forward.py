@@ -1,4 +1,4 @@
-"""Runs a forward solve in Julia and brings back what the rest of the package works with."""
+"""Forward solves in Julia, and their results in the form that the rest of the package uses."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Observer = Callable[[float, float], bool]
 
 @dataclass
 class Forward:
-    """What a forward solve brings back.
+    """The result of a forward solve.
 
     Attributes:
         record: the accepted steps.
         states: the states at their ends, flat, `u0` first.
         saved: the states at `saveat`, `(saved, N)`.
         nfe: evaluations of the field.
-        solution: SciML's own solution, for its adjoints and dense output; where it was asked for.
+        solution: SciML's solution, for its adjoints and dense output, where it was asked for.
     """
 
     record: Record
@@ -67,12 +67,12 @@ def run(
     """Solve forward.
 
     Args:
-        problem: what to solve.
+        problem: the problem to solve.
         options: of the solve.
-        plan: the same for Julia.
-        field: its right-hand side.
+        plan: the options in Julia.
+        field: the right-hand side.
         u0: flat initial state `(N,)`.
-        parameters: the field's, flat.
+        parameters: of the field, flat.
         keep_solution: whether SciML's solution is kept.
         observer: called with the ends of each accepted step; ends the solve by returning `True`.
     """
@@ -110,7 +110,7 @@ def run(
 
 
 def real_mass(problem: ODEProblem, device: torch.device) -> Tensor | None:
-    """The mass matrix as Julia sees it: of a complex state it acts on real and imaginary parts."""
+    """The mass matrix as Julia sees it; for a complex state it acts on real and imaginary parts."""
     if problem.mass_matrix is None:
         return None
     mass = problem.mass_matrix.detach().to(device, problem.spec.real_dtype)
@@ -128,10 +128,10 @@ def collect(
     saved: Tensor,
     report: Sequence[int],
 ) -> Forward:
-    """Bring back what a solve left in Julia.
+    """Fetch the result of a solve from Julia.
 
     Args:
-        problem: what was solved.
+        problem: the problem that was solved.
         options: of the solve.
         handle: of the record in Julia.
         keep_solution: whether SciML's solution, and so the record, stays there.

@@ -1,4 +1,4 @@
-"""How a solve is run, told to Julia once and then named by a handle."""
+"""Plans of solves: Julia gets each once, and knows it by a handle from then on."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ _PACKAGES = {
     "Vern9": _VERNER,
 }
 FIXED_ONLY = {"Euler": "Tsit5()", "EM": "LambaEM()"}
-"""Methods that have no error estimate in SciML, and what to take instead."""
+"""Methods that have no error estimate in SciML, and replacements for them."""
 
 _LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
 
 _plans: Recent[tuple[Any, ...], Handle] = Recent(256)
-# With the coefficients themselves: as long as they live, no others have their identity.
+# The coefficients are kept too: as long as they live, no others can have their identity.
 _tableaus: Recent[int, tuple[object, Handle]] = Recent(256)
 
 
 def expression_of(algorithm: Algorithm, keep_solution: bool) -> tuple[str, tuple[str, ...]]:
-    """How Julia makes an algorithm, and the packages with the names for it.
+    """The Julia expression of an algorithm, and the packages that export its names.
 
-    Verner's methods evaluate the stages of dense output when it is asked for, which the adjoints of
-    SciMLSensitivity do not do: where the solution is kept they are evaluated at once.
+    Verner's methods evaluate the stages of dense output on demand, which the adjoints of
+    SciMLSensitivity do not do. So they are evaluated at once where the solution is kept.
     """
     if isinstance(algorithm, SciMLAlgorithm):
         expression, packages = algorithm.expression, algorithm.packages
@@ -85,8 +85,8 @@ class _Solver:
 
     Args:
         expression: Julia code.
-        packages: with the names for it, loaded beforehand.
-        error_order: of its embedded solution, where Python knows it.
+        packages: export its names, and are loaded beforehand.
+        error_order: order of its embedded solution, where Python knows it.
         first_factor: whether the first step may grow by more than the others.
     """
 
@@ -109,7 +109,7 @@ def _stochastic_solver(
     name = type(algorithm).__name__
     expression, packages = f"{name}()", ["StochasticDiffEq"]
     if isinstance(algorithm, EM):
-        # Their default is the split step, another method.
+        # SciML's default is the split step, which is another method.
         expression = f"{name}(false)"
     elif isinstance(algorithm, EulerHeun) and adaptive:
         expression = "LambaEulerHeun()"
@@ -121,7 +121,7 @@ def _stochastic_solver(
 
 
 def _controller(controller: Controller, solver: _Solver) -> dict[str, Any] | None:
-    """Name and coefficients, those that follow from the method's order filled in."""
+    """Name and coefficients, including those that follow from the method's order."""
     if not isinstance(controller, IController | PIController | PIDController):
         return None
     options = dataclasses.asdict(controller)
@@ -151,7 +151,7 @@ def plan(
         size: length of the flat state.
         keep_solution: whether the solve keeps SciML's solution.
     """
-    return _made_once(_solver_of(algorithm, keep_solution), options, dtype, size)
+    return _plan_once(_solver_of(algorithm, keep_solution), options, dtype, size)
 
 
 def stochastic_plan(
@@ -160,24 +160,24 @@ def stochastic_plan(
     """The handle of a plan for a stochastic equation, made once for equal descriptions.
 
     Args:
-        problem: what is solved.
+        problem: the problem to solve.
         algorithm: of this engine.
         options: of the solve.
     """
     solver = _stochastic_solver(algorithm, problem, options.controller.adaptive)
-    return _made_once(solver, options, problem.spec.dtype, sum(problem.spec.sizes))
+    return _plan_once(solver, options, problem.spec.dtype, sum(problem.spec.sizes))
 
 
-def _made_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
+def _plan_once(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
     tolerances = options.tolerances
     if isinstance(tolerances.rtol, Tensor) or isinstance(tolerances.atol, Tensor):
         return _make(solver, options, dtype, size)
     limits = (options.dtmin, options.dtmax, options.max_steps)
     key = (solver, options.controller, tolerances, *limits, dtype)
-    made = _plans.get(key)
-    if made is None:
-        made = _plans[key] = _make(solver, options, dtype, size)
-    return made
+    handle = _plans.get(key)
+    if handle is None:
+        handle = _plans[key] = _make(solver, options, dtype, size)
+    return handle
 
 
 def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int) -> Handle:
@@ -237,9 +237,9 @@ def tableau(method: Tableau) -> Handle:
         "fsal": method.fsal,
         "weights": extra.weights,
     }
-    made = Handle(enter("make_tableau", json=json.dumps(description)))
-    _tableaus[id(method)] = (method, made)
-    return made
+    handle = Handle(enter("make_tableau", json=json.dumps(description)))
+    _tableaus[id(method)] = (method, handle)
+    return handle
 
 
 def stochastic_method(method: SDEMethod) -> Handle:
@@ -260,6 +260,6 @@ def stochastic_method(method: SDEMethod) -> Handle:
         "alpha": method.tableau.alpha[:count],
         "beta": [(kind, weights[:count]) for kind, weights in method.tableau.beta],
     }
-    made = Handle(enter("make_sde_method", json=json.dumps(description)))
-    _tableaus[id(method.tableau)] = (method.tableau, made)
-    return made
+    handle = Handle(enter("make_sde_method", json=json.dumps(description)))
+    _tableaus[id(method.tableau)] = (method.tableau, handle)
+    return handle

@@ -143,7 +143,7 @@ class JuliaSteps(Steps):
         marks = doubles((problem.t0, *options.tstops, problem.t1))
         start = self.u.detach().to(device)
         parameters = [field.parameters().to(device) for field in (self.drift, self.diffusion)]
-        made: Handle = enter(
+        handle: Handle = enter(
             "start_sde!",
             drift=self.drift.handle,
             diffusion=self.diffusion.handle,
@@ -170,7 +170,7 @@ class JuliaSteps(Steps):
             wrap=Handle,
             release=False,
         )
-        return made
+        return handle
 
 
 def fields_of(fields: Fields, gradients: bool) -> tuple[Field, Field]:
@@ -275,7 +275,12 @@ class JuliaPullback(Pullback):
 
     @override
     def __call__(
-        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+        self,
+        t: float,
+        start: Tensor,
+        motion: Increment,
+        upon: Tensor,
+        recorded: Tensor | None = None,
     ) -> Tensor:
         self._noise.write(motion)
         u = start.detach().contiguous()
@@ -295,9 +300,9 @@ class JuliaPullback(Pullback):
 
     @override
     def inputs(self) -> list[Tensor | None]:
-        found: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
         for field, total in zip(self._fields, self._sums, strict=True):
             for x, part in zip(field.inputs, field.split(total), strict=True):
                 if part is not None:
-                    found[id(x)] = found[id(x)] + part if id(x) in found else part
-        return [found.get(id(x)) for x in self._inputs]
+                    gradients[id(x)] = gradients[id(x)] + part if id(x) in gradients else part
+        return [gradients.get(id(x)) for x in self._inputs]

@@ -114,16 +114,16 @@ def _dense_outputs(
 
 
 def _complete_times(gradients: Gradients, backward: BackwardPass, bars: Tensor) -> None:
-    """Put in the gradients of times: `bars` are those of starts, sizes and places of outputs."""
+    """Add the gradients of times; `bars` holds those of starts, sizes and places of outputs."""
     record = backward.record
     count = len(record.sizes)
     t_bars, h_bars, places = bars[:count], bars[count : 2 * count], bars[2 * count :]
     times = TimeCotangents(record, backward.saved_count, bars.new_zeros(()))
     first = len(places)
     for n in reversed(range(count)):
-        here = len(record.inside[n][0]) if len(places) and n in record.inside else 0
-        first -= here
-        times.step(n, t_bars[n], h_bars[n], places[first : first + here] if here else None)
+        inside = len(record.inside[n][0]) if len(places) and n in record.inside else 0
+        first -= inside
+        times.step(n, t_bars[n], h_bars[n], places[first : first + inside] if inside else None)
     times.put_into(gradients)
 
 
@@ -149,7 +149,7 @@ class KeptSolution:
 
 
 def continuous_sweep(solve: KeptSolution, backward: BackwardPass, stats: Stats) -> Gradients:
-    """A continuous adjoint along the solution that was kept.
+    """A continuous adjoint along the kept solution.
 
     Args:
         solve: the solve.
@@ -251,7 +251,7 @@ def _times_along(
     entries: list[Entry],
     rates: dict[float | None, Tensor],
 ) -> None:
-    """Put in the gradients of times: a cotangent along the solution's slope.
+    """Add the gradients of times: products of a cotangent and the solution's slope.
 
     Args:
         gradients: of the sweep, without the cotangents that enter at the start; changed in place.

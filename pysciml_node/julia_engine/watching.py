@@ -1,4 +1,4 @@
-"""What looks at each accepted step of a solve in Julia: events and the progress bar."""
+"""Watchers of the accepted steps of a solve in Julia: events and the progress bar."""
 
 from __future__ import annotations
 

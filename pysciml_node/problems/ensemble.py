@@ -32,16 +32,17 @@ class OfOne:
 
     Args:
         function: takes `t` of shape `(M, 1, ...)` and states `(M, ...)`.
-        own: whether the members have parameters of their own.
+        own_p: whether the members have parameters of their own.
     """
 
     function: Callable[..., Any]
-    own: bool
+    own_p: bool
 
     def __call__(self, t: Tensor, u: Tensor, *p: Any) -> Any:
         """The derivative of one state."""
-        given = [map_tensors(lambda x: x.unsqueeze(0), each) if self.own else each for each in p]
-        out = self.function(t.reshape((1,) * (u.ndim + 1)), u.unsqueeze(0), *given)
+        if self.own_p:
+            p = tuple(map_tensors(lambda x: x.unsqueeze(0), extra) for extra in p)
+        out = self.function(t.reshape((1,) * (u.ndim + 1)), u.unsqueeze(0), *p)
         return out.squeeze(0) if isinstance(out, Tensor) and out.ndim else out
 
 

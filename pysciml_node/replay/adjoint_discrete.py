@@ -102,16 +102,16 @@ class _StepPullback:
         b = (*self.method.tableau.b, *([0.0] * (count - self.method.stages)))
         columns = [] if outputs is None else outputs.real.T.tolist()
         rows = self.method.host_rows
-        found: list[Row] = [
+        combined: list[Row] = [
             (b[i], *(columns[i] if columns else ()), *(rows[j][i] for j in range(count - 1, i, -1)))
             for i in range(count)
         ]
-        longest = len(found[0]) + 1
-        found.append((1.0,) * longest)
+        longest = len(combined[0]) + 1
+        combined.append((1.0,) * longest)
         # One tensor for all: making tensors costs more than these sums.
-        padded = [(*row, *(0.0,) * (longest - len(row))) for row in found]
+        padded = [(*row, *(0.0,) * (longest - len(row))) for row in combined]
         tensors = torch.tensor(padded, dtype=torch.float64).to(self.method.b.tensor)
-        weights = [Weights(row, tensors[i, : len(row)]) for i, row in enumerate(found)]
+        weights = [Weights(row, tensors[i, : len(row)]) for i, row in enumerate(combined)]
         if outputs is None:
             self._plain[count] = weights
         return weights

@@ -1,4 +1,4 @@
-"""Whether a replay finds what the solve has found."""
+"""The comparison of replayed steps with those of the solve."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pysciml_node.steps.inputs import changed_message
 class Comparison:
     """The largest difference between replayed steps and those of the solve.
 
-    It stays where the states are, and is read once. The bound is the square root of the precision,
-    relative to the state: kernels may round differently with gradients, and a field that has
-    changed differs by more.
+    It stays on the states' device, and is read once. The bound is the square root of the precision,
+    relative to the state. Kernels may round differently with gradients; a field that has changed
+    differs by more.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Comparison:
 
         Args:
             again: the state at its end, replayed.
-            recorded: the same as the solve found it.
+            recorded: the state at its end in the solve.
             start: the state at its start, which is the end of the step that comes next.
         """
         self._differences.append(torch.dist(again, recorded, math.inf))
@@ -37,10 +37,10 @@ class Comparison:
         self._start = start
 
     def expect_equal(self, suspects: Sequence[str]) -> None:
-        """Look at what has been compared.
+        """Read the comparison.
 
         Args:
-            suspects: names of what is known to have been changed in place.
+            suspects: names of constants that are known to have been changed in place.
 
         Raises:
             RuntimeError: a step was not reproduced.

@@ -65,13 +65,13 @@ def linearize(
         attached = recorded and u.requires_grad
         state = u if attached else u.detach().clone().requires_grad_()
         time = t if recorded and t.requires_grad else t.detach().clone().requires_grad_(with_time)
-        here = field(time, state)
+        rate = field(time, state)
         if value is None:
-            value = here if recorded else here.detach()
-        if not here.requires_grad:
+            value = rate if recorded else rate.detach()
+        if not rate.requires_grad:
             return Linearization(value, u.new_zeros((u.numel(), u.numel())), None)
-        jacobian = _jacobian(here, state, recorded and differentiable)
-        slope = _time_derivative(here, time, recorded and differentiable) if with_time else None
+        jacobian = _jacobian(rate, state, recorded and differentiable)
+        slope = _time_derivative(rate, time, recorded and differentiable) if with_time else None
     return Linearization(value, jacobian, slope)
 
 

@@ -1,8 +1,9 @@
-"""What is read off every accepted step, as one node of the autograd graph.
+"""Measurements of every accepted step, as one node of the autograd graph.
 
-All that outlives a step is written to memory taken before the first one. With a checkpoint a step
-the graph is as small, but what it leaves alive lies scattered among the large vectors that each
-step frees, and the next step's do not fit between: the heap grew by 8 states a step.
+Everything that outlives a step is written to memory taken before the first step. A checkpoint for
+each step would make the graph as small. But its tensors would lie scattered among the large vectors
+that each step frees, and the next step's vectors would not fit between them: the heap grew by 8
+states a step.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ Measure = Callable[[int, Tensor], tuple[Tensor, ...]]
 
 
 def measure_steps(measure: Measure, states: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
-    """Measure each step from its own start, and once more in backward, one step at a time.
+    """Measure each step from its start, and once more in backward, one step at a time.
 
     Args:
-        measure: what is read off a step; called without gradients, and with them in backward.
+        measure: gives the numbers of a step; called without gradients, and with them in backward.
         states: at the starts of the steps, each `(N,)`.
-        surroundings: what `measure` can reach, as it is to see it.
+        surroundings: the objects that `measure` can reach, as it shall see them.
 
     Returns:
-        What was measured, a row for each step.
+        The numbers, a row for each step.
 
     Raises:
-        RuntimeError: in backward, when a second derivative is asked for, when a step depends on
-            a tensor that could not be found before.
+        RuntimeError: in backward, if a second derivative is asked for, or a step depends on a
+            tensor that was not found before.
     """
 
     def evaluate() -> tuple[tuple[Tensor], tuple[Tensor]]:

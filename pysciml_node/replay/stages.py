@@ -49,7 +49,7 @@ class Method:
         """The method, built once for each dtype and device."""
         key = (id(tableau), dtype, device)
         if key not in cls._known:
-            # Kept for later: not as tensors of inference mode.
+            # These outlive the call, so they must not be tensors of inference mode.
             with torch.inference_mode(False):
                 cls._known[key] = cls(tableau, dtype, device)
         return cls._known[key]
@@ -138,7 +138,7 @@ class Stages:
         return low, high
 
     def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
-        """Start a step whose first stage is not known yet; returns it."""
+        """Start a step whose first stage is not known yet, and return that stage."""
         k1 = self.field(self.times(t, h)[0], u)
         self.begin(k1)
         return k1
@@ -153,7 +153,7 @@ class Stages:
         return self.vectors.combine(u, h, self.method.rows[i]) if i else u
 
     def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
-        """Evaluate the stages that are missing up to `upto`; returns the last one's argument."""
+        """Evaluate the missing stages up to `upto`; return the argument of the last."""
         if self.count >= upto:
             return None
         times = self.times(t, h)

@@ -189,13 +189,13 @@ class TorchTrajectory(Recorded):
         """Stiffness estimate of each accepted step, `(n,)`."""
         with torch.no_grad(), self._as_seen() as check:
             stages, field = self._stages(self.method)
-            found = []
+            estimates = []
             for n, h in enumerate(self.record.sizes):
                 check(n)
                 stages.count = 0
-                found.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
+                estimates.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
         self.stats.nfe += field.nfe
-        return torch.stack(found) if found else self.method.nodes.new_empty(0)
+        return torch.stack(estimates) if estimates else self.method.nodes.new_empty(0)
 
     def estimate(
         self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
@@ -236,9 +236,9 @@ class TorchTrajectory(Recorded):
             else:
                 h = min(dt, abs(span)) * self.problem.direction
         stages.begin(k)
-        found = self._measure(stages, norm, t, h, u)
+        estimate = self._measure(stages, norm, t, h, u)
         self.stats.nfe += field.nfe
-        return found
+        return estimate
 
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable with respect to all.
@@ -256,22 +256,22 @@ class TorchTrajectory(Recorded):
         starts = self.every_state[: len(sizes)]
         if not torch.is_grad_enabled():
             with self._as_seen() as check:
-                found = []
+                estimates = []
                 for n, u in enumerate(starts):
                     check(n)
-                    found.append(self._replay(n, u))
+                    estimates.append(self._replay(n, u))
         elif isinstance(self.options.adjoint, DirectAdjoint):
-            found = [
+            estimates = [
                 checkpoint(self._replay_as_seen, n, u, use_reentrant=False)
                 for n, u in enumerate(starts)
             ]
         else:
             assert self.surroundings is not None
             rows = measure_steps(self._replay, starts, self.surroundings)
-            found = [(error, stiffness) for error, stiffness in rows]
+            estimates = [(error, stiffness) for error, stiffness in rows]
         return [
             StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
-            for h, (error, stiffness) in zip(sizes, found, strict=True)
+            for h, (error, stiffness) in zip(sizes, estimates, strict=True)
         ]
 
     def _replay_as_seen(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,9 +282,9 @@ class TorchTrajectory(Recorded):
         """Error and stiffness of an accepted step from the state at its start."""
         stages, field = self._stages(self.method)
         norm = ErrorNorm(self.options.tolerances)
-        found = self._measure(stages, norm, self.record.times[n], self.record.sizes[n], u)
+        estimate = self._measure(stages, norm, self.record.times[n], self.record.sizes[n], u)
         self.stats.nfe += field.nfe
-        return found.error, found.stiffness
+        return estimate.error, estimate.stiffness
 
     @staticmethod
     def _measure(stages: Stages, norm: ErrorNorm, t: float, h: float, u: Tensor) -> StepEstimate:

@@ -1,9 +1,11 @@
-"""A few long vectors and their linear combinations: all the linear algebra a solver does.
+"""A few long vectors and their linear combinations: all the linear algebra of a solver.
 
-Three ways to hold them, chosen by what is cheapest: `StackedVectors` copies them into one matrix,
-so that a combination is a single fused call (short vectors, and other devices); `BlockedVectors`
-keeps references and works through blocks that fit a core's cache, without copies (long vectors on a
-CPU, where memory bandwidth is all that counts); `RecordedVectors` is what autograd can follow.
+There are three ways to hold them, and the cheapest is taken. `StackedVectors` copies them into one
+matrix, so a combination is a single fused call: for short vectors, and on other devices.
+`BlockedVectors` keeps references and works through blocks that fit a core's cache, without copies:
+for long vectors on a CPU, where memory bandwidth decides. `RecordedVectors` keeps autograd's graph.
+
+A vector is flat, `(N,)`.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pysciml_node.steps.norms import ErrorNorm
 
 Real = float | Tensor
 
-# Entries above which blocks beat the copies into one matrix, and the size of a block (about): the
-# blocks of a few vectors fit a core's cache.
+# Above `_LONG` entries blocks beat the copies into one matrix. Blocks have about `_BLOCK` entries:
+# those of a few vectors fit a core's cache.
 _LONG = 32_768
 _BLOCK = 50_000
 
@@ -32,9 +34,9 @@ _BLOCK = 50_000
 def _settle_heap() -> None:
     """Make the C library keep freed vectors, once for the process.
 
-    glibc returns large freed blocks to the system and pages them in anew, zeroed, at each use: half
-    the time of a step with long states. Freeing one block raises its threshold to that block's size
-    (32 MB at most), for good; where there is another allocator it costs microseconds.
+    glibc returns large freed blocks to the system and pages them in anew, zeroed, at each use. That
+    takes half the time of a step with long states. Freeing one block raises glibc's threshold to
+    that block's size (32 MB at most), for good. With another allocator it costs microseconds.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -53,7 +55,7 @@ class Weights:
 
 
 def _storage_uses(vector: Tensor) -> int | None:
-    """How many tensors share a vector's memory (in torch's count); `None` where it cannot tell."""
+    """Torch's count of the tensors that share a vector's memory; `None` where it has none."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return None if count is None else int(count(vector.untyped_storage()._cdata))
 
@@ -63,7 +65,7 @@ class Vectors(ABC):
 
     @abstractmethod
     def put(self, i: int, vector: Tensor) -> None:
-        """Store vector `i`; those after it are forgotten."""
+        """Store vector `i`, and forget the vectors after it."""
 
     @abstractmethod
     def get(self, i: int) -> Tensor:
@@ -82,7 +84,7 @@ class Vectors(ABC):
         return norm.raw(self.combine(None, 1.0, weights), norm.scale(u, u1))
 
     def recycle(self, vector: Tensor) -> None:  # noqa: B027 - most holders have no use for it
-        """Told that the caller is done with a vector that `combine` has made."""
+        """Take back a vector that `combine` has made and the caller no longer needs."""
 
 
 class StackedVectors(Vectors):
@@ -169,7 +171,7 @@ class BlockedVectors(Vectors):
         (i, w), *rest = terms
         starts = self._base_blocks(base)
         blocks = torch.split(out, self._size)
-        # From the end: the last vector's last blocks were written last, and are in the cache.
+        # Go from the end: the last blocks of the last vector are still in the cache.
         for n in reversed(range(len(blocks))):
             block = blocks[n]
             if starts is None:
@@ -189,7 +191,7 @@ class BlockedVectors(Vectors):
 
     @override
     def recycle(self, vector: Tensor) -> None:
-        # Only if nobody has kept it, or a view of it: not the field, not its output.
+        # Only if neither the field nor its output has kept it, or a view of it.
         if self._uses is not None and _storage_uses(vector) == self._uses:
             self._spare = vector
 
@@ -208,12 +210,12 @@ class BlockedVectors(Vectors):
         ends = torch.split(norm.counted(u1), self._size)
         for n, (start, end) in enumerate(zip(starts, ends, strict=True)):
             size = start.numel()
-            error, scale, other = (block[:size] for block in self._scratch)
+            error, scale, end_size = (block[:size] for block in self._scratch)
             torch.mul(self._blocks[i][n][:size], w, out=error)
             for j, v in rest:
                 error.add_(self._blocks[j][n][:size], alpha=v)
             torch.abs(start, out=scale)
-            torch.maximum(scale, torch.abs(end, out=other), out=scale)
+            torch.maximum(scale, torch.abs(end, out=end_size), out=scale)
             error.div_(scale.add_(norm.shift))
             norms.append(torch.linalg.vector_norm(error))
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
@@ -253,7 +255,7 @@ class RecordedVectors(Vectors):
 
 
 def vectors_like(like: Tensor, count: int) -> Vectors:
-    """The cheapest holder of `count` vectors like this one, nothing recorded for autograd."""
+    """The cheapest holder of `count` vectors like this one, without a graph for autograd."""
     if like.device.type == "cpu" and like.numel() > _LONG and not like.is_complex():
         return BlockedVectors(like)
     return StackedVectors(count, like)

@@ -73,7 +73,7 @@ def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
     def call(*arguments: Any, **options: Any) -> T:
         if len(arguments) > 2:
             check_problem(arguments[0])
-            given = ", ".join(checks.shown(one) for one in arguments[2:])
+            given = ", ".join(checks.shown(argument) for argument in arguments[2:])
             raise TypeError(
                 f"solve takes problem and algorithm by their places, but was also given {given}.\n"
                 "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."

@@ -36,7 +36,12 @@ class Pullback(Protocol):
     evaluations: int
 
     def __call__(
-        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+        self,
+        t: float,
+        start: Tensor,  # (N,)
+        motion: Increment,
+        upon: Tensor,  # (N,)
+        recorded: Tensor | None = None,  # (N,)
     ) -> Tensor:
         """The cotangent of a step's start from that of its end.
 
@@ -45,11 +50,11 @@ class Pullback(Protocol):
             start: the vector there.
             motion: the Brownian motion over the step.
             upon: cotangent of the vector at its end.
-            found: that vector, where the solve has kept it.
+            recorded: that vector, where the solve has kept it.
         """
 
     def inputs(self) -> list[Tensor | None]:
-        """What has been added up for the inputs of the solve."""
+        """The sums of gradients for the inputs of the solve."""
 
 
 class StepPullback(Pullback):
@@ -70,7 +75,12 @@ class StepPullback(Pullback):
 
     @override
     def __call__(
-        self, t: float, start: Tensor, motion: Increment, upon: Tensor, found: Tensor | None = None
+        self,
+        t: float,
+        start: Tensor,
+        motion: Increment,
+        upon: Tensor,
+        recorded: Tensor | None = None,
     ) -> Tensor:
         prepared = self._prepared
         before = prepared.fields.nfe
@@ -78,8 +88,8 @@ class StepPullback(Pullback):
             start = start.detach().requires_grad_()
             end, _ = self._stepper.take(t, start, motion)
         prepared.captured.expect_known(end, start)
-        if found is not None:
-            self._comparison.add(end.detach(), found, start)
+        if recorded is not None:
+            self._comparison.add(end.detach(), recorded, start)
         pulled = pull_back(end, (start, *prepared.leaves), upon)
         self._sums.add(pulled[1:])
         self.evaluations += prepared.fields.nfe - before
@@ -132,8 +142,8 @@ class _BackwardHeun:
         path: the Brownian motions of the forward solve.
 
     Attributes:
-        sums: what has been added up for the inputs.
-        steps: how many steps were taken.
+        sums: the sums of gradients for the inputs.
+        steps: number of steps taken.
     """
 
     def __init__(self, prepared: DifferentiableFields, stepper: Stepper, path: Path) -> None:

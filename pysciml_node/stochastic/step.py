@@ -62,14 +62,14 @@ class SDEMethod:
         """The method, built once for each dtype and device."""
         key = (id(tableau), delta, dtype, device)
         if key not in cls._known:
-            # Kept for later: not as tensors of inference mode.
+            # These outlive the call, so they must not be tensors of inference mode.
             with torch.inference_mode(False):
                 cls._known[key] = cls(tableau, delta, dtype, device)
         return cls._known[key]
 
 
 def _last_used(tableau: SDETableau, with_error: bool) -> tuple[int, int]:
-    """How many drift and diffusion stages the step (and its error estimate) needs."""
+    """The numbers of drift and diffusion stages that the step (and its error estimate) needs."""
     drifts = [tableau.alpha, *([tableau.error_drift] if with_error else [])]
     noises = [row for _, row in (*tableau.beta, *(tableau.error_noise if with_error else ()))]
     # Later stages use earlier ones, never the other way round.
@@ -82,7 +82,7 @@ def _longest(rows: list[Row]) -> int:
 
 @dataclass
 class Taken:
-    """What a step has evaluated: drifts and diffusions by stage, and their arguments."""
+    """The evaluations of a step: drifts and diffusions by stage, and their arguments."""
 
     f: list[Tensor | None] = field(default_factory=list)
     g: list[Tensor | None] = field(default_factory=list)
@@ -106,8 +106,8 @@ def _weighted(weights: Row, vectors: list[Tensor | None]) -> Tensor | None:
 class Stepper:
     """Takes steps of one method with one pair of fields.
 
-    States are flat, `(N,)`; where the method carries a vector they are `(2 N,)`, the carried one
-    behind the state.
+    States are flat, `(N,)`. Where the method carries a vector they are `(2 N,)`: the state, then
+    the carried vector.
 
     Args:
         method: the method.
@@ -139,13 +139,13 @@ class Stepper:
 
         Args:
             t: start.
-            vector: the state there (and what is carried).
+            vector: the state there, and the carried vector if there is one.
             motion: the Brownian motion over the step.
             with_error: evaluate the stages that only the error estimate needs, too.
             first: drift and diffusion of the first stage, where they are known.
 
         Returns:
-            The vector at the end, and what was evaluated.
+            The vector at the end, and the evaluations.
         """
         method, tableau, h = self.method, self.method.tableau, motion.h
         drifts, diffusions = method.for_error if with_error else method.for_step
@@ -195,8 +195,8 @@ class Stepper:
     ) -> Tensor:
         argument = self.state(vector)
         if self.method.tableau.carry:
-            own, carried = stage.base
-            argument = own * argument + carried * vector[self.entries :]
+            share, carried = stage.base
+            argument = share * argument + carried * vector[self.entries :]
         drift = _weighted(stage.a, taken.f)
         if drift is not None:
             argument = torch.add(argument, drift, alpha=h)

@@ -35,12 +35,12 @@ _FRESH = 2**40
 
 @dataclass
 class SDETrajectory(Recorded):
-    """The accepted steps of a stochastic solve with their states, and what can be had from them.
+    """The accepted steps of a stochastic solve with their states, and what follows from them.
 
-    Between the ends of steps the solution is the method's own shorter step from the start of the
-    step that contains the time, on the solve's Brownian path: it has the method's strong order and
-    is continuous, and averages and variances between the steps are right (those of a straight line
-    are not).
+    Between the ends of steps the solution is a shorter step of the method, from the start of the
+    step that contains the time and on the solve's Brownian path. It is continuous and has the
+    method's strong order. Its averages and variances are right, which those of a straight line are
+    not.
     """
 
     problem: SDEProblem
@@ -57,7 +57,7 @@ class SDETrajectory(Recorded):
             self.surroundings = Surroundings(Fields(self.problem).given)
 
     def _as_seen(self) -> AbstractContextManager[None]:
-        """Everything that the fields can reach as the solve saw it."""
+        """Everything that the fields can reach, as the solve saw it."""
         assert self.surroundings is not None
         return self.surroundings.as_seen()
 
@@ -70,7 +70,7 @@ class SDETrajectory(Recorded):
 
     @property
     def vectors(self) -> list[Tensor]:
-        """What was stepped, at `times`."""
+        """The vectors that were stepped, at `times`."""
         return self._loaded[1]
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> SDETrajectory:
@@ -134,20 +134,20 @@ class SDETrajectory(Recorded):
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
         with torch.no_grad():
-            found = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
-        return torch.stack(found) if found else self.stepper.method.nodes.new_empty(0)
+            estimates = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
+        return torch.stack(estimates) if estimates else self.stepper.method.nodes.new_empty(0)
 
     def estimate(
         self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
-        """One step of `algorithm` from the solution at `t`, on fresh noise of its own.
+        """One step of `algorithm` from the solution at `t`, on fresh noise.
 
         Args:
-            t: where it starts.
+            t: start of the step.
             algorithm: a stochastic method that serves the problem.
-            stop_gradient: treat the starting state as constant (no stage of the step is known
-                from the solve, so that `True` and `"state"` agree).
-            dt: positive size of the step; default the size a solve would try first from there.
+            stop_gradient: treat the starting state as constant. The solve knows no stage of the
+                step, so `True` and `"state"` agree.
+            dt: positive size of the step; default the size that a solve would try first from there.
         """
         if not isinstance(algorithm, StochasticRungeKutta):
             raise TypeError(
@@ -182,23 +182,25 @@ class SDETrajectory(Recorded):
         return Increment(h, first * math.sqrt(h), second * math.sqrt(h / 12))
 
     def step_estimates(self) -> list[StepEstimate]:
-        """Error and stiffness of every accepted step, differentiable with respect to all.
+        """Error and stiffness of every accepted step, differentiable in everything.
 
-        Each step is evaluated again, and once more in backward, so that no graph is kept.
+        Each step is evaluated again, and once more in backward, so no graph is kept.
 
         Raises:
             ValueError: the solve's adjoint is a continuous one.
         """
         check_discrete(self.options.adjoint)
-        found = []
+        estimates = []
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]
             if torch.is_grad_enabled():
                 error, stiffness = checkpoint(self._replay, n, vector, use_reentrant=False)
             else:
                 error, stiffness = self._replay(n, vector)
-            found.append(StepEstimate(self.stepper.method.nodes.new_tensor(h), error, stiffness))
-        return found
+            estimates.append(
+                StepEstimate(self.stepper.method.nodes.new_tensor(h), error, stiffness)
+            )
+        return estimates
 
     def _replay(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step, from the vector at its start."""
@@ -210,9 +212,9 @@ class SDETrajectory(Recorded):
         norm = ErrorNorm(self.options.tolerances)
         t, end = self.record.times[n : n + 2]
         motion = self.path.increment(t, end)
-        found = _measure(Stepper(self.stepper.method, fields), norm, t, vector, motion)
+        estimate = _measure(Stepper(self.stepper.method, fields), norm, t, vector, motion)
         self._count(fields)
-        return found
+        return estimate
 
     def explain(self, options: SolveOptions) -> Explanation:
         """The last attempt."""
