@@ -34,7 +34,6 @@ EXCEPTIONS = {
     "julia_engine/process/launch.py: prepare",
     "julia_engine/process/runtime.py: start",
     "solving/engines.py: _expect",
-    "solving/solve.py: solve",
     # Julia's own exceptions.
     "julia_engine/process/runtime.py: call",
     "julia_engine/process/runtime.py: call_released",
@@ -75,7 +74,7 @@ def remedied(node: ast.AST, telling: set[str]) -> bool:
 
 def telling_names() -> set[str]:
     """Constants and functions that make messages with a remedy, and errors that add one."""
-    telling = {"UnsupportedModule"}
+    telling = {"UnsupportedModule", "failure_message"}
     for _ in range(2):  # a message may be made of another
         for tree in FILES.values():
             for node in ast.walk(tree):
