@@ -128,16 +128,16 @@ def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regul
 def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
     """Evaluate regularizers on a solution and set its `penalties` and `penalty`."""
     _let_observe(solution, regularizers)
-    found: list[tuple[Regularizer, Tensor]] = []
+    pairs: list[tuple[Regularizer, Tensor]] = []
     for regularizer in regularizers:
         value = regularizer(solution)
         if value is not None:
             solution.penalties[regularizer.name] = value
-            found.append((regularizer, value))
+            pairs.append((regularizer, value))
             regularizer.charge(value)
     # Weights are read last: a schedule that several share has then seen all their penalties.
     total: Tensor | None = None
-    for regularizer, value in found:
+    for regularizer, value in pairs:
         term = regularizer.current_weight * value
         total = term if total is None else total + term
     if total is not None:

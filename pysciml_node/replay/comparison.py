@@ -65,13 +65,13 @@ def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
     Raises:
         RuntimeError: it is more than rounding.
     """
-    found = worst.item()
-    if found <= torch.finfo(worst.dtype).eps ** 0.5:
+    gap = worst.item()
+    if gap <= torch.finfo(worst.dtype).eps ** 0.5:
         return
     if suspects:
         raise RuntimeError(changed_message(suspects[0]))
     raise RuntimeError(
-        f"the backward pass could not reproduce the solve: replayed steps end up to {found:.2g} "
+        f"the backward pass could not reproduce the solve: replayed steps end up to {gap:.2g} "
         "(relative) from where they ended before, so the field has changed since, draws random "
         "numbers, or remembers earlier calls.\n"
         "  Go backward before anything it uses is changed, make it a function of its arguments, "

@@ -142,8 +142,8 @@ class Tuning:
         lines = [f"{'':<28} {'NFE':>7} {'ms':>9} {'deviation':>10}"]
         for trial in self.trials[:most]:
             lines.append(_row(str(trial.choice), trial))
-        for found in self.adjoints[:most]:
-            lines.append(_row(f"with {found.adjoint}".partition("(")[0], found))
+        for with_adjoint in self.adjoints[:most]:
+            lines.append(_row(f"with {with_adjoint.adjoint}".partition("(")[0], with_adjoint))
         return "\n".join(lines)
 
     def plot(self, axes: Any = None) -> Any:

@@ -127,10 +127,10 @@ def tune(
             candidates = [trial for trial in trials if trial.equal][:_COMPILED]
             native = [bench.trial(replace(trial.choice, compile=True)) for trial in candidates]
             trials = ordered([*trials, *native], work)
-        found: list[AdjointTrial] = []
+        adjoint_trials: list[AdjointTrial] = []
         if trials[0].equal and adjoints:
-            found = bench.adjoints(trials[0].choice, adjoints)
-    return Tuning(trials, tuple(found), slack, bench.metric_value, work)
+            adjoint_trials = bench.adjoints(trials[0].choice, adjoints)
+    return Tuning(trials, tuple(adjoint_trials), slack, bench.metric_value, work)
 
 
 def _choices(
@@ -204,16 +204,16 @@ class _Bench:
             value = float(self.metric(solution))
             deviation = abs(value - self.metric_value)
         nfe = float(solution.stats.nfe)
-        found = Trial(choice, nfe, seconds, value, _finite(deviation))
-        return judged(found, self.slack)
+        measured = Trial(choice, nfe, seconds, value, _finite(deviation))
+        return judged(measured, self.slack)
 
     def adjoints(self, choice: Choice, adjoints: Sequence[Adjoint]) -> list[AdjointTrial]:
         """What adjoints of a choice give, the fastest with an equal gradient first."""
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(e.shape, generator=generator, dtype=e.dtype) for e in self.end]
         reference, _, _ = self._gradient(self._reference, DiscreteAdjoint(), weights)
-        found = [self._adjoint(choice, adjoint, weights, reference) for adjoint in adjoints]
-        return sorted(found, key=lambda t: (bool(t.failure), not t.equal, _finite(t.seconds)))
+        trials = [self._adjoint(choice, adjoint, weights, reference) for adjoint in adjoints]
+        return sorted(trials, key=lambda t: (bool(t.failure), not t.equal, _finite(t.seconds)))
 
     def _adjoint(
         self,
@@ -244,12 +244,12 @@ class _Bench:
             begun = time.perf_counter()
             pairs = zip(_real(solution), weights, strict=True)
             products = [(part * weight.to(part)).sum() for part, weight in pairs]
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 torch.stack(products).sum(), leaves, materialize_grads=True, allow_unused=True
             )
             _wait(start)
         seconds += time.perf_counter() - begun
-        gradient = [torch.view_as_real(g) if g.is_complex() else g for g in found]
+        gradient = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
         return [g.double() for g in gradient], float(solution.stats.nfe_backward), seconds
 
 
@@ -259,9 +259,9 @@ def _real(solution: Solution) -> list[Tensor]:
     return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
 
 
-def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _distance(given: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Norm of the difference, relative to the norm."""
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(given, expected, strict=True)
     error = math.hypot(*(float((a.detach().double() - b).norm()) for a, b in pairs))
     norm = math.hypot(*(float(b.norm()) for b in expected))
     return error / norm if norm else error

@@ -116,13 +116,13 @@ class Code:
         """Memory for a loop or a sweep, used again by the next one."""
         pool = self._pools.setdefault(size, [])
         try:
-            found = pool.pop()
+            block = pool.pop()
         except IndexError:
-            found = torch.zeros(size, dtype=self.dtype, device="cpu")
-        yield found
+            block = torch.zeros(size, dtype=self.dtype, device="cpu")
+        yield block
         # A solve that was interrupted leaves its memory to the collector; few are kept.
         if len(pool) < _MOST_KEPT:
-            pool.append(found)
+            pool.append(block)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
