@@ -164,10 +164,10 @@ def few_moons() -> Any:
     return PLANE.load_quick(PLANE.data_dir, False, MOONS)
 
 
-SPIRAL_STEPS = 120
+SPIRAL_STEPS = 100
 DIGITS = replace(digits_demo.SETTINGS, steps=200, taylor_order=2, evaluate_every=1000)
 PLANE = plane_experiment("two-moons")
-MOONS = replace(PLANE.at("reduced")[0], steps=150, evaluate_every=1000)
+MOONS = replace(PLANE.at("reduced")[0], steps=100, evaluate_every=1000)
 FEW_MNIST = replace(
     MNIST_ODE.at("reduced")[0],
     steps=100,

@@ -24,9 +24,12 @@ MEASURE_EVERY = 10
 _USUAL_WARMUP = 50
 _USUAL_RESPONSE = 50.0
 # Of the horizon: where the weight becomes constant.
-_HANDOVER = 0.9
+_HANDOVER = 0.95
 # The violation is taken ahead by this many times what it has changed by within a response.
 _LEAD = 1.0
+# Where the cost starts above the budget it has this part of the horizon to come down, or this many
+# responses: a weight that forces it at once costs more of the loss than one that leaves it time.
+_APPROACH, _USUAL_APPROACH = 0.5, 4.0
 # A budget counts as missed where the cost is above it by more than this share.
 _MISSED = 0.1
 # The weight has been at its limit for so many responses: it will stay there.
@@ -52,9 +55,9 @@ class Budget(Schedule):
             weight. A field that is still learning gets more expensive: the cost without a penalty
             at the end of training is larger.
         warmup: training steps in which the weight is 0; default 0, and 50 with `fraction`.
-        horizon: training steps in all. For the last tenth of them the weight is constant, the mean
-            of what it was just before, so that training ends with one objective. Without it the
-            weight is adjusted until `freeze` is called.
+        horizon: training steps in all. For the last twentieth of them the weight is constant, the
+            mean of what it was just before, so that training ends with one objective. Without it
+            the weight is adjusted until `freeze` is called.
         limit: what the weighted penalty may cost at most, in units of the loss. A fiftieth of it
             is where weights begin: give about what the loss is at the start of training.
         measure: what to hold the budget instead of the training solves' own cost: a function
@@ -62,7 +65,7 @@ class Budget(Schedule):
             eval mode. It is called every tenth training step; in between the cost is taken to move
             as that of the training solves does.
         response: training steps in which the cost answers to the weight, roughly; default a
-            twentieth of `horizon`, at least 8, or 50.
+            tenth of `horizon`, at least 10, or 50.
         synchronize: where `torch.distributed` runs, take the mean of the ranks' costs, so that all
             have the same weight. All of them have to make the same number of solves.
 
@@ -131,7 +134,7 @@ class Budget(Schedule):
         self.limit = checks.number("limit", limit, above=0)
         self.measure = None if measure is None else checks.function("measure", measure)
         if response is None:
-            response = max(self.horizon / 20, 8.0) if self.horizon else _USUAL_RESPONSE
+            response = max(self.horizon / 10, 10.0) if self.horizon else _USUAL_RESPONSE
         self.response = checks.number("response", response, at_least=1)
         self.synchronize = checks.flag("synchronize", synchronize)
         self.history = History(UNITS[self.kind])
@@ -147,6 +150,7 @@ class Budget(Schedule):
         self._measured, self._beside = Average(3.0), Average(3.0)
         self._round = _Round()
         self._frozen = self._told = False
+        self._start = math.nan
 
     def __call__(self, step: int) -> float:
         """The present weight, whatever the step."""
@@ -212,7 +216,7 @@ class Budget(Schedule):
             if self.fraction and step + 1 == self.warmup:
                 self.target = self.fraction * self.reached
         elif not self._frozen:
-            violation = math.log(max(smooth, 1e-12) / self.target)
+            violation = math.log(max(smooth, 1e-12) / self._goal(step, smooth))
             now, before = self._violation.add(violation), self._before.add(violation)
             self._control.update(now + _LEAD * (now - before), usual_penalty)
         shown = values[3] if measured else (math.nan if self.measure else cost)
@@ -225,6 +229,14 @@ class Budget(Schedule):
         elif step + 2 == self.horizon:
             # The last training step that is closed by one after it.
             self._say_if_missed()
+
+    def _goal(self, step: int, cost: float) -> float:
+        """What the cost is to be now: it goes from where it starts to the budget."""
+        if math.isnan(self._start):
+            self._start = max(cost, self.target)
+        way = _APPROACH * self.horizon if self.horizon else _USUAL_APPROACH * self.response
+        left = max(1.0 - (step - self.warmup) / way, 0.0)
+        return self.target * math.pow(self._start / self.target, left)
 
     def freeze(self) -> None:
         """Keep the weight constant from here on: the mean of what it was of late."""
@@ -274,6 +286,7 @@ class Budget(Schedule):
         """
         numbers = [
             self.target,
+            self._start,
             float(self._frozen),
             float(self._told),
             *self._control.numbers(),
@@ -289,7 +302,7 @@ class Budget(Schedule):
         """Continue from what `state_dict` returned."""
         self._reset()
         numbers = iter(state["control"].tolist())
-        target = next(numbers)
+        target, self._start = next(numbers), next(numbers)
         self.target = target if self.fraction else self.target
         self._frozen, self._told = bool(next(numbers)), bool(next(numbers))
         self._control.restore([next(numbers) for _ in self._control.numbers()])

@@ -94,7 +94,7 @@ class DualWeight:
     usual: Average = field(default_factory=lambda: Average(1.0))
 
     def __post_init__(self) -> None:
-        self.usual.memory = self.response
+        self.usual.memory = self.response / 2
 
     def update(self, violation: float, penalty: float) -> None:
         """Move the weight by one training step.

@@ -119,10 +119,22 @@ def test_it_is_said_at_the_end_too() -> None:
 def test_the_weight_is_constant_near_the_end() -> None:
     budget = psn.Budget(nfe=62, horizon=400)
     train(budget, Plant(), 400)
-    end = budget.history.weight[360:]
+    end = budget.history.weight[380:]
     assert len(set(end)) == 1
-    before = [math.log(w) for w in budget.history.weight[300:360]]
+    before = [math.log(w) for w in budget.history.weight[340:380]]
     assert math.exp(statistics.fmean(before)) == pytest.approx(end[0], rel=0.3)
+
+
+def test_a_cost_that_starts_above_the_budget_comes_down_evenly() -> None:
+    """By a constant factor a step, until half of the training."""
+    budget = psn.Budget(nfe=62, horizon=400)
+    plant = Plant(lag=10.0)
+    plant.steps = plant.dearest
+    train(budget, plant, 400)
+    for step in (100, 150):
+        expected = 62.0 * (budget.history.smooth[0] / 62.0) ** (1 - step / 200)
+        assert budget.history.smooth[step] == pytest.approx(expected, rel=0.1)
+    assert statistics.fmean(budget.history.smooth[250:]) == pytest.approx(62.0, rel=0.03)
 
 
 def test_a_fraction_is_of_the_cost_in_the_warmup() -> None:
