@@ -38,8 +38,33 @@ linear(by_input, activation) = case(
 const PROGRAMS = Dict{String,String}(
     (name => entrywise(name) for name in [
         "tanh", "sigmoid", "relu", "exp", "expm1", "square", "cube", "sin", "cos", "abs", "erf",
-        "silu", "gelu", "gelu_tanh", "reciprocal", "identity",
+        "silu", "gelu", "gelu_tanh", "reciprocal", "identity", "tan", "atan", "sinh", "cosh",
+        "asinh", "erfc",
     ])...,
+    (name => case(step("affine", [1], [[24]], [24]; out=8, factor=0.5, shift=0.0),
+        step(name, [8], [[24]], [24])) for name in ["asin", "acos", "atanh"])...,
+    "acosh" => case(step("square", [1], [[24]], [24]; out=8),
+        step("affine", [8], [[24]], [24]; out=7, factor=1.0, shift=1.5),
+        step("acosh", [7], [[24]], [24])),
+    (name => case(step("mul", [1, 1], [[24], [24]], [24]; out=7),
+        step("affine", [7], [[24]], [24]; out=8, factor=1.0, shift=0.3),
+        step(name, [1, 8], [[24], [24]], [24])) for name in ["atan2", "remainder", "fmod"])...,
+    (name => case(step(name, [1, 3], [[24], [1]], [24]; out=8),
+        step("where", [8, 1], [[24], [24]], [24])) for name in ["less", "less_equal"])...,
+    (name => case(step(name, [1], [[24]], [24]; out=8), step("mul", [1, 8], [[24], [24]], [24]))
+        for name in ["sign", "floor", "round"])...,
+    "take" => case(
+        step("take", [1], [[24]], [24]; places=[3, -1, 0, 0, 5, 1], outer=4, stride=6, block=1),
+    ),
+    "put" => case(
+        step("put", [1], [[24]], [24]; places=[0, 0, 4], outer=2, stride=12, block=4),
+    ),
+    "softmax" => case(
+        step("greatest", [1], [[4, 6]], [4, 1]; out=4, dims=[1]),
+        step("sub", [1, 4], [[4, 6], [4, 1]], [4, 6]; out=5), step("exp", [5], [[24]], [24]; out=6),
+        step("sum", [6], [[4, 6]], [4, 1]; out=7, dims=[1], factor=1.0),
+        step("div", [6, 7], [[4, 6], [4, 1]], [4, 6]),
+    ),
     (name => case(step("square", [1], [[24]], [24]; out=8), step("affine", [8], [[24]], [24]; out=7,
         factor=1.0, shift=0.5), step(name, [7], [[24]], [24])) for name in [
         "sqrt", "rsqrt", "log", "log1p",

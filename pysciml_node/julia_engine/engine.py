@@ -136,11 +136,7 @@ def _solve_all(
         works.append(Work(problem, algorithm, options.of(m)))
     first = works[0]
     alike = ensemble.tspan is None and options.alike
-    if alike and not first.watcher.needed and not first.field.calls_python:
-        for work in works[1:]:
-            # A module is the same for all; the parameters of source are each member's own.
-            if isinstance(first.field, ProgramField):
-                work.field = first.field
+    if alike and not first.watcher.needed and _threaded(works, ensemble):
         forwards = run_many(
             first.problem,
             first.options,
@@ -152,6 +148,17 @@ def _solve_all(
         for work, forward in zip(works, forwards, strict=True):
             work.forward = forward
     return [_solution(work) for work in works]
+
+
+def _threaded(works: list[Work], ensemble: EnsembleProblem) -> bool:
+    """Whether one field in Julia, with parameters of each member's own, serves all of them."""
+    first = works[0].field
+    if isinstance(first, ProgramField) and ensemble.p is None:
+        for work in works[1:]:
+            work.field = first
+    if first.calls_python:
+        return False
+    return all(work.field.handle is first.handle for work in works)
 
 
 def _solution(work: Work) -> Solution:

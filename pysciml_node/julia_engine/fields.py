@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -23,6 +24,7 @@ from pysciml_node.julia_engine.process.buffers import (
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
 from pysciml_node.translation.export import translate
@@ -75,7 +77,8 @@ def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | N
 def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -> Field:
     """The right-hand side of a problem as Julia evaluates it.
 
-    A module is translated, a `JuliaField` taken as it is, and any other callable called back.
+    Modules and functions are translated, and a `JuliaField` is taken as it is. A function that
+    cannot be translated is called back, and so is one that counts, records or prints.
 
     Args:
         problem: gives the callable, the state's structure and `p`.
@@ -87,11 +90,14 @@ def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -
         UnsupportedModule: a module has an operation that cannot be translated.
     """
     field = native_field(problem, gradients, implicit)
+    if field is None and not isinstance(problem.f, InModes):
+        with contextlib.suppress(UnsupportedModule):
+            return ProgramField(problem)
     return CallbackField(problem, u0, gradients) if field is None else field
 
 
 def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> Field | None:
-    """As `field_of`; `None` for what has to be called back."""
+    """A module that can be translated, or a `JuliaField`; `None` for anything else."""
     if isinstance(problem.f, JuliaField):
         return SourceField(problem, gradients, implicit)
     real = not problem.spec.dtype.is_complex
@@ -110,19 +116,22 @@ _programs: Recent[tuple[str, torch.dtype], Handle] = Recent(32)
 
 
 class ProgramField:
-    """A module translated for Julia.
+    """A module or a function translated for Julia.
 
     Args:
-        problem: its `f` is the module.
+        problem: its `f` is translated, and its `p`, if there is one, is among the parameters.
+
+    Raises:
+        UnsupportedModule: it cannot be translated, or is a function that does more than evaluate.
     """
 
     calls_python = False
     host = False
 
     def __init__(self, problem: ODEProblem) -> None:
-        assert isinstance(problem.f, nn.Module)
         self._spec = problem.spec
-        translated = translate(problem.f, problem.spec)
+        module = isinstance(problem.f, nn.Module) and problem.p is None
+        translated = translate(problem.f, problem.spec, problem.p, silent=not module)
         self._all = translated.parameters
         self.inputs = [x for x in self._all if x.requires_grad]
         # What the solve sees, so that its gradient sees the same.

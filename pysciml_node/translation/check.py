@@ -10,13 +10,20 @@ from torch import Tensor
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.translation.program import Program
+from pysciml_node.translation.program import FLAT, Program
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Relative; far above rounding, far below any other difference."""
+_TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-3}
+"""Relative; far above rounding, far below any other difference.
+
+Torch rounds some slopes to single precision in any dtype: 1/6 of `hardsigmoid`, 1/alpha of `celu`.
+"""
 
 _ROUNDINGS = 100.0
 """Rounding may exceed the effect of one disturbed evaluation by this factor."""
+
+
+_SCALES = (1.0, 0.01, 100.0)
+"""Of the random state."""
 
 
 def check_program(
@@ -26,7 +33,7 @@ def check_program(
     program: Program,
     p: list[Tensor],
 ) -> None:
-    """Compare value and derivatives at a random state.
+    """Compare value and derivatives at a random state, or at several where the field chooses.
 
     They differ for a `forward` whose derivative in torch is not that of its operations: functions
     with a `backward` of their own, or derivatives taken inside without `create_graph`. Where terms
@@ -43,8 +50,23 @@ def check_program(
     Raises:
         UnsupportedModule: they differ, or torch cannot differentiate the module.
     """
+    # What a choice hides at one state it shows at another.
+    chooses = any(step.op in FLAT for step in program.operations)
+    for scale in _SCALES if chooses else _SCALES[:1]:
+        _check_at(scale, field, name, spec, program, p)
+
+
+def _check_at(
+    scale: float,
+    field: Callable[[Tensor, Any], Any],
+    name: str,
+    spec: StateSpec,
+    program: Program,
+    p: list[Tensor],
+) -> None:
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
+    u = u * scale
     t = torch.tensor(0.6180339887, dtype=spec.dtype, device=spec.device)
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]

@@ -27,19 +27,6 @@ from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
 
-VIEWS = {
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t"),
-    *("numpy_T", "mT", "expand", "expand_as", "view_as", "reshape_as", "select", "slice", "narrow"),
-    *("unbind", "split", "split_with_sizes", "chunk", "tensor_split", "unsqueeze", "squeeze"),
-    *("movedim", "swapaxes", "swapdims", "diagonal", "ravel", "broadcast_to"),
-}
-"""Operations whose results are views of their first argument, or copies in the same order."""
-
-CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
-"""Operations without a result."""
-
-UNDEFINED = {"empty", "empty_like", "new_empty", "empty_strided"}
-
 
 @dataclass(frozen=True)
 class TranslatedModule:
@@ -63,11 +50,13 @@ class _Translation:
 
     Attributes:
         sources: numbers of tensors in a snapshot, or constants.
+        prints: whether the field prints when it is evaluated.
     """
 
     program: Program
     json: str
     sources: tuple[int | Tensor, ...]
+    prints: bool
 
     @property
     def places(self) -> list[int]:
@@ -90,6 +79,7 @@ class _Outcome:
         passing: places of the snapshot that an evaluation changes by itself, such as a count.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         result: the translation, or the words of the refusal.
+        silent: whether an evaluation leaves Python's objects as they are, as far as can be seen.
     """
 
     kind: Any
@@ -97,6 +87,7 @@ class _Outcome:
     passing: frozenset[int]
     contents: tuple[tuple[int, Tensor], ...]
     result: _Translation | tuple[str, str | None, bool]
+    silent: bool
 
     def holds(self, kind: Any, now: Snapshot) -> bool:
         """Whether the field is still what it was."""
@@ -115,6 +106,9 @@ class _Outcome:
 
 _MOST = 64
 """Translations that are kept of a module."""
+
+_OFTEN = 16
+"""Translations of a function after which it is taken for one that is another at each solve."""
 
 _SMALL = 1024
 """Entries of a tensor that are looked at though the program does not use them: `item` might."""
@@ -179,7 +173,9 @@ def _leaves(p: Any) -> tuple[list[Tensor], Any]:
     )
 
 
-def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> TranslatedModule:
+def translate(
+    module: Callable[..., Any], spec: StateSpec, p: Any = None, silent: bool = False
+) -> TranslatedModule:
     r"""A vector field `module(t, u)`, or `module(t, u, p)`, as a program.
 
     The field is exported once for every structure of the state, and again when anything has
@@ -192,6 +188,8 @@ def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> Tra
             or any other callable.
         spec: structure of the state.
         p: extra argument: a tensor, or a tuple, list or dict of tensors and numbers.
+        silent: refuse a field that counts, records or prints when it is evaluated, and one that is
+            another at each solve: for callers that can as well evaluate it itself.
 
     Returns:
         The program, and the tensors that it depends on.
@@ -221,6 +219,8 @@ def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> Tra
         outcomes = kept(module)
         now = Snapshot.of(module)
         outcome = next((x for x in outcomes if x.holds(kind, now)), None)
+        if outcome is None and silent and len(outcomes) >= _OFTEN:
+            raise UnsupportedModule(f"{label(module)} is another function at each solve.")
         if outcome is None:
             outcome = _outcome(module, spec, p, kind, now)
             outcomes.appendleft(outcome)
@@ -228,6 +228,8 @@ def translate(module: Callable[..., Any], spec: StateSpec, p: Any = None) -> Tra
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
+    if silent and not outcome.silent:
+        raise UnsupportedModule(f"{label(module)} changes Python's objects, or prints.")
     return outcome.result.with_tensors([*now.tensors, *tensors])
 
 
@@ -246,7 +248,9 @@ def _outcome(
         for i, x in enumerate(after.tensors)
         if i in used or (x.numel() <= _SMALL and not _is_source(i, x, result))
     )
-    return _Outcome(kind, after.tokens, before.changes(after), contents, result)
+    silent = before.tokens == after.tokens and not after.sealed
+    silent = silent and isinstance(result, _Translation) and not result.prints
+    return _Outcome(kind, after.tokens, before.changes(after), contents, result, silent)
 
 
 def _is_source(i: int, x: Tensor, result: Any) -> bool:
@@ -261,12 +265,16 @@ def _translate(
     """The translation, and the numbers of the tensors whose entries are part of it."""
     if spec.dtype.is_complex:
         raise UnsupportedModule("modules of complex states cannot be translated.")
+    if snapshot.asks_mode:
+        raise UnsupportedModule(
+            f"{label(f)} asks whether gradients are recorded, which may differ at each solve."
+        )
     with torch.inference_mode(False), _full_precision(spec.device):
-        exported = _export(f, spec, p)
+        exported, prints = _export(f, spec, p)
         walk = GraphWalk(f, spec, exported, snapshot, p)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
-        translation = _Translation(program, program.to_json(), sources)
+        translation = _Translation(program, program.to_json(), sources, prints)
         parameters = translation.with_tensors([*snapshot.tensors, *_leaves(p)[0]]).parameters
         further = () if p is None else (p,)
         check_program(lambda t, u: f(t, u, *further), label(f), spec, program, parameters)
@@ -280,11 +288,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> ExportedProgram:
+def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedProgram, bool]:
+    """What torch makes of a field, and whether the field prints."""
     parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
     t = torch.zeros((), dtype=spec.dtype, device=spec.device)
     try:
-        with _quietly(), torch.enable_grad():
+        with _quietly() as printed, torch.enable_grad():
             further = () if p is None else (map_tensors(_leaf, p),)
             module = f if isinstance(f, nn.Module) else _Called(f)
             arguments = (t, spec.assemble(parts), *further)
@@ -296,7 +305,7 @@ def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> ExportedProgram:
         raise UnsupportedModule(
             f"{label(f)} cannot be exported by torch.export: {reason}"
         ) from error
-    return exported
+    return exported, bool(printed.getvalue())
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -304,14 +313,15 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what torch.export prints of a module that it cannot export."""
+def _quietly() -> Iterator[StringIO]:
+    """Without what torch.export prints of a module that it cannot export; yields the output."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before, logger.disabled = logger.disabled, True
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        printed = StringIO()
+        with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            yield printed
     finally:
         logger.disabled = before
 

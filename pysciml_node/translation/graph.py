@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,33 +12,38 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.translation.builder import (
-    Builder,
-    Joined,
-    Traced,
-    View,
-)
+from pysciml_node.translation.builder import Builder, Joined, Traced, View
+from pysciml_node.translation.choices import cast
+from pysciml_node.translation.decompose import decomposed
 from pysciml_node.translation.layers import HANDLERS
+from pysciml_node.translation.moves import (
+    ADDITIONS,
+    MOVES,
+    add,
+    depends_on_state,
+    is_traced,
+    move,
+)
+from pysciml_node.translation.names import (
+    CASTS,
+    CHECKS,
+    UNDEFINED,
+    VIEWS,
+    arguments_of,
+    has_numbers,
+    name_of,
+)
 from pysciml_node.translation.program import Program
+from pysciml_node.translation.reductions import Unknown
 from pysciml_node.translation.snapshot import Snapshot
 
-VIEWS = {
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t"),
-    *("numpy_T", "mT", "expand", "expand_as", "view_as", "reshape_as", "select", "slice", "narrow"),
-    *("unbind", "split", "split_with_sizes", "chunk", "tensor_split", "unsqueeze", "squeeze"),
-    *("movedim", "swapaxes", "swapdims", "diagonal", "ravel", "broadcast_to"),
-}
-"""Operations whose results are views of their first argument, or copies in the same order."""
-
-CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
-"""Operations without a result."""
-
-UNDEFINED = {"empty", "empty_like", "new_empty", "empty_strided"}
+Values = dict[Node, Any]
+"""What the nodes of a graph stand for."""
 
 
 def label(f: Callable[..., Any]) -> str:
@@ -66,15 +72,26 @@ class GraphWalk:
         self.places = {id(x): i for i, x in enumerate(snapshot.tensors)}
         self.fixed: set[int] = set()
         # A tensor is known now, whatever the state; other values are traced.
-        self.values: dict[str, Any] = {}
+        self.values: Values = {}
 
     def run(self) -> Program:
         """The program."""
         self._inputs()
-        for node in self.exported.graph.nodes:
+        return self.builder.finish(self._outputs(self._walk(self.exported.graph, self.values)))
+
+    def _walk(self, graph: Graph, values: Values) -> Any:
+        """Go through a graph whose inputs have values; returns what its results stand for."""
+        for node in graph.nodes:
             if node.op == "call_function":
-                self.values[node.name] = self._call(node)
-        return self.builder.finish(self._outputs())
+                values[node] = self._call(node, values)
+            elif node.op == "output":
+                return pytree.tree_map(functools.partial(_value, values), node.args[0])
+        return None
+
+    def _within(self, graph: Graph, operands: Sequence[Any]) -> Any:
+        """Go through a graph inside this one."""
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        return self._walk(graph, dict(zip(inputs, operands, strict=True)))
 
     def _inputs(self) -> None:
         signature = self.exported.graph_signature
@@ -86,14 +103,19 @@ class GraphWalk:
         parts = [self.builder.state_part(tuple(shape)) for shape in self.spec.shapes]
         order = pytree.tree_leaves(self.spec.assemble(list(range(len(parts)))))  # type: ignore[arg-type]
         arguments = iter([self.builder.time_view(), *(parts[i] for i in order), *self._further()])
+        nodes = {node.name: node for node in self.exported.graph.nodes}
         for item in signature.input_specs:
-            name = getattr(item.arg, "name", "")
+            node = nodes.get(getattr(item.arg, "name", ""))
             if item.kind is InputKind.USER_INPUT:
-                self.values[name] = next(arguments)
+                value = next(arguments)
             elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                self.values[name] = self._tensor(str(item.target), item.kind)
+                value = self._tensor(str(item.target), item.kind)
             elif item.kind is InputKind.CONSTANT_TENSOR:
-                self.values[name] = self._constant(str(item.target))
+                value = self._constant(str(item.target))
+            else:
+                continue
+            if node is not None:
+                self.values[node] = value
 
     def _further(self) -> Iterator[Any]:
         """The leaves of `p`: tensors are parameters of the program, numbers a part of it."""
@@ -154,31 +176,70 @@ class GraphWalk:
             place = next(same, None)
         return place
 
-    def _call(self, node: Node) -> Any:
+    def _call(self, node: Node, values: Values) -> Any:
+        value = functools.partial(_value, values)
         if node.target is operator.getitem:
             source, index = node.args
-            assert isinstance(source, Node)
-            return self.values[source.name][index]
+            return value(source)[index]
         if isinstance(node.target, HigherOrderOperator):
-            raise self._refusal(node)
-        name = _operation_name(node)
+            return self._region(node, values)
+        name = name_of(node.target)
         if name in CHECKS:
             return None
-        given = pytree.tree_map(self._value, dict(_arguments(node)))
-        leaves = pytree.tree_leaves(given, is_leaf=_is_traced)
-        if not any(_is_traced(leaf) for leaf in leaves):
-            return self._evaluate(node, name, given)
-        if name in ("detach", "detach_"):
+        given = pytree.tree_map(value, dict(arguments_of(node)))
+        leaves = pytree.tree_leaves(given, is_leaf=is_traced)
+        if any(isinstance(leaf, Unknown) for leaf in leaves):
             raise self._refusal(node)
-        given = pytree.tree_map(self._trace, given, is_leaf=_is_traced)
+        if not any(is_traced(leaf) for leaf in leaves):
+            return self._evaluate(node, name, given)
+        if name == "sym_size":
+            return given["self"].shape[given["dim"]]
+        if not _is_known(name):
+            return self._taken_apart(node, values)
+        if name in CASTS:
+            (source, target), x = _dtypes(node), next(iter(given.values()))
+            return cast(self.builder, self._trace(x), source, target)
+        dtypes = {x.dtype for x in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(x)}
+        if name in MOVES | ADDITIONS and depends_on_state(name, given):
+            raise self._refusal(node)
+        if name in MOVES:
+            return move(self.builder, name, node.target, given)  # type: ignore[arg-type]
+        if name in ADDITIONS:
+            return add(self.builder, name, given)
+        given = pytree.tree_map(self._trace, given, is_leaf=is_traced)
         if name in VIEWS:
             return self._view(node, given)
-        if name not in HANDLERS or not _is_real(node):
+        if not has_numbers(name, dtypes) and not isinstance(node.meta.get("val"), tuple):
             raise self._refusal(node)
         return HANDLERS[name](self.builder, **given)
 
-    def _value(self, argument: Any) -> Any:
-        return self.values[argument.name] if isinstance(argument, Node) else argument
+    def _taken_apart(self, node: Node, values: Values) -> Any:
+        """An operation by the smaller ones that torch makes of it."""
+        graph = decomposed(node, _is_known)
+        if graph is None:
+            raise self._refusal(node)
+        operands = [
+            values[x] for x in pytree.arg_tree_leaves(*node.args, **node.kwargs) if _is_node(x)
+        ]
+        try:
+            return self._within(graph, operands)
+        except UnsupportedModule as error:
+            raise self._refusal(node) from error
+
+    def _region(self, node: Node, values: Values) -> Any:
+        """Code that runs without gradients, or with them."""
+        enabled, body, *operands = node.args
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            raise self._refusal(node)
+        assert isinstance(body, Node)
+        module = operator.attrgetter(str(body.target))(self.exported.graph_module)
+        if not enabled and any(_is_region(inner) for inner in module.graph.nodes):
+            raise self._refusal(node)
+        found = self._within(module.graph, [_value(values, x) for x in operands])
+        return found if enabled else pytree.tree_map(self._stopped, found, is_leaf=is_traced)
+
+    def _stopped(self, x: Any) -> Any:
+        return self.builder.unary("stop", x) if is_traced(x) else x
 
     def _trace(self, argument: Any) -> Any:
         return self.builder.literal(argument) if isinstance(argument, Tensor) else argument
@@ -209,7 +270,7 @@ class GraphWalk:
         for attempt in (view, None):
             source = attempt if attempt is not None else self.builder.whole(view)
             base = torch.empty(source.offset + _extent(source), device="meta")
-            arguments = pytree.tree_map(_without_memory, given, is_leaf=_is_traced)
+            arguments = pytree.tree_map(_without_memory, given, is_leaf=is_traced)
             own = base.as_strided(source.shape, source.stride, source.offset)
             positional = [own, *list(arguments.values())[1 : len(node.args)]]
             named = {key: arguments[key] for key in node.kwargs}
@@ -231,9 +292,8 @@ class GraphWalk:
                 return views[0] if isinstance(results, Tensor) else views
         raise self._refusal(node)
 
-    def _outputs(self) -> list[Traced]:
-        last = next(node for node in self.exported.graph.nodes if node.op == "output")
-        results = [self._trace(self._value(argument)) for argument in last.args[0]]
+    def _outputs(self, found: Sequence[Any]) -> list[Traced]:
+        results = [self._trace(x) for x in found]
         structure = self.exported.call_spec.out_spec
         assert structure is not None
         derivative = pytree.tree_unflatten(results, structure)
@@ -245,7 +305,7 @@ class GraphWalk:
                 f"{type(derivative).__name__}."
             ) from error
         for part, shape in zip(parts, self.spec.shapes, strict=True):
-            if not _is_traced(part) or part.shape != tuple(shape):
+            if not is_traced(part) or part.shape != tuple(shape):
                 raise ValueError(
                     f"{self._name} must return a derivative of the state's shape {tuple(shape)}, "
                     f"but returned {getattr(part, 'shape', part)}.\n"
@@ -262,39 +322,37 @@ def _is_alias(x: Tensor, of: Tensor) -> bool:
     )
 
 
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, View | Joined)
+def _value(values: Values, argument: Any) -> Any:
+    return values[argument] if isinstance(argument, Node) else argument
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, Node)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _is_region(node: Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator)
+
+
+def _is_known(name: str) -> bool:
+    """Whether an operation has a form of its own in programs."""
+    return any(name in names for names in (HANDLERS, VIEWS, CHECKS, CASTS, MOVES, ADDITIONS))
+
+
+def _dtypes(node: Node) -> tuple[torch.dtype, torch.dtype]:
+    """Of the first argument of an operation, and of its result."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source.meta["val"].dtype, node.meta["val"].dtype
 
 
 def _without_memory(value: Any) -> Any:
-    return torch.empty(value.shape, device="meta") if _is_traced(value) else value
+    return torch.empty(value.shape, device="meta") if is_traced(value) else value
 
 
 def _extent(view: View) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
-
-
-def _operation_name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.rpartition("::")[2] if schema is not None else str(node.target)
-
-
-def _arguments(node: Node) -> list[tuple[str, Any]]:
-    """The arguments of a call by name, with the defaults of the operation."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        named = [(str(i), value) for i, value in enumerate(node.args)]
-        return [*named, *node.kwargs.items()]
-    values = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-    return [
-        (a.name, values.get(a.name, node.kwargs.get(a.name, a.default_value)))
-        for a in schema.arguments
-    ]
-
-
-def _is_real(node: Node) -> bool:
-    """Whether the results are floating-point tensors."""
-    results = node.meta.get("val")
-    return all(
-        out.is_floating_point() for out in pytree.tree_leaves(results) if isinstance(out, Tensor)
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pysciml_node.translation.builder import Builder, Joined, Shape, Traced, View
 from pysciml_node.translation.operations import HANDLERS, handles, refuse
+from pysciml_node.translation.reductions import Unknown
 
 
 def _stored(g: Builder, weight: View) -> tuple[View, bool]:
@@ -189,6 +190,24 @@ def conv(
     return result.reshape((*lead, weight.shape[0], *out))
 
 
+@handles("convolution")
+def _convolution(
+    g: Builder,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> View:
+    if transposed or len(weight.shape) > 4:
+        raise refuse("a convolution in three dimensions, or a transposed one", "aten.convolution")
+    return conv(g, input, weight, bias, stride, padding, dilation, groups)
+
+
 def _each(value: Any, rank: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * rank if len(values) == 1 else values
@@ -246,6 +265,24 @@ def layer_norm(
     """Normalization over the last dimensions."""
     channels = math.prod(normalized_shape)
     return _normalize(g, input, weight, bias, groups=1, channels=channels, pixels=1, eps=eps)
+
+
+@handles("native_group_norm", "native_layer_norm")
+def _native_norm(
+    g: Builder,
+    input: Traced,
+    weight: Traced | None,
+    bias: Traced | None,
+    eps: float,
+    group: int | None = None,
+    normalized_shape: Sequence[int] = (),
+    **_: Any,
+) -> list[Any]:
+    if group is None:
+        made = layer_norm(g, input, normalized_shape, weight, bias, eps)
+    else:
+        made = group_norm(g, input, group, weight, bias, eps)
+    return [made, Unknown(), Unknown()]
 
 
 @handles("batch_norm")

@@ -47,9 +47,28 @@ def refuse(what: str, operation: str) -> UnsupportedModule:
 
 for _name in (
     *("tanh", "sigmoid", "relu", "exp", "expm1", "sqrt", "rsqrt", "reciprocal", "square"),
-    *("sin", "cos", "log", "log1p", "abs", "erf", "silu"),
+    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
+    *("log", "log1p", "abs", "erf", "erfc", "silu", "sign", "floor"),
 ):
     HANDLERS[_name] = lambda g, self, _op=_name: g.unary(_op, self)
+
+
+HANDLERS["detach"] = lambda g, self: g.unary("stop", self)
+
+
+@handles("log2")
+def _log2(g: Builder, self: Traced) -> Traced:
+    return g.affine(g.unary("log", self), 1.0 / math.log(2.0))
+
+
+@handles("log10")
+def _log10(g: Builder, self: Traced) -> Traced:
+    return g.affine(g.unary("log", self), 1.0 / math.log(10.0))
+
+
+@handles("exp2")
+def _exp2(g: Builder, self: Traced) -> View:
+    return g.unary("exponential", self, base=2.0)
 
 
 @handles("neg")
@@ -95,27 +114,6 @@ def _mish(g: Builder, self: Traced) -> View:
     return g.binary("mul", self, g.unary("tanh", _softplus(g, self, 1.0, 20.0)))
 
 
-@handles("clamp", "hardtanh")
-def _clamp(
-    g: Builder,
-    self: Traced,
-    min: Any = None,
-    max: Any = None,
-    min_val: Any = None,
-    max_val: Any = None,
-) -> View:
-    low, high = (min if min is not None else min_val), (max if max is not None else max_val)
-    for bound in (low, high):
-        if isinstance(bound, View | Joined):
-            raise refuse("clamp with tensors as bounds", "aten.clamp")
-    return g.unary("clamp", self, low=low, high=high)
-
-
-@handles("relu6")
-def _relu6(g: Builder, self: Traced) -> View:
-    return _clamp(g, self, 0.0, 6.0)
-
-
 def _operand(g: Builder, x: Traced | Number) -> Traced | float:
     """A number where the operand is one."""
     if isinstance(x, View | Joined):
@@ -136,7 +134,7 @@ def _expanded(g: Builder, x: Traced, shape: Shape) -> Traced:
 
 
 @handles("add")
-def _add(g: Builder, self: Any, other: Any, alpha: Number, sign: float = 1.0) -> Traced:
+def _add(g: Builder, self: Any, other: Any, alpha: Number = 1, sign: float = 1.0) -> Traced:
     shape, factor = _shape_of(self, other), float(alpha) * sign
     a, b = _operand(g, self), _operand(g, other)
     if isinstance(a, float) and isinstance(b, float):
@@ -151,7 +149,7 @@ def _add(g: Builder, self: Any, other: Any, alpha: Number, sign: float = 1.0) ->
 
 
 @handles("sub")
-def _sub(g: Builder, self: Any, other: Any, alpha: Number) -> Traced:
+def _sub(g: Builder, self: Any, other: Any, alpha: Number = 1) -> Traced:
     return _add(g, self, other, alpha, -1.0)
 
 
@@ -181,7 +179,8 @@ def _mul(g: Builder, self: Any, other: Any) -> Traced:
 @handles("div", "true_divide")
 def _div(g: Builder, self: Any, other: Any, rounding_mode: str | None = None) -> Traced:
     if rounding_mode is not None:
-        raise refuse("division with rounding", "aten.div")
+        rounded = HANDLERS["floor_divide"] if rounding_mode == "floor" else _quotient
+        return rounded(g, self, other)
     shape = _shape_of(self, other)
     a, b = _operand(g, self), _operand(g, other)
     if isinstance(b, float):
@@ -193,6 +192,11 @@ def _div(g: Builder, self: Any, other: Any, rounding_mode: str | None = None) ->
     if isinstance(a, float):
         return _expanded(g, g.affine(g.unary("reciprocal", b), a), shape)
     return g.binary("div", a, b)
+
+
+def _quotient(g: Builder, self: Any, other: Any) -> Traced:
+    whole: Traced = HANDLERS["trunc"](g, _div(g, self, other))
+    return whole
 
 
 _POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
@@ -219,6 +223,12 @@ def _pow(g: Builder, self: Any, exponent: Any) -> Traced:
 
 HANDLERS["maximum"] = lambda g, self, other: g.binary("maximum", self, other)
 HANDLERS["minimum"] = lambda g, self, other: g.binary("minimum", self, other)
+HANDLERS["atan2"] = lambda g, self, other: g.binary("atan2", self, other)
+
+
+@handles("hypot")
+def _hypot(g: Builder, self: Traced, other: Traced) -> View:
+    return g.unary("sqrt", g.binary("add", g.unary("square", self), g.unary("square", other)))
 
 
 # Constants -----------------------------------------------------------------------------------
@@ -244,39 +254,46 @@ def _full(
 # Sums ----------------------------------------------------------------------------------------
 
 
-def _reduce(g: Builder, x: Traced, dim: Any, keepdim: bool, average: bool) -> View:
+def reduced(g: Builder, x: Traced, dim: Any, keepdim: bool, kind: str) -> View:
+    """The sum, mean or greatest of the entries along some dimensions, or all of them.
+
+    Args:
+        g: the program.
+        x: what is reduced.
+        dim: a dimension or several; nothing means all.
+        keepdim: whether they stay, with one entry.
+        kind: "sum", "mean" or "greatest"; no gradient goes through the last.
+    """
     rank = len(x.shape)
-    wanted = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    wanted = [dim] if isinstance(dim, int) else dim or range(rank)
     dims = sorted({d % rank for d in wanted}) if rank else []
     kept = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
     view = g.whole(x)
     if runs(x.shape, x.shape, kept) > MAX_RUNS:
         for d in dims:
-            view = _reduce(g, view, d, True, average)
+            view = reduced(g, view, d, True, kind)
     else:
         count = math.prod(x.shape[d] for d in dims)
-        factor = 1.0 / count if average else 1.0
-        view = g.emit("sum", [(view.id, x.shape)], kept, dims=dims, factor=factor)
+        op = "greatest" if kind == "greatest" else "sum"
+        scale = {} if kind == "greatest" else {"factor": 1.0 / count if kind == "mean" else 1.0}
+        view = g.emit(op, [(view.id, x.shape)], kept, dims=dims, **scale)
     if keepdim:
         return view
     return view.reshape(tuple(n for d, n in enumerate(x.shape) if d not in dims))
 
 
 @handles("sum")
-def _sum(g: Builder, self: Traced, dtype: Any, dim: Any = None, keepdim: bool = False) -> View:
-    return _reduce(g, self, dim, keepdim, average=False)
+def _sum(
+    g: Builder, self: Traced, dtype: Any = None, dim: Any = None, keepdim: bool = False
+) -> View:
+    return reduced(g, self, dim, keepdim, "sum")
 
 
 @handles("mean")
-def _mean(g: Builder, self: Traced, dtype: Any, dim: Any = None, keepdim: bool = False) -> View:
-    return _reduce(g, self, dim, keepdim, average=True)
-
-
-@handles("linalg_vector_norm")
-def _norm(g: Builder, self: Traced, ord: Number, dim: Any, keepdim: bool, dtype: Any) -> View:
-    if ord != 2:
-        raise refuse(f"a vector norm of order {ord}", "aten.linalg_vector_norm")
-    return g.unary("sqrt", _reduce(g, g.unary("square", self), dim, keepdim, average=False))
+def _mean(
+    g: Builder, self: Traced, dtype: Any = None, dim: Any = None, keepdim: bool = False
+) -> View:
+    return reduced(g, self, dim, keepdim, "mean")
 
 
 # Side by side --------------------------------------------------------------------------------
@@ -312,9 +329,14 @@ def _stack(g: Builder, tensors: Sequence[Traced], dim: int) -> Traced:
 # The same entries ----------------------------------------------------------------------------
 
 
-@handles("clone", "contiguous", "alias", "lift_fresh_copy", "type_as", "to", "_to_copy", "detach_")
+@handles("clone", "contiguous", "alias", "lift_fresh_copy")
 def _same(g: Builder, self: Traced, **_: Any) -> Traced:
     return self
+
+
+@handles("copy")
+def _copy(g: Builder, self: Traced, src: Traced, **_: Any) -> Traced:
+    return _expanded(g, src, self.shape)
 
 
 @handles("dropout", "alpha_dropout", "feature_dropout")

@@ -18,6 +18,9 @@ from torch.nn import functional
 
 VERSION = 1
 
+FLAT = frozenset(("stop", "sign", "floor", "round", "less", "less_equal", "equal", "greatest"))
+"""Operations through which no gradient goes. Comparisons give 1 where they hold, and 0."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -89,7 +92,7 @@ class Program:
                     "u": [{"id": id, "shape": shape} for id, shape in self.state],
                 },
                 "parameters": [vars(parameter) for parameter in self.parameters],
-                "constants": [{"id": id, "value": value} for id, value in self.constants],
+                "constants": [{"id": id, "value": _plain(x)} for id, x in self.constants],
                 "ops": [
                     {
                         "op": step.op,
@@ -97,7 +100,7 @@ class Program:
                         "in_shapes": step.in_shapes,
                         "out": step.out,
                         "shape": step.shape,
-                        **step.attributes,
+                        **{name: _plain(x) for name, x in step.attributes.items()},
                     }
                     for step in self.operations
                 ],
@@ -118,7 +121,8 @@ class Program:
             t: the time, a 0-d tensor.
             parts: the parts of the state.
             p: the flat parameter vector.
-            after: changes the result of each operation, such as by an error of rounding.
+            after: changes the result of each operation, such as by an error of rounding; not of
+                those without a gradient, which jump.
 
         Returns:
             The parts of the derivative.
@@ -135,9 +139,15 @@ class Program:
                 for id, shape in zip(step.inputs, step.in_shapes, strict=True)
             ]
             result = _run(step, inputs).reshape(step.shape)
-            values[step.out] = result if after is None else after(result)
+            smooth = step.op not in FLAT
+            values[step.out] = after(result) if after is not None and smooth else result
         shapes = [shape for _, shape in self.state]
         return [values[id].reshape(shape) for id, shape in zip(self.outputs, shapes, strict=True)]
+
+
+def _plain(x: Any) -> Any:
+    """JSON has no infinities, and no NaN: they are text."""
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _run(step: Operation, inputs: list[Tensor]) -> Tensor:
@@ -197,6 +207,30 @@ def _sum(step: Operation, inputs: list[Tensor]) -> Tensor:
     return inputs[0].sum(dim=a["dims"], keepdim=True) * factor
 
 
+def _greatest(step: Operation, inputs: list[Tensor]) -> Tensor:
+    return inputs[0].detach().amax(step.attributes["dims"], keepdim=True)
+
+
+def _take(step: Operation, inputs: list[Tensor]) -> Tensor:
+    places = _places(step.attributes)
+    taken = inputs[0].reshape(-1)[places.clamp(min=0)]
+    return torch.where(places < 0, 0.0, taken)
+
+
+def _put(step: Operation, inputs: list[Tensor]) -> Tensor:
+    places = _places(step.attributes)
+    zero = inputs[0].new_zeros(math.prod(step.shape))
+    return zero.index_add(0, places, inputs[0].reshape(-1))
+
+
+def _places(a: dict[str, Any]) -> Tensor:
+    """The places of `take` and `put`, entry by entry."""
+    starts = torch.tensor(a["places"])[None, :, None]
+    outer = a["stride"] * torch.arange(a["outer"])[:, None, None]
+    within = outer + starts + torch.arange(a["block"])
+    return torch.where(starts < 0, -1, within).reshape(-1)
+
+
 def _cat(step: Operation, inputs: list[Tensor]) -> Tensor:
     dim = step.attributes["dim"]
     shapes = [
@@ -248,6 +282,20 @@ _ENTRYWISE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "affine": lambda x, a: x * a["factor"] + a["shift"],
     "power": lambda x, a: x ** a["exponent"],
     "exponential": lambda x, a: a["base"] ** x,
+    "tan": lambda x, a: torch.tan(x),
+    "asin": lambda x, a: torch.asin(x),
+    "acos": lambda x, a: torch.acos(x),
+    "atan": lambda x, a: torch.atan(x),
+    "sinh": lambda x, a: torch.sinh(x),
+    "cosh": lambda x, a: torch.cosh(x),
+    "asinh": lambda x, a: torch.asinh(x),
+    "acosh": lambda x, a: torch.acosh(x),
+    "atanh": lambda x, a: torch.atanh(x),
+    "erfc": lambda x, a: torch.erfc(x),
+    "stop": lambda x, a: x.detach(),
+    "sign": lambda x, a: torch.sign(x),
+    "floor": lambda x, a: torch.floor(x),
+    "round": lambda x, a: torch.round(x),
 }
 
 _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -258,6 +306,13 @@ _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pow": torch.pow,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
+    "atan2": torch.atan2,
+    "remainder": torch.remainder,
+    "fmod": torch.fmod,
+    "less": lambda a, b: (a < b).to(a),
+    "less_equal": lambda a, b: (a <= b).to(a),
+    "equal": lambda a, b: (a == b).to(a),
+    "where": lambda a, b: torch.where(a != 0, b, 0.0),
 }
 
 _OTHER: dict[str, Callable[[Operation, list[Tensor]], Tensor]] = {
@@ -269,4 +324,7 @@ _OTHER: dict[str, Callable[[Operation, list[Tensor]], Tensor]] = {
     "cat": _cat,
     "view": _view,
     "range": _range,
+    "greatest": _greatest,
+    "take": _take,
+    "put": _put,
 }

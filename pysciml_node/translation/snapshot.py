@@ -38,6 +38,17 @@ _UNSEEN = (
 # Libraries whose objects hold numbers that a field computes with.
 _WALKED = ("torch", "types", "pysciml_node")
 
+# Libraries whose objects an evaluation does not change.
+_SILENT = frozenset(
+    (
+        *("builtins", "numpy", "torch", "functools", "operator", "enum", "typing", "abc", "_abc"),
+        *("_thread", "weakref", "pathlib", "datetime", "fractions", "decimal", "re", "inspect"),
+    )
+)
+
+# Functions whose answer is that of the place where a solve is called.
+_MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
+
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
@@ -62,10 +73,14 @@ class Snapshot:
         tokens: structure and plain values, in the order of the walk. For a tensor they hold dtype,
             shape and device, and not its numbers.
         tensors: the distinct tensors, in that order: equal tokens mean the same places.
+        sealed: whether there are objects of other libraries, whose inside is not looked at.
+        asks_mode: whether code asks if gradients are recorded.
     """
 
     tokens: list[Any]
     tensors: list[Tensor]
+    sealed: bool = False
+    asks_mode: bool = False
 
     @staticmethod
     def of(f: Any) -> Snapshot:
@@ -77,14 +92,14 @@ class Snapshot:
         if known is not None and known.owner() is f:
             tensors = known.tensors()
             if tensors is not None:
-                return Snapshot(known.tokens, tensors)
+                return Snapshot(known.tokens, tensors, known.sealed, known.asks_mode)
         walk = _Walk(reference(f, functools.partial(_forget, id(f))))
         walk.add(f)
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
         _watched[id(f)] = walk.watch
-        return Snapshot(walk.watch.tokens, walk.tensors)
+        return Snapshot(walk.watch.tokens, walk.tensors, walk.watch.sealed, walk.watch.asks_mode)
 
     def changes(self, later: Snapshot) -> frozenset[int]:
         """Places at which a later snapshot differs, if both have the same structure."""
@@ -106,6 +121,8 @@ class _Watch:
         places: container and key of each tensor, and the token that describes it.
         repeated: container and key of a tensor's further places, and its number.
         default: torch's default dtype.
+        sealed: whether there are objects whose inside is not looked at.
+        asks_mode: whether code asks if gradients are recorded.
     """
 
     owner: Callable[[], Any]
@@ -115,6 +132,8 @@ class _Watch:
     places: list[tuple[Any, Any, Any]] = field(default_factory=list)
     repeated: list[tuple[Any, Any, int]] = field(default_factory=list)
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
+    sealed: bool = False
+    asks_mode: bool = False
 
     def tensors(self) -> list[Tensor] | None:
         """The tensors that are there now; `None` where anything else has changed."""
@@ -264,6 +283,7 @@ class _Walk:
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
         names = _names(f.__code__)
+        self.watch.asks_mode |= not _MODES.isdisjoint(names)
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -306,6 +326,8 @@ class _Walk:
 
     def _class(self, x: type) -> None:
         self._tokens.append(_Same(x))
+        if type(x) is not type:
+            self.add(type(x))
         for owner in x.__mro__:
             if _is_library(owner.__module__):
                 continue
@@ -332,7 +354,19 @@ class _Walk:
         self._at(_Value(x), "value", x())
 
     def _opaque(self, x: Any) -> None:
+        """An object of another library: itself, and the numbers that it holds directly."""
         self._tokens.append(_Same(x))
+        if type(x).__module__.partition(".")[0] in _SILENT and not hasattr(x, "__next__"):
+            return
+        self.watch.sealed = True
+        held = getattr(x, "__dict__", None)
+        if not isinstance(held, dict):
+            return
+        self.watch.sizes.append((held, len(held)))
+        for name, value in held.items():
+            if type(value) in _PLAIN or isinstance(value, Tensor | np.ndarray):
+                self._tokens.append(name)
+                self._at(held, name, value)
 
     def _object(self, x: Any) -> None:
         self.add(type(x))

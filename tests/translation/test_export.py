@@ -126,6 +126,10 @@ FIELDS: dict[str, tuple[nn.Module, Any]] = {
         U.reshape(2, 2, 3),
     ),
     "unbatched": (Field(lambda m, t, u: m.c(u), c=nn.Conv1d(2, 2, 3, padding=1)), U.reshape(2, 6)),
+    "rounded by torch": (
+        Field(lambda m, t, u: functional.hardsigmoid(u) + functional.celu(u, 1.3)),
+        U,
+    ),
     "timed": (
         TimedField.conv(2, [3], time="concatsquash", start_at_rest=False),
         U.reshape(1, 2, 2, 3),
@@ -156,18 +160,20 @@ class Doubled(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("function", "parts", "words"),
     [
-        (lambda m, t, u: torch.where(u > 0, u, t), {}, r"aten\.gt"),
-        (lambda m, t, u: torch.softmax(u, -1), {}, r"aten\.softmax"),
-        (lambda m, t, u: m.rnn(u[None])[0][0], {"rnn": nn.LSTM(3, 3)}, r"Field\.rnn.*aten\.lstm"),
+        (lambda m, t, u: torch.sort(u).values, {}, r"aten\.sort"),
+        (lambda m, t, u: u * u.argmax(), {}, r"aten\.argmax"),
+        (lambda m, t, u: u * u.max(1, keepdim=True).indices, {}, r"aten\.mul"),
+        (lambda m, t, u: u[u > 0].sum() * u, {}, r"aten\.index"),
+        (lambda m, t, u: torch.linalg.inv(u[:3]) @ u[:3], {}, r"aten\.linalg_inv"),
         (lambda m, t, u: u if t > 0 else -u, {}, "torch.export"),
         (lambda m, t, u: u * float(t), {}, "torch.export"),
         (lambda m, t, u: functional.dropout(u, 0.5), {}, "random.*eval"),
         (lambda m, t, u: u + torch.randn_like(u), {}, r"aten\.randn_like"),
         (lambda m, t, u: u + torch.rand(3), {}, r"aten\.rand"),
-        (lambda m, t, u: u.detach() * t, {}, r"aten\.detach"),
         (lambda m, t, u: m.norm(u), {"norm": nn.BatchNorm1d(3)}, "changes its buffers"),
         (lambda m, t, u: torch.relu(u).add_(t), {}, "differentiated by torch"),
         (lambda m, t, u: Doubled.apply(u), {}, "another derivative"),
+        (lambda m, t, u: torch.where(u > 9, Doubled.apply(u), u), {}, "another derivative"),
         (lambda m, t, u: (u, u), {}, "shape|tuple"),
     ],
 )

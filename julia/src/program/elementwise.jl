@@ -47,7 +47,9 @@ function pull_operand!(slope::S, o::Binary, x::Operand, strides::Four, m, c) whe
     return nothing
 end
 
-number(T, node, key) = T(node.attributes[key])
+number(T, node, key) = number(T, node.attributes[key])
+number(T, x::Number) = T(x)
+number(T, x::AbstractString) = T(parse(Float64, x))  # infinities and NaN are text
 
 const SCALARS = Dict{String,Function}(
     "identity" => (T, node) -> Identity(),
@@ -76,11 +78,26 @@ const SCALARS = Dict{String,Function}(
     ),
     "softplus" => (T, node) -> Softplus(number(T, node, "beta"), number(T, node, "threshold")),
     "clamp" => (T, node) -> Clamp(
-        T(something(node.attributes["low"], -Inf)), T(something(node.attributes["high"], Inf))
+        number(T, something(node.attributes["low"], -Inf)),
+        number(T, something(node.attributes["high"], Inf)),
     ),
     "affine" => (T, node) -> Affine(number(T, node, "factor"), number(T, node, "shift")),
     "power" => (T, node) -> Power(number(T, node, "exponent")),
     "exponential" => (T, node) -> Exponential(number(T, node, "base")),
+    "erfc" => (T, node) -> Erfc(),
+    "tan" => (T, node) -> Tan(),
+    "asin" => (T, node) -> Asin(),
+    "acos" => (T, node) -> Acos(),
+    "atan" => (T, node) -> Atan(),
+    "sinh" => (T, node) -> Sinh(),
+    "cosh" => (T, node) -> Cosh(),
+    "asinh" => (T, node) -> Asinh(),
+    "acosh" => (T, node) -> Acosh(),
+    "atanh" => (T, node) -> Atanh(),
+    "stop" => (T, node) -> Stop(),
+    "sign" => (T, node) -> Sign(),
+    "floor" => (T, node) -> Floor(),
+    "round" => (T, node) -> Round(),
 )
 
 const PAIRWISE = Dict{String,Pairwise}(
@@ -91,6 +108,13 @@ const PAIRWISE = Dict{String,Pairwise}(
     "pow" => Raise(),
     "maximum" => Maximum(),
     "minimum" => Minimum(),
+    "atan2" => Angle(),
+    "remainder" => Remainder(),
+    "fmod" => Leftover(),
+    "less" => Less(),
+    "less_equal" => LessEqual(),
+    "equal" => Equal(),
+    "where" => Where(),
 )
 
 operation(f::Scalar, node::Node) = Unary(f, node.inputs[1], node.output)

@@ -244,6 +244,70 @@ end
 # As in C: a negative base has a power where the exponent is whole, and NaN elsewhere.
 @inline power(x, y) = x < 0 && !isinteger(y) && isfinite(x) ? oftype(x * y, NaN) : x^y
 
+# Functions of the C library and of Julia; outside of their domain NaN, where Julia would throw.
+
+"The complementary error function of the C library."
+@inline erfc(x::Float64) = ccall((:erfc, Base.Math.libm), Float64, (Float64,), x)
+@inline erfc(x::Float32) = ccall((:erfcf, Base.Math.libm), Float32, (Float32,), x)
+@inline root(x) = x < 0 ? oftype(x, NaN) : sqrt(x)
+
+struct Erfc <: Scalar end
+@inline (::Erfc)(x) = erfc(x)
+@inline derivative(::Erfc, x, y) = oftype(x, -2 / sqrt(pi)) * fast_exp(-x * x)
+
+struct Tan <: OutputScalar end
+@inline (::Tan)(x) = isfinite(x) ? tan(x) : oftype(x, NaN)
+@inline derivative_at_output(::Tan, y) = 1 + y * y
+
+struct Asin <: Scalar end
+@inline (::Asin)(x) = abs(x) <= 1 ? asin(x) : oftype(x, NaN)
+@inline derivative(::Asin, x, y) = inv(root(1 - x * x))
+
+struct Acos <: Scalar end
+@inline (::Acos)(x) = abs(x) <= 1 ? acos(x) : oftype(x, NaN)
+@inline derivative(::Acos, x, y) = -inv(root(1 - x * x))
+
+struct Atan <: Scalar end
+@inline (::Atan)(x) = atan(x)
+@inline derivative(::Atan, x, y) = inv(1 + x * x)
+
+struct Sinh <: Scalar end
+@inline (::Sinh)(x) = sinh(x)
+@inline derivative(::Sinh, x, y) = cosh(x)
+
+struct Cosh <: Scalar end
+@inline (::Cosh)(x) = cosh(x)
+@inline derivative(::Cosh, x, y) = sinh(x)
+
+struct Asinh <: Scalar end
+@inline (::Asinh)(x) = asinh(x)
+@inline derivative(::Asinh, x, y) = inv(root(x * x + 1))
+
+struct Acosh <: Scalar end
+@inline (::Acosh)(x) = x >= 1 ? acosh(x) : oftype(x, NaN)
+@inline derivative(::Acosh, x, y) = inv(root(x * x - 1))
+
+struct Atanh <: Scalar end
+@inline (::Atanh)(x) = abs(x) <= 1 ? atanh(x) : oftype(x, NaN)
+@inline derivative(::Atanh, x, y) = inv(1 - x * x)
+
+# No gradient goes through these: `build_operations` sees to that.
+"`x`, without its gradient."
+struct Stop <: Scalar end
+@inline (::Stop)(x) = x
+
+struct Sign <: Scalar end
+@inline (::Sign)(x) = isnan(x) ? zero(x) : sign(x)
+
+struct Floor <: Scalar end
+@inline (::Floor)(x) = floor(x)
+
+"To the nearest whole number, to even ones from halves."
+struct Round <: Scalar end
+@inline (::Round)(x) = round(x)
+
+@inline derivative(::Union{Stop,Sign,Floor,Round}, x, y) = zero(x)
+
 # Functions of two values, with the derivative by each.
 abstract type Pairwise end
 
@@ -281,3 +345,41 @@ struct Minimum <: Pairwise end
 @inline (::Minimum)(a, b) = min(a, b)
 @inline by_first(::Minimum, a, b, y) = by_first(Maximum(), b, a, y)
 @inline by_second(::Minimum, a, b, y) = by_first(Maximum(), a, b, y)
+
+struct Angle <: Pairwise end
+@inline (::Angle)(a, b) = atan(a, b)
+@inline by_first(::Angle, a, b, y) = iszero(a) && iszero(b) ? zero(y) : b / (a * a + b * b)
+@inline by_second(::Angle, a, b, y) = iszero(a) && iszero(b) ? zero(y) : -a / (a * a + b * b)
+
+"What is left of a division; of the divisor's sign."
+struct Remainder <: Pairwise end
+@inline (::Remainder)(a, b) = rest(mod, a, b)
+@inline by_first(::Remainder, a, b, y) = one(y)
+@inline by_second(::Remainder, a, b, y) = -floor(a / b)
+
+"What is left of a division; of the dividend's sign."
+struct Leftover <: Pairwise end
+@inline (::Leftover)(a, b) = rest(rem, a, b)
+@inline by_first(::Leftover, a, b, y) = one(y)
+@inline by_second(::Leftover, a, b, y) = -trunc(a / b)
+
+@inline rest(f::F, a, b) where {F} = isfinite(a) && !iszero(b) ? f(a, b) : oftype(a, NaN)
+
+# 1 where they hold, else 0; without gradients.
+struct Less <: Pairwise end
+@inline (::Less)(a, b) = ifelse(a < b, one(a), zero(a))
+
+struct LessEqual <: Pairwise end
+@inline (::LessEqual)(a, b) = ifelse(a <= b, one(a), zero(a))
+
+struct Equal <: Pairwise end
+@inline (::Equal)(a, b) = ifelse(a == b, one(a), zero(a))
+
+@inline by_first(::Union{Less,LessEqual,Equal}, a, b, y) = zero(y)
+@inline by_second(::Union{Less,LessEqual,Equal}, a, b, y) = zero(y)
+
+"`b` where `a` is not 0, and 0 elsewhere."
+struct Where <: Pairwise end
+@inline (::Where)(a, b) = iszero(a) ? zero(b) : b
+@inline by_first(::Where, a, b, y) = zero(y)
+@inline by_second(::Where, a, b, y) = iszero(a) ? zero(y) : one(y)

@@ -19,6 +19,11 @@ end
 
 entries(shape) = prod(shape; init=1)
 
+"Operations through which no gradient goes."
+const FLAT = Set(
+    ["stop", "sign", "floor", "round", "less", "less_equal", "equal", "greatest"]
+)
+
 function Graph{T}(text) where {T}
     g = Graph{T}(
         text["ops"], Dict(), Set(), Dict(), text["outputs"], text["inputs"]["t"], Extent(0, 0),
@@ -42,7 +47,7 @@ function Graph{T}(text) where {T}
     for constant in text["constants"]
         block = allocate!(g.extent, 1)
         g.blocks[constant["id"]] = block
-        push!(g.constants, (block, T(something(constant["value"], NaN))))
+        push!(g.constants, (block, number(T, constant["value"])))
     end
     place_steps!(g)
     return g
@@ -70,7 +75,7 @@ function place_steps!(g::Graph)
             g.blocks[input].space === RESULT &&
                 throw(ArgumentError("output $input of the program is also an operand"))
         end
-        any(in(g.active), inputs) && push!(g.active, id)
+        step["op"] in FLAT || !any(in(g.active), inputs) || push!(g.active, id)
         haskey(g.blocks, id) && continue
         if step["op"] == "range"
             whole = g.blocks[inputs[1]]
@@ -121,8 +126,10 @@ function build_operations(g::Graph{T}) where {T}
     for (step, add) in zip(g.steps, added)
         name = step["op"]
         name == "range" && continue
+        pulls = step["out"] in g.active
         inputs = [
-            Operand(g.blocks[id], id in g.active, before) for (id, before) in zip(step["in"], add)
+            Operand(g.blocks[id], pulls && id in g.active, before) for
+            (id, before) in zip(step["in"], add)
         ]
         output = Operand(g.blocks[step["out"]], step["out"] in g.active, false)
         shapes = Vector{Int}[Vector{Int}(s) for s in step["in_shapes"]]

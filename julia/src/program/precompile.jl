@@ -7,12 +7,17 @@ function precompile_programs(::Type{T}) where {T}
     scalars = (
         outputs..., Exp, Expm1, Sqrt, Rsqrt, Reciprocal, Square, Cube, Sin, Cos, Log, Log1p, Abs,
         Erf, SiLU, GELU, TanhGELU, LeakyReLU{T}, ELU{T}, Softplus{T}, Clamp{T}, Affine{T}, Power{T},
-        Exponential{T},
+        Exponential{T}, Erfc, Tan, Asin, Acos, Atan, Sinh, Cosh, Asinh, Acosh, Atanh, Stop, Sign,
+        Floor, Round,
     )
-    pairs = (Add, Subtract, Multiply, Divide, Raise, Maximum, Minimum)
+    pairs = (
+        Add, Subtract, Multiply, Divide, Raise, Maximum, Minimum, Angle, Remainder, Leftover, Less,
+        LessEqual, Equal, Where,
+    )
     kinds = (
         (Unary{F} for F in scalars)..., (Binary{F} for F in pairs)...,
         (Linear{F} for F in outputs)..., BatchedProduct, Convolution, Normalization{T}, Gather, Concatenation, Reduction{T},
+        Relocation, Extremum,
     )
     for kind in kinds
         precompile(forward!, (kind, m))

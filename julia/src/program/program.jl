@@ -35,6 +35,7 @@ include("kernels.jl")
 include("elementwise.jl")
 include("linear.jl")
 include("movement.jl")
+include("places.jl")
 include("conv.jl")
 include("norm.jl")
 include("graph.jl")
@@ -47,6 +48,9 @@ const BUILDERS = Dict{String,Function}(
     "sum" => reduction,
     "cat" => concatenation,
     "view" => gather,
+    "greatest" => extremum,
+    "take" => (T, layout, node) -> relocation(node, false),
+    "put" => (T, layout, node) -> relocation(node, true),
 )
 
 const PROGRAM_VERSION = 1

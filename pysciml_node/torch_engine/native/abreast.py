@@ -18,7 +18,7 @@ from pysciml_node.torch_engine.native.operations import OPERATIONS, Emission
 from pysciml_node.torch_engine.native.text import Shape, contiguous
 from pysciml_node.translation.program import Operation, Program
 
-_AS_THEY_ARE = {*elementwise.FORWARD, *elementwise.PAIRS, "sin", "cos", "sum"}
+_AS_THEY_ARE = {*elementwise.FORWARD, *elementwise.PAIRS, "sin", "cos", "sum", "greatest"}
 
 
 @dataclass
@@ -110,6 +110,12 @@ class _Widening:
         if step.op == "view":
             a["size"] = (*a["size"], width)
             a["stride"] = (*(s * width for s in a["stride"]), 1)
+        self._append(replace(step, in_shapes=self._shapes(step), attributes=a))
+
+    def _placed(self, step: Operation) -> None:
+        a, width = dict(step.attributes), self.width
+        a["places"] = [place * width if place > 0 else place for place in a["places"]]
+        a["stride"], a["block"] = a["stride"] * width, a["block"] * width
         self._append(replace(step, in_shapes=self._shapes(step), attributes=a))
 
     def _cat(self, step: Operation) -> None:
@@ -206,6 +212,8 @@ _OTHER: dict[str, Callable[[_Widening, Operation], None]] = {
     "cat": _Widening._cat,
     "view": _Widening._moved,
     "range": _Widening._moved,
+    "take": _Widening._placed,
+    "put": _Widening._placed,
     "linear": _Widening._linear,
     "bmm": _Widening._bmm,
 }

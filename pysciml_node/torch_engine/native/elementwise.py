@@ -12,7 +12,10 @@ Attributes = dict[str, Any]
 Forward = Callable[[str, Attributes], str]
 Pullback = Callable[[str, str, str, Attributes], str]
 
-LIBRARY = {"erf", "gelu", "power", "exponential"}
+LIBRARY = {
+    *("erf", "erfc", "gelu", "power", "exponential"),
+    *("tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
+}
 """Functions of the C library: their loops are not made longer than they need be."""
 
 
@@ -87,6 +90,20 @@ FORWARD: dict[str, Forward] = {
     "affine": lambda x, a: f"{x} * {number(a['factor'])} + {number(a['shift'])}",
     "power": lambda x, a: f"F(pow)({x}, {number(a['exponent'])})",
     "exponential": lambda x, a: f"F(pow)({number(a['base'])}, {x})",
+    "erfc": lambda x, a: f"F(erfc)({x})",
+    "tan": lambda x, a: f"F(tan)({x})",
+    "asin": lambda x, a: f"F(asin)({x})",
+    "acos": lambda x, a: f"F(acos)({x})",
+    "atan": lambda x, a: f"F(atan)({x})",
+    "sinh": lambda x, a: f"F(sinh)({x})",
+    "cosh": lambda x, a: f"F(cosh)({x})",
+    "asinh": lambda x, a: f"F(asinh)({x})",
+    "acosh": lambda x, a: f"F(acosh)({x})",
+    "atanh": lambda x, a: f"F(atanh)({x})",
+    "stop": lambda x, a: x,
+    "sign": lambda x, a: f"(REAL)(({x} > 0) - ({x} < 0))",
+    "floor": lambda x, a: f"F(__builtin_floor)({x})",
+    "round": lambda x, a: f"F(__builtin_rint)({x})",
 }
 
 PULLBACK: dict[str, Pullback] = {
@@ -117,6 +134,16 @@ PULLBACK: dict[str, Pullback] = {
         f"{g} * ({number(a['exponent'])} * F(pow)({x}, {number(a['exponent'] - 1)}))"
     ),
     "exponential": _exponential_pull,
+    "erfc": lambda g, x, y, a: f"{g} * (REAL)-1.1283791670955126 * psn_exp(-{x} * {x})",
+    "tan": lambda g, x, y, a: f"{g} * (1 + {y} * {y})",
+    "asin": lambda g, x, y, a: f"{g} / F(__builtin_sqrt)(1 - {x} * {x})",
+    "acos": lambda g, x, y, a: f"-{g} / F(__builtin_sqrt)(1 - {x} * {x})",
+    "atan": lambda g, x, y, a: f"{g} / (1 + {x} * {x})",
+    "sinh": lambda g, x, y, a: f"{g} * F(cosh)({x})",
+    "cosh": lambda g, x, y, a: f"{g} * F(sinh)({x})",
+    "asinh": lambda g, x, y, a: f"{g} / F(__builtin_sqrt)({x} * {x} + 1)",
+    "acosh": lambda g, x, y, a: f"{g} / F(__builtin_sqrt)({x} * {x} - 1)",
+    "atanh": lambda g, x, y, a: f"{g} / (1 - {x} * {x})",
 }
 
 PAIRS: dict[str, Callable[[str, str], str]] = {
@@ -127,7 +154,17 @@ PAIRS: dict[str, Callable[[str, str], str]] = {
     "pow": lambda a, b: f"F(pow)({a}, {b})",
     "maximum": lambda a, b: f"psn_maximum({a}, {b})",
     "minimum": lambda a, b: f"psn_minimum({a}, {b})",
+    "atan2": lambda a, b: f"F(atan2)({a}, {b})",
+    "remainder": lambda a, b: f"psn_remainder({a}, {b})",
+    "fmod": lambda a, b: f"F(fmod)({a}, {b})",
+    "less": lambda a, b: f"(REAL)({a} < {b})",
+    "less_equal": lambda a, b: f"(REAL)({a} <= {b})",
+    "equal": lambda a, b: f"(REAL)({a} == {b})",
+    "where": lambda a, b: f"{a} != 0 ? {b} : (REAL)0",
 }
+
+LIBRARY_PAIRS = {"pow", "atan2", "remainder", "fmod"}
+"""As `LIBRARY`."""
 
 PAIR_PULLBACKS: dict[str, tuple[Callable[..., str], Callable[..., str]]] = {
     "add": (lambda g, a, b, y: g, lambda g, a, b, y: g),
@@ -146,5 +183,21 @@ PAIR_PULLBACKS: dict[str, tuple[Callable[..., str], Callable[..., str]]] = {
     "minimum": (
         lambda g, a, b, y: f"{a} == {b} ? {g} / 2 : {a} > {b} ? (REAL)0 : {g}",
         lambda g, a, b, y: f"{a} == {b} ? {g} / 2 : {b} > {a} ? (REAL)0 : {g}",
+    ),
+    "atan2": (
+        lambda g, a, b, y: f"psn_angle_pull({g}, {b}, {a})",
+        lambda g, a, b, y: f"-psn_angle_pull({g}, {a}, {b})",
+    ),
+    "remainder": (
+        lambda g, a, b, y: g,
+        lambda g, a, b, y: f"-{g} * F(__builtin_floor)({a} / {b})",
+    ),
+    "fmod": (
+        lambda g, a, b, y: g,
+        lambda g, a, b, y: f"-{g} * F(__builtin_trunc)({a} / {b})",
+    ),
+    "where": (
+        lambda g, a, b, y: "(REAL)0",
+        lambda g, a, b, y: f"{a} != 0 ? {g} : (REAL)0",
     ),
 }

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pysciml_node.torch_engine.native.text import PAD, number, padded, whole
-from pysciml_node.translation.program import Operation, Program
+from pysciml_node.translation.program import FLAT, Operation, Program
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Layout:
         else:
             self.place[step.out] = self.work.take(size)
             self.bar[step.out] = self.bars.take(size)
-        if any(id in self.active for id in step.inputs):
+        if step.op not in FLAT and any(id in self.active for id in step.inputs):
             self.active.add(step.out)
 
     def count(self, size: int, exact: bool = False) -> int:

@@ -87,7 +87,7 @@ def _pair(e: Layout, step: Operation) -> list[str]:
     a, b = (e.place[id] for id in step.inputs)
     y, function = e.place[step.out], elementwise.PAIRS[step.op]
     if step.in_shapes[0] == step.in_shapes[1]:
-        count = e.count(e.sizes[step.out], step.op == "pow")
+        count = e.count(e.sizes[step.out], step.op in elementwise.LIBRARY_PAIRS)
         value = function(f"{a}[i]", f"{b}[i]")
         return ["#pragma omp simd", f"for (int i = 0; i < {count}; i++) {y}[i] = {value};"]
     shape, strides = _paired(step)
@@ -117,7 +117,7 @@ def _pair_pull(e: Layout, step: Operation) -> list[str]:
                 id,
                 e.sizes[id],
                 lambda i, slope=slope: slope(f"{g}[{i}]", f"{a}[{i}]", f"{b}[{i}]", f"{y}[{i}]"),  # type: ignore[misc]
-                step.op == "pow",
+                step.op in elementwise.LIBRARY_PAIRS,
             )
             continue
         lines += e.begin(id)
@@ -227,6 +227,74 @@ def _view_pull(e: Layout, step: Operation) -> list[str]:
 
 
 OPERATIONS["view"] = OPERATIONS["range"] = Emission(_view, _view_pull)
+
+
+def _greatest(e: Layout, step: Operation) -> list[str]:
+    (source,), x, y = step.in_shapes, e.place[step.inputs[0]], e.place[step.out]
+    kept = broadcast_strides(step.shape, source)
+    lines = loops(
+        source, [kept, contiguous(source)], y,
+        lambda at: f"psn_maximum({y}[{at[0]}], {x}[{at[1]}])", False,
+    )  # fmt: skip
+    return [
+        f"for (int i = 0; i < {e.sizes[step.out]}; i++) {y}[i] = -(REAL)INFINITY;",
+        # One after the other: several may meet in one place.
+        *(line for line in lines if not line.startswith("#pragma")),
+    ]
+
+
+OPERATIONS["greatest"] = Emission(_greatest, lambda e, step: [])
+
+
+def _placed(e: Layout, step: Operation) -> tuple[str, str, bool]:
+    """The loops of entries and their places: what they run over, and whether some have none."""
+    a = step.attributes
+    name = f"places{step.out}"
+    text = f"static const int {name}[] = {{{', '.join(map(str, a['places']))}}};"
+    if text not in e.constants:
+        e.constants.append(text)
+    count, block = len(a["places"]), a["block"]
+    head = (
+        f"for (int o = 0; o < {a['outer']}; o++) for (int i = 0; i < {count}; i++) {{ "
+        f"int from = {name}[i], to = {block} * ({count} * o + i); "
+    )
+    return head, f"for (int j = 0; j < {block}; j++)", min(a["places"], default=0) < 0
+
+
+def _take(e: Layout, step: Operation) -> list[str]:
+    head, within, holes = _placed(e, step)
+    x, y, stride = e.place[step.inputs[0]], e.place[step.out], step.attributes["stride"]
+    value = f"{x}[{stride} * o + from + j]"
+    if holes:
+        value = f"from < 0 ? (REAL)0 : {value}"
+    return [f"{head}{within} {y}[to + j] = {value}; }}"]
+
+
+def _take_pull(e: Layout, step: Operation) -> list[str]:
+    head, within, holes = _placed(e, step)
+    (id,), stride = step.inputs, step.attributes["stride"]
+    target = f"{e.bar[id]}[{stride} * o + from + j]"
+    test = "if (from >= 0) " if holes else ""
+    return [*e.begin(id), f"{head}{test}{within} {target} += {e.bar[step.out]}[to + j]; }}"]
+
+
+OPERATIONS["take"] = Emission(_take, _take_pull)
+
+
+def _put(e: Layout, step: Operation) -> list[str]:
+    head, within, _ = _placed(e, step)
+    x, y, stride = e.place[step.inputs[0]], e.place[step.out], step.attributes["stride"]
+    return [e.zero(step.out), f"{head}{within} {y}[{stride} * o + from + j] += {x}[to + j]; }}"]
+
+
+def _put_pull(e: Layout, step: Operation) -> list[str]:
+    head, within, _ = _placed(e, step)
+    (id,), stride = step.inputs, step.attributes["stride"]
+    value = f"{e.bar[step.out]}[{stride} * o + from + j]"
+    return [*e.begin(id), f"{head}{within} {e.bar[id]}[to + j] += {value}; }}"]
+
+
+OPERATIONS["put"] = Emission(_put, _put_pull)
 
 
 # Products --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vocabulary import GROUPS, Vocabulary
 
 import pysciml_node as psn
 from pysciml_node.problems.state import StateSpec
@@ -185,4 +186,8 @@ def test_the_fields_above_have_every_operation() -> None:
         program = translate(field.to(D), StateSpec.of(start)).program
         used |= {step.op for step in program.operations}
         used |= {step.attributes.get("activation", "identity") for step in program.operations}
+    for names in GROUPS:
+        vocabulary = Vocabulary(names).to(D)
+        program = translate(vocabulary, StateSpec.of(vocabulary.state(D))).program
+        used |= {step.op for step in program.operations}
     assert not set(OPERATIONS) - used

@@ -260,6 +260,16 @@ PSN_INLINE REAL psn_normal_cdf(REAL x) {
 PSN_INLINE REAL psn_maximum(REAL a, REAL b) { return a > b || a != a ? a : b; }
 PSN_INLINE REAL psn_minimum(REAL a, REAL b) { return a < b || a != a ? a : b; }
 
+/* What is left of a division; of the divisor's sign. */
+PSN_INLINE REAL psn_remainder(REAL a, REAL b) {
+  REAL r = F(fmod)(a, b);
+  return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+}
+PSN_INLINE REAL psn_angle_pull(REAL g, REAL side, REAL other) {
+  REAL square = side * side + other * other;
+  return square == 0 ? (REAL)0 : g * side / square;
+}
+
 PSN_INLINE REAL psn_silu_pull(REAL g, REAL x) {
   REAL s = psn_sigmoid(x);
   return g * s * (1 + x * (1 - s));
