@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pysciml_node import checks
 from pysciml_node.algorithms.elementwise import ARRAYS, NUMBERS, Array, Maths
+
+Norm = Callable[[Tensor], Tensor]
+"""The size of a flat vector of scaled errors, a 0-d tensor."""
 
 
 class StepSizes(ABC):
@@ -24,6 +29,13 @@ class StepSizes(ABC):
     With `ARRAYS` for its functions it is that of many solves, each with a size, an error and a
     memory of its own.
     """
+
+    def attempts(self, t: float, u: Tensor, h: float) -> None:  # noqa: B027 - most do not listen
+        """Told of each attempt before it is made: a step of `h` from the flat state `u` at `t`."""
+
+    def accepts(self, h: float, error: float) -> bool:
+        """Whether an attempt of `h` with scaled error `error` becomes a step."""
+        return error <= 1.0
 
     @abstractmethod
     def accepted(self, h: float, error: float) -> float:
@@ -79,6 +91,11 @@ class Controller(checks.Configured, ABC):
     """Base of all controllers: a frozen description; `start` begins a solve with it."""
 
     adaptive = True
+
+    @property
+    def norm(self) -> Norm | None:
+        """What scaled errors are measured by; `None` for their root-mean-square."""
+        return None
 
     @abstractmethod
     def start(self, error_order: float) -> StepSizes:
@@ -338,7 +355,7 @@ class FixedStep(Controller):
     def within(self, t0: float, t1: float) -> FixedStep:
         """The same, with the times that lie inside an interval."""
         low, high = min(t0, t1), max(t0, t1)
-        return FixedStep(tuple(t for t in self.times if low < t < high))
+        return replace(self, times=tuple(t for t in self.times if low < t < high))
 
     def start(self, error_order: float) -> StepSizes:
         """Begin a solve."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.replay.comparison import Comparison
-from pysciml_node.replay.implicit import ImplicitStages
+from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Real, RecordedVectors
 from pysciml_node.steps.cotangents import StepBack, StepCotangents
@@ -53,7 +53,7 @@ class RecordedPullback:
                     self.method.nodes.new_tensor(x).requires_grad_() for x in (step.t, step.h)
                 ]
                 theta = theta.clone().requires_grad_()
-            stages = ImplicitStages(self.method, field, self.marks, RecordedVectors(), field.mass)
+            stages = stages_for(self.method, field, self.marks, RecordedVectors(), field.mass)
             outputs = [stages.solution(start, size, state, with_error=False)]
             cotangents = [step.end]
             if step.inside is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,23 +89,38 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
             # Of a singular matrix this is not finite, and the check of the slope says so.
             rate = torch.linalg.solve_ex(problem.mass, rate).result
     solution.stats.nfe += 1
+    shift = root_shift(lambda time, state: event.value(time, spec.unflatten(state)), t, u, rate)
+    solution.event_t = t + shift
+    solution.u1 = spec.unflatten(u + rate * shift)
+
+
+def root_shift(
+    condition: Callable[[Tensor, Tensor], Tensor], t: Tensor, u: Tensor, rate: Tensor
+) -> Tensor:
+    """Zero, with the derivative of the time at which a condition has its root.
+
+    Args:
+        condition: `g(t, u)`, one real number.
+        t: the time of the root.
+        u: the state there, flat or not.
+        rate: its derivative in time.
+    """
     time = t.detach().requires_grad_()
     state = u.detach().requires_grad_()
-    g = event.value(time, spec.unflatten(state))
+    g = condition(time, state)
     dg_dt, dg_du = None, None
     if g.requires_grad:
         dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
     slope = torch.zeros_like(time)
     if dg_du is not None:
-        slope = slope + torch.vdot(dg_du, rate).real
+        slope = slope + torch.vdot(dg_du.reshape(-1), rate.reshape(-1)).real
     if dg_dt is not None:
         slope = slope + dg_dt
     if slope == 0:
-        shift = _UnknownShift.apply(t, u)  # type: ignore[no-untyped-call]
+        shift: Tensor = _UnknownShift.apply(t, u)  # type: ignore[no-untyped-call]
     else:
-        shift = _NewtonShift.apply(event.value(t, spec.unflatten(u)), slope.detach())  # type: ignore[no-untyped-call]
-    solution.event_t = t + shift
-    solution.u1 = spec.unflatten(u + rate * shift)
+        shift = _NewtonShift.apply(condition(t, u), slope.detach())  # type: ignore[no-untyped-call]
+    return shift
 
 
 def _moving(t: Tensor, solution: Solution, tstops: tuple[float, ...]) -> Tensor:

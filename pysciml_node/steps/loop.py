@@ -133,14 +133,21 @@ class Loop(Steps):
             self.retcode = self._before(h, adaptive and not lands, proposed)
             if self.retcode is not ReturnCode.Default:
                 return
+            sizes.attempts(self.t, self.u, math.copysign(ahead, proposed) if lands else proposed)
             step = self.last = self.take(proposed, lands)
-            if adaptive and not step.error <= 1.0:
+            if adaptive and not sizes.accepts(step.h, step.error):
                 self.nreject += 1
                 self.rejected(step)
                 h = sizes.rejected(self.size_rejected(step, proposed), step.error)
                 continue
             self.naccept += 1
             self.u = step.u1
+            h = proposed
+            if adaptive:
+                # A step cut short by a stop says little: keep the size that was proposed.
+                cut = abs(step.end - step.t) < self.whole * abs(proposed)
+                h = sizes.accepted(self.size_accepted(step, proposed, cut), step.error)
+                h = max(h, proposed, key=abs) if cut else h
             yield step
             self.accepted(step)
             self.t = step.end
@@ -149,12 +156,6 @@ class Loop(Steps):
                 if self.passed == len(self.stops):
                     self.retcode = ReturnCode.Success
                     return
-            h = proposed
-            if adaptive:
-                # A step cut short by a stop says little: keep the size that was proposed.
-                cut = abs(step.end - step.t) < self.whole * abs(proposed)
-                h = sizes.accepted(self.size_accepted(step, proposed, cut), step.error)
-                h = max(h, proposed, key=abs) if cut else h
 
     def _before(self, h: float, limited: bool, proposed: float) -> ReturnCode:
         """Why no further step is taken; `Default` where one is."""

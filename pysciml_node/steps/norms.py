@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pysciml_node.algorithms.controllers import Norm
 from pysciml_node.algorithms.options import Tolerances
 
 
@@ -18,19 +19,21 @@ class ErrorNorm:
 
     Args:
         tolerances: give the unit, and say which entries count.
+        norm: another norm of the entries that count, in units of these.
 
     Attributes:
         shift: `atol / rtol` where scales are given over a number `rtol`, else `None`.
         factor: what turns a raw norm into the root-mean-square.
     """
 
-    def __init__(self, tolerances: Tolerances) -> None:
+    def __init__(self, tolerances: Tolerances, norm: Norm | None = None) -> None:
         rtol, atol = tolerances.rtol, tolerances.atol
-        self.rtol, self.atol, self.size = rtol, atol, tolerances.driven
+        self.rtol, self.atol, self.size, self._norm = rtol, atol, tolerances.driven, norm
         # A number rtol is divided out of the scale, to save a pass, and put into the factor.
         self.shift: float | None = None
-        self.factor = 1 / math.sqrt(max(tolerances.counted, 1))
+        self.factor = 1 / math.sqrt(max(tolerances.counted, 1)) if norm is None else 1.0
         numbers = isinstance(rtol, int | float) and isinstance(atol, int | float)
+        numbers = numbers and norm is None
         # A rtol of nearly nothing would make that scale overflow, and every error vanish.
         if numbers and rtol > 1e-9 and atol <= rtol * 1e9:
             self.shift = float(atol / rtol)
@@ -59,7 +62,10 @@ class ErrorNorm:
 
     def raw(self, vector: Tensor, scale: Tensor) -> Tensor:
         """Norm of a vector in units of `scale`, without the factor; a 0-d tensor."""
-        norm: Tensor = torch.linalg.vector_norm(self.counted(vector) / scale)
+        scaled = self.counted(vector) / scale
+        if self._norm is not None:
+            return self._norm(scaled)
+        norm: Tensor = torch.linalg.vector_norm(scaled)
         return norm
 
     def complete(self, raw: Tensor, times: float = 1.0) -> Tensor:

@@ -51,4 +51,17 @@ class DiagonallyImplicitTableau(Tableau):
     gamma: float = field(kw_only=True)
 
 
-ImplicitTableau = RosenbrockTableau | DiagonallyImplicitTableau
+@dataclass(frozen=True)
+class CoupledTableau(Tableau):
+    """An implicit method whose stages are found together, after an explicit one at the start.
+
+    The first slope is `f(t, u)`, which may have no weight; the others solve
+
+        k_i = f(t + c_i h, u + h sum_j a_ij k_j)
+
+    as one system, by Newton's iteration. The rows of `a` but the first have an entry for each
+    stage. There is no error estimate: these are for steps of fixed sizes.
+    """
+
+
+ImplicitTableau = RosenbrockTableau | DiagonallyImplicitTableau | CoupledTableau

@@ -40,7 +40,7 @@ from pysciml_node.steps.record import Record, check_finite
 from pysciml_node.steps.saver import Outcome, Saver, follow
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.solve import Parts, solve_sde
-from pysciml_node.tableaus import DiagonallyImplicitTableau
+from pysciml_node.tableaus import CoupledTableau, DiagonallyImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
 from pysciml_node.torch_engine.end_times import (
     at_moving_ends,
@@ -107,7 +107,7 @@ def _refusal_implicit(
             '  Use engine="julia" (FBDF() for large systems), or an EnsembleProblem of its rows.'
         )
     mass = isinstance(problem, ODEProblem) and problem.mass_matrix is not None
-    if mass and isinstance(algorithm.tableau, DiagonallyImplicitTableau):
+    if mass and isinstance(algorithm.tableau, DiagonallyImplicitTableau | CoupledTableau):
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
@@ -148,7 +148,7 @@ class _Solve:
             problem.t1,
             MarchOptions(
                 controller=options.controller,
-                norm=ErrorNorm(options.tolerances),
+                norm=ErrorNorm(options.tolerances, options.controller.norm),
                 max_steps=options.max_steps,
                 dt0=options.dt0,
                 dtmin=options.dtmin,
@@ -316,7 +316,8 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         record, states, saved = work.direct()
     else:
         record, states, saved = work.node()
-    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
+    control, every = options.controller, options.tolerances.driven == sum(problem.spec.sizes)
+    watched = control.adaptive and control.norm is None and every
     check_finite(record, states, watched)
     work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
     trajectory = TorchTrajectory(

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pysciml_node import tableaus
-from pysciml_node.tableaus import ImplicitTableau, Tableau
+from pysciml_node.tableaus import CoupledTableau, ImplicitTableau, Tableau
 
 Array = NDArray[np.float64]
 # A rooted tree is the sorted tuple of the subtrees at its root; the single node is ().
@@ -284,3 +284,19 @@ def test_stability_radius(tableau: Tableau) -> None:
 
 def test_stability_radius_of_tsit5_is_the_published_one() -> None:
     assert METHODS["TSIT5"].stability_radius == 3.5068
+
+
+COUPLED = {
+    name: value for name, value in vars(tableaus).items() if isinstance(value, CoupledTableau)
+}
+
+
+@pytest.mark.parametrize("tableau", COUPLED.values(), ids=COUPLED.keys())
+def test_coupled_methods_have_their_order_and_no_more(tableau):
+    w = padded(tableau.b, len(matrix(tableau)))
+    phi = elementary_weights(tableau)
+    for order in range(1, tableau.order + 1):
+        np.testing.assert_allclose(phi(order) @ w, inverse_densities(order), atol=ROUNDING)
+    beyond = tableau.order + 1
+    assert np.abs(phi(beyond) @ w - inverse_densities(beyond)).max() > BROKEN
+    np.testing.assert_allclose([sum(row) for row in tableau.a[1:]], tableau.c[1:], atol=ROUNDING)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.algorithms.controllers import StepSizes
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.torch_engine.march import March
 
@@ -43,7 +44,7 @@ class Script:
         return None
 
 
-class Halving:
+class Halving(StepSizes):
     """A controller that doubles after an accepted step and halves after a rejected one."""
 
     adaptive = True

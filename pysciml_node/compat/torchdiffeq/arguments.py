@@ -15,6 +15,7 @@ _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _POSITIVE = ("first_step", "max_step", "safety", "ifactor", "dfactor")
 _NUMBERS = ("min_step", "step_size")
 _TIMES = ("step_t", "jump_t")
+_SEMINORM = ("seminorm", "adjoint_options")
 
 
 def check_call(func: Any, y0: Any, method: Any, options: Any) -> None:
@@ -62,6 +63,9 @@ def _check_options(argument: str, options: Any) -> None:
             checks.number(name, value)
         elif key == "max_num_steps":
             _check_count(name, value)
+        elif key == "norm" and not callable(value) and (value, argument) != _SEMINORM:
+            hint = 'Only adjoint_options has a norm of a name: "seminorm".'
+            checks.refuse(name, "a function of the state", value, hint)
         elif key in _TIMES and not isinstance(value, Tensor) and checks.as_float(value) is None:
             checks.numbers(name, value)
         elif key in _TIMES and isinstance(value, Tensor):
@@ -73,25 +77,20 @@ def _check_count(name: str, value: Any) -> None:
     checks.whole(name, int(real) if real is not None and real.is_integer() else value)
 
 
-def check_backward(
-    rtol: Any, atol: Any, adjoint_options: Any, params: Any
-) -> tuple[float | None, float | None, list[Tensor] | None]:
-    """The arguments of the backward solve.
+def check_backward(rtol: Any, atol: Any, options: Any, params: Any) -> list[Tensor] | None:
+    """The arguments of the backward solve; returns the chosen parameters.
 
     Raises:
         TypeError: one is of the wrong kind.
         ValueError: one is out of range.
     """
-    tolerances = [
-        None if value is None else checks.number(name, value, above=0)
-        for name, value in (("adjoint_rtol", rtol), ("adjoint_atol", atol))
-    ]
-    _check_options("adjoint_options", adjoint_options)
-    example = "model.parameters()"
-    tensors: list[Tensor] | None = None
-    if params is not None:
-        tensors = checks.sequence("adjoint_params", params, Tensor, example=example)
-    return tolerances[0], tolerances[1], tensors
+    for name, value in (("adjoint_rtol", rtol), ("adjoint_atol", atol)):
+        if value is not None and not isinstance(value, Tensor | tuple | list):
+            checks.number(name, value, at_least=0)
+    _check_options("adjoint_options", options)
+    if params is None:
+        return None
+    return checks.sequence("adjoint_params", params, Tensor, example="model.parameters()")
 
 
 def check_time(name: str, value: Any) -> Tensor | float:

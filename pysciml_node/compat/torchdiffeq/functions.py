@@ -1,38 +1,24 @@
-"""torchdiffeq's functions on this package's solvers: change the import, keep the rest.
-
-    from pysciml_node.compat.torchdiffeq import odeint, odeint_adjoint
-
-What is kept: signatures, names of methods and options, time first in the result, decreasing times,
-tuples of tensors as state, integral step control with torchdiffeq's constants, and the grids of
-the fixed-step methods. What differs, on purpose:
-
-* The last step ends on the last time, and `func` is never called outside the interval. Other times
-  are read off the method's own interpolant, not a quartic; also for the fixed-step methods, where
-  `options["interp"]` is accepted and has no effect.
-* A solve that cannot go on raises `SolverFailure` with the partial solution; `min_step` is a limit
-  below which the solve fails, not one at which bad steps are accepted.
-* The error norm of a tuple is the root-mean-square over all its entries, not the largest of its
-  parts'. A norm of one's own (`options["norm"]`) is refused.
-* With `event_fn`, the time and the state of the event carry their gradients at once: `odeint_event`
-  adds nothing to `odeint` but its signature.
-
-Reference: R. T. Q. Chen, torchdiffeq, https://github.com/rtqichen/torchdiffeq.
-"""
+"""`odeint`, `odeint_event` and `odeint_dense`; see the package's docstring for what differs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.algorithms.adjoints import DirectAdjoint, InterpolatingAdjoint
-from pysciml_node.compat.arguments import check_backward, check_call, check_time
-from pysciml_node.compat.torchdiffeq_plan import Options, Tolerances, as_time, make_plan
-
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]
+from pysciml_node.algorithms.adjoints import DirectAdjoint
+from pysciml_node.compat.torchdiffeq.arguments import check_call, check_time
+from pysciml_node.compat.torchdiffeq.plan import (
+    Options,
+    Tolerances,
+    as_time,
+    check_times,
+    make_plan,
+)
+from pysciml_node.compat.torchdiffeq.solvers import class_to_run, run
 
 Dense = Callable[[float | Tensor], Any]
 
@@ -91,100 +77,15 @@ def odeint(
         >>> torch.allclose(y[:, 0], torch.exp(-t))
         True
     """
+    check_call(func, y0, method, options)
     event = event_fn is not None
     if event:
         checks.function("event_fn", event_fn, "t", "y")
+    solver = class_to_run(method, options, event)
+    if solver is not None:
+        check_times(t, event)
+        return run(solver, func, y0, t, rtol, atol, method or "dopri5", options, event_fn)
     plan = make_plan(func, y0, t, rtol, atol, method, options, DirectAdjoint(), event=event)
-    return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
-
-
-def odeint_adjoint(
-    func: Callable[..., Any],
-    y0: Tensor | tuple[Tensor, ...],
-    t: Tensor,
-    *,
-    rtol: Tolerances = 1e-7,
-    atol: Tolerances = 1e-9,
-    method: str | None = None,
-    options: Options | None = None,
-    event_fn: Callable[..., Tensor] | None = None,
-    adjoint_rtol: float | None = None,
-    adjoint_atol: float | None = None,
-    adjoint_method: str | None = None,
-    adjoint_options: Options | None = None,
-    adjoint_params: Iterable[Tensor] | None = None,
-) -> Any:
-    """`odeint` with gradients from the adjoint equation, solved backward in time.
-
-    The adjoint is `InterpolatingAdjoint`: it reads the state off the forward solution's
-    interpolant where torchdiffeq solves for it backward, which is unstable for dissipative fields;
-    and one backward solve covers all output times. Every adjoint of this engine keeps one state a
-    step, so solving the state backward would save nothing. Only the adjoint state drives the
-    backward step size (torchdiffeq's `adjoint_options=dict(norm="seminorm")`).
-
-    Args:
-        func: as in `odeint`; need not be a module: whatever it is found to use at `(t[0], y0)`
-            receives gradients.
-        y0: as in `odeint`.
-        t: as in `odeint`.
-        rtol: as in `odeint`.
-        atol: as in `odeint`.
-        method: as in `odeint`.
-        options: as in `odeint`; `adjoint` replaces the adjoint named above.
-        event_fn: as in `odeint`.
-        adjoint_rtol: relative tolerance of the backward solve; default `rtol`.
-        adjoint_atol: absolute tolerance of the backward solve; default `atol`.
-        adjoint_method: the same as `method`, if given.
-        adjoint_options: `max_num_steps` of the backward solve, `norm="seminorm"`, or entries of
-            `options` repeated.
-        adjoint_params: the tensors that receive gradients, beside `y0` and `t`; default all that
-            `func` uses.
-
-    Returns:
-        As `odeint`; the result allows one backward pass, not a second derivative.
-
-    Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: an unknown method or option, or an argument out of range.
-        SolverFailure: the last time (or an event) was not reached.
-
-    Reference: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366.
-    """
-    if method is not None:
-        checks.text("method", method)
-    if adjoint_method is not None and checks.text("adjoint_method", adjoint_method) != (
-        method or "dopri5"
-    ):
-        raise ValueError(
-            f"adjoint_method must be the method of the forward solve, {method or 'dopri5'!r}, but "
-            f"is {adjoint_method!r}.\n  Leave it out, or change method."
-        )
-    adjoint_rtol, adjoint_atol, params = check_backward(
-        adjoint_rtol, adjoint_atol, adjoint_options, adjoint_params
-    )
-    check_call(func, y0, method, options)
-    max_steps = _backward_steps(adjoint_options, options)
-    adjoint = InterpolatingAdjoint(adjoint_rtol, adjoint_atol, max_steps)
-    given = [] if options is None else [options.get("adjoint")]
-    if any(given) and adjoint != InterpolatingAdjoint():
-        raise ValueError(
-            'options["adjoint"] cannot be combined with adjoint_rtol, adjoint_atol or '
-            "adjoint_options.\n  Put them into it, as in BacksolveAdjoint(rtol=1e-4, atol=1e-4)."
-        )
-    if event_fn is not None:
-        checks.function("event_fn", event_fn, "t", "y")
-    plan = make_plan(
-        func,
-        y0,
-        t,
-        rtol,
-        atol,
-        method,
-        options,
-        adjoint,
-        event=event_fn is not None,
-        params=params,
-    )
     return plan.until_event(event_fn) if event_fn is not None else plan.at_times()
 
 
@@ -280,17 +181,3 @@ def odeint_dense(
     plan = make_plan(func, y0, ends, rtol, atol, method, options, DirectAdjoint())
     ((solution, _),) = plan.pieces(plan.end, ())
     return solution
-
-
-def _backward_steps(adjoint_options: Options | None, options: Options | None) -> int | None:
-    """The step limit among the options of the backward solve, which has few of its own."""
-    for key, value in (adjoint_options or {}).items():
-        same = options is not None and key in options and options[key] is value
-        if key == "max_num_steps" or same or (key == "norm" and value == "seminorm"):
-            continue
-        raise ValueError(
-            f"adjoint_options[{key!r}] is not supported: the backward solve takes its step control "
-            "from options.\n  Its own are max_num_steps, and norm='seminorm', which is always on."
-        )
-    limit = (adjoint_options or {}).get("max_num_steps")
-    return None if limit is None else int(limit)

@@ -8,26 +8,25 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint
-from pysciml_node.algorithms.controllers import FixedStep, IController
-from pysciml_node.algorithms.explicit import (
-    BS3,
-    DP5,
-    DP8,
-    Algorithm,
-    Euler,
-    ExplicitRungeKutta,
-    Heun,
-    Midpoint,
-    Tsit5,
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.compat.torchdiffeq.arguments import check_call
+from pysciml_node.compat.torchdiffeq.control import (
+    CALLBACKS,
+    Callbacks,
+    Control,
+    GivenNorm,
+    GridControl,
+    MixedNorm,
 )
-from pysciml_node.compat.arguments import check_call
+from pysciml_node.compat.torchdiffeq.methods import ADAPTIVE, FIXED
+from pysciml_node.compat.torchdiffeq.states import Fitted, Layout, promoted
 from pysciml_node.errors import PsnWarning, SolverFailure
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -35,69 +34,10 @@ from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.solve import solve
 from pysciml_node.steps.surroundings import ForThese
-from pysciml_node.tableaus.base import Interpolant, Tableau, hermite
 
 Tolerances = float | Tensor | Sequence[float | Tensor]
 Options = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class _Heun3(ExplicitRungeKutta):
-    """Heun's third-order method, with a second-order formula embedded."""
-
-    tableau: ClassVar[Tableau] = Tableau(
-        order=3,
-        error_order=2,
-        c=(0.0, 1 / 3, 2 / 3),
-        a=((), (1 / 3,), (0.0, 2 / 3)),
-        b=(1 / 4, 0.0, 3 / 4),
-        b_error=(1 / 4, -1 / 2, 1 / 4),
-        fsal=False,
-        interpolant=hermite((1 / 4, 0.0, 3 / 4), fsal=False),
-    )
-
-
-@dataclass(frozen=True)
-class _ThreeEighths(ExplicitRungeKutta):
-    """Kutta's 3/8 rule (what torchdiffeq calls `rk4`), with a second-order formula embedded.
-
-    Its interpolant is the third-order one on its own four stages.
-    """
-
-    tableau: ClassVar[Tableau] = Tableau(
-        order=4,
-        error_order=2,
-        c=(0.0, 1 / 3, 2 / 3, 1.0),
-        a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
-        b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
-        b_error=(1 / 8, -3 / 8, 3 / 8, -1 / 8),
-        fsal=False,
-        interpolant=Interpolant(
-            weights=(
-                (1.0, -15 / 8, 1.0),
-                (0.0, 15 / 8, -3 / 2),
-                (0.0, 3 / 8, 0.0),
-                (0.0, -3 / 8, 1 / 2),
-            ),
-            order=3,
-        ),
-    )
-
-
-_ADAPTIVE: dict[str, Algorithm] = {
-    "dopri5": DP5(),
-    "dopri8": DP8(),
-    "bosh3": BS3(),
-    "tsit5": Tsit5(),
-    "adaptive_heun": Heun(),
-}
-_FIXED: dict[str, Algorithm] = {
-    "euler": Euler(),
-    "midpoint": Midpoint(),
-    "heun2": Heun(),
-    "heun3": _Heun3(),
-    "rk4": _ThreeEighths(),
-}
 _ADAPTIVE_OPTIONS = (
     "first_step",
     "min_step",
@@ -109,10 +49,11 @@ _ADAPTIVE_OPTIONS = (
     "ifactor",
     "dfactor",
     "dtype",
+    "norm",
     "adjoint",
 )
-_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "adjoint")
-_CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm", "adjoint")
+_IMPLICIT_OPTIONS = (*_FIXED_OPTIONS, "max_iters")
 # Accepted and rejected steps of one output interval.
 _MAX_STEPS = 100_000
 # Where a solve that waits for an event would end without one.
@@ -265,60 +206,42 @@ def make_plan(
 ) -> Plan:
     """Check a call, and say what is to be solved."""
     check_call(func, y0, method, options)
-    times = _check_times(t, event)
-    known = (*_ADAPTIVE, *_FIXED)
+    times = check_times(t, event)
     name = "dopri5" if method is None else method
-    if name not in known:
-        raise ValueError(
-            f"method must be one of {', '.join(known)}, but is {method!r}.\n"
-            f"  {checks.did_you_mean(method, known) or 'Leave it out for dopri5.'}"
-        )
-    given = _check_options(name, options or {})
-    for callback in _CALLBACKS:
-        if hasattr(func, callback):
-            warnings.warn(f"func.{callback} is never called by this solver.", PsnWarning, 3)
+    given = known_options(name, options or {}, _options_of(name))
+    y0 = promoted(y0)
     arguments = {
         "rtol": _tolerance(rtol, y0),
         "atol": _tolerance(atol, y0),
         "adjoint": given.get("adjoint", adjoint),
     }
     reach = math.inf if event else abs(times[-1] - times[0])
-    forward = times[-1] >= times[0]
-
-    def ahead(key: str) -> tuple[float, ...]:
-        value = given.get(key)
-        single = checks.as_float(value)
-        listed = (
-            []
-            if value is None
-            else torch.as_tensor(value if single is None else single).reshape(-1).tolist()
-        )
-        inside = {x for x in listed if 0 < (x - times[0] if forward else times[0] - x) < reach}
-        return tuple(sorted(inside, reverse=not forward))
-
-    cuts: tuple[Time, ...] = ahead("jump_t")
-    stops = ahead("step_t")
+    cuts: tuple[Time, ...] = _ahead(given.get("jump_t"), times, reach)
+    stops = _ahead(given.get("step_t"), times, reach)
     jumps = bool(cuts)
-    if name in _ADAPTIVE:
-        arguments |= _adaptive_arguments(given, max(1, len(times) - 1))
+    layout = Layout.of(y0)
+    if name in ADAPTIVE:
+        callbacks = Callbacks.of(func, name, CALLBACKS, layout, torch.float64)
+        intervals = max(1, len(times) - 1)
+        arguments |= _adaptive_arguments(given, intervals, layout, callbacks)
     else:
+        callbacks = Callbacks.of(func, name, CALLBACKS[:1], layout, t.dtype)
         grid, step_size = _grid(func, y0, t, given, event)
+        jumps = bool(given.get("perturb"))
+        pieces = moves(grid) or jumps
         arguments |= {
-            "controller": FixedStep(),
+            "controller": GridControl(() if pieces else tuple(grid.tolist()), callbacks),
             "dt0": step_size or reach or None,
             "max_steps": _MAX_STEPS if event else 2**31 - 1,
         }
-        jumps = bool(given.get("perturb"))
-        if moves(grid) or jumps:
-            cuts = grid[1:-1].unbind()
-        else:
-            arguments["controller"] = FixedStep(tuple(grid.tolist()))
+        cuts = grid[1:-1].unbind() if pieces else cuts
+    field = Fitted(func, y0)
     return Plan(
-        field=func if params is None else ForThese(func, params),
+        field=field if params is None else ForThese(field, params),
         y0=y0,
         t=t,
         times=times,
-        algorithm=_ADAPTIVE.get(name) or _FIXED[name],
+        algorithm=ADAPTIVE.get(name) or FIXED[name],
         cuts=cuts,
         jumps=jumps,
         stops=stops,
@@ -326,18 +249,51 @@ def make_plan(
     )
 
 
-def _adaptive_arguments(given: Options, intervals: int) -> dict[str, Any]:
+def _options_of(method: str) -> tuple[str, ...]:
+    if method in ADAPTIVE:
+        return _ADAPTIVE_OPTIONS
+    implicit = method in ("trbdf2", "sdirk2", "trapezoid") or method.startswith(
+        ("implicit", "radau", "gl")
+    )
+    return _IMPLICIT_OPTIONS if implicit else _FIXED_OPTIONS
+
+
+def _ahead(value: Any, times: Sequence[float], reach: float) -> tuple[float, ...]:
+    """The times among `value` that lie inside the interval, in the order of integration."""
+    if value is None:
+        return ()
+    single = checks.as_float(value)
+    listed = torch.as_tensor(value if single is None else single).reshape(-1).tolist()
+    forward = times[-1] >= times[0]
+    inside = {x for x in listed if 0 < (x - times[0] if forward else times[0] - x) < reach}
+    return tuple(sorted(inside, reverse=not forward))
+
+
+def _adaptive_arguments(
+    given: Options, intervals: int, layout: Layout, callbacks: Callbacks | None
+) -> dict[str, Any]:
     """Step control of the adaptive methods, with torchdiffeq's constants."""
 
     def number(key: str, default: float | None = None) -> Any:
         return default if given.get(key) is None else checks.number(key, given[key], infinite=True)
 
+    norm, smallest = given.get("norm"), number("min_step", 0.0)
+    measure: MixedNorm | GivenNorm | None = None
+    if norm is not None:
+        measure = GivenNorm(norm, layout)
+    elif len(layout.shapes) > 1:
+        measure = MixedNorm(layout)
     return {
-        "controller": IController(
-            gamma=number("safety", 0.9), qmin=number("dfactor", 0.2), qmax=number("ifactor", 10.0)
+        "controller": Control(
+            gamma=number("safety", 0.9),
+            qmin=number("dfactor", 0.2),
+            qmax=number("ifactor", 10.0),
+            measure=measure,
+            smallest=smallest,
+            callbacks=callbacks,
         ),
         "dt0": number("first_step"),
-        "dtmin": number("min_step") or None,
+        "dtmin": smallest or None,
         "dtmax": number("max_step"),
         "max_steps": int(given.get("max_num_steps") or _MAX_STEPS) * intervals,
     }
@@ -382,7 +338,7 @@ def _grid(
     return grid, None
 
 
-def _check_times(t: Tensor, event: bool) -> tuple[float, ...]:
+def check_times(t: Tensor, event: bool) -> tuple[float, ...]:
     """The requested times as numbers."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -407,23 +363,17 @@ def _check_times(t: Tensor, event: bool) -> tuple[float, ...]:
     return times
 
 
-def _check_options(method: str, options: Options) -> Options:
-    """The options, all of which the method has."""
-    known = _ADAPTIVE_OPTIONS if method in _ADAPTIVE else _FIXED_OPTIONS
+def known_options(method: str, options: Options, known: Sequence[str]) -> Options:
+    """The options that a method has; a warning names the others."""
     for key in options:
-        if key in known:
-            continue
-        if key == "norm":
-            raise ValueError(
-                'options["norm"] is not supported: the norm is the root-mean-square.\n'
-                "  Weigh the parts of the state by rtol and atol: tensors, or one for each part."
+        if key not in known:
+            warnings.warn(
+                f"Unexpected argument {key!r}: it is not an option of method {method!r}.\n"
+                f"  {checks.did_you_mean(key, known)} Its options are {', '.join(known)}.",
+                PsnWarning,
+                stacklevel=2,
             )
-        near = checks.did_you_mean(key, known)
-        raise ValueError(
-            f"{key!r} is not an option of method {method!r}.\n"
-            f"  {near + ' ' if near else ''}Its options are {', '.join(known)}."
-        )
-    return options
+    return {key: value for key, value in options.items() if key in known}
 
 
 def _tolerance(value: Tolerances, y0: Any) -> Any:
