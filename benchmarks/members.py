@@ -144,7 +144,7 @@ def torchode(size: int) -> Candidate:
     return Candidate(forward, lambda: torch.autograd.grad(solve().sum(), [u0, rho]))
 
 
-def _gradsolve(size: int, engine: str, fused: Any) -> Candidate:
+def _gradsolve(size: int, forward: str, backward: str, fused: bool) -> Candidate:
     package, jax = importlib.import_module("gradsolve"), importlib.import_module("jax")
     field = _lorenz_jax(jax.numpy)
 
@@ -157,26 +157,31 @@ def _gradsolve(size: int, engine: str, fused: Any) -> Candidate:
             return field(t, y, params[0])
 
     u0, rho = np.ones((size, 3)), parameters(size)[:, None]
-    options = {"engine": engine, "fused": fused, "rtol": TOLERANCE, "atol": TOLERANCE}
+    options = {"fused": fused, "rtol": TOLERANCE, "atol": TOLERANCE}
 
     def gradient() -> Any:
         # The steps are recorded, and then replayed.
-        ends = package.grad_closure(Problem(), u0, rho, wrt=("y0", "params"), **options)
+        ends = package.grad_closure(
+            Problem(), u0, rho, wrt=("y0", "params"), engine=backward, **options
+        )
         pull = jax.grad(lambda u, r: ends(u, r).sum(), argnums=(0, 1))
         return jax.block_until_ready(pull(jax.numpy.asarray(u0), jax.numpy.asarray(rho)))
 
-    return Candidate(lambda: package.solve(Problem(), u0, rho, **options).y_final, gradient)
+    def solve() -> Any:
+        return package.solve(Problem(), u0, rho, engine=forward, **options).y_final
+
+    return Candidate(solve, gradient)
 
 
 def gradsolve(size: int) -> Candidate:
     """Record and replay in JAX."""
-    return _gradsolve(size, "tsit5_replay", False)
+    return _gradsolve(size, "tsit5_replay", "tsit5_replay", False)
 
 
 def gradsolve_warp(size: int) -> Candidate:
     """The same with fused kernels of Warp."""
     importlib.import_module("warp")
-    return _gradsolve(size, "auto", True)
+    return _gradsolve(size, "warp_ode", "warp_replay", True)
 
 
 CANDIDATES = {
