@@ -1,6 +1,6 @@
 """Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
 
-from pysciml_node import compat, init, kernels, optim, plot, schedules
+from pysciml_node import compat, init, interpolate, kernels, optim, plot, schedules
 from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
@@ -63,7 +63,7 @@ from pysciml_node.errors import (
 )
 from pysciml_node.flows import CNF
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.layers import LatentODE, NeuralODE, NeuralSDE
+from pysciml_node.layers import LatentODE, NeuralCDE, NeuralODE, NeuralSDE
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
@@ -140,6 +140,7 @@ __all__ = [
     "LocalError",
     "LocalStiffness",
     "Midpoint",
+    "NeuralCDE",
     "NeuralODE",
     "NeuralSDE",
     "ODEProblem",
@@ -172,6 +173,7 @@ __all__ = [
     "compat",
     "get_engine",
     "init",
+    "interpolate",
     "kernels",
     "optim",
     "plot",

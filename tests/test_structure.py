@@ -29,6 +29,7 @@ ROOMS = (
     "solving",
     "compat",
     "schedules",
+    "interpolate",
     "budgets",
     "data",
     "regularizers",
