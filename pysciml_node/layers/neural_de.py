@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from pysciml_node.checks import choice
 from pysciml_node.errors import PsnWarning
 from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import solvable
 from pysciml_node.problems.ode import Problem, Time
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.solve import solve
 
@@ -60,7 +62,7 @@ class NeuralDE(nn.Module, Generic[Out]):
         super().__init__()
         check_options(type(self).__name__, options)
         self.output = choice("output", output, get_args(Output))
-        self.last: Solution | None = None
+        self.last: Solution | EnsembleSolution | None = None
         self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self.algorithm = algorithm
         self.tspan = tspan
@@ -97,7 +99,7 @@ class NeuralDE(nn.Module, Generic[Out]):
             )
         return iter(parameters)
 
-    def give(self, solution: Solution) -> Any:
+    def give(self, solution: Solution | EnsembleSolution) -> Any:
         """The part of a solution that a call returns."""
         if self.output == "solution":
             return solution
@@ -136,7 +138,15 @@ class NeuralDE(nn.Module, Generic[Out]):
             return []
         return list(cast(Iterable[Regularizer], self.regularizers))
 
-    def solve(self, problem: Problem, **arguments: Any) -> Solution:
+    @overload
+    def solve(self, problem: Problem, **arguments: Any) -> Solution: ...
+
+    @overload
+    def solve(self, problem: EnsembleProblem, **arguments: Any) -> EnsembleSolution: ...
+
+    def solve(
+        self, problem: Problem | EnsembleProblem, **arguments: Any
+    ) -> Solution | EnsembleSolution:
         """Solve a problem with the module's settings, which `arguments` can replace."""
         settings = {
             "rtol": self.rtol,
@@ -146,7 +156,12 @@ class NeuralDE(nn.Module, Generic[Out]):
             "adjoint": self.adjoint,
             **self.options,
         }
-        return solve(problem, self.algorithm, **{**settings, **arguments})
+        found: Solution | EnsembleSolution = solve(
+            problem,
+            self.algorithm,
+            **{**settings, **arguments},
+        )
+        return found
 
     @staticmethod
     def penalize(solution: Solution, regularizers: Sequence[Regularizer]) -> Solution:

@@ -12,6 +12,7 @@ from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.augmented import augment, augmented_events, integrals, without_extra
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
+from pysciml_node.layers.rows import attach_row_penalties, refuse_rates, rows_of
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -19,6 +20,7 @@ from pysciml_node.problems.state import State
 from pysciml_node.regularizers.base import Regularizer, Times
 from pysciml_node.regularizers.probes import Probes, batch_of
 from pysciml_node.regularizers.rates import Rate
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
@@ -35,6 +37,11 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             whose signature has a single argument, such as an `nn.Sequential`, is given the state.
         algorithm: default `Tsit5()`.
         tspan: the interval.
+        independent: the rows of `u0` are members of an ensemble: each has steps of its own. The
+            solution is an `EnsembleSolution`, whose `u1` has the shape of `u0` and whose `u` is
+            `(B, T, *D)`; `solution[i]` is that of a row. Regularizers read the steps of each row,
+            and their values are means over the rows; those that integrate a rate are refused. The
+            field is given each row as a batch of one.
         output: what a call returns: the `"solution"`, or its end state `"u1"`, as a layer of an
             `nn.Sequential` has to; `node.penalty` and `node.last` are then of the last call.
         options: `rtol` and `atol` (both 1e-6), `regularizers` (what is added to the loss),
@@ -67,6 +74,19 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         tspan: tuple[Time, Time] = ...,
         *,
         output: Literal["solution"] = ...,
+        independent: Literal[False] = ...,
+        **options: Unpack[SolverOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: NeuralODE[EnsembleSolution],
+        field: Callable[..., Any],
+        algorithm: Algorithm | None = ...,
+        tspan: tuple[Time, Time] = ...,
+        *,
+        output: Literal["solution"] = ...,
+        independent: Literal[True],
         **options: Unpack[SolverOptions],
     ) -> None: ...
 
@@ -78,6 +98,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         tspan: tuple[Time, Time] = ...,
         *,
         output: Literal["u1"],
+        independent: bool = ...,
         **options: Unpack[SolverOptions],
     ) -> None: ...
 
@@ -88,6 +109,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         tspan: tuple[Time, Time] = (0.0, 1.0),
         *,
         output: Output = "solution",
+        independent: bool = False,
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(Tsit5() if algorithm is None else algorithm, tspan, output, options)
@@ -95,6 +117,9 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         if not callable(field):
             checks.refuse("field", "callable as field(t, u)", field, hint)
         self.field = field
+        self.independent = checks.flag("independent", independent)
+        if self.independent:
+            refuse_rates(list(self.regularizers))  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -114,8 +139,24 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         Returns:
             The solution, whose `u1` has the shape of `u0`; or this end state.
         """
-        returned: Out = self.give(self.integrate(u0, p, tspan, saveat))
+        solve = self._by_rows if self.independent else self.integrate
+        returned: Out = self.give(solve(u0, p, tspan, saveat))
         return returned
+
+    @uncompiled
+    def _by_rows(
+        self, u0: State, p: Any, tspan: tuple[Time, Time] | None, saveat: Times | None
+    ) -> EnsembleSolution:
+        """Solve the rows with steps of their own."""
+        given = ODEProblem(self.function("field"), u0, self.tspan if tspan is None else tspan, p)
+        with self.ready(given) as problem:
+            saveat = self.saveat if saveat is None else saveat
+            regularizers = self.active_regularizers()
+            for regularizer in regularizers:
+                problem, saveat = regularizer.prepare(problem, saveat)
+            solution = self.solve(rows_of(problem), saveat=saveat)
+            attach_row_penalties(solution, regularizers)
+            return solution
 
     @uncompiled
     def integrate(

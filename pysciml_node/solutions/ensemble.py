@@ -33,12 +33,16 @@ class EnsembleSolution:
         t: times of `u`, shape `(T,)`: `saveat`, or `(M, T)` where each member has its own; `None`
             without `saveat`.
         seconds: what the solve took by the clock.
+        penalty: weighted sum of the regularizers (0 in eval mode or without any).
+        penalties: each regularizer's unweighted value by name: the mean over the members.
     """
 
     problem: EnsembleProblem
     members: Members = field(repr=False)
     t: Tensor | None = None
     seconds: float = 0.0
+    penalty: Tensor = field(default_factory=lambda: torch.zeros(()))
+    penalties: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.problem)
@@ -83,8 +87,9 @@ class EnsembleSolution:
 
     def detach(self) -> EnsembleSolution:
         """The same solutions without their graph."""
-        t = None if self.t is None else self.t.detach()
-        return EnsembleSolution(self.problem, self.members.detach(), t)
+        t, penalty, penalties = map_tensors(Tensor.detach, (self.t, self.penalty, self.penalties))
+        members = self.members.detach()
+        return EnsembleSolution(self.problem, members, t, self.seconds, penalty, penalties)
 
     def __getstate__(self) -> dict[str, Any]:
         problem = dataclasses.replace(
@@ -96,7 +101,9 @@ class EnsembleSolution:
             },
         )
         # Stacks are made again when somebody looks.
-        return {"problem": problem, "members": self.members, "t": self.detach().t}
+        kept = {name: getattr(self, name) for name in ("t", "seconds", "penalty", "penalties")}
+        kept = map_tensors(Tensor.detach, kept)
+        return {"problem": problem, "members": self.members, **kept}
 
     @cached_property
     def retcodes(self) -> tuple[ReturnCode, ...]:
@@ -122,12 +129,14 @@ class EnsembleSolution:
 
 
 def _flatten(solution: EnsembleSolution) -> tuple[list[Any], EnsembleSolution]:
-    return [*solution.members.children(), solution.t], solution
+    held = [solution.t, solution.penalty, solution.penalties]
+    return [*solution.members.children(), *held], solution
 
 
 def _unflatten(children: Iterable[Any], solution: EnsembleSolution) -> EnsembleSolution:
-    *held, t = children
-    return EnsembleSolution(solution.problem, solution.members.replaced(held), t)
+    *held, t, penalty, penalties = children
+    members = solution.members.replaced(held)
+    return EnsembleSolution(solution.problem, members, t, solution.seconds, penalty, penalties)
 
 
 register_pytree_node(EnsembleSolution, _flatten, _unflatten)

@@ -73,6 +73,9 @@ class MembersField:
         evaluate = self._batch if self.batched else self._mapped
         if torch.is_grad_enabled():
             return evaluate(t, u, p)
+        if self.watch is None and not u.requires_grad:
+            k = evaluate(t, u, p)
+            return k.detach() if k.requires_grad else k
         return without_gradients(lambda t, u: evaluate(t, u, p), t, u, self.watch)
 
     def tally(self, rows: Array, evaluations: int = 1) -> None:
@@ -81,7 +84,7 @@ class MembersField:
 
     def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """As `torch.vmap` does it, without a walk through the arguments at each call."""
-        count = len(u)
+        count = u.shape[0]
         level = _functorch._vmap_increment_nesting(count, "error")
         try:
 
@@ -98,7 +101,7 @@ class MembersField:
 
     def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """By one call of a field that takes batches."""
-        f, shape = self.given["f"], (len(u), *self.spec.shapes[0])
+        f, shape = self.given["f"], (u.shape[0], *self.spec.shapes[0])
         times = t.view(-1, *(1,) * (len(shape) - 1)) if len(shape) > 1 else t
         before = u._version
         out = f(times, u.view(shape)) if p is None else f(times, u.view(shape), p)
@@ -118,7 +121,7 @@ class MembersField:
                 f"is {tuple(out.shape)}, {out.dtype} on {out.device}.\n"
                 "  With batched=True it is given the states of all members that are under way."
             )
-        flat = out.reshape(len(u), -1)
+        flat = out.reshape(u.shape[0], -1)
         return flat.clone() if flat._version else flat
 
 

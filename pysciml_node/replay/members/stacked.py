@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -154,8 +155,8 @@ class StackedMembers:
             t1_stop=len(landings),
             thinned=self.thinned and len(steps.sizes[own]) > 1,
         )
-        ends = self.states[m : m + 1] if self.thinned else self.states[own]
-        states = [self.u0[m], *(ends.unbind() if len(record.sizes) else ())]
+        start, ends = self._pieces
+        states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
         trajectory = TorchTrajectory(
             problem,
             Method.of(self.algorithm.tableau, spec.dtype, spec.device),
@@ -178,6 +179,12 @@ class StackedMembers:
             else spec.unflatten(self.at_times[m, : record.saved]),
             detached=self.detached,
         )
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Starts and step states of each: one node of the graph for all, not one for each."""
+        counts = [1] * len(self.codes) if self.thinned else self.steps.counts.tolist()
+        return self.u0.unbind(), torch.split(self.states, counts)
 
     def _times(self, m: int, problem: ODEProblem, record: Record) -> Tensor:
         """The times of a member's `u`."""
@@ -215,6 +222,7 @@ class StackedMembers:
         return dataclasses.replace(found, ensemble=ensemble, surroundings=None, detached=True)
 
     def __getstate__(self) -> dict[str, Any]:
+        # The pieces are made again when somebody looks.
         found = self.detach()
         found.ensemble = dataclasses.replace(
             found.ensemble, problem=portable_problem(found.ensemble.problem)

@@ -265,7 +265,7 @@ class MembersMarch:
         live, stages = self.live, self.stages
         k = stages.end
         ends = self.tape.step(stages, u1, taken)
-        if len(taken.rows) == len(u1):
+        if len(taken.rows) == u1.shape[0]:
             self.u = u1
             if self.adaptive:
                 self._largest = self._size

@@ -119,7 +119,7 @@ class Tape:
             Places in the batch for which `f(t + h, u1)` was evaluated on the way, and these.
         """
         self._steps.append(taken)
-        every = len(taken.rows) == len(u1)
+        every = len(taken.rows) == u1.shape[0]
         chosen = u1
         if not every:
             chosen = u1.index_select(0, torch.from_numpy(taken.places).to(u1.device))
