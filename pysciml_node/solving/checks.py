@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,13 +18,22 @@ from torch import Tensor
 from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, BacksolveAdjoint
 from pysciml_node.algorithms.controllers import Controller, FixedStep
-from pysciml_node.algorithms.explicit import Algorithm, Tsit5
+from pysciml_node.algorithms.explicit import (
+    RK4,
+    Algorithm,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    Tsit5,
+)
 from pysciml_node.algorithms.options import SolveOptions, Tolerances
 from pysciml_node.algorithms.stochastic import (
     StochasticRungeKutta,
     default_algorithm,
     usual_algorithm,
 )
+from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
@@ -203,6 +213,9 @@ def _options(
         dt0 = length if dt0 is None else dt0
     times, time_tensor = _check_saveat(saveat, problem)
     usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
+    if dt0 is not None and given["controller"] is None:
+        unsaid = all(value is USUAL or value == usual for value in (rtol, atol))
+        _tell_that_steps_adapt(algorithm, dt0, unsaid=unsaid)
     relative, _ = _check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
     absolute, driven = _check_tolerance("atol", usual if atol is USUAL else atol, problem)
     if isinstance(relative, Tensor) and driven < relative.numel():
@@ -236,6 +249,26 @@ def _options(
         )
     _check_both_zero(options)
     return options
+
+
+_OF_FIXED_STEPS = (Euler, Midpoint, Heun, Ralston, RK4)
+
+
+def _tell_that_steps_adapt(algorithm: Algorithm, dt0: float, *, unsaid: bool) -> None:
+    """Other packages take fixed steps with these methods; nothing here says that they are meant."""
+    kind = type(algorithm)
+    if unsaid and kind in _OF_FIXED_STEPS and kind not in _told:
+        _told.add(kind)
+        warnings.warn(
+            f"{kind.__name__} adapts its steps to the tolerances: dt0={dt0} is only the first "
+            "size.\n  For steps of one size write controller=FixedStep(); to adapt them without "
+            "this warning, name rtol or atol.",
+            PsnWarning,
+            stacklevel=8,
+        )
+
+
+_told: set[type[Algorithm]] = set()
 
 
 def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:

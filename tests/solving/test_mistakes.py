@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.solving import checks as solving_checks
 
 
 def decay(t: Tensor, u: Tensor) -> Tensor:
@@ -151,3 +152,15 @@ def test_an_optimizer_for_a_field_that_is_a_function() -> None:
 def test_the_size_of_fixed_steps_is_not_the_controllers() -> None:
     with pytest.raises(TypeError, match=r"times must be a sequence(.|\n)*dt0=0\.1"):
         psn.FixedStep(0.1)  # type: ignore[arg-type]
+
+
+def test_a_first_size_that_may_have_been_meant_for_all_steps_is_told_once(monkeypatch):
+    monkeypatch.setattr(solving_checks, "_told", set())
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
+    with pytest.warns(psn.PsnWarning, match=r"RK4 adapts(.|\n)*controller=FixedStep\(\)"):
+        psn.solve(problem, psn.RK4(), dt0=0.123)
+    # Said once; and nothing to say where a tolerance or a controller shows what is meant.
+    psn.solve(problem, psn.RK4(), dt0=0.124)
+    psn.solve(problem, psn.Heun(), dt0=0.125, rtol=1e-3)
+    psn.solve(problem, psn.Heun(), dt0=0.125, controller=psn.PIController())
+    psn.solve(problem, psn.Tsit5(), dt0=0.125)
