@@ -63,7 +63,7 @@ from pysciml_node.errors import (
 )
 from pysciml_node.flows import CNF
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.layers import LatentODE, NeuralCDE, NeuralODE, NeuralSDE
+from pysciml_node.layers import LatentODE, LatentSDE, NeuralCDE, NeuralODE, NeuralSDE
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
@@ -137,6 +137,7 @@ __all__ = [
     "KineticEnergy",
     "LambaEM",
     "LatentODE",
+    "LatentSDE",
     "LocalError",
     "LocalStiffness",
     "Midpoint",

@@ -1,6 +1,7 @@
 """Modules that hold a differential equation."""
 
 from pysciml_node.layers.latent_ode import LatentODE, LatentSolution, Posterior
+from pysciml_node.layers.latent_sde import LatentPaths, LatentSDE
 from pysciml_node.layers.neural_cde import NeuralCDE
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.neural_sde import NeuralSDE
@@ -9,6 +10,8 @@ from pysciml_node.layers.recognition import GRUEncoder, ODERNNEncoder
 __all__ = [
     "GRUEncoder",
     "LatentODE",
+    "LatentPaths",
+    "LatentSDE",
     "LatentSolution",
     "NeuralCDE",
     "NeuralODE",
