@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ LARGEST = {"torchode": 1000, "gradsolve": 1000, "gradsolve, Warp": 1000}
 """Members beyond which a row takes too long."""
 
 
-def sample(run: Callable[[], Any], seconds: float = 3.0) -> tuple[float, float]:
+def sample(run: Callable[[], Any], seconds: float = 2.0) -> tuple[float, float]:
     """Milliseconds: median of CPU time, and the fastest run."""
     run()
     cpu: list[float] = []
@@ -236,6 +237,7 @@ def row(name: str, size: int, exact: Tensor) -> list[str]:
     cells = [name, str(size), f"{float((ends - exact).abs().max()):.0e}"]
     for run in (candidate.forward, candidate.gradient):
         cells += [f"{x:.3g}" for x in sample(run)]
+    print(*cells, file=sys.stderr, flush=True)
     return cells
 
 

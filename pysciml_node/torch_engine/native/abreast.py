@@ -61,6 +61,11 @@ class _Widening:
                 _OTHER[step.op](self, step)
             else:
                 return None
+        # These may need further operations.
+        outputs = tuple(
+            id if id in self.wide else self.spread(id, shape, contiguous(shape))
+            for id, (_, shape) in zip(program.outputs, program.state, strict=True)
+        )
         return replace(
             program,
             state=tuple((id, (*shape, width)) for id, shape in program.state),
@@ -69,14 +74,8 @@ class _Widening:
                 for p in program.parameters
             ),
             operations=tuple(self.steps),
-            outputs=tuple(self._output(id, shape) for id, (_, shape) in self._results()),
+            outputs=outputs,
         )
-
-    def _results(self) -> Any:
-        return zip(self.program.outputs, self.program.state, strict=True)
-
-    def _output(self, id: int, shape: Shape) -> int:
-        return id if id in self.wide else self.spread(id, shape, contiguous(shape))
 
     def _shapes(self, step: Operation) -> tuple[Shape, ...]:
         return tuple(

@@ -197,6 +197,23 @@ def test_networks_of_their_own() -> None:
         torch.testing.assert_close(bar, other, rtol=1e-9, atol=1e-9)
 
 
+def test_fields_without_a_state() -> None:
+    """What depends on shared parameters alone, in the derivative and in a part of it."""
+    weight = torch.linspace(-1, 1, 2, dtype=D).requires_grad_()
+    u0 = torch.linspace(-1, 1, 2 * M, dtype=D).reshape(M, 2)
+
+    def joined(t: Tensor, u: Tensor) -> Tensor:
+        return torch.cat([torch.exp(weight[:1]), u[:1] * torch.exp(weight[1:])])
+
+    fields = [lambda t, u: torch.exp(weight), joined, lambda t, u: weight]
+    for f in fields:
+        ensemble = psn.EnsembleProblem(psn.ODEProblem(f, u0[0], (0.0, 1.0)), u0)
+        native, eager = (solve(ensemble, compile) for compile in (True, False))
+        torch.testing.assert_close(native.u1, eager.u1, rtol=ADAPTIVE, atol=ADAPTIVE)
+        bars, others = (torch.autograd.grad(s.u1.sum(), weight) for s in (native, eager))
+        torch.testing.assert_close(bars, others, rtol=ADAPTIVE, atol=ADAPTIVE)
+
+
 def test_fields_that_cannot_go_abreast_go_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     conv = nn.Conv1d(1, 2, 3, padding=1).double()
