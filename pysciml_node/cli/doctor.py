@@ -9,7 +9,9 @@ import sys
 
 import torch
 
+from pysciml_node.errors import CompileError
 from pysciml_node.julia_engine.commands import report
+from pysciml_node.torch_engine.native import compiler
 
 ENGINE_VARIABLE = "PYSCIML_NODE_ENGINE"
 _PACKAGES = ("torch", "numpy", "juliacall")
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--julia", action="store_true", help="start Julia, and show what it says of itself"
     )
+    parser.add_argument(
+        "--clear-native", action="store_true", help="remove the libraries of native code first"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows["cuda"] = "available" if torch.cuda.is_available() else "not available"
     engine = os.environ.get(ENGINE_VARIABLE)
     rows["engine"] = f"{engine} (set by {ENGINE_VARIABLE})" if engine else "auto"
+    rows |= _native(arguments.clear_native)
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         advice = [f"install what is missing: {sys.executable} -m pip install {' '.join(missing)}"]
@@ -86,6 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.julia and not missing:
         _show(report.running())
     return 1 if missing else 0
+
+
+def _native(clear: bool) -> dict[str, str]:
+    """The C compiler, and the libraries that it has made."""
+    found = compiler.find_compiler()
+    name = found if isinstance(found, str) else f"{found.name}: {found.version}"
+    try:
+        removed = f", {compiler.clear()} removed" if clear else ""
+        libraries = compiler.cached()
+        size = sum(library.stat().st_size for library in libraries) / 1e6
+        kept = f"{len(libraries)} libraries, {size:.1f} MB in {compiler.cache_folder()}{removed}"
+    except CompileError as error:
+        kept = str(error).replace("\n", "")
+    return {"C compiler": name, "native code": kept}
 
 
 def _show(rows: dict[str, str]) -> None:

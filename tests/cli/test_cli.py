@@ -107,3 +107,15 @@ def test_doctor_says_what_to_do_about_the_environment():
 
 def test_a_package_that_is_not_installed_has_no_version():
     assert doctor.package_version("no-such-package-as-this") is None
+
+
+def test_doctor_shows_the_libraries_of_native_code_and_clears_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PSN_NATIVE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    for name in ("one.so", "two.so"):
+        (tmp_path / name).write_bytes(bytes(600_000))
+    cli.main(["doctor"])
+    assert f"2 libraries, 1.2 MB in {tmp_path}\n" in capsys.readouterr().out
+    cli.main(["doctor", "--clear-native"])
+    assert f"0 libraries, 0.0 MB in {tmp_path}, 2 removed\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

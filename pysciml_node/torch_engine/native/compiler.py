@@ -96,13 +96,21 @@ def find_compiler() -> Compiler | str:
     for command in _commands():
         reason = None
         for extra in ((*_NATIVE, *_WIDE), _NATIVE, ()):
-            flags = (*FLAGS, *extra)
+            flags = (*FLAGS, *_sanitizers(), *extra)
             reason = _works(command, flags)
             if reason is None:
                 version = _run([*command, "--version"]).stdout.partition("\n")[0]
                 return Compiler(command, version, flags)
         reasons.append(reason or "")
     return "; ".join(reasons) or "no C compiler (cc, gcc, clang) was found"
+
+
+def _sanitizers() -> tuple[str, ...]:
+    """Checks compiled into native code, for its tests: `PSN_NATIVE_SANITIZE=address,undefined`."""
+    chosen = os.environ.get("PSN_NATIVE_SANITIZE")
+    if not chosen:
+        return ()
+    return (f"-fsanitize={chosen}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
 
 
 def available() -> tuple[bool, str]:
@@ -147,6 +155,30 @@ def cache_folder() -> Path:
             "to it.\n  Set PSN_NATIVE_CACHE to a folder of yours (chmod go-w)."
         )
     return folder
+
+
+def cached() -> list[Path]:
+    """The libraries that are kept.
+
+    Raises:
+        CompileError: as `cache_folder`.
+    """
+    return sorted(cache_folder().glob("*.so"))
+
+
+def clear() -> int:
+    """Remove the libraries that are kept; those that a process has loaded go on there.
+
+    Returns:
+        How many they were.
+
+    Raises:
+        CompileError: as `cache_folder`.
+    """
+    libraries = cached()
+    for library in libraries:
+        library.unlink(missing_ok=True)
+    return len(libraries)
 
 
 def _private(status: os.stat_result) -> bool:
