@@ -107,6 +107,9 @@ class _Outcome:
 _MOST = 64
 """Translations that are kept of a module."""
 
+_INSIDE = "fake tensor in the exported program constant's list"
+"""What torch.export says of derivatives that are taken while it traces."""
+
 _OFTEN = 16
 """Translations of a function after which it is taken for one that is another at each solve."""
 
@@ -295,17 +298,27 @@ def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedPro
     try:
         with _quietly() as printed, torch.enable_grad():
             further = () if p is None else (map_tensors(_leaf, p),)
-            module = f if isinstance(f, nn.Module) else _Called(f)
+            module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
             arguments = (t, spec.assemble(parts), *further)
             exported = torch.export.export(module, arguments, strict=False)
             if any(_changes_argument(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        if _INSIDE in reason:
+            reason = (
+                "it takes derivatives inside (torch.autograd.grad, torch.func), as a CNF "
+                "and JacobianFrobenius do"
+            )
         raise UnsupportedModule(
             f"{label(f)} cannot be exported by torch.export: {reason}"
         ) from error
     return exported, bool(printed.getvalue())
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether the parameters are its own, and not those that `functional_call` lends it."""
+    return all(isinstance(x, nn.Parameter) for x in module.parameters())
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ Values = dict[Node, Any]
 
 def label(f: Callable[..., Any]) -> str:
     """What a field is called in messages."""
-    return type(f).__name__ if isinstance(f, nn.Module) else getattr(f, "__name__", repr(f))
+    kind = type(f).__name__
+    return kind if isinstance(f, nn.Module) else getattr(f, "__name__", kind)
 
 
 class GraphWalk:

@@ -7,6 +7,7 @@ import collections
 import contextvars
 import dataclasses
 import math
+import string
 import sys
 import types
 import weakref
@@ -101,6 +102,25 @@ def by_tensor_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
     return lambda t, u: -w.alpha * w * u, lambda k: setattr(w, "alpha", k)
 
 
+class Meta(type):
+    """A class of classes that holds a number."""
+
+    k = 1.0
+
+
+def by_metaclass() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    class Held(metaclass=Meta):
+        pass
+
+    return lambda t, u: -Held.k * u, lambda k: setattr(Meta, "k", k)
+
+
+def by_object_of_a_library() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held: Any = string.Template("")
+    held.k = 1.0
+    return lambda t, u: -held.k * u, lambda k: setattr(held, "k", k)
+
+
 WAYS = [value for name, value in sorted(globals().items()) if name.startswith("by_")]
 
 
@@ -112,6 +132,43 @@ def test_a_number_that_has_changed_is_seen(way: Any) -> None:
     assert end(f) == pytest.approx(math.exp(-2), rel=1e-6)
     change(1.0)
     assert end(f) == pytest.approx(math.exp(-1), rel=1e-6)
+
+
+def test_a_field_that_asks_whether_gradients_are_recorded_is_refused() -> None:
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return -u if torch.is_grad_enabled() else -2 * u
+
+    with pytest.raises(psn.CompileError, match="asks whether gradients are recorded"):
+        end(field)
+
+
+def test_a_field_that_takes_derivatives_inside_is_refused_with_that_reason() -> None:
+    flow = psn.CNF(Turned(), psn.Tsit5(), compile=True)
+    with pytest.raises(psn.CompileError, match="takes derivatives inside"):
+        flow.log_prob(torch.ones(3, 2, dtype=D))
+
+
+class Turned(nn.Module):
+    """A field of the state alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2, dtype=D)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.net(u))
+        return out
+
+
+def test_parameters_that_functional_call_lends_are_used_and_trained() -> None:
+    field, found = Turned(), []
+    lent = {f"field.{n}": (2 * x).detach().requires_grad_() for n, x in field.named_parameters()}
+    for compile in (True, False):
+        node = psn.NeuralODE(field, psn.Tsit5(), compile=compile)
+        end = torch.func.functional_call(node, lent, (torch.ones(3, 2, dtype=D),)).u1
+        found.append((end.detach(), *torch.autograd.grad(end.square().sum(), list(lent.values()))))
+    for native, eager in zip(*found, strict=True):
+        torch.testing.assert_close(native, eager, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])
