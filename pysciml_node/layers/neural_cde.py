@@ -14,9 +14,7 @@ from pysciml_node.interpolate import PiecewisePolynomial, evaluate
 from pysciml_node.layers.neural_de import Out, Output
 from pysciml_node.layers.neural_ode import NeuralODE
 from pysciml_node.layers.options import SolverOptions
-from pysciml_node.problems.ode import Problem
 from pysciml_node.regularizers.base import Times
-from pysciml_node.solutions.solution import Solution
 
 
 class NeuralCDE(NeuralODE[Out], Generic[Out]):
@@ -92,7 +90,7 @@ class NeuralCDE(NeuralODE[Out], Generic[Out]):
         return _Controlled(super().function(name), getattr(self.field, "prod", None))
 
     @override
-    def solve(self, problem: Problem, **arguments: Any) -> Solution:
+    def solve(self, problem: Any, **arguments: Any) -> Any:
         knots, _ = problem.p
         stops = list(arguments.pop("tstops", self.options.get("tstops", ())))
         if self.stop_at_knots:

@@ -37,7 +37,9 @@ class Ticks:
         self._rate = 2.0**twos * 5.0**fives / unit
         self.length = 1 / self._rate
         count = span * unit * self._rate
-        decimal = _powers(twos, fives, 10, count)
+        # 1, 2 and 5 times the powers of ten, and the powers of two.
+        tens = [(twos, fives), (twos + 1, fives), (twos, fives + 1)]
+        decimal = [step for powers in tens for step in _powers(*powers, 10, count)]
         binary = _powers(twos, fives, 2, count)
         steps = sorted({1, *decimal, *binary}, reverse=True)
         self._steps, self._sought = steps, [-step for step in steps]
