@@ -29,6 +29,9 @@ from dataclasses import dataclass, field
 # The price is small against this share of its limit where steps of theta are additive.
 _SHARE = 0.02
 _TOP = math.log1p(1 / _SHARE)
+# The integral part falls so many times as fast as it rises. A cost that is within the budget stays
+# there long after the weight has gone, and meanwhile too large a weight presses it further down.
+_FALL = 3.0
 # Violations beyond this are left to the proportional part: by the time that the cost has come all
 # the way the integral part would be far too large.
 _FAR = 0.1
@@ -106,7 +109,8 @@ class DualWeight:
         wanted = self.level + self.proportional * violation
         # Anti-windup: the integral part waits while it could not move the weight anyway.
         if wanted < _TOP or violation < 0.0:
-            bounded = min(max(violation, -_FAR), _FAR)
+            bounded = min(max(violation, -_FALL * _FAR), _FAR)
+            bounded *= _FALL if violation < 0.0 else 1.0
             self.level += self.proportional * bounded / self.response
         self.level = min(max(self.level, 0.0), _TOP)
         theta = min(max(self.level + self.proportional * violation, 0.0), _TOP)
