@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from pysciml_node.checks import choice
 from pysciml_node.errors import PsnWarning
 from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
-from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import solvable
 from pysciml_node.problems.ode import Problem, Time
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
@@ -138,17 +137,9 @@ class NeuralDE(nn.Module, Generic[Out]):
             return []
         return list(cast(Iterable[Regularizer], self.regularizers))
 
-    @overload
-    def solve(self, problem: Problem, **arguments: Any) -> Solution: ...
-
-    @overload
-    def solve(self, problem: EnsembleProblem, **arguments: Any) -> EnsembleSolution: ...
-
-    def solve(
-        self, problem: Problem | EnsembleProblem, **arguments: Any
-    ) -> Solution | EnsembleSolution:
-        """Solve a problem with the module's settings, which `arguments` can replace."""
-        settings = {
+    def settings(self, **arguments: Any) -> dict[str, Any]:
+        """The module's options of a solve, which `arguments` can replace."""
+        own = {
             "rtol": self.rtol,
             "atol": self.atol,
             "saveat": self.saveat,
@@ -156,12 +147,11 @@ class NeuralDE(nn.Module, Generic[Out]):
             "adjoint": self.adjoint,
             **self.options,
         }
-        found: Solution | EnsembleSolution = solve(
-            problem,
-            self.algorithm,
-            **{**settings, **arguments},
-        )
-        return found
+        return {**own, **arguments}
+
+    def solve(self, problem: Problem, **arguments: Any) -> Solution:
+        """Solve a problem with the module's settings, which `arguments` can replace."""
+        return solve(problem, self.algorithm, **self.settings(**arguments))
 
     @staticmethod
     def penalize(solution: Solution, regularizers: Sequence[Regularizer]) -> Solution:

@@ -22,6 +22,7 @@ from pysciml_node.regularizers.probes import Probes, batch_of
 from pysciml_node.regularizers.rates import Rate
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
+from pysciml_node.solving.solve import solve
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
 
@@ -139,8 +140,8 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         Returns:
             The solution, whose `u1` has the shape of `u0`; or this end state.
         """
-        solve = self._by_rows if self.independent else self.integrate
-        returned: Out = self.give(solve(u0, p, tspan, saveat))
+        run = self._by_rows if self.independent else self.integrate
+        returned: Out = self.give(run(u0, p, tspan, saveat))
         return returned
 
     @uncompiled
@@ -154,7 +155,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             regularizers = self.active_regularizers()
             for regularizer in regularizers:
                 problem, saveat = regularizer.prepare(problem, saveat)
-            solution = self.solve(rows_of(problem), saveat=saveat)
+            solution = solve(rows_of(problem), self.algorithm, **self.settings(saveat=saveat))
             attach_row_penalties(solution, regularizers)
             return solution
 
@@ -187,7 +188,15 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
 
         Returns:
             The solution; `solution.u1` has the shape of `u0`.
+
+        Raises:
+            ValueError: the rows are independent.
         """
+        if self.independent:
+            raise ValueError(
+                f"this {type(self).__name__} is solved as a whole here, but independent=True was "
+                "given: its rows have no steps in common.\n  Leave it out."
+            )
         given = ODEProblem(self.function("field"), u0, self.tspan if tspan is None else tspan, p)
         with self.ready(given) as problem:
             saveat = self.saveat if saveat is None else saveat

@@ -42,8 +42,8 @@ def solve_members(
     else:
         members = engine.solve_members(ensemble, algorithm, options)
     solved = EnsembleSolution(ensemble, members, _times(ensemble, options))
-    failed = tuple(m for m, code in enumerate(solved.retcodes) if not code.successful)
-    if common.throw and failed:
+    if common.throw and not solved.success:
+        failed = tuple(m for m, code in enumerate(solved.retcodes) if not code.successful)
         named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         raise EnsembleFailure(
             f"{len(failed)} of {len(solved)} members failed: {named}. Member {failed[0]}: "

@@ -104,6 +104,11 @@ def test_a_layer_in_a_sequential_and_in_eval_mode() -> None:
     assert node.penalty == 0
 
 
+def test_what_is_solved_as_a_whole_is_refused() -> None:
+    with pytest.raises(ValueError, match="solved as a whole"):
+        layer(True).integrate(rows())
+
+
 def test_rates_and_states_without_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"KineticEnergy integrates[\s\S]*LocalError"):
         layer(True, regularizers=[psn.KineticEnergy()])

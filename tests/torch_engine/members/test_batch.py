@@ -263,6 +263,27 @@ def test_fields_that_vmap_cannot_run_go_one_by_one() -> None:
     torch.testing.assert_close(solution.u1[0, 0], exact, rtol=1e-7, atol=0)
 
 
+def test_fields_that_differentiate_are_batched() -> None:
+    """A Hamiltonian, whose gradient the field takes by `torch.func`."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def flow(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        gradient = torch.func.grad(lambda x: net(x).squeeze() * p)(u)
+        return torch.stack((gradient[1], -gradient[0]))
+
+    ensemble = pendulums(3)
+    one = torch.ones((), dtype=D)
+    problem = psn.ODEProblem(flow, torch.zeros(2, dtype=D), (0.0, 1.0), p=one)
+    p = torch.linspace(1, 4, 3, dtype=D).requires_grad_()
+    compare(psn.EnsembleProblem(problem, ensemble.u0, p), psn.Tsit5(), **TOLERANCES)
+
+
+def test_statistics_over_a_batch_go_one_by_one() -> None:
+    """Batch normalization in train mode writes to its buffers."""
+    norm = nn.BatchNorm1d(2, dtype=D)
+    one_by_one(lambda t, u: norm(torch.stack((u, -u)))[0], rtol=1e-2, atol=1e-2)
+
+
 def test_hooks_run_for_each_member() -> None:
     linear = nn.Linear(2, 2, dtype=D)
     shapes: set[torch.Size] = set()
