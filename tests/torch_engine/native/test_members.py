@@ -362,6 +362,22 @@ def estimate(solution: Any) -> Tensor:
     return error.sum()
 
 
+@pytest.mark.parametrize("odd", [1e7, math.inf, math.nan])
+def test_odd_neighbours_change_nothing(odd: float) -> None:
+    """Sines of large angles are computed in another way, and only theirs."""
+    rates = torch.linspace(1, 2, 8, dtype=D)
+    problem = psn.ODEProblem(
+        lambda t, u, p: torch.sin(p * u) + torch.cos(p + t), torch.ones(1, dtype=D), (0.0, 1.0),
+        p=rates[0],
+    )  # fmt: skip
+    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.1, "throw": False}
+    beside = rates.clone()
+    beside[3] = odd
+    results = [solve(psn.EnsembleProblem(problem, p=p), **options).u1 for p in (rates, beside)]
+    others = [m for m in range(8) if m != 3]
+    assert torch.equal(results[0][others], results[1][others])
+
+
 def test_a_member_is_a_solution() -> None:
     ensemble = net_problem()
     options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.15}

@@ -226,16 +226,18 @@ PSN_INLINE REAL psn_sine_of_small(REAL x, INT quarter) {
   return (q & 2) ? -out : out;
 }
 
-/* Over arrays: angles that are too large for the short reduction go by the C library. */
+/* Over arrays: angles that are too large for the short reduction go by the C library, one by one. */
 static void psn_sines(int n, const REAL *x, REAL *y, INT quarter) {
   int large = 0;
   for (int i = 0; i < n; i++) large |= !(F(__builtin_fabs)(x[i]) <= SMALL_ANGLE);
-  if (large) {
-    for (int i = 0; i < n; i++) y[i] = quarter ? F(cos)(x[i]) : F(sin)(x[i]);
-    return;
-  }
 #pragma omp simd
-  for (int i = 0; i < n; i++) y[i] = psn_sine_of_small(x[i], quarter);
+  for (int i = 0; i < n; i++) {
+    REAL value = psn_sine_of_small(x[i], quarter);
+    y[i] = x[i] == 0 && !quarter ? x[i] : value; /* -0 stays */
+  }
+  if (!large) return;
+  for (int i = 0; i < n; i++)
+    if (!(F(__builtin_fabs)(x[i]) <= SMALL_ANGLE)) y[i] = quarter ? F(cos)(x[i]) : F(sin)(x[i]);
 }
 
 PSN_INLINE REAL psn_relu(REAL x) { return x < 0 ? (REAL)0 : x; } /* NaN stays */
