@@ -70,7 +70,7 @@ class Watcher:
             return False
         after = [self._value(event, end) for event in self.events]
         crossing = self._signs.first_crossing(
-            after, lambda i, theta: self._value(self.events[i], t + theta * (end - t))
+            after, lambda i, theta: self._value(self.events[i], t + theta * (end - t)), end - t
         )
         if crossing is None:
             return False

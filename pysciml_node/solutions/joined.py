@@ -49,10 +49,12 @@ class JoinedTrajectory:
     Attributes:
         pieces: the trajectories, each of which starts at the time at which the one before it ends.
         problems: what each has solved.
+        last: the flat state that a jump at the very end has left, `None` without one.
     """
 
     pieces: tuple[Trajectory, ...]
     problems: tuple[ODEProblem, ...]
+    last: Tensor | None = None
 
     @property
     def times(self) -> Sequence[float]:
@@ -67,7 +69,8 @@ class JoinedTrajectory:
     @property
     def flat_states(self) -> list[Tensor]:
         """The states of all pieces, with both sides of each jump."""
-        return [state for piece in self.pieces for state in piece.flat_states]
+        states = [state for piece in self.pieces for state in piece.flat_states]
+        return states if self.last is None else [*states, self.last]
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> JoinedTrajectory:
         """The same trajectory with other states, and its problems changed."""
@@ -78,29 +81,36 @@ class JoinedTrajectory:
             piece.mapped(states[a:b], change)
             for piece, (a, b) in zip(self.pieces, pairwise(ends), strict=True)
         )
-        return JoinedTrajectory(pieces, tuple(change(problem) for problem in self.problems))
+        last = None if self.last is None else states[-1]
+        return JoinedTrajectory(pieces, tuple(change(problem) for problem in self.problems), last)
 
     def states(self) -> Tensor:
         """The states at `times`, those after the jumps, flat, `(n + 1, N)`."""
         parts = [piece.states() for piece in self.pieces]
-        return torch.cat([*(part[:-1] for part in parts[:-1]), parts[-1]])
+        end = parts[-1] if self.last is None else torch.cat((parts[-1][:-1], self.last[None]))
+        return torch.cat([*(part[:-1] for part in parts[:-1]), end])
 
     def evaluate(self, times: Tensor) -> Tensor:
         """Dense output at `times` `(m,)`, flat, `(m, N)`; right-continuous at jumps."""
-        owners = torch.tensor([self._owner(t) for t in times.detach().double().tolist()])
+        # Rounded as the times are: a time of a jump that has been saved in single precision is one.
+        sign = self.problems[0].direction
+        starts = [sign * t for t in _rounded(times, [piece.times[0] for piece in self.pieces])]
+        owners = torch.tensor(
+            [_owner(starts, sign * t) for t in times.detach().double().tolist()],
+            device=times.device,
+        )
         order = torch.argsort(owners, stable=True)
         rows = [
             self.pieces[i].evaluate(times[owners == i])
             for i in range(len(self.pieces))
             if bool((owners == i).any())
         ]
-        return torch.cat(rows)[torch.argsort(order).to(rows[0].device)]
-
-    def _owner(self, t: float) -> int:
-        """Which piece counts at a time."""
-        sign = self.problems[0].direction
-        starts = [sign * piece.times[0] for piece in self.pieces]
-        return max(bisect_right(starts, sign * t) - 1, 0)
+        found = torch.cat(rows)[torch.argsort(order).to(rows[0].device)]
+        if self.last is None:
+            return found
+        (end,) = _rounded(times, [self.pieces[-1].times[-1]])
+        ended = (times.detach().double() == end).to(found.device).unsqueeze(1)
+        return torch.where(ended, self.last, found)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step."""
@@ -110,7 +120,9 @@ class JoinedTrajectory:
         self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
         """One step of `algorithm` from the solution at `t`."""
-        return self.pieces[self._owner(t)].estimate(t, algorithm, stop_gradient, dt)
+        sign = self.problems[0].direction
+        owner = _owner([sign * piece.times[0] for piece in self.pieces], sign * t)
+        return self.pieces[owner].estimate(t, algorithm, stop_gradient, dt)
 
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable."""
@@ -132,13 +144,31 @@ class JoinedTrajectory:
             for piece, whole in zip(self.pieces, self.problems, strict=True)
         )
         pieces = (p.restrict(own) for p, own in zip(self.pieces, problems, strict=True))
-        return JoinedTrajectory(tuple(pieces), problems)
+        last = None if self.last is None else self.last[:size]
+        return JoinedTrajectory(tuple(pieces), problems, last)
 
 
-def joined_trajectory(pieces: Sequence[Solution]) -> JoinedTrajectory:
-    """The steps of solutions of ordinary problems that follow one another."""
+def _owner(starts: Sequence[float], t: float) -> int:
+    """Which piece counts at a time, both in the direction of integration."""
+    return max(bisect_right(starts, t) - 1, 0)
+
+
+def _rounded(times: Tensor, given: Sequence[float]) -> list[float]:
+    """Numbers in the precision of `times`."""
+    dtype = times.dtype if times.is_floating_point() else torch.float64
+    rounded: list[float] = torch.tensor(given, dtype=dtype).double().tolist()
+    return rounded
+
+
+def joined_trajectory(pieces: Sequence[Solution], last: Tensor | None) -> JoinedTrajectory:
+    """The steps of solutions of ordinary problems that follow one another.
+
+    Args:
+        pieces: the solutions.
+        last: the flat state that a jump at the very end has left, if there is one.
+    """
     problems = []
     for piece in pieces:
         assert isinstance(piece.problem, ODEProblem)
         problems.append(piece.problem)
-    return JoinedTrajectory(tuple(piece.trajectory for piece in pieces), tuple(problems))
+    return JoinedTrajectory(tuple(piece.trajectory for piece in pieces), tuple(problems), last)

@@ -23,11 +23,29 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
     }.get(solution.retcode, solution.retcode.value)
     where = f"{cause} at t={t:.6g} of ({problem.t0:.6g}, {problem.t1:.6g})"
     lines = [f"{where} (step {steps}, {share:.0%} rejected)."]
-    explanation = solution.trajectory.explain(options)
-    lines += explanation.lines
-    lines += _remedies(solution, options, explanation.stiff)
+    if solution.retcode is ReturnCode.DtLessThanMin and _piled_up(solution):
+        lines += [
+            f"  events[{solution.jumps[-1].event}] happens there again and again, with no time for "
+            "a step between.",
+            "  Try, in order: a shorter tspan, or a terminal event that ends the solve before; an "
+            "affect that does not lead back to the event at once.",
+        ]
+    else:
+        explanation = solution.trajectory.explain(options)
+        lines += explanation.lines
+        lines += _remedies(solution, options, explanation.stiff)
     lines.append(f"  The solution up to t={t:.6g} is in .solution.")
     return "\n".join(lines)
+
+
+def _piled_up(solution: Solution) -> bool:
+    """Whether the last jumps are one event at times that cannot be told apart."""
+    if len(solution.jumps) < 2:
+        return False
+    before, last = solution.jumps[-2:]
+    apart = abs(float(last.t.detach() - before.t.detach()))
+    eps = torch.finfo(solution.problem.spec.real_dtype).eps
+    return before.event == last.event and apart <= 1000 * eps * abs(float(last.t.detach()))
 
 
 def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[str]:

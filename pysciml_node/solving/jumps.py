@@ -93,6 +93,7 @@ class _Solve:
         self.fired: list[int] = []
         self.changed = False
         self.stopped: int | None = None
+        self.failure: ReturnCode | None = None
         self.given = list(options.saveat or ())
 
     def result(self) -> Solution:
@@ -114,11 +115,13 @@ class _Solve:
         while self.stopped is None and _number(now) != self.problem.t1:
             end = self.schedule[0][0] if self.schedule else self.problem.tspan[1]
             if _distinct(_number(now), _number(end)):
-                piece = self._piece(now, end, u)
+                piece, start = self._piece(now, end, u), now
                 self.pieces.append(piece)
                 u, now, happening = self._arrived(piece, end)
                 self._save(piece, whole=not happening)
-                if not piece.success:
+                self.failure = self._failed(start, now, happening)
+                if self.failure is not None:
+                    self.changed = False
                     break
             else:
                 now, happening = end, self._due(end)
@@ -126,6 +129,23 @@ class _Solve:
         if self.changed or self.given:
             self._keep(now, u)
         return self._join(u)
+
+    def _failed(self, start: Time, now: Time, happening: list[int]) -> ReturnCode | None:
+        """Why the solve does not go on, having arrived at `now`."""
+        last = self.pieces[-1].retcode
+        if not last.successful:
+            return last
+        # An event that keeps happening may leave no time for a step, as a ball's bounces do.
+        again = any(i in self.fired for i in happening if i in self.conditions)
+        if again and not _distinct(_number(start), _number(now)):
+            return ReturnCode.DtLessThanMin
+        unfinished = happening and _number(now) != self.problem.t1
+        if unfinished and self._taken() >= self.options.max_steps:
+            return ReturnCode.MaxIters
+        return None
+
+    def _taken(self) -> int:
+        return sum(p.stats.naccept + p.stats.nreject for p in self.pieces)
 
     def _due(self, t: Time) -> list[int]:
         """The events that are scheduled for a time; they are taken off the schedule."""
@@ -148,7 +168,6 @@ class _Solve:
             controller = controller.within(t0, t1)
         elif self.pieces:
             dt0 = None
-        taken = sum(p.stats.naccept + p.stats.nreject for p in self.pieces)
         own = dataclasses.replace(
             options,
             saveat=times or None,
@@ -156,7 +175,7 @@ class _Solve:
             tstops=tuple(t for t in options.tstops if low < t < high),
             controller=controller,
             dt0=None if dt0 is None else min(dt0, high - low),
-            max_steps=max(options.max_steps - taken, 1),
+            max_steps=options.max_steps - self._taken(),
             events=tuple(self.events[i] for i in self.conditions),
             fired=tuple(self.conditions.index(i) for i in self.fired if i in self.conditions),
         )
@@ -255,11 +274,9 @@ class _Solve:
 
     def _join(self, u: Any) -> Solution:
         last = self.pieces[-1]
-        retcode = last.retcode
+        retcode = self.failure or ReturnCode.Success
         if self.stopped is not None:
             retcode = ReturnCode.Terminated
-        elif retcode is ReturnCode.Terminated:
-            retcode = ReturnCode.Success
         spec = self.problem.spec
         parts = [spec.parts(rows) for _, rows in self.rows]
         return dataclasses.replace(
@@ -269,7 +286,7 @@ class _Solve:
             stats=JoinedStats([piece.stats for piece in self.pieces]),
             t=torch.cat([t for t, _ in self.rows]),
             u1=u,
-            trajectory=joined_trajectory(self.pieces),
+            trajectory=joined_trajectory(self.pieces, spec.flatten(u) if self.changed else None),
             saved=spec.assemble([torch.cat(rows) for rows in zip(*parts, strict=True)]),
             event=self.stopped,
             event_t=None if self.stopped is None else self.jumps[-1].t,

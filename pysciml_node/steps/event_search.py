@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.steps.field import FlatField
 
 
 def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> float:
@@ -35,6 +36,8 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
 # An event that has just happened leaves its condition near zero, of either sign: what counts as its
 # sign at the start is the one at this share of the first step, as in SciML's callbacks.
 _AFTER = 0.01
+# Where a line along the field is looked at on both sides of such a start, in steps.
+_BESIDE = 0.001
 
 
 class Signs:
@@ -55,16 +58,17 @@ class Signs:
         self._unsettled = {*fired, *(i for i, value in enumerate(self.before) if value == 0)}
 
     def first_crossing(
-        self, after: list[float], value: Callable[[int, float], float]
+        self, after: list[float], value: Callable[[int, float], float], h: float
     ) -> tuple[float, int] | None:
         """Where in a step the first event lies, as a fraction, and which it is; `None` without one.
 
         Args:
             after: the conditions at the end of the step.
             value: the condition of one event at a fraction of the step.
+            h: signed size of the step.
         """
         for i in self._unsettled:
-            self.before[i] = value(i, _AFTER)
+            self.before[i] = self._leaving(i, value(i, _AFTER), h)
         self._unsettled = set()
         before, self.before = self.before, after
         crossing = [i for i, event in enumerate(self.events) if event.crosses(before[i], after[i])]
@@ -73,6 +77,23 @@ class Signs:
             for i in crossing
         )
         return min(located, default=None)
+
+    def _leaving(self, i: int, later: float, h: float) -> float:
+        """With which sign a condition leaves its zero at the start.
+
+        It may be back at zero before `later` is seen: what leaves with the other sign has crossed.
+        """
+        problem, event = self.problem, self.events[i]
+        if not event.crosses(-later, later) or problem.mass is not None:
+            return later
+        u = problem.spec.flatten(problem.u0).detach()
+        with torch.no_grad():
+            rate = FlatField(problem)(problem.time_tensor([problem.t0])[0], u)
+        early, late = (
+            condition_value(event, problem, problem.t0 + dt, u + dt * rate)
+            for dt in (-_BESIDE * h, _BESIDE * h)
+        )
+        return -later if early * later > 0 > late * later else later
 
 
 def locate_crossing(

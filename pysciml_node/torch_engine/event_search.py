@@ -38,7 +38,7 @@ class EventSearch:
                 u = self.stages.dense(step.t, step.h, step.u.detach(), at)[0]
             return condition_value(self.events[i], self.problem, step.t + theta * step.h, u)
 
-        crossing = self.signs.first_crossing(after, value)
+        crossing = self.signs.first_crossing(after, value, step.h)
         if crossing is None:
             return None
         theta, self.found = crossing

@@ -311,3 +311,50 @@ def test_steps_of_all_pieces_count() -> None:
     solution = psn.solve(problem, events=event, max_steps=7, throw=False)
     assert solution.retcode is psn.ReturnCode.MaxIters
     assert solution.stats.naccept + solution.stats.nreject <= 8
+
+
+def test_the_bounces_of_a_ball_pile_up_at_a_time_of_their_own() -> None:
+    # The flights shrink by a half: they end at 3 sqrt(2 h / g), after infinitely many bounces.
+    h, g, e = (x.detach() for x in (leaf(1.0), leaf(9.8), leaf(0.5)))
+    with pytest.raises(psn.SolverFailure, match=r"(?s)again and again.*terminal event") as caught:
+        bouncing(h, g, e, 50.0)
+    solution = caught.value.solution
+    assert solution.retcode is psn.ReturnCode.DtLessThanMin
+    found = torch.stack([jump.t for jump in solution.jumps])
+    times, _ = bounces(h, g, e, len(found))
+    assert len(found) > 40
+    torch.testing.assert_close(found, torch.stack(times), rtol=1e-13, atol=0)
+    torch.testing.assert_close(solution.t[-1], 3 * torch.sqrt(2 * h / g), rtol=1e-13, atol=0)
+    assert float(solution.u[:, 0].min()) > -1e-12
+
+
+def test_events_without_an_end_run_into_max_steps() -> None:
+    fire = psn.Event(lambda t, u: u[0] - 0.25, affect=lambda t, u: 0 * u)
+    problem = psn.ODEProblem(lambda t, u: 1 + 0 * u, torch.zeros(1).double(), (0.0, 1e9))
+    solution = psn.solve(problem, events=fire, max_steps=25, throw=False)
+    assert solution.retcode is psn.ReturnCode.MaxIters
+    assert solution.stats.naccept + solution.stats.nreject == 25
+    assert bool((solution.step_times.diff() > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_output_counts_the_jump_at_the_end_and_at_rounded_times(dtype: torch.dtype) -> None:
+    dose = psn.Event(at=[0.7, 1.0], affect=lambda t, u: u + 1)
+    start = torch.ones(1, dtype=dtype, requires_grad=True)
+    solution = psn.solve(psn.ODEProblem(lambda t, u: -u, start, (0.0, 1.0)), events=dose)
+    saved = psn.solve(solution.problem, events=dose, saveat=[0.7, 1.0])
+    times = torch.tensor([0.7, 1.0], dtype=dtype)
+    torch.testing.assert_close(solution(times), saved.u, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solution(1.0), solution.u1, rtol=0, atol=0)
+    torch.testing.assert_close(solution.detach()(1.0), solution.u1.detach(), rtol=0, atol=0)
+    (by_start,) = torch.autograd.grad(solution(1.0).sum(), start)
+    torch.testing.assert_close(by_start, torch.exp(-torch.ones_like(start)), rtol=1e-5, atol=0)
+
+
+def test_a_failed_piece_is_saved_once() -> None:
+    dose = psn.Event(at=[0.5], affect=lambda t, u: u + 1)
+    problem = psn.ODEProblem(lambda t, u: u**2, torch.ones(1).double(), (0.0, 3.0))
+    solution = psn.solve(problem, events=dose, throw=False)
+    assert not solution.success
+    assert solution.t.tolist().count(0.5) == 2
+    assert bool((solution.t[solution.t > 0.5].diff() > 0).all())
