@@ -65,9 +65,9 @@ class NoiseLayout:
         """The diffusion times an integral of each motion; flat, `(N,)`."""
         if self.motions is None or isinstance(integral, float):
             return g * integral
-        increments = integral.view(self.samples, 1, self.motions)
+        increments = integral.view(self.samples, self.motions, 1)
         if self.matrix:
-            return (g.view(self.samples, -1, self.motions) * increments).sum(-1).reshape(-1)
+            return torch.bmm(g.view(self.samples, -1, self.motions), increments).reshape(-1)
         return (g.view(self.samples, -1) * increments[:, 0]).reshape(-1)
 
     def by_entry(self, integral: Tensor) -> Tensor:

@@ -101,6 +101,8 @@ class Equation:
                 f"{', '.join(key for key in 'fgh' if named[key] is None)}.\n"
                 '  Define them, or name them: names={"prior_drift": ...}.'
             )
+        if logqp:
+            self._both = _Joint(self._with_entropy)
         if all(x is None for x in (self._f, self._both, self._both_product)):
             raise ValueError(
                 "the sde must have a drift: f, f_and_g or f_and_g_prod, but has none.\n"
@@ -124,9 +126,7 @@ class Equation:
 
     def drift(self, t: Tensor, y: Tensor) -> Tensor:
         """The drift, `(B, d)`."""
-        if self.logqp:
-            return self._with_entropy(t, y)
-        if self._f is not None:
+        if self._f is not None and not self.logqp:
             return cast(Tensor, self._f(t, y))
         if self._both is not None:
             return self._both.first(t, y)
@@ -134,27 +134,25 @@ class Equation:
         # The drift does not depend on the vector.
         return cast(Tensor, self._both_product(t, y, self._vectors(y)[0])[0])
 
-    def _with_entropy(self, t: Tensor, y: Tensor) -> Tensor:
-        """Drift and, as one more entry, the rate of the relative entropy to the prior."""
+    def _with_entropy(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift and diffusion, with the relative entropy to the prior as one more entry."""
         assert self._f is not None
         assert self._g is not None
         assert self._h is not None
         y = y[:, :-1]
         f, g, h = self._f(t, y), self._g(t, y), self._h(t, y)
         rate = entropy_rate(f - h, g, matrix=self.noise != "diagonal")
-        return torch.cat((f, rate.unsqueeze(-1)), dim=-1)
+        still = torch.zeros_like(g[:, :1])
+        return torch.cat((f, rate.unsqueeze(-1)), dim=-1), torch.cat((g, still), dim=1)
 
     def diffusion(self, t: Tensor, y: Tensor) -> Tensor:
         """The diffusion: `(B, d)` for diagonal and scalar noise, `(B, d, m)` for the others."""
-        state = y[:, :-1] if self.logqp else y
-        if self._g is not None:
-            g = cast(Tensor, self._g(t, state))
+        if self._g is not None and not self.logqp:
+            g = cast(Tensor, self._g(t, y))
         elif self._both is not None:
-            g = self._both.second(t, state)
+            g = self._both.second(t, y)
         else:
-            g = self._from_products(t, state)
-        if self.logqp:
-            g = torch.cat((g, torch.zeros_like(g[:, :1])), dim=1)
+            g = self._from_products(t, y)
         return g.squeeze(-1) if self.noise == "scalar" and g.ndim == 3 else g
 
     def _from_products(self, t: Tensor, y: Tensor) -> Tensor:
