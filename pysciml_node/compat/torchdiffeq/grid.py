@@ -176,7 +176,7 @@ class FixedGridODESolver(ABC):
         f1 = self.func(t1, y1) if self.interp == "cubic" else None
 
         def between(t: Tensor) -> Tensor:
-            if float(t) == float(t1):
+            if t.item() == t1.item():
                 return y1
             x = ((t - t0) / dt).to(y0.dtype)
             if f1 is None:

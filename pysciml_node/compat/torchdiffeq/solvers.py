@@ -88,7 +88,8 @@ def class_to_run(
 ) -> type[Any] | None:
     """The class that runs a method; `None` where the engine does.
 
-    Those that the engine has too it runs where an event or one of its adjoints is asked for.
+    Those that the engine has too it runs where an event or one of its adjoints is asked for; but an
+    event on `options["interp"] = "cubic"` is found on that, as there.
 
     Raises:
         ValueError: there is no such method.
@@ -100,8 +101,9 @@ def class_to_run(
             f"method must be one of {', '.join(SOLVERS)}, but is {method!r}.\n"
             f"  {checks.did_you_mean(name, SOLVERS) or 'Leave it out for dopri5.'}"
         )
-    asked = options is not None and options.get("adjoint") is not None
-    engine = found is _OURS.get(name) and (asked or event or name not in _EXPLICIT)
+    given = options or {}
+    asked = given.get("adjoint") is not None or (event and given.get("interp") != "cubic")
+    engine = found is _OURS.get(name) and (asked or name not in _EXPLICIT)
     return None if engine else found
 
 
