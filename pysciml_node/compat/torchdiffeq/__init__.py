@@ -7,8 +7,8 @@ tuples of tensors as state, integral step control with torchdiffeq's constants a
 of the fixed-step methods, and the callbacks. What differs, on purpose:
 
 * The last step ends on the last time, and `func` is never called outside the interval. Other times
-  are read off the method's own interpolant, not a quartic; also for the Runge-Kutta methods with
-  fixed steps, where `options["interp"]` is accepted and has no effect.
+  are read off the method's own interpolant, not a quartic; also for the implicit methods, where
+  `options["interp"]` is accepted and has no effect.
 * A solve that cannot go on raises `SolverFailure` with the partial solution, not `AssertionError`;
   so does one whose state is not finite.
 * `odeint_adjoint` takes the accepted steps again where nothing else is asked for.

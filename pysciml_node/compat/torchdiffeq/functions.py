@@ -49,9 +49,8 @@ def odeint(
         rtol: relative tolerance: a number, a tensor that broadcasts to `y0`, or for a tuple state
             one such for each part.
         atol: absolute tolerance, likewise.
-        method: adaptive `"dopri5"` (the default), `"dopri8"`, `"bosh3"`, `"tsit5"`,
-            `"adaptive_heun"`; with fixed steps `"euler"`, `"midpoint"`, `"heun2"`, `"heun3"`,
-            `"rk4"`.
+        method: adaptive `"dopri5"` (the default), `"dopri8"`, `"tsit5"`, `"bosh3"`,
+            `"fehlberg2"`, `"adaptive_heun"`; or another name in `SOLVERS`, with fixed steps.
         options: of the adaptive methods `first_step`, `min_step`, `max_step`, `max_num_steps` (of
             one output interval, default 100,000), `step_t` (times to step to), `jump_t` (times
             where `func` jumps), `safety`, `ifactor`, `dfactor`, `dtype` (times are kept in double
