@@ -12,7 +12,7 @@ from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.augmented import augment, augmented_events, integrals, without_extra
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
-from pysciml_node.layers.rows import attach_row_penalties, refuse_rates, rows_of
+from pysciml_node.layers.rows import OfRow, attach_row_penalties, refuse_rates, rows_of
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -155,7 +155,12 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             regularizers = self.active_regularizers()
             for regularizer in regularizers:
                 problem, saveat = regularizer.prepare(problem, saveat)
-            solution = solve(rows_of(problem), self.algorithm, **self.settings(saveat=saveat))
+            known = self._functions.get("row")
+            # One function for one field: native code knows it again.
+            if known is None or known[0] is not problem.f:
+                known = self._functions["row"] = problem.f, OfRow(problem.f)
+            rows = rows_of(problem, known[1])
+            solution = solve(rows, self.algorithm, **self.settings(saveat=saveat))
             attach_row_penalties(solution, regularizers)
             return solution
 

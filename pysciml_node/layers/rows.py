@@ -29,8 +29,12 @@ class OfRow:
         return map_tensors(lambda x: x.squeeze(0), out)
 
 
-def rows_of(problem: ODEProblem) -> EnsembleProblem:
+def rows_of(problem: ODEProblem, of_row: Callable[..., Any]) -> EnsembleProblem:
     """The ensemble of a batch's rows; `p` is the same for all.
+
+    Args:
+        problem: of the batch.
+        of_row: its field as that of a row.
 
     Raises:
         ValueError: a state without rows.
@@ -41,7 +45,7 @@ def rows_of(problem: ODEProblem) -> EnsembleProblem:
             "  Give u0 of shape (B, *D)."
         )
     row = map_tensors(lambda x: x[0].detach(), problem.u0)
-    return EnsembleProblem(dataclasses.replace(problem, f=OfRow(problem.f), u0=row), problem.u0)
+    return EnsembleProblem(dataclasses.replace(problem, f=of_row, u0=row), problem.u0)
 
 
 def refuse_rates(regularizers: Sequence[Regularizer]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native.compiler import available
 
 D = torch.float64
 
@@ -114,3 +115,26 @@ def test_rates_and_states_without_rows_are_refused() -> None:
         layer(True, regularizers=[psn.KineticEnergy()])
     with pytest.raises(ValueError, match="without axes"):
         psn.NeuralODE(lambda t, u: -u, independent=True)(torch.tensor(1.0))
+
+
+def test_native_rows_are_eager_rows_and_translated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable, reason = available()
+    if not usable:
+        pytest.skip(reason)
+    exported = []
+    plain = torch.export.export
+
+    def export(*arguments: Any, **options: Any) -> Any:
+        exported.append(arguments[0])
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    eager, native = layer(True), layer(True, compile=True)
+    results = []
+    for node in (eager, native, native):
+        u0 = rows()
+        u1 = node(u0).u1
+        results.append((u1, *torch.autograd.grad(u1.square().sum(), (u0, node.field.weight))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-11)
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2], strict=True))
+    assert len(exported) == 1
