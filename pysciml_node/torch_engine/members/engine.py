@@ -11,6 +11,7 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
@@ -41,6 +42,10 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
     if not isinstance(algorithm, ExplicitRungeKutta) or common.events or common.progress:
         return False
     if common.controller.start_many(1.0, 1) is None:
+        return False
+    field = ensemble.problem.f
+    if isinstance(field, InModes) and field.autocast and not ensemble.batched:
+        # Inside of torch.vmap operations do not change their precision.
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
