@@ -164,6 +164,9 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
         check = refuse_batched
         if not forward_mode and torch.is_grad_enabled() and _inside_vmap():
             refuse_vmap()
+    if surrounding is None and not torch.is_inference_mode_enabled():
+        yield _in_modes(problem, None, check)
+        return
     with ordinary_modes(device):
         yield _in_modes(problem, surrounding, check)
 
@@ -173,6 +176,8 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
     changes: dict[str, Any] = {}
     for name in ("u0", "tspan", "p"):
         value = getattr(given, name, None)
+        if value is None:
+            continue
         tensors = [*tensors_of(value)]
         if any(x.is_inference() for x in tensors):
             changes[name] = map_tensors(Tensor.clone, value)

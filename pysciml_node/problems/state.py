@@ -233,9 +233,13 @@ class StateSpec:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state that a vector `(..., N)` stands for; leading dimensions are kept."""
-        lead = flat.shape[:-1]
         if self.keys is None:
-            return flat.view(lead + self.shapes[0])
+            shape = self.shapes[0]
+            # Every evaluation of a field comes this way; torch reads numbers faster than a shape.
+            if shape and flat.dim() == 1:
+                return flat.view(*shape)
+            return flat.view(flat.shape[:-1] + shape)
+        lead = flat.shape[:-1]
         pieces = torch.split(flat, list(self.sizes), dim=-1)
         return self.assemble(
             [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]

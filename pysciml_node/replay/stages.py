@@ -92,10 +92,11 @@ class Stages:
         self.low, self.high = min(marks[0], marks[-1]), max(marks[0], marks[-1])
         # The stops in increasing order; for each the last time before it and the first after it.
         self._stops = sorted(marks[1:-1])
-        stops = torch.tensor(self._stops, dtype=method.nodes.dtype)
-        infinity = torch.full_like(stops, math.inf)
-        self._before = torch.nextafter(stops, -infinity).tolist()
-        self._after = torch.nextafter(stops, infinity).tolist()
+        if self._stops:
+            stops = torch.tensor(self._stops, dtype=method.nodes.dtype)
+            infinity = torch.full_like(stops, math.inf)
+            self._before = torch.nextafter(stops, -infinity).tolist()
+            self._after = torch.nextafter(stops, infinity).tolist()
         # The last step's times: they are asked for again by its later stages.
         self._known: tuple[float, float, tuple[Tensor, ...]] | None = None
         self.vectors = vectors
@@ -106,16 +107,18 @@ class Stages:
 
         They are formed in double precision on the host, and rounded once to the state's.
         """
+        start = float(t.detach()) if isinstance(t, Tensor) else t
+        size = float(h.detach()) if isinstance(h, Tensor) else h
         moving = isinstance(t, Tensor) or isinstance(h, Tensor)
-        start, size = (float(x.detach()) if isinstance(x, Tensor) else x for x in (t, h))
-        if not moving and self._known is not None and self._known[:2] == (start, size):
-            return self._known[2]
+        known = self._known
+        if known is not None and known[0] == start and known[1] == size and not moving:
+            return known[2]
         low, high = self._limits(start, size) if self._stops else (self.low, self.high)
         nodes = self.method.nodes
-        inside = torch.tensor(
-            [min(max(start + c * size, low), high) for c in self.method.host_nodes],
-            dtype=nodes.dtype,
-        )
+        numbers = [start + c * size for c in self.method.host_nodes]
+        if not (low <= min(numbers) and max(numbers) <= high):
+            numbers = [min(max(t, low), high) for t in numbers]
+        inside = torch.tensor(numbers, dtype=nodes.dtype)
         if nodes.device.type != "cpu":
             inside = inside.to(nodes.device, non_blocking=True)
         if moving:
@@ -156,13 +159,15 @@ class Stages:
         """Evaluate the missing stages up to `upto`; return the argument of the last."""
         if self.count >= upto:
             return None
-        times = self.times(t, h)
+        times, rows = self.times(t, h), self.method.rows
+        field, vectors = self.field, self.vectors
         argument = u
         for i in range(self.count, upto):
-            argument = self.argument(i, h, u)
-            self.vectors.put(i, self.field(times[i], argument))
+            if i:
+                argument = vectors.combine(u, h, rows[i])
+            vectors.put(i, field(times[i], argument))
             if 0 < i < upto - 1:
-                self.vectors.recycle(argument)
+                vectors.recycle(argument)
         self.count = upto
         return argument
 

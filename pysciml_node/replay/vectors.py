@@ -106,13 +106,14 @@ class StackedVectors(Vectors):
 
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
-        count, scale = len(weights.numbers), cast(float, h)
+        assert not isinstance(h, Tensor)
+        count = len(weights.numbers)
         columns = self._heads.get(count)
         if columns is None:
             columns = self._heads[count] = self._buffer[:count].T
         if base is None:
-            return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=scale)
-        return torch.addmv(base, columns, weights.tensor, alpha=scale)
+            return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=h)
+        return torch.addmv(base, columns, weights.tensor, alpha=h)
 
     @override
     def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:

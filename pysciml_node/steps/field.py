@@ -66,15 +66,18 @@ class FlatField:
         self.nfe += 1
         if torch.is_grad_enabled():
             return self._evaluate(t, u)
-        return without_gradients(self._evaluate, t, u, self.watch)
+        if self.watch is not None or u.requires_grad:
+            return without_gradients(self._evaluate, t, u, self.watch)
+        value = self._evaluate(t, u)
+        return value.detach() if value.requires_grad else value
 
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
-        before = 0 if u.is_inference() else u._version
+        before = None if u.is_inference() else u._version
         state = spec.unflatten(u)
         out = f(t, state) if p is None else f(t, state, p)
-        if before != (0 if u.is_inference() else u._version):
+        if before is not None and before != u._version:
             raise RuntimeError(
                 "the field has changed its input in place, which is the solver's own.\n"
                 "  Work on a copy, for example u.neg() instead of u.neg_()."

@@ -127,11 +127,11 @@ class Loop(Steps):
         sizes = options.controller.start(self.error_order)
         h = self.first_size()
         while True:
-            proposed = math.copysign(min(abs(h), options.dtmax), self.direction)
+            size = min(abs(h), options.dtmax)
+            proposed = math.copysign(size, self.direction)
             ahead = abs(self.stops[self.passed] - self.t)
-            lands = ahead <= abs(proposed) * (1 + SLIVER)
-            self.retcode = self._before(h, adaptive and not lands, proposed)
-            if self.retcode is not ReturnCode.Default:
+            lands = ahead <= size * (1 + SLIVER)
+            if self._ends(h, adaptive and not lands, size):
                 return
             sizes.attempts(self.t, self.u, math.copysign(ahead, proposed) if lands else proposed)
             step = self.last = self.take(proposed, lands)
@@ -145,7 +145,7 @@ class Loop(Steps):
             h = proposed
             if adaptive:
                 # A step cut short by a stop says little: keep the size that was proposed.
-                cut = abs(step.end - step.t) < self.whole * abs(proposed)
+                cut = abs(step.end - step.t) < self.whole * size
                 h = sizes.accepted(self.size_accepted(step, proposed, cut), step.error)
                 h = max(h, proposed, key=abs) if cut else h
             yield step
@@ -157,14 +157,16 @@ class Loop(Steps):
                     self.retcode = ReturnCode.Success
                     return
 
-    def _before(self, h: float, limited: bool, proposed: float) -> ReturnCode:
-        """Why no further step is taken; `Default` where one is."""
+    def _ends(self, h: float, limited: bool, size: float) -> bool:
+        """Whether no further step is taken; `retcode` then says why."""
         if not math.isfinite(h):
-            return ReturnCode.Unstable
-        if self.naccept + self.nreject >= self.options.max_steps:
-            return ReturnCode.MaxIters
+            self.retcode = ReturnCode.Unstable
+        elif self.naccept + self.nreject >= self.options.max_steps:
+            self.retcode = ReturnCode.MaxIters
         # Steps cut short by a stop may be small; others below the limit mean failure.
-        if limited and abs(proposed) < self.smallest():
+        elif limited and size < self.smallest():
             bad = self.last is not None and not math.isfinite(self.last.error)
-            return ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
-        return ReturnCode.Default
+            self.retcode = ReturnCode.Unstable if bad else ReturnCode.DtLessThanMin
+        else:
+            return False
+        return True

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,27 +70,3 @@ def _drawers(surroundings: Surroundings) -> str:
     """The dropout layers in train mode, in words."""
     layers = surroundings.training(torch.nn.modules.dropout._DropoutNd)
     return f" ({', '.join(layers)})" if layers else ""
-
-
-def repeatable_first(
-    surroundings: Surroundings,
-    device: torch.device,
-    field: Callable[[Tensor, Tensor], Tensor],
-    who: str,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A field whose first evaluation is checked as in `expect_repeatable`."""
-    seen = False
-
-    def call(t: Tensor, u: Tensor) -> Tensor:
-        nonlocal seen
-        if seen:
-            return field(t, u)
-        seen = True
-
-        def evaluate() -> tuple[Sequence[Tensor], Sequence[Any]]:
-            return (field(t, u),), ()
-
-        (value,), _ = expect_repeatable(surroundings, device, evaluate, who)()
-        return value
-
-    return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -125,13 +124,13 @@ def follow(
             other times are asked for and they take more than `_MOST_KEPT` bytes.
     """
     record, states = saver.record, saver.states
-    most = _MOST_KEPT if saver.times and not recorded else math.inf
+    thins = bool(saver.times) and not recorded
     for step in steps:
         cut = find_event(step) if find_event is not None else None
         if cut is not None:
             step = cut
         saver.see(step)
-        if len(states) * step.u1.nbytes > most:
+        if thins and len(states) * step.u1.nbytes > _MOST_KEPT:
             del states[1:-1]
             record.thinned = True
         if on_step is not None:

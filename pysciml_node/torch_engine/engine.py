@@ -35,7 +35,7 @@ from pysciml_node.steps.finish import build_solution
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.progress import step_listener
-from pysciml_node.steps.randomness import repeatable_first
+from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Record, check_finite
 from pysciml_node.steps.saver import Outcome, Saver, follow
 from pysciml_node.steps.surroundings import Surroundings
@@ -167,8 +167,8 @@ class _Solve:
             moving=any(moves(t) for t in problem.tspan),
         )
         search = EventSearch(options, problem, stages) if options.events else None
+        kept = recording() or k0 is not None
         with step_listener(options.progress, problem) as on_step:
-            kept = recording() or k0 is not None
             outcome = follow(march, saver, on_step, search, recorded=kept)
         if search is not None:
             outcome.record.event = search.found
@@ -186,7 +186,8 @@ class _Solve:
     def plain(self) -> tuple[Record, list[Tensor], Tensor]:
         """Without gradients."""
         field = FlatField(self.problem)
-        stages = self.stages(self._watched(field))
+        stages = self.stages(field)
+        self._watch(stages, field)
         found = self.march(stages, self.u0, None, None)
         self._has_run(field)
         return found
@@ -195,13 +196,9 @@ class _Solve:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
         stages = stages_for(
-            self.method,
-            self._watched(field),
-            self.marks,
-            RecordedVectors(),
-            self.problem.mass,
-            derivatives=2,
+            self.method, field, self.marks, RecordedVectors(), self.problem.mass, derivatives=2
         )
+        self._watch(stages, field)
         times, fixed = None, self._fixed()
         if _wants_time_gradient(self.problem, self.options) and not fixed:
             t0, t1 = (
@@ -233,13 +230,24 @@ class _Solve:
             return False
         return hides_time(problem, self.method, self.u0)
 
-    def _watched(self, field: FlatField) -> FlatFunction:
-        """The field, with a look at what it can reach; random ones are not for adaptive steps."""
+    def _watch(self, stages: Stages, field: FlatField) -> None:
+        """Look at what the field can reach; random ones are not for adaptive steps."""
         self.surroundings = Surroundings(field.given)
         if not self.options.controller.adaptive:
-            return field
-        device = self.u0.device
-        return repeatable_first(self.surroundings, device, field, "an adaptive solve")
+            return
+
+        def first(t: Tensor, u: Tensor) -> Tensor:
+            stages.field = field
+
+            def evaluate() -> tuple[tuple[Tensor], tuple[()]]:
+                return (field(t, u),), ()
+
+            (value,), _ = expect_repeatable(
+                self.surroundings, self.u0.device, evaluate, "an adaptive solve"
+            )()
+            return value
+
+        stages.field = first
 
     def _has_run(self, field: FlatField) -> None:
         self.stats.nfe = field.nfe
