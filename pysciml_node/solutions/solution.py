@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch.utils._pytree import register_pytree_node
 from pysciml_node import checks, plot
 from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.problems.state import map_tensors, refuse_batched
+from pysciml_node.solutions.elsewhere import ELSEWHERE
+from pysciml_node.solutions.jump import Jump
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
 if TYPE_CHECKING:
@@ -74,22 +76,6 @@ class Stats:
     def asdict(self) -> dict[str, int]:
         """The counts by name, as a logger takes them."""
         return dataclasses.asdict(self)
-
-
-class Jump(NamedTuple):
-    """What an event has done.
-
-    Attributes:
-        event: its index among the events of the solve.
-        t: its time, a 0-d tensor, differentiable where the event moves.
-        before: the state that it met, in the structure of `u0`.
-        after: the state that it left; the same where it has no `affect`.
-    """
-
-    event: int
-    t: Tensor
-    before: Any
-    after: Any
 
 
 @dataclass(frozen=True)
@@ -379,7 +365,7 @@ class Solution:
         def __getattr__(self, name: str) -> Any:
             """Answer names of other packages with those of this one."""
             known = (x for x in (*self.__dataclass_fields__, *dir(type(self))) if x[0] != "_")
-            meant = _ELSEWHERE.get(name) or (
+            meant = ELSEWHERE.get(name) or (
                 not name.startswith("_") and checks.nearest(name, known)
             )
             remedy = f"\n  Did you mean solution.{meant}?" if meant else ""
@@ -487,24 +473,6 @@ class Solution:
         # What the stack is made of is in the trajectory.
         return {**portable.__dict__, "_stacked": None}
 
-
-# What other packages call the parts of a solution.
-_ELSEWHERE = {
-    "y": "u",
-    "ys": "u",
-    "x": "u",
-    "xs": "u",
-    "states": "u",
-    "y1": "u1",
-    "final": "u1",
-    "ts": "t",
-    "times": "t",
-    "y0": "problem.u0",
-    "u0": "problem.u0",
-    "nfev": "stats.nfe",
-    "nfe": "stats.nfe",
-    "status": "retcode",
-}
 
 _HELD = ("t", "u1", "saved", "event_t", "jumps", "penalty", "penalties", "integrals")
 """What a solution holds, in one structure or another of tensors."""

@@ -25,7 +25,8 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem, Time
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.solutions.joined import JoinedStats, joined_trajectory
-from pysciml_node.solutions.solution import Jump, ReturnCode, Solution
+from pysciml_node.solutions.jump import Jump
+from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.engines import Engine
 from pysciml_node.steps.event_gradient import differentiable_event
 from pysciml_node.steps.event_search import condition_value

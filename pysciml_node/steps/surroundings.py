@@ -27,6 +27,7 @@ from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.anatomy import is_library, names_in, slots_of
+from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
 from pysciml_node.steps.record import Recorded
 
@@ -40,22 +41,6 @@ _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
 
 # While a sweep has put other values into places, the solves of other threads wait.
 _lock = threading.RLock()
-
-
-class ForThese:
-    """A field whose gradients go to chosen tensors alone (and to the state, the times and `p`).
-
-    Args:
-        field: the field.
-        tensors: the chosen tensors.
-    """
-
-    def __init__(self, field: Callable[..., Any], tensors: Iterable[Tensor]) -> None:
-        self.field, self.tensors = field, tuple(tensors)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Evaluate the field."""
-        return self.field(*arguments)
 
 
 class Surroundings:

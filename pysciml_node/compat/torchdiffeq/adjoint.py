@@ -22,7 +22,7 @@ from pysciml_node.compat.torchdiffeq.states import Fitted, promoted
 from pysciml_node.problems.modes import solvable, uncompiled
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import recording
-from pysciml_node.steps.surroundings import ForThese
+from pysciml_node.steps.chosen import ForThese
 
 
 @uncompiled

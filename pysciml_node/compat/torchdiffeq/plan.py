@@ -33,7 +33,7 @@ from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.solve import solve
-from pysciml_node.steps.surroundings import ForThese
+from pysciml_node.steps.chosen import ForThese
 
 Tolerances = float | Tensor | Sequence[float | Tensor]
 Options = Mapping[str, Any]

@@ -36,7 +36,7 @@ from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.checks import check_options
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.solve import in_ordinary_modes
-from pysciml_node.steps.surroundings import ForThese
+from pysciml_node.steps.chosen import ForThese
 from pysciml_node.stochastic.solve import solve_sde
 from pysciml_node.stochastic.trajectory import SDETrajectory
 
