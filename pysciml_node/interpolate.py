@@ -12,7 +12,6 @@ rectilinear paths).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class PiecewisePolynomial(nn.Module):
         """How many values the path has at a time."""
         return self.coefficients.shape[-1]
 
-    @cached_property
+    @property
     def times(self) -> list[float]:
         """The knots as numbers."""
         times: list[float] = self.knots.tolist()
@@ -87,7 +86,8 @@ class PiecewisePolynomial(nn.Module):
     @property
     def interval(self) -> tuple[float, float]:
         """The first and the last knot."""
-        return self.times[0], self.times[-1]
+        first, last = self.knots[[0, -1]].tolist()
+        return first, last
 
     def forward(self, t: Tensor | float) -> Tensor:
         """The values at a time, `(..., channels)`, or at times `(m,)`, `(..., m, channels)`."""

@@ -118,3 +118,13 @@ def test_rectilinear_paths_move_along_one_axis_at_a_time() -> None:
 def test_refusals(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_times_and_interval_are_those_of_the_knots_now() -> None:
+    x, later = data(False), interpolate.linear(data(False, seed=1), T + 5)
+    assert later.interval == (5.0, 9.0)
+    later.load_state_dict(interpolate.linear(x, T).state_dict())
+    assert later.interval == (0.0, 4.0)
+    assert later.times == T.tolist()
+    later.float()
+    assert later.times == T.float().tolist()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
@@ -107,8 +107,18 @@ class _Outcome:
 _MOST = 64
 """Translations that are kept of a module."""
 
-_INSIDE = "fake tensor in the exported program constant's list"
+_INSIDE = (
+    "fake tensor in the exported program constant's list",
+    "Cannot access data pointer of Tensor that doesn't have storage",
+    "Cannot access storage of TensorWrapper",
+    "'Tensor' object has no attribute 'constant'",
+)
 """What torch.export says of derivatives that are taken while it traces."""
+
+_DERIVATIVES = (
+    "it takes derivatives inside (torch.autograd.grad, torch.func), as a CNF and "
+    "JacobianFrobenius do"
+)
 
 _OFTEN = 16
 """Translations of a function after which it is taken for one that is another at each solve."""
@@ -305,15 +315,24 @@ def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedPro
                 exported = exported.run_decompositions({})
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        if _INSIDE in reason:
-            reason = (
-                "it takes derivatives inside (torch.autograd.grad, torch.func), as a CNF "
-                "and JacobianFrobenius do"
-            )
+        reason = _DERIVATIVES if any(words in reason for words in _INSIDE) else reason
         raise UnsupportedModule(
             f"{label(f)} cannot be exported by torch.export: {reason}"
         ) from error
+    if _transforms(exported):
+        raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
     return exported, bool(printed.getvalue())
+
+
+def _transforms(exported: ExportedProgram) -> bool:
+    """Whether there are transforms of `torch.func`, whose ends a graph does not keep.
+
+    They must not be evaluated: one that begins and does not end leaves torch unusable.
+    """
+    modules = exported.graph_module.modules()
+    graphs = [module.graph for module in modules if isinstance(module, GraphModule)]
+    targets = (node.target for graph in graphs for node in graph.nodes)
+    return any((getattr(x, "__module__", "") or "").startswith("torch._functorch") for x in targets)
 
 
 def _is_whole(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,11 +144,21 @@ def test_paths_start_at_their_value() -> None:
         ({"size": (2,), "halfway_tree": True}, "halfway_tree=True needs a positive tol"),
         ({"size": (2,), "tol": -1.0}, "tol must be"),
         ({"size": (2,), "dt": 0.0}, "dt must be"),
+        ({"size": (2,), "entropy": 1.5}, "entropy must be a whole number"),
+        ({"size": (2,), "entropy": [1, -1]}, r"entropy\[1\] must be a whole number, at least 0"),
+        ({"size": (2,), "entropy": "7"}, "entropy must be a whole number, or a list of them"),
+        ({"size": (2,), "dtype": "float32"}, "dtype must be a floating-point one"),
     ],
 )
 def test_refusals(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         BrownianInterval(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_whole_number_of_any_kind_chooses_the_same_motion() -> None:
+    plain = BrownianInterval(size=(3,), entropy=7)(0, 1)
+    for kind in (torch.tensor(7), np.int64(7)):
+        assert torch.equal(BrownianInterval(size=(3,), entropy=kind)(0, 1), plain)  # type: ignore[arg-type]
 
 
 class _Sampler:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,7 +163,7 @@ class BrownianInterval(BaseBrownian):
             None if cache_size is None else checks.whole("cache_size", cache_size, at_least=0)
         )
         self.shape, self.dtype, self.device = _layout(size, dtype, device, W, H)
-        self.entropy = int(torch.randint(2**31 - 1, ())) if entropy is None else entropy
+        self.entropy = int(torch.randint(2**31 - 1, ())) if entropy is None else _entropy(entropy)
         self._tree = self._planted()
         given = [None if x is None else x.reshape(-1).to(self._tree.normals.dtype) for x in (W, H)]
         if W is not None or H is not None:
@@ -263,6 +263,15 @@ class BrownianInterval(BaseBrownian):
         return levy_area(motion.h, w, area, noise, foster=foster).to(self.dtype)
 
 
+def _entropy(entropy: Any) -> int | list[int]:
+    """One whole number, or a list of them."""
+    if checks.as_float(entropy) is not None:
+        return checks.whole("entropy", entropy, at_least=0)
+    if not isinstance(entropy, Iterable) or isinstance(entropy, str | bytes):
+        checks.refuse("entropy", "a whole number, or a list of them", entropy, "Write entropy=1.")
+    return [checks.whole(f"entropy[{i}]", x, at_least=0) for i, x in enumerate(entropy)]
+
+
 def _layout(
     size: Sequence[int] | None,
     dtype: torch.dtype | None,
@@ -294,7 +303,7 @@ def _layout(
                 "  Leave the argument out, or convert W and H."
             )
     chosen = dtypes[0] if dtypes else torch.get_default_dtype()
-    if not chosen.is_floating_point:
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise TypeError(
             f"dtype must be a floating-point one, but is {chosen}.\n  Write dtype=torch.float32."
         )

@@ -148,6 +148,29 @@ def test_a_field_that_takes_derivatives_inside_is_refused_with_that_reason() -> 
         flow.log_prob(torch.ones(3, 2, dtype=D))
 
 
+@pytest.mark.filterwarnings("ignore:the field has no native code")
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vjp", "jacrev", "jacfwd"])
+def test_transforms_of_torch_func_are_refused_and_leave_torch_as_it_was(transform: str) -> None:
+    weight = torch.eye(3, dtype=D)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        if transform == "jvp":
+            return torch.func.jvp(lambda x: -x @ weight, (u,), (u,))[1]
+        if transform == "vjp":
+            return torch.func.vjp(lambda x: -x @ weight, u)[1](u)[0]
+        if transform in ("jacrev", "jacfwd"):
+            return getattr(torch.func, transform)(lambda x: -x @ weight)(u) @ u
+        return torch.func.grad(lambda x: -(x @ weight).square().sum() / 2)(u)
+
+    problem = psn.ODEProblem(field, torch.ones(3, dtype=D), (0.0, 1.0))
+    with pytest.raises(psn.CompileError, match="takes derivatives inside"):
+        psn.solve(problem, psn.Tsit5(), compile=True)
+    solution = psn.solve(problem, psn.Tsit5(), rtol=1e-8, atol=1e-8, compile="auto")
+    torch.testing.assert_close(solution.u1, torch.full((3,), math.exp(-1), dtype=D))
+    # A transform that has begun and not ended would forbid this.
+    assert torch.zeros(1).requires_grad_().requires_grad
+
+
 class Turned(nn.Module):
     """A field of the state alone."""
 
