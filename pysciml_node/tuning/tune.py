@@ -33,8 +33,9 @@ from pysciml_node.algorithms.explicit import (
     Vern9,
 )
 from pysciml_node.errors import CompileError, EngineUnavailable, JuliaError, SolverFailure
+from pysciml_node.layers.neural_cde import NeuralCDE
 from pysciml_node.layers.neural_ode import NeuralODE
-from pysciml_node.problems.state import State, map_tensors, tensors_of
+from pysciml_node.problems.state import State, StateSpec, map_tensors, tensors_of
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.tuning.trials import AdjointTrial, Choice, Trial, Tuning, judged, ordered
 
@@ -63,11 +64,11 @@ def tune(
     *,
     slack: float = 1e-3,
     work: Literal["seconds", "nfe"] = "seconds",
-    algorithms: Sequence[Algorithm] = ALGORITHMS,
+    algorithms: Algorithm | Sequence[Algorithm] = ALGORITHMS,
     tolerances: Sequence[float] = TOLERANCES,
-    fixed: Sequence[Algorithm] = FIXED,
+    fixed: Algorithm | Sequence[Algorithm] = FIXED,
     steps: Sequence[int] = STEPS,
-    adjoints: Sequence[Adjoint] = ADJOINTS,
+    adjoints: Adjoint | Sequence[Adjoint] = ADJOINTS,
     compile: bool = True,
     repeats: int = 3,
 ) -> Tuning:
@@ -100,8 +101,8 @@ def tune(
         All that was tried, the best first.
 
     Raises:
-        TypeError: `node` is no `NeuralODE`.
-        ValueError: nothing to try.
+        TypeError: `node` is no `NeuralODE`, or a `NeuralCDE`; an argument of the wrong kind.
+        ValueError: nothing to try, or a number out of range.
 
     Examples:
         >>> import torch, pysciml_node as psn
@@ -112,15 +113,21 @@ def tune(
         True
     """
     checks.instance("node", node, NeuralODE, example="NeuralODE(field)")
+    if isinstance(node, NeuralCDE):
+        raise TypeError(
+            "tune solves a layer from a batch alone, but a NeuralCDE needs a path, too.\n"
+            "  Compare algorithms and tolerances in a loop over cde(z0, path)."
+        )
     checks.number("slack", slack, above=0)
     checks.choice("work", work, ("seconds", "nfe"))
     repeats = checks.whole("repeats", repeats, at_least=1)
     choices = _choices(node, algorithms, tolerances, fixed, steps)
     if not choices:
         raise ValueError("there is nothing to try.\n  Give algorithms and tolerances, or fixed.")
+    adjoints = checks.sequence("adjoints", adjoints, Adjoint, example="DiscreteAdjoint()")
     if metric is not None:
         checks.function("metric", metric, "solution")
-    with _restored(node):
+    with _restored(node), torch.inference_mode(False):
         bench = _Bench(node, batch, metric, slack, repeats)
         trials = ordered([bench.trial(choice) for choice in choices], work)
         if compile:
@@ -135,16 +142,21 @@ def tune(
 
 def _choices(
     node: NeuralODE[Any],
-    algorithms: Sequence[Algorithm],
+    algorithms: Algorithm | Sequence[Algorithm],
     tolerances: Sequence[float],
-    fixed: Sequence[Algorithm],
+    fixed: Algorithm | Sequence[Algorithm],
     steps: Sequence[int],
 ) -> list[Choice]:
     t0, t1 = (float(torch.as_tensor(t)) for t in node.tspan)
     sizes = [abs(t1 - t0) / checks.whole("steps", count, at_least=1) for count in steps]
-    limits = [checks.number("tolerances", tolerance, above=0) for tolerance in tolerances]
-    adaptive = [Choice(algorithm, limit) for algorithm in algorithms for limit in limits]
-    return adaptive + [Choice(algorithm, dt0=size) for algorithm in fixed for size in sizes]
+    limits = [
+        checks.number(f"tolerances[{i}]", tolerance, above=0)
+        for i, tolerance in enumerate(checks.numbers("tolerances", tolerances))
+    ]
+    adapting = checks.sequence("algorithms", algorithms, Algorithm, example="Tsit5()")
+    with_fixed = checks.sequence("fixed", fixed, Algorithm, example="RK4()")
+    adaptive = [Choice(algorithm, limit) for algorithm in adapting for limit in limits]
+    return adaptive + [Choice(algorithm, dt0=size) for algorithm in with_fixed for size in sizes]
 
 
 @contextmanager
@@ -172,12 +184,14 @@ class _Bench:
         # Of the module alone: a field that is a function has none, and need not be warned of.
         every = torch.nn.Module.parameters(node)
         self.parameters = [p for p in every if p.requires_grad]
-        double = next(tensors_of(batch)).dtype in (torch.float64, torch.complex128)
+        double = StateSpec.of(batch).real_dtype == torch.float64
         self._reference = Choice(Vern9(), 1e-12) if double else Choice(Tsit5(), 1e-6)
         with torch.no_grad():
             solution, _ = self._solve(self._reference)
         self.end = [part.double() for part in _real(solution)]
-        self.metric_value = math.nan if metric is None else float(metric(solution))
+        self.metric_value = math.nan
+        if metric is not None:
+            self.metric_value = checks.number("metric(solution)", metric(solution))
 
     def _solve(self, choice: Choice) -> tuple[Solution, float]:
         return self._solve_from(self.batch, choice)
@@ -238,7 +252,7 @@ class _Bench:
         """Gradient with respect to start and parameters, backward evaluations, seconds."""
         self.node.adjoint = adjoint
         with torch.enable_grad():
-            start = map_tensors(lambda part: part.detach().requires_grad_(), self.batch)
+            start = map_tensors(lambda part: part.detach().clone().requires_grad_(), self.batch)
             leaves = [*tensors_of(start), *self.parameters]
             solution, seconds = self._solve_from(start, choice)
             begun = time.perf_counter()

@@ -251,6 +251,8 @@ def test_only_chosen_tensors_receive_gradients() -> None:
         ({"bm": motion((5, 3))}, r"bm must have shape \(4, m\)"),
         ({"bm": motion(), "ts": [0.0, 1.5]}, r"bm must cover ts, \[0.0, 1.5\]"),
         ({"bm": motion(level="none"), "method": "log_ode"}, "levy_area_approximation for method"),
+        ({"bm": math.sin}, "bm must be a Brownian motion"),
+        ({"y0": torch.ones(4, 3), "bm": motion()}, "bm must have the dtype of y0, torch.float32"),
         ({"y0": torch.ones(3)}, "y0 must be a tensor with 2 axes"),
         ({"dt": -1.0}, "dt must be"),
         ({"names": {"drift": "w"}}, "must have a drift"),
@@ -259,5 +261,5 @@ def test_only_chosen_tensors_receive_gradients() -> None:
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     given = {"y0": torch.ones(4, 3).double(), "ts": [0.0, 1.0], **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         torchsde.sdeint(Net("diagonal"), **given)

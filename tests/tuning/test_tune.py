@@ -165,6 +165,39 @@ def test_other_modules_are_refused() -> None:
         psn.tune(nn.Linear(2, 2), start())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing to try"):
         psn.tune(layer(), start(), algorithms=(), fixed=())
+    with pytest.raises(TypeError, match="a NeuralCDE needs a path"):
+        psn.tune(psn.NeuralCDE(Decay()), start())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": lambda solution: "high"}, r"metric\(solution\) must be a number"),
+        ({"metric": lambda solution: solution.u1}, r"metric\(solution\) must be a number"),
+        ({"metric": lambda solution: math.nan}, r"metric\(solution\) must be .* is nan"),
+        ({"tolerances": "1e-3"}, "tolerances must be a sequence of numbers"),
+        ({"tolerances": [1e-3, 0.0]}, r"tolerances\[1\] must be positive"),
+        ({"algorithms": 5}, "algorithms must be a sequence"),
+        ({"algorithms": [psn.Tsit5]}, r"algorithms\[0\] must be an instance"),
+        ({"adjoints": ["direct"]}, r"adjoints\[0\] must be an instance"),
+        ({"batch": "four"}, "must be a tensor, or a tuple or dict of tensors"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        psn.tune(layer(), **{"batch": start(), **QUICK, **given})
+
+
+def test_one_algorithm_is_a_sequence_of_one() -> None:
+    tuning = psn.tune(layer(), start(), **QUICK, algorithms=psn.Tsit5(), fixed=())
+    assert {type(trial.choice.algorithm) for trial in tuning.trials} == {psn.Tsit5}
+
+
+def test_inference_mode_around_it_changes_nothing() -> None:
+    node, few = layer(), {**QUICK, "adjoints": (psn.DiscreteAdjoint(),), "steps": [64]}
+    with torch.inference_mode():
+        tuning = psn.tune(node, start(), **few)
+    assert tuning.best_adjoint is not None
 
 
 def test_the_picture_has_a_curve_for_each_algorithm() -> None:

@@ -258,6 +258,13 @@ class _Call:
 
     def _check_motion(self) -> None:
         bm = self.bm
+        if not all(hasattr(bm, name) for name in ("shape", "levy_area_approximation")):
+            checks.refuse("bm", "a Brownian motion", bm, "Write BrownianInterval(t0, t1, size).")
+        if getattr(bm, "dtype", self.y0.dtype) != self.y0.dtype:
+            raise TypeError(
+                f"bm must have the dtype of y0, {self.y0.dtype}, but has {bm.dtype}.\n"
+                "  Make it with dtype=y0.dtype."
+            )
         if len(bm.shape) != 2 or bm.shape[0] != len(self.y0):
             raise ValueError(
                 f"bm must have shape ({len(self.y0)}, m), one row for each sample, but has "
