@@ -92,6 +92,11 @@ def _elu(g: Builder, self: Traced, alpha: Number, scale: Number, input_scale: Nu
     return g.unary("elu", self, **scales)
 
 
+@handles("celu")
+def _celu(g: Builder, self: Traced, alpha: Number) -> View:
+    return _elu(g, self, alpha, 1.0, 1.0 / float(alpha))
+
+
 @handles("selu")
 def _selu(g: Builder, self: Traced) -> View:
     # G. Klambauer et al., Self-Normalizing Neural Networks, NeurIPS 2017, equation 14.
@@ -105,8 +110,9 @@ def _softplus(g: Builder, self: Traced, beta: Number, threshold: Number) -> View
 
 @handles("log_sigmoid")
 def _log_sigmoid(g: Builder, self: Traced) -> Traced:
-    no_threshold = 1e30
-    return g.affine(_softplus(g, g.affine(self, -1.0), 1.0, no_threshold), -1.0)
+    # Above it `log(1 + exp(x))` is `x` to the last digit, and below it `exp(x)` is finite.
+    threshold = 40.0
+    return g.affine(_softplus(g, g.affine(self, -1.0), 1.0, threshold), -1.0)
 
 
 @handles("mish")
