@@ -125,6 +125,14 @@ def where(g: Builder, condition: Operand, self: Operand = 0.0, other: Operand = 
     return _shaped(g, chosen, mask, self, other)
 
 
+@handles("sinc")
+def _sinc(g: Builder, self: Traced) -> Traced:
+    zero = g.binary("equal", self, g.constant(0.0))
+    # What is divided by must not be 0 where it is not chosen either, or slopes would be NaN.
+    angle = g.affine(where(g, zero, 1.0, self), math.pi)
+    return where(g, zero, 1.0, g.binary("div", g.unary("sin", angle), angle))
+
+
 @handles("masked_fill")
 def _masked_fill(g: Builder, self: Traced, mask: Traced, value: Operand) -> Traced:
     return where(g, mask, value, self)
