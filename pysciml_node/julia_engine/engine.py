@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, ForwardDiffSensitivity
 from pysciml_node.algorithms.controllers import FixedStep
@@ -15,24 +12,18 @@ from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
 from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.ensembles import run_many
-from pysciml_node.julia_engine.fields import ProgramField, TranslatedFlatField
+from pysciml_node.julia_engine.fields import ProgramField
 from pysciml_node.julia_engine.process import runtime
+from pysciml_node.julia_engine.solve import ODESolve
 from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.julia_engine.stochastic import JuliaParts
-from pysciml_node.julia_engine.trajectory import SciMLTrajectory
-from pysciml_node.julia_engine.work import Work
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import in_full_precision
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.replay.stages import Method
-from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.members import ListedMembers, Members
-from pysciml_node.solutions.solution import Solution, Trajectory
-from pysciml_node.steps.field import FlatField
-from pysciml_node.steps.finish import build_solution
-from pysciml_node.steps.record import Record, check_finite
-from pysciml_node.stochastic.solve import solve_sde
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.stochastic.solve import SDESolve
 
 NAME = "julia"
 
@@ -95,9 +86,9 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     problem = in_full_precision(problem, (nn.Module, JuliaField))
     if isinstance(problem, SDEProblem):
         assert isinstance(algorithm, StochasticRungeKutta)
-        return solve_sde(problem, algorithm, options, NAME, JuliaParts(algorithm))
+        return SDESolve(problem, algorithm, options, NAME, JuliaParts(algorithm)).solution()
     assert isinstance(problem, ODEProblem)
-    return _solution(Work(problem, algorithm, options))
+    return ODESolve(problem, algorithm, options, NAME).solution()
 
 
 def solve_members(
@@ -129,60 +120,33 @@ def _solve_all(
     problems = ensemble.members()
     if isinstance(problems[0], SDEProblem):
         return [solve(problem, algorithm, options.of(m)) for m, problem in enumerate(problems)]
-    works = []
+    solves = []
     for m, given in enumerate(problems):
         problem = in_full_precision(given, (nn.Module, JuliaField))
         assert isinstance(problem, ODEProblem)
-        works.append(Work(problem, algorithm, options.of(m)))
-    first = works[0]
+        solves.append(ODESolve(problem, algorithm, options.of(m), NAME))
+    first = solves[0]
     alike = ensemble.tspan is None and options.alike
-    if alike and not first.watcher.needed and _threaded(works, ensemble):
+    if alike and not first.watcher.needed and _threaded(solves, ensemble):
         forwards = run_many(
             first.problem,
             first.options,
             first.plan,
-            [work.field for work in works],
-            [work.u0 for work in works],
+            [member.field for member in solves],
+            [member.u0 for member in solves],
             first.keep_solution,
         )
-        for work, forward in zip(works, forwards, strict=True):
-            work.forward = forward
-    return [_solution(work) for work in works]
+        for member, forward in zip(solves, forwards, strict=True):
+            member.ready = forward
+    return [member.solution() for member in solves]
 
 
-def _threaded(works: list[Work], ensemble: EnsembleProblem) -> bool:
+def _threaded(solves: list[ODESolve], ensemble: EnsembleProblem) -> bool:
     """Whether one field in Julia, with parameters of each member's own, serves all of them."""
-    first = works[0].field
+    first = solves[0].field
     if isinstance(first, ProgramField) and ensemble.p is None:
-        for work in works[1:]:
-            work.field = first
+        for member in solves[1:]:
+            member.field = first
     if first.calls_python:
         return False
-    return all(work.field.handle is first.handle for work in works)
-
-
-def _solution(work: Work) -> Solution:
-    """Run a solve."""
-    problem, algorithm, options = work.problem, work.algorithm, work.options
-    field = work.field
-    record, states, saved = work.node() if torch.is_grad_enabled() else work.plain()
-    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
-    check_finite(record, states, watched)
-    stats, spec = work.stats, problem.spec
-    stats.naccept, stats.nreject = record.naccept, record.nreject
-
-    def load() -> tuple[Record, list[Tensor]]:
-        return record, states
-
-    trajectory: Trajectory
-    if isinstance(algorithm, ExplicitRungeKutta):
-        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        make_field: Callable[[ODEProblem], FlatField] = FlatField
-        if isinstance(field, ProgramField):
-            make_field = partial(TranslatedFlatField, field)
-        trajectory = TorchTrajectory(problem, method, load, stats, options, make_field)
-    else:
-        trajectory = SciMLTrajectory(problem, load, stats, options, work)
-    return build_solution(
-        problem, algorithm, NAME, options, record, states, saved, stats, trajectory
-    )
+    return all(member.field.handle is first.handle for member in solves)

@@ -5,22 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.julia_engine.forward import place
 from pysciml_node.julia_engine.process.buffers import doubles, from_real, real_size
 from pysciml_node.julia_engine.process.entries import enter
-from pysciml_node.julia_engine.work import Work
+from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.record import Kept, Record, Recorded
+
+
+class InJulia(Protocol):
+    """A solve whose solution SciML has kept."""
+
+    algorithm: Algorithm
+    solution_in_julia: Handle | None
+
+    def dense(
+        self,
+        record: Record,
+        times: list[float],
+        moving: Tensor | None,
+        interpolate: Callable[[list[float]], Tensor],
+    ) -> Tensor:
+        """Dense output as a node of its own, with a sweep of its own."""
 
 
 @dataclass
@@ -34,7 +50,7 @@ class SciMLTrajectory(Recorded):
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
-    work: Work | None
+    solve: InJulia | None
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> Self:
         """The same trajectory with other states at `times`, and its problem changed."""
@@ -46,21 +62,21 @@ class SciMLTrajectory(Recorded):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "work": None}
+        return {**super().__getstate__(), "solve": None}
 
     @property
-    def _here(self) -> Work:
+    def _here(self) -> InJulia:
         """What Julia keeps of the solve.
 
         Raises:
             RuntimeError: it is in another process.
         """
-        if self.work is None:
+        if self.solve is None:
             raise RuntimeError(
                 "this solution was pickled, and SciML's interpolation stayed in the process that "
                 "solved.\n  Ask for the times by saveat= in the solve."
             )
-        return self.work
+        return self.solve
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
@@ -82,7 +98,7 @@ class SciMLTrajectory(Recorded):
 
     def _interpolate(self, times: list[float]) -> Tensor:
         spec = self.problem.spec
-        solution = self._here.solution
+        solution = self._here.solution_in_julia
         assert solution is not None
         size = real_size(spec)
         out = torch.empty((len(times), size), dtype=spec.real_dtype)
@@ -137,7 +153,7 @@ class SciMLTrajectory(Recorded):
 
     def restrict(self, problem: ODEProblem) -> SciMLTrajectory:
         """The same trajectory for the leading part of its state."""
-        return _Restricted(problem, self.load, self.stats, self.options, self.work, self)
+        return _Restricted(problem, self.load, self.stats, self.options, self.solve, self)
 
 
 @dataclass

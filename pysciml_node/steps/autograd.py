@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
-from pysciml_node.steps.record import Record
+from pysciml_node.steps.record import Outcome, Record
 
 Sweep = Callable[[BackwardPass], Gradients]
 Pull = Callable[..., tuple[Tensor | None, ...]]
-Forward = Callable[[Tensor], tuple[Record, list[Tensor], Tensor]]
+Forward = Callable[[Tensor], Outcome]
 
 
 class _Refusing(torch.autograd.Function):
@@ -228,3 +228,30 @@ class SolveNode(torch.autograd.Function):
 
         gradients = pulled(pull, (states[0], *sources), *cotangents)
         return (None, None, None, *gradients)
+
+
+def as_node(
+    run: Forward,
+    sweep: Sweep,
+    u0: Tensor,
+    inputs: Sequence[Tensor],
+    times: tuple[object, object, Tensor | None] = (None, None, None),
+    watched: bool = True,
+) -> Outcome:
+    """Run a solve as one node of the graph, its backward a sweep.
+
+    Args:
+        run: solves forward from a state that needs no gradients.
+        sweep: pulls cotangents back.
+        u0: what is stepped, at the start, `(N,)`.
+        inputs: everything else that receives gradients.
+        times: start, end and saved times; those that are tensors may receive gradients.
+        watched: whether the sweep notices by itself that inputs were changed in place.
+
+    Returns:
+        What the solve leaves, as the graph has it.
+    """
+    keep: list[Record] = []
+    moving = (t if isinstance(t, Tensor) else None for t in times)
+    saved, *states = SolveNode.apply(run, sweep, keep, u0, *moving, watched, *inputs)  # type: ignore[no-untyped-call]
+    return Outcome(keep[0], [u0, *states], saved)

@@ -1,56 +1,119 @@
-"""What every engine makes of a solve that has run."""
+"""One solve, whatever the engine: its parts, how it is run, and the solution that it leaves."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem
-from pysciml_node.solutions.solution import Solution, Stats, Trajectory
-from pysciml_node.steps.record import Record
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.steps.record import Outcome, check_finite
 
 
-def build_solution(
-    problem: Problem,
-    algorithm: Algorithm,
-    engine: str,
-    options: SolveOptions,
-    record: Record,
-    states: list[Tensor],
-    saved: Tensor,
-    stats: Stats,
-    trajectory: Trajectory,
-) -> Solution:
-    """The solution of a solve that has run.
+@dataclass(frozen=True)
+class Ending:
+    """How a solve has ended, and the states that its solution holds."""
+
+    retcode: ReturnCode
+    times: Sequence[float] | Tensor  # (n + 1,), of the accepted steps
+    u1: Tensor  # (N,), the last state
+    saved: Tensor  # (saved, N), those at `saveat`
+    event: int | None = None  # which one has stopped it
+
+
+class Solve(ABC):
+    """One solve: its parts, made once, and the way to run it.
 
     Args:
-        problem: what was solved.
+        problem: what to solve.
         algorithm: how.
-        engine: name of the engine.
         options: of the solve.
-        record: the accepted steps.
-        states: flat, at their ends.
-        saved: the states at `saveat`, `(saved, N)`.
-        stats: what it cost.
-        trajectory: dense output and local estimates.
+        engine: name of the engine.
+
+    Attributes:
+        stats: what it has cost so far.
     """
-    spec = problem.spec
-    if options.saveat is None:
-        t = problem.time_tensor(record.times)
-    elif options.saveat_tensor is not None:
-        t = options.saveat_tensor[: record.saved].to(spec.device, spec.real_dtype)
-    else:
-        t = problem.time_tensor(list(options.saveat[: record.saved]))
-    return Solution(
-        problem=problem,
-        algorithm=algorithm,
-        engine=engine,
-        retcode=record.retcode,
-        stats=stats,
-        t=t,
-        u1=spec.unflatten(states[-1]),
-        trajectory=trajectory,
-        saved=None if options.saveat is None else spec.unflatten(saved[: record.saved]),
-        event=record.event,
-    )
+
+    def __init__(
+        self, problem: Problem, algorithm: Algorithm, options: SolveOptions, engine: str
+    ) -> None:
+        self.problem, self.algorithm, self.options = problem, algorithm, options
+        self.engine = engine
+        self.stats = Stats()
+
+    @abstractmethod
+    def run(self) -> Outcome:
+        """Take the steps, with or without gradients."""
+
+    @abstractmethod
+    def trajectory(self, outcome: Outcome) -> Trajectory:
+        """Dense output and local estimates of the steps."""
+
+    def state(self, stepped: Tensor) -> Tensor:
+        """The state, flat, in what is stepped."""
+        return stepped
+
+    @property
+    def watched(self) -> bool:
+        """Whether every step is controlled by the usual norm of the error of the whole state."""
+        control, driven = self.options.controller, self.options.tolerances.driven
+        whole = driven == sum(self.problem.spec.sizes)
+        return control.adaptive and control.norm is None and whole
+
+    def solution(self) -> Solution:
+        """Run it; a failed solve is returned like any other."""
+        outcome = self.run()
+        record, states, saved = outcome
+        check_finite(record, states, self.watched)
+        self.stats.naccept, self.stats.nreject = record.naccept, record.nreject
+        ending = Ending(
+            record.retcode,
+            record.times,
+            self.state(states[-1]),
+            self.state(saved[: record.saved]),
+            record.event,
+        )
+        return self.finish(ending, self.trajectory(outcome))
+
+    def finish(self, ending: Ending, trajectory: Trajectory) -> Solution:
+        """The solution, once the solve has run."""
+        problem, options, spec = self.problem, self.options, self.problem.spec
+        reached = len(ending.saved)
+        if options.saveat_tensor is not None:
+            t = options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
+        elif options.saveat is not None:
+            t = problem.time_tensor(list(options.saveat[:reached]))
+        elif isinstance(ending.times, Tensor):
+            t = ending.times.to(spec.device, spec.real_dtype)
+        else:
+            t = problem.time_tensor(list(ending.times))
+        return Solution(
+            problem=problem,
+            algorithm=self.algorithm,
+            engine=self.engine,
+            retcode=ending.retcode,
+            stats=self.stats,
+            t=t,
+            u1=spec.unflatten(ending.u1),
+            trajectory=trajectory,
+            saved=None if options.saveat is None else spec.unflatten(ending.saved),
+            event=ending.event,
+        )
+
+    def refuse_transforms(self) -> None:
+        """Transforms of `torch.func` do not go through a node of the graph.
+
+        Raises:
+            RuntimeError: one is active.
+        """
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{type(self.options.adjoint).__name__} cannot run inside a torch.func transform.\n"
+                "  Use adjoint=DirectAdjoint() there."
+            )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ class Record:
         self.saved = sum(len(indices) for indices, _ in self.inside.values())
         self.saved += sum(len(indices) for indices in self.at_end.values())
         self.naccept = steps
+
+
+class Outcome(NamedTuple):
+    """What a solve leaves."""
+
+    record: Record  # the n accepted steps
+    states: list[Tensor]  # (N,) each, n + 1 of them, at `record.times`
+    saved: Tensor  # (saved, N), the states at the times that were asked for
 
 
 @dataclass(frozen=True)

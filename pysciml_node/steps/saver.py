@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.loop import Steps
-from pysciml_node.steps.record import Record, detached
+from pysciml_node.steps.record import Outcome, Record, detached
 from pysciml_node.steps.step import Step
 
 Between = Callable[[Step, Sequence[float], Tensor | None], Tensor]
 """The states `(m, N)` at `m` times inside a step; where these receive gradients, they come as a
 tensor too."""
-
-
-class Outcome(NamedTuple):
-    """What a solve leaves."""
-
-    record: Record  # the n accepted steps
-    states: list[Tensor]  # (N,) each, n + 1 of them, at `record.times`
-    saved: Tensor  # (saved, N), the states at the times that were asked for
 
 
 class Saver:

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.algorithms.adjoints import BacksolveAdjoint, DirectAdjoint
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import tensors_of
-from pysciml_node.solutions.solution import Solution, Stats
-from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
-from pysciml_node.steps.finish import build_solution
+from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
-from pysciml_node.steps.record import Record, check_finite
-from pysciml_node.steps.saver import Outcome, Saver, follow
+from pysciml_node.steps.record import Kept, Outcome, Record
+from pysciml_node.steps.saver import Saver, follow
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.adjoints import (
@@ -92,25 +92,57 @@ class Parts:
         return StepPullback(prepared, stepper)
 
 
-class _SDESolve:
-    """One solve: its parts, made once, and the ways to run it."""
+class SDESolve(Solve):
+    """One solve of a stochastic equation: its parts, made once, and the ways to run it.
+
+    Args:
+        problem: what to solve.
+        algorithm: how.
+        options: of the solve.
+        engine: name of the engine.
+        parts: the engine's own; default those of the embedded one.
+    """
+
+    problem: SDEProblem
 
     def __init__(
         self,
         problem: SDEProblem,
         algorithm: StochasticRungeKutta,
         options: SolveOptions,
-        parts: Parts,
+        engine: str,
+        parts: Parts | None = None,
     ) -> None:
-        self.problem, self.options, self.parts = problem, options, parts
+        super().__init__(problem, algorithm, options, engine)
+        self.parts = Parts() if parts is None else parts
         spec = problem.spec
         tableau = algorithm.tableau_for(problem)
         self.method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
-        self.stats = Stats()
         self.u0 = spec.flatten(problem.u0)
         self.stepper: Stepper
         self.path: Path
         self.surroundings: Surroundings
+
+    @override
+    def run(self) -> Outcome:
+        direct = isinstance(self.options.adjoint, DirectAdjoint)
+        return self.recorded() if direct or not torch.is_grad_enabled() else self.node()
+
+    @override
+    def trajectory(self, outcome: Outcome) -> SDETrajectory:
+        return SDETrajectory(
+            self.problem,
+            self.stepper,
+            self.path,
+            Kept(outcome.record, outcome.states),
+            self.stats,
+            self.options,
+            self.surroundings,
+        )
+
+    @override
+    def state(self, stepped: Tensor) -> Tensor:
+        return self.stepper.state(stepped)
 
     def _with(self, fields: Fields) -> Tensor:
         """Use these fields; returns the vector to start from."""
@@ -155,9 +187,9 @@ class _SDESolve:
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
         with self.surroundings.undisturbed():
-            found = self.march(self._with(fields), self._first(fields))
+            outcome = self.march(self._with(fields), self._first(fields))
         self.surroundings.settle()
-        return found
+        return outcome
 
     def _first(self, fields: Fields) -> Slope | None:
         """Both at the start; random ones are not for adaptive steps."""
@@ -175,18 +207,14 @@ class _SDESolve:
 
     def node(self) -> Outcome:
         """As one node of the graph, its backward the sweep of the adjoint."""
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{type(self.options.adjoint).__name__} cannot run inside a torch.func transform.\n"
-                "  Use adjoint=DirectAdjoint() there."
-            )
+        self.refuse_transforms()
         prepared = DifferentiableFields(self.problem, self.u0)
         start = self._with(prepared.fields)
         # Before the node is made: what the fields use on the way is among its inputs.
         if self.parts.watches:
             prepared.fields.drift.watch = prepared.captured.watch
         with torch.no_grad():
-            found = self.march(start.detach(), prepared.first)
+            outcome = self.march(start.detach(), prepared.first)
         prepared.fields.drift.watch = None
         prepared.captured.settle()
         self.surroundings = prepared.surroundings
@@ -199,47 +227,4 @@ class _SDESolve:
                 pull = self.parts.pullback(prepared, self.stepper)
                 return discrete_sweep(pull, self.path, backward, self.stats)
 
-        keep: list[Record] = []
-        saved, *states = SolveNode.apply(  # type: ignore[no-untyped-call]
-            lambda _: found, sweep, keep, start, None, None, None, True, *prepared.inputs
-        )
-        return Outcome(keep[0], [start, *states], saved)
-
-
-def solve_sde(
-    problem: SDEProblem,
-    algorithm: StochasticRungeKutta,
-    options: SolveOptions,
-    name: str,
-    parts: Parts,
-) -> Solution:
-    """Run a checked problem; a failed solve is returned like any other.
-
-    Args:
-        problem: what to solve.
-        algorithm: how.
-        options: of the solve.
-        name: of the engine.
-        parts: the engine's own.
-    """
-    work = _SDESolve(problem, algorithm, options, parts)
-    if not torch.is_grad_enabled() or isinstance(options.adjoint, DirectAdjoint):
-        record, vectors, saved = work.recorded()
-    else:
-        record, vectors, saved = work.node()
-    watched = options.controller.adaptive and options.tolerances.driven == sum(problem.spec.sizes)
-    check_finite(record, vectors, watched)
-    work.stats.naccept, work.stats.nreject = record.naccept, record.nreject
-    trajectory = SDETrajectory(
-        problem,
-        work.stepper,
-        work.path,
-        lambda: (record, vectors),
-        work.stats,
-        options,
-        work.surroundings,
-    )
-    states, saved = [work.stepper.state(v) for v in vectors], work.stepper.state(saved)
-    return build_solution(
-        problem, algorithm, name, options, record, states, saved, work.stats, trajectory
-    )
+        return as_node(lambda _: outcome, sweep, start, prepared.inputs)

@@ -37,7 +37,7 @@ from pysciml_node.solving.checks import check_options
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.solve import in_ordinary_modes
 from pysciml_node.steps.chosen import ForThese
-from pysciml_node.stochastic.solve import solve_sde
+from pysciml_node.stochastic.solve import SDESolve
 from pysciml_node.stochastic.trajectory import SDETrajectory
 
 Scalar = float | Tensor
@@ -456,7 +456,7 @@ def _solve(
     options = dataclasses.replace(options, seed=0)
     levy = call.method == "log_ode"
     parts = GivenParts(call.motion, call.begin(begin), levy, call.shortest)
-    solution = solve_sde(problem, algorithm, options, "torch", parts)
+    solution = SDESolve(problem, algorithm, options, "torch", parts).solution()
     if not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     assert isinstance(solution.trajectory, SDETrajectory)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -26,12 +27,13 @@ from pysciml_node.problems.modes import InModes, ordinary_modes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
-from pysciml_node.solutions.solution import Solution, Stats
+from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.finish import Ending, Solve
 from pysciml_node.steps.progress import step_listener
-from pysciml_node.steps.record import Kept, Record, check_finite
+from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.end_times import complete_times
@@ -98,35 +100,113 @@ def no_code(error: UnsupportedModule) -> CompileError:
     )
 
 
-@dataclass
-class _Solve:
-    """One native solve: run by `_Node`, or alone where no gradient is asked for."""
+class FlownSolve(Solve):
+    """What native code has solved.
+
+    Args:
+        problem: what was solved.
+        algorithm: how.
+        options: of the solve.
+        engine: name of the engine.
+        surroundings: the field as the solve saw it.
+    """
 
     problem: ODEProblem
-    options: SolveOptions
-    library: Library
-    error_order: float
-    parameters: list[Tensor]
-    stats: Stats = field(default_factory=Stats)
+    algorithm: ExplicitRungeKutta
 
-    def run(self, u0: Tensor) -> Flight:
+    def __init__(
+        self,
+        problem: ODEProblem,
+        algorithm: ExplicitRungeKutta,
+        options: SolveOptions,
+        engine: str,
+        surroundings: Surroundings,
+    ) -> None:
+        super().__init__(problem, algorithm, options, engine)
+        self.surroundings = surroundings
+        self.u0 = problem.spec.flatten(problem.u0)
+
+    @abstractmethod
+    def flown(self) -> tuple[Flight, Tensor]:
+        """What native code has left, with its graph, and the state that it got to, `(N,)`."""
+
+    def _steps(self, flight: Flight, last: Tensor) -> _Steps:
+        return _Steps(self.problem, self.options, flight, self.u0, last)
+
+    @override
+    def run(self) -> Outcome:
+        flight, last = self.flown()
+        return Outcome(*self._steps(flight, last)(), flight.saved)
+
+    @override
+    def trajectory(self, outcome: Outcome) -> TorchTrajectory:
+        return self._trajectory(Kept(outcome.record, outcome.states))
+
+    def _trajectory(self, load: _Steps | Kept) -> TorchTrajectory:
+        spec = self.problem.spec
+        method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
+        return TorchTrajectory(
+            self.problem, method, load, self.stats, self.options, surroundings=self.surroundings
+        )
+
+    @override
+    def solution(self) -> Solution:
+        if not self.watched:
+            return super().solution()
+        # Where nothing looks at the steps they stay as they are.
+        flight, last = self.flown()
+        self.stats.naccept, self.stats.nreject = len(flight.ends), flight.nreject
+        times: Sequence[float] | Tensor = ()
+        if self.options.saveat is None:
+            times = flight.times(self.problem.t0)
+        ending = Ending(flight.retcode, times, last, flight.saved)
+        return self.finish(ending, self._trajectory(self._steps(flight, last)))
+
+
+class NativeSolve(FlownSolve):
+    """One native solve: run by `_Node`, or alone where no gradient is asked for.
+
+    Raises:
+        CompileError: an option or the field has no native code, or there is no compiler.
+    """
+
+    def __init__(
+        self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+    ) -> None:
+        check(problem, algorithm, options)
+        assert isinstance(algorithm, ExplicitRungeKutta)
+        spec = problem.spec
+        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        self.library, self.parameters = prepare(problem, method)
+        seen = Surroundings({"f": problem.f, "p": problem.p})
+        super().__init__(problem, algorithm, options, engine, seen)
+
+    def fly(self, u0: Tensor) -> Flight:
         """Solve forward."""
         options, problem, library = self.options, self.problem, self.library
         # An alias could be changed in place before it is replayed.
         start = u0.detach().clone(memory_format=torch.contiguous_format)
         packed = library.pack(self.parameters)
         with step_listener(options.progress, problem) as on_step:
+            told = None if on_step is None else _turns(on_step)
             flight = fly(
-                library,
-                problem,
-                options,
-                self.error_order,
-                start,
-                packed,
-                None if on_step is None else _turns(on_step),
+                library, problem, options, self.algorithm.tableau.error_order, start, packed, told
             )
         self.stats.nfe = flight.nfe
         return flight
+
+    @override
+    def flown(self) -> tuple[Flight, Tensor]:
+        if not torch.is_grad_enabled():
+            flight = self.fly(self.u0)
+            return flight, flight.ends[-1] if len(flight.ends) else self.u0
+        t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
+        keep: list[Flight] = []
+        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
+            self, keep, self.u0, t0, t1, self.options.saveat_tensor, *self.parameters
+        )
+        # With the outputs as the graph has them.
+        return dataclasses.replace(keep[0], saved=saved, ends=ends), last
 
 
 def _turns(on_step: Any) -> Any:
@@ -143,7 +223,7 @@ class _Node(torch.autograd.Function):
     @override
     def forward(
         ctx: Any,
-        solve: _Solve,
+        solve: NativeSolve,
         keep: list[Flight],
         u0: Tensor,
         t0: Tensor | None,
@@ -151,7 +231,7 @@ class _Node(torch.autograd.Function):
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        flight = solve.run(u0)
+        flight = solve.fly(u0)
         keep.append(flight)
         # Without the outputs, which hold on to this node.
         nothing = u0.new_empty(0)
@@ -168,7 +248,7 @@ class _Node(torch.autograd.Function):
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         ends, *sources = ctx.saved_tensors
         flight = dataclasses.replace(ctx.flight, ends=ends)
-        solve: _Solve = ctx.solve
+        solve: NativeSolve = ctx.solve
         wanted = ctx.needs_input_grad[2:]
 
         def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -179,7 +259,7 @@ class _Node(torch.autograd.Function):
 
 
 def _pull(
-    solve: _Solve,
+    solve: NativeSolve,
     flight: Flight,
     arriving: tuple[Tensor | None, ...],
     sources: list[Tensor | None],
@@ -207,7 +287,7 @@ def _pull(
 
 
 def _time_gradients(
-    solve: _Solve, flight: Flight, swept: Swept, saved: Tensor | None
+    solve: NativeSolve, flight: Flight, swept: Swept, saved: Tensor | None
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     problem, record = solve.problem, flight.record(solve.problem, solve.options)
@@ -226,90 +306,6 @@ def _time_gradients(
     # Times that the solve did not reach have none.
     saveat = torch.nn.functional.pad(gradients.saveat, (0, asked - len(gradients.saveat)))
     return [gradients.t0, gradients.t1, saveat]
-
-
-def solve_native(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
-) -> Solution:
-    """Run a checked problem as native code.
-
-    Raises:
-        CompileError: an option or the field has no native code, or there is no compiler.
-    """
-    check(problem, algorithm, options)
-    assert isinstance(algorithm, ExplicitRungeKutta)
-    spec = problem.spec
-    method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-    library, parameters = prepare(problem, method)
-    solve = _Solve(problem, options, library, algorithm.tableau.error_order, parameters)
-    u0 = spec.flatten(problem.u0)
-    if torch.is_grad_enabled():
-        t0, t1 = (t if isinstance(t, Tensor) else None for t in problem.tspan)
-        keep: list[Flight] = []
-        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
-            solve, keep, u0, t0, t1, options.saveat_tensor, *parameters
-        )
-        # With the outputs as the graph has them.
-        flight = dataclasses.replace(keep[0], saved=saved, ends=ends)
-    else:
-        flight = solve.run(u0)
-        last = flight.ends[-1] if len(flight.ends) else u0
-    surroundings = Surroundings({"f": problem.f, "p": problem.p})
-    return solution_of(problem, algorithm, options, engine, flight, last, solve.stats, surroundings)
-
-
-def solution_of(
-    problem: ODEProblem,
-    algorithm: ExplicitRungeKutta,
-    options: SolveOptions,
-    engine: str,
-    flight: Flight,
-    last: Tensor,
-    stats: Stats,
-    surroundings: Surroundings,
-) -> Solution:
-    """The solution of a flight.
-
-    Args:
-        problem: what was solved.
-        algorithm: how.
-        options: of the solve.
-        engine: name of the engine.
-        flight: what native code left, with its graph.
-        last: the state that it got to.
-        stats: what it cost; completed here.
-        surroundings: the field as the solve saw it.
-    """
-    spec, u0 = problem.spec, problem.spec.flatten(problem.u0)
-    load: _Steps | Kept = _Steps(problem, options, flight, u0, last)
-    retcode, kept, u1 = flight.retcode, len(flight.saved), last
-    kept_steps, stats.nreject = len(flight.ends), flight.nreject
-    if not (options.controller.adaptive and options.tolerances.driven == sum(spec.sizes)):
-        record, states = load()
-        check_finite(record, states, watched=False)
-        load = Kept(record, states)
-        retcode, kept, u1 = record.retcode, record.saved, states[-1]
-        kept_steps = record.naccept
-    stats.naccept = kept_steps
-    method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-    trajectory = TorchTrajectory(problem, method, load, stats, options, surroundings=surroundings)
-    if options.saveat is None:
-        t = flight.times(problem.t0, kept_steps).to(spec.real_dtype)
-    elif options.saveat_tensor is None:
-        t = problem.time_tensor(list(options.saveat[:kept]))
-    else:
-        t = options.saveat_tensor[:kept].to(spec.device, spec.real_dtype)
-    return Solution(
-        problem=problem,
-        algorithm=algorithm,
-        engine=engine,
-        retcode=retcode,
-        stats=stats,
-        t=t,
-        u1=spec.unflatten(u1),
-        trajectory=trajectory,
-        saved=None if options.saveat is None else spec.unflatten(flight.saved[:kept]),
-    )
 
 
 @dataclass
@@ -357,9 +353,9 @@ def attempted(solve: Callable[[], S], options: SolveOptions) -> S | None:
 def attempt_native(
     problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
 ) -> Solution | None:
-    """`solve_native`, as `compile` asks for it: see `attempted`.
+    """The solution of a `NativeSolve`, as `compile` asks for it: see `attempted`.
 
     Raises:
-        CompileError: with `compile=True`, as `solve_native`.
+        CompileError: with `compile=True`, as `NativeSolve`.
     """
-    return attempted(lambda: solve_native(problem, algorithm, options, engine), options)
+    return attempted(lambda: NativeSolve(problem, algorithm, options, engine).solution(), options)

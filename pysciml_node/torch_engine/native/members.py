@@ -26,7 +26,13 @@ from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.torch_engine.native.engine import attempted, check, no_code, refusal, solution_of
+from pysciml_node.torch_engine.native.engine import (
+    FlownSolve,
+    attempted,
+    check,
+    no_code,
+    refusal,
+)
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
     ACCEPTED,
@@ -137,6 +143,17 @@ class _Node(torch.autograd.Function):
         return (None, None, *pulled(pull, (ends, *sources), *cotangents))
 
 
+class _Member(FlownSolve):
+    """One member, solved with all others."""
+
+    flight: Flight
+    last: Tensor
+
+    @override
+    def flown(self) -> tuple[Flight, Tensor]:
+        return self.flight, self.last
+
+
 @dataclass
 class NativeMembers:
     """The members of an ensemble that native code has solved.
@@ -214,9 +231,9 @@ class NativeMembers:
         seen = copy.copy(self.surroundings)
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
-        return solution_of(
-            problem, self.algorithm, options, self.engine, flight, last[m], stats, seen
-        )
+        member = _Member(problem, self.algorithm, options, self.engine, seen)
+        member.stats, member.flight, member.last = stats, flight, last[m]
+        return member.solution()
 
     def children(self) -> list[Any]:
         """The tensors with a graph."""

@@ -69,12 +69,12 @@ class Flight:
     nreject: int
     last: Attempt | None
 
-    def times(self, t0: float, count: int) -> Tensor:
-        """The start and the ends of the first steps, `(count + 1,)`."""
-        found = self.steps.new_empty(count + 1)
-        found[0] = t0
-        found[1:] = self.steps[:count, 0]
-        return found
+    def times(self, t0: float) -> Tensor:
+        """The start and the ends of the steps, `(n + 1,)`."""
+        times = self.steps.new_empty(len(self.steps) + 1)
+        times[0] = t0
+        times[1:] = self.steps[:, 0]
+        return times
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.algorithms.adjoints import DiscreteAdjoint, ForwardDiffSensitivity
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine import plans
-from pysciml_node.julia_engine.fields import CallbackField, Field, field_of
+from pysciml_node.julia_engine.fields import (
+    CallbackField,
+    Field,
+    ProgramField,
+    TranslatedFlatField,
+    field_of,
+)
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.sweeps import KeptSolution, continuous_sweep, replayed_sweep
+from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.stages import Method
-from pysciml_node.solutions.solution import ReturnCode, Stats
-from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.solution import ReturnCode, Trajectory
+from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
-from pysciml_node.steps.record import Record
+from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.record import Kept, Outcome, Record
 
 
-class Work:
-    """One solve of an ordinary equation: its parts, and the ways to run it."""
+class ODESolve(Solve):
+    """One solve of an ordinary equation: its parts, and the ways to run it.
 
-    def __init__(self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+    Attributes:
+        ready: what the forward solve brings back, where that has run beforehand.
+        solution_in_julia: SciML's own solution, where it is kept.
+    """
+
+    problem: ODEProblem
+
+    def __init__(
+        self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+    ) -> None:
         if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "the Julia engine cannot run inside a torch.func transform.\n"
                 '  Use engine="torch" with adjoint=DirectAdjoint() there.'
             )
-        self.problem, self.algorithm, self.options = problem, algorithm, options
+        super().__init__(problem, algorithm, options, engine)
         self.u0 = problem.spec.flatten(problem.u0)
-        self.stats = Stats()
         self.watcher = Watcher(problem, options)
         self.explicit = isinstance(algorithm, ExplicitRungeKutta)
         # The stages of explicit methods are replayed by the tableau; others need SciML's own.
@@ -46,8 +66,9 @@ class Work:
         keep = not (self.replayed if torch.is_grad_enabled() else self.explicit)
         self.keep_solution = keep
         self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
-        self.solution: Handle | None = None
-        self.forward: Forward | None = None
+        self.solution_in_julia: Handle | None = None
+        self.ready: Forward | None = None
+        self.make_field: Callable[[ODEProblem], FlatField] = FlatField
         self._field: Field | None = None
 
     @property
@@ -63,14 +84,35 @@ class Work:
     def field(self, field: Field) -> None:
         self._field = field
 
-    def run(self, field: Field, u0: Tensor) -> Forward:
-        """Solve forward, ending at the first event, unless that has been done beforehand."""
-        found, self.forward = self.forward or self._run(field, u0), None
-        self.solution = found.solution
-        self.stats.nfe += found.nfe
-        return found
+    @override
+    def run(self) -> Outcome:
+        field = self.field
+        if isinstance(field, ProgramField):
+            self.make_field = partial(TranslatedFlatField, field)
+        if not torch.is_grad_enabled():
+            outcome = self.forward(field, self.u0)
+            self._field = None
+            return outcome
+        return self.node(partial(self.forward, field), field, self.options)
 
-    def _run(self, field: Field, u0: Tensor) -> Forward:
+    @override
+    def trajectory(self, outcome: Outcome) -> Trajectory:
+        kept, spec = Kept(outcome.record, outcome.states), self.problem.spec
+        if not isinstance(self.algorithm, ExplicitRungeKutta):
+            return SciMLTrajectory(self.problem, kept, self.stats, self.options, self)
+        method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
+        return TorchTrajectory(
+            self.problem, method, kept, self.stats, self.options, self.make_field
+        )
+
+    def forward(self, field: Field, u0: Tensor) -> Outcome:
+        """Solve forward, ending at the first event, unless that has been done beforehand."""
+        forward, self.ready = self.ready or self._forward(field, u0), None
+        self.solution_in_julia = forward.solution
+        self.stats.nfe += forward.nfe
+        return Outcome(forward.record, forward.states, forward.saved)
+
+    def _forward(self, field: Field, u0: Tensor) -> Forward:
         parameters = field.parameters()
         observer = self.watcher if self.watcher.needed else None
         with self.watcher:
@@ -109,32 +151,10 @@ class Work:
         record.at_end.clear()
         place(record, saveat, self.options.saveat_tensor is not None, self.problem)
 
-    def plain(self) -> tuple[Record, list[Tensor], Tensor]:
-        """Without gradients."""
-        found = self.run(self.field, self.u0)
-        self._field = None
-        return found.record, found.states, found.saved
-
-    def node(self) -> tuple[Record, list[Tensor], Tensor]:
-        """As one node of the graph, its backward the sweep of the adjoint."""
-        field = self.field
-
-        def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            found = self.run(field, u0)
-            return found.record, found.states, found.saved
-
-        keep: list[Record] = []
-        saved, *states = self.apply(forward, field, keep, self.options)
-        return keep[0], [self.u0, *states], saved
-
-    def apply(
-        self,
-        forward: Callable[[Tensor], tuple[Record, list[Tensor], Tensor]],
-        field: Field,
-        keep: list[Record],
-        options: SolveOptions,
-    ) -> tuple[Tensor, ...]:
-        """Record a solve in the graph."""
+    def node(
+        self, forward: Callable[[Tensor], Outcome], field: Field, options: SolveOptions
+    ) -> Outcome:
+        """Record a solve as one node of the graph, its backward the sweep of the adjoint."""
 
         def sweep(backward: BackwardPass) -> Gradients:
             if not isinstance(field, CallbackField):
@@ -144,13 +164,11 @@ class Work:
             with field.linearizer.captured.sweep(compares):
                 return self._sweep(field, options, backward)
 
-        t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
-        found: tuple[Tensor, ...] = SolveNode.apply(  # type: ignore[no-untyped-call]
-            forward, sweep, keep, self.u0, t0, t1, options.saveat_tensor, False, *field.inputs
-        )
+        times = (*self.problem.tspan, options.saveat_tensor)
+        outcome = as_node(forward, sweep, self.u0, field.inputs, times, watched=False)
         if isinstance(field, CallbackField):
             field.linearizer.captured.settle()
-        return found
+        return outcome
 
     def dense(
         self,
@@ -171,18 +189,18 @@ class Work:
             # Solved without gradients: there is nothing to pass them on to.
             return interpolate(times)
 
-        def forward(u0: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            return record, [u0], interpolate(times)
+        def forward(u0: Tensor) -> Outcome:
+            return Outcome(record, [u0], interpolate(times))
 
         options = dataclasses.replace(self.options, saveat=tuple(times), saveat_tensor=moving)
-        found = self.apply(forward, self._field, [], options)
-        return found[0]
+        return self.node(forward, self._field, options).saved
 
     def _sweep(self, field: Field, options: SolveOptions, backward: BackwardPass) -> Gradients:
         """The sweep of the solve's adjoint."""
         if not self.replayed:
-            assert self.solution is not None
-            kept = KeptSolution(field, self.plan, self.solution, options, self.problem.mass_matrix)
+            solution = self.solution_in_julia
+            assert solution is not None
+            kept = KeptSolution(field, self.plan, solution, options, self.problem.mass_matrix)
             return continuous_sweep(kept, backward, self.stats)
         assert isinstance(self.algorithm, ExplicitRungeKutta)
         spec = self.problem.spec

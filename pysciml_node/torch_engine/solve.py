@@ -1,0 +1,238 @@
+"""One solve of an ordinary equation: its parts, and the ways to run it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.algorithms.adjoints import (
+    DirectAdjoint,
+    DiscreteAdjoint,
+)
+from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import ImplicitMethod
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import moves, recording
+from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.implicit import stages_for
+from pysciml_node.replay.stages import FlatFunction, Method, Stages
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.replay.vectors import RecordedVectors, vectors_like
+from pysciml_node.steps.autograd import as_node
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
+from pysciml_node.steps.field import DifferentiableField, FlatField
+from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.loop import MarchOptions
+from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.steps.progress import step_listener
+from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.record import Kept, Outcome, Record
+from pysciml_node.steps.saver import Saver, follow
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
+from pysciml_node.torch_engine.end_times import (
+    at_moving_ends,
+    complete_times,
+    from_moving_start,
+    hides_time,
+    requires,
+)
+from pysciml_node.torch_engine.event_search import EventSearch
+from pysciml_node.torch_engine.march import March
+
+
+class ODESolve(Solve):
+    """One solve: its parts, made once, and the ways to run it."""
+
+    problem: ODEProblem
+
+    def __init__(
+        self,
+        problem: ODEProblem,
+        algorithm: ExplicitRungeKutta | ImplicitMethod,
+        options: SolveOptions,
+        engine: str,
+    ) -> None:
+        super().__init__(problem, algorithm, options, engine)
+        spec = problem.spec
+        self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
+        self.u0 = spec.flatten(problem.u0).clone()
+        self.surroundings: Surroundings
+
+    @override
+    def run(self) -> Outcome:
+        if not recording():
+            return self.plain()
+        return self.direct() if isinstance(self.options.adjoint, DirectAdjoint) else self.node()
+
+    @override
+    def trajectory(self, outcome: Outcome) -> TorchTrajectory:
+        return TorchTrajectory(
+            self.problem,
+            self.method,
+            Kept(outcome.record, outcome.states),
+            self.stats,
+            self.options,
+            surroundings=self.surroundings,
+        )
+
+    def march(
+        self, stages: Stages, u0: Tensor, k0: Tensor | None, times: tuple[Tensor, Tensor] | None
+    ) -> Outcome:
+        """Run the time loop and keep what the options ask for."""
+        options, problem = self.options, self.problem
+        landings = options.landings(problem.direction)
+        march = March(
+            stages,
+            u0,
+            problem.t0,
+            problem.t1,
+            MarchOptions(
+                controller=options.controller,
+                norm=ErrorNorm(options.tolerances, options.controller.norm),
+                max_steps=options.max_steps,
+                dt0=options.dt0,
+                dtmin=options.dtmin,
+                dtmax=options.dtmax,
+                tstops=landings,
+                time_tensors=times,
+            ),
+            k=k0,
+        )
+        saver = Saver(
+            Record(times=[problem.t0], t1_stop=len(landings), marks=self.marks),
+            u0,
+            march.between,
+            options.saveat or (),
+            options.saveat_tensor,
+            moving=any(moves(t) for t in problem.tspan),
+        )
+        search = EventSearch(options, problem, stages) if options.events else None
+        with step_listener(options.progress, problem) as on_step:
+            kept = recording() or k0 is not None
+            outcome = follow(march, saver, on_step, search, recorded=kept)
+        if search is not None:
+            outcome.record.event = search.found
+        return outcome
+
+    @property
+    def marks(self) -> tuple[float, ...]:
+        """Start, stops and end."""
+        return (self.problem.t0, *self.options.tstops, self.problem.t1)
+
+    def stages(self, field: FlatFunction) -> Stages:
+        """Stages that are not recorded."""
+        vectors = vectors_like(self.u0, self.method.all_stages)
+        return stages_for(self.method, field, self.marks, vectors, self.problem.mass)
+
+    def plain(self) -> Outcome:
+        """Without gradients."""
+        field = FlatField(self.problem)
+        stages = self.stages(field)
+        self._watch(stages, field)
+        outcome = self.march(stages, self.u0, None, None)
+        self._has_run(field)
+        return outcome
+
+    def direct(self) -> Outcome:
+        """Every operation recorded by autograd."""
+        field = FlatField(self.problem)
+        stages = stages_for(
+            self.method, field, self.marks, RecordedVectors(), self.problem.mass, derivatives=2
+        )
+        self._watch(stages, field)
+        times, fixed = None, self._fixed()
+        if _wants_time_gradient(self.problem, self.options) and not fixed:
+            t0, t1 = (
+                t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+                for t in self.problem.tspan
+            )
+            times = (t0.to(self.method.nodes), t1.to(self.method.nodes))
+        u0 = from_moving_start(self.problem, field, self.u0) if fixed else self.u0
+        with self.surroundings.undisturbed():
+            record, states, saved = self.march(stages, u0, None, times)
+        record.fixed = fixed
+        if fixed or self.options.saveat_tensor is not None:
+            saved = at_moving_ends(
+                self.problem,
+                field,
+                record,
+                states,
+                saved,
+                self.u0,
+                self.options.saveat_tensor,
+            )
+        self._has_run(field)
+        return Outcome(record, states, saved)
+
+    def _fixed(self) -> bool:
+        """Whether the ends receive gradients that the steps themselves do not have."""
+        problem = self.problem
+        if problem.mass is not None or not any(map(requires, problem.tspan)):
+            return False
+        return hides_time(problem, self.method, self.u0)
+
+    def _watch(self, stages: Stages, field: FlatField) -> None:
+        """Look at what the field can reach; random ones are not for adaptive steps."""
+        self.surroundings = Surroundings(field.given)
+        if not self.options.controller.adaptive:
+            return
+
+        def first(t: Tensor, u: Tensor) -> Tensor:
+            stages.field = field
+
+            def evaluate() -> tuple[tuple[Tensor], tuple[()]]:
+                return (field(t, u),), ()
+
+            (value,), _ = expect_repeatable(
+                self.surroundings, self.u0.device, evaluate, "an adaptive solve"
+            )()
+            return value
+
+        stages.field = first
+
+    def _has_run(self, field: FlatField) -> None:
+        self.stats.nfe = field.nfe
+        self.surroundings.settle()
+
+    def node(self) -> Outcome:
+        """As one node of the graph, its backward the sweep of the adjoint."""
+        options, problem = self.options, self.problem
+        self.refuse_transforms()
+        t_start = self.method.nodes.new_tensor(problem.t0)
+        field = DifferentiableField(problem, t_start, self.u0)
+        # Before the node is made: what the field uses on the way is among its inputs.
+        field.field.watch = field.captured.watch
+        with torch.no_grad():
+            outcome = self.march(self.stages(field.field), self.u0.detach(), field.k0, None)
+        field.field.watch = None
+        field.captured.settle()
+        self.surroundings, self.stats.nfe = field.surroundings, field.nfe
+        outcome.record.fixed = not options.adjoint.discrete or self._fixed()
+        times = (*problem.tspan, options.saveat_tensor)
+        sweep = partial(self._sweep, field)
+        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times)
+
+    def _sweep(self, field: DifferentiableField, backward: BackwardPass) -> Gradients:
+        """The sweep of the solve's adjoint."""
+        problem, options = self.problem, self.options
+        adjoint = options.adjoint
+        with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
+            if isinstance(adjoint, DiscreteAdjoint):
+                gradients = discrete_sweep(field, self.method, backward, self.stats)
+            else:
+                gradients = continuous_sweep(field, self.method, options, backward, self.stats)
+            if backward.with_times and problem.mass is None:
+                ends = backward.record.fixed and adjoint.discrete
+                complete_times(gradients, problem, field.field, backward, ends)
+        return gradients
+
+
+def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
+    times = [*problem.tspan, options.saveat_tensor]
+    return any(moves(t) for t in times)
