@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _native(clear: bool) -> dict[str, str]:
     """The C compiler, and the libraries that it has made."""
-    found = compiler.find_compiler()
-    name = found if isinstance(found, str) else f"{found.name}: {found.version}"
+    chosen = compiler.find_compiler()
+    name = chosen if isinstance(chosen, str) else f"{chosen.name}: {chosen.version}"
     try:
         removed = f", {compiler.clear()} removed" if clear else ""
         libraries = compiler.cached()

@@ -116,7 +116,7 @@ class ODESolve(Solve):
         parameters = field.parameters()
         observer = self.watcher if self.watcher.needed else None
         with self.watcher:
-            found = run(
+            forward = run(
                 self.problem,
                 self.options,
                 self.plan,
@@ -127,22 +127,22 @@ class ODESolve(Solve):
                 observer,
             )
         if self.watcher.event is not None:
-            self._end_at_event(found, field, parameters)
-        return found
+            self._end_at_event(forward, field, parameters)
+        return forward
 
-    def _end_at_event(self, found: Forward, field: Field, parameters: Tensor) -> None:
+    def _end_at_event(self, forward: Forward, field: Field, parameters: Tensor) -> None:
         """Take the last step again, so that the state at the event is a step's own result."""
-        record, end = found.record, self.watcher.t
+        record, end = forward.record, self.watcher.t
         start = record.times[-2]
         saveat = [t for t in self.options.saveat or () if self.problem.direction * (end - t) >= 0]
         inside = tuple(saveat[record.saved :])
         options = last_step(self.options, end - start, inside)
         problem = dataclasses.replace(self.problem, tspan=(start, end))
         plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel(), False)
-        last = run(problem, options, plan, field, found.states[-2], parameters, False)
-        found.saved = torch.cat([found.saved, last.saved])
-        found.states[-1] = last.states[-1]
-        found.nfe += last.nfe
+        last = run(problem, options, plan, field, forward.states[-2], parameters, False)
+        forward.saved = torch.cat([forward.saved, last.saved])
+        forward.states[-1] = last.states[-1]
+        forward.nfe += last.nfe
         record.times[-1], record.sizes[-1] = end, end - start
         record.stops[-1] = None
         record.event, record.saved = self.watcher.event, len(saveat)

@@ -104,8 +104,8 @@ class CoupledStages(Stages):
 
     def _jacobian(self, t: Tensor, u: Tensor) -> Tensor:
         """`df/du`, `(N, N)`, not recorded."""
-        found = linearize(self.field, t, u, with_time=False, recorded=False, differentiable=False)
-        return found.jacobian.detach()
+        linear = linearize(self.field, t, u, with_time=False, recorded=False, differentiable=False)
+        return linear.jacobian.detach()
 
     def _linear(self, h: float, jacobians: list[Tensor]) -> _LinearSystem:
         return _LinearSystem(h, self.matrix, torch.stack(jacobians))

@@ -61,8 +61,8 @@ class _Pulled(_Refusing):
     ) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
         def again(*row: Tensor | None) -> tuple[Tensor | None, ...]:
             # Where transforms are nested, a row is a batch of the outer one.
-            found: tuple[Tensor | None, ...] = _Pulled.apply(pull, *row)  # type: ignore[no-untyped-call]
-            return found
+            pulled: tuple[Tensor | None, ...] = _Pulled.apply(pull, *row)  # type: ignore[no-untyped-call]
+            return pulled
 
         columns = _row_by_row(again, info.batch_size, in_dims[1:], cotangents)
         return columns, tuple(None if column is None else 0 for column in columns)
@@ -213,18 +213,20 @@ class SolveNode(torch.autograd.Function):
                 with_times=any(wanted),
             )
             with torch.no_grad(), ordinary_modes(states[0].device):
-                found = ctx.sweep(backward)
-            if found.saveat is not None and len(found.saveat) < ctx.asked:
+                gradients = ctx.sweep(backward)
+            if gradients.saveat is not None and len(gradients.saveat) < ctx.asked:
                 # Times that the solve did not reach.
-                missing = ctx.asked - len(found.saveat)
-                found.saveat = torch.cat((found.saveat, found.saveat.new_zeros(missing)))
+                missing = ctx.asked - len(gradients.saveat)
+                gradients.saveat = torch.cat(
+                    (gradients.saveat, gradients.saveat.new_zeros(missing))
+                )
             times = [
                 gradient.reshape(time.shape) if gradient is not None and needed else None
                 for gradient, time, needed in zip(
-                    (found.t0, found.t1, found.saveat), sources, wanted, strict=False
+                    (gradients.t0, gradients.t1, gradients.saveat), sources, wanted, strict=False
                 )
             ]
-            return (found.u0, *times, None, *found.inputs)
+            return (gradients.u0, *times, None, *gradients.inputs)
 
         gradients = pulled(pull, (states[0], *sources), *cotangents)
         return (None, None, None, *gradients)

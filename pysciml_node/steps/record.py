@@ -62,8 +62,8 @@ class Record:
         """Keep the first `count` times, and what was saved up to there."""
         steps = count - 1
         del self.times[count:], self.sizes[steps:], self.errors[steps:], self.stops[steps:]
-        self.inside = {n: found for n, found in self.inside.items() if n < steps}
-        self.at_end = {n: found for n, found in self.at_end.items() if n < count}
+        self.inside = {n: kept for n, kept in self.inside.items() if n < steps}
+        self.at_end = {n: kept for n, kept in self.at_end.items() if n < count}
         self.saved = sum(len(indices) for indices, _ in self.inside.values())
         self.saved += sum(len(indices) for indices in self.at_end.values())
         self.naccept = steps

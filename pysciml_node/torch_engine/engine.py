@@ -110,9 +110,9 @@ def solve_members(
         if native is not None:
             return native
     if options.common.compile is not True and batches(ensemble, algorithm, options):
-        found = solve_batch(ensemble, algorithm, options)
-        if found is not None:
-            return found
+        batch = solve_batch(ensemble, algorithm, options)
+        if batch is not None:
+            return batch
     solutions = [
         solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
     ]

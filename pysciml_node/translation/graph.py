@@ -236,8 +236,8 @@ class GraphWalk:
         module = operator.attrgetter(str(body.target))(self.exported.graph_module)
         if not enabled and any(_is_region(inner) for inner in module.graph.nodes):
             raise self._refusal(node)
-        found = self._within(module.graph, [_value(values, x) for x in operands])
-        return found if enabled else pytree.tree_map(self._stopped, found, is_leaf=is_traced)
+        outputs = self._within(module.graph, [_value(values, x) for x in operands])
+        return outputs if enabled else pytree.tree_map(self._stopped, outputs, is_leaf=is_traced)
 
     def _stopped(self, x: Any) -> Any:
         return self.builder.unary("stop", x) if is_traced(x) else x
@@ -293,8 +293,8 @@ class GraphWalk:
                 return views[0] if isinstance(results, Tensor) else views
         raise self._refusal(node)
 
-    def _outputs(self, found: Sequence[Any]) -> list[Traced]:
-        results = [self._trace(x) for x in found]
+    def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
+        results = [self._trace(x) for x in outputs]
         structure = self.exported.call_spec.out_spec
         assert structure is not None
         derivative = pytree.tree_unflatten(results, structure)

@@ -88,14 +88,14 @@ def move(g: Builder, name: str, target: Callable[..., Any], given: dict[str, Any
     number = numbered.get(fill) if fill is not None else None
     if isinstance(number, int | float):
         numbered[fill] = 0.0
-    found = target(**numbered)
-    shape = tuple(found.shape)
+    entries = target(**numbered)
+    shape = tuple(entries.shape)
     whole = [g.whole(x).reshape((math.prod(x.shape),)) for x in sources]
     joined = whole[0] if len(whole) == 1 else g.whole(Joined(tuple(whole), 0))
-    moved = take(g, joined, found.reshape(-1).long() - 1, shape)
+    moved = take(g, joined, entries.reshape(-1).long() - 1, shape)
     if not number:
         return moved
-    filled = torch.where(found == 0, found.new_tensor(number), 0.0)
+    filled = torch.where(entries == 0, entries.new_tensor(number), 0.0)
     return g.binary("add", moved, g.literal(filled))
 
 
@@ -200,10 +200,10 @@ def _replaced(g: Builder, target: View, source: Traced, places: Tensor) -> View:
     """The entries at some places by those of another value."""
     size = math.prod(target.shape)
     whole = g.whole(_spread(g, source, tuple(places.shape)))
-    found = torch.arange(size)
-    found[places.reshape(-1)] = size + torch.arange(places.numel())
+    sources = torch.arange(size)
+    sources[places.reshape(-1)] = size + torch.arange(places.numel())
     pieces = (target.reshape((size,)), whole.reshape((places.numel(),)))
-    return take(g, g.whole(Joined(pieces, 0)), found, target.shape)
+    return take(g, g.whole(Joined(pieces, 0)), sources, target.shape)
 
 
 def _spread(g: Builder, x: Traced, shape: Shape) -> Traced:

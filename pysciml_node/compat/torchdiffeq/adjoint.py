@@ -117,8 +117,8 @@ def odeint_adjoint(
             event=event_fn is not None,
             params=params,
         )
-        found = plan.until_event(event_fn) if event_fn is not None else plan.at_times()
-        return _with_zeros(found, first)
+        states = plan.until_event(event_fn) if event_fn is not None else plan.at_times()
+        return _with_zeros(states, first)
 
     def solve(y: Any, times: Tensor) -> Any:
         return odeint(
@@ -141,8 +141,8 @@ def odeint_adjoint(
         field = ForThese(field, params)
     problem = ODEProblem(field, y0, (times[0], times[-1]))
     with solvable(problem, forward_mode=False) as ready:
-        found = Backsolve(func, ready, t, solve, backward, first).run(event_fn)
-    return _with_zeros(found, first)
+        states = Backsolve(func, ready, t, solve, backward, first).run(event_fn)
+    return _with_zeros(states, first)
 
 
 def _parameters(func: Any) -> Iterable[Tensor]:
@@ -165,12 +165,12 @@ class _Zeros(torch.autograd.Function):
         return (*cotangents, *(p.new_zeros(()).expand_as(p) for p in ctx.like))
 
 
-def _with_zeros(found: Any, params: Iterable[Tensor]) -> Any:
+def _with_zeros(states: Any, params: Iterable[Tensor]) -> Any:
     """A result in whose backward pass every parameter has a gradient, used or not, as there."""
     needed = [p for p in params if p.requires_grad]
     if not needed or not recording():
-        return found
-    if isinstance(found, Tensor):
-        zeroed: Tensor = _Zeros.apply(found, *needed)  # type: ignore[no-untyped-call]
+        return states
+    if isinstance(states, Tensor):
+        zeroed: Tensor = _Zeros.apply(states, *needed)  # type: ignore[no-untyped-call]
         return zeroed
-    return tuple(_with_zeros(part, needed) for part in found)
+    return tuple(_with_zeros(part, needed) for part in states)

@@ -142,13 +142,13 @@ class Backsolve:
         times, kept = self.t.detach(), []
 
         def forward(u: Tensor) -> tuple[Record, list[Tensor], Tensor]:
-            found = self.solve(self.layout.state(self.u0.detach()), times)
+            solved = self.solve(self.layout.state(self.u0.detach()), times)
             if event_fn is not None:
-                event_t, found = found
+                event_t, solved = solved
                 kept.append(torch.stack((times[0], event_t)))
             else:
                 kept.append(times)
-            parts = (found,) if self.layout.single else found
+            parts = (solved,) if self.layout.single else solved
             rows = torch.cat([part.reshape(len(part), -1) for part in parts], 1)
             # Not the node's own output, which would hold on to the node.
             kept.append(rows.detach().clone())
@@ -258,15 +258,15 @@ class _Augmented:
         field, time = self.owner.field, t.detach().requires_grad_(self.with_times)
         value = field.field(time, y.reshape(-1))
         wanted = [y, *([time] if self.with_times else []), *field.leaves]
-        found: list[Tensor | None] = [None] * len(wanted)
+        products: list[Tensor | None] = [None] * len(wanted)
         if value.requires_grad:
-            found = list(
+            products = list(
                 torch.autograd.grad(
                     value, wanted, -costate.reshape(-1), create_graph=True, allow_unused=True
                 )
             )
-        pulled = found.pop(0)
-        return value, pulled, found.pop(0) if self.with_times else None, found
+        pulled = products.pop(0)
+        return value, pulled, products.pop(0) if self.with_times else None, products
 
     def zeros(self) -> list[Tensor]:
         """The gradients at the start: none."""
@@ -279,18 +279,18 @@ class _Augmented:
     def by_leaf(self, sums: Sequence[Tensor], unit: float) -> list[Tensor | None]:
         """The gradients of the field's inputs, in their order."""
         leaves = self.owner.field.leaves
-        found: list[Tensor | None] = [None] * len(leaves)
+        gradients: list[Tensor | None] = [None] * len(leaves)
         for i, total in zip(self.owner.order, sums, strict=True):
             if i is not None:
                 part = total if leaves[i].is_complex() else total.real
-                found[i] = (part * unit).to(leaves[i].dtype)
-        return found
+                gradients[i] = (part * unit).to(leaves[i].dtype)
+        return gradients
 
     def solve(self, start: tuple[Tensor, ...], times: Tensor) -> tuple[Tensor, ...]:
         """The state at both of two times."""
         backward = self.owner.backward
         count = len(start) - 3
-        found: tuple[Tensor, ...] = odeint(
+        states: tuple[Tensor, ...] = odeint(
             self,
             start,
             times,
@@ -299,7 +299,7 @@ class _Augmented:
             method=backward.method,
             options=backward.options | {"norm": self._norm},
         )
-        return found
+        return states
 
     def _tolerance(self, tolerance: Tolerances, count: int) -> Any:
         """A tolerance of the state, for what is solved beside it the tightest of its parts'."""

@@ -53,13 +53,13 @@ class GivenNorm:
         missing = sum(self.layout.sizes) - scaled.numel()
         if missing:
             scaled = torch.cat((scaled, scaled.new_zeros(missing)))
-        found = torch.as_tensor(self.norm(self.layout.state(scaled))).abs()
-        if found.numel() != 1:
+        size = torch.as_tensor(self.norm(self.layout.state(scaled))).abs()
+        if size.numel() != 1:
             raise ValueError(
-                f'options["norm"] must return one number, but returned {tuple(found.shape)}.\n'
+                f'options["norm"] must return one number, but returned {tuple(size.shape)}.\n'
                 "  Reduce it, for example by .max()."
             )
-        return found.reshape(())
+        return size.reshape(())
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +75,15 @@ class Callbacks:
         cls, func: Any, method: str, known: Iterable[str], layout: Layout, dtype: torch.dtype
     ) -> Callbacks | None:
         """Those of a field that a method calls; a warning names the others."""
-        found = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
+        written = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
         known = set(known)
-        if unknown := sorted(set(found) - known):
+        if unknown := sorted(set(written) - known):
             warnings.warn(
                 f"Solver {method!r} does not support callbacks {', '.join(unknown)}.",
                 PsnWarning,
                 stacklevel=2,
             )
-        functions = {name: function for name, function in found.items() if name in known}
+        functions = {name: function for name, function in written.items() if name in known}
         return cls(functions, layout, dtype) if functions else None
 
     def tell(self, name: str, t: float, u: Tensor, h: float) -> None:

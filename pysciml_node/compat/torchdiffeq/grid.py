@@ -97,11 +97,11 @@ class FixedGridODESolver(ABC):
     def integrate(self, t: Tensor) -> Tensor:
         """The states at increasing times, `(T, *y0.shape)`."""
         grid = self.grid_constructor(self.func, self.y0, t)
-        ends, found = ((x[0].item(), x[-1].item()) for x in (t, grid))
-        if found != ends:
+        ends, given = ((x[0].item(), x[-1].item()) for x in (t, grid))
+        if given != ends:
             raise ValueError(
                 f"grid_constructor must return times from {ends[0]} to {ends[1]}, but those it "
-                f"returned go from {found[0]} to {found[1]}.\n"
+                f"returned go from {given[0]} to {given[1]}.\n"
                 "  Begin with t[0] and end with t[-1]."
             )
         times, states = t.tolist(), [self.y0]

@@ -79,7 +79,7 @@ class ScipyWrapperODESolver:
             return rate.detach().cpu().numpy().reshape(-1)
 
         times = t.detach().double().cpu().numpy()
-        found = solve_ivp(
+        solved = solve_ivp(
             derivative,
             (times[0], times[-1]),
             y0.cpu().numpy().reshape(-1),
@@ -87,13 +87,13 @@ class ScipyWrapperODESolver:
             t_eval=times,
             **self.options,
         )
-        if not found.success:
-            reached = found.t[-1] if len(found.t) else times[0]
+        if not solved.success:
+            reached = solved.t[-1] if len(solved.t) else times[0]
             raise RuntimeError(
-                f"SciPy's {self.solver} has stopped at t={reached:.6g}: {found.message}\n"
+                f"SciPy's {self.solver} has stopped at t={reached:.6g}: {solved.message}\n"
                 '  Loosen rtol and atol, or try another options["solver"].'
             )
-        return torch.as_tensor(found.y.T.copy()).to(y0).reshape(-1, *shape)
+        return torch.as_tensor(solved.y.T.copy()).to(y0).reshape(-1, *shape)
 
 
 def _on_host(tolerance: Any) -> Any:

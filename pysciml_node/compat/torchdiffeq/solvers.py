@@ -95,16 +95,16 @@ def class_to_run(
         ValueError: there is no such method.
     """
     name = "dopri5" if method is None else method
-    found = SOLVERS.get(name)
-    if found is None:
+    solver = SOLVERS.get(name)
+    if solver is None:
         raise ValueError(
             f"method must be one of {', '.join(SOLVERS)}, but is {method!r}.\n"
             f"  {checks.did_you_mean(name, SOLVERS) or 'Leave it out for dopri5.'}"
         )
     given = options or {}
     asked = given.get("adjoint") is not None or (event and given.get("interp") != "cubic")
-    engine = found is _OURS.get(name) and (asked or name not in _EXPLICIT)
-    return None if engine else found
+    engine = solver is _OURS.get(name) and (asked or name not in _EXPLICIT)
+    return None if engine else solver
 
 
 @uncompiled

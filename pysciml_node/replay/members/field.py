@@ -143,9 +143,9 @@ def differing(field: MembersField, ensemble: EnsembleProblem, k: Tensor) -> int 
         with torch.no_grad():
             u = field.spec.flatten(problem.u0).detach()
             expected = alone(problem.time_tensor([problem.t0])[0], u)
-        found = k[m].detach()
-        scale = torch.maximum(expected.abs().amax(), found.abs().amax()).clamp_min(rounding)
-        same = (found - expected).abs() <= rounding * scale
-        if not bool((same | (found.isnan() & expected.isnan()) | (found == expected)).all()):
+        batched = k[m].detach()
+        scale = torch.maximum(expected.abs().amax(), batched.abs().amax()).clamp_min(rounding)
+        same = (batched - expected).abs() <= rounding * scale
+        if not bool((same | (batched.isnan() & expected.isnan()) | (batched == expected)).all()):
             return m
     return None

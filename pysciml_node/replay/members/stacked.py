@@ -116,10 +116,10 @@ class StackedMembers:
     def count(self, name: str) -> Array:
         """A field of `Stats` for each member, `(M,)`, as it stands now."""
         column = self.columns.get(name)
-        found = np.zeros(len(self.codes), np.int64) if column is None else column.copy()
+        counts = np.zeros(len(self.codes), np.int64) if column is None else column.copy()
         for m, solution in self._made.items():
-            found[m] = getattr(solution.stats, name)
-        return found
+            counts[m] = getattr(solution.stats, name)
+        return counts
 
     def add(self, name: str, counts: Array) -> None:
         """Add to a field of `Stats` of each member."""
@@ -218,16 +218,16 @@ class StackedMembers:
         }
         problem = mapped_problem(self.ensemble.problem, Tensor.detach)
         ensemble = dataclasses.replace(self.ensemble, problem=problem, **changes)
-        found = self.replaced([map_tensors(Tensor.detach, x) for x in self.children()])
-        return dataclasses.replace(found, ensemble=ensemble, surroundings=None, detached=True)
+        copy = self.replaced([map_tensors(Tensor.detach, x) for x in self.children()])
+        return dataclasses.replace(copy, ensemble=ensemble, surroundings=None, detached=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # The pieces are made again when somebody looks.
-        found = self.detach()
-        found.ensemble = dataclasses.replace(
-            found.ensemble, problem=portable_problem(found.ensemble.problem)
+        copy = self.detach()
+        copy.ensemble = dataclasses.replace(
+            copy.ensemble, problem=portable_problem(copy.ensemble.problem)
         )
-        return found.__dict__
+        return copy.__dict__
 
 
 class OfMember(Surroundings):

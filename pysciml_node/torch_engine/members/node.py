@@ -28,14 +28,14 @@ class MembersNode(torch.autograd.Function):
     def forward(
         ctx: Any,
         sweep: Sweep,
-        found: tuple[Tensor | None, Tensor],
+        solved: tuple[Tensor | None, Tensor],
         u0: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
         ctx.sweep, ctx.inputs = sweep, inputs
-        ctx.save_for_backward(u0, found[1])
+        ctx.save_for_backward(u0, solved[1])
         ctx.set_materialize_grads(False)
-        return found
+        return solved
 
     @staticmethod
     @override

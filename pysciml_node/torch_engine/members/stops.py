@@ -37,13 +37,13 @@ class Stops:
 
     def next(self, passed: Array) -> Array:
         """The stop that comes next, `(L,)`, where `passed` of them lie behind."""
-        found: Array = self._table[np.arange(len(passed)), passed]
-        return found
+        ends: Array = self._table[np.arange(len(passed)), passed]
+        return ends
 
     def last(self, passed: Array) -> Array:
         """Whether this is the end of the interval, `(L,)`."""
-        found: Array = passed == self._count
-        return found
+        done: Array = passed == self._count
+        return done
 
     def keep(self, rows: Array) -> None:
         """Go on with some of the members."""

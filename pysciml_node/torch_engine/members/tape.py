@@ -183,12 +183,12 @@ class Tape:
         """States at times at which the steps end."""
         row, end = self._row_of[rows], end * self._sign[rows]
         while (there := self._times[row, self._passed[rows]] == end).any():
-            found = np.flatnonzero(there)
-            chosen = u1.index_select(0, torch.from_numpy(places[found]).to(u1.device))
-            time = self._passed[rows[found]].copy()
-            theta = np.full(len(found), np.nan)
-            self._keep(rows[found], index[found], time, theta, chosen)
-            self._passed[rows[found]] += 1
+            due = np.flatnonzero(there)
+            chosen = u1.index_select(0, torch.from_numpy(places[due]).to(u1.device))
+            time = self._passed[rows[due]].copy()
+            theta = np.full(len(due), np.nan)
+            self._keep(rows[due], index[due], time, theta, chosen)
+            self._passed[rows[due]] += 1
 
     def _keep(self, row: Array, step: Array, time: Array, theta: Array, values: Tensor) -> None:
         self._places.append(SavedPlaces(row, step, time, theta))
@@ -213,7 +213,7 @@ class Tape:
             order = order[columns["number"][order] < kept[rows]]
         columns = {name: column[order] for name, column in columns.items()}
         counts = np.bincount(columns["rows"].astype(np.int64), minlength=self.count)
-        found = MemberSteps(
+        steps = MemberSteps(
             offsets=np.concatenate(([0], np.cumsum(counts))),
             starts=columns["t"],
             sizes=columns["h"],
@@ -224,11 +224,11 @@ class Tape:
         if self.thinned:
             rows = np.concatenate([rows for rows, _ in self._finals])
             finals = torch.cat([u for _, u in self._finals])
-            return found, finals[torch.from_numpy(np.argsort(rows)).to(finals.device)]
+            return steps, finals[torch.from_numpy(np.argsort(rows)).to(finals.device)]
         if not self._states:
-            return found, self.u0.new_empty((0, self.u0.shape[1]))
+            return steps, self.u0.new_empty((0, self.u0.shape[1]))
         index = torch.from_numpy(order).to(self.u0.device)
-        return found, torch.cat(self._states).index_select(0, index)
+        return steps, torch.cat(self._states).index_select(0, index)
 
     def saved(self, kept: Array | None = None) -> tuple[SavedPlaces, Tensor] | None:
         """Where the saved states lie, and these themselves, `(M, T, N)`; NaN where there are none.

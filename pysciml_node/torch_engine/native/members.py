@@ -246,9 +246,9 @@ class NativeMembers:
 
     def detach(self) -> NativeMembers:
         """The same without the graph."""
-        found = self.replaced([x.detach() for x in self.tensors])
-        found.detached = True
-        return found
+        detached = self.replaced([x.detach() for x in self.tensors])
+        detached.detached = True
+        return detached
 
     def __reduce__(self) -> Any:
         every = tuple(self.solution(m) for m in range(len(self.flights.counts)))

@@ -172,15 +172,15 @@ def _pieces(step: Operation) -> list[tuple[int, Shape, Shape, Shape, int]]:
     dim = step.attributes["dim"]
     outer, inner = math.prod(step.shape[:dim]), math.prod(step.shape[dim + 1 :])
     row, start = step.shape[dim] * inner, 0
-    found: list[tuple[int, Shape, Shape, Shape, int]] = []
+    products: list[tuple[int, Shape, Shape, Shape, int]] = []
     widths = step.attributes["widths"]
     for id, shape, width in zip(step.inputs, step.in_shapes, widths, strict=True):
         block = width * inner
         single = math.prod(shape) == 1 and outer * block != 1
         own = (0, 0) if single else (block, 1)
-        found.append((id, (outer, block), (row, 1), own, start * inner))
+        products.append((id, (outer, block), (row, 1), own, start * inner))
         start += width
-    return found
+    return products
 
 
 def _cat(e: Layout, step: Operation) -> list[str]:
