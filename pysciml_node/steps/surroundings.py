@@ -435,6 +435,12 @@ class Surroundings:
                     for x, value in written:
                         x.copy_(value)
 
+    def put_back(self) -> None:
+        """Put back what has changed since, for good."""
+        with _lock:
+            for place in self._places:
+                place.restore({})
+
 
 def _version(x: Tensor) -> int | None:
     """The number of changes in place of a tensor; `None` where torch does not count them."""

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.program import Program
@@ -251,11 +252,15 @@ def _outcome(
 ) -> _Outcome:
     result: _Translation | tuple[str, str | None, bool]
     used: set[int] = set()
+    surroundings = Surroundings({"f": module, "p": p})
     try:
         result, used = _translate(module, spec, p, before)
     except UnsupportedModule as error:
         result = (error.message, error.operation, error.captured)
     after = Snapshot.of(module)
+    if not surroundings.lazy:
+        # A field that counts or records has done so with numbers that are none.
+        surroundings.put_back()
     contents = tuple(
         (i, x.detach().clone())
         for i, x in enumerate(after.tensors)

@@ -293,3 +293,21 @@ def test_attention_is_translated_or_refused_by_name():
     for module in (Attentive(), Attentive().eval()):
         with contextlib.suppress(UnsupportedModule):
             torch.testing.assert_close(run(module, u), module(T, u), rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_field_counts_and_records_is_as_if_it_had_not_been_traced() -> None:
+    seen: list[float] = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            self.calls += 1
+            seen.append(self.calls)
+            return -u
+
+    field = Counting()
+    translate(field, StateSpec.of(torch.zeros(2, dtype=torch.float64)))
+    assert (field.calls, seen) == (0, [])
