@@ -214,7 +214,10 @@ def _options(
     times, time_tensor = _check_saveat(saveat, problem)
     usual = 1e-2 if isinstance(problem, SDEProblem) else 1e-6
     if dt0 is not None and given["controller"] is None:
-        unsaid = all(value is USUAL or value == usual for value in (rtol, atol))
+        unsaid = all(
+            value is USUAL or (isinstance(value, float) and value == usual)
+            for value in (rtol, atol)
+        )
         _tell_that_steps_adapt(algorithm, dt0, unsaid=unsaid)
     relative, _ = _check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
     absolute, driven = _check_tolerance("atol", usual if atol is USUAL else atol, problem)
