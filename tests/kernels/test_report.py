@@ -104,7 +104,7 @@ def test_the_words(act, words):
 def test_expectations_without_a_function_are_refused():
     from pysciml_node.kernels.expectations import Erf
 
-    with pytest.raises(TypeError, match="pass the activation itself"):
+    with pytest.raises(TypeError, match="Pass the function itself"):
         activation_report(Erf())
 
 
