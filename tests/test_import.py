@@ -56,7 +56,11 @@ def test_the_import_starts_no_threads(imported: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["juliacall", "juliapkg", "matplotlib", "sklearn", "scipy", "tqdm", "pandas"]
+    "name",
+    [
+        *("juliacall", "juliapkg", "matplotlib", "sklearn", "scipy", "tqdm", "pandas"),
+        *("pysciml_node.compat.torchdiffeq", "pysciml_node.compat.torchsde"),
+    ],
 )
 def test_the_import_leaves_alone(imported: dict[str, list[str]], name: str) -> None:
     assert name not in imported["modules"]

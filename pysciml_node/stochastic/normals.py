@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 _MASK = 2**64 - 1
@@ -30,21 +30,28 @@ def mixed(*words: int) -> int:
     return state
 
 
-class _Place(ISeedSequence):
-    """The state that a generator starts from, made of a hash."""
+@cache
+def _place() -> Any:
+    """The class of the states that generators start from, each made of a hash.
 
-    def __init__(self, hashed: int) -> None:
-        self._hashed = hashed
+    Made when first needed: `numpy.random` takes a tenth of a second to import.
+    """
+    from numpy.random.bit_generator import ISeedSequence
 
-    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> Any:
-        """Words of 64 bits; numpy's generators ask for them."""
-        return np.array([mixed(self._hashed, i) for i in range(n_words)], dtype=np.uint64)
+    class Place(ISeedSequence):
+        def __init__(self, hashed: int) -> None:
+            self._hashed = hashed
+
+        def generate_state(self, n_words: int, dtype: Any = np.uint64) -> Any:
+            """Words of 64 bits; numpy's generators ask for them."""
+            return np.array([mixed(self._hashed, i) for i in range(n_words)], dtype=np.uint64)
+
+    return Place
 
 
 def _words(hashed: int, count: int) -> Any:
     """Words of 64 bits that follow from a hash."""
-    seed: Any = _Place(hashed)
-    return np.random.SFC64(seed).random_raw(count)
+    return np.random.SFC64(_place()(hashed)).random_raw(count)
 
 
 class PlacedNormals:

@@ -20,8 +20,6 @@ from pysciml_node.solutions.solution import Solution
 from pysciml_node.stochastic.solve import SDESolve
 from pysciml_node.tableaus import CoupledTableau, DiagonallyImplicitTableau
 from pysciml_node.torch_engine.members.engine import batches, solve_batch
-from pysciml_node.torch_engine.native.engine import attempt_native
-from pysciml_node.torch_engine.native.members import attempt_native_members
 from pysciml_node.torch_engine.solve import ODESolve
 
 NAME = "torch"
@@ -95,6 +93,9 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod)
     if options.compile:
+        # Emitters and translation are imported when a solve asks for them.
+        from pysciml_node.torch_engine.native.engine import attempt_native
+
         solution = attempt_native(problem, algorithm, options, NAME)
         if solution is not None:
             return solution
@@ -106,6 +107,8 @@ def solve_members(
 ) -> Members:
     """Run the members of a checked ensemble: in one batch where that can be, or one by one."""
     if options.common.compile:
+        from pysciml_node.torch_engine.native.members import attempt_native_members
+
         native = attempt_native_members(ensemble, algorithm, options, NAME)
         if native is not None:
             return native
