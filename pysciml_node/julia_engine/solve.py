@@ -137,7 +137,7 @@ class ODESolve(Solve):
         saveat = [t for t in self.options.saveat or () if self.problem.direction * (end - t) >= 0]
         inside = tuple(saveat[record.saved :])
         options = last_step(self.options, end - start, inside)
-        problem = dataclasses.replace(self.problem, tspan=(start, end))
+        problem = self.problem.part(start, end)
         plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel(), False)
         last = run(problem, options, plan, field, forward.states[-2], parameters, False)
         forward.saved = torch.cat([forward.saved, last.saved])

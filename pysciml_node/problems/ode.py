@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def _check_called(name: str, field: Any, p: Any) -> None:
         checks.function(name, field, "t", "u", "p", hint=hint)
 
 
-def _number(time: Time) -> float:
+def time_number(time: Time) -> float:
+    """A time as a number, without its graph."""
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
@@ -159,12 +161,12 @@ class Problem(checks.Configured):
     @property
     def t0(self) -> float:
         """Start time as a number."""
-        return _number(self.tspan[0])
+        return time_number(self.tspan[0])
 
     @property
     def t1(self) -> float:
         """End time as a number."""
-        return _number(self.tspan[1])
+        return time_number(self.tspan[1])
 
     @property
     def direction(self) -> int:
@@ -175,6 +177,18 @@ class Problem(checks.Configured):
     def mass(self) -> Tensor | None:
         """The mass matrix of the flat state, `(N, N)`; `None` stands for the identity."""
         return None
+
+    def part(self, start: Time, end: Time, u0: State | None = None) -> Self:
+        """The same equation over a part of the interval, which may be as short as a step.
+
+        Args:
+            start: of the part.
+            end: of the part.
+            u0: the state at its start; default that of the problem.
+        """
+        part = copy.copy(self)
+        checks.settle(part, tspan=(start, end), u0=self.u0 if u0 is None else u0)
+        return part
 
     def time_tensor(self, times: list[float]) -> Tensor:
         """Times as a tensor of the state's real dtype on its device."""

@@ -105,12 +105,12 @@ class JoinedTrajectory:
             for i in range(len(self.pieces))
             if bool((owners == i).any())
         ]
-        found = torch.cat(rows)[torch.argsort(order).to(rows[0].device)]
+        states = torch.cat(rows)[torch.argsort(order).to(rows[0].device)]
         if self.last is None:
-            return found
+            return states
         (end,) = _rounded(times, [self.pieces[-1].times[-1]])
-        ended = (times.detach().double() == end).to(found.device).unsqueeze(1)
-        return torch.where(ended, self.last, found)
+        ended = (times.detach().double() == end).to(states.device).unsqueeze(1)
+        return torch.where(ended, self.last, states)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step."""
@@ -136,11 +136,7 @@ class JoinedTrajectory:
         """The same trajectory for the leading part of its state."""
         size = sum(problem.spec.sizes)
         problems = tuple(
-            dataclasses.replace(
-                problem,
-                u0=problem.spec.unflatten(piece.flat_states[0][:size]),
-                tspan=whole.tspan,
-            )
+            problem.part(*whole.tspan, problem.spec.unflatten(piece.flat_states[0][:size]))
             for piece, whole in zip(self.pieces, self.problems, strict=True)
         )
         pieces = (p.restrict(own) for p, own in zip(self.pieces, problems, strict=True))

@@ -8,7 +8,6 @@ states and ends of intervals, and need none of their own.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.ode import ODEProblem, Problem, Time
+from pysciml_node.problems.ode import ODEProblem, Problem, Time, time_number
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.solutions.joined import JoinedStats, joined_trajectory
 from pysciml_node.solutions.jump import Jump
@@ -113,9 +112,9 @@ class _Solve:
                 f"events[{self.stopped}] ends the solve at its start: there is nothing to solve.\n"
                 "  Leave the event out, or start before it."
             )
-        while self.stopped is None and _number(now) != self.problem.t1:
+        while self.stopped is None and time_number(now) != self.problem.t1:
             end = self.schedule[0][0] if self.schedule else self.problem.tspan[1]
-            if _distinct(_number(now), _number(end)):
+            if _distinct(time_number(now), time_number(end)):
                 piece, start = self._piece(now, end, u), now
                 self.pieces.append(piece)
                 u, now, happening = self._arrived(piece, end)
@@ -138,9 +137,9 @@ class _Solve:
             return last
         # An event that keeps happening may leave no time for a step, as a ball's bounces do.
         again = any(i in self.fired for i in happening if i in self.conditions)
-        if again and not _distinct(_number(start), _number(now)):
+        if again and not _distinct(time_number(start), time_number(now)):
             return ReturnCode.DtLessThanMin
-        unfinished = happening and _number(now) != self.problem.t1
+        unfinished = happening and time_number(now) != self.problem.t1
         if unfinished and self._taken() >= self.options.max_steps:
             return ReturnCode.MaxIters
         return None
@@ -151,12 +150,12 @@ class _Solve:
     def _due(self, t: Time) -> list[int]:
         """The events that are scheduled for a time; they are taken off the schedule."""
         due = []
-        while self.schedule and _number(self.schedule[0][0]) == _number(t):
+        while self.schedule and time_number(self.schedule[0][0]) == time_number(t):
             due.append(self.schedule.pop(0)[1])
         return due
 
     def _piece(self, start: Time, end: Time, u: Any) -> Solution:
-        options, t0, t1 = self.options, _number(start), _number(end)
+        options, t0, t1 = self.options, time_number(start), time_number(end)
         low, high = min(t0, t1), max(t0, t1)
         sign = self.problem.direction
         times = tuple(t for t in self.given if sign * t <= sign * t1)
@@ -180,10 +179,7 @@ class _Solve:
             events=tuple(self.events[i] for i in self.conditions),
             fired=tuple(self.conditions.index(i) for i in self.fired if i in self.conditions),
         )
-        # Not checked anew: a piece may be as short as a step.
-        piece = copy.copy(self.problem)
-        checks.settle(piece, u0=u, tspan=(start, end))
-        return self.run(piece, own)
+        return self.run(self.problem.part(start, end, u), own)
 
     def _arrived(self, piece: Solution, end: Time) -> tuple[Any, Time, list[int]]:
         """State, time, and what happens where a piece has ended."""
@@ -266,9 +262,9 @@ class _Solve:
     def _keep(self, now: Time, u: Any) -> None:
         """Keep a state that no piece has saved: one side of a jump at an end of the interval."""
         sign = self.problem.direction
-        here = [t for t in self.given if sign * t <= sign * _number(now)]
+        here = [t for t in self.given if sign * t <= sign * time_number(now)]
         if self.options.saveat is None:
-            here = [_number(now)]
+            here = [time_number(now)]
         if here:
             rows = map_tensors(lambda x: x.expand(len(here), *x.shape), u)
             self.rows.append((self.problem.time_tensor(here), rows))
@@ -304,11 +300,7 @@ def _schedule(problem: ODEProblem, events: tuple[Event, ...]) -> list[tuple[Time
             named += [(t if t.requires_grad else float(t), i) for t in moving.unbind()]
         elif event.at is not None:
             named += [(float(t), i) for t in event.at]
-    return sorted(named, key=lambda item: problem.direction * _number(item[0]))
-
-
-def _number(t: Time) -> float:
-    return float(t.detach()) if isinstance(t, Tensor) else t
+    return sorted(named, key=lambda item: problem.direction * time_number(item[0]))
 
 
 def _distinct(t0: float, t1: float) -> bool:

@@ -111,3 +111,18 @@ def test_bounces_and_doses_with_their_gradients(
     one = torch.autograd.grad(solution.u1.sum() + solution.jumps[0].t, (u0, g, push))
     other = torch.autograd.grad(exact.sum() + time, (u0, g, push))
     torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
+def test_bounces_that_pile_up_end_at_their_time(engine: str) -> None:
+    """A ball that loses half its speed at each bounce has bounced for good at 3 sqrt(2 h / g)."""
+    start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    g = torch.tensor(9.81, dtype=torch.float64)
+    bounce = psn.Event(
+        lambda t, u: u[0],
+        direction=-1,
+        affect=lambda t, u, p: torch.stack((u[0], -0.5 * u[1])),
+    )
+    problem = psn.ODEProblem(fall, start, (0.0, 5.0), p=g)
+    solution = psn.solve(problem, events=bounce, engine=engine, throw=False, **TIGHT)
+    assert solution.retcode is psn.ReturnCode.DtLessThanMin
+    assert float(solution.t[-1]) == pytest.approx(3 * math.sqrt(2 / 9.81), rel=1e-9)

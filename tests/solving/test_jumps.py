@@ -358,3 +358,15 @@ def test_a_failed_piece_is_saved_once() -> None:
     assert not solution.success
     assert solution.t.tolist().count(0.5) == 2
     assert bool((solution.t[solution.t > 0.5].diff() > 0).all())
+
+
+def test_integrals_over_pieces_that_are_shorter_than_an_interval_may_be() -> None:
+    """Single precision tells fewer than 1000 times apart between these jumps."""
+    node = psn.NeuralODE(
+        lambda t, u: torch.ones_like(u),
+        events=psn.Event(at=[0.5, 0.50001], affect=lambda t, u: u + 1),
+        regularizers=[psn.KineticEnergy(1.0)],
+    )
+    solution = node(torch.zeros(1, 2))
+    torch.testing.assert_close(solution.u1, torch.full((1, 2), 3.0))
+    torch.testing.assert_close(solution.penalties["KineticEnergy"], torch.tensor(1.0))

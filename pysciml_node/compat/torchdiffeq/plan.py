@@ -29,7 +29,7 @@ from pysciml_node.compat.torchdiffeq.methods import ADAPTIVE, FIXED
 from pysciml_node.compat.torchdiffeq.states import Fitted, Layout, promoted
 from pysciml_node.errors import PsnWarning, SolverFailure
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.problems.ode import ODEProblem, Time, time_number
 from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.solve import solve
@@ -138,7 +138,7 @@ class Plan:
         start: Time = self.t[0] if moves(self.t) else self.times[0]
         done = 0
         for stop in (*self.cuts, end):
-            low, high = sorted((_number(start), _number(stop)))
+            low, high = sorted((time_number(start), time_number(stop)))
             upto = done
             while upto < len(saveat) and low <= self.times[upto] <= high:
                 upto += 1
@@ -170,10 +170,6 @@ class Plan:
 def _inside(field: Callable[..., Any], low: Tensor, high: Tensor, t: Tensor, y: Any) -> Any:
     """`field` at the time nearest to `t` in `[low, high]`, differentiable like `t`."""
     return field(t + (t.clamp(low, high) - t).detach(), y)
-
-
-def _number(time: Time) -> float:
-    return time.item() if isinstance(time, Tensor) else time
 
 
 def _each(fn: Callable[..., Any], *states: Any) -> Any:
