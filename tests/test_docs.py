@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pysciml_node
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-BLOCK = re.compile(r"^```python[ \t]*(?P<mark>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+# What the site runs is what is tested.
+BLOCK = runpy.run_path(str(ROOT / "site" / "hooks.py"))["BLOCK"]
 MODULES = ["pysciml_node"] + [
     module.name
     for module in pkgutil.walk_packages(pysciml_node.__path__, "pysciml_node.")
