@@ -1,6 +1,9 @@
 """Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
 
-from pysciml_node import compat, init, interpolate, kernels, optim, plot, schedules
+import importlib
+from types import ModuleType
+
+from pysciml_node import compat, init, interpolate, kernels, monitoring, optim, plot, schedules
 from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
@@ -176,6 +179,7 @@ __all__ = [
     "init",
     "interpolate",
     "kernels",
+    "monitoring",
     "optim",
     "plot",
     "schedules",
@@ -183,3 +187,10 @@ __all__ = [
     "solve",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The callbacks for Lightning, which is imported for them alone."""
+    if name == "lightning":
+        return importlib.import_module(f"{__name__}.lightning")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

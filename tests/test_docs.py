@@ -1,7 +1,7 @@
 """The code in README.md and docs/, and the examples in docstrings, run as they are written."""
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 import runpy
@@ -21,11 +21,17 @@ MODULES = ["pysciml_node"] + [
     for module in pkgutil.walk_packages(pysciml_node.__path__, "pysciml_node.")
     if not module.name.endswith("__main__")
 ]
+# What nobody has to install.
+WITH_LIGHTNING = importlib.util.find_spec("lightning") is not None
+if not WITH_LIGHTNING:
+    MODULES.remove("pysciml_node.lightning")
 
 
 def blocks(text: str, *, julia: bool = False) -> list[tuple[int, str]]:
     """The Python blocks of a page that are to run, each with the number of its first line."""
-    left_out = ("{.no-run}",) if julia else ("{.no-run}", "{.julia}")
+    left_out = {"{.no-run}", "{.julia}", "{.lightning}"}
+    left_out -= {"{.julia}"} if julia else set()
+    left_out -= {"{.lightning}"} if WITH_LIGHTNING else set()
     return [
         (text.count("\n", 0, match.start("code")) + 1, match["code"])
         for match in BLOCK.finditer(text)

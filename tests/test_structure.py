@@ -34,6 +34,8 @@ ROOMS = (
     "data",
     "regularizers",
     "layers",
+    "monitoring",
+    "lightning",
     "tuning",
     "flows",
     "kernels",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import TypeVar
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.checks import choice
+from pysciml_node.checks import choice, function
 from pysciml_node.errors import PsnWarning
 from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
@@ -26,6 +28,7 @@ from pysciml_node.solving.solve import solve
 
 Out = TypeVar("Out", default=Solution)
 Output = Literal["solution", "u1"]
+SolveHook = Callable[[Any, Any], None]
 P = TypeVar("P", bound=Problem)
 
 
@@ -63,6 +66,7 @@ class NeuralDE(nn.Module, Generic[Out]):
         self.output = choice("output", output, get_args(Output))
         self.last: Solution | EnsembleSolution | None = None
         self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}
+        self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self.algorithm = algorithm
         self.tspan = tspan
         remaining: dict[str, Any] = dict(options)
@@ -114,9 +118,9 @@ class NeuralDE(nn.Module, Generic[Out]):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has not been called.
+        # A copy has not been called, and nobody watches it.
         state = {name: value for name, value in self.__dict__.items() if name != "penalty"}
-        return {**state, "last": None}
+        return {**state, "last": None, "_solve_hooks": OrderedDict()}
 
     def function(self, name: str) -> Callable[..., Any]:
         """The field of this name as a function of time and state."""
@@ -153,13 +157,47 @@ class NeuralDE(nn.Module, Generic[Out]):
         """Solve a problem with the module's settings, which `arguments` can replace."""
         return solve(problem, self.algorithm, **self.settings(**arguments))
 
-    @staticmethod
-    def penalize(solution: Solution, regularizers: Sequence[Regularizer]) -> Solution:
-        """Set a solution's penalties; returns it."""
+    def penalize(self, solution: Solution, regularizers: Sequence[Regularizer]) -> Solution:
+        """Set a solution's penalties, and show it to the hooks; returns it."""
         spec = solution.problem.spec
         solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
         attach_penalties(solution, regularizers)
+        self.show(solution)
         return solution
+
+    def register_solve_hook(self, hook: SolveHook) -> RemovableHandle:
+        """Have `hook(layer, solution)` called after every solve, also inside flows and models.
+
+        The solution has its penalties then, and in eval mode none. Copies of the layer, and what
+        is pickled of it, have no hooks.
+
+        Args:
+            hook: reads the solution; what it returns is ignored.
+
+        Returns:
+            What takes the hook off again, by its `remove()`.
+
+        Raises:
+            TypeError: a hook that does not take layer and solution.
+
+        Examples:
+            >>> import torch, pysciml_node as psn
+            >>> node = psn.NeuralODE(torch.nn.Linear(2, 2))
+            >>> counts = []
+            >>> handle = node.register_solve_hook(lambda layer, sol: counts.append(sol.stats.nfe))
+            >>> solution = node(torch.zeros(1, 2))
+            >>> counts == [solution.stats.nfe]
+            True
+            >>> handle.remove()
+        """
+        handle = RemovableHandle(self._solve_hooks)
+        self._solve_hooks[handle.id] = function("hook", hook, "layer", "solution")
+        return handle
+
+    def show(self, solution: Solution | EnsembleSolution) -> None:
+        """Show a solution to the hooks."""
+        for hook in list(self._solve_hooks.values()):
+            hook(self, solution)
 
     def step_schedules(self) -> None:
         """Count one training step of every regularizer's weight schedule."""

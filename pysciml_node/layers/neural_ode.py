@@ -162,6 +162,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             rows = rows_of(problem, known[1])
             solution = solve(rows, self.algorithm, **self.settings(saveat=saveat))
             attach_row_penalties(solution, regularizers)
+            self.show(solution)
             return solution
 
     @uncompiled
