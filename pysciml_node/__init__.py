@@ -30,6 +30,7 @@ from pysciml_node.algorithms.explicit import (
     Vern9,
 )
 from pysciml_node.algorithms.implicit import TRBDF2, KenCarp4, Rodas5P, Rosenbrock23
+from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.algorithms.sciml import (
     FBDF,
     QNDF,
@@ -150,6 +151,7 @@ __all__ = [
     "ODEProblem",
     "PIController",
     "PIDController",
+    "Parallel",
     "PsnWarning",
     "QuadratureAdjoint",
     "RKMil",

@@ -172,6 +172,16 @@ class MemberOptions:
             changes["dt0"] = abs(t1 - t0)
         return replace(common, **changes) if changes else common
 
+    def part(self, members: slice) -> MemberOptions:
+        """The options of some of the members."""
+        own = {
+            name: value[members]
+            for name in ("saveat", "saveat_tensor", "rtol", "atol", "seeds")
+            if (value := getattr(self, name)) is not None
+        }
+        t0, t1 = self.spans
+        return replace(self, spans=(t0[members], t1[members]), **own)
+
 
 def _own(tolerance: Tensor) -> float | Tensor:
     """The tolerance of one member: a number for all entries of its state, or a flat tensor."""

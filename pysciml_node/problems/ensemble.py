@@ -154,6 +154,15 @@ class EnsembleProblem(checks.Configured):
             self._single({name: each[m] for name, each in rows.items()}) for m in range(self.size)
         ]
 
+    def part(self, members: slice) -> EnsembleProblem:
+        """The ensemble of some members; gradients flow back to the tensors of this one."""
+        changes = {
+            name: map_tensors(lambda x: x[members].clone(), tree)
+            for name in ("u0", "p", "tspan")
+            if (tree := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **changes)
+
     def _single(self, changes: dict[str, Any]) -> Problem:
         problem: Any = self.problem
         if self.batched:

@@ -65,6 +65,16 @@ def get_engine() -> str:
     return _check(os.environ.get("PYSCIML_NODE_ENGINE", "auto"), "PYSCIML_NODE_ENGINE")
 
 
+def named(name: str) -> Engine:
+    """The engine of a name, which may not be able to run here."""
+    if name == torch_engine.NAME:
+        return torch_engine
+    # Imported here: most programs never come this way.
+    from pysciml_node.julia_engine import engine as julia_engine
+
+    return julia_engine
+
+
 def choose(
     name: str | None, problem: Problem, algorithm: Algorithm, options: SolveOptions
 ) -> tuple[Engine, SolveOptions]:
@@ -81,12 +91,10 @@ def choose(
     reason = torch_engine.refusal(problem, algorithm, options)
     if wanted == "torch" or (wanted == "auto" and reason is None):
         return _expect(torch_engine, reason, algorithm, options), options
-    # Imported here: most programs never come this way.
-    from pysciml_node.julia_engine import engine as julia_engine
-
-    options = algorithm.options_on(julia_engine.NAME, options)
-    reason = julia_engine.refusal(problem, algorithm, options)
-    return _expect(julia_engine, reason, algorithm, options), options
+    julia = named("julia")
+    options = algorithm.options_on(julia.NAME, options)
+    reason = julia.refusal(problem, algorithm, options)
+    return _expect(julia, reason, algorithm, options), options
 
 
 def _expect(

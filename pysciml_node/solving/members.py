@@ -8,17 +8,22 @@ from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import EnsembleFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
-from pysciml_node.solutions.members import ListedMembers, Members
+from pysciml_node.solving.chunks import Chunk, run_members
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.engines import Engine
-from pysciml_node.solving.jumps import run
+from pysciml_node.solving.parallel import run_in_parallel
 
 
 def solve_members(
-    ensemble: EnsembleProblem, engine: Engine, algorithm: Algorithm, options: MemberOptions
+    ensemble: EnsembleProblem,
+    engine: Engine,
+    algorithm: Algorithm,
+    options: MemberOptions,
+    parallel: Parallel | None = None,
 ) -> EnsembleSolution:
     """Solve the members of an ensemble by an engine that has been chosen.
 
@@ -27,22 +32,17 @@ def solve_members(
         engine: runs them.
         algorithm: how.
         options: of all, and of each.
+        parallel: hands chunks of them to other processes.
 
     Raises:
         EnsembleFailure: members did not reach the end of the interval (with `throw=True`).
     """
-    common = options.common
-    members: Members
-    if common.events:
-        solutions = (
-            run(engine, problem, algorithm, options.of(m))
-            for m, problem in enumerate(ensemble.members())
-        )
-        members = ListedMembers(tuple(solutions), options.times)
+    if parallel is None:
+        members = run_members(ensemble, engine, algorithm, options)
     else:
-        members = engine.solve_members(ensemble, algorithm, options)
+        members = run_in_parallel(parallel, Chunk(ensemble, engine.NAME, algorithm, options))
     solved = EnsembleSolution(ensemble, members, _times(ensemble, options))
-    if common.throw and not solved.success:
+    if options.common.throw and not solved.success:
         failed = tuple(m for m, code in enumerate(solved.retcodes) if not code.successful)
         named = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         raise EnsembleFailure(

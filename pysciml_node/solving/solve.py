@@ -11,9 +11,11 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, DirectAdjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
@@ -105,6 +107,7 @@ def solve(
     throw: bool = True,
     compile: bool | Literal["auto"] = False,
     generator: torch.Generator | None = None,
+    members: Parallel | None = None,
 ) -> Solution | EnsembleSolution:
     """Solve an initial value problem, or an ensemble of them.
 
@@ -140,6 +143,8 @@ def solve(
         generator: draws the seed of an `SDEProblem`'s Brownian motions, one number a solve; default
             torch's own. The seed and the interval give the path, whatever the algorithm, the
             tolerances and the steps are.
+        members: `Parallel()` has the members of an ensemble solved by other processes, or by a
+            cluster.
 
     Returns:
         The solution; time comes first in its states, `(T, *u0.shape)`. Of an `EnsembleProblem` an
@@ -175,7 +180,9 @@ def solve(
         "generator": generator,
     }
     if isinstance(problem, EnsembleProblem):
-        return _solve_ensemble(problem, algorithm, engine, given)
+        return _solve_ensemble(problem, algorithm, engine, given, members)
+    if members is not None:
+        raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
     problem = check_problem(problem)
     algorithm = check_algorithm(problem, algorithm)
     options = check_options(problem, algorithm, **given)
@@ -194,13 +201,16 @@ def _solve_ensemble(
     algorithm: Algorithm | None,
     engine: str | None,
     given: dict[str, Any],
+    parallel: Parallel | None,
 ) -> EnsembleSolution:
+    if parallel is not None:
+        checks.instance("members", parallel, Parallel, example="members=Parallel()")
     problem, algorithm, options = check_members(ensemble, algorithm, **given)
     chosen, common = engines.choose(engine, problem, algorithm, options.common)
     seeds = tuple(_seed(given["generator"]) for _ in range(len(ensemble) * _random(problem)))
     options = dataclasses.replace(options, common=common, seeds=seeds)
     begun = time.perf_counter()
-    solution = solve_members(ensemble, chosen, algorithm, options)
+    solution = solve_members(ensemble, chosen, algorithm, options, parallel)
     solution.seconds = time.perf_counter() - begun
     return solution
 
