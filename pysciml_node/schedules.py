@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pysciml_node import checks
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 
 
@@ -30,7 +31,7 @@ class Schedule(checks.Configured, ABC):
     def __rmul__(self, factor: float) -> Schedule:
         return Scaled(self, factor)
 
-    def observe(self, source: object, solution: Solution) -> None:
+    def observe(self, source: object, solution: Solution | EnsembleSolution) -> None:
         """Take note of a solve in training mode, before its penalties are evaluated.
 
         Args:

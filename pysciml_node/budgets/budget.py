@@ -17,6 +17,7 @@ from pysciml_node.budgets.history import History
 from pysciml_node.budgets.ranks import mean_over_ranks
 from pysciml_node.errors import PsnWarning
 from pysciml_node.schedules import Schedule
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 
 # Training steps between two calls of `measure`.
@@ -166,7 +167,7 @@ class Budget(Schedule):
         """The cost, averaged over the last training steps; NaN before the first."""
         return self._measured.value if self.measure else self._cost.value
 
-    def observe(self, source: object, solution: Solution) -> None:
+    def observe(self, source: object, solution: Solution | EnsembleSolution) -> None:
         """Take note of a solve in training mode.
 
         What different sources report belongs to one training step, their costs together; where a

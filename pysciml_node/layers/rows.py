@@ -13,7 +13,7 @@ from torch import Tensor
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, tensors_of
-from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.regularizers.base import Regularizer, attach_penalties
 from pysciml_node.solutions.ensemble import EnsembleSolution
 
 
@@ -67,11 +67,4 @@ def attach_row_penalties(solution: EnsembleSolution, regularizers: Sequence[Regu
     """Evaluate regularizers on each member's own steps, and set the means over the members."""
     spec = solution.problem.problem.spec
     solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
-    for regularizer in regularizers:
-        values = [regularizer(member) for member in solution]
-        known = [value for value in values if value is not None]
-        if not known:
-            continue
-        mean = torch.stack(known).mean()
-        solution.penalties[regularizer.name] = mean
-        solution.penalty = solution.penalty + regularizer.current_weight * mean
+    attach_penalties(solution, regularizers)

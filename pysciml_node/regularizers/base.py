@@ -15,6 +15,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.regularizers.probes import Probes
 from pysciml_node.regularizers.rates import Rate
 from pysciml_node.schedules import Schedule, as_schedule, unscaled
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 
 Times = Sequence[float] | Tensor
@@ -125,12 +126,20 @@ def check_names(regularizers: Regularizer | Sequence[Regularizer]) -> list[Regul
     return listed
 
 
-def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
-    """Evaluate regularizers on a solution and set its `penalties` and `penalty`."""
+def attach_penalties(
+    solution: Solution | EnsembleSolution, regularizers: Sequence[Regularizer]
+) -> None:
+    """Evaluate regularizers on a solution and set its `penalties` and `penalty`.
+
+    The penalty of an ensemble is the mean over its members, each evaluated on its own steps.
+    """
     _let_observe(solution, regularizers)
     pairs: list[tuple[Regularizer, Tensor]] = []
     for regularizer in regularizers:
-        value = regularizer(solution)
+        if isinstance(solution, EnsembleSolution):
+            value = _mean_over_members(solution, regularizer)
+        else:
+            value = regularizer(solution)
         if value is not None:
             solution.penalties[regularizer.name] = value
             pairs.append((regularizer, value))
@@ -144,7 +153,15 @@ def attach_penalties(solution: Solution, regularizers: Sequence[Regularizer]) ->
         solution.penalty = total
 
 
-def _let_observe(solution: Solution, regularizers: Sequence[Regularizer]) -> None:
+def _mean_over_members(solution: EnsembleSolution, regularizer: Regularizer) -> Tensor | None:
+    values = [regularizer(member) for member in solution]
+    known = [value for value in values if value is not None]
+    return torch.stack(known).mean() if known else None
+
+
+def _let_observe(
+    solution: Solution | EnsembleSolution, regularizers: Sequence[Regularizer]
+) -> None:
     """Show a solution, once each, to the schedules that adjust themselves.
 
     Before the penalties, which evaluate the field too.

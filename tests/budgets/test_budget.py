@@ -176,6 +176,21 @@ def test_an_ensemble_costs_what_a_member_costs() -> None:
     assert cost_of(solution, "nfe") == smooth_cost_of(solution, "nfe") == expected
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_rows_with_steps_of_their_own_hold_a_budget_of_their_mean(compile: bool) -> None:
+    budget = psn.Budget(nfe=20)
+    node = layer(local_error(budget), independent=True, compile=compile)
+    for _ in range(3):
+        solution = node(points(4))
+        solution.penalty.backward()
+    with torch.no_grad():
+        plain = node.eval()(points(4)).stats.nfe
+    assert budget.history.cost == [plain / 4] * 2
+    assert budget.history.penalty[0] > 0 and budget.weight > 0
+    weighted = budget.weight * solution.penalties["LocalError"]
+    assert torch.equal(solution.penalty, weighted)
+
+
 @pytest.mark.julia
 def test_on_the_julia_engine() -> None:
     budget = psn.Budget(nfe=20)

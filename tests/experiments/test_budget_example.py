@@ -20,10 +20,10 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def known_task(example: dict[str, Any], trained: list[str]) -> Any:
     """100 evaluations without a penalty; the score is their share of 100, and budgets are met."""
 
-    def train(plan: Any, target: float | None) -> Any:
+    def train(plan: Any, target: float | None, native: bool) -> Any:
         trained.append(plan.name)
         nfe = 100.0 / (1.0 + (plan.weight or 0.0)) if target is None else target
-        return example["Outcome"](nfe, nfe / 100, 1.0, target, [1.0, 2.0], [nfe, nfe])
+        return example["Outcome"](nfe, nfe / 100, 1.0, target, weights=[1.0, 2.0], costs=[nfe, nfe])
 
     return example["Task"]("accuracy (%)", 100.0, (1.0, 4.0), train)
 
