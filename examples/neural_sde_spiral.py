@@ -34,6 +34,7 @@ REGULARIZERS: dict[str, tuple[type[psn.Regularizer], dict[str, Any], float]] = {
     "local-unbiased": (psn.LocalError, {"sampling": "unbiased"}, 10.0),
     "local-biased": (psn.LocalError, {"sampling": "biased"}, 10.0),
     "global-error": (psn.GlobalError, {}, 1.0),
+    "local-stiffness": (psn.LocalStiffness, {"sampling": "unbiased"}, 1.0),
     "global-stiffness": (psn.GlobalStiffness, {"aggregate": "sum"}, 0.2),
 }
 TIMES = torch.linspace(0.0, 1.0, 33)
@@ -111,7 +112,7 @@ def make_model(arguments: argparse.Namespace) -> psn.NeuralSDE:
     torch.manual_seed(arguments.seed)
     kind, options, usual = REGULARIZERS[arguments.regularize]
     weight = usual if arguments.weight is None else arguments.weight
-    stiff = arguments.regularize == "global-stiffness"
+    stiff = arguments.regularize.endswith("stiffness")
     return psn.NeuralSDE(
         Drift(),
         Diffusion(),

@@ -10,8 +10,12 @@ The same budget for one regularizer after the other:
 
     python examples/train_to_budget.py --task digits --regularizers --seeds 0 1 2
 
+Native code cannot differentiate inside the field, as two of the regularizers do. So that their
+times compare, all of them train without it, and have files of their own, TASK-regularizers.json.
+
 Results of every run are added to OUTPUT_DIR/TASK.json as it ends, and runs that are there are not
-repeated. OUTPUT_DIR/TASK.png has evaluations and weights over training, and the trade-off.
+repeated: the tables are made from these files. OUTPUT_DIR/TASK.png has evaluations and weights over
+training, and the trade-off.
 """
 
 import argparse
@@ -38,9 +42,11 @@ from pysciml_node.experiments.reporting.results import lay_out, mean_and_std
 from pysciml_node.experiments.trainer.evaluation import evaluate
 from pysciml_node.experiments.trainer.model import make_classifier
 from pysciml_node.experiments.trainer.runner import Build, make_trainer
-from pysciml_node.experiments.trainer.settings import Run, Settings, Variant
+from pysciml_node.experiments.trainer.settings import Run, Settings
 
 SHARES = (0.4, 0.6, 0.8)
+# Where regularizers are compared.
+SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,9 @@ class Outcome:
         seconds: CPU seconds of training.
         target: evaluations asked for.
         weights: of the penalty, about twenty over the training.
-        costs: evaluations of the training solves at these times.
+        prices: these weights times the penalties.
+        costs: evaluations at these times, without the jumps of whole steps.
+        rejected: share of the attempted steps of a prediction, where it is counted.
     """
 
     nfe: float
@@ -85,10 +93,13 @@ class Outcome:
     seconds: float
     target: float | None = None
     weights: list[float] = field(default_factory=list)
+    prices: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
+    rejected: float | None = None
 
 
-Train = Callable[[Plan, float | None], Outcome]
+# Trains a plan to a target, in native code or without it.
+Train = Callable[[Plan, float | None, bool], Outcome]
 
 
 @dataclass(frozen=True)
@@ -97,21 +108,39 @@ class Task:
 
     Args:
         metric: what scores are.
-        scale: factor between score and table; negative where less is better.
+        scale: factor between score and table.
         weights: constant ones, whose evaluations span those of the budgets.
-        train: trains and measures a plan with a target.
+        train: trains and measures a plan with a target, in native code or without it.
+        native: whether there is native code for it.
+        regularizers: those that can be compared on it, in the order of the table.
     """
 
     metric: str
     scale: float
     weights: Sequence[float]
     train: Train
+    native: bool = False
+    regularizers: Sequence[str] = (
+        "local-unbiased",
+        "local-biased",
+        "local-stiffness",
+        "global-error",
+        "kinetic",
+        "jacobian",
+        "taylor",
+        "steer",
+    )
+
+    @property
+    def decimals(self) -> int:
+        """Of scores in tables."""
+        return 2 if self.scale > 1 else 4
 
 
-def trained(build: Build, load: Callable[[], Any], settings: Settings, native: bool) -> Train:
+def trained(build: Build, load: Callable[[], Any], settings: Settings) -> Train:
     """A task of the trainer."""
 
-    def train(plan: Plan, target: float | None) -> Outcome:
+    def train(plan: Plan, target: float | None, native: bool) -> Outcome:
         data = load()
         weight = plan.weight or 1.0
         variant: Any = plan.variant
@@ -127,18 +156,19 @@ def trained(build: Build, load: Callable[[], Any], settings: Settings, native: b
     return train
 
 
-def history_of(model: torch.nn.Module) -> tuple[list[float], list[float]]:
-    """Twenty weights and costs of the budget inside a model, if there is one."""
+def history_of(model: torch.nn.Module) -> tuple[list[float], list[float], list[float]]:
+    """Twenty weights, prices and costs of the budget inside a model, if there is one."""
     for module in model.modules():
         if isinstance(module, psn.Regularizer) and isinstance(module.weight, psn.Budget):
             history = module.weight.history
+            prices = [w * p for w, p in zip(history.weight, history.penalty, strict=True)]
             every = max(len(history) // 20, 1)
-            return history.weight[::every], history.cost[::every]
-    return [], []
+            return history.weight[::every], prices[::every], history.smooth[::every]
+    return [], [], []
 
 
-def train_spiral(plan: Plan, target: float | None) -> Outcome:
-    """The stochastic spiral of `neural_sde_spiral.py`."""
+def train_spiral(plan: Plan, target: float | None, native: bool) -> Outcome:
+    """The stochastic spiral of `neural_sde_spiral.py`; it has no native code."""
     words = ["--regularize", "none" if plan.variant == "vanilla" else plan.variant]
     words += ["--seed", str(plan.seed), "--steps", str(SPIRAL_STEPS), "--engine", "torch"]
     words += [] if plan.weight is None else ["--weight", str(plan.weight)]
@@ -175,15 +205,24 @@ def few_moons() -> Any:
     return PLANE.load_quick(PLANE.data_dir, False, MOONS)
 
 
-SPIRAL_STEPS = 100
+SPIRAL_STEPS = 80
 DIGITS = replace(digits_demo.SETTINGS, steps=200, taylor_order=2, evaluate_every=1000)
 PLANE = plane_experiment("two-moons")
-MOONS = replace(PLANE.at("reduced")[0], steps=100, evaluate_every=1000)
+MOONS = replace(
+    PLANE.at("reduced")[0],
+    steps=120,
+    learning_rate=1e-2,
+    last_learning_rate=1e-3,
+    hidden=64,
+    layers=2,
+    time="concat",
+    evaluate_every=1000,
+)
 FEW_MNIST = replace(
     MNIST_ODE.at("reduced")[0],
-    steps=100,
-    batch_size=64,
-    tolerance=1e-6,
+    steps=200,
+    batch_size=32,
+    evaluation_batch_size=None,
     evaluate_every=1000,
     validation_samples=0,
 )
@@ -192,42 +231,39 @@ TASKS: Mapping[str, Task] = {
         "accuracy (%)",
         100.0,
         (10.0, 80.0),
-        trained(make_classifier, datasets.digits, DIGITS, native=True),
-    ),
-    "spiral": Task("MSE", -1.0, (10.0, 100.0), train_spiral),
-    "moons": Task(
-        "NLL (nats)",
-        -1.0,
-        (1.0, 10.0),
-        trained(
-            PLANE.build, lambda: PLANE.load_quick(PLANE.data_dir, False, MOONS), MOONS, native=False
-        ),
+        trained(make_classifier, datasets.digits, DIGITS),
+        native=True,
     ),
     "mnist": Task(
         "accuracy (%)",
         100.0,
         (20.0, 100.0),
-        trained(make_classifier, few_mnist, FEW_MNIST, native=True),
+        trained(make_classifier, few_mnist, FEW_MNIST),
+        native=True,
+    ),
+    "moons": Task("NLL (nats)", 1.0, (1.0, 10.0), trained(PLANE.build, few_moons, MOONS)),
+    "spiral": Task(
+        "MSE",
+        1.0,
+        (10.0, 100.0),
+        train_spiral,
+        regularizers=("local-unbiased", "local-biased", "local-stiffness", "global-error"),
     ),
 }
-# All that have a weight, and STEER, whose end time has none and is drawn from its widest interval.
-REGULARIZERS: Sequence[Variant] = (
-    "local-unbiased",
-    "local-biased",
-    "local-stiffness",
-    "global-error",
-    "kinetic",
-    "jacobian",
-    "rnode",
-    "taylor",
-)
+# Half width of the random end time of STEER, which has no weight to hold a budget by.
+STEER = 0.5
 
 
 class Results:
-    """The runs of a task, kept in a file."""
+    """The runs of a task, kept in a file.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the file.
+        native: whether the runs are those of native code.
+    """
+
+    def __init__(self, path: Path, native: bool = False) -> None:
+        self.path, self.native = path, native
         found = json.loads(path.read_text()) if path.exists() else {}
         self.outcomes = {name: Outcome(**outcome) for name, outcome in found.items()}
 
@@ -240,7 +276,7 @@ class Results:
             began = time.perf_counter()
             # What a budget says of itself is in the table.
             with warnings.catch_warnings(action="ignore", category=psn.PsnWarning):
-                outcome = task.train(plan, target)
+                outcome = task.train(plan, target, self.native)
             self.outcomes[plan.name] = outcome
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
@@ -281,8 +317,7 @@ def compare_weights(name: str, task: Task, results: Results, seeds: Sequence[int
         for weight in task.weights:
             found = results.run(task, Plan(seed, "local-unbiased", weight))
             hand[seed].append((found.nfe, found.score))
-    scale = abs(task.scale)
-    decimals = 2 if scale > 1 else 4
+    scale, decimals = task.scale, task.decimals
     plain = [results.run(task, Plan(seed)) for seed in seeds]
     scores = shown([scale * o.score for o in plain], decimals)
     rows.append(["none", "", shown([o.nfe for o in plain], 1), "", scores, ""])
@@ -307,21 +342,25 @@ def compare_weights(name: str, task: Task, results: Results, seeds: Sequence[int
 
 def compare_regularizers(name: str, task: Task, results: Results, seeds: Sequence[int]) -> None:
     """One budget for each regularizer."""
-    rows = [["", "reached / asked", task.metric, "training (CPU s)"]]
-    scale = abs(task.scale)
-    decimals = 2 if scale > 1 else 4
-    for variant in ("vanilla", *REGULARIZERS):
-        share = None if variant == "vanilla" else 0.6
-        found = [results.run(task, Plan(seed, variant, share=share)) for seed in seeds]
+    found: dict[str, list[Outcome]] = {}
+    for seed, variant in itertools.product(seeds, ("vanilla", *task.regularizers)):
+        held = {"vanilla": Plan(seed), "steer": Plan(seed, variant, weight=STEER)}
+        plan = held.get(variant, Plan(seed, variant, share=SHARE))
+        found.setdefault(variant, []).append(results.run(task, plan))
+    scale, decimals = task.scale, task.decimals
+    rows = [["", "evaluations", "reached / asked", task.metric, "training (CPU s)"]]
+    for variant, outcomes in found.items():
+        ratios = [o.nfe / o.target for o in outcomes if o.target]
         rows.append(
             [
                 variant,
-                shown([o.nfe / o.target for o in found if o.target], 3) if share else "",
-                shown([scale * o.score for o in found], decimals),
-                shown([o.seconds for o in found], 1),
+                shown([o.nfe for o in outcomes], 1),
+                shown(ratios, 3) if ratios else "",
+                shown([scale * o.score for o in outcomes], decimals),
+                shown([o.seconds for o in outcomes], 1),
             ]
         )
-    print(f"{name}, 0.6 of the evaluations without a penalty\n{lay_out(rows)}\n")
+    print(f"{name}, {SHARE} of the evaluations without a penalty\n{lay_out(rows)}\n")
 
 
 def draw(
@@ -341,10 +380,10 @@ def draw(
         over_time.plot(places, found.costs, color=colors[share], label=label, linewidth=1)
         over_time.axhline(found.target, color=colors[share], linestyle=":", linewidth=1)
         weights.plot(places, [w or None for w in found.weights], color=colors[share], linewidth=1)
-        trade_off.plot(found.nfe, abs(task.scale) * found.score, "o", color=colors[share])
+        trade_off.plot(found.nfe, task.scale * found.score, "o", color=colors[share])
     for seed in seeds:
         points = sorted(hand[seed])
-        scores = [abs(task.scale) * score for _, score in points]
+        scores = [task.scale * score for _, score in points]
         label = "constant weights" if seed == seeds[0] else None
         trade_off.plot(
             [n for n, _ in points], scores, "-x", color="#888888", linewidth=1, label=label
@@ -369,10 +408,14 @@ def main() -> None:
     add("--threads", type=int, default=1, help="of torch [default: 1]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    compare = compare_regularizers if arguments.regularizers else compare_weights
     for name in arguments.task:
-        results = Results(arguments.output_dir / f"{name}.json")
-        compare(name, TASKS[name], results, arguments.seed)
+        task, folder = TASKS[name], arguments.output_dir
+        if arguments.regularizers:
+            results = Results(folder / f"{name}-regularizers.json")
+            compare_regularizers(name, task, results, arguments.seed)
+        else:
+            results = Results(folder / f"{name}.json", task.native)
+            compare_weights(name, task, results, arguments.seed)
 
 
 if __name__ == "__main__":
