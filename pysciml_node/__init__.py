@@ -35,8 +35,6 @@ from pysciml_node.algorithms.sciml import (
     FBDF,
     QNDF,
     VCABM,
-    AutoTsit5,
-    AutoVern7,
     SciMLAlgorithm,
     Vern6,
     Vern8,
@@ -55,6 +53,7 @@ from pysciml_node.algorithms.stochastic import (
     RKMil,
     StratonovichMidpoint,
 )
+from pysciml_node.algorithms.switching import AutoTsit5, AutoVern7
 from pysciml_node.budgets import Budget
 from pysciml_node.errors import (
     CompileError,

@@ -44,6 +44,11 @@ class ExplicitRungeKutta(Algorithm):
         """Order of the solution that is propagated."""
         return self.tableau.order
 
+    @property
+    def tableaus(self) -> tuple[Tableau, ...]:
+        """Those of the methods that take its steps."""
+        return (self.tableau,)
+
 
 @dataclass(frozen=True)
 class Euler(ExplicitRungeKutta):

@@ -12,25 +12,12 @@ from pysciml_node import tableaus
 from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint, GaussAdjoint
 from pysciml_node.algorithms.controllers import AlgorithmController, Controller, PIController
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.algorithms.sciml import NamedAlgorithm
-from pysciml_node.tableaus import ImplicitTableau
+from pysciml_node.algorithms.sciml import NamedAlgorithm, SciMLAlgorithm
+from pysciml_node.tableaus import ImplicitTableau, Tableau
 
 
-@dataclass(frozen=True)
-class ImplicitMethod(NamedAlgorithm):
-    """A one-step method that solves linear systems with the field's Jacobian.
-
-    The embedded engine runs it by its tableau, with `DiscreteAdjoint` and `DirectAdjoint`. The
-    Julia engine runs it by its name, with SciML's step size control and `GaussAdjoint` unless
-    others are asked for.
-    """
-
-    tableau: ClassVar[ImplicitTableau]
-
-    @property
-    def order(self) -> int:
-        """Order of the solution that is propagated."""
-        return self.tableau.order
+class OnBothEngines(SciMLAlgorithm):
+    """An algorithm of SciML that the embedded engine has too, each with its own defaults."""
 
     @override
     def default_controller(self) -> Controller:
@@ -50,6 +37,27 @@ class ImplicitMethod(NamedAlgorithm):
         defaults = {"adjoint": GaussAdjoint(), "controller": AlgorithmController()}
         changes = {name: value for name, value in defaults.items() if name in options.defaulted}
         return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ImplicitMethod(NamedAlgorithm, OnBothEngines):
+    """A one-step method that solves linear systems with the field's Jacobian.
+
+    The embedded engine runs it by its tableau. The Julia engine runs it by its name, with SciML's
+    step size control and `GaussAdjoint` unless others are asked for.
+    """
+
+    tableau: ClassVar[ImplicitTableau]
+
+    @property
+    def order(self) -> int:
+        """Order of the solution that is propagated."""
+        return self.tableau.order
+
+    @property
+    def tableaus(self) -> tuple[Tableau, ...]:
+        """Those of the methods that take its steps."""
+        return (self.tableau,)
 
 
 class Rosenbrock23(ImplicitMethod):

@@ -115,34 +115,3 @@ class QNDF(NamedAlgorithm):
     """
 
     package = "OrdinaryDiffEqBDF"
-
-
-def _switching(name: str, package: str, stiff: SciMLAlgorithm) -> SciMLAlgorithm:
-    checks.instance("stiff", stiff, SciMLAlgorithm, example=f"{name}(Rosenbrock23())")
-    return SciMLAlgorithm(
-        f"{name}({stiff.expression})", ("OrdinaryDiffEqCore", package, *stiff.packages)
-    )
-
-
-def AutoTsit5(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
-    """`Tsit5` where the problem is not stiff, `stiff` where it is.
-
-    Args:
-        stiff: the stiff algorithm, such as `Rosenbrock23()`.
-
-    Raises:
-        TypeError: `stiff` is no algorithm of the Julia engine.
-    """
-    return _switching("AutoTsit5", "OrdinaryDiffEqTsit5", stiff)
-
-
-def AutoVern7(stiff: SciMLAlgorithm) -> SciMLAlgorithm:
-    """`Vern7` where the problem is not stiff, `stiff` where it is.
-
-    Args:
-        stiff: the stiff algorithm, such as `Rodas5P()`.
-
-    Raises:
-        TypeError: `stiff` is no algorithm of the Julia engine.
-    """
-    return _switching("AutoVern7", "OrdinaryDiffEqVerner", stiff)

@@ -10,6 +10,7 @@ from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
+from pysciml_node.algorithms.switching import SwitchingMethod
 from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.ensembles import run_many
 from pysciml_node.julia_engine.fields import ProgramField
@@ -64,7 +65,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
     if not isinstance(problem, ODEProblem):
         return None
     explicit = isinstance(algorithm, ExplicitRungeKutta)
-    if problem.mass_matrix is not None and explicit:
+    if problem.mass_matrix is not None and (explicit or isinstance(algorithm, SwitchingMethod)):
         return f"{name} takes no mass matrix.\n  Use an implicit method, such as Rodas5P()."
     if isinstance(options.adjoint, DiscreteAdjoint | ForwardDiffSensitivity) and not explicit:
         return (

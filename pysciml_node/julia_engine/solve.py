@@ -100,9 +100,9 @@ class ODESolve(Solve):
         kept, spec = Kept(outcome.record, outcome.states), self.problem.spec
         if not isinstance(self.algorithm, ExplicitRungeKutta):
             return SciMLTrajectory(self.problem, kept, self.stats, self.options, self)
-        method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
+        methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
-            self.problem, method, kept, self.stats, self.options, self.make_field
+            self.problem, methods, kept, self.stats, self.options, self.make_field
         )
 
     def forward(self, field: Field, u0: Tensor) -> Outcome:
@@ -206,7 +206,7 @@ class ODESolve(Solve):
         spec = self.problem.spec
         forward = isinstance(options.adjoint, ForwardDiffSensitivity)
         if isinstance(field, CallbackField) and not forward:
-            method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
-            return discrete_sweep(field.linearizer, method, backward, self.stats)
+            methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
+            return discrete_sweep(field.linearizer, methods, backward, self.stats)
         tableau = plans.tableau(self.algorithm.tableau)
         return replayed_sweep(field, tableau, backward, self.stats, forward)

@@ -128,11 +128,11 @@ class SciMLTrajectory(Recorded):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
         # From here on it is a step like any other: the solve that starts at `t`.
-        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
         start = Record(times=[t, self.problem.t1], sizes=[self.problem.t1 - t])
         states = [u, self.flat_states[-1]]
         local = TorchTrajectory(
-            self.problem, method, lambda: (start, states), self.stats, self.options
+            self.problem, methods, lambda: (start, states), self.stats, self.options
         )
         return local.estimate(t, algorithm, stop_gradient, dt)
 

@@ -11,11 +11,12 @@ cotangents stand in one buffer, so that each sum is a single fused call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from pysciml_node.replay.adjoint_recorded import RecordedPullback
-from pysciml_node.replay.comparison import Comparison
+from pysciml_node.replay.adjoint_recorded import RecordedPullback, Totals
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
 from pysciml_node.solutions.solution import Stats
@@ -26,7 +27,7 @@ from pysciml_node.steps.cotangents import (
     StepCotangents,
     TimeCotangents,
 )
-from pysciml_node.steps.field import Accumulator, DifferentiableField, Linearized
+from pysciml_node.steps.field import DifferentiableField, Linearized
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.tableaus.base import Row
 
@@ -42,12 +43,12 @@ class _StepPullback:
         like: Tensor,
         outputs: int,
         time_gradient: bool,
+        totals: Totals,
     ) -> None:
         self.field, self.method, self.time_gradient = field, method, time_gradient
+        self.totals = totals
         self.stages = Stages(method, field.field, marks, vectors_like(like, method.all_stages))
         self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
-        self.sums = Accumulator(field.leaves)
-        self.comparison = Comparison()
         self._plain: dict[int, list[Weights]] = {}
 
     def __call__(self, step: StepBack) -> StepCotangents:
@@ -60,7 +61,7 @@ class _StepPullback:
             count -= 1  # the last stage serves the next step, which replays it as its first
         h, u = step.h, step.u
         lines = self._linearize(step.t, h, u, count)
-        self.comparison.add(self._end(h, u), step.u1, u)
+        self.totals.comparison.add(self._end(h, u), step.u1, u)
         # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
         # each stage's cotangent combines all that is there.
         arrived = [step.end] if inside is None else [step.end, *inside.unbind()]
@@ -75,7 +76,7 @@ class _StepPullback:
             cotangents.put(
                 len(arrived) + count - 1 - i, torch.zeros_like(u) if state is None else state
             )
-            self.sums.add(leaves)
+            self.totals.sums.add(leaves)
             if self.time_gradient:
                 along = torch.vdot(k_bar, lines[i].value).real / h
                 h_bar = along if h_bar is None else h_bar + along
@@ -128,36 +129,42 @@ class _StepPullback:
 
 
 def _pullback_for(
-    field: DifferentiableField, method: Method, backward: BackwardPass
+    field: DifferentiableField, method: Method, backward: BackwardPass, totals: Totals
 ) -> _StepPullback | RecordedPullback:
     """The adjoint of single steps of a method."""
     record, with_times = backward.record, backward.with_times
     if isinstance(method.tableau, ImplicitTableau):
-        return RecordedPullback(field, method, record.marks, with_times)
+        return RecordedPullback(field, method, record.marks, with_times, totals)
     outputs = 0
     if backward.saved is not None:
         outputs = max((len(indices) for indices, _ in record.inside.values()), default=0)
-    return _StepPullback(field, method, record.marks, backward.states[0], outputs, with_times)
+    return _StepPullback(
+        field, method, record.marks, backward.states[0], outputs, with_times, totals
+    )
 
 
 def discrete_sweep(
-    field: DifferentiableField, method: Method, backward: BackwardPass, stats: Stats
+    field: DifferentiableField,
+    methods: Sequence[Method],
+    backward: BackwardPass,
+    stats: Stats,
 ) -> Gradients:
     """Pull all cotangents of a solve back to its inputs.
 
     Args:
         field: the field prepared for gradients.
-        method: the method of the forward solve.
+        methods: those of the forward solve.
         backward: its steps, and the cotangents.
         stats: its backward fields are filled.
     """
     start_nfe = field.nfe
     record, states = backward.record, backward.states
-    pullback = _pullback_for(field, method, backward)
+    totals = Totals(field)
+    pullbacks = [_pullback_for(field, method, backward, totals) for method in methods]
     cotangent = torch.zeros_like(states[0])
     times = None
     if backward.with_times:
-        zero = states[0].new_zeros((), dtype=method.nodes.dtype)
+        zero = states[0].new_zeros((), dtype=methods[0].nodes.dtype)
         times = TimeCotangents(record, backward.saved_count, zero)
     live = False
     for n in reversed(range(len(record.sizes))):
@@ -178,17 +185,17 @@ def discrete_sweep(
             inside=inside,
             theta=theta,
         )
-        pulled = pullback(step)
+        pulled = pullbacks[record.method_of(n)](step)
         cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:
             times.step(n, pulled.t, pulled.h, pulled.theta)
-    pullback.comparison.expect_equal(field.captured.suspects)
+    totals.comparison.expect_equal(field.captured.suspects)
     for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe
     stats.nvjp += field.nfe - start_nfe
-    gradients = Gradients(u0=cotangent, inputs=pullback.sums.sums)
+    gradients = Gradients(u0=cotangent, inputs=totals.sums.sums)
     if times is not None:
         times.put_into(gradients)
     return gradients

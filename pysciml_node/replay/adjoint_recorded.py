@@ -17,6 +17,18 @@ from pysciml_node.steps.cotangents import StepBack, StepCotangents
 from pysciml_node.steps.field import Accumulator, DifferentiableField
 
 
+class Totals:
+    """What the steps of one sweep have in common.
+
+    Attributes:
+        sums: of the cotangents of the field's inputs.
+        comparison: of the replayed steps with those of the solve.
+    """
+
+    def __init__(self, field: DifferentiableField) -> None:
+        self.sums, self.comparison = Accumulator(field.leaves), Comparison()
+
+
 class RecordedPullback:
     """Pulls cotangents back through single implicit steps.
 
@@ -25,6 +37,7 @@ class RecordedPullback:
         method: the method of the forward solve.
         marks: start, stops and end of the solve.
         time_gradient: whether cotangents of times are wanted.
+        totals: receives what is pulled back to the field's inputs, and compares the steps.
     """
 
     def __init__(
@@ -33,11 +46,10 @@ class RecordedPullback:
         method: Method,
         marks: tuple[float, ...],
         time_gradient: bool,
+        totals: Totals,
     ) -> None:
         self.field, self.method, self.marks = field, method, marks
-        self.time_gradient = time_gradient
-        self.sums = Accumulator(field.leaves)
-        self.comparison = Comparison()
+        self.time_gradient, self.totals = time_gradient, totals
 
     def __call__(self, step: StepBack) -> StepCotangents:
         """Pull a step back."""
@@ -59,7 +71,7 @@ class RecordedPullback:
             if step.inside is not None:
                 outputs.append(stages.dense(start, size, state, theta))
                 cotangents.append(step.inside)
-        self.comparison.add(outputs[0].detach(), step.u1, step.u)
+        self.totals.comparison.add(outputs[0].detach(), step.u1, step.u)
         for output in outputs:
             self.field.captured.expect_known(output, state, *times, theta)
         places = [theta] if self.time_gradient and step.inside is not None else []
@@ -77,6 +89,6 @@ class RecordedPullback:
         t_bar = gradients.pop(0) if times else None
         h_bar = gradients.pop(0) if times else None
         theta_bar = gradients.pop(0) if places else None
-        self.sums.add(gradients)
+        self.totals.sums.add(gradients)
         u_bar = torch.zeros_like(step.u) if state_bar is None else state_bar
         return StepCotangents(u_bar, t_bar, h_bar, theta_bar)

@@ -108,6 +108,13 @@ class ImplicitStages(Stages):
         self.evaluate(t, h, u, self.method.stages)
         return self.vectors.combine(u, h, self.method.b)
 
+    @override
+    def largest_eigenvalue(self, t: Real, h: Real, u: Tensor) -> float:
+        """The maximum norm of the Jacobian at the step's start, which bounds it."""
+        assert self._at_start is not None
+        norm: Tensor = torch.linalg.matrix_norm(self._at_start.jacobian.detach(), math.inf)
+        return float(norm)
+
     def _linearize(self, t: Real, h: Real, u: Tensor) -> Linearization:
         """The field and its derivatives at the start of the step."""
         rosenbrock = isinstance(self.table, RosenbrockTableau)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -53,6 +53,13 @@ class Method:
             with torch.inference_mode(False):
                 cls._known[key] = cls(tableau, dtype, device)
         return cls._known[key]
+
+    @classmethod
+    def all_of(
+        cls, tableaus: Sequence[Tableau], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Method, ...]:
+        """The methods of several tableaus."""
+        return tuple(cls.of(tableau, dtype, device) for tableau in tableaus)
 
     def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:
         """`b_i(theta)`, or its derivative, for `theta` of shape `(m,)`; shape `(m, all_stages)`."""
@@ -228,3 +235,11 @@ class Stages:
         bottom = torch.linalg.vector_norm(first - second)
         ratio: Tensor = top / (bottom + torch.finfo(top.dtype).eps)
         return ratio
+
+    def largest_eigenvalue(self, t: Real, h: Real, u: Tensor) -> float:
+        """An estimate of the largest eigenvalue of `df/du` for the choice of a method.
+
+        One host read, behind a step that has been taken.
+        """
+        with torch.no_grad():
+            return float(self.stiffness(t, h, u))

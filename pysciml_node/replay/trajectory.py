@@ -43,7 +43,7 @@ class TorchTrajectory(Recorded):
     """
 
     problem: ODEProblem
-    method: Method
+    methods: tuple[Method, ...]
     load: Callable[[], tuple[Record, list[Tensor]]]
     stats: Stats
     options: SolveOptions
@@ -53,6 +53,11 @@ class TorchTrajectory(Recorded):
     def __post_init__(self) -> None:
         if self.surroundings is None:
             self.surroundings = Surroundings({"f": self.problem.f, "p": self.problem.p})
+
+    @property
+    def method(self) -> Method:
+        """The first of the methods, for the kind of its numbers."""
+        return self.methods[0]
 
     @contextmanager
     def _as_seen(self) -> Iterator[Callable[[int], None]]:
@@ -70,7 +75,7 @@ class TorchTrajectory(Recorded):
     def _expect_step(self, n: int, suspects: list[str]) -> None:
         comparison, u = Comparison(), self.flat_states[n]
         with torch.no_grad():
-            stages, _ = self._stages(self.method)
+            stages, _ = self._stages(self._method_of(n))
             end = stages.solution(self.record.times[n], self.record.sizes[n], u, with_error=False)
         comparison.add(end, self.flat_states[n + 1], u)
         comparison.expect_equal(suspects)
@@ -81,7 +86,9 @@ class TorchTrajectory(Recorded):
         return dataclasses.replace(
             self,
             problem=problem,
-            method=Method.of(self.method.tableau, problem.spec.dtype, problem.spec.device),
+            methods=Method.all_of(
+                [method.tableau for method in self.methods], problem.spec.dtype, problem.spec.device
+            ),
             surroundings=None,
             load=Kept(self.record, states),
             options=without_closures(self.options),
@@ -98,6 +105,10 @@ class TorchTrajectory(Recorded):
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
         return torch.stack(self.every_state)
+
+    def _method_of(self, n: int) -> Method:
+        """What took step `n`."""
+        return self.methods[self.record.method_of(n)]
 
     def _stages(self, method: Method) -> tuple[Stages, FlatField]:
         field = self.make_field(self.problem)
@@ -170,7 +181,7 @@ class TorchTrajectory(Recorded):
         groups: dict[int, list[int]],
     ) -> None:
         """Put the dense output at `times` into `rows`, step by step."""
-        stages, field = self._stages(self.method)
+        parts = [self._stages(method) for method in self.methods]
         for n, members in groups.items():
             u, (start, h) = self.every_state[n], self._moving_step(n)
             ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
@@ -179,22 +190,24 @@ class TorchTrajectory(Recorded):
                     rows[i] = ends[host[i]]
                 continue
             check(n)
+            stages, _ = parts[self.record.method_of(n)]
             stages.count = 0
             theta = (times[members].double() - start) / h
             for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
                 rows[i] = row
-        self.stats.nfe += field.nfe
+        self.stats.nfe += sum(field.nfe for _, field in parts)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
         with torch.no_grad(), self._as_seen() as check:
-            stages, field = self._stages(self.method)
+            parts = [self._stages(method) for method in self.methods]
             estimates = []
             for n, h in enumerate(self.record.sizes):
                 check(n)
+                stages, _ = parts[self.record.method_of(n)]
                 stages.count = 0
                 estimates.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
-        self.stats.nfe += field.nfe
+        self.stats.nfe += sum(field.nfe for _, field in parts)
         return torch.stack(estimates) if estimates else self.method.nodes.new_empty(0)
 
     def estimate(
@@ -280,7 +293,7 @@ class TorchTrajectory(Recorded):
 
     def _replay(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step from the state at its start."""
-        stages, field = self._stages(self.method)
+        stages, field = self._stages(self._method_of(n))
         norm = ErrorNorm(self.options.tolerances)
         estimate = self._measure(stages, norm, self.record.times[n], self.record.sizes[n], u)
         self.stats.nfe += field.nfe
@@ -298,13 +311,16 @@ class TorchTrajectory(Recorded):
         """The last attempt, and the stiffness of the last accepted step."""
         rates = {"f(t0, u0)": self.make_field(self.problem)}
         lines = explain_attempt(self.record.last, self.flat_states[0], rates, options, self.problem)
-        radius = self.method.tableau.stability_radius
         sizes = [] if self.record.thinned else self.record.sizes
-        if not sizes or not radius or not torch.isfinite(self.flat_states[-1]).all():
+        if not sizes or not torch.isfinite(self.flat_states[-1]).all():
+            return Explanation(tuple(lines))
+        n, h = len(sizes) - 1, sizes[-1]
+        method = self._method_of(n)
+        radius = method.tableau.stability_radius
+        if not radius:
             return Explanation(tuple(lines))
         with torch.no_grad():
-            stages, _ = self._stages(self.method)
-            n, h = len(sizes) - 1, sizes[-1]
+            stages, _ = self._stages(method)
             eigenvalue = float(stages.stiffness(self.record.times[n], h, self.flat_states[n]))
         product = abs(h) * eigenvalue
         if not math.isfinite(product):
@@ -324,4 +340,4 @@ class TorchTrajectory(Recorded):
 
         tolerances = self.options.tolerances.leading(size)
         options = dataclasses.replace(self.options, tolerances=tolerances)
-        return TorchTrajectory(problem, self.method, load, self.stats, options)
+        return TorchTrajectory(problem, self.methods, load, self.stats, options)

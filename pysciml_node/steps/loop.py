@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.algorithms.controllers import Controller
+from pysciml_node.algorithms.controllers import Controller, StepSizes
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.step import SLIVER, Step
@@ -72,10 +72,12 @@ class Loop(Steps):
         t: where the next step starts.
         stops: where steps have to end, `t1` last.
         passed: how many of these have been reached.
+        sizes: the running state of the controller.
     """
 
     # A step of less than this fraction of the proposed size counts as cut short by a stop.
     whole = 0.9
+    sizes: StepSizes
 
     def __init__(self, u: Tensor, t0: float, t1: float, options: MarchOptions) -> None:
         super().__init__(u)
@@ -106,6 +108,17 @@ class Loop(Steps):
             lands: whether a step of that size ends on the next stop.
         """
 
+    def turn(self, h: float) -> float:
+        """Look at the last attempt, and perhaps go on with another method.
+
+        Args:
+            h: signed size that the next attempt is to have.
+
+        Returns:
+            The size that it shall have.
+        """
+        return h
+
     def accepted(self, step: Step) -> None:
         """Go on behind a step that everyone has seen."""
 
@@ -124,9 +137,10 @@ class Loop(Steps):
     def __iter__(self) -> Iterator[Step]:
         options = self.options
         adaptive = options.controller.adaptive
-        sizes = options.controller.start(self.error_order)
+        self.sizes = options.controller.start(self.error_order)
         h = self.first_size()
         while True:
+            h, sizes = self.turn(h), self.sizes
             size = min(abs(h), options.dtmax)
             proposed = math.copysign(size, self.direction)
             ahead = abs(self.stops[self.passed] - self.t)

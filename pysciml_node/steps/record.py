@@ -25,6 +25,7 @@ class Record:
         sizes: signed step sizes, length `n`.
         errors: scaled error estimates, length `n`.
         stops: for each step the stop it ends on, or `None`.
+        methods: which of the solve's methods took each step, length `n`; empty where it has one.
         inside: for a step, the saved times that lie inside it: their indices and the times.
         at_end: for a state index, the saved times that coincide with it.
         saved: how many of the requested times were reached.
@@ -50,6 +51,11 @@ class Record:
     t1_stop: int = 0
     thinned: bool = False
     fixed: bool = False
+    methods: list[int] = field(default_factory=list)
+
+    def method_of(self, n: int) -> int:
+        """Which of the solve's methods took step `n`."""
+        return self.methods[n] if self.methods else 0
 
     def fractions(self, n: int) -> list[float]:
         """Where the saved times inside step `n` lie in it, from 0 to 1."""
@@ -62,6 +68,7 @@ class Record:
         """Keep the first `count` times, and what was saved up to there."""
         steps = count - 1
         del self.times[count:], self.sizes[steps:], self.errors[steps:], self.stops[steps:]
+        del self.methods[steps:]
         self.inside = {n: kept for n, kept in self.inside.items() if n < steps}
         self.at_end = {n: kept for n, kept in self.at_end.items() if n < count}
         self.saved = sum(len(indices) for indices, _ in self.inside.values())

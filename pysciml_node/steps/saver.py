@@ -61,6 +61,7 @@ class Saver:
         record.sizes.append(step.h)
         record.errors.append(step.error)
         record.stops.append(step.stop)
+        record.methods.append(step.method)
         self.states.append(step.u1)
 
     def _save(self, step: Step) -> None:

@@ -18,7 +18,7 @@ class Step:
     """An accepted step: `u` at `t` to `u1` at `end = t + h` (the stop itself where it ends on one).
 
     `error` is its scaled error estimate (NaN for fixed steps); `stop` says which of the stops
-    it ends on (`len(tstops)` is `t1`), or is `None`.
+    it ends on (`len(tstops)` is `t1`), or is `None`; `method` which of the solve's methods took it.
     """
 
     t: float
@@ -30,6 +30,7 @@ class Step:
     stop: int | None
     time: Real
     size: Real
+    method: int = 0
 
 
 @dataclass

@@ -12,13 +12,14 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.stochastic.solve import SDESolve
-from pysciml_node.tableaus import CoupledTableau, DiagonallyImplicitTableau
+from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.members.engine import batches, solve_batch
 from pysciml_node.torch_engine.solve import ODESolve
 
@@ -30,6 +31,8 @@ LARGEST_IMPLICIT = 2048
 def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
     """Whether this engine has the algorithm, with any controller."""
     del options
+    if isinstance(algorithm, SwitchingMethod):
+        return algorithm.embedded
     return isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod | StochasticRungeKutta)
 
 
@@ -40,7 +43,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             f"{algorithm!r} is not an algorithm of the torch engine.\n"
             '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
         )
-    if isinstance(algorithm, ImplicitMethod):
+    if isinstance(algorithm, ImplicitMethod | SwitchingMethod):
         return _refusal_implicit(problem, algorithm, options)
     if isinstance(problem, ODEProblem) and problem.mass_matrix is not None:
         return "mass matrices need an implicit method.\n  Use Rodas5P()."
@@ -53,7 +56,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
 
 
 def _refusal_implicit(
-    problem: Problem, algorithm: ImplicitMethod, options: SolveOptions
+    problem: Problem, algorithm: ImplicitMethod | SwitchingMethod, options: SolveOptions
 ) -> str | None:
     """Why this engine cannot take an implicit method, with the remedy; `None` when it can."""
     name, size = type(algorithm).__name__, sum(problem.spec.sizes)
@@ -74,7 +77,7 @@ def _refusal_implicit(
             '  Use engine="julia" (FBDF() for large systems), or an EnsembleProblem of its rows.'
         )
     mass = isinstance(problem, ODEProblem) and problem.mass_matrix is not None
-    if mass and isinstance(algorithm.tableau, DiagonallyImplicitTableau | CoupledTableau):
+    if mass and not all(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus):
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
@@ -91,7 +94,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         assert isinstance(algorithm, StochasticRungeKutta)
         return SDESolve(problem, algorithm, options, NAME).solution()
     assert isinstance(problem, ODEProblem)
-    assert isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod)
+    assert isinstance(algorithm, OneStepMethod)
     if options.compile:
         # Emitters and translation are imported when a solve asks for them.
         from pysciml_node.torch_engine.native.engine import attempt_native

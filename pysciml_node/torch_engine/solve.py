@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,9 +13,8 @@ from pysciml_node.algorithms.adjoints import (
     DirectAdjoint,
     DiscreteAdjoint,
 )
-from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
@@ -42,7 +42,7 @@ from pysciml_node.torch_engine.end_times import (
     requires,
 )
 from pysciml_node.torch_engine.event_search import EventSearch
-from pysciml_node.torch_engine.march import March
+from pysciml_node.torch_engine.switching import march_of
 
 
 class ODESolve(Solve):
@@ -53,13 +53,15 @@ class ODESolve(Solve):
     def __init__(
         self,
         problem: ODEProblem,
-        algorithm: ExplicitRungeKutta | ImplicitMethod,
+        algorithm: OneStepMethod,
         options: SolveOptions,
         engine: str,
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
-        self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        self.methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
+        # What any of them does with numbers and times.
+        self.method = self.methods[0]
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
         self.u0 = spec.flatten(problem.u0).clone()
         self.surroundings: Surroundings
@@ -74,7 +76,7 @@ class ODESolve(Solve):
     def trajectory(self, outcome: Outcome) -> TorchTrajectory:
         return TorchTrajectory(
             self.problem,
-            self.method,
+            self.methods,
             Kept(outcome.record, outcome.states),
             self.stats,
             self.options,
@@ -82,13 +84,17 @@ class ODESolve(Solve):
         )
 
     def march(
-        self, stages: Stages, u0: Tensor, k0: Tensor | None, times: tuple[Tensor, Tensor] | None
+        self,
+        parts: Sequence[Stages],
+        u0: Tensor,
+        k0: Tensor | None,
+        times: tuple[Tensor, Tensor] | None,
     ) -> Outcome:
         """Run the time loop and keep what the options ask for."""
         options, problem = self.options, self.problem
         landings = options.landings(problem.direction)
-        march = March(
-            stages,
+        march = march_of(
+            parts,
             u0,
             problem.t0,
             problem.t1,
@@ -112,7 +118,7 @@ class ODESolve(Solve):
             options.saveat_tensor,
             moving=any(moves(t) for t in problem.tspan),
         )
-        search = EventSearch(options, problem, stages) if options.events else None
+        search = EventSearch(options, problem, march) if options.events else None
         with step_listener(options.progress, problem) as on_step:
             kept = recording() or k0 is not None
             outcome = follow(march, saver, on_step, search, recorded=kept)
@@ -125,27 +131,34 @@ class ODESolve(Solve):
         """Start, stops and end."""
         return (self.problem.t0, *self.options.tstops, self.problem.t1)
 
-    def stages(self, field: FlatFunction) -> Stages:
-        """Stages that are not recorded."""
-        vectors = vectors_like(self.u0, self.method.all_stages)
-        return stages_for(self.method, field, self.marks, vectors, self.problem.mass)
+    def stages(self, field: FlatFunction, recorded: bool = False) -> list[Stages]:
+        """The stages of each method; recorded ones may be differentiated twice."""
+        return [
+            stages_for(
+                method,
+                field,
+                self.marks,
+                RecordedVectors() if recorded else vectors_like(self.u0, method.all_stages),
+                self.problem.mass,
+                derivatives=2 if recorded else 1,
+            )
+            for method in self.methods
+        ]
 
     def plain(self) -> Outcome:
         """Without gradients."""
         field = FlatField(self.problem)
-        stages = self.stages(field)
-        self._watch(stages, field)
-        outcome = self.march(stages, self.u0, None, None)
+        parts = self.stages(field)
+        self._watch(parts[0], field)
+        outcome = self.march(parts, self.u0, None, None)
         self._has_run(field)
         return outcome
 
     def direct(self) -> Outcome:
         """Every operation recorded by autograd."""
         field = FlatField(self.problem)
-        stages = stages_for(
-            self.method, field, self.marks, RecordedVectors(), self.problem.mass, derivatives=2
-        )
-        self._watch(stages, field)
+        parts = self.stages(field, recorded=True)
+        self._watch(parts[0], field)
         times, fixed = None, self._fixed()
         if _wants_time_gradient(self.problem, self.options) and not fixed:
             t0, t1 = (
@@ -155,7 +168,7 @@ class ODESolve(Solve):
             times = (t0.to(self.method.nodes), t1.to(self.method.nodes))
         u0 = from_moving_start(self.problem, field, self.u0) if fixed else self.u0
         with self.surroundings.undisturbed():
-            record, states, saved = self.march(stages, u0, None, times)
+            record, states, saved = self.march(parts, u0, None, times)
         record.fixed = fixed
         if fixed or self.options.saveat_tensor is not None:
             saved = at_moving_ends(
@@ -224,7 +237,7 @@ class ODESolve(Solve):
         adjoint = options.adjoint
         with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
             if isinstance(adjoint, DiscreteAdjoint):
-                gradients = discrete_sweep(field, self.method, backward, self.stats)
+                gradients = discrete_sweep(field, self.methods, backward, self.stats)
             else:
                 gradients = continuous_sweep(field, self.method, options, backward, self.stats)
             if backward.with_times and problem.mass is None:

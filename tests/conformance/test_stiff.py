@@ -61,6 +61,23 @@ def test_van_der_pol(engine: str) -> None:
     torch.testing.assert_close(solution.u1, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "algorithm", [psn.AutoTsit5(), psn.AutoVern7()], ids=lambda a: a.expression
+)
+def test_van_der_pol_by_switching(algorithm: Any, engine: str) -> None:
+    """On its fast time scale, where the explicit method takes the jumps."""
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack((y[1], 1e3 * (1 - y[0] ** 2) * y[1] - y[0]))
+
+    u0 = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    problem = psn.ODEProblem(f, u0, (0.0, 2000.0))
+    with torch.no_grad():
+        solution = psn.solve(problem, algorithm, rtol=1e-6, atol=1e-8, engine=engine)
+    expected = torch.tensor([0.1706167732170483e1, -0.8928097010247975e-3], dtype=torch.float64)
+    torch.testing.assert_close(solution.u1, expected, rtol=1e-5, atol=0)
+
+
 def test_hires(engine: str) -> None:
     """High irradiance responses of photomorphogenesis; the test set's reference solution."""
     u0 = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0.0057], dtype=torch.float64)

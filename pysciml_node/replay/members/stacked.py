@@ -159,7 +159,7 @@ class StackedMembers:
         states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
         trajectory = TorchTrajectory(
             problem,
-            Method.of(self.algorithm.tableau, spec.dtype, spec.device),
+            Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device),
             Kept(record, states),
             stats,
             options,

@@ -144,9 +144,9 @@ class FlownSolve(Solve):
 
     def _trajectory(self, load: _Steps | Kept) -> TorchTrajectory:
         spec = self.problem.spec
-        method = Method.of(self.algorithm.tableau, spec.dtype, spec.device)
+        methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
-            self.problem, method, load, self.stats, self.options, surroundings=self.surroundings
+            self.problem, methods, load, self.stats, self.options, surroundings=self.surroundings
         )
 
     @override
