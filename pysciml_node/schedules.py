@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from pysciml_node import checks
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
@@ -49,11 +47,11 @@ class Schedule(checks.Configured, ABC):
         """Whether `observe` does anything."""
         return type(self).observe is not Schedule.observe
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What has become of the schedule, beside the step number; nothing for most."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         return
 
@@ -102,11 +100,11 @@ class Scaled(Schedule):
         """Value at `step`."""
         return self.factor * self.schedule(step)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """That of the other schedule."""
         return self.schedule.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.schedule.load_state_dict(state)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pysciml_node import checks, plot
 from pysciml_node.budgets.control import Average, DualWeight
@@ -280,7 +279,7 @@ class Budget(Schedule):
         """
         return plot.budget(self.history, axes=axes)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the weight goes on, and the history.
 
         It is part of the `state_dict` of regularizers, and so of models.
@@ -296,10 +295,11 @@ class Budget(Schedule):
         ]
         return {
             "control": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
-            "history": self.history.tensor(),
+            # Not a tensor: a distributed checkpoint loads tensors into those of equal shape.
+            "history": self.history.tensor().tolist(),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self._reset()
         numbers = iter(state["control"].tolist())
@@ -310,7 +310,7 @@ class Budget(Schedule):
         for average in self._averages():
             average.restore([next(numbers), next(numbers)])
         self._round = _Round.of(list(numbers))
-        self.history.restore(state["history"])
+        self.history.restore(torch.as_tensor(state["history"], dtype=torch.float64))
 
     def _averages(self) -> tuple[Average, ...]:
         times = (self._violation, self._before)
