@@ -1,18 +1,23 @@
-"""What MkDocs does to a page: pictures from the page's own code, and formulas without scripts.
+"""What MkDocs does to a page: its code is run, and formulas become markup without scripts.
 
-A block of Python that is marked `{.picture alt="..."}` ends with a figure. The page's blocks are
-run in order, as the tests run them, and the figure stands below its block, once for each palette.
+The blocks of Python are run in order, as the tests run them. What a block prints stands below it.
+One that is marked `{.picture alt="..."}` ends with a figure, which stands there too, once for each
+palette. A tutorial is a notebook too, from the same run. The gallery shows all figures.
 Formulas become MathML, which browsers draw themselves; so nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +29,106 @@ FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</(?P=tag)>',
     re.DOTALL,
 )
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)]*\.md[^)]*\)")
 INKS = {"light": "#222222", "dark": "#e0e0e0"}
+GALLERY = "<!-- the pictures of all pages -->"
+
+
+@dataclass
+class Run:
+    """The blocks of one page, run one after the other.
+
+    Args:
+        source: the page's file, for tracebacks.
+        pictures: the folder of the figures.
+    """
+
+    source: str
+    pictures: Path
+    made: list[tuple[str, str]] = field(default_factory=list)  # name and alt text of each figure
+    cells: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = Path(self.source).stem
+        self.namespace: dict[str, Any] = {"__name__": f"docs_{self.name}"}
+
+    def text(self, markdown: str) -> str:
+        """Text between blocks. A notebook has no other pages, so their links are taken off."""
+        if stripped := LINK.sub(r"\1", markdown).strip():
+            self.cells.append(_cell("markdown", stripped))
+        return markdown
+
+    def block(self, code: str, mark: str, root: str) -> str:
+        """Run a block, and return it with what it prints and draws."""
+        shown = f"```python\n{code}```"
+        picture = PICTURE.fullmatch(mark)
+        if mark and picture is None:
+            self.cells.append(_cell("markdown", shown))
+            return shown
+        with _elsewhere() as printed:
+            exec(compile(code, self.source, "exec"), self.namespace)
+        outputs: list[dict[str, Any]] = []
+        if text := printed.getvalue():
+            outputs.append({"output_type": "stream", "name": "stdout", "text": text})
+            shown += f"\n\n```text\n{text.rstrip()}\n```"
+        if picture is not None:
+            outputs.append(_display(picture["alt"]))
+            shown += f"\n\n{self._draw(picture['alt'], root)}"
+        self.cells.append(_cell("code", code.rstrip(), outputs=outputs, execution_count=None))
+        return shown
+
+    def _draw(self, alt: str, root: str) -> str:
+        """Save the current figure in both palettes."""
+        name = f"{self.name}-{len(self.made) + 1}"
+        self.made.append((name, alt))
+        for palette, ink in INKS.items():
+            _save(self.pictures / f"{name}-{palette}.svg", ink)
+        _pyplot().close("all")
+        return _images(name, alt, root)
+
+    def notebook(self) -> str:
+        """The page as a notebook of Jupyter, format 4.5."""
+        for number, cell in enumerate(self.cells):
+            cell["id"] = f"{self.name}-{number}"
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = {
+            "cells": self.cells,
+            "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        }
+        return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+RUNS: dict[str, Run] = {}  # by the address of the page
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Take the marks off blocks of code, and put a picture below each that makes one."""
+    """Run the blocks of a page, and put what they print and draw below them."""
     del files
-    if not PICTURE.search(markdown):
-        return BLOCK.sub(lambda block: f"```python\n{block['code']}```", markdown)
-    name = Path(page.file.src_uri).stem
-    folder = Path(config["site_dir"]) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    root = "../" * page.url.count("/") + "pictures"
-    namespace: dict[str, Any] = {"__name__": f"docs_{name}"}
-    count = 0
-
-    def replaced(block: re.Match[str]) -> str:
-        nonlocal count
-        code, mark = block["code"], block["mark"] or ""
-        text = f"```python\n{code}```"
-        picture = PICTURE.fullmatch(mark)
-        if mark and picture is None:
-            return text
-        with _elsewhere():
-            exec(compile(code, page.file.src_uri, "exec"), namespace)
-        if picture is None:
-            return text
-        count += 1
-        for palette, ink in INKS.items():
-            _save(folder / f"{name}-{count}-{palette}.svg", ink)
-        _close()
-        images = (
-            f'<img alt="{picture["alt"]}" src="{root}/{name}-{count}-{palette}.svg#only-{palette}">'
-            for palette in INKS
-        )
-        return "\n\n".join((text, "\n".join(images)))
-
-    return BLOCK.sub(replaced, markdown)
+    if not BLOCK.search(markdown):
+        return markdown
+    site = Path(config["site_dir"])
+    (site / "pictures").mkdir(parents=True, exist_ok=True)
+    run = RUNS[page.url] = Run(page.file.src_uri, site / "pictures")
+    root, end, shown = _root(page), 0, []
+    for block in BLOCK.finditer(markdown):
+        shown.append(run.text(markdown[end : block.start()]))
+        shown.append(run.block(block["code"], block["mark"] or "", root))
+        end = block.end()
+    shown.append(run.text(markdown[end:]))
+    if page.file.src_uri.startswith("tutorials/"):
+        (site / "tutorials").mkdir(exist_ok=True)
+        (site / "tutorials" / f"{run.name}.ipynb").write_text(run.notebook(), encoding="utf-8")
+        link = f'<a class="md-button" href="../{run.name}.ipynb" download>Notebook</a>'
+        title, rest = "".join(shown).split("\n", 1)
+        return f"{title}\n\n{link}\n{rest}"
+    return "".join(shown)
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
     """Turn formulas into MathML."""
     del page, config, files
-    from html import unescape
-
     from latex2mathml.converter import convert
 
     def replaced(formula: re.Match[str]) -> str:
@@ -77,26 +138,70 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
     return FORMULA.sub(replaced, html)
 
 
+def on_page_context(context: Any, *, page: Any, config: Any, nav: Any) -> Any:
+    """Fill the gallery, now that all pages have been run."""
+    del config, nav
+    if GALLERY in (page.content or ""):
+        root = _root(page)
+        figures = (
+            f'<figure><a href="{root}{url}">{_images(name, alt, root)}</a>'
+            f"<figcaption>{escape(alt)}</figcaption></figure>"
+            for url, run in RUNS.items()
+            for name, alt in run.made
+        )
+        page.content = page.content.replace(GALLERY, "\n".join(figures))
+    return context
+
+
+def _root(page: Any) -> str:
+    """The way from a page to the site's root."""
+    return "../" * page.url.count("/")
+
+
+def _images(name: str, alt: str, root: str) -> str:
+    return "\n".join(
+        f'<img alt="{escape(alt)}" src="{root}pictures/{name}-{palette}.svg#only-{palette}">'
+        for palette in INKS
+    )
+
+
+def _cell(kind: str, source: str, **more: Any) -> dict[str, Any]:
+    return {"cell_type": kind, "metadata": {}, "source": source, **more}
+
+
 @contextlib.contextmanager
-def _elsewhere() -> Iterator[None]:
-    """A folder of its own for what the code of a page writes; what it prints is dropped."""
-    before = Path.cwd()
+def _elsewhere() -> Iterator[io.StringIO]:
+    """A folder of its own for what the code of a page writes, and what it prints."""
+    before, printed = Path.cwd(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
+            with contextlib.redirect_stdout(printed):
+                yield printed
         finally:
             os.chdir(before)
 
 
+def _pyplot() -> Any:
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _display(alt: str) -> dict[str, Any]:
+    """The current figure as the output of a notebook's cell."""
+    image = io.BytesIO()
+    _pyplot().gcf().savefig(image, format="png", dpi=70, bbox_inches="tight")
+    data = {"image/png": base64.b64encode(image.getvalue()).decode(), "text/plain": alt}
+    return {"output_type": "display_data", "data": data, "metadata": {}}
+
+
 def _save(path: Path, ink: str) -> None:
     """Write the current figure with lines and letters of one color, on nothing."""
-    from matplotlib import pyplot
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-    figure = pyplot.gcf()
+    figure = _pyplot().gcf()
     for text in figure.findobj(Text):
         text.set_color(ink)
     for axes in figure.findobj(Axes):
@@ -107,9 +212,3 @@ def _save(path: Path, ink: str) -> None:
         if (legend := axes.get_legend()) is not None:
             legend.get_frame().set_alpha(0)
     figure.savefig(path, transparent=True, bbox_inches="tight")
-
-
-def _close() -> None:
-    from matplotlib import pyplot
-
-    pyplot.close("all")

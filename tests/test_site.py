@@ -1,0 +1,76 @@
+"""What the site makes of a page: outputs, pictures, a notebook, and a gallery of all pictures."""
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+HOOKS = Path(__file__).parents[1] / "site" / "hooks.py"
+PAGE = """# A title
+
+Text with [a link](../regularizers.md).
+
+```python
+x = 2
+print(x + 1)
+```
+```python {.no-run}
+1 / 0
+```
+```python {.picture alt="A line that \\"rises\\""}
+from matplotlib import pyplot as plt
+
+plt.plot([0, x])
+```
+
+The end.
+""".replace('\\"', "")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    hooks = runpy.run_path(str(HOOKS))
+    page = SimpleNamespace(
+        file=SimpleNamespace(src_uri="tutorials/lines.md"), url="tutorials/lines/", content=""
+    )
+    config = {"site_dir": str(tmp_path)}
+    text = hooks["on_page_markdown"](PAGE, page=page, config=config, files=None)
+    return SimpleNamespace(hooks=hooks, text=text, folder=tmp_path)
+
+
+def test_a_page_shows_what_its_code_prints_and_draws(site):
+    assert "```text\n3\n```" in site.text
+    assert "1 / 0" in site.text
+    assert "{." not in site.text  # no marks are left
+    for palette in ("light", "dark"):
+        assert (site.folder / "pictures" / f"lines-1-{palette}.svg").stat().st_size > 1000
+        assert f'src="../../pictures/lines-1-{palette}.svg#only-{palette}"' in site.text
+
+
+def test_a_tutorial_is_a_notebook_from_the_same_run(site):
+    notebook = json.loads((site.folder / "tutorials" / "lines.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    kinds = [cell["cell_type"] for cell in cells]
+    assert kinds == ["markdown", "code", "markdown", "code", "markdown"]
+    assert cells[0]["source"] == "# A title\n\nText with a link."
+    assert cells[1]["outputs"] == [{"output_type": "stream", "name": "stdout", "text": "3\n"}]
+    (shown,) = cells[3]["outputs"]
+    assert shown["data"]["text/plain"] == "A line that rises"
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    namespace = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(cell["source"], namespace)  # the cells run in a place of their own
+    assert 'href="../lines.ipynb"' in site.text
+
+
+def test_the_gallery_shows_every_picture_and_leads_to_its_page(site):
+    page = SimpleNamespace(url="gallery/", content=f"<p>{site.hooks['GALLERY']}</p>")
+    site.hooks["on_page_context"]({}, page=page, config=None, nav=None)
+    assert '<a href="../tutorials/lines/">' in page.content
+    assert 'src="../pictures/lines-1-dark.svg#only-dark"' in page.content
+    assert "<figcaption>A line that rises</figcaption>" in page.content
