@@ -12,7 +12,6 @@ import base64
 import contextlib
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +50,7 @@ class Run:
     def __post_init__(self) -> None:
         self.name = Path(self.source).stem
         self.namespace: dict[str, Any] = {"__name__": f"docs_{self.name}"}
+        self.folder = tempfile.TemporaryDirectory()  # for what the code of the page writes
 
     def text(self, markdown: str) -> str:
         """Text between blocks. A notebook has no other pages, so their links are taken off."""
@@ -65,7 +65,7 @@ class Run:
         if mark and picture is None:
             self.cells.append(_cell("markdown", shown))
             return shown
-        with _elsewhere() as printed:
+        with _inside(self.folder.name) as printed:
             exec(compile(code, self.source, "exec"), self.namespace)
         outputs: list[dict[str, Any]] = []
         if text := printed.getvalue():
@@ -170,16 +170,10 @@ def _cell(kind: str, source: str, **more: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _elsewhere() -> Iterator[io.StringIO]:
-    """A folder of its own for what the code of a page writes, and what it prints."""
-    before, printed = Path.cwd(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            with contextlib.redirect_stdout(printed):
-                yield printed
-        finally:
-            os.chdir(before)
+def _inside(folder: str) -> Iterator[io.StringIO]:
+    """Work in a folder; gives what is printed there."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield printed
 
 
 def _pyplot() -> Any:
