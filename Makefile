@@ -12,11 +12,12 @@ BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck bench docs clean
+.PHONY: help demo test coverage lint format typecheck bench docs clean
 
 help:
 	@echo "make demo       train the digits classifier with and without regularization (runs/demo)"
 	@echo "make test       run the tests"
+	@echo "make coverage   run the tests and count what they run of the package"
 	@echo "make lint       check style; make format applies it"
 	@echo "make typecheck  check types"
 	@echo "make bench      time solvers against their peers"
@@ -48,6 +49,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(INSTALLED)
+	$(PIP) install -q 'pytest-cov>=6'
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import pysciml_node
 from pysciml_node.errors import EngineUnavailable, SolverFailure
@@ -66,22 +67,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = {}
-    for command in COMMANDS:
-        subparser = commands.add_parser(
-            command.name,
-            help=command.help,
-            description=command.help[0].upper() + command.help[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        if words[:1] == [command.name]:
-            chosen[command.name] = importlib.import_module(command.module)
-            chosen[command.name].add_arguments(subparser)
-    arguments = parser.parse_args(words)
     try:
+        for command in COMMANDS:
+            subparser = commands.add_parser(
+                command.name,
+                help=command.help,
+                description=command.help[0].upper() + command.help[1:] + ".",
+                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            )
+            if words[:1] == [command.name]:
+                chosen[command.name] = _module(command)
+                chosen[command.name].add_arguments(subparser)
+        arguments = parser.parse_args(words)
         return int(chosen[arguments.command].run(arguments))
     except (ImportError, OSError, ValueError, EngineUnavailable, SolverFailure) as error:
-        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
+        print(f"{parser.prog} {words[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _module(command: Command) -> ModuleType:
+    """The module that runs a command."""
+    try:
+        return importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("pysciml_node.experiments"):
+            raise
+        raise ImportError(
+            "the experiments are in the source of the package, not in its wheel.\n"
+            f"  Run it in a checkout: make {command.name}"
+        ) from None

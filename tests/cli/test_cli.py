@@ -119,3 +119,12 @@ def test_doctor_shows_the_libraries_of_native_code_and_clears_them(tmp_path, mon
     cli.main(["doctor", "--clear-native"])
     assert f"0 libraries, 0.0 MB in {tmp_path}, 2 removed\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_demonstration_is_not_in_a_wheel(monkeypatch, capsys):
+    """As an installed wheel answers, which has no experiments."""
+    for name in [name for name in sys.modules if name.startswith("pysciml_node.experiments")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pysciml_node.experiments", None)
+    assert cli.main(["demo"]) == 1
+    assert "not in its wheel.\n  Run it in a checkout: make demo" in capsys.readouterr().err

@@ -53,6 +53,16 @@ def test_the_wheel_holds_the_julia_package(built):
     assert not any("Manifest" in name for name in names)
 
 
+def test_the_wheel_holds_what_users_import_and_no_experiments(built):
+    names = {n for n in zipfile.ZipFile(built[0]).namelist() if n.endswith(".py")}
+    sources = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "pysciml_node").rglob("*.py")
+        if "experiments" not in file.parts
+    }
+    assert names == sources
+
+
 def test_the_source_distribution_holds_it_too(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
