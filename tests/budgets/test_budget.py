@@ -186,7 +186,8 @@ def test_rows_with_steps_of_their_own_hold_a_budget_of_their_mean(compile: bool)
     with torch.no_grad():
         plain = node.eval()(points(4)).stats.nfe
     assert budget.history.cost == [plain / 4] * 2
-    assert budget.history.penalty[0] > 0 and budget.weight > 0
+    assert budget.history.penalty[0] > 0
+    assert budget.weight > 0
     weighted = budget.weight * solution.penalties["LocalError"]
     assert torch.equal(solution.penalty, weighted)
 
