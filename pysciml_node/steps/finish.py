@@ -68,7 +68,10 @@ class Solve(ABC):
 
     def solution(self) -> Solution:
         """Run it; a failed solve is returned like any other."""
-        outcome = self.run()
+        return self.looked_through(self.run())
+
+    def looked_through(self, outcome: Outcome) -> Solution:
+        """The solution of steps that are looked at once, for what is not finite in them."""
         record, states, saved = outcome
         check_finite(record, states, self.watched)
         self.stats.naccept, self.stats.nreject = record.naccept, record.nreject

@@ -38,7 +38,7 @@ from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
-from pysciml_node.torch_engine.native.run import Flight, Swept, fly, sweep_back
+from pysciml_node.torch_engine.native.run import Flight, Swept, departure_of, fly, sweep_back
 from pysciml_node.translation.export import translate
 
 S = TypeVar("S")
@@ -151,16 +151,15 @@ class FlownSolve(Solve):
 
     @override
     def solution(self) -> Solution:
-        if not self.watched:
-            return super().solution()
-        # Where nothing looks at the steps they stay as they are.
         flight, last = self.flown()
+        steps = self._steps(flight, last)
+        if not (self.watched or flight.finite):
+            return self.looked_through(Outcome(*steps(), flight.saved))
+        # Where nothing looks at the steps they stay as they are.
         self.stats.naccept, self.stats.nreject = len(flight.ends), flight.nreject
-        times: Sequence[float] | Tensor = ()
-        if self.options.saveat is None:
-            times = flight.times(self.problem.t0)
+        times = () if flight.times is None else flight.times
         ending = Ending(flight.retcode, times, last, flight.saved)
-        return self.finish(ending, self._trajectory(self._steps(flight, last)))
+        return self.finish(ending, self._trajectory(steps))
 
 
 class NativeSolve(FlownSolve):
@@ -181,25 +180,21 @@ class NativeSolve(FlownSolve):
         seen = Surroundings({"f": problem.f, "p": problem.p})
         super().__init__(problem, algorithm, options, engine, seen)
 
-    def fly(self, u0: Tensor) -> Flight:
-        """Solve forward."""
+    def fly(self, u0: Tensor) -> tuple[Flight, Tensor]:
+        """Solve forward from a flat state, contiguous and the solve's own."""
         options, problem, library = self.options, self.problem, self.library
-        # An alias could be changed in place before it is replayed.
-        start = u0.detach().clone(memory_format=torch.contiguous_format)
         packed = library.pack(self.parameters)
+        departure = departure_of(library, problem, options, self.algorithm.tableau.error_order)
         with step_listener(options.progress, problem) as on_step:
             told = None if on_step is None else _turns(on_step)
-            flight = fly(
-                library, problem, options, self.algorithm.tableau.error_order, start, packed, told
-            )
+            flight, last = fly(library, departure, u0, packed, told)
         self.stats.nfe = flight.nfe
-        return flight
+        return flight, last
 
     @override
     def flown(self) -> tuple[Flight, Tensor]:
         if not torch.is_grad_enabled():
-            flight = self.fly(self.u0)
-            return flight, flight.ends[-1] if len(flight.ends) else self.u0
+            return self.fly(self.library.lying(self.u0))
         t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
         keep: list[Flight] = []
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
@@ -231,14 +226,16 @@ class _Node(torch.autograd.Function):
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        flight = solve.fly(u0)
+        # An alias could be changed in place before it is replayed.
+        start = u0.detach().clone(memory_format=torch.contiguous_format)
+        flight, last = solve.fly(start)
         keep.append(flight)
         # Without the outputs, which hold on to this node.
         nothing = u0.new_empty(0)
         ctx.solve, ctx.flight = solve, dataclasses.replace(flight, ends=nothing, saved=nothing)
         ctx.save_for_backward(flight.ends, u0, t0, t1, saveat, *parameters)
         ctx.set_materialize_grads(False)
-        return flight.saved, flight.ends, (flight.ends[-1] if len(flight.ends) else u0).clone()
+        return flight.saved, flight.ends, last
 
     @staticmethod
     @override

@@ -43,13 +43,14 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "gamma qmin qmax"),
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved steps places"),
+        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved final times steps places"),
         ("room", _INTEGER),
         ("memory", _POINTER),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
-        *_fields(_INTEGER, "status started known next_stop accepted rejected evaluations reached"),
+        *_fields(_INTEGER, "status started known next_stop accepted rejected"),
+        *_fields(_INTEGER, "evaluations reached finite"),
     )
 
 
@@ -164,6 +165,7 @@ class Library(Code):
     Attributes:
         size: entries of the state.
         cost: multiplications of an evaluation.
+        departures: how solves of it begin, by their options.
     """
 
     def __init__(self, program: Program, method: Method, dtype: torch.dtype) -> None:
@@ -177,6 +179,7 @@ class Library(Code):
         self.march_memory = (stages + 4) * row + work
         self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
         self.scratch = bars
+        self.departures: dict[int, Any] = {}
         self._places = [
             (offset, _length(parameter.shape))
             for parameter, offset in zip(program.parameters, emitted.offsets, strict=True)

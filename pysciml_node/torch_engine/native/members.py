@@ -223,6 +223,8 @@ class NativeMembers:
             nfe=int(counts[EVALUATIONS]),
             nreject=int(counts[REJECTED]),
             last=None,
+            finite=bool(torch.isfinite(last[m]).all()),
+            times=self._times(problem, first, behind),
         )
         stats = Stats(
             **{name: int(self.count(name)[m]) for name in (*_COLUMNS, *_SWEPT)},
@@ -234,6 +236,13 @@ class NativeMembers:
         member = _Member(problem, self.algorithm, options, self.engine, seen)
         member.stats, member.flight, member.last = stats, flight, last[m]
         return member.solution()
+
+    def _times(self, problem: ODEProblem, first: int, behind: int) -> Tensor | None:
+        """The start and the ends of a member's steps, where no times were asked for."""
+        if self.solve.options.times is not None:
+            return None
+        ends = self.flights.steps[first:behind, 0]
+        return torch.cat((ends.new_tensor((problem.t0,)), ends))
 
     def children(self) -> list[Any]:
         """The tensors with a graph."""

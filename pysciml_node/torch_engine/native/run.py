@@ -37,6 +37,8 @@ RETCODES = {
 TURN = 0.05
 # Entries of step states that room is made for at first.
 _FIRST_ROOM = 1 << 16
+# Departures that are kept of a library.
+_MOST_DEPARTURES = 16
 
 
 @dataclass
@@ -55,6 +57,8 @@ class Flight:
         nfe: evaluations.
         nreject: rejected steps.
         last: of a failed solve, the last attempt.
+        finite: whether the last state is, and so all of them are.
+        times: the start and the ends of the steps, `(n + 1,)`; `None` where times were asked for.
     """
 
     u0: Tensor
@@ -68,13 +72,8 @@ class Flight:
     nfe: int
     nreject: int
     last: Attempt | None
-
-    def times(self, t0: float) -> Tensor:
-        """The start and the ends of the steps, `(n + 1,)`."""
-        times = self.steps.new_empty(len(self.steps) + 1)
-        times[0] = t0
-        times[1:] = self.steps[:, 0]
-        return times
+    finite: bool
+    times: Tensor | None
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
@@ -130,110 +129,167 @@ def set_control(request: Any, controller: Controller, error_order: float) -> tup
     return 1.0, 1.0
 
 
-def _tolerance(request: SolveRequest, options: SolveOptions, like: Tensor) -> tuple[Tensor, ...]:
-    """Put the tolerances into a request; returns what has to be kept alive."""
-    norm = ErrorNorm(options.tolerances)
-    request.driven, request.factor = norm.size, norm.factor
-    request.shift = -1.0 if norm.shift is None else norm.shift
-    if norm.shift is not None:
-        return ()
-    rows = tuple(
-        torch.as_tensor(x).detach().to(like).expand(norm.size).contiguous()
-        for x in (norm.rtol, norm.atol)
-    )
-    request.rtol, request.atol = (row.data_ptr() for row in rows)
-    return rows
-
-
-def fly(
-    library: Library,
-    problem: ODEProblem,
-    options: SolveOptions,
-    error_order: float,
-    u0: Tensor,
-    packed: Tensor,
-    on_turn: Callable[[float, float, int], None] | None,
-) -> Flight:
-    """Solve forward.
+class Departure:
+    """What solves of the same options begin with: a request that lacks only its tensors.
 
     Args:
         library: the field and the method.
         problem: for the interval.
         options: of the solve.
         error_order: of the method, for the controller.
+
+    Attributes:
+        marks: tstops, for C.
+    """
+
+    def __init__(
+        self, library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
+    ) -> None:
+        self.options, self.free = options, _ends_move(problem)
+        self.interval = problem.t0, problem.t1
+        t0, t1 = self.interval
+        landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
+        self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
+        self._stops = (ctypes.c_double * len(landings))(*landings)
+        self._saves = (ctypes.c_double * max(len(times), 1))(*times)
+        self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self._request = request = SolveRequest(
+            t0=t0,
+            t1=t1,
+            dt0=math.nan if options.dt0 is None else options.dt0,
+            dtmin=options.dtmin,
+            dtmax=options.dtmax,
+            max_steps=options.max_steps,
+            mark_count=len(self.marks),
+            stop_count=len(landings),
+            save_count=len(times),
+            moving=options.saveat_tensor is not None,
+            free=self.free,
+            marks=ctypes.addressof(self.marks),
+            stops=ctypes.addressof(self._stops),
+            saves=ctypes.addressof(self._saves),
+            seconds=TURN,
+        )
+        request.history[:] = set_control(request, options.controller, error_order)
+        self._tolerances = self._set_tolerances(library.dtype)
+
+    def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Put the tolerances into the request; returns what has to be kept alive."""
+        norm, request = ErrorNorm(self.options.tolerances), self._request
+        request.driven, request.factor = norm.size, norm.factor
+        request.shift = -1.0 if norm.shift is None else norm.shift
+        if norm.shift is not None:
+            return ()
+        rows = tuple(
+            torch.as_tensor(x).detach().to("cpu", dtype).expand(norm.size).contiguous()
+            for x in (norm.rtol, norm.atol)
+        )
+        request.rtol, request.atol = (row.data_ptr() for row in rows)
+        return rows
+
+    @property
+    def lasting(self) -> bool:
+        """Whether other solves may depart in the same way: no tensor of this one is in it."""
+        return self.options.saveat_tensor is None and not self._tolerances
+
+    def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
+        """Whether it is how a solve departs."""
+        return (
+            self.options is options
+            and self.interval == (problem.t0, problem.t1)
+            and self.free == _ends_move(problem)
+        )
+
+    def request(self) -> SolveRequest:
+        """A request of a solve's own."""
+        return SolveRequest.from_buffer_copy(self._request)
+
+
+def _ends_move(problem: ODEProblem) -> bool:
+    """Whether an end of the interval receives a gradient."""
+    return any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan)
+
+
+def departure_of(
+    library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
+) -> Departure:
+    """How a solve departs, worked out once for options that are the same object."""
+    known: dict[int, Departure] = library.departures
+    departure = known.get(id(options))
+    if departure is None or not departure.serves(problem, options):
+        departure = Departure(library, problem, options, error_order)
+        if departure.lasting:
+            if len(known) >= _MOST_DEPARTURES:
+                known.clear()
+            known[id(options)] = departure
+    return departure
+
+
+def fly(
+    library: Library,
+    departure: Departure,
+    u0: Tensor,
+    packed: Tensor,
+    on_turn: Callable[[float, float, int], None] | None,
+) -> tuple[Flight, Tensor]:
+    """Solve forward: what it leaves, and the state `(N,)` that it got to.
+
+    Args:
+        library: the field and the method.
+        departure: what to solve, and how.
         u0: flat, detached and contiguous.
         packed: the field's parameters.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
-    size, times = library.size, options.saveat or ()
-    landings = (*options.landings(problem.direction), problem.t1)
-    stops_at = (ctypes.c_double * len(landings))(*landings)
-    marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
-    saves = (ctypes.c_double * max(len(times), 1))(*times)
-    room = max(4, min(64, _FIRST_ROOM // size))
-    ends, steps = (
-        u0.new_empty((room, size)),
-        torch.empty((room, 4), dtype=torch.float64, device="cpu"),
-    )
-    saved = u0.new_empty((len(times), size))
-    places = torch.empty((len(times), 2), dtype=torch.float64, device="cpu")
-    request = SolveRequest(
-        t0=problem.t0,
-        t1=problem.t1,
-        dt0=math.nan if options.dt0 is None else options.dt0,
-        dtmin=options.dtmin,
-        dtmax=options.dtmax,
-        max_steps=options.max_steps,
-        mark_count=len(marks),
-        stop_count=len(landings),
-        save_count=len(times),
-        moving=options.saveat_tensor is not None,
-        free=any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan),
-        marks=ctypes.addressof(marks),
-        stops=ctypes.addressof(stops_at),
-        saves=ctypes.addressof(saves),
-        u0=u0.data_ptr(),
-        packed=packed.data_ptr(),
-        saved=saved.data_ptr(),
-        places=places.data_ptr(),
-        seconds=TURN,
-    )
-    request.history[:] = set_control(request, options.controller, error_order)
-    kept = _tolerance(request, options, u0)
-    status, last = FULL, None
+    request, size, room = departure.request(), library.size, departure.room
+    count = request.save_count
+    ends = u0.new_empty((room, size))
+    steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
+    final, saved = u0.new_empty(size), u0.new_empty((count, size))
+    places = torch.empty((count, 2), dtype=torch.float64, device="cpu")
+    times = None if departure.options.saveat is not None else u0.new_empty(room + 1)
+    request.u0, request.packed, request.final = u0.data_ptr(), packed.data_ptr(), final.data_ptr()
+    request.saved, request.places = saved.data_ptr(), places.data_ptr()
+    last = None
     with library.memory(library.march_memory) as memory:
         request.memory = memory.data_ptr()
+        status = FULL
         while status in (RUNNING, FULL):
             if status == FULL:
                 if request.accepted == room:
                     room *= 2
-                    ends, steps = (_longer(x, room) for x in (ends, steps))
+                    ends, steps = _longer(ends, room), _longer(steps, room)
+                    times = None if times is None else _longer(times, room + 1)
                 request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
+                request.times = None if times is None else times.data_ptr()
             status = library.march(request)
             if on_turn is not None:
                 on_turn(request.t, request.last_h, request.accepted)
         retcode = RETCODES[status]
         if not retcode.successful and request.last_h:
             last = _last_attempt(library, request, memory)
-    del kept
-    count, reached = request.accepted, request.reached
+    accepted, reached = request.accepted, request.reached
     # In place: a view would keep what is not needed of the room in sight.
-    ends, steps = ends.resize_(count, size), steps.resize_(count, 4)
-    if reached < len(times):
+    ends, steps = ends.resize_(accepted, size), steps.resize_(accepted, 4)
+    times = None if times is None else times.resize_(accepted + 1)
+    if reached < count:
         saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
-    return Flight(
+    flight = Flight(
         u0,
         packed,
         ends,
         steps,
         saved,
         places,
-        marks,
+        departure.marks,
         retcode,
         request.evaluations,
         request.rejected,
         last,
+        bool(request.finite),
+        times,
     )
+    return flight, final
 
 
 def _longer(rows: Tensor, room: int) -> Tensor:
