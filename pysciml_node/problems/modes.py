@@ -34,6 +34,15 @@ _UNCOMPILED = "the steps of a solve depend on values: it runs uncompiled"
 _FUNCTIONS = ("f", "drift", "diffusion")
 
 
+def _default_device() -> torch.device | None:
+    """Where new tensors are made, or `None` on the CPU."""
+    # Torch asks in Python, and at length; a default device is one of its function modes.
+    if not torch._C._len_torch_function_stack():
+        return None
+    default = torch.get_default_device()
+    return None if default.type == "cpu" else default
+
+
 @dataclass(frozen=True)
 class Surrounding:
     """The modes of a place in a program that matter to a field.
@@ -53,10 +62,8 @@ class Surrounding:
         """That of the caller, or `None` where nothing is out of the ordinary."""
         kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        default = torch.get_default_device()
-        if autocast is None and default.type == "cpu":
-            return None
-        return cls(kind, autocast, None if default.type == "cpu" else default)
+        default = _default_device()
+        return None if autocast is None and default is None else cls(kind, autocast, default)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -125,7 +132,7 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.no_grad())
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if _default_device() is not None:
             stack.enter_context(torch.device("cpu"))
         yield
 
@@ -135,19 +142,15 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0
 
 
-@contextmanager
-def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
-    """The problem as it can be solved, in ordinary modes for the duration.
-
-    Args:
-        problem: as it was given.
-        forward_mode: whether derivatives in forward mode can pass through.
+def _outside(
+    problem: Problem | EnsembleProblem, forward_mode: bool
+) -> tuple[torch.device, Surrounding | None, Check | None]:
+    """Where a solve was called: its device, the modes that its field needs, and what to look for.
 
     Raises:
         RuntimeError: a transform is active that does not go through, or an export.
     """
     device = (problem.problem if isinstance(problem, EnsembleProblem) else problem).spec.device
-    surrounding = Surrounding.now(device)
     if torch._C._get_tracing_state() is not None or _exporting():
         raise RuntimeError(
             "a solve cannot be exported or traced: its steps depend on the values, and a recording "
@@ -164,11 +167,38 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
         check = refuse_batched
         if not forward_mode and torch.is_grad_enabled() and _inside_vmap():
             refuse_vmap()
-    if surrounding is None and not torch.is_inference_mode_enabled():
-        yield _in_modes(problem, None, check)
-        return
+    return device, Surrounding.now(device), check
+
+
+@contextmanager
+def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
+    """The problem as it can be solved, in ordinary modes for the duration.
+
+    Args:
+        problem: as it was given.
+        forward_mode: whether derivatives in forward mode can pass through.
+
+    Raises:
+        RuntimeError: a transform is active that does not go through, or an export.
+    """
+    device, surrounding, check = _outside(problem, forward_mode)
     with ordinary_modes(device):
         yield _in_modes(problem, surrounding, check)
+
+
+def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -> R:
+    """What `solve` makes of a problem inside `solvable`, whose context is only made where needed.
+
+    Args:
+        solve: is given the problem as it can be solved.
+        problem: as it was given.
+        forward_mode: whether derivatives in forward mode can pass through.
+    """
+    device, surrounding, check = _outside(problem, forward_mode)
+    if surrounding is None and not torch.is_inference_mode_enabled():
+        return solve(_in_modes(problem, None, check))
+    with ordinary_modes(device):
+        return solve(_in_modes(problem, surrounding, check))
 
 
 def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) -> P:
@@ -178,7 +208,7 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
         value = getattr(given, name, None)
         if value is None:
             continue
-        tensors = [*tensors_of(value)]
+        tensors = (value,) if isinstance(value, Tensor) else tuple(tensors_of(value))
         if any(x.is_inference() for x in tensors):
             changes[name] = map_tensors(Tensor.clone, value)
         if check is not None:
@@ -226,6 +256,12 @@ def _inside_vmap() -> bool:
     )
 
 
+def _watched_by_nobody() -> bool:
+    """Whether no compiler looks at the frames that run here, as far as torch says."""
+    look = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    return look is not None and look() is None
+
+
 def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:
     """The function, left out by `torch.compile` with all that it calls.
 
@@ -237,7 +273,7 @@ def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:
     @functools.wraps(fn)
     def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> R:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in sys.modules or _watched_by_nobody():
             return fn(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(fn, reason=_UNCOMPILED)  # type: ignore[no-untyped-call]

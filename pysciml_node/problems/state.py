@@ -20,6 +20,8 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of a tensor, or of a (nested) tuple, list or dict of them."""
     if isinstance(tree, Tensor):
         yield tree
+    elif isinstance(tree, float):
+        return
     elif isinstance(tree, Mapping):
         for value in tree.values():
             yield from tensors_of(value)

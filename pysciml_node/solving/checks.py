@@ -78,6 +78,7 @@ _ELSEWHERE = {
 def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
     """Make `solve` say what was meant where it is called as other packages' functions are."""
     known = tuple(inspect.signature(solve).parameters)
+    names = frozenset(known)
 
     @functools.wraps(solve)
     def call(*arguments: Any, **options: Any) -> T:
@@ -88,7 +89,8 @@ def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
                 f"solve takes problem and algorithm by their places, but was also given {given}.\n"
                 "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
             )
-        checks.keywords("solve", options, known, _ELSEWHERE)
+        if not options.keys() <= names:
+            checks.keywords("solve", options, known, _ELSEWHERE)
         if not arguments and "problem" not in options:
             raise TypeError(
                 "solve needs a problem, but got none.\n  Write solve(ODEProblem(f, u0, (t0, t1)))."
@@ -134,28 +136,35 @@ _KNOWN: OrderedDict[Any, SolveOptions] = OrderedDict()
 
 _MOST_KNOWN = 256
 
-_PLAIN = (bool, int, float, str, type(None), type(USUAL), Controller, Adjoint)
+_PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
+"""Kinds of values that options may be found by; those of controllers and adjoints join them."""
+
+
+def _are_plain(kinds: Sequence[type]) -> bool:
+    """Whether values of these kinds say all that options depend on."""
+    if not _PLAIN.issuperset(kinds):
+        if not all(kind in _PLAIN or issubclass(kind, Controller | Adjoint) for kind in kinds):
+            return False
+        _PLAIN.update(kinds)
+    return True
 
 
 def _key(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> Any:
     """What options depend on; `None` where they hold more than numbers and words."""
     if type(problem) is not ODEProblem:
         return None
-    parts: list[Any] = []
-    for value in given.values():
-        if isinstance(value, list | tuple) and all(type(x) is float for x in value):
-            parts.append(tuple(value))
-        elif isinstance(value, _PLAIN):
-            # 1 and True are equal, and only one of them is a number of steps.
-            parts += (type(value), value)
-        else:
-            return None
-    key = (problem.spec, problem.t0, problem.t1, type(algorithm), algorithm, *parts)
-    try:
-        hash(key)
-    except TypeError:
+    values = list(given.values())
+    for i, value in enumerate(values):
+        if type(value) is list or type(value) is tuple:
+            if value and not all(type(x) is float for x in value):
+                return None
+            values[i] = ()
+            values += (len(value), *value)
+    # 1 and True are equal, and only one of them is a number of steps.
+    kinds = tuple(map(type, values))
+    if not _are_plain(kinds):
         return None
-    return key
+    return (problem.spec, problem.t0, problem.t1, type(algorithm), algorithm, kinds, *values)
 
 
 def check_options(problem: Problem, algorithm: Algorithm, **given: Any) -> SolveOptions:
@@ -166,7 +175,10 @@ def check_options(problem: Problem, algorithm: Algorithm, **given: Any) -> Solve
         ValueError: one is out of range, or does not go with another.
     """
     key = _key(problem, algorithm, given)
-    known = None if key is None else _KNOWN.get(key)
+    try:
+        known = None if key is None else _KNOWN.get(key)
+    except TypeError:  # one of them has no hash
+        key = known = None
     if known is None:
         known = _options(problem, algorithm, **given)
         if key is not None:

@@ -19,7 +19,7 @@ from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.modes import solvable, uncompiled
+from pysciml_node.problems.modes import in_ordinary_modes, uncompiled
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -40,15 +40,15 @@ from pysciml_node.solving.members import solve_members
 R = TypeVar("R")
 
 
-def in_ordinary_modes(run: Callable[..., R]) -> Callable[..., R]:
+def outside_modes(run: Callable[..., R]) -> Callable[..., R]:
     """A function like `solve`, run in ordinary modes whatever those of its caller are."""
 
     @functools.wraps(run)
     def ordinary(problem: Any, *arguments: Any, **options: Any) -> R:
         if not isinstance(problem, Problem | EnsembleProblem):
             return run(problem, *arguments, **options)
-        with solvable(problem, isinstance(options.get("adjoint"), DirectAdjoint)) as ready:
-            return run(ready, *arguments, **options)
+        direct = isinstance(options.get("adjoint"), DirectAdjoint)
+        return in_ordinary_modes(lambda ready: run(ready, *arguments, **options), problem, direct)
 
     return ordinary
 
@@ -86,7 +86,7 @@ def solve(
 # The options of an ensemble are those of a single problem.
 @uncompiled
 @explain_calls
-@in_ordinary_modes
+@outside_modes
 def solve(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,

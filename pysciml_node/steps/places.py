@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from typing_extensions import override
@@ -70,6 +71,10 @@ class Place(ABC):
     def values(self) -> Iterable[Any]:
         """The values that it holds now, except those left alone."""
 
+    def copy(self) -> Self:
+        """The same place, to be settled on its own."""
+        return copy.copy(self)
+
 
 class Names(Place):
     """Entries of a dict: attributes of an object, globals of a function, a dict of the user's.
@@ -86,6 +91,12 @@ class Names(Place):
     ) -> None:
         self.owner, self.seen, self.name, self.whole = owner, seen, name, whole
         self.left_alone: set[Any] = set()
+
+    @override
+    def copy(self) -> Self:
+        again = copy.copy(self)
+        again.seen, again.left_alone = self.seen.copy(), self.left_alone.copy()
+        return again
 
     @override
     def changed(self) -> bool:

@@ -9,6 +9,7 @@ notices tensors that have been changed in place since.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -87,6 +88,31 @@ class Surroundings:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, _APART))
         self._versions = [_version(x) for x in self.tensors]
+        self._lent = False
+
+    def lasting(self) -> Surroundings:
+        """What a later solve can begin `again` with; it does not hold the module `f`."""
+        kept, self._lent = copy.copy(self), True
+        # The walk has begun with the roots, and the modules with `f`.
+        kept.roots, kept._places, kept._modules = {}, self._places[1:], self._modules[1:]
+        return kept
+
+    def again(self, f: nn.Module) -> Surroundings:
+        """The surroundings of a later solve with a module, in which nothing else has changed."""
+        later = Surroundings.__new__(Surroundings)
+        later.__dict__.update(self.__dict__)
+        later.roots = {"f": f, "p": None}
+        later._places = [Names(later.roots, later.roots.copy(), ""), *self._places]
+        later._modules = [("f", f), *self._modules]
+        later._written = self._written.copy()
+        later._versions = [_version(x) for x in self.tensors]
+        later._lent = True
+        return later
+
+    def _own_places(self) -> None:
+        """Settle no places that other solves look at too."""
+        if self._lent:
+            self._places, self._lent = [place.copy() for place in self._places], False
 
     # The walk.
 
@@ -339,6 +365,7 @@ class Surroundings:
         A field may count its calls, keep its last output, or update running statistics. Such
         entries are left to it.
         """
+        self._own_places()
         with _lock:
             for place in self._places:
                 if place.changed():
@@ -351,6 +378,7 @@ class Surroundings:
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Let go of tensors that have turned out to be unused."""
+        self._own_places()
         ids = {id(x) for x in tensors}
         kept = [i for i, x in enumerate(self.tensors) if id(x) not in ids]
         self.tensors = [self.tensors[i] for i in kept]

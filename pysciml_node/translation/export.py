@@ -38,11 +38,13 @@ class TranslatedModule:
         parameters: the module's parameters, buffers and constants in the order of the flat vector
             that the program reads.
         program: the program as data.
+        snapshot: what was seen of the module just now.
     """
 
     json: str
     parameters: list[Tensor]
     program: Program
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,9 @@ class _Translation:
         """The numbers among the sources."""
         return [source for source in self.sources if isinstance(source, int)]
 
-    def with_tensors(self, tensors: list[Tensor]) -> TranslatedModule:
-        """With the module's tensors as they are now."""
-        parameters = [x if isinstance(x, Tensor) else tensors[x] for x in self.sources]
-        return TranslatedModule(self.json, parameters, self.program)
+    def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that the program reads, of those of the module and of `p`."""
+        return [x if isinstance(x, Tensor) else tensors[x] for x in self.sources]
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,9 @@ def translate(
         raise UnsupportedModule(message, operation, captured)
     if silent and not outcome.silent:
         raise UnsupportedModule(f"{label(module)} changes Python's objects, or prints.")
-    return outcome.result.with_tensors([*now.tensors, *tensors])
+    result = outcome.result
+    parameters = result.parameters([*now.tensors, *tensors])
+    return TranslatedModule(result.json, parameters, result.program, now)
 
 
 def _outcome(
@@ -293,7 +296,7 @@ def _translate(
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints)
-        parameters = translation.with_tensors([*snapshot.tensors, *_leaves(p)[0]]).parameters
+        parameters = translation.parameters([*snapshot.tensors, *_leaves(p)[0]])
         further = () if p is None else (p,)
         check_program(lambda t, u: f(t, u, *further), label(f), spec, program, parameters)
     return translation, walk.fixed

@@ -13,6 +13,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import contains, getitem, is_
 from typing import Any
 
 import numpy as np
@@ -116,8 +118,11 @@ class _Watch:
     Attributes:
         owner: gives the callable.
         tokens: structure and plain values.
-        items: containers, keys and the values at them.
-        sizes: containers, and their numbers of entries.
+        items: containers, keys and the values at them, in lists of the same length.
+        attributes: objects, names of their attributes and the values of these, likewise.
+        absent: modules and names that they lack, likewise.
+        sized: containers whose number of entries matters.
+        sizes: these numbers.
         places: container and key of each tensor, and the token that describes it.
         repeated: container and key of a tensor's further places, and its number.
         default: torch's default dtype.
@@ -127,23 +132,49 @@ class _Watch:
 
     owner: Callable[[], Any]
     tokens: list[Any] = field(default_factory=list)
-    items: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
+    attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
+    absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
+    sized: list[Any] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     places: list[tuple[Any, Any, Any]] = field(default_factory=list)
     repeated: list[tuple[Any, Any, int]] = field(default_factory=list)
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     sealed: bool = False
     asks_mode: bool = False
 
+    def expect_item(self, container: Any, key: Any, value: Any) -> None:
+        """Look later whether a value is still in its place."""
+        columns, entries = self.items, (container, key, value)
+        if type(container) is _Attributes:
+            columns, entries = self.attributes, (container.owner, key, value)
+        for column, entry in zip(columns, entries, strict=True):
+            column.append(entry)
+
+    def expect_none(self, module: dict[str, Any], name: str) -> None:
+        """Look later whether a module still lacks a name."""
+        self.absent[0].append(module)
+        self.absent[1].append(name)
+
+    def expect_size(self, container: Any) -> None:
+        """Look later whether a container still has as many entries."""
+        self.sized.append(container)
+        self.sizes.append(len(container))
+
     def tensors(self) -> list[Tensor] | None:
         """The tensors that are there now; `None` where anything else has changed."""
         try:
-            for container, key, value in self.items:
-                if container[key] is not value:
-                    return None
-            for container, size in self.sizes:
-                if len(container) != size:
-                    return None
+            # Most places are looked at by C code that loops over them.
+            containers, keys, values = self.items
+            if not all(map(is_, map(getitem, containers, keys), values)):
+                return None
+            owners, names, held = self.attributes
+            if not all(map(is_, map(getattr, owners, names, repeat(_ABSENT)), held)):
+                return None
+            if any(map(contains, *self.absent)):
+                return None
+            if list(map(len, self.sized)) != self.sizes:
+                return None
             tensors: list[Tensor] = []
             for container, key, token in self.places:
                 tensor = container[key]
@@ -217,7 +248,7 @@ class _Walk:
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
         if not isinstance(x, Tensor):
-            self.watch.items.append((container, key, x))
+            self.watch.expect_item(container, key, x)
             self.add(x)
         elif id(x) in self._indices:
             self.watch.repeated.append((container, key, self._indices[id(x)]))
@@ -242,7 +273,7 @@ class _Walk:
     def _module(self, x: nn.Module) -> None:
         self.add(type(x))
         values = x.__dict__
-        self.watch.sizes.append((values, len(values)))
+        self.watch.expect_size(values)
         for key, value in values.items():
             if key not in _UNSEEN:
                 self._tokens.append(key)
@@ -250,7 +281,7 @@ class _Walk:
 
     def _dict(self, x: Any) -> None:
         self._tokens.append(len(x))
-        self.watch.sizes.append((x, len(x)))
+        self.watch.expect_size(x)
         for key, value in x.items():
             if type(key) in _PLAIN:
                 self._tokens.append(key)
@@ -260,13 +291,13 @@ class _Walk:
 
     def _sequence(self, x: Any) -> None:
         self._tokens.append((type(x), len(x)))
-        self.watch.sizes.append((x, len(x)))
+        self.watch.expect_size(x)
         for i, value in enumerate(x):
             self._at(x, i, value)
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
-        self.watch.items.append((_Elements(x), frozenset(map(id, x)), True))
+        self.watch.expect_item(_Elements(x), frozenset(map(id, x)), True)
         for value in x:
             if type(value) not in _PLAIN:
                 self.add(value)
@@ -278,7 +309,7 @@ class _Walk:
         # The parts of a function can be exchanged, though hardly anybody does.
         parts = _Attributes(f)
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
-            self.watch.items.append((parts, name, getattr(f, name)))
+            self.watch.expect_item(parts, name, getattr(f, name))
         self.add(f.__defaults__)
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
@@ -293,16 +324,16 @@ class _Walk:
             self._at(_Attributes(cell), "cell_contents", content)
             if isinstance(content, types.ModuleType):
                 self._names_of(content, names)
-        held = _Globals(f.__globals__)
+        held = f.__globals__
         for name in names:
-            value = held[name]
+            value = held.get(name, _ABSENT)
             if isinstance(value, types.ModuleType):
                 self._names_of(value, names)
             elif value is not _ABSENT:
-                self._at(f.__globals__, name, value)
+                self._at(held, name, value)
             else:
                 # The name of an attribute, of an import inside, or of what may be there later.
-                self.watch.items.append((held, name, _ABSENT))
+                self.watch.expect_none(held, name)
                 if isinstance(sys.modules.get(name), types.ModuleType):
                     self._names_of(sys.modules[name], names)
 
@@ -314,15 +345,15 @@ class _Walk:
         if round_ in self._rounds or _is_library(module.__name__):
             return
         self._rounds.add(round_)
-        held = _Globals(vars(module))
+        held = vars(module)
         for name in names:
-            value = held[name]
+            value = held.get(name, _ABSENT)
             if isinstance(value, types.ModuleType):
                 self._names_of(value, names)
             elif value is not _ABSENT:
-                self._at(vars(module), name, value)
+                self._at(held, name, value)
             else:
-                self.watch.items.append((held, name, _ABSENT))
+                self.watch.expect_none(held, name)
 
     def _class(self, x: type) -> None:
         self._tokens.append(_Same(x))
@@ -332,7 +363,7 @@ class _Walk:
             if _is_library(owner.__module__):
                 continue
             held = vars(owner)
-            self.watch.sizes.append((held, len(held)))
+            self.watch.expect_size(held)
             for name, value in held.items():
                 if isinstance(value, types.FunctionType) or not name.startswith("__"):
                     self._tokens.append(name)
@@ -340,7 +371,7 @@ class _Walk:
 
     def _array(self, x: Any) -> None:
         self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
-        self.watch.items.append((_Bytes(x), x.tobytes(), True))
+        self.watch.expect_item(_Bytes(x), x.tobytes(), True)
 
     def _mapping(self, x: Any) -> None:
         """A container that is no dict: a wrapper of several, a configuration."""
@@ -362,7 +393,7 @@ class _Walk:
         held = getattr(x, "__dict__", None)
         if not isinstance(held, dict):
             return
-        self.watch.sizes.append((held, len(held)))
+        self.watch.expect_size(held)
         for name, value in held.items():
             if type(value) in _PLAIN or isinstance(value, Tensor | np.ndarray):
                 self._tokens.append(name)
@@ -384,16 +415,6 @@ class _Walk:
             self._tokens.append(_Same(x))
 
 
-class _Globals:
-    """The entries of a module, with a mark for names that it lacks."""
-
-    def __init__(self, held: dict[str, Any]) -> None:
-        self._held = held
-
-    def __getitem__(self, name: str) -> Any:
-        return self._held.get(name, _ABSENT)
-
-
 class _Value:
     """The value of a context variable, or of a weak reference."""
 
@@ -407,11 +428,11 @@ class _Value:
 class _Attributes:
     """An object's attributes as entries."""
 
-    def __init__(self, x: Any) -> None:
-        self._x = x
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
 
     def __getitem__(self, name: str) -> Any:
-        return getattr(self._x, name, _ABSENT)
+        return getattr(self.owner, name, _ABSENT)
 
 
 class _Elements:

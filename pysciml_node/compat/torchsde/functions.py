@@ -35,7 +35,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.checks import check_options
 from pysciml_node.solving.diagnosis import failure_message
-from pysciml_node.solving.solve import in_ordinary_modes
+from pysciml_node.solving.solve import outside_modes
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.stochastic.solve import SDESolve
 from pysciml_node.stochastic.trajectory import SDETrajectory
@@ -430,7 +430,7 @@ class _Call:
 
 
 @uncompiled
-@in_ordinary_modes
+@outside_modes
 def _solve(
     problem: SDEProblem,
     algorithm: StochasticRungeKutta,

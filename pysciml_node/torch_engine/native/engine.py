@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
 from pysciml_node.torch_engine.native.run import Flight, Swept, departure_of, fly, sweep_back
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.surrounded import surroundings_of
 
 S = TypeVar("S")
 _CONTROLS = (PIController, IController, PIDController, FixedStep)
@@ -78,8 +79,8 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
         raise refusal("autocast" if problem.f.autocast else "a default device")
 
 
-def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]:
-    """The native code of a field with a method, and the tensors that the field reads.
+def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor], Surroundings]:
+    """The native code of a field with a method, the tensors that it reads, and its surroundings.
 
     Raises:
         CompileError: the field cannot be translated, or there is no compiler.
@@ -89,7 +90,8 @@ def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor]]
         library = library_of(translated, method, problem.spec.dtype)
     except UnsupportedModule as error:
         raise no_code(error) from error
-    return library, translated.parameters
+    seen = surroundings_of(problem.f, problem.p, translated.snapshot)
+    return library, translated.parameters, seen
 
 
 def no_code(error: UnsupportedModule) -> CompileError:
@@ -176,8 +178,7 @@ class NativeSolve(FlownSolve):
         assert isinstance(algorithm, ExplicitRungeKutta)
         spec = problem.spec
         method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        self.library, self.parameters = prepare(problem, method)
-        seen = Surroundings({"f": problem.f, "p": problem.p})
+        self.library, self.parameters, seen = prepare(problem, method)
         super().__init__(problem, algorithm, options, engine, seen)
 
     def fly(self, u0: Tensor) -> tuple[Flight, Tensor]:
@@ -185,9 +186,11 @@ class NativeSolve(FlownSolve):
         options, problem, library = self.options, self.problem, self.library
         packed = library.pack(self.parameters)
         departure = departure_of(library, problem, options, self.algorithm.tableau.error_order)
-        with step_listener(options.progress, problem) as on_step:
-            told = None if on_step is None else _turns(on_step)
-            flight, last = fly(library, departure, u0, packed, told)
+        if options.progress:
+            with step_listener(True, problem) as on_step:
+                flight, last = fly(library, departure, u0, packed, _turns(on_step))
+        else:
+            flight, last = fly(library, departure, u0, packed, None)
         self.stats.nfe = flight.nfe
         return flight, last
 
@@ -235,7 +238,8 @@ class _Node(torch.autograd.Function):
         ctx.solve, ctx.flight = solve, dataclasses.replace(flight, ends=nothing, saved=nothing)
         ctx.save_for_backward(flight.ends, u0, t0, t1, saveat, *parameters)
         ctx.set_materialize_grads(False)
-        return flight.saved, flight.ends, last
+        saved = flight.saved if len(flight.saved) else flight.saved.clone()
+        return saved, flight.ends, last
 
     @staticmethod
     @override
@@ -270,17 +274,19 @@ def _pull(
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nfe
     stats.naccept_backward += swept.steps
-    times: list[Tensor | None] = [None, None, None]
+    gradients: list[Tensor | None] = [swept.u0, None, None, None]
     if with_times:
-        times = _time_gradients(solve, flight, swept, saved)
-    return tuple(
+        gradients[1:] = _time_gradients(solve, flight, swept, saved)
+    pulled: list[Tensor | None] = [
         bar.to(source).reshape(source.shape)
         if needed and bar is not None and source is not None
         else None
-        for bar, source, needed in zip(
-            (swept.u0, *times, *swept.parameters), sources, wanted, strict=True
-        )
-    )
+        for bar, source, needed in zip(gradients, sources[:4], wanted[:4], strict=True)
+    ]
+    for i, (source, needed) in enumerate(zip(sources[4:], wanted[4:], strict=True)):
+        assert source is not None
+        pulled.append(solve.library.cotangent(i, swept.packed, source) if needed else None)
+    return tuple(pulled)
 
 
 def _time_gradients(
@@ -288,11 +294,12 @@ def _time_gradients(
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     problem, record = solve.problem, flight.record(solve.problem, solve.options)
-    times = TimeCotangents(record, len(flight.places), swept.t.new_zeros(()))
+    t, h, thetas = swept.times
+    times = TimeCotangents(record, len(flight.places), t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
-        theta = None if places is None else swept.theta[places[0]]
-        times.step(n, swept.t[n], swept.h[n], theta)
+        theta = None if places is None else thetas[places[0]]
+        times.step(n, t[n], h[n], theta)
     gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
     states = (flight.u0, *flight.ends.unbind())
     backward = BackwardPass(record, states, saved, [None] * len(states), with_times=True)

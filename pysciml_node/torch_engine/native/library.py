@@ -43,7 +43,8 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "gamma qmin qmax"),
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks stops saves rtol atol u0 packed ends saved final times steps places"),
+        *_fields(_POINTER, "marks stops saves rtol atol u0 packed"),
+        *_fields(_POINTER, "ends saved final times steps places"),
         ("room", _INTEGER),
         ("memory", _POINTER),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
@@ -215,11 +216,17 @@ class Library(Code):
         start, row = self._stages * self._row, self._row
         return memory[start : start + self.size], memory[start + 2 * row :][: self.size]
 
-    def unpack(self, packed: Tensor, packed_bar: Tensor) -> list[Tensor]:
-        """The cotangent of each parameter, flat, from that of the packed ones."""
+    def unpack(self, packed: Tensor, packed_bar: Tensor) -> None:
+        """Make the cotangents of packed parameters those of the parameters, flat, each in place."""
         with self.memory(self.scratch) as scratch:
             self.loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
-        return [packed_bar[start : start + length] for start, length in self._places]
+
+    def cotangent(self, i: int, packed_bar: Tensor, of: Tensor) -> Tensor:
+        """The cotangent of one parameter, in its shape and dtype."""
+        start, length = self._places[i]
+        if of.dtype is self.dtype and of.is_contiguous():
+            return packed_bar.as_strided(of.shape, of.stride(), start)
+        return packed_bar[start : start + length].view(of.shape).to(of)
 
 
 @functools.lru_cache(maxsize=256)

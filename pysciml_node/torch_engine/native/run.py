@@ -40,6 +40,9 @@ _FIRST_ROOM = 1 << 16
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
+_NOWHERE = torch.empty((0, 2), dtype=torch.float64, device="cpu")
+"""The places of no saved times."""
+
 
 @dataclass
 class Flight:
@@ -140,6 +143,8 @@ class Departure:
 
     Attributes:
         marks: tstops, for C.
+        room: steps that room is made for at first.
+        nothing: the saved states of a solve that saves none, `(0, N)`.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Departure:
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
         self._request = request = SolveRequest(
             t0=t0,
             t1=t1,
@@ -241,13 +247,10 @@ def fly(
         packed: the field's parameters.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
-    request, size, room = departure.request(), library.size, departure.room
-    count = request.save_count
-    ends = u0.new_empty((room, size))
-    steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
-    final, saved = u0.new_empty(size), u0.new_empty((count, size))
-    places = torch.empty((count, 2), dtype=torch.float64, device="cpu")
-    times = None if departure.options.saveat is not None else u0.new_empty(room + 1)
+    request, size, count = departure.request(), library.size, len(departure.options.saveat or ())
+    rows = _Rows(u0, departure)
+    final, saved = u0.new_empty(size), u0.new_empty((count, size)) if count else departure.nothing
+    places = torch.empty((count, 2), dtype=torch.float64, device="cpu") if count else _NOWHERE
     request.u0, request.packed, request.final = u0.data_ptr(), packed.data_ptr(), final.data_ptr()
     request.saved, request.places = saved.data_ptr(), places.data_ptr()
     last = None
@@ -256,29 +259,22 @@ def fly(
         status = FULL
         while status in (RUNNING, FULL):
             if status == FULL:
-                if request.accepted == room:
-                    room *= 2
-                    ends, steps = _longer(ends, room), _longer(steps, room)
-                    times = None if times is None else _longer(times, room + 1)
-                request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
-                request.times = None if times is None else times.data_ptr()
+                rows.make_room(request)
             status = library.march(request)
             if on_turn is not None:
                 on_turn(request.t, request.last_h, request.accepted)
         retcode = RETCODES[status]
         if not retcode.successful and request.last_h:
             last = _last_attempt(library, request, memory)
-    accepted, reached = request.accepted, request.reached
-    # In place: a view would keep what is not needed of the room in sight.
-    ends, steps = ends.resize_(accepted, size), steps.resize_(accepted, 4)
-    times = None if times is None else times.resize_(accepted + 1)
+    rows.cut(request.accepted)
+    reached = request.reached
     if reached < count:
         saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
     flight = Flight(
         u0,
         packed,
-        ends,
-        steps,
+        rows.ends,
+        rows.steps,
         saved,
         places,
         departure.marks,
@@ -287,9 +283,42 @@ def fly(
         request.rejected,
         last,
         bool(request.finite),
-        times,
+        rows.times,
     )
     return flight, final
+
+
+class _Rows:
+    """Where C puts what it has of each step: see `Flight`.
+
+    Args:
+        u0: flat initial state.
+        departure: says how many steps there is room for at first, and whether times are kept.
+    """
+
+    def __init__(self, u0: Tensor, departure: Departure) -> None:
+        self.room = room = departure.room
+        self.ends = u0.new_empty((room, len(u0)))
+        self.steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
+        self.times = None if departure.options.saveat is not None else u0.new_empty(room + 1)
+
+    def make_room(self, request: SolveRequest) -> None:
+        """Say where the rows are, and make more of them where all are taken."""
+        if request.accepted == self.room:
+            self.room *= 2
+            self.ends, self.steps = _longer(self.ends, self.room), _longer(self.steps, self.room)
+            self.times = None if self.times is None else _longer(self.times, self.room + 1)
+        request.ends, request.steps = self.ends.data_ptr(), self.steps.data_ptr()
+        request.times = None if self.times is None else self.times.data_ptr()
+        request.room = self.room
+
+    def cut(self, count: int) -> None:
+        """Let go of the room after `count` steps."""
+        # In place: a view would keep what is not needed of the room in sight.
+        self.ends.resize_(count, self.ends.shape[1])
+        self.steps.resize_(count, 4)
+        if self.times is not None:
+            self.times.resize_(count + 1)
 
 
 def _longer(rows: Tensor, room: int) -> Tensor:
@@ -309,19 +338,16 @@ class Swept:
 
     Attributes:
         u0: cotangent of the initial state.
-        parameters: of the program's parameters, flat.
-        t: of the steps' starts; empty where times need none.
-        h: of their sizes.
-        theta: of the saved times' places.
+        packed: of the packed parameters.
+        times: of the steps' starts, of their sizes, and of the saved times' places; empty where
+            times need none.
         nfe: evaluations.
         steps: replayed steps.
     """
 
     u0: Tensor
-    parameters: list[Tensor]
-    t: Tensor
-    h: Tensor
-    theta: Tensor
+    packed: Tensor
+    times: list[Tensor]
     nfe: int
     steps: int
 
@@ -351,16 +377,9 @@ def sweep_back(
         with_times: whether the cotangents of times are wanted.
     """
     count = len(flight.ends)
-    bars = [
-        None if x is None else x.to(flight.u0).contiguous() for x in (saved_bar, ends_bar, last_bar)
-    ]
+    bars = [None if x is None else library.lying(x) for x in (saved_bar, ends_bar, last_bar)]
     start_bar = torch.zeros_like(flight.u0)
     packed_bar = torch.zeros_like(flight.packed)
-    saves = len(flight.places) if with_times else 0
-    times = [
-        torch.zeros(n, dtype=torch.float64, device="cpu")
-        for n in (count * with_times, count * with_times, saves)
-    ]
     request = SweepRequest(
         t0=problem.t0,
         t1=problem.t1,
@@ -381,12 +400,13 @@ def sweep_back(
         count=count,
         q=len(flight.places) - 1,
     )
+    times: list[Tensor] = []
     if with_times:
+        times = [flight.steps.new_zeros(n) for n in (count, count, len(flight.places))]
         request.t_bar, request.h_bar, request.theta_bar = (x.data_ptr() for x in times)
     with library.memory(library.sweep_memory) as memory:
         request.memory = memory.data_ptr()
         while library.sweep(request) == RUNNING:
             pass
-    parameters = library.unpack(flight.packed, packed_bar)
-    t, h, theta = times
-    return Swept(start_bar, parameters, t, h, theta, request.evaluations, request.replayed)
+    library.unpack(flight.packed, packed_bar)
+    return Swept(start_bar, packed_bar, times, request.evaluations, request.replayed)
