@@ -135,9 +135,9 @@ class Code:
 
     def lying(self, x: Tensor) -> Tensor:
         """A tensor as C reads it."""
-        if x.dtype is self.dtype and x.is_contiguous():
+        if x.dtype is self.dtype and x.is_contiguous() and not x.is_neg():
             return x
-        return x.detach().to(self.dtype).contiguous()
+        return x.detach().to(self.dtype).resolve_neg().contiguous()
 
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
