@@ -10,7 +10,10 @@ from pysciml_node import checks
 from pysciml_node.errors import PsnWarning
 
 # The packages that have a stand-in here, by name.
-STAND_INS = {"torchdiffeq": "pysciml_node.compat.torchdiffeq"}
+STAND_INS = {
+    "torchdiffeq": "pysciml_node.compat.torchdiffeq",
+    "torchsde": "pysciml_node.compat.torchsde",
+}
 
 
 class Installed:
@@ -69,7 +72,7 @@ def install(name: str) -> Installed:
     what it has done.
 
     Args:
-        name: the package to stand in for, such as `"torchdiffeq"`.
+        name: the package to stand in for, `"torchdiffeq"` or `"torchsde"`.
 
     Returns:
         A handle: its `undo()` takes the stand-in out again, and so does the end of a `with` block.

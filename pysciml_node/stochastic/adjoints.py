@@ -148,7 +148,7 @@ class _BackwardHeun:
 
     def __init__(self, prepared: DifferentiableFields, stepper: Stepper, path: Path) -> None:
         self._prepared, self._fields, self._path = prepared, prepared.fields, path
-        self._like = stepper.method.nodes
+        self._like = stepper.method.like
         self.sums = Accumulator(prepared.leaves)
         self.steps = 0
 
@@ -157,7 +157,7 @@ class _BackwardHeun:
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Changes of state, costate and parameter gradients over the step, backward."""
         prepared, fields = self._prepared, self._fields
-        time = self._like.new_tensor(t)
+        time = self._like.new_full((), t)
         with torch.enable_grad():
             state = u.detach().requires_grad_()
             noise = fields.layout.apply(fields.diffusion(time, state), motion.w)
@@ -218,7 +218,7 @@ def backsolve_sweep(
         costate = costate + stepper.state(extra)
     stats.naccept_backward += back.steps
     stats.nvjp += fields.nfe - before
-    begin, u0 = stepper.method.nodes.new_tensor(record.times[0]), stepper.state(states[0])
+    begin, u0 = stepper.method.like.new_full((), record.times[0]), stepper.state(states[0])
     again = fields.drift(begin, u0), fields.diffusion(begin, u0)
     expect_same(again, prepared.first, prepared.captured.suspects)
     stats.nfe_backward += fields.nfe - before

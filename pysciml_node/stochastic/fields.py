@@ -61,14 +61,27 @@ class NoiseLayout:
             )
         return cls(problem.samples, value.shape[-1], entries, matrix=True)
 
+    def shape_of(self, state: torch.Size) -> torch.Size:
+        """The shape of the diffusion of a state."""
+        return torch.Size((*state, self.motions or 0)) if self.matrix else state
+
     def apply(self, g: Tensor, integral: Tensor | float) -> Tensor:
         """The diffusion times an integral of each motion; flat, `(N,)`."""
-        if self.motions is None or isinstance(integral, float):
+        if isinstance(integral, float):
             return g * integral
-        increments = integral.view(self.samples, self.motions, 1)
         if self.matrix:
-            return torch.bmm(g.view(self.samples, -1, self.motions), increments).reshape(-1)
-        return (g.view(self.samples, -1) * increments[:, 0]).reshape(-1)
+            columns = integral.view(self.samples, -1)
+            rows = g.view(self.samples, -1, columns.shape[1])
+            return torch.bmm(rows, columns.unsqueeze(-1)).view(-1)
+        return g * self.by_entry(integral)
+
+    def add(self, base: Tensor, g: Tensor, integral: Tensor | float, weight: float = 1.0) -> Tensor:
+        """`base`, `(N,)`, with the diffusion times an integral of each motion and a weight."""
+        if isinstance(integral, float):
+            return torch.add(base, g, alpha=weight * integral)
+        if self.matrix:
+            return torch.add(base, self.apply(g, integral), alpha=weight)
+        return torch.addcmul(base, g, self.by_entry(integral), value=weight)
 
     def by_entry(self, integral: Tensor) -> Tensor:
         """An integral of each motion, repeated for every entry that it drives alone, `(N,)`.
@@ -77,7 +90,7 @@ class NoiseLayout:
         """
         if self.motions is None or self.matrix:
             return integral
-        return integral.repeat_interleave(self.entries // self.samples)
+        return integral.unsqueeze(-1).expand(-1, self.entries // self.samples).reshape(-1)
 
     def magnitude(self, g: Tensor) -> Tensor:
         """Standard deviation of `g dW / dt**0.5` for each entry, `(N,)`."""
@@ -149,10 +162,7 @@ class Fields:
                 )
             pieces = zip(parts, self.spec.shapes, strict=True)
             return torch.cat([self._checked(part, shape).reshape(-1) for part, shape in pieces])
-        shape = self.spec.shapes[0]
-        if self.layout.matrix:
-            shape = torch.Size((*shape, self.layout.motions or 0))
-        return self._checked(out, shape).reshape(-1)
+        return self._checked(out, self.layout.shape_of(self.spec.shapes[0])).reshape(-1)
 
     def _same_structure(self, out: Any) -> bool:
         keys = self.spec.keys or ()

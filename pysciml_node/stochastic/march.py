@@ -194,5 +194,5 @@ def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:
 
 def starting_slope(stepper: Stepper, t: float, u: Tensor) -> Slope:
     """Drift and diffusion at a time and state."""
-    time = stepper.method.nodes.new_tensor(t)
+    time = stepper.method.like.new_full((), t)
     return stepper.fields.drift(time, u), stepper.fields.diffusion(time, u)

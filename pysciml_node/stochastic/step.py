@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.steps.norms import ErrorNorm
-from pysciml_node.stochastic.fields import Fields
+from pysciml_node.stochastic.fields import Fields, NoiseLayout
 from pysciml_node.stochastic.virtual_tree import Increment
 from pysciml_node.tableaus.stochastic import Integral, Row, Rows, SDETableau, Stage
 
@@ -26,12 +26,25 @@ def integral(kind: Integral, motion: Increment) -> Tensor | float:
         assert motion.area is not None
         return w / 2 + motion.area
     if kind == "i11":
-        return (w.square() - h) / (2 * math.sqrt(h))
-    return (w**3 - 3 * h * w) / (6 * h)
+        return w.square().sub_(h).mul_(1 / (2 * math.sqrt(h)))
+    return w.square().sub_(3 * h).mul_(w).mul_(1 / (6 * h))
+
+
+Terms = tuple[tuple[int, tuple[tuple[Integral, float], ...]], ...]
+"""For each stage whose diffusion is used: integrals with weights that are not zero."""
+
+
+def _by_stage(rows: Rows) -> Terms:
+    count = max((len(weights) for _, weights in rows), default=0)
+    found = (
+        (i, tuple((kind, row[i]) for kind, row in rows if i < len(row) and row[i]))
+        for i in range(count)
+    )
+    return tuple((i, terms) for i, terms in found if terms)
 
 
 class SDEMethod:
-    """A tableau with its drift error weighed, and its nodes as a tensor."""
+    """A tableau with its drift error weighed, and its diffusions' weights by stage."""
 
     _known: ClassVar[dict[tuple[int, float, torch.dtype, torch.device], SDEMethod]] = {}
 
@@ -40,11 +53,11 @@ class SDEMethod:
     ) -> None:
         self.tableau = tableau
         self.error_drift = tuple(delta * w for w in tableau.error_drift)
-        nodes = [0.0 if s is None else s.c for s in (*tableau.drift, *tableau.diffusion)]
-        self.nodes = torch.tensor(nodes, dtype=torch.float64).to(device, dtype)
-        stages = [s for s in (*tableau.drift, *tableau.diffusion) if s is not None]
-        rows = [*tableau.beta, *tableau.error_noise, *(r for s in stages for r in s.noise)]
-        self.kinds = tuple(dict.fromkeys(kind for kind, _ in rows))
+        # What new tensors are to be like.
+        self.like = torch.zeros((), dtype=dtype, device=device)
+        self.drift_noise = tuple(_by_stage(s.noise) if s else () for s in tableau.drift)
+        self.diffusion_noise = tuple(_by_stage(s.noise) if s else () for s in tableau.diffusion)
+        self.noise, self.error_noise = _by_stage(tableau.beta), _by_stage(tableau.error_noise)
         self.for_step = _last_used(tableau, with_error=False)
         self.for_error = _last_used(tableau, with_error=True)
 
@@ -89,18 +102,74 @@ class Taken:
     arguments: list[Tensor | None] = field(default_factory=list)
 
 
-def _weighted(weights: Row, vectors: list[Tensor | None]) -> Tensor | None:
-    """The weighted sum of vectors, `None` where all weights are zero."""
-    total: Tensor | None = None
-    for weight, vector in zip(weights, vectors, strict=False):
-        if weight == 0.0:
-            continue
-        assert vector is not None
-        if total is None:
-            total = vector if weight == 1.0 else vector * weight
-        else:
-            total = torch.add(total, vector, alpha=weight)
-    return total
+def _add_drift(base: Tensor, weights: Row, h: float, drifts: list[Tensor | None]) -> Tensor:
+    """`base + h sum_i weights_i f_i`, the sum first: few roundings of the size of the base."""
+    used = [(f, w) for w, f in zip(weights, drifts, strict=False) if w]
+    if not used:
+        return base
+    total, first = used[0]
+    assert total is not None
+    for f, w in used[1:]:
+        assert f is not None
+        total = total + f if w == first else torch.add(total, f, alpha=w / first)
+    return torch.add(base, total, alpha=h * first)
+
+
+class _Noise:
+    """What the diffusions of a step add to a state, by integrals that are formed once.
+
+    Args:
+        layout: how motions act on the state.
+        motion: the motion over the step.
+        taken: the evaluations so far.
+    """
+
+    def __init__(self, layout: NoiseLayout, motion: Increment, taken: Taken) -> None:
+        self._layout, self._motion, self._taken = layout, motion, taken
+        self._integrals: dict[Integral, Tensor | float] = {}
+        self._products: dict[tuple[int, Integral], Tensor] = {}
+
+    def add(self, base: Tensor, terms: Terms) -> Tensor:
+        """`base + sum_i (sum_k weight_ik I_k) g_i`."""
+        layout = self._layout
+        for i, parts in terms:
+            g = self._taken.g[i]
+            assert g is not None
+            if len(parts) > 1:
+                base = layout.add(base, g, self._mixed(parts))
+                continue
+            ((kind, weight),) = parts
+            if layout.matrix:
+                base = torch.add(base, self._product(i, kind, g), alpha=weight)
+            else:
+                base = layout.add(base, g, self._integral(kind), weight)
+        return base
+
+    def _integral(self, kind: Integral) -> Tensor | float:
+        known = self._integrals.get(kind)
+        if known is None:
+            known = self._integrals[kind] = integral(kind, self._motion)
+        return known
+
+    def _product(self, i: int, kind: Integral, g: Tensor) -> Tensor:
+        known = self._products.get((i, kind))
+        if known is None:
+            known = self._products[i, kind] = self._layout.apply(g, self._integral(kind))
+        return known
+
+    def _mixed(self, parts: tuple[tuple[Integral, float], ...]) -> Tensor | float:
+        """The weighted sum of integrals, which needs no gradients."""
+        total: Tensor | float = 0.0
+        numbers = 0.0
+        for kind, weight in parts:
+            one = self._integral(kind)
+            if isinstance(one, float):
+                numbers += weight * one
+            elif isinstance(total, float):
+                total = one * weight
+            else:
+                total = torch.add(total, one, alpha=weight)
+        return total + numbers if numbers else total
 
 
 class Stepper:
@@ -149,78 +218,67 @@ class Stepper:
         """
         method, tableau, h = self.method, self.method.tableau, motion.h
         drifts, diffusions = method.for_error if with_error else method.for_step
-        times = (method.nodes * h + t).unbind()
-        integrals = self._integrals(motion)
         taken = Taken()
+        noise = _Noise(self.fields.layout, motion, taken)
+        times: dict[float, Tensor] = {}
         last: Tensor | None = None
         for i in range(max(drifts, diffusions)):
-            known = first is not None and i == 0
             argument: Tensor | None = None
             f: Tensor | None = None
             g: Tensor | None = None
-            stage, noise = tableau.drift[i], tableau.diffusion[i]
+            stage, other = tableau.drift[i], tableau.diffusion[i]
             if stage is not None and i < drifts:
-                argument = self._argument(stage, h, vector, taken, integrals)
-                f = first[0] if known and first else self.fields.drift(times[i], argument)
-            if noise is not None and i < diffusions:
-                shared = stage == noise and argument is not None
-                at = argument if shared else self._argument(noise, h, vector, taken, integrals)
-                assert at is not None
-                time = times[tableau.stages + i]
-                g = first[1] if known and first else self.fields.diffusion(time, at)
+                argument = self._argument(stage, h, vector, noise, method.drift_noise[i], taken)
+                if first is not None and i == 0:
+                    f = first[0]
+                else:
+                    f = self.fields.drift(self._time(times, t, stage.c * h), argument)
+            if other is not None and i < diffusions:
+                if first is not None and i == 0:
+                    g = first[1]
+                else:
+                    at = argument
+                    if at is None or stage != other:
+                        terms = method.diffusion_noise[i]
+                        at = self._argument(other, h, vector, noise, terms, taken)
+                    g = self.fields.diffusion(self._time(times, t, other.c * h), at)
             taken.f.append(f)
             taken.g.append(g)
             taken.arguments.append(argument)
             last = argument
-        end = self.state(vector)
-        drift = _weighted(tableau.alpha, taken.f)
-        if drift is not None:
-            end = torch.add(end, drift, alpha=h)
-        end = self._add_noise(end, tableau.beta, taken, integrals)
+        end = _add_drift(self.state(vector), tableau.alpha, h, taken.f)
+        end = noise.add(end, method.noise)
         if tableau.carry:
             assert last is not None
             end = torch.cat((end, last))
         return end, taken
 
-    def _integrals(self, motion: Increment) -> dict[Integral, Tensor | float]:
-        return {kind: integral(kind, motion) for kind in self.method.kinds}
+    def _time(self, known: dict[float, Tensor], t: float, ahead: float) -> Tensor:
+        """The time `t + ahead`, one tensor for all evaluations there."""
+        time = known.get(ahead)
+        if time is None:
+            time = known[ahead] = self.method.like.new_full((), t + ahead)
+        return time
 
     def _argument(
-        self,
-        stage: Stage,
-        h: float,
-        vector: Tensor,
-        taken: Taken,
-        integrals: dict[Integral, Tensor | float],
+        self, stage: Stage, h: float, vector: Tensor, noise: _Noise, terms: Terms, taken: Taken
     ) -> Tensor:
         argument = self.state(vector)
-        if self.method.tableau.carry:
-            share, carried = stage.base
-            argument = share * argument + carried * vector[self.entries :]
-        drift = _weighted(stage.a, taken.f)
-        if drift is not None:
-            argument = torch.add(argument, drift, alpha=h)
-        return self._add_noise(argument, stage.noise, taken, integrals)
-
-    def _add_noise(
-        self, base: Tensor, rows: Rows, taken: Taken, integrals: dict[Integral, Tensor | float]
-    ) -> Tensor:
-        for kind, weights in rows:
-            mixed = _weighted(weights, taken.g)
-            if mixed is not None:
-                base = base + self.fields.layout.apply(mixed, integrals[kind])
-        return base
+        share, carried = stage.base
+        if carried == 1.0 and share == 0.0:
+            argument = vector[self.entries :]
+        elif carried:
+            argument = torch.add(vector[self.entries :] * carried, argument, alpha=share)
+        return noise.add(_add_drift(argument, stage.a, h, taken.f), terms)
 
     def error(
         self, taken: Taken, start: Tensor, end: Tensor, motion: Increment, norm: ErrorNorm
     ) -> Tensor:
         """Scaled root-mean-square error estimate of a step taken `with_error`; 0-d."""
         vector = torch.zeros_like(self.state(start))
-        drift = _weighted(self.method.error_drift, taken.f)
-        if drift is not None:
-            vector = torch.add(vector, drift, alpha=motion.h)
-        integrals = self._integrals(motion)
-        vector = self._add_noise(vector, self.method.tableau.error_noise, taken, integrals)
+        vector = _add_drift(vector, self.method.error_drift, motion.h, taken.f)
+        noise = _Noise(self.fields.layout, motion, taken)
+        vector = noise.add(vector, self.method.error_noise)
         raw = norm.raw(vector, norm.scale(self.state(start), self.state(end)))
         per_root = self.method.tableau.per_root
         return norm.complete(raw, math.sqrt(self.span / motion.h) if per_root else 1.0)
@@ -229,7 +287,7 @@ class Stepper:
         """`|f_i - f_j| / |x_i - x_j|` for two stages of one node; NaN without such a pair."""
         pair = self.method.tableau.stiffness_stages
         if pair is None:
-            return torch.full_like(self.method.nodes[0], math.nan)
+            return torch.full_like(self.method.like, math.nan)
         (f, x), (f2, x2) = ((taken.f[i], taken.arguments[i]) for i in pair)
         assert f is not None
         assert f2 is not None
@@ -273,7 +331,7 @@ def initial_step(
         return math.nan
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, span)
-    time, ahead = method.nodes.new_tensor(t + h0), torch.add(u, f, alpha=h0)
+    time, ahead = method.like.new_full((), t + h0), torch.add(u, f, alpha=h0)
     f1, g1 = fields.drift(time, ahead), 3 * fields.layout.magnitude(fields.diffusion(time, ahead))
     change = norm.raw((f1 - f).abs() + (g1 - g).abs(), scale)
     d2 = norm.read(change) / h0

@@ -66,6 +66,10 @@ class Ticks:
         """The number of a time."""
         return round((t - self.origin) * self._rate)
 
+    def time(self, place: int) -> float:
+        """The time of a number."""
+        return self.origin + place * self.length
+
     def split(self, start: int, stop: int) -> int:
         """Where an interval of at least two ticks is split; depends on its ends alone.
 

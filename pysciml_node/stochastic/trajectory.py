@@ -135,7 +135,7 @@ class SDETrajectory(Recorded):
         """Stiffness estimate of each accepted step, `(n,)`."""
         with torch.no_grad():
             estimates = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
-        return torch.stack(estimates) if estimates else self.stepper.method.nodes.new_empty(0)
+        return torch.stack(estimates) if estimates else self.stepper.method.like.new_empty(0)
 
     def estimate(
         self, t: float, algorithm: Any, stop_gradient: StopGradient, dt: float | None
@@ -172,7 +172,7 @@ class SDETrajectory(Recorded):
             motion = self._fresh_motion(fields.layout.size, min(dt, span))
             error, stiffness = _measure(stepper, norm, t, stepper.start(u), motion)
         self._count(fields)
-        return StepEstimate(method.nodes.new_tensor(motion.h), error, stiffness)
+        return StepEstimate(method.like.new_full((), motion.h), error, stiffness)
 
     def _fresh_motion(self, size: int, h: float) -> Increment:
         """Noise that the solve has not seen, new at each call and given by the solve's seed."""
@@ -198,7 +198,7 @@ class SDETrajectory(Recorded):
             else:
                 error, stiffness = self._replay(n, vector)
             estimates.append(
-                StepEstimate(self.stepper.method.nodes.new_tensor(h), error, stiffness)
+                StepEstimate(self.stepper.method.like.new_full((), h), error, stiffness)
             )
         return estimates
 

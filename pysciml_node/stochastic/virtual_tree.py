@@ -28,7 +28,7 @@ from pysciml_node.stochastic.normals import PlacedNormals
 from pysciml_node.stochastic.ticks import Ticks
 
 # Numbers that are drawn together, at most: few calls for small motions, little memory for large.
-_TOGETHER = 2**14
+TOGETHER = 2**14
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class VirtualTree:
 
     def given(self, w: Tensor | None, area: Tensor | None) -> None:
         """Set the whole interval's increment or area; what is `None` is drawn."""
+        if w is not None and (area is not None or self._rows == 1):
+            h = (self.ends[1] - self.ends[0]) * self.ticks.length
+            self._root = Increment(h, w, area)
+            return
         drawn = self.root()
         self._root = Increment(
             drawn.h, drawn.w if w is None else w, drawn.area if area is None else area
@@ -117,7 +121,7 @@ class VirtualTree:
             zero = torch.zeros(self.size, dtype=self.normals.dtype, device=self.normals.device)
             return Increment(0.0, zero, zero if self._rows == 2 else None)
         root = self.root()
-        if self._rows * self.size * 4 <= _TOGETHER:
+        if self._rows * self.size * 4 <= TOGETHER:
             self._draw_toward(start)
             self._draw_toward(stop)
         # The end that the next interval begins with is looked for last: its branch is kept.
@@ -126,6 +130,18 @@ class VirtualTree:
         self._drawn.clear()
         self._middles.clear()
         return motion
+
+    def first_between(self, low: int, high: int) -> int:
+        """The place from `low` to `high` that takes the fewest splits to find."""
+        cell, depth = self.ends, 0
+        if low <= cell[0] or high >= cell[1]:
+            return cell[0] if low <= cell[0] else cell[1]
+        while True:
+            middle, _ = self._middle(depth, cell)
+            if low <= middle <= high:
+                return middle
+            cell = (middle, cell[1]) if middle < low else (cell[0], middle)
+            depth += 1
 
     def _over(
         self,
@@ -159,7 +175,7 @@ class VirtualTree:
         kept = self._branch.get(depth)
         if kept is not None and kept[0] == cell:
             return kept[1:]
-        middle = self._middles.get(cell) or self.ticks.split(*cell)
+        middle, _ = self._middle(depth, cell)
         tick = self.ticks.length
         numbers = self._numbers(*cell)
         parts = _split(whole, (middle - cell[0]) * tick, (cell[1] - middle) * tick, numbers)
@@ -174,22 +190,27 @@ class VirtualTree:
             drawn = self.normals.at([(start, stop)], self._rows * self.size)[0]
         return drawn.view(self._rows, self.size)
 
+    def _middle(self, depth: int, cell: tuple[int, int]) -> tuple[int, bool]:
+        """Where a cell is split, and whether its parts are kept."""
+        kept = self._branch.get(depth)
+        if kept is not None and kept[0] == cell:
+            return kept[1], True
+        middle = self._middles.get(cell)
+        if middle is None:
+            middle = self._middles[cell] = self.ticks.split(*cell)
+        return middle, False
+
     def _draw_toward(self, time: int) -> None:
         """Draw the numbers of all splits on the way to a time in few calls."""
         cell, depth = self.ends, 0
         missing: list[tuple[int, int]] = []
         while cell[0] < time < cell[1]:
-            kept = self._branch.get(depth)
-            if kept is not None and kept[0] == cell:
-                middle = kept[1]
-            else:
-                middle = self._middles.get(cell) or self.ticks.split(*cell)
-                self._middles[cell] = middle
-                if cell not in self._drawn:
-                    missing.append(cell)
+            middle, known = self._middle(depth, cell)
+            if not known and cell not in self._drawn:
+                missing.append(cell)
             cell = (cell[0], middle) if time <= middle else (middle, cell[1])
             depth += 1
-        count = max(1, _TOGETHER // (self._rows * max(1, self.size)))
+        count = max(1, TOGETHER // (self._rows * max(1, self.size)))
         for first in range(0, len(missing), count):
             cells = missing[first : first + count]
             drawn = self.normals.at(cells, self._rows * self.size)

@@ -1,4 +1,4 @@
-"""torchdiffeq's name for code that cannot be edited, and its private names."""
+"""Names of other packages, for code that cannot be edited; torchdiffeq's private ones."""
 
 import sys
 
@@ -26,6 +26,23 @@ def test_install_and_undo(capsys):
     installed.undo()
     assert sys.modules.get("torchdiffeq") is before
     assert "torchdiffeq._impl.odeint" not in sys.modules
+
+
+def test_install_torchsde_and_undo(capsys):
+    before = sys.modules.get("torchsde")
+    with install("torchsde"):
+        assert "import torchsde now gives" in capsys.readouterr().out
+        import torchsde
+        from torchsde.settings import METHODS
+        from torchsde.types import Scalar
+
+        assert torchsde.sdeint is psn.compat.torchsde.sdeint
+        assert torchsde.BrownianTree(0.1, torch.zeros(3), 2.0, entropy=1)(0.2, 0.3).shape == (3,)
+        assert METHODS.log_ode_midpoint == "log_ode"
+        assert isinstance(0.5, Scalar)
+        assert torchsde.__version__ == "0.2.6"
+    assert sys.modules.get("torchsde") is before
+    assert "torchsde.settings" not in sys.modules
 
 
 def test_install_says_what_is_too_late(monkeypatch, capsys):

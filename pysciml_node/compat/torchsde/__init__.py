@@ -7,7 +7,7 @@ Reference: X. Li, P. Kidger, torchsde, https://github.com/google-research/torchs
 
 from __future__ import annotations
 
-from pysciml_node.compat.torchsde import settings
+from pysciml_node.compat.torchsde import settings, types
 from pysciml_node.compat.torchsde.brownian import (
     BaseBrownian,
     BrownianInterval,
@@ -18,6 +18,9 @@ from pysciml_node.compat.torchsde.brownian import (
 )
 from pysciml_node.compat.torchsde.functions import sdeint, sdeint_adjoint
 from pysciml_node.compat.torchsde.sdes import BaseSDE, SDEIto, SDEStratonovich
+
+# The version whose interface this is.
+__version__ = "0.2.6"
 
 __all__ = [
     "BaseBrownian",
@@ -32,4 +35,5 @@ __all__ = [
     "sdeint",
     "sdeint_adjoint",
     "settings",
+    "types",
 ]

@@ -224,6 +224,11 @@ class BrownianInterval(BaseBrownian):
         with torch.inference_mode(False):
             return self._tree.motion(self._ticks.at(start), self._ticks.at(end))
 
+    def found_first(self, low: float, high: float) -> float:
+        """The time between two that is found most quickly."""
+        ticks = self._ticks
+        return ticks.time(self._tree.first_between(ticks.at(low), ticks.at(high)))
+
     def _inside(self, name: str, value: Scalar) -> float:
         t = as_time(name, value)
         if self.t0 <= t <= self.t1:

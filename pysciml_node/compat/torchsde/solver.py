@@ -49,7 +49,10 @@ class GivenPath(Path):
 
     @override
     def aligned(self, t: float, h: float, down: bool) -> float:
-        # Binary fractions are found quickly.
+        if isinstance(self.bm, BrownianInterval):
+            return self.bm.found_first(
+                t + h * (0.75 if down else 0.875), t + h * (1 if down else 1.125)
+            )
         unit = math.ldexp(1.0, math.floor(math.log2(h)) - 2)
         place = (t + h) / unit
         return (math.floor(place) if down else round(place)) * unit
@@ -91,7 +94,7 @@ class LogODE(Stepper):
         if isinstance(motion, _IncrementWithArea) and self.fields.problem.noise == "general":
             middle = taken.arguments[1]
             assert middle is not None
-            time = self.method.nodes.new_tensor(t + motion.h / 2)
+            time = self.method.like.new_full((), t + motion.h / 2)
             end = end + self._brackets(time, middle, motion.levy)
         return end, taken
 
@@ -168,16 +171,16 @@ class GivenParts(Parts):
     """A stochastic solve along a given motion, with torchsde's control of adaptive steps.
 
     Args:
-        motion: returns the motion for so many motions in all.
+        path: returns the path of so many motions in all.
         carried: what is carried beside the state at the start (reversible methods), `(N,)`.
         levy: whether to take steps with Levy's area.
         shortest: adaptive steps are never shorter.
     """
 
     def __init__(
-        self, motion: Callable[[int], Any], carried: Tensor | None, levy: bool, shortest: float
+        self, path: Callable[[int], Path], carried: Tensor | None, levy: bool, shortest: float
     ) -> None:
-        self._motion, self._carried = motion, carried
+        self._path, self._carried = path, carried
         self._levy, self._shortest = levy, shortest
 
     @override
@@ -188,7 +191,7 @@ class GivenParts(Parts):
 
     @override
     def path(self, problem: SDEProblem, options: SolveOptions, size: int) -> Path:
-        return GivenPath(self._motion(size), problem.t1 - problem.t0, self._levy)
+        return self._path(size)
 
     @override
     def begin(self, stepper: Stepper, u0: Tensor) -> Tensor:
