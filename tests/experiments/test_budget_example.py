@@ -23,7 +23,9 @@ def known_task(example: dict[str, Any], trained: list[str]) -> Any:
     def train(plan: Any, target: float | None, native: bool) -> Any:
         trained.append(plan.name)
         nfe = 100.0 / (1.0 + (plan.weight or 0.0)) if target is None else target
-        return example["Outcome"](nfe, nfe / 100, 1.0, target, weights=[1.0, 2.0], costs=[nfe, nfe])
+        return example["Outcome"](
+            nfe, nfe / 100, 1.0, target=target, weights=[1.0, 2.0], costs=[nfe, nfe]
+        )
 
     return example["Task"]("accuracy (%)", 100.0, (1.0, 4.0), train)
 
