@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.replay.coupled import CoupledStages
-from pysciml_node.replay.linearization import Linearization, linearize
+from pysciml_node.replay.linearization import Linearization, Linearizer, Solver, linearize
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, Vectors
 from pysciml_node.tableaus.implicit import (
@@ -30,10 +30,11 @@ def stages_for(
     vectors: Vectors,
     mass: Tensor | None = None,
     derivatives: int = 1,
+    linearizer: Linearizer = linearize,
 ) -> Stages:
     """The stages of a step, as the method's tableau asks for; arguments as of `ImplicitStages`."""
     if isinstance(method.tableau, RosenbrockTableau | DiagonallyImplicitTableau):
-        return ImplicitStages(method, field, marks, vectors, mass, derivatives)
+        return ImplicitStages(method, field, marks, vectors, mass, derivatives, linearizer)
     if isinstance(method.tableau, CoupledTableau):
         return CoupledStages(method, field, marks, vectors, derivatives)
     return Stages(method, field, marks, vectors)
@@ -52,6 +53,7 @@ class ImplicitStages(Stages):
         vectors: holds the slopes.
         mass: the mass matrix `M` of `M du/dt = f`, `(N, N)`; `None` stands for the identity.
         derivatives: how often autograd may differentiate what is recorded.
+        linearizer: gives the field's derivatives.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ImplicitStages(Stages):
         vectors: Vectors,
         mass: Tensor | None = None,
         derivatives: int = 1,
+        linearizer: Linearizer = linearize,
     ) -> None:
         super().__init__(method, field, marks, vectors)
         tableau = method.tableau
@@ -69,22 +72,22 @@ class ImplicitStages(Stages):
         self.table = tableau
         self.mass = mass
         self.recorded = isinstance(vectors, RecordedVectors)
-        self.derivatives = derivatives
+        self.derivatives, self.linearizer = derivatives, linearizer
         self._first: Tensor | None = None
         self._at_start: Linearization | None = None
-        self._factors: tuple[float, tuple[Tensor, Tensor]] | None = None
+        self._solver: tuple[float, Solver] | None = None
 
     @override
     def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
         # One evaluation serves the first stage and the Jacobian.
-        self._first, self._factors = None, None
+        self._first, self._solver = None, None
         self._at_start = self._linearize(t, h, u)
         self.count = 1
         return self._at_start.value
 
     @override
     def begin(self, k1: Tensor) -> None:
-        self._first, self._at_start, self._factors = k1, None, None
+        self._first, self._at_start, self._solver = k1, None, None
         self.count = 1
 
     @override
@@ -92,7 +95,7 @@ class ImplicitStages(Stages):
         if self.count >= self.method.stages:
             return None
         if self.count == 0:
-            self._first, self._at_start, self._factors = None, None, None
+            self._first, self._at_start, self._solver = None, None, None
         if self._at_start is None:
             self._at_start = self._linearize(t, h, u)
         times = self.times(t, h)
@@ -110,16 +113,15 @@ class ImplicitStages(Stages):
 
     @override
     def largest_eigenvalue(self, t: Real, h: Real, u: Tensor) -> float:
-        """The maximum norm of the Jacobian at the step's start, which bounds it."""
+        """A bound of it from the Jacobian at the step's start."""
         assert self._at_start is not None
-        norm: Tensor = torch.linalg.matrix_norm(self._at_start.jacobian.detach(), math.inf)
-        return float(norm)
+        return self._at_start.bound()
 
     def _linearize(self, t: Real, h: Real, u: Tensor) -> Linearization:
         """The field and its derivatives at the start of the step."""
         rosenbrock = isinstance(self.table, RosenbrockTableau)
         # A diagonally implicit step takes its own Jacobians where it is differentiated.
-        return linearize(
+        return self.linearizer(
             self.field,
             self.times(t, h)[0],
             u,
@@ -128,20 +130,12 @@ class ImplicitStages(Stages):
             differentiable=self.recorded and rosenbrock,
         )
 
-    def _matrix(self, h: Real, jacobian: Tensor) -> Tensor:
-        """`M - h gamma J`."""
-        scaled = jacobian * (-self.table.gamma * h)
-        if self.mass is not None:
-            return scaled + self.mass
-        return scaled + torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
-
-    def _factored(self, h: Real, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-        """The LU factors of `M - h gamma J`, kept for a second attempt of the same size."""
+    def _solve(self, h: Real, start: Linearization) -> Solver:
+        """Solves with `M - h gamma J`, and is kept for a second attempt of the same size."""
         size = float(h.detach()) if isinstance(h, Tensor) else h
-        if self._factors is None or self._factors[0] != size:
-            factors, pivots, _ = torch.linalg.lu_factor_ex(self._matrix(h, jacobian))
-            self._factors = (size, (factors, pivots))
-        return self._factors[1]
+        if self._solver is None or self._solver[0] != size:
+            self._solver = (size, start.solver(self.table.gamma * h, self.mass))
+        return self._solver[1]
 
     def _rosenbrock(
         self,
@@ -151,7 +145,7 @@ class ImplicitStages(Stages):
         u: Tensor,
         start: Linearization,
     ) -> None:
-        factors, pivots = self._factored(h, start.jacobian)
+        solve = self._solve(h, start)
         for i in range(self.method.stages):
             rate = self.field(times[i], self.argument(i, h, u)) if i else start.value
             if i:
@@ -159,8 +153,7 @@ class ImplicitStages(Stages):
                 rate = rate + (coupled if self.mass is None else self.mass @ coupled)
             if start.time is not None and table.time_weights[i] != 0.0:
                 rate = rate + start.time * (table.time_weights[i] * h)
-            right = (rate * table.gamma).unsqueeze(1)
-            self.vectors.put(i, torch.linalg.lu_solve(factors, pivots, right).squeeze(1))
+            self.vectors.put(i, solve(rate * table.gamma))
 
     def _diagonal(
         self,
@@ -190,21 +183,13 @@ class ImplicitStages(Stages):
         eps = torch.finfo(known.dtype).eps
         scale = known.abs().max() + abs(step) * guess.abs().max()
         close = float(scale) * eps**0.75 / abs(step)
-        factors, pivots = self._factored(h, self._at_start.jacobian.detach())
+        solve = self._solve(h, self._at_start)
         slope: Tensor = guess
         for iteration in range(2 * _ITERATIONS):
             if iteration == _ITERATIONS:
-                local = linearize(
-                    self.field,
-                    t,
-                    known + step * slope,
-                    with_time=False,
-                    recorded=False,
-                    differentiable=False,
-                )
-                factors, pivots, _ = torch.linalg.lu_factor_ex(self._matrix(h, local.jacobian))
-            residual = (self.field(t, known + step * slope) - slope).unsqueeze(1)
-            change = torch.linalg.lu_solve(factors.detach(), pivots, residual).squeeze(1)
+                local = self._local(t, known + step * slope, recorded=False)
+                solve = local.solver(step, self.mass)
+            change = solve(self.field(t, known + step * slope) - slope)
             slope = slope + change
             size = float(change.abs().max())
             if size <= close:
@@ -220,14 +205,17 @@ class ImplicitStages(Stages):
         The value stays. The derivative is that of the implicit function theorem, and two of them
         give the second derivative too.
         """
-        local = linearize(
+        scale = self.table.gamma * h
+        local = self._local(t, known + scale * slope, recorded=True)
+        return slope + local.solver(scale, self.mass)(local.value - slope)
+
+    def _local(self, t: Tensor, u: Tensor, recorded: bool) -> Linearization:
+        """The field and its Jacobian at a stage."""
+        return self.linearizer(
             self.field,
             t,
-            known + (self.table.gamma * h) * slope,
+            u,
             with_time=False,
-            recorded=True,
-            differentiable=self.derivatives > 1,
+            recorded=recorded,
+            differentiable=recorded and self.derivatives > 1,
         )
-        matrix = self._matrix(h, local.jacobian)
-        change: Tensor = torch.linalg.solve(matrix, local.value - slope)
-        return slope + change

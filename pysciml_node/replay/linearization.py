@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.replay.stages import FlatFunction
+from pysciml_node.replay.vectors import Real
 
 # Rows of a Jacobian that are pulled back together: their graphs share memory bandwidth, and more
 # of them would only take memory.
@@ -17,19 +22,84 @@ _ROWS = 256
 _FEW = 4
 
 
+Solver = Callable[[Tensor], Tensor]
+"""Solves one linear system for right-hand sides `(N,)`."""
+
+
 @dataclass(frozen=True)
-class Linearization:
-    """The field and its derivatives at one time and state.
+class Linearization(ABC):
+    """A field at one time and state, with what implicit steps do with its derivatives there.
 
     Attributes:
         value: `f(t, u)`, `(N,)`.
-        jacobian: `df/du`, `(N, N)`.
         time: `df/dt`, `(N,)`, or `None` for a field that does not see time.
     """
 
     value: Tensor
-    jacobian: Tensor
     time: Tensor | None
+
+    @abstractmethod
+    def solver(self, scale: Real, mass: Tensor | None) -> Solver:
+        """Solves `(M - scale J) x = b`; `None` for `M` stands for the identity."""
+
+    @abstractmethod
+    def bound(self) -> float:
+        """A bound of the largest eigenvalue of `J`."""
+
+
+@dataclass(frozen=True)
+class DenseLinearization(Linearization):
+    """With the Jacobian as a matrix.
+
+    Attributes:
+        jacobian: `df/du`, `(N, N)`.
+    """
+
+    jacobian: Tensor
+
+    @override
+    def solver(self, scale: Real, mass: Tensor | None) -> Solver:
+        return lu_solver(shifted(self.jacobian, scale, mass))
+
+    @override
+    def bound(self) -> float:
+        norm: Tensor = torch.linalg.matrix_norm(self.jacobian.detach(), math.inf)
+        return float(norm)
+
+
+def shifted(jacobian: Tensor, scale: Real, mass: Tensor | None) -> Tensor:
+    """`M - scale J`."""
+    scaled = jacobian * -scale
+    if mass is not None:
+        return scaled + mass
+    return scaled + torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
+
+
+def lu_solver(matrix: Tensor) -> Solver:
+    """Solves with a matrix, which is factored once."""
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+
+    def solve(right: Tensor) -> Tensor:
+        solved: Tensor = torch.linalg.lu_solve(factors, pivots, right.unsqueeze(1))
+        return solved.squeeze(1)
+
+    return solve
+
+
+class Linearizer(Protocol):
+    """Linearizes a field; as `linearize`."""
+
+    def __call__(
+        self,
+        field: FlatFunction,
+        t: Tensor,
+        u: Tensor,
+        *,
+        with_time: bool,
+        recorded: bool,
+        differentiable: bool,
+    ) -> Linearization:
+        """The field with its derivatives at `(t, u)`."""
 
 
 def linearize(
@@ -40,7 +110,7 @@ def linearize(
     with_time: bool,
     recorded: bool,
     differentiable: bool,
-) -> Linearization:
+) -> DenseLinearization:
     """Evaluate the field with its Jacobian, by one batch of vector-Jacobian products.
 
     Args:
@@ -64,13 +134,13 @@ def linearize(
         if value is None:
             value = rate if recorded else rate.detach()
         if not rate.requires_grad:
-            return Linearization(value, u.new_zeros((u.numel(), u.numel())), None)
-        jacobian = _jacobian(rate, state, recorded and differentiable)
+            return DenseLinearization(value, None, u.new_zeros((u.numel(), u.numel())))
+        jacobian = jacobian_of(rate, state, recorded and differentiable)
         slope = _time_derivative(rate, time, recorded and differentiable) if with_time else None
-    return Linearization(value, jacobian, slope)
+    return DenseLinearization(value, slope, jacobian)
 
 
-def _jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+def jacobian_of(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
     """`d value / d state`, `(N, N)`."""
     basis = torch.eye(state.numel(), dtype=state.dtype, device=state.device)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from pysciml_node.algorithms.adjoints import (
-    DirectAdjoint,
-    DiscreteAdjoint,
+    BacksolveAdjoint,
     ForwardDiffSensitivity,
     QuadratureAdjoint,
 )
@@ -60,10 +62,17 @@ def _refusal_implicit(
 ) -> str | None:
     """Why this engine cannot take an implicit method, with the remedy; `None` when it can."""
     name, size = type(algorithm).__name__, sum(problem.spec.sizes)
-    if not isinstance(options.adjoint, DiscreteAdjoint | DirectAdjoint):
+    adjoint = type(options.adjoint).__name__
+    if isinstance(options.adjoint, QuadratureAdjoint | ForwardDiffSensitivity):
         return (
-            f"{type(options.adjoint).__name__} of {name} is an adjoint of the Julia engine.\n"
-            '  Use adjoint=DiscreteAdjoint(), or engine="julia".'
+            f"{adjoint} is an adjoint of the Julia engine.\n"
+            '  Use engine="julia", or adjoint=DiscreteAdjoint().'
+        )
+    if isinstance(options.adjoint, BacksolveAdjoint):
+        return (
+            f"{adjoint} solves the equation of {name} backward in time, where what decays fast "
+            "grows fast.\n"
+            "  Use adjoint=DiscreteAdjoint() or GaussAdjoint()."
         )
     if problem.spec.dtype.is_complex:
         return (
@@ -76,8 +85,13 @@ def _refusal_implicit(
             f"entries, but u0 has {size}.\n"
             '  Use engine="julia" (FBDF() for large systems), or an EnsembleProblem of its rows.'
         )
-    mass = isinstance(problem, ODEProblem) and problem.mass_matrix is not None
-    if mass and not all(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus):
+    mass = problem.mass
+    if mass is not None and not options.adjoint.discrete and _singular(mass):
+        return (
+            f"{adjoint} takes a singular mass matrix on the Julia engine only.\n"
+            '  Use adjoint=DiscreteAdjoint(), or engine="julia".'
+        )
+    if mass is not None and not all(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus):
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
@@ -86,6 +100,12 @@ def _refusal_implicit(
             f"compile=True is for explicit methods, but the algorithm is {name}.\n  Leave it out."
         )
     return None
+
+
+def _singular(mass: Tensor) -> bool:
+    """Whether a matrix has no inverse that could be relied on."""
+    condition: Tensor = torch.linalg.cond(mass, 1)
+    return not float(condition) < 0.01 / torch.finfo(mass.dtype).eps
 
 
 def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:

@@ -239,7 +239,7 @@ class ODESolve(Solve):
             if isinstance(adjoint, DiscreteAdjoint):
                 gradients = discrete_sweep(field, self.methods, backward, self.stats)
             else:
-                gradients = continuous_sweep(field, self.method, options, backward, self.stats)
+                gradients = continuous_sweep(field, self.methods, options, backward, self.stats)
             if backward.with_times and problem.mass is None:
                 ends = backward.record.fixed and adjoint.discrete
                 complete_times(gradients, problem, field.field, backward, ends)

@@ -115,7 +115,7 @@ def test_training_a_stiff_neural_ode(engine: str) -> None:
     assert solution.stats.naccept < 200  # explicit steps would be shorter than 2 / 2000
 
 
-def gradient(algorithm: Any, engine: str) -> tuple[Tensor, ...]:
+def gradient(algorithm: Any, engine: str, adjoint: Any = None) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     field = StiffNetwork().double()
     u0 = torch.tensor([[1.0, 1.0]], dtype=torch.float64, requires_grad=True)
@@ -126,6 +126,7 @@ def gradient(algorithm: Any, engine: str) -> tuple[Tensor, ...]:
         atol=1e-10,
         engine=engine,
         saveat=[0.2, 0.5],
+        adjoint=adjoint,
     )
     return torch.autograd.grad(solution.u.square().sum(), (u0, *field.parameters()))
 
@@ -145,7 +146,20 @@ def test_gradients_through_rosenbrock_steps(engine: str) -> None:
     )
 
 
-def test_a_mass_matrix_enters_the_gradient(engine: str) -> None:
+@pytest.mark.parametrize(
+    "adjoint", [psn.GaussAdjoint(), psn.InterpolatingAdjoint()], ids=lambda a: type(a).__name__
+)
+def test_the_adjoint_equation_by_stiff_steps(adjoint: Any, engine: str) -> None:
+    torch.testing.assert_close(
+        gradient(psn.Rodas5P(), engine, adjoint),
+        gradient(psn.Tsit5(), "torch"),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize("adjoint", [None, psn.GaussAdjoint()], ids=["default", "GaussAdjoint"])
+def test_a_mass_matrix_enters_the_gradient(adjoint: Any, engine: str) -> None:
     """Of `u0`, the end and the parameters, against the same equation divided by the matrix."""
     mass = torch.tensor([[2.0, 1.0], [0.5, 1.0]], dtype=torch.float64)
     matrix = torch.tensor([[-3.0, 1.0], [0.5, -40.0]], dtype=torch.float64)
@@ -162,7 +176,8 @@ def test_a_mass_matrix_enters_the_gradient(engine: str) -> None:
 
         problem = psn.ODEProblem(f, u0, (0.0, t1), p=k, mass_matrix=mass_matrix)
         chosen = engine if mass_matrix is not None else "torch"
-        solution = psn.solve(problem, algorithm, rtol=1e-9, atol=1e-9, engine=chosen)
+        common = {"rtol": 1e-9, "atol": 1e-9, "adjoint": adjoint}
+        solution = psn.solve(problem, algorithm, **common, engine=chosen)
         return torch.autograd.grad((solution.u1 * weights).sum(), (u0, k, t1))
 
     found, expected = gradients(psn.Rodas5P(), mass), gradients(psn.Tsit5(), None)

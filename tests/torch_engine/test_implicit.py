@@ -186,7 +186,8 @@ def test_regularizers_read_implicit_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"adjoint": psn.InterpolatingAdjoint()}, "adjoint=DiscreteAdjoint"),
+        ({"adjoint": psn.BacksolveAdjoint()}, "adjoint=DiscreteAdjoint"),
+        ({"adjoint": psn.QuadratureAdjoint()}, "Julia"),
         ({"compile": True}, "compile=True"),
     ],
 )
