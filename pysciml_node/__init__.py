@@ -3,7 +3,17 @@
 import importlib
 from types import ModuleType
 
-from pysciml_node import compat, init, interpolate, kernels, monitoring, optim, plot, schedules
+from pysciml_node import (
+    checks,
+    compat,
+    init,
+    interpolate,
+    kernels,
+    monitoring,
+    optim,
+    plot,
+    schedules,
+)
 from pysciml_node.algorithms.adjoints import (
     BacksolveAdjoint,
     DirectAdjoint,
@@ -189,9 +199,22 @@ __all__ = [
     "tune",
 ]
 
+# What other packages have at their top.
+_ELSEWHERE = {
+    "odeint": "compat.torchdiffeq.odeint",
+    "odeint_adjoint": "compat.torchdiffeq.odeint_adjoint",
+    "sdeint": "compat.torchsde.sdeint",
+    "sdeint_adjoint": "compat.torchsde.sdeint_adjoint",
+    "diffeqsolve": "solve",
+    "solve_ivp": "solve",
+    "NeuralDE": "NeuralODE",
+}
+
 
 def __getattr__(name: str) -> ModuleType:
     """The callbacks for Lightning, which is imported for them alone."""
     if name == "lightning":
         return importlib.import_module(f"{__name__}.lightning")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    meant = _ELSEWHERE.get(name) or (not name.startswith("_") and checks.nearest(name, __all__))
+    remedy = f"\n  Did you mean {__name__}.{meant}?" if meant else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{remedy}")

@@ -94,7 +94,7 @@ class CNF(Flow):
                 "a CNF takes no saveat, since it is solved in both directions.\n"
                 "  Its solution at any times: cnf.node(x)(times)."
             )
-        check_options(type(self).__name__, options)
+        check_options(type(self), options)
         self.exact = None if exact is None else checks.flag("exact", exact)
         self.distribution = check_distribution(distribution)
         self.generator = checks.generator("generator", generator)

@@ -127,7 +127,7 @@ class LatentODE(nn.Module):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__()
-        check_options(type(self).__name__, options, without=("saveat",))
+        check_options(type(self), options, without=("saveat",))
         noise = checks.number("noise", noise, above=0)
         checks.choice("reduction", reduction, get_args(Reduction))
         checks.generator("generator", generator)

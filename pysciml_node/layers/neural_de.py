@@ -62,7 +62,7 @@ class NeuralDE(nn.Module, Generic[Out]):
         options: SolverOptions,
     ) -> None:
         super().__init__()
-        check_options(type(self).__name__, options)
+        check_options(type(self), options)
         self.output = choice("output", output, get_args(Output))
         self.last: Solution | EnsembleSolution | None = None
         self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -59,19 +60,21 @@ class SolverOptions(TypedDict, total=False):
     compile: bool | Literal["auto"]
 
 
-def check_options(layer: str, options: Mapping[str, Any], without: Iterable[str] = ()) -> None:
+def check_options(layer: type, options: Mapping[str, Any], without: Iterable[str] = ()) -> None:
     """Refuse unknown options where they are given, not at the first solve.
 
     Args:
-        layer: who takes them.
+        layer: the class that takes them, beside arguments of its own.
         options: by name.
         without: options that this layer sets itself.
 
     Raises:
         TypeError: an unknown option; the message says which was probably meant.
     """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = {p.name for p in inspect.signature(layer).parameters.values() if p.kind in kinds}
     known = set(SolverOptions.__annotations__).difference(without)
-    keywords(layer, options, sorted(known))
+    keywords(layer.__name__, options, sorted(known | own))
     for name in ("rtol", "atol"):
         value = options.get(name, 1.0)
         if not isinstance(value, tuple | list | Mapping):

@@ -240,7 +240,7 @@ class ODERNNEncoder(_Encoder):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(variables, latent, state, hidden, start, generator)
-        check_options(type(self).__name__, options, without=("saveat",))
+        check_options(type(self), options, without=("saveat",))
         self.node = NeuralODE(
             _OverGaps(checks.function("field", field, "t", "h")), algorithm, **options
         )

@@ -15,13 +15,14 @@ from torch.utils._pytree import register_pytree_node
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.state import map_tensors
+from pysciml_node.solutions.elsewhere import NoTensor
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 
 
 @dataclass(eq=False)
-class EnsembleSolution:
+class EnsembleSolution(NoTensor):
     """The result of `solve` for an `EnsembleProblem`.
 
     States of all members stand in one tensor. `solution[m]` is the `Solution` of a member, with its

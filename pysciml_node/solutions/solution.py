@@ -18,7 +18,7 @@ from torch.utils._pytree import register_pytree_node
 from pysciml_node import checks, plot
 from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.problems.state import map_tensors, refuse_batched
-from pysciml_node.solutions.elsewhere import ELSEWHERE
+from pysciml_node.solutions.elsewhere import ELSEWHERE, NoTensor
 from pysciml_node.solutions.jump import Jump
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
@@ -149,7 +149,7 @@ class Trajectory(Protocol):
 
 
 @dataclass(repr=False, eq=False)
-class Solution:
+class Solution(NoTensor):
     """The result of `solve`.
 
     Attributes:

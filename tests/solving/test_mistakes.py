@@ -75,6 +75,20 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "negative delta": (lambda: psn.SOSRI(delta=-1), "delta must be finite and at least 0"),
     "gama": (lambda: psn.PIController(gama=0.9), "Did you mean 'gamma'"),  # type: ignore[call-arg]
     "noize": (lambda: psn.SDEProblem(decay, decay, one, (0.0, 1.0), noise="diagnal"), "'diagonal'"),
+    "a solution in a sequence": (
+        lambda: nn.Sequential(psn.NeuralODE(nn.Linear(2, 2)), nn.Linear(2, 2))(torch.ones(3, 2)),
+        r'linear takes tensors, but was given a Solution\.\n  .*output="u1"',
+    ),
+    "a solution for a tensor": (lambda: torch.cat([solve(), one]), r"given(.|\n)*solution\.u1"),
+    "the last of a solution": (lambda: solve()[-1], r"last state is solution\.u1"),
+    "noize of a layer": (
+        lambda: psn.NeuralSDE(nn.Linear(2, 2), nn.Linear(2, 2), noize="diagonal"),  # type: ignore[call-overload]
+        "NeuralSDE takes no argument 'noize'.\n  Did you mean 'noise'",
+    ),
+    "event_shap of a flow": (
+        lambda: psn.CNF(nn.Linear(2, 2), event_shap=2),  # type: ignore[call-arg]
+        "Did you mean 'event_shape'",
+    ),
     "unpacking": (lambda: tuple(solve()), r"not a pair\.\n  Its times are solution\.t"),
 }
 
@@ -87,7 +101,8 @@ def test_mistakes_are_answered_with_what_was_meant(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("ys", "u"), ("y", "u"), ("ts", "t"), ("retcod", "retcode")]
+    ("name", "meant"),
+    [("ys", "u"), ("y", "u"), ("ts", "t"), ("retcod", "retcode"), ("shape", "u1.shape")],
 )
 def test_names_of_other_packages_on_a_solution(name: str, meant: str) -> None:
     solution = solve()
@@ -98,6 +113,19 @@ def test_names_of_other_packages_on_a_solution(name: str, meant: str) -> None:
     assert not hasattr(solution, "_repr_html_")
     assert copy.copy(solution).success
     assert pickle.loads(pickle.dumps(solution)).success
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("Tsit", "Tsit5"), ("odeint", "compat.torchdiffeq.odeint"), ("solve_ivp", "solve")),
+        *(("dopri5", "Dopri5"), ("sdeint", "compat.torchsde.sdeint")),
+    ],
+)
+def test_names_of_other_packages_on_this_one(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError, match=rf"Did you mean pysciml_node\.{meant}\?"):
+        getattr(psn, name)
+    assert not hasattr(psn, "__wrapped__")
 
 
 def test_what_speaks_dlpack_is_a_state() -> None:

@@ -223,7 +223,7 @@ class Column:
 _COST_COLUMNS = (
     Column("training (s)", "train_seconds", 1.0, 1, with_ratio=True),
     Column("training (CPU s)", "train_cpu_seconds", 1.0, 1, with_ratio=True),
-    Column("prediction (ms/batch)", "predict_seconds", 1000.0, 2, with_ratio=True),
+    Column("prediction (CPU ms/batch)", "predict_cpu_seconds", 1000.0, 2, with_ratio=True),
     Column("test NFE", "nfe", 1.0, 1, with_ratio=True),
 )
 
