@@ -123,11 +123,10 @@ def _opening(settings: Settings, seeds: range) -> str:
     )
 
 
-CLOSING = (
-    "Look at the last column: the evaluations of the field that a prediction takes, and in brackets\n"
-    "their share of those without regularization. The test accuracy should not be lower. The picture\n"
-    "has both along the training."
-)
+CLOSING = """\
+Look at the last column: the evaluations of the field that a prediction takes, and in brackets
+their share of those without regularization. The test accuracy should not be lower. The picture
+has both along the training."""
 
 
 def run_demo(
