@@ -1,4 +1,4 @@
-"""The code in README.md and docs/, and the examples in docstrings, run as they are written."""
+"""The code of README.md, CONTRIBUTING.md, docs/ and docstrings, run as it is written."""
 
 import doctest
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 import pysciml_node
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 # What the site runs is what is tested.
 BLOCK = runpy.run_path(str(ROOT / "site" / "hooks.py"))["BLOCK"]
 MODULES = ["pysciml_node"] + [
