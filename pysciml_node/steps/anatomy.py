@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Code in these libraries is not searched for globals. Their instances are.
@@ -22,11 +24,37 @@ def is_library(module: str | None) -> bool:
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> tuple[str, ...]:
     """The global and attribute names in a function's code, and in the functions inside it."""
-    names = dict.fromkeys(code.co_names)
+    return _mentioned(code, _every_name)
+
+
+@functools.lru_cache(maxsize=4096)
+def globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """The names that a function, or a function inside it, looks up as globals.
+
+    An attribute `self.net` has nothing to do with a global `net`.
+    """
+    return _mentioned(code, _global_names)
+
+
+def _mentioned(
+    code: types.CodeType, names_of: Callable[[types.CodeType], Iterable[str]]
+) -> tuple[str, ...]:
+    names = dict.fromkeys(names_of(code))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names.update(dict.fromkeys(names_in(constant)))
+            names |= dict.fromkeys(_mentioned(constant, names_of))
     return tuple(names)
+
+
+def _every_name(code: types.CodeType) -> Iterable[str]:
+    return code.co_names
+
+
+def _global_names(code: types.CodeType) -> Iterable[str]:
+    for instruction in dis.get_instructions(code):
+        # Class bodies look names up by LOAD_NAME.
+        if "GLOBAL" in instruction.opname or instruction.opname == "LOAD_NAME":
+            yield str(instruction.argval)
 
 
 def slots_of(kind: type) -> list[tuple[str, Any]]:

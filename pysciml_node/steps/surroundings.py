@@ -27,7 +27,7 @@ from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
-from pysciml_node.steps.anatomy import is_library, names_in, slots_of
+from pysciml_node.steps.anatomy import globals_in, is_library, names_in, slots_of
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
 from pysciml_node.steps.record import Recorded
@@ -218,10 +218,12 @@ class Surroundings:
             self._visited.setdefault(id(value.__dict__), value.__dict__)
             self._attributes(value.__dict__, f"{name}.")
         if not is_library(value.__module__):
-            self._globals(value.__globals__, names_in(code), "")
+            self._globals(value.__globals__, globals_in(code), names_in(code), "")
 
-    def _globals(self, owner: dict[str, Any], names: tuple[str, ...], prefix: str) -> None:
-        """The entries of a module that code mentions, and those of modules among them."""
+    def _globals(
+        self, owner: dict[str, Any], names: tuple[str, ...], inner: tuple[str, ...], prefix: str
+    ) -> None:
+        """The entries `names` of a module, and the entries `inner` of modules among them."""
         # Modules name one another: a round ends where it began.
         place = (id(owner), names)
         if place in self._entered:
@@ -234,7 +236,7 @@ class Surroundings:
                 continue
             if type(value) is types.ModuleType:
                 if value.__dict__ is not owner and not is_library(value.__name__):
-                    self._globals(value.__dict__, names, f"{key}.")
+                    self._globals(value.__dict__, inner, inner, f"{key}.")
             else:
                 seen[key] = value
         if seen:

@@ -121,16 +121,14 @@ def continuous_sweep(
     vector = augmented.start(first, cotangent)
     if first != t0:
         vector = _march_back(augmented, methods, options, jumps, vector, sums)
+    else:
+        sums.add([torch.zeros_like(leaf) for leaf in field.leaves])
     augmented.collect(vector, sums)
     costate = augmented.costate(vector)
     at_start = jumps.at(t0)
     if at_start is not None and first != t0:
         costate = costate + at_start
-    inputs: list[Tensor | None] = [
-        torch.zeros_like(leaf) if total is None else total
-        for total, leaf in zip(sums.sums, field.leaves, strict=True)
-    ]
-    gradients = Gradients(u0=costate, inputs=inputs)
+    gradients = Gradients(u0=costate, inputs=list(sums.sums))
     if backward.with_times:
         _time_gradients(gradients, field, mass, jumps, backward, dense)
     begin = methods[0].nodes.new_tensor(t0)

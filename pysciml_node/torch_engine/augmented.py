@@ -145,6 +145,8 @@ class Augmented:
         self.driven = 2 * self.size if with_state else self.size
         # Complex states carry real parameters' gradients in their real parts.
         self.lengths = [leaf.numel() for leaf in field.leaves] if with_leaves else []
+        # Leaves that the field turns out not to use get no gradient, rather than zeros.
+        self._used = [False] * len(self.lengths)
         self.unit = 1.0
 
     def start(self, t: float, cotangent: Tensor) -> Tensor:
@@ -195,8 +197,9 @@ class Augmented:
 
     def _put_leaves(self, out: Tensor, leaves: Sequence[Tensor | None]) -> None:
         position = self.driven
-        for gradient, length in zip(leaves, self.lengths, strict=False):
+        for i, (gradient, length) in enumerate(zip(leaves, self.lengths, strict=False)):
             if gradient is not None:
+                self._used[i] = True
                 out[position : position + length] = -gradient.reshape(-1)
             position += length
 
@@ -256,9 +259,12 @@ class Augmented:
         """Hand over the parameter gradients that the march has integrated."""
         pieces = torch.split(vector[self.driven :], self.lengths) if self.lengths else ()
         gradients: list[Tensor | None] = []
-        for piece, leaf in zip(pieces, self.field.leaves, strict=False):
+        for piece, leaf, used in zip(pieces, self.field.leaves, self._used, strict=False):
+            if not used:
+                gradients.append(None)
+                continue
             shaped = piece.view(leaf.shape) * self.unit
-            gradients.append((shaped if leaf.is_complex() else shaped.real).to(leaf.dtype))
+            gradients.append((shaped if leaf.is_complex() else shaped.real).to(leaf))
         if gradients:
             sums.add(gradients)
 

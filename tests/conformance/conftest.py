@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from functools import cache
 
@@ -32,6 +33,17 @@ def engine(request: pytest.FixtureRequest) -> str:
     if reason := _missing(name):
         pytest.skip(reason)
     return name
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_device() -> Generator[None, None, None]:
+    """New tensors lie on `PSN_TEST_DEVICE`, where it is named (see `tests/gpu`)."""
+    name = os.environ.get("PSN_TEST_DEVICE")
+    if name is None:
+        yield
+        return
+    with torch.device(name):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
