@@ -20,7 +20,7 @@ help:
 	@echo "make coverage   run the tests and count what they run of the package"
 	@echo "make lint       check style; make format applies it"
 	@echo "make typecheck  check types"
-	@echo "make bench      time solvers against their peers"
+	@echo "make bench      time solvers against their peers (benchmarks/RESULTS.md)"
 	@echo "make docs       build the site, strictly (build/site)"
 	@echo "make clean      remove .venv and caches"
 
@@ -66,7 +66,7 @@ typecheck: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(BENCHMARKS_INSTALLED)
-	$(BIN)/python benchmarks/ode.py $(ARGS)
+	$(BIN)/python benchmarks/results.py $(ARGS)
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict

@@ -3,12 +3,12 @@
     pip install torchsde
     python benchmarks/against_torchsde.py
 
-Geometric Brownian motion (4096 x 8), additive noise of three motions (1024 x 8), the generator of
-an SDE-GAN (1024 x 16, general noise of three motions, `f_and_g`), and a latent SDE (1024 x 4,
-`logqp`), in float32, by 64 steps on one core; each with a new Brownian motion a solve. Rates are of
-CPU time, medians over turns that alternate; with a ratio above one this package is faster. The last
-rows are queries of 12,288 entries: of a `BrownianTree` on 50 falling levels, and of a
-`BrownianInterval` step by step.
+Geometric Brownian motion (4096 x 8, and a small batch of 16 x 2), additive noise of three motions
+(1024 x 8), the generator of an SDE-GAN (1024 x 16, general noise of three motions, `f_and_g`), and
+a latent SDE (1024 x 4, `logqp`), in float32, by 64 steps on one core; each with a new Brownian
+motion a solve. Rates are of CPU time, medians over turns that alternate; with a ratio above one
+this package is faster. The last rows are queries of 12,288 entries: of a `BrownianTree` on 50
+falling levels, and of a `BrownianInterval` step by step.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ class Geometric(nn.Module):
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         """The diffusion."""
         return self.s * y
+
+
+class Small(Geometric):
+    """The same for a few states, where what a step costs beside its sums is what counts."""
+
+    shape = (16, 2)
 
 
 class Additive(nn.Module):
@@ -109,6 +115,8 @@ ROWS: list[tuple[type[Any], str, dict[str, Any]]] = [
     (Geometric, "euler", {}),
     (Geometric, "milstein", {"options": {"grad_free": True}}),
     (Geometric, "srk", {}),
+    (Small, "euler", {}),
+    (Small, "srk", {}),
     (Additive, "srk", {}),
     (Generator, "reversible_heun", {}),
     (Generator, "midpoint", {}),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FIELD, FIELD_PULLBACK, FIELD_FRESH = "field", "field and pullback", "field, fresh input"
 # The candidates that others are compared with, first.
 YARDSTICKS = ("torchdiffeq", "diffrax")
+NAMES = ("spiral", "spiral-fitted", "lotka-volterra", "mnist")
 
 
 def prime_allocator() -> None:
@@ -46,7 +47,7 @@ def field_calls(workload: Workload) -> dict[str, Callable[[], object]]:
     """The bare right-hand side: alone, with its pullback, and on inputs that are not in cache."""
     import torch
 
-    t, u = torch.tensor(workload.times[0]), workload.u0
+    t, u = torch.tensor(workload.times[0], dtype=workload.u0.dtype), workload.u0
     cotangent = workload.cotangent[0]
     leaf = u.clone().requires_grad_()
     states = [u.clone() for _ in range(8)]
@@ -181,7 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workload", nargs="+", choices=("spiral", "spiral-fitted", "mnist"))
+    parser.add_argument(
+        "--workload", nargs="+", choices=("spiral", "spiral-fitted", "lotka-volterra", "mnist")
+    )
     parser.add_argument("--only", nargs="+", default=[], help="names of the rows to run")
     parser.add_argument("--repeats", type=int, default=20, help="samples of each row, at least 20")
     parser.add_argument("--core", type=int, help="core to run on; default the last one allowed")

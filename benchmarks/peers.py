@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from workloads import TimeField, Workload
+from workloads import PreyField, TimeField, Workload
 
 INSTALL = 'pip install -e ".[benchmarks]"'
 
@@ -183,7 +183,7 @@ def pysciml_julia(workload: Workload) -> Candidate:
 def _torchdiffeq(workload: Workload, function: str) -> Candidate:
     (package,) = _load("torchdiffeq")
     odeint = getattr(package, function)
-    times, tolerance = torch.tensor(workload.times), workload.tolerance
+    times, tolerance = torch.tensor(workload.times, dtype=workload.u0.dtype), workload.tolerance
 
     def solve(u0: Tensor) -> Tensor:
         path: Tensor = odeint(
@@ -212,7 +212,8 @@ def torchode_autograd(workload: Workload) -> Candidate:
     term = to.ODETerm(workload.field)
     controller = to.IntegralController(workload.tolerance, workload.tolerance, term=term)
     solver = to.AutoDiffAdjoint(to.Dopri5(term), controller)
-    times = torch.tensor(workload.times).expand(workload.u0.shape[0], -1)
+    times = torch.tensor(workload.times, dtype=workload.u0.dtype)
+    times = times.expand(workload.u0.shape[0], -1)
 
     def solve(u0: Tensor) -> Tensor:
         outputs: Tensor = solver.solve(to.InitialValueProblem(y0=u0, t_eval=times)).ys
@@ -230,12 +231,20 @@ def _jax_field(workload: Workload, jnp: Any) -> Callable[[Any, Any, Any], Any]:
         hidden = jnp.tanh(jnp.concatenate([x, time], 1) @ p[0].T + p[1])
         return jnp.tanh(jnp.concatenate([hidden, time], 1) @ p[2].T + p[3])
 
+    def prey(t: Any, u: Any, p: Any) -> Any:
+        hidden = jnp.tanh(jnp.tanh(u @ p[0].T + p[1]) @ p[2].T + p[3])
+        return rates * u + 0.1 * (hidden @ p[4].T + p[5])
+
+    if isinstance(workload.field, PreyField):
+        rates = jnp.asarray(workload.field.rates.numpy())
+        return prey
     return time_dependent if isinstance(workload.field, TimeField) else spiral
 
 
 def diffrax_jit(workload: Workload) -> Candidate:
     """diffrax, the whole solve under jit, its default (recursive checkpointing) adjoint."""
     jax, jnp, dfx = _load("jax", "jax.numpy", "diffrax")
+    jax.config.update("jax_enable_x64", workload.u0.dtype == torch.float64)
     field = _jax_field(workload, jnp)
     calls = 0
 
@@ -256,7 +265,7 @@ def diffrax_jit(workload: Workload) -> Candidate:
             dt0=None,
             y0=u0,
             args=p,
-            saveat=dfx.SaveAt(ts=jnp.asarray(workload.times[1:], dtype=jnp.float32)),
+            saveat=dfx.SaveAt(ts=jnp.asarray(workload.times[1:], dtype=u0.dtype)),
             stepsize_controller=dfx.PIDController(rtol=workload.tolerance, atol=workload.tolerance),
         )
         return solution.ys

@@ -50,12 +50,35 @@ class TimeField(nn.Module):
         return torch.tanh(self.second(torch.cat([hidden, time], 1)))
 
 
+class PreyField(nn.Module):
+    """`(1.3 x, -1.8 y) + net(x, y) / 10`, 2-5-5-2 with tanh: a universal differential equation.
+
+    Reference: C. Rackauckas et al., Universal differential equations for scientific machine
+    learning, arXiv:2001.04385.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(2, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        for layer in (self.first, self.second, self.third):
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        self.register_buffer("rates", torch.tensor([1.3, -1.8]))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """Evaluate the derivative at `u`, shape `(B, 2)`."""
+        hidden = torch.tanh(self.second(torch.tanh(self.first(u))))
+        out: Tensor = self.rates * u + 0.1 * self.third(hidden)
+        return out
+
+
 @dataclass
 class Workload:
     """A field, an initial value, and what is asked of the solver.
 
     Attributes:
-        field: the derivative, `(t, u) -> du`, with parameters `(W1, b1, W2, b2)`.
+        field: the derivative, `(t, u) -> du`, with parameters `(W1, b1, W2, b2, ...)`.
         u0: initial state `(B, D)`.
         times: output times, the start included.
         tolerance: relative and absolute.
@@ -66,7 +89,7 @@ class Workload:
 
     name: str
     description: str
-    field: SpiralField | TimeField
+    field: SpiralField | TimeField | PreyField
     u0: Tensor
     times: list[float]
     tolerance: float
@@ -75,9 +98,8 @@ class Workload:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """`W1, b1, W2, b2`."""
-        first, second = self.field.first, self.field.second
-        return [first.weight, first.bias, second.weight, second.bias]
+        """`W1, b1, W2, b2, ...`."""
+        return list(self.field.parameters())
 
 
 def _rk4(
@@ -104,8 +126,7 @@ def reference(workload: Workload) -> tuple[Tensor, list[Tensor]]:
     field.load_state_dict(workload.field.state_dict())
     u0 = workload.u0.double().requires_grad_()
     outputs = _rk4(field, u0, workload.times, workload.reference_steps)
-    first, second = field.first, field.second
-    leaves = [u0, first.weight, first.bias, second.weight, second.bias]
+    leaves = [u0, *field.parameters()]
     gradient = torch.autograd.grad((outputs * workload.cotangent.double()).sum(), leaves)
     return outputs.detach(), list(gradient)
 
@@ -170,8 +191,25 @@ def mnist(batch: int = 512) -> Workload:
     )
 
 
+def lotka_volterra() -> Workload:
+    """One trajectory of two species, 31 output times, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    return Workload(
+        name="lotka-volterra",
+        description="growth and decay with a 2-5-5-2 tanh MLP, one trajectory, 31 output times in "
+        "[0, 3], tolerance 1e-6, float64",
+        field=PreyField(generator).double(),
+        u0=torch.tensor([[0.44249296, 4.6280594]], dtype=torch.float64),
+        times=torch.linspace(0, 3, 31, dtype=torch.float64).tolist(),
+        tolerance=1e-6,
+        cotangent=torch.randn(30, 1, 2, generator=generator, dtype=torch.float64),
+        reference_steps=20,
+    )
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "spiral": lambda: spiral(fitted=False),
     "spiral-fitted": lambda: spiral(fitted=True),
+    "lotka-volterra": lotka_volterra,
     "mnist": mnist,
 }

@@ -126,13 +126,18 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
     The solver's operations, and the tensors that it keeps, must not be subject to these modes.
     Gradients stay as they are outside, where inference mode has none.
     """
+    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
+    moved = _default_device() is not None
+    if not (inference or autocast or moved):
+        yield
+        return
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
+        if inference:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
+        if autocast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if _default_device() is not None:
+        if moved:
             stack.enter_context(torch.device("cpu"))
         yield
 

@@ -55,9 +55,9 @@ def check_field(name: str, field: Any, hint: str) -> None:
     Raises:
         TypeError: it is not callable, or takes other arguments, or these in another order.
     """
-    if callable(field) and checks.takes(field, 1) and not checks.takes(field, 2):
-        hint = f"A function of the state alone is lambda t, u: {name}(u)."
     if not callable(field) or isinstance(field, type) or not checks.takes(field, 3):
+        if callable(field) and checks.takes(field, 1) and not checks.takes(field, 2):
+            hint = f"A function of the state alone is lambda t, u: {name}(u)."
         checks.function(name, field, "t", "u", hint=hint)
     signature = checks.parameters(field)
     names = [] if signature is None else list(signature.parameters)

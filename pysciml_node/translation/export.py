@@ -155,6 +155,8 @@ class _Called(nn.Module):
 
 def _anchor(f: Callable[..., Any]) -> Any:
     """What translations are kept with: the code of a function, which may be made many times."""
+    if isinstance(f, nn.Module):  # it has none, and looks for what it lacks at length
+        return f
     return getattr(getattr(f, "__func__", f), "__code__", f)
 
 

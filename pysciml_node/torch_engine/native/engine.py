@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
@@ -38,7 +37,14 @@ from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
-from pysciml_node.torch_engine.native.run import Flight, Swept, departure_of, fly, sweep_back
+from pysciml_node.torch_engine.native.run import (
+    NOTHING,
+    Flight,
+    Swept,
+    departure_of,
+    fly,
+    sweep_back,
+)
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.surrounded import surroundings_of
 
@@ -204,7 +210,7 @@ class NativeSolve(FlownSolve):
             self, keep, self.u0, t0, t1, self.options.saveat_tensor, *self.parameters
         )
         # With the outputs as the graph has them.
-        return dataclasses.replace(keep[0], saved=saved, ends=ends), last
+        return keep[0].with_outputs(ends, saved), last
 
 
 def _turns(on_step: Any) -> Any:
@@ -234,8 +240,7 @@ class _Node(torch.autograd.Function):
         flight, last = solve.fly(start)
         keep.append(flight)
         # Without the outputs, which hold on to this node.
-        nothing = u0.new_empty(0)
-        ctx.solve, ctx.flight = solve, dataclasses.replace(flight, ends=nothing, saved=nothing)
+        ctx.solve, ctx.flight = solve, flight.with_outputs(NOTHING, NOTHING)
         ctx.save_for_backward(flight.ends, u0, t0, t1, saveat, *parameters)
         ctx.set_materialize_grads(False)
         saved = flight.saved if len(flight.saved) else flight.saved.clone()
@@ -248,7 +253,7 @@ class _Node(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         ends, *sources = ctx.saved_tensors
-        flight = dataclasses.replace(ctx.flight, ends=ends)
+        flight = ctx.flight.with_outputs(ends, NOTHING)
         solve: NativeSolve = ctx.solve
         wanted = ctx.needs_input_grad[2:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 from collections.abc import Callable
@@ -40,6 +41,9 @@ _FIRST_ROOM = 1 << 16
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
+NOTHING = torch.empty(0, device="cpu")
+"""Stands for the states that a flight does not hold on to."""
+
 _NOWHERE = torch.empty((0, 2), dtype=torch.float64, device="cpu")
 """The places of no saved times."""
 
@@ -77,6 +81,18 @@ class Flight:
     last: Attempt | None
     finite: bool
     times: Tensor | None
+
+    def with_outputs(self, ends: Tensor, saved: Tensor) -> Flight:
+        """The same with other tensors of its states."""
+        flight = copy.copy(self)
+        flight.ends, flight.saved = ends, saved
+        return flight
+
+    def __copy__(self) -> Flight:
+        # In short: there are two copies for each solve in a graph.
+        flight = Flight.__new__(Flight)
+        flight.__dict__.update(self.__dict__)
+        return flight
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
