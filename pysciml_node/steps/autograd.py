@@ -31,7 +31,7 @@ class _Refusing(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
             "a second derivative through a solve was asked for, and this adjoint gives only the "
-            "first.\n  Use adjoint=DirectAdjoint()."
+            "first.\n  Use adjoint=DirectAdjoint(); of drop-in functions odeint or sdeint."
         )
 
 

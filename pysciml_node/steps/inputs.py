@@ -77,11 +77,26 @@ def pull_back(value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> lis
     which take a third of the time of a small field. The graph is kept, because parts of it may
     belong to the caller (a hidden tensor that was computed elsewhere).
     """
-    if not (inputs and value.requires_grad):
+    return pull_back_all((value,), inputs, (cotangent,))
+
+
+def pull_back_all(
+    values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The same for several values in one pass: gradients of the sum of `cotangent . value`."""
+    pairs = [
+        pair for pair in zip(values, cotangents, strict=True) if inputs and pair[0].requires_grad
+    ]
+    if not pairs:
         return [None] * len(inputs)
     backward = Variable._execution_engine.run_backward
     gradients: Sequence[Tensor | None] = backward(
-        (value,), (cotangent,), True, False, tuple(inputs), True, accumulate_grad=False
+        *map(tuple, zip(*pairs, strict=True)),
+        True,
+        False,
+        tuple(inputs),
+        True,
+        accumulate_grad=False,
     )
     return list(gradients)
 

@@ -63,14 +63,18 @@ class StepPullback(Pullback):
     Args:
         prepared: the fields with their inputs.
         stepper: the method with these fields.
+        sums: gradients of the inputs are added to; default new ones.
 
     Attributes:
         evaluations: of the drift.
     """
 
-    def __init__(self, prepared: DifferentiableFields, stepper: Stepper) -> None:
+    def __init__(
+        self, prepared: DifferentiableFields, stepper: Stepper, sums: Accumulator | None = None
+    ) -> None:
         self._prepared, self._stepper = prepared, stepper
-        self._sums, self._comparison = Accumulator(prepared.leaves), Comparison()
+        self._sums = Accumulator(prepared.leaves) if sums is None else sums
+        self._comparison = Comparison()
         self.evaluations = 0
 
     @override

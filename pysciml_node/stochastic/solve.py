@@ -20,7 +20,7 @@ from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Kept, Outcome, Record
-from pysciml_node.steps.saver import Saver, follow
+from pysciml_node.steps.saver import Between, Saver, follow
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.adjoints import (
@@ -86,6 +86,21 @@ class Parts:
     def steps(self, start: Start) -> Steps:
         """The accepted steps."""
         return SDEMarch(start)
+
+    def saver(
+        self, record: Record, vector: Tensor, between: Between, times: Sequence[float]
+    ) -> Saver:
+        """What keeps the steps."""
+        return Saver(record, vector, between, times)
+
+    def sweep(
+        self, solve: SDESolve, prepared: DifferentiableFields, given: BackwardPass
+    ) -> Gradients:
+        """Pull the cotangents of a solve back."""
+        if isinstance(solve.options.adjoint, BacksolveAdjoint):
+            return backsolve_sweep(prepared, solve.stepper, solve.path, given, solve.stats)
+        pull = self.pullback(prepared, solve.stepper)
+        return discrete_sweep(pull, solve.path, given, solve.stats)
 
     def pullback(self, prepared: DifferentiableFields, stepper: Stepper) -> Pullback:
         """The adjoint of single steps, once they have been taken."""
@@ -156,16 +171,12 @@ class SDESolve(Solve):
         """Run the time loop and keep what the options ask for."""
         options, problem = self.options, self.problem
         march = self.parts.steps(Start(self.stepper, options, self.path, vector, slope))
-        saver = Saver(
-            Record(
-                times=[problem.t0],
-                t1_stop=len(options.landings(1)),
-                marks=(problem.t0, *options.tstops, problem.t1),
-            ),
-            vector,
-            self._between,
-            options.saveat or (),
+        record = Record(
+            times=[problem.t0],
+            t1_stop=len(options.landings(1)),
+            marks=(problem.t0, *options.tstops, problem.t1),
         )
+        saver = self.parts.saver(record, vector, self._between, options.saveat or ())
         with step_listener(options.progress, problem) as on_step:
             outcome = follow(march, saver, on_step)
         fields = self.stepper.fields
@@ -222,9 +233,6 @@ class SDESolve(Solve):
         def sweep(backward: BackwardPass) -> Gradients:
             backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
             with prepared.captured.sweep(replayed=not backsolve):
-                if backsolve:
-                    return backsolve_sweep(prepared, self.stepper, self.path, backward, self.stats)
-                pull = self.parts.pullback(prepared, self.stepper)
-                return discrete_sweep(pull, self.path, backward, self.stats)
+                return self.parts.sweep(self, prepared, backward)
 
         return as_node(lambda _: outcome, sweep, start, prepared.inputs)

@@ -122,6 +122,80 @@ def test_both_gradients_are_those_of_the_steps(noise: str, method: str, adaptive
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("ts", [[0.0, 1.0], [0.0, 0.23, 0.5, 1.0]])
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "additive", "general"])
+def test_the_reversible_gradient_is_exact_without_the_states_of_the_steps(
+    noise: str, ts: list[float]
+) -> None:
+    """It is plain backpropagation's; what is kept does not grow with the number of steps."""
+    torch.manual_seed(0)
+    sde = Net(noise)
+    y0 = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [y0, *sde.parameters()]
+
+    def solve(function: Any, dt: float) -> tuple[list[Tensor], int]:
+        bm = torchsde.BrownianInterval(0.0, 1.0, (4, sde.m), torch.float64, entropy=3)
+        sizes: list[int] = []
+
+        def pack(x: Tensor) -> Tensor:
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            ys, (_, _, z) = function(sde, y0, ts, bm, method="reversible_heun", dt=dt, extra=True)
+            sizes = list(sizes)
+            loss = ys.square().sum() + torch.sin(z).sum()
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        return [torch.zeros(()) if g is None else g for g in gradients], sum(sizes)
+
+    reversed_, few = solve(torchsde.sdeint_adjoint, 0.02)
+    recorded, many = solve(torchsde.sdeint, 0.02)
+    torch.testing.assert_close(reversed_, recorded, rtol=1e-10, atol=1e-12)
+    assert solve(torchsde.sdeint_adjoint, 0.002)[1] == few < many / 20
+
+
+def test_the_way_back_of_a_contracting_equation_does_not_drift_away() -> None:
+    """In float32 its rounding errors grow by `exp(20)` from the end to the start."""
+
+    class Contracting(torchsde.SDEStratonovich):
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            return -20 * y * self.rate
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return 0.3 * torch.ones_like(y)
+
+    sde = Contracting("diagonal")
+    sde.rate = nn.Parameter(torch.tensor(1.0))
+    gradients = []
+    for function in (torchsde.sdeint_adjoint, torchsde.sdeint):
+        torch.manual_seed(1)
+        ys = function(sde, torch.ones(8, 2), [0.0, 1.0], method="reversible_heun", dt=2**-9)
+        gradients.append(torch.autograd.grad(ys[-1].square().sum(), sde.rate)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=0.0)
+
+
+def test_a_changed_sde_is_noticed_on_the_way_back() -> None:
+    sde = Net("diagonal")
+    ys = torchsde.sdeint_adjoint(
+        sde, torch.ones(4, 3).double(), [0.0, 1.0], method="reversible_heun", dt=0.05
+    )
+    with torch.no_grad():
+        sde.drift[0].weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="changed"):
+        ys.sum().backward()
+
+
+def test_errors_of_a_solve_speak_of_torchsde() -> None:
+    sde, y0 = Net("diagonal"), torch.ones(4, 3).double()
+    mask = nn.Dropout(0.5)
+    sde.f = lambda t, y: mask(y)  # type: ignore[method-assign]
+    for adaptive in (False, True):
+        with pytest.raises(ValueError, match=r"sde.eval\(\).*use sdeint with adaptive=False"):
+            torchsde.sdeint_adjoint(
+                sde, y0, [0.0, 1.0], method="midpoint", dt=0.1, adaptive=adaptive
+            )
+
+
 def test_gradients_of_a_path_by_finite_differences() -> None:
     sde, bm = Linear("diagonal", "ito"), motion((2, 2))
 

@@ -29,6 +29,7 @@ from pysciml_node.compat.torchsde.brownian import BrownianInterval, _FromPoint, 
 from pysciml_node.compat.torchsde.sdes import Equation
 from pysciml_node.compat.torchsde.settings import METHOD_OPTIONS, METHODS
 from pysciml_node.compat.torchsde.solver import GivenParts, GivenPath
+from pysciml_node.compat.torchsde.words import in_torchsde_words
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.sde import SDEProblem
@@ -69,7 +70,10 @@ class Call:
 
     Attributes:
         method: torchsde's name of the method.
+        reversing: whether gradients come from undoing its steps.
     """
+
+    reversing = False
 
     def __init__(
         self,
@@ -182,9 +186,10 @@ class Call:
             interpretation=self.equation.interpretation,  # type: ignore[arg-type]
         )
         given = self._control(problem, **control)
-        solution, carried = _solve(
-            problem, given.pop("algorithm"), self, begin, adjoint=adjoint, **given
-        )
+        with in_torchsde_words():
+            solution, carried = _solve(
+                problem, given.pop("algorithm"), self, begin, adjoint=adjoint, **given
+            )
         ys = solution.u
         found: list[Any] = [ys]
         if self.logqp:
@@ -302,7 +307,7 @@ def _solve(
     options = check_options(problem, algorithm, **(usual | given))
     options = dataclasses.replace(options, seed=0)
     levy = call.method == "log_ode"
-    parts = GivenParts(call.path, call.begin(begin), levy, call.shortest)
+    parts = GivenParts(call.path, call.begin(begin), levy, call.shortest, call.reversing)
     solution = SDESolve(problem, algorithm, options, "torch", parts).solution()
     if not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)

@@ -117,8 +117,9 @@ def sdeint_adjoint(
 
     The gradient is that of the steps themselves, exact to rounding for every method and for
     adaptive steps too. torchsde solves an adjoint equation instead, whose error is that of its
-    steps; its arguments `adjoint_method`, `adjoint_adaptive`, `adjoint_rtol`, `adjoint_atol` and
-    `adjoint_options` are checked and have no effect.
+    steps; its arguments `adjoint_adaptive`, `adjoint_rtol`, `adjoint_atol` and `adjoint_options`
+    are checked and have no effect. `"reversible_heun"` undoes its steps, whose states are not kept,
+    unless `adjoint_method` is another than `"adjoint_reversible_heun"`.
 
     Args:
         sde: as in `sdeint`; need not be a module.
@@ -126,7 +127,7 @@ def sdeint_adjoint(
         ts: as in `sdeint`.
         bm: as in `sdeint`.
         method: as in `sdeint`.
-        adjoint_method: one of torchsde's methods.
+        adjoint_method: one of torchsde's methods; matters for `"reversible_heun"` only.
         dt: as in `sdeint`.
         adaptive: as in `sdeint`.
         adjoint_adaptive: a flag.
@@ -168,6 +169,10 @@ def sdeint_adjoint(
             'adjoint_method="adjoint_reversible_heun" is for method="reversible_heun", but the '
             f'method is "{call.method}".\n  Leave it out.'
         )
+    call.reversing = call.method == "reversible_heun" and adjoint_method in (
+        None,
+        "adjoint_reversible_heun",
+    )
     chosen = None if adjoint_params is None else tuple(adjoint_params)
     control = {"dt": dt, "rtol": rtol, "atol": atol, "dt_min": dt_min}
     return call.run(DiscreteAdjoint(), control, extra, extra_solver_state, chosen)

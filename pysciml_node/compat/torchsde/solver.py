@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,17 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.compat.torchsde.brownian import BrownianInterval
+from pysciml_node.compat.torchsde.words import in_torchsde_words
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
+from pysciml_node.steps.record import Record
+from pysciml_node.steps.saver import Between, Saver
 from pysciml_node.steps.step import Step
 from pysciml_node.stochastic.brownian import Path
-from pysciml_node.stochastic.fields import Fields
+from pysciml_node.stochastic.fields import DifferentiableFields, Fields
 from pysciml_node.stochastic.march import SDEMarch, Start
-from pysciml_node.stochastic.solve import Parts
+from pysciml_node.stochastic.reversible import SparseSaver, reversible_sweep
+from pysciml_node.stochastic.solve import Parts, SDESolve
 from pysciml_node.stochastic.step import SDEMethod, Stepper, Taken
 from pysciml_node.stochastic.virtual_tree import Increment
 from pysciml_node.tableaus.stochastic import SDETableau
@@ -175,12 +180,18 @@ class GivenParts(Parts):
         carried: what is carried beside the state at the start (reversible methods), `(N,)`.
         levy: whether to take steps with Levy's area.
         shortest: adaptive steps are never shorter.
+        reversing: whether gradients come from undoing the steps, whose states are not kept then.
     """
 
     def __init__(
-        self, path: Callable[[int], Path], carried: Tensor | None, levy: bool, shortest: float
+        self,
+        path: Callable[[int], Path],
+        carried: Tensor | None,
+        levy: bool,
+        shortest: float,
+        reversing: bool,
     ) -> None:
-        self._path, self._carried = path, carried
+        self._path, self._carried, self._reversing = path, carried, reversing
         self._levy, self._shortest = levy, shortest
 
     @override
@@ -200,3 +211,23 @@ class GivenParts(Parts):
     @override
     def steps(self, start: Start) -> SDEMarch:
         return _Floored(start, self._shortest)
+
+    @override
+    def saver(
+        self, record: Record, vector: Tensor, between: Between, times: Sequence[float]
+    ) -> Saver:
+        if not self._reversing:
+            return super().saver(record, vector, between, times)
+        saver = SparseSaver(record, vector, between, times)
+        self._kept = saver.kept
+        return saver
+
+    @override
+    def sweep(
+        self, solve: SDESolve, prepared: DifferentiableFields, given: BackwardPass
+    ) -> Gradients:
+        with in_torchsde_words():
+            if not self._reversing:
+                return super().sweep(solve, prepared, given)
+            stepper, path, stats = solve.stepper, solve.path, solve.stats
+            return reversible_sweep(prepared, stepper, path, given, stats, self._kept)
