@@ -98,6 +98,8 @@ class Problem(checks.Configured):
     spec: StateSpec
 
     functions: ClassVar[tuple[str, ...]] = ("f",)
+    jac: VectorField | None = None
+    jac_sparsity: Tensor | None = None
 
     def check_arguments(self) -> None:
         """Refuse functions that ask for a `p` that is not given, or do not take one that is.
@@ -105,7 +107,7 @@ class Problem(checks.Configured):
         Raises:
             TypeError: a function is refused.
         """
-        for name in self.functions:
+        for name in (*self.functions, *(("jac",) if self.jac is not None else ())):
             _check_called(name, getattr(self, name), self.p)
 
     def _check(self) -> None:
@@ -212,11 +214,16 @@ class ODEProblem(Problem):
         mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
             entries, and singular for differential-algebraic equations. It is for implicit methods,
             and receives no gradients.
+        jac: `df/du` as a function of the same arguments as `f`, `(N, N)` for the flat state. It
+            saves implicit methods time: without it they take one vector-Jacobian product a row.
+            Gradients do not go through it.
+        jac_sparsity: which entries of `df/du` may differ from zero, `(N, N)`: rows, or columns,
+            that share no entry are then taken together.
 
     Raises:
         TypeError: `f` is not callable, `u0` is no tensor, or `tspan` is no pair.
         ValueError: `u0` is empty or mixed, the ends of `tspan` are equal or not finite, or the mass
-            matrix has another shape.
+            matrix or the sparsity has another shape.
 
     Examples:
         >>> import torch, pysciml_node as psn
@@ -230,6 +237,8 @@ class ODEProblem(Problem):
     tspan: tuple[Time, Time]
     p: Any = None
     mass_matrix: Tensor | None = None
+    jac: VectorField | None = None
+    jac_sparsity: Tensor | None = None
     spec: StateSpec = field(init=False, repr=False, compare=False)
 
     @property
@@ -244,6 +253,9 @@ class ODEProblem(Problem):
         check_field("f", self.f, "The order is ODEProblem(f, u0, (t0, t1), p=None).")
         self._check()
         size = sum(self.spec.sizes)
+        if self.jac is not None:
+            check_field("jac", self.jac, "It takes what f takes: jac(t, u), or jac(t, u, p).")
+        self._check_sparsity(size)
         if self.mass_matrix is None:
             return
         mass = checks.tensor("mass_matrix", self.mass_matrix, finite=True)
@@ -259,3 +271,21 @@ class ODEProblem(Problem):
                 "mass_matrix receives no gradient, but the one given requires it.\n"
                 "  Give mass_matrix.detach(); put what should be learned into f."
             )
+
+    def _check_sparsity(self, size: int) -> None:
+        if self.jac_sparsity is None:
+            return
+        if self.jac is not None:
+            raise ValueError(
+                "jac and jac_sparsity must not both be given: the one is the Jacobian, the other "
+                "says how to find it.\n  Leave one out."
+            )
+        pattern = checks.tensor("jac_sparsity", self.jac_sparsity)
+        if pattern.shape != (size, size):
+            raise ValueError(
+                f"jac_sparsity must have shape {(size, size)}, a row and a column for each entry "
+                f"of the flat state, but has {tuple(pattern.shape)}.\n"
+                "  The flat state is the whole batch: torch.block_diag repeats a sample's pattern."
+            )
+        if pattern.dtype != torch.bool:
+            checks.settle(self, jac_sparsity=pattern.detach() != 0)

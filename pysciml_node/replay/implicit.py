@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.replay.coupled import CoupledStages
-from pysciml_node.replay.linearization import Linearization, Linearizer, Solver, linearize
+from pysciml_node.replay.jacobians import linearizer_of
+from pysciml_node.replay.linearization import Linearization, Linearizer, Solver
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, Vectors
 from pysciml_node.tableaus.implicit import (
@@ -30,7 +31,7 @@ def stages_for(
     vectors: Vectors,
     mass: Tensor | None = None,
     derivatives: int = 1,
-    linearizer: Linearizer = linearize,
+    linearizer: Linearizer | None = None,
 ) -> Stages:
     """The stages of a step, as the method's tableau asks for; arguments as of `ImplicitStages`."""
     if isinstance(method.tableau, RosenbrockTableau | DiagonallyImplicitTableau):
@@ -53,7 +54,7 @@ class ImplicitStages(Stages):
         vectors: holds the slopes.
         mass: the mass matrix `M` of `M du/dt = f`, `(N, N)`; `None` stands for the identity.
         derivatives: how often autograd may differentiate what is recorded.
-        linearizer: gives the field's derivatives.
+        linearizer: gives the field's derivatives; default as its problem says.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ImplicitStages(Stages):
         vectors: Vectors,
         mass: Tensor | None = None,
         derivatives: int = 1,
-        linearizer: Linearizer = linearize,
+        linearizer: Linearizer | None = None,
     ) -> None:
         super().__init__(method, field, marks, vectors)
         tableau = method.tableau
@@ -72,7 +73,8 @@ class ImplicitStages(Stages):
         self.table = tableau
         self.mass = mass
         self.recorded = isinstance(vectors, RecordedVectors)
-        self.derivatives, self.linearizer = derivatives, linearizer
+        self.derivatives = derivatives
+        self.linearizer = linearizer or linearizer_of(field)
         self._first: Tensor | None = None
         self._at_start: Linearization | None = None
         self._solver: tuple[float, Solver] | None = None

@@ -22,6 +22,9 @@ _ROWS = 256
 _FEW = 4
 
 
+JacobianOf = Callable[[Tensor, Tensor, bool], Tensor]
+"""From a value and the state it is of to `(N, N)`, differentiable or not."""
+
 Solver = Callable[[Tensor], Tensor]
 """Solves one linear system for right-hand sides `(N,)`."""
 
@@ -110,6 +113,7 @@ def linearize(
     with_time: bool,
     recorded: bool,
     differentiable: bool,
+    jacobian_of: JacobianOf | None = None,
 ) -> DenseLinearization:
     """Evaluate the field with its Jacobian, by one batch of vector-Jacobian products.
 
@@ -120,7 +124,9 @@ def linearize(
         with_time: whether `df/dt` is wanted.
         recorded: whether autograd is to follow the value.
         differentiable: whether autograd is to follow the derivatives too.
+        jacobian_of: takes the Jacobian of an evaluation; default `dense_jacobian`.
     """
+    jacobian_of = jacobian_of or dense_jacobian
     value = None
     if recorded and not u.requires_grad:
         value = field(t, u)
@@ -140,14 +146,19 @@ def linearize(
     return DenseLinearization(value, slope, jacobian)
 
 
-def jacobian_of(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+def dense_jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
     """`d value / d state`, `(N, N)`."""
     basis = torch.eye(state.numel(), dtype=state.dtype, device=state.device)
+    return pulled_rows(value, state, basis, differentiable)
+
+
+def pulled_rows(value: Tensor, source: Tensor, cotangents: Tensor, differentiable: bool) -> Tensor:
+    """Cotangents `(m, N)` pulled back from a value to its source, in batches where that goes."""
 
     def pulled(part: Tensor, batched: bool) -> Tensor:
         rows: Tensor = torch.autograd.grad(
             value,
-            state,
+            source,
             part,
             is_grads_batched=batched,
             retain_graph=True,
@@ -156,13 +167,15 @@ def jacobian_of(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
         )[0]
         return rows
 
-    if len(basis) > _FEW:
+    if len(cotangents) > _FEW:
         try:
-            return torch.cat([pulled(part, batched=True) for part in torch.split(basis, _ROWS)])
+            return torch.cat(
+                [pulled(part, batched=True) for part in torch.split(cotangents, _ROWS)]
+            )
         except RuntimeError:
             # Not every operation knows of batches of cotangents.
             pass
-    return torch.stack([pulled(row, batched=False) for row in basis])
+    return torch.stack([pulled(row, batched=False) for row in cotangents])
 
 
 def _time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:

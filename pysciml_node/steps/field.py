@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
@@ -57,6 +58,9 @@ class FlatField:
         self, problem: ODEProblem | SDEProblem, given: dict[str, Any] | None = None
     ) -> None:
         self.given = {"f": problem.f, "p": problem.p} if given is None else given
+        if problem.jac is not None:
+            self.given.setdefault("jac", problem.jac)
+        self.sparsity = problem.jac_sparsity
         self.spec: StateSpec = problem.spec
         self.mass = problem.mass
         self.nfe = 0
@@ -94,6 +98,28 @@ class FlatField:
             # What was written in place may be a buffer that the next evaluation writes to.
             return flat if flat.is_inference() or not flat._version else flat.clone()
         return torch.cat([part.reshape(-1) for part in self._checked(out)])
+
+    def jacobian(self, t: Tensor, u: Tensor) -> Tensor:
+        """What the problem's `jac` gives, `(N, N)`, without gradients."""
+        jac, p = self.given["jac"], self.given["p"]
+        with torch.no_grad():
+            state = self.spec.unflatten(u.detach())
+            matrix = jac(t, state) if p is None else jac(t, state, p)
+        size = u.numel()
+        kind = matrix.dtype if isinstance(matrix, Tensor) else None
+        if kind != u.dtype or matrix.shape != (size, size):
+            raise ValueError(
+                f"jac must return a {u.dtype} tensor of shape {(size, size)}, a row for each entry "
+                f"of f's flat output, but returned {checks.shown(matrix)}.\n"
+                "  Reshape it: jacobian.reshape(N, N), N being the number of entries of the state."
+            )
+        given: Tensor = matrix.detach()
+        return given
+
+    @property
+    def has_jacobian(self) -> bool:
+        """Whether the problem brings its own Jacobian."""
+        return "jac" in self.given
 
     def _checked(self, out: Any) -> list[Tensor]:
         """The parts of an output, or an error that says what is wrong with it."""

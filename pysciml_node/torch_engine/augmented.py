@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.replay.implicit import stages_for
+from pysciml_node.replay.jacobians import jacobian_of
 from pysciml_node.replay.linearization import (
     Linearization,
     Solver,
-    jacobian_of,
     lu_solver,
     shifted,
 )
@@ -148,6 +148,7 @@ class Augmented:
         # Leaves that the field turns out not to use get no gradient, rather than zeros.
         self._used = [False] * len(self.lengths)
         self.unit = 1.0
+        self.jacobian_of = jacobian_of(field.field)
 
     def start(self, t: float, cotangent: Tensor) -> Tensor:
         """The vector where the first cotangent enters."""
@@ -236,7 +237,7 @@ class Augmented:
                 retain_graph=True,
                 allow_unused=True,
             )
-            jacobian = jacobian_of(value, state, False)
+            jacobian = self.jacobian_of(value, state, False)
             slopes = None
             if with_time:
                 along = self.dense.slope(float(t))

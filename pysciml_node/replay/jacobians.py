@@ -1,0 +1,191 @@
+"""Jacobians that a problem brings, or of which it says which entries are zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pysciml_node.replay.linearization import (
+    DenseLinearization,
+    JacobianOf,
+    Linearizer,
+    dense_jacobian,
+    linearize,
+    pulled_rows,
+)
+from pysciml_node.replay.stages import FlatFunction
+from pysciml_node.steps.field import FlatField
+
+
+def linearizer_of(field: FlatFunction) -> Linearizer:
+    """How implicit steps get the derivatives of a field."""
+    if isinstance(field, FlatField) and field.has_jacobian:
+        return GivenJacobian(field)
+    return partial(linearize, jacobian_of=jacobian_of(field))
+
+
+def jacobian_of(field: FlatFunction) -> JacobianOf:
+    """How the Jacobian of an evaluation of a field is taken."""
+    if isinstance(field, FlatField) and field.sparsity is not None:
+        return _Colored(Coloring.of(field.sparsity))
+    return dense_jacobian
+
+
+class _Colored:
+    """A sparse Jacobian, compared once with a product: entries that are missing would mix."""
+
+    def __init__(self, coloring: Coloring) -> None:
+        self.coloring = coloring
+        self.expect_exact = _Expectation(
+            "jac_sparsity", "Mark all entries that can differ from zero, or leave it out."
+        )
+
+    def __call__(self, value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+        """`d value / d state`, `(N, N)`."""
+        matrix = self.coloring(value, state, differentiable)
+        self.expect_exact(matrix, value, state)
+        return matrix
+
+
+@dataclass(frozen=True)
+class Coloring:
+    """Takes a sparse Jacobian by few products: rows that share no column at once, or columns.
+
+    Attributes:
+        pattern: where entries may be, `(N, N)` of bool.
+        rows: whether rows are taken together, or columns.
+        colors: the group of each, `(N,)`.
+        count: of groups.
+
+    Reference: A. R. Curtis, M. J. D. Powell, J. K. Reid, IMA J. Appl. Math. 13 (1974) 117-119.
+    """
+
+    pattern: Tensor
+    rows: bool
+    colors: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, pattern: Tensor) -> Coloring:
+        """The better of the two, made once for a pattern."""
+        known: Coloring | None = _KNOWN.get(pattern)  # type: ignore[no-untyped-call]
+        if known is None:
+            table = pattern.cpu().numpy()
+            by_row, by_column = _colors(table), _colors(table.T)
+            rows = by_row.max() <= by_column.max()
+            colors = torch.from_numpy(by_row if rows else by_column).to(pattern.device)
+            known = _KNOWN[pattern] = cls(pattern, bool(rows), colors, int(colors.max()) + 1)
+        return known
+
+    def __call__(self, value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+        """`d value / d state`, `(N, N)`."""
+        groups = torch.nn.functional.one_hot(self.colors, self.count).T.to(state)
+        if self.rows:
+            taken = pulled_rows(value, state, groups, differentiable)
+            return torch.where(self.pattern, taken[self.colors], torch.zeros_like(taken[:1]))
+        # The pullback is linear in the cotangent: its own pullback is the product from the right.
+        cotangent = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(
+            value, state, cotangent, create_graph=True, materialize_grads=True
+        )
+        if not pulled.requires_grad:
+            return torch.zeros_like(self.pattern, dtype=state.dtype)
+        taken = pulled_rows(pulled, cotangent, groups, differentiable)
+        return torch.where(self.pattern, taken[self.colors].T, torch.zeros_like(taken[0, 0]))
+
+
+_KNOWN = WeakTensorKeyDictionary()
+
+
+def _colors(pattern: np.ndarray) -> np.ndarray:
+    """Groups of rows that share no column: each goes into the first where it fits."""
+    used = np.zeros((0, len(pattern)), dtype=bool)
+    colors = np.zeros(len(pattern), dtype=np.int64)
+    for i, row in enumerate(pattern):
+        free = np.flatnonzero(~(used & row).any(1))
+        if not len(free):
+            used = np.concatenate((used, np.zeros((1, len(pattern)), dtype=bool)))
+            free = np.array([len(used) - 1])
+        colors[i] = free[0]
+        used[free[0]] |= row
+    return colors
+
+
+class GivenJacobian:
+    """The Jacobian that a problem brings; what is recorded takes autograd's, which is the same.
+
+    Rosenbrock methods need it exactly, and so it is compared with a product by autograd, once.
+
+    Args:
+        field: evaluates it.
+    """
+
+    def __init__(self, field: FlatField) -> None:
+        self.field = field
+        self.expect_exact = _Expectation("jac", "Leave it out, or correct it.")
+
+    def __call__(
+        self,
+        field: FlatFunction,
+        t: Tensor,
+        u: Tensor,
+        *,
+        with_time: bool,
+        recorded: bool,
+        differentiable: bool,
+    ) -> DenseLinearization:
+        """The field with its derivatives at `(t, u)`."""
+        take = partial(linearize, recorded=recorded, differentiable=differentiable)
+        if recorded:
+            return take(field, t, u, with_time=with_time)
+        matrix = self.field.jacobian(t, u)
+        if not with_time:
+            return DenseLinearization(field(t, u).detach(), None, matrix)
+
+        def given(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+            self.expect_exact(matrix, value, state)
+            return matrix
+
+        local = take(field, t, u, with_time=True, jacobian_of=given)
+        return replace(local, jacobian=matrix)
+
+
+class _Expectation:
+    """Compares a Jacobian with one vector-Jacobian product, the first time it is called.
+
+    Args:
+        name: of the argument that it rests on.
+        remedy: what to do where it is wrong.
+    """
+
+    def __init__(self, name: str, remedy: str) -> None:
+        self.name, self.remedy, self.done = name, remedy, False
+
+    def __call__(self, matrix: Tensor, value: Tensor, state: Tensor) -> None:
+        """Expect a matrix to be the derivative of a value.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.done:
+            return
+        self.done = True
+        # Weights of no pattern, so that errors do not cancel.
+        weights = 1 + torch.arange(len(value), device=value.device).to(value.real) * 0.618034 % 1
+        exact = pulled_rows(value, state, weights.to(value)[None], False)[0].detach()
+        matrix = matrix.detach()
+        largest = weights.to(value) @ matrix.abs() + exact.abs()
+        gap = (weights.to(value) @ matrix - exact).abs()
+        wrong = gap > torch.finfo(value.dtype).eps ** 0.5 * largest
+        if bool(wrong.any()):
+            column = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{self.name} does not fit the derivative of f: column {column} of df/du differs "
+                f"by {float((gap / largest)[column]):.2g} of its size, at the first state that was "
+                f"looked at.\n  {self.remedy}"
+            )
