@@ -22,6 +22,7 @@ help:
 	@echo "make typecheck  check types"
 	@echo "make bench      time solvers against their peers (benchmarks/RESULTS.md)"
 	@echo "make docs       build the site, strictly (build/site)"
+	@echo "make figures    write the tables of README and docs from the stored runs"
 	@echo "make clean      remove .venv and caches"
 
 # The stamp is touched last, so an installation that failed is tried again.
@@ -70,6 +71,9 @@ bench: $(BENCHMARKS_INSTALLED)
 
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+figures: $(INSTALLED)
+	$(BIN)/python site/figures.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -132,8 +132,11 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
     from latex2mathml.converter import convert
 
     def replaced(formula: re.Match[str]) -> str:
-        display = "inline" if formula["kind"] == "(" else "block"
-        return str(convert(unescape(formula["tex"]), display=display))
+        tex = unescape(formula["tex"])
+        if formula["kind"] == "(":
+            return str(convert(tex, display="inline"))
+        # A long one is scrolled, so that the page stays as wide as a telephone.
+        return f'<div style="overflow-x: auto">{convert(tex, display="block")}</div>'
 
     return FORMULA.sub(replaced, html)
 

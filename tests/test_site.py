@@ -74,3 +74,16 @@ def test_the_gallery_shows_every_picture_and_leads_to_its_page(site):
     assert '<a href="../tutorials/lines/">' in page.content
     assert 'src="../pictures/lines-1-dark.svg#only-dark"' in page.content
     assert "<figcaption>A line that rises</figcaption>" in page.content
+
+
+def test_formulas_become_markup_and_long_ones_are_scrolled():
+    pytest.importorskip("latex2mathml")
+    hooks = runpy.run_path(str(HOOKS))
+    html = (
+        '<p><span class="arithmatex">\\(a &lt; b\\)</span></p>'
+        '<div class="arithmatex">\\[x^2\\]</div>'
+    )
+    made = hooks["on_page_content"](html, page=None, config=None, files=None)
+    assert made.count("<math") == 2
+    assert made.count('<div style="overflow-x: auto"><math') == 1
+    assert "arithmatex" not in made
