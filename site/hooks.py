@@ -194,13 +194,18 @@ def _display(alt: str) -> dict[str, Any]:
 
 
 def _save(path: Path, ink: str) -> None:
-    """Write the current figure with lines and letters of one color, on nothing."""
+    """Write the current figure with letters and black lines of one color, on nothing."""
     from matplotlib.axes import Axes
+    from matplotlib.colors import same_color
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
     figure = _pyplot().gcf()
     for text in figure.findobj(Text):
         text.set_color(ink)
+    for line in figure.findobj(Line2D):
+        if same_color(line.get_color(), "black") or same_color(line.get_color(), INKS["light"]):
+            line.set_color(ink)
     for axes in figure.findobj(Axes):
         axes.tick_params(which="both", color=ink, labelcolor=ink)
         axes.patch.set_alpha(0)

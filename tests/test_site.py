@@ -23,7 +23,7 @@ print(x + 1)
 ```python {.picture alt="A line that \\"rises\\""}
 from matplotlib import pyplot as plt
 
-plt.plot([0, x])
+plt.plot([0, x], "k--")
 ```
 
 The end.
@@ -49,6 +49,12 @@ def test_a_page_shows_what_its_code_prints_and_draws(site):
     for palette in ("light", "dark"):
         assert (site.folder / "pictures" / f"lines-1-{palette}.svg").stat().st_size > 1000
         assert f'src="../../pictures/lines-1-{palette}.svg#only-{palette}"' in site.text
+
+
+def test_black_lines_are_light_on_dark_pages(site):
+    dark = (site.folder / "pictures" / "lines-1-dark.svg").read_text(encoding="utf-8")
+    assert "stroke: #e0e0e0" in dark
+    assert "stroke: #000000" not in dark
 
 
 def test_a_tutorial_is_a_notebook_from_the_same_run(site):
@@ -88,3 +94,22 @@ def test_formulas_become_markup_and_long_ones_are_scrolled(monkeypatch):
     made = hooks["on_page_content"](html, page=None, config=None, files=None)
     assert "<p><math>inline a < b</math></p>" in made
     assert '<div style="overflow-x: auto"><math>block x^2</math></div>' in made
+
+
+WITHOUT_PICTURES = {
+    # Pages of commands, of Julia's side, and of what is drawn elsewhere.
+    "distributed.md",
+    "engines.md",
+    "gallery.md",
+    "julia_fields.md",
+    "julia_installation.md",
+    "lightning.md",
+}
+PAGES = sorted((HOOKS.parents[1] / "docs").glob("*.md"))
+TUTORIALS = sorted((HOOKS.parents[1] / "docs" / "tutorials").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda page: page.name)
+def test_pages_have_a_picture_of_their_own(page):
+    found = "```python {.picture alt=" in page.read_text(encoding="utf-8")
+    assert found or page.name in WITHOUT_PICTURES
