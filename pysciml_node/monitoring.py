@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Self
 
 import torch
@@ -135,7 +134,7 @@ class Monitor:
             self.evaluations += int(
                 sum(sum(column) for name, column in columns.items() if _last(name) in counts)
             )
-        return {name: fmean(column) for name, column in columns.items()}
+        return {name: sum(column) / len(column) for name, column in columns.items()}
 
     def close(self) -> None:
         """Stop watching; what was seen can still be taken."""

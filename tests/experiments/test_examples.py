@@ -100,6 +100,15 @@ def test_the_mnist_example_gathers_variants_in_one_file(mnist_example, capsys):
         mnist_example("--steps", "5")
 
 
+def test_missing_data_are_told_in_words_without_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--no-download", "--data-dir", str(tmp_path)])
+    with pytest.raises(
+        SystemExit, match=r"^mnist_ode.py: .* lacks (.|\n)*\n  Name the folder"
+    ) as told:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert told.value.__suppress_context__
+
+
 def test_the_mnist_example_continues_from_its_checkpoint(mnist_example, monkeypatch, tmp_path):
     options = ("--steps", "6", "--regularize", "local-biased", "--checkpoint-every", "2")
     whole = mnist_example(*options)

@@ -1,6 +1,7 @@
 """The command line that all examples share, and what it runs."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -219,6 +220,9 @@ def main(experiment: Experiment, description: str, words: Sequence[str] | None =
         experiment: what to run.
         description: for the help.
         words: of the command line; the process's own when None.
+
+    Raises:
+        SystemExit: the data are not there, and cannot be fetched.
     """
     arguments = make_parser(experiment, description).parse_args(words)
     if arguments.threads is not None:
@@ -239,7 +243,11 @@ def main(experiment: Experiment, description: str, words: Sequence[str] | None =
         resume=arguments.resume,
         checkpoint_every=arguments.checkpoint_every,
     )
-    data = experiment.data(arguments.budget, place.data_dir, place.download, settings)
+    try:
+        data = experiment.data(arguments.budget, place.data_dir, place.download, settings)
+    except (ImportError, OSError) as error:
+        # No connection, no such folder, a package that is not there: the message says it all.
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     held = run_all(experiment, data, settings, runs, place)
     print(format_table(summarize(held)))
     print(f"written: {place.output_dir / 'results.json'}, {place.output_dir / 'training.png'}")
