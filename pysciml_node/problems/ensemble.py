@@ -55,8 +55,9 @@ class EnsembleProblem(checks.Configured):
     options of a single problem and returns an `EnsembleSolution`.
 
     The torch engine steps all members in one batch. It evaluates the field by `torch.vmap`, so the
-    field is written for one member, and members that have reached their end leave the batch. One
-    after the other go: stochastic equations, implicit methods, events, continuous adjoints, ends
+    field is written for one member, and members that have reached their end leave the batch.
+    Stochastic ones have a Brownian path each, the one that they have alone. One after the other go:
+    stochastic equations off the CPU, implicit methods, events, continuous adjoints, ends
     and output times that receive gradients, controllers of the caller's own, fields with hooks, and
     fields that `torch.vmap` cannot run (with a branch on values, or random numbers) or evaluates to
     something else.

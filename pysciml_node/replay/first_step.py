@@ -58,7 +58,7 @@ def trial_size(maths: Maths, d0: Any, d1: Any, length: Any) -> Any:
     return maths.minimum(maths.where(tiny, 1e-6, 0.01 * d0 / maths.where(tiny, 1.0, d1)), length)
 
 
-def first_size(maths: Maths, h0: Any, d1: Any, d2: Any, order: int, length: Any) -> Any:
+def first_size(maths: Maths, h0: Any, d1: Any, d2: Any, order: float, length: Any) -> Any:
     """Size of the first step.
 
     Args:

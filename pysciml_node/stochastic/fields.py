@@ -67,7 +67,7 @@ class NoiseLayout:
 
     def apply(self, g: Tensor, integral: Tensor | float) -> Tensor:
         """The diffusion times an integral of each motion; flat, `(N,)`."""
-        if isinstance(integral, float):
+        if isinstance(integral, float) or not integral.ndim:
             return g * integral
         if self.matrix:
             columns = integral.view(self.samples, -1)
@@ -79,7 +79,7 @@ class NoiseLayout:
         """`base`, `(N,)`, with the diffusion times an integral of each motion and a weight."""
         if isinstance(integral, float):
             return torch.add(base, g, alpha=weight * integral)
-        if self.matrix:
+        if self.matrix or not integral.ndim:
             return torch.add(base, self.apply(g, integral), alpha=weight)
         return torch.addcmul(base, g, self.by_entry(integral), value=weight)
 

@@ -27,14 +27,18 @@ def path_for(problem: SDEProblem, options: SolveOptions, size: int) -> BrownianP
     their ends are found quickly and halving `dt0` keeps the path.
     """
     assert options.seed is not None
-    span = problem.t1 - problem.t0
-    length = span
-    if isinstance(options.controller, FixedStep) and options.dt0 is not None:
-        length = math.ldexp(options.dt0, max(0, math.ceil(math.log2(span / options.dt0) - 1e-9)))
-        # A last step that is a sliver shorter than the others ends where the tree ends.
-        length = max(length, span)
+    length = root_length(problem.t1 - problem.t0, options)
     normals = PlacedNormals(options.seed, problem.spec.dtype, problem.spec.device)
     return BrownianPath(normals, size, problem.t0, length)
+
+
+def root_length(span: float, options: SolveOptions) -> float:
+    """Length of the tree's root interval, for a solve over a length of time."""
+    if not isinstance(options.controller, FixedStep) or options.dt0 is None:
+        return span
+    dt0 = min(options.dt0, span)
+    # A last step that is a sliver shorter than the others ends where the tree ends.
+    return max(math.ldexp(dt0, max(0, math.ceil(math.log2(span / dt0) - 1e-9))), span)
 
 
 Slope = tuple[Tensor, Tensor]
@@ -124,7 +128,7 @@ class SDEMarch(Loop):
     def first_size(self) -> float:
         h, slope = self.start.first_size()
         # Autograd has not recorded what the search for a first size has evaluated.
-        if self._first_is_at_start and not torch.is_grad_enabled():
+        if self.start.stepper.method.starts_at_start and not torch.is_grad_enabled():
             self._first = slope
         return h
 
@@ -161,7 +165,7 @@ class SDEMarch(Loop):
     @override
     def rejected(self, step: Step) -> None:
         self._rejecting = True
-        if self._first_is_at_start:
+        if self.start.stepper.method.starts_at_start:
             self._first = _both(self._taken, 0)
 
     @override
@@ -179,12 +183,6 @@ class SDEMarch(Loop):
     @override
     def size_rejected(self, step: Step, proposed: float) -> float:
         return min(proposed, 1.125 * (step.end - step.t))
-
-    @property
-    def _first_is_at_start(self) -> bool:
-        """Whether the first stages of drift and diffusion do not depend on the step's size."""
-        first = self.start.stepper.method.tableau.diffusion[0]
-        return first is not None and first.c == 0.0
 
 
 def _both(taken: Taken, stage: int) -> tuple[Tensor, Tensor] | None:

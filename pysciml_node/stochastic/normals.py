@@ -49,7 +49,7 @@ def _place() -> Any:
     return Place
 
 
-def _words(hashed: int, count: int) -> Any:
+def words_of(hashed: int, count: int) -> Any:
     """Words of 64 bits that follow from a hash."""
     return np.random.SFC64(_place()(hashed)).random_raw(count)
 
@@ -77,10 +77,10 @@ class PlacedNormals:
         wide = self.dtype == torch.float64
         # Box and Muller's formula makes two numbers of two; two of 32 bits come from each word.
         count = 2 * ((size + 1) // 2) if wide else (size + 1) // 2
-        words = [_words(mixed(self.seed, *place), count) for place in places]
+        words = [words_of(mixed(self.seed, *place), count) for place in places]
         together = words[0] if len(words) == 1 else np.concatenate(words)
         bits = torch.from_numpy(together.view(np.int64 if wide else np.int32))
-        return _normal(bits.view(len(places), 2, -1), self.dtype)[:, :size]
+        return normal(bits.view(len(places), 2, -1), self.dtype)[:, :size]
 
     def _on_device(self, place: tuple[int, ...], size: int) -> Tensor:
         generator = torch.Generator(self.device)
@@ -88,7 +88,7 @@ class PlacedNormals:
         return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
 
 
-def _normal(bits: Tensor, dtype: torch.dtype) -> Tensor:
+def normal(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Normal numbers, `(n, 2 m)`, from integers of all bits, `(n, 2, m)`."""
     scale = 2.0 ** (1 - torch.iinfo(bits.dtype).bits)
     uniform, angle = bits.to(dtype).unbind(1)

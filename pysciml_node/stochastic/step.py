@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,19 +15,40 @@ from pysciml_node.stochastic.virtual_tree import Increment
 from pysciml_node.tableaus.stochastic import Integral, Row, Rows, SDETableau, Stage
 
 
-def integral(kind: Integral, motion: Increment) -> Tensor | float:
+class Motion(Protocol):
+    """Brownian motion over a step: an `Increment`, or one of many members that are mapped over."""
+
+    @property
+    def h(self) -> Any:
+        """Length: a number, or a 0-d tensor."""
+
+    @property
+    def w(self) -> Tensor:
+        """Increment, `(M,)`."""
+
+    @property
+    def area(self) -> Tensor | None:
+        """Space-time Levy area, `(M,)`."""
+
+
+def integral(kind: Integral, motion: Motion) -> Tensor | float:
     """An iterated integral of Brownian motion over a step, as `tableaus.Integral` names them."""
     h, w = motion.h, motion.w
     if kind == "sqrt_h":
-        return math.sqrt(h)
+        root: Tensor | float = _root(h)
+        return root
     if kind == "w":
         return w
     if kind == "i10":
         assert motion.area is not None
         return w / 2 + motion.area
     if kind == "i11":
-        return w.square().sub_(h).mul_(1 / (2 * math.sqrt(h)))
+        return w.square().sub_(h).mul_(1 / (2 * _root(h)))
     return w.square().sub_(3 * h).mul_(w).mul_(1 / (6 * h))
+
+
+def _root(h: Any) -> Any:
+    return h.sqrt() if isinstance(h, Tensor) else math.sqrt(h)
 
 
 Terms = tuple[tuple[int, tuple[tuple[Integral, float], ...]], ...]
@@ -60,6 +81,12 @@ class SDEMethod:
         self.noise, self.error_noise = _by_stage(tableau.beta), _by_stage(tableau.error_noise)
         self.for_step = _last_used(tableau, with_error=False)
         self.for_error = _last_used(tableau, with_error=True)
+
+    @property
+    def starts_at_start(self) -> bool:
+        """Whether the first stages of drift and diffusion do not depend on the step's size."""
+        first = self.tableau.diffusion[0]
+        return first is not None and first.c == 0.0
 
     @property
     def needed(self) -> tuple[list[Stage | None], list[Stage | None]]:
@@ -102,7 +129,7 @@ class Taken:
     arguments: list[Tensor | None] = field(default_factory=list)
 
 
-def _add_drift(base: Tensor, weights: Row, h: float, drifts: list[Tensor | None]) -> Tensor:
+def _add_drift(base: Tensor, weights: Row, h: Any, drifts: list[Tensor | None]) -> Tensor:
     """`base + h sum_i weights_i f_i`, the sum first: few roundings of the size of the base."""
     used = [(f, w) for w, f in zip(weights, drifts, strict=False) if w]
     if not used:
@@ -112,6 +139,8 @@ def _add_drift(base: Tensor, weights: Row, h: float, drifts: list[Tensor | None]
     for f, w in used[1:]:
         assert f is not None
         total = total + f if w == first else torch.add(total, f, alpha=w / first)
+    if isinstance(h, Tensor):
+        return torch.addcmul(base, total, h, value=first)
     return torch.add(base, total, alpha=h * first)
 
 
@@ -124,7 +153,7 @@ class _Noise:
         taken: the evaluations so far.
     """
 
-    def __init__(self, layout: NoiseLayout, motion: Increment, taken: Taken) -> None:
+    def __init__(self, layout: NoiseLayout, motion: Motion, taken: Taken) -> None:
         self._layout, self._motion, self._taken = layout, motion, taken
         self._integrals: dict[Integral, Tensor | float] = {}
         self._products: dict[tuple[int, Integral], Tensor] = {}
@@ -196,11 +225,19 @@ class Stepper:
         """The state in a vector that is stepped."""
         return vector[..., : self.entries] if self.method.tableau.carry else vector
 
+    def first_argument(self, vector: Tensor) -> Tensor:
+        """The state at which the first stages are evaluated, where that is at the start."""
+        first = self.method.tableau.diffusion[0]
+        if first is None or not self.method.tableau.carry:
+            return self.state(vector)
+        share, carried = first.base
+        return share * self.state(vector) + carried * vector[..., self.entries :]
+
     def take(
         self,
-        t: float,
+        t: float | Tensor,
         vector: Tensor,
-        motion: Increment,
+        motion: Motion,
         with_error: bool = False,
         first: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Taken]:
@@ -253,15 +290,18 @@ class Stepper:
             end = torch.cat((end, last))
         return end, taken
 
-    def _time(self, known: dict[float, Tensor], t: float, ahead: float) -> Tensor:
+    def _time(self, known: dict[float, Tensor], t: float | Tensor, ahead: Any) -> Tensor:
         """The time `t + ahead`, one tensor for all evaluations there."""
+        if isinstance(t, Tensor):
+            moved: Tensor = t + ahead
+            return moved
         time = known.get(ahead)
         if time is None:
             time = known[ahead] = self.method.like.new_full((), t + ahead)
         return time
 
     def _argument(
-        self, stage: Stage, h: float, vector: Tensor, noise: _Noise, terms: Terms, taken: Taken
+        self, stage: Stage, h: Any, vector: Tensor, noise: _Noise, terms: Terms, taken: Taken
     ) -> Tensor:
         argument = self.state(vector)
         share, carried = stage.base
@@ -275,13 +315,17 @@ class Stepper:
         self, taken: Taken, start: Tensor, end: Tensor, motion: Increment, norm: ErrorNorm
     ) -> Tensor:
         """Scaled root-mean-square error estimate of a step taken `with_error`; 0-d."""
-        vector = torch.zeros_like(self.state(start))
-        vector = _add_drift(vector, self.method.error_drift, motion.h, taken.f)
-        noise = _Noise(self.fields.layout, motion, taken)
-        vector = noise.add(vector, self.method.error_noise)
+        vector = self.error_vector(taken, start, motion)
         raw = norm.raw(vector, norm.scale(self.state(start), self.state(end)))
         per_root = self.method.tableau.per_root
         return norm.complete(raw, math.sqrt(self.span / motion.h) if per_root else 1.0)
+
+    def error_vector(self, taken: Taken, start: Tensor, motion: Motion) -> Tensor:
+        """The error estimate of a step taken `with_error`, `(N,)`."""
+        vector = torch.zeros_like(self.state(start))
+        vector = _add_drift(vector, self.method.error_drift, motion.h, taken.f)
+        noise = _Noise(self.fields.layout, motion, taken)
+        return noise.add(vector, self.method.error_noise)
 
     def stiffness(self, taken: Taken) -> Tensor:
         """`|f_i - f_j| / |x_i - x_j|` for two stages of one node; NaN without such a pair."""

@@ -27,7 +27,7 @@ from pysciml_node.stochastic.fields import DifferentiableFields, Fields
 from pysciml_node.stochastic.march import SDEMarch, Start
 from pysciml_node.stochastic.reversible import SparseSaver, reversible_sweep
 from pysciml_node.stochastic.solve import Parts, SDESolve
-from pysciml_node.stochastic.step import SDEMethod, Stepper, Taken
+from pysciml_node.stochastic.step import Motion, SDEMethod, Stepper, Taken
 from pysciml_node.stochastic.virtual_tree import Increment
 from pysciml_node.tableaus.stochastic import SDETableau
 
@@ -88,9 +88,9 @@ class LogODE(Stepper):
     @override
     def take(
         self,
-        t: float,
+        t: float | Tensor,
         vector: Tensor,
-        motion: Increment,
+        motion: Motion,
         with_error: bool = False,
         first: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Taken]:
@@ -99,7 +99,7 @@ class LogODE(Stepper):
         if isinstance(motion, _IncrementWithArea) and self.fields.problem.noise == "general":
             middle = taken.arguments[1]
             assert middle is not None
-            time = self.method.like.new_full((), t + motion.h / 2)
+            time = self.method.like.new_full((), float(t) + motion.h / 2)
             end = end + self._brackets(time, middle, motion.levy)
         return end, taken
 

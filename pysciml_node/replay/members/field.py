@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from pysciml_node.problems.state import map_tensors
 from pysciml_node.steps.field import FlatField, Watch, without_gradients
 
 _functorch = torch._C._functorch
+
+OfMember = Callable[..., tuple[Tensor, ...]]
 
 
 class MembersField:
@@ -36,8 +39,7 @@ class MembersField:
     watch: Watch | None = None
 
     def __init__(self, ensemble: EnsembleProblem) -> None:
-        problem = ensemble.problem
-        assert isinstance(problem, ODEProblem)
+        problem: Any = ensemble.problem
         self.own = ensemble.p is not None
         self.batched = ensemble.batched
         self.given: dict[str, Any] = {"f": problem.f, "p": ensemble.p if self.own else problem.p}
@@ -78,26 +80,45 @@ class MembersField:
             return k.detach() if k.requires_grad else k
         return without_gradients(lambda t, u: evaluate(t, u, p), t, u, self.watch)
 
+    def restart(self) -> None:
+        """Count from the first evaluation of all members."""
+        self.nfe[:] = 1
+
     def tally(self, rows: Array, evaluations: int = 1) -> None:
         """Count evaluations for some members, which may be named several times."""
         np.add.at(self.nfe, rows, evaluations)
 
     def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
-        """As `torch.vmap` does it, without a walk through the arguments at each call."""
-        count = u.shape[0]
+        (out,) = self.over(lambda t, u: (self._one._evaluate(t, u),), p, t, u)
+        return out
+
+    def over(self, one: OfMember, p: Any, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Map a function over members, while what it calls is given the `p` of each.
+
+        As `torch.vmap` does it, without a walk through the arguments at each call.
+
+        Args:
+            one: of the tensors of one member.
+            p: their parameters, as `parameters` gave them.
+            arguments: tensors with a leading `L`.
+        """
+        count = arguments[0].shape[0]
         level = _functorch._vmap_increment_nesting(count, "error")
         try:
 
             def inside(x: Tensor) -> Tensor:
                 return _functorch._add_batch_dim(x, 0, level)
 
-            given = {"f": self.given["f"], "p": map_tensors(inside, p) if self.own else p}
-            self._one.given = given
-            out = self._one._evaluate(inside(t), inside(u))
-            return _functorch._remove_batch_dim(out, level, count, 0)
+            self._give({**self.given, "p": map_tensors(inside, p) if self.own else p})
+            out = one(*map(inside, arguments))
+            return tuple(_functorch._remove_batch_dim(x, level, count, 0) for x in out)
         finally:
-            self._one.given = {}
+            self._give({})
             _functorch._vmap_decrement_nesting()
+
+    def _give(self, given: dict[str, Any]) -> None:
+        """What the function that is mapped is to use."""
+        self._one.given = given
 
     def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """By one call of a field that takes batches."""

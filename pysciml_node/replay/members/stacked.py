@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
-from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem, OfOne
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
-from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.steps.record import Kept, Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.steps.surroundings import Surroundings
@@ -98,6 +98,9 @@ class StackedMembers:
 
     def final(self) -> Tensor:
         """The states that they got to, `(M, N)`."""
+        return self.state(self._last())
+
+    def _last(self) -> Tensor:
         if self.thinned:
             return self.states
         last = torch.from_numpy(self.steps.offsets[1:] - 1).to(self.u0.device)
@@ -109,9 +112,13 @@ class StackedMembers:
         index = torch.from_numpy(places).to(self.u0.device)
         return torch.cat((self.u0, self.states)).index_select(0, index)
 
+    def state(self, stepped: Tensor) -> Tensor:
+        """The flat states in what was stepped."""
+        return stepped
+
     def saved(self) -> Tensor | None:
         """The states at `saveat`, `(M, T, N)`; NaN where a member did not get to."""
-        return self.at_times
+        return None if self.at_times is None else self.state(self.at_times)
 
     def count(self, name: str) -> Array:
         """A field of `Stats` for each member, `(M,)`, as it stands now."""
@@ -136,8 +143,6 @@ class StackedMembers:
 
     def _make(self, m: int) -> Solution:
         problem, options, steps = self.ensemble.member(m), self.options.of(m), self.steps
-        assert isinstance(problem, ODEProblem)
-        assert isinstance(self.algorithm, ExplicitRungeKutta)
         spec, own = problem.spec, steps.of(m)
         stats = Stats(**{name: int(column[m]) for name, column in self.columns.items()})
         landings = options.landings(problem.direction)
@@ -157,14 +162,8 @@ class StackedMembers:
         )
         start, ends = self._pieces
         states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
-        trajectory = TorchTrajectory(
-            problem,
-            Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device),
-            Kept(record, states),
-            stats,
-            options,
-            surroundings=OfMember(self._reach(), m, self.ensemble),
-        )
+        reach = OfMember(self._reach(), m, self.ensemble)
+        trajectory = self.trajectory(problem, Kept(record, states), stats, options, reach)
         return Solution(
             problem=problem,
             algorithm=self.algorithm,
@@ -172,13 +171,28 @@ class StackedMembers:
             retcode=self.codes[m],
             stats=stats,
             t=self._times(m, problem, record),
-            u1=spec.unflatten(states[-1]),
+            u1=spec.unflatten(self.state(states[-1])),
             trajectory=trajectory,
             saved=None
             if self.at_times is None
-            else spec.unflatten(self.at_times[m, : record.saved]),
+            else spec.unflatten(self.state(self.at_times[m, : record.saved])),
             detached=self.detached,
         )
+
+    def trajectory(
+        self,
+        problem: Problem,
+        kept: Kept,
+        stats: Stats,
+        options: SolveOptions,
+        surroundings: Surroundings,
+    ) -> Trajectory:
+        """The steps of one member, with dense output."""
+        assert isinstance(problem, ODEProblem)
+        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        spec, tableaus = problem.spec, self.algorithm.tableaus
+        methods = Method.all_of(tableaus, spec.dtype, spec.device)
+        return TorchTrajectory(problem, methods, kept, stats, options, surroundings=surroundings)
 
     @cached_property
     def _pieces(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -186,7 +200,7 @@ class StackedMembers:
         counts = [1] * len(self.codes) if self.thinned else self.steps.counts.tolist()
         return self.u0.unbind(), torch.split(self.states, counts)
 
-    def _times(self, m: int, problem: ODEProblem, record: Record) -> Tensor:
+    def _times(self, m: int, problem: Problem, record: Record) -> Tensor:
         """The times of a member's `u`."""
         if self.at_times is None:
             return problem.time_tensor(record.times)
@@ -196,9 +210,8 @@ class StackedMembers:
     def _reach(self) -> Surroundings:
         if self.surroundings is None:
             problem, p = self.ensemble.problem, self.ensemble.p
-            assert isinstance(problem, ODEProblem)
-            p = problem.p if p is None else p
-            self.surroundings = Surroundings({"f": problem.f, "p": p})
+            functions = roots_of(problem)
+            self.surroundings = Surroundings({**functions, "p": problem.p if p is None else p})
         return self.surroundings
 
     def children(self) -> list[Any]:
@@ -246,8 +259,16 @@ class OfMember(Surroundings):
     @property
     def roots(self) -> dict[str, Any]:  # type: ignore[override]
         """The field and the parameters of the member, as they stand now."""
-        f, p = self._whole.roots["f"], self._whole.roots["p"]
+        roots = dict(self._whole.roots)
         own = self._ensemble.p is not None
         if own:
-            p = map_tensors(lambda x: x[self._m], p)
-        return {"f": OfOne(f, own) if self._ensemble.batched else f, "p": p}
+            roots["p"] = map_tensors(lambda x: x[self._m], roots["p"])
+        if self._ensemble.batched:
+            roots["f"] = OfOne(roots["f"], own)
+        return roots
+
+
+def roots_of(problem: Problem) -> dict[str, Any]:
+    """The functions of a problem by the names that fields read them by."""
+    found: dict[str, Any] = {"f": getattr(problem, problem.functions[0])}
+    return {**found, **{name: getattr(problem, name) for name in problem.functions[1:]}}

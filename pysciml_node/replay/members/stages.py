@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,38 @@ from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.norm import MembersNorm
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Weights
+
+
+class StepOfMembers(Protocol):
+    """A step of some members that has begun, of any kind of method.
+
+    Attributes:
+        rows: which members, `(L,)`.
+        p: their parameters.
+        times: of the stages, `(L,)` each; the first is where the step starts.
+    """
+
+    rows: Array
+    p: Any
+    times: Sequence[Tensor]
+
+    @property
+    def end(self) -> Tensor | None:
+        """The first stage of the step that follows, where this one has evaluated it."""
+
+    def know(self, k: Tensor) -> None:
+        """Take the first stage as it is known."""
+
+    def solution(self, with_error: bool) -> Tensor:
+        """The states at the ends of the steps, `(L, N)`."""
+
+    def error(self, scale: Tensor, norm: MembersNorm) -> Tensor:
+        """The scaled error estimates of the steps, `(L,)`."""
+
+    def inside(
+        self, places: Array, theta: Array, when: Array
+    ) -> tuple[Tensor, tuple[Array, Tensor] | None]:
+        """States inside the steps; see `MemberStages.inside`."""
 
 
 class _Increments(ABC):
@@ -121,7 +154,7 @@ class MemberStages:
         self._dense = method.dense.numpy()
         self.u: Tensor
         self.h: Tensor
-        self.times: tuple[Tensor, ...]
+        self.times: Sequence[Tensor]
 
     def begin(self, u: Tensor, t: Array, h: Array, limits: tuple[Array, Array]) -> None:
         """Start a step.
@@ -200,6 +233,32 @@ class MemberStages:
             part.increments.put(i, increment, torch.ones_like(part.h))
         part.count = self.count
         return part
+
+    def inside(
+        self, places: Array, theta: Array, when: Array
+    ) -> tuple[Tensor, tuple[Array, Tensor] | None]:
+        """States inside the steps, `(Q, N)`.
+
+        Args:
+            places: of the members in `rows`, `(Q,)`.
+            theta: where in their steps, `(Q,)`.
+            when: the times of these, `(Q,)`.
+
+        Returns:
+            The states; and places for which `f(t + h, u1)` was evaluated on the way, with these.
+        """
+        del when
+        part: MemberStages = self
+        common, needed = self.count, self.method.all_stages
+        members, at = np.unique(places, return_inverse=True)
+        if common < needed and len(members) < len(self.rows):
+            part, places = self.some(members), at
+        part.evaluate(needed)
+        values = part.dense(places, theta)
+        end_stage = self.method.end_stage
+        if end_stage is None or end_stage < common or part.end is None:
+            return values, None
+        return values, (members, part.end)
 
     def dense(self, rows: Array, theta: Array) -> Tensor:
         """Dense output, `(Q, N)`; needs all stages.

@@ -1,49 +1,44 @@
-"""Ensembles in one batch: which of them can be, and the ways to run one."""
+"""Ensembles in one batch: which of them can be, and what solves them."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from typing_extensions import override
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import MemberOptions
-from pysciml_node.problems.ensemble import Array, EnsembleProblem
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
-from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
+from pysciml_node.replay.members.stacked import StackedMembers
 from pysciml_node.replay.stages import Method
-from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.inputs import Evaluate, Inputs
-from pysciml_node.steps.randomness import expect_repeatable
-from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.torch_engine.members.march import MembersMarch
-from pysciml_node.torch_engine.members.node import MembersNode
-from pysciml_node.torch_engine.members.stops import Stops
-from pysciml_node.torch_engine.members.sweep import Replay, members_sweep
-from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
-
-NAME = "torch"
-
-
-class OneByOne(Exception):
-    """The members have to be solved one after the other."""
+from pysciml_node.torch_engine.members.batch import Batch, OneByOne
+from pysciml_node.torch_engine.members.march import ExplicitMarch, MembersMarch
+from pysciml_node.torch_engine.members.stochastic import StochasticBatch
+from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
+from pysciml_node.torch_engine.members.tape import Tape
 
 
 def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> bool:
     """Whether members can be solved in one batch, as far as the arguments tell."""
-    common = options.common
-    if len(ensemble) == 1 or not isinstance(ensemble.problem, ODEProblem):
+    common, problem = options.common, ensemble.problem
+    if len(ensemble) == 1 or common.events or common.progress:
         return False
-    if not isinstance(algorithm, ExplicitRungeKutta) or common.events or common.progress:
+    if isinstance(problem, SDEProblem):
+        # The numbers of a path are made on the CPU, for all members at once.
+        kind = isinstance(algorithm, StochasticRungeKutta) and problem.spec.device.type == "cpu"
+    else:
+        kind = isinstance(algorithm, ExplicitRungeKutta)
+    if not kind or common.controller.start_many(1.0, 1) is None:
         return False
-    if common.controller.start_many(1.0, 1) is None:
-        return False
-    field = ensemble.problem.f
+    field = getattr(problem, problem.functions[0])
     if isinstance(field, InModes) and field.autocast and not ensemble.batched:
         # Inside of torch.vmap operations do not change their precision.
         return False
@@ -51,7 +46,7 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
         return False
     if not recording():
         return True
-    times = (ensemble.tspan, *ensemble.problem.tspan, options.saveat_tensor, common.saveat_tensor)
+    times = (ensemble.tspan, *problem.tspan, options.saveat_tensor, common.saveat_tensor)
     if any(map(moves, times)):
         return False
     return isinstance(common.adjoint, DiscreteAdjoint | DirectAdjoint)
@@ -61,175 +56,35 @@ def solve_batch(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
 ) -> StackedMembers | None:
     """Solve all members in one batch; `None` where their field is none that can be batched."""
-    assert isinstance(algorithm, ExplicitRungeKutta)
     try:
-        return _Batch(ensemble, algorithm, options).solve()
+        if isinstance(algorithm, StochasticRungeKutta):
+            return StochasticBatch(ensemble, algorithm, options).solve()
+        assert isinstance(algorithm, ExplicitRungeKutta)
+        return ExplicitBatch(ensemble, algorithm, options).solve()
     except OneByOne:
         return None
 
 
-class _Batch:
-    """The parts of a batched solve, made once, and the ways to run it."""
+class ExplicitBatch(Batch):
+    """Members that take explicit Runge-Kutta steps."""
 
     def __init__(
         self, ensemble: EnsembleProblem, algorithm: ExplicitRungeKutta, options: MemberOptions
     ) -> None:
-        self.ensemble, self.algorithm, self.options = ensemble, algorithm, options
         spec = ensemble.problem.spec
+        assert isinstance(ensemble.problem, ODEProblem)
         self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
-        self.u0 = ensemble.starts().clone()
-        self.field = MembersField(ensemble)
-        self.surroundings = Surroundings(self.field.given)
-        if self.surroundings.lazy or (self.surroundings.hooked and not ensemble.batched):
-            # Lazy modules take their shapes from one member; hooks are called for each.
-            raise OneByOne
+        field, u0 = MembersField(ensemble), ensemble.starts()
+        super().__init__(ensemble, algorithm, options, field, u0, self.method.nodes)
 
-    def solve(self) -> StackedMembers:
-        """Run it with or without gradients."""
-        if not recording():
-            return self._run(self._first(), False)
-        if isinstance(self.options.common.adjoint, DirectAdjoint):
-            with self.surroundings.undisturbed():
-                return self._run(self._first(), True)
-        return self._node()
+    @override
+    def march(self, tape: Tape, recorded: bool) -> MembersMarch:
+        return ExplicitMarch(self.method, self.field, self.options, tape, recorded)
 
-    def _evaluate(self, u: Tensor, t: Tensor) -> Tensor:
-        """The field of all members at their starts."""
-        return self.field(t, u, self.field.given["p"])
+    @override
+    def again(self) -> Again:
+        return StagesAgain(self.method, self.field, self.options)
 
-    def _starts(self) -> Tensor:
-        like = self.method.nodes
-        return torch.from_numpy(self.options.spans[0]).to(like.device, like.dtype)
-
-    def _first(self) -> Tensor:
-        """Derivatives at the starts, the field having been looked at."""
-        t = self._starts()
-
-        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            return (self._attempt(self.u0, t),), ()
-
-        (k,), _ = self._checked(evaluate)()
-        self._expect_alike(k)
-        return k
-
-    def _checked(self, evaluate: Evaluate) -> Evaluate:
-        adaptive = self.options.common.controller.adaptive
-        if not adaptive and not recording():
-            return evaluate
-        who = "an adaptive solve" if adaptive else "its backward pass"
-        return expect_repeatable(self.surroundings, self.u0.device, evaluate, who)
-
-    def _attempt(self, u: Tensor, t: Tensor) -> Tensor:
-        if self.ensemble.batched:
-            return self._evaluate(u, t)
-        try:
-            return self._evaluate(u, t)
-        except Exception as error:
-            # Whatever vmap cannot do; what the field itself raises, one member raises again.
-            raise OneByOne from error
-
-    def _expect_alike(self, k: Tensor) -> None:
-        m = differing(self.field, self.ensemble, k)
-        self.field.nfe[:] = 1
-        if m is None:
-            return
-        if not self.ensemble.batched:
-            raise OneByOne
-        raise ValueError(
-            f"the field treats members not each for itself: member {m} has another derivative in "
-            "the batch than alone.\n"
-            "  Let it work along the axes after the first, or leave batched=True out."
-        )
-
-    def _march(self, k: Tensor, recorded: bool) -> tuple[MembersMarch, Tape]:
-        tape = Tape(self.options, self.u0 if recorded else self.u0.detach(), recording())
-        march = MembersMarch(
-            self.method, self.field, self.options, Stops(self.options), tape, recorded
-        )
-        march.run(tape.u0, k)
-        return march, tape
-
-    def _run(self, k: Tensor, recorded: bool) -> StackedMembers:
-        """Without gradients, or with every operation recorded by autograd."""
-        march, tape = self._march(k, recorded)
-        self.surroundings.settle()
-        return self._result(march, tape)[0]
-
-    def _result(self, march: MembersMarch, tape: Tape) -> tuple[StackedMembers, SavedPlaces | None]:
-        """What has been found, and where the saved states lie."""
-        steps, states = tape.steps()
-        codes, naccept = march.codes, march.naccept
-        kept = self._finite(steps, states, codes, tape.thinned)
-        if kept is not None:
-            steps, states = tape.steps(kept)
-            naccept = np.minimum(naccept, kept)
-        saved = tape.saved(kept)
-        count = len(self.ensemble)
-        reached = np.zeros(count, dtype=np.int64)
-        if saved is not None:
-            reached = np.bincount(saved[0].row, minlength=count)
-        result = StackedMembers(
-            ensemble=self.ensemble,
-            algorithm=self.algorithm,
-            engine=NAME,
-            options=self.options,
-            codes=codes,
-            columns={"nfe": self.field.nfe.copy(), "naccept": naccept, "nreject": march.nreject},
-            steps=steps,
-            u0=self.u0,
-            states=states,
-            at_times=None if saved is None else saved[1],
-            reached=reached,
-            surroundings=self.surroundings,
-            thinned=tape.thinned,
-            failures=tape.failures,
-        )
-        return result, None if saved is None else saved[0]
-
-    def _finite(
-        self, steps: MemberSteps, states: Tensor, codes: list[ReturnCode], thinned: bool
-    ) -> Array | None:
-        """How many steps of each member are good, where no error estimate has watched them."""
-        common, size = self.options.common, self.u0.shape[1]
-        if (common.controller.adaptive and common.tolerances.driven == size) or not len(states):
-            return None
-        finite = torch.isfinite(states.detach()).all(1).cpu().numpy()
-        counts = steps.counts
-        ends = np.arange(len(counts)) if thinned else np.maximum(steps.offsets[1:] - 1, 0)
-        bad = np.flatnonzero(~finite[ends] & (counts > 0))
-        kept = counts.copy()
-        for m in bad:
-            if codes[m].successful or codes[m] is ReturnCode.Unstable:
-                codes[m] = ReturnCode.Unstable
-                if not thinned:
-                    kept[m] = int(np.argmin(finite[steps.of(int(m))]))
-        return kept if len(bad) and not thinned else None
-
-    def _node(self) -> StackedMembers:
-        """As one node of the graph, its backward the discrete adjoint."""
-        t = self._starts()
-
-        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            start, time = self.u0.detach().requires_grad_(), t.clone().requires_grad_()
-            return (self._attempt(start, time),), (start, time)
-
-        with torch.enable_grad():
-            captured = Inputs(self.surroundings, self._checked(evaluate), self.field.given["p"])
-        (k,) = captured.first
-        self._expect_alike(k)
-        self.field.watch = captured.watch
-        with torch.no_grad():
-            march, tape = self._march(k, False)
-        self.field.watch = None
-        captured.settle()
-        result, places = self._result(march, tape)
-        replay = Replay(self.method, self.field, self.options, captured, result.steps, places)
-        at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
-            lambda *given: members_sweep(replay, result, *given),
-            (result.at_times, result.states),
-            self.u0,
-            *captured.inputs,
-        )
-        result.at_times, result.states, result.u0 = at_times, states, self.u0
-        return result
+    @override
+    def differing(self, k: Tensor) -> int | None:
+        return differing(self.field, self.ensemble, k)

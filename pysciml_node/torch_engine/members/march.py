@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.algorithms.controllers import ManySizes
 from pysciml_node.algorithms.elementwise import ARRAYS
@@ -18,7 +20,7 @@ from pysciml_node.replay.first_step import first_size, trial_size
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.norm import MembersNorm
-from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import SLIVER
@@ -54,16 +56,17 @@ class _Live:
         return _Live(*(getattr(self, f.name)[staying] for f in dataclasses.fields(self)))
 
 
-class MembersMarch:
+class MembersMarch(ABC):
     """Steps of all members from their starts to their ends, or to where they fail.
 
+    A kind of step says how one begins, and what its first size follows from.
+
     Args:
-        method: the method.
+        nodes: of the method; times have their dtype and device.
+        error_order: order of the embedded solution, for the controller.
         field: the field of all members.
         options: step control.
-        stops: where steps end.
         tape: is told of accepted steps, and of members that are done.
-        recorded: whether autograd is to follow.
 
     Attributes:
         codes: how each member has ended.
@@ -73,30 +76,28 @@ class MembersMarch:
 
     def __init__(
         self,
-        method: Method,
+        nodes: Tensor,
+        error_order: float,
         field: MembersField,
         options: MemberOptions,
-        stops: Stops,
         tape: Tape,
-        recorded: bool,
     ) -> None:
-        self.method, self.field, self.options = method, field, options
-        self.stops, self.tape, self.recorded = stops, tape, recorded
+        self.nodes, self.field, self.options = nodes, field, options
+        self.stops, self.tape = Stops(options), tape
         count = len(field.nfe)
         self.codes = [ReturnCode.Default] * count
         self.naccept = np.zeros(count, dtype=np.int64)
         self.nreject = np.zeros(count, dtype=np.int64)
         common = options.common
         self.adaptive = common.controller.adaptive
-        sizes = common.controller.start_many(method.tableau.error_order, count)
+        sizes = common.controller.start_many(error_order, count)
         assert sizes is not None
         self.sizes: ManySizes = sizes
         self.u: Tensor
         self.k: Tensor
         self.norm: MembersNorm
         self.live: _Live
-        self.stages: MemberStages
-        self.limits = StepLimits(options, method.nodes.dtype)
+        self.stages: StepOfMembers
         self._last: Attempts
         # Absolute values of the states at the start, and at the end, of the step.
         self._largest: Tensor
@@ -125,11 +126,48 @@ class MembersMarch:
             while len(self.live.rows):
                 self._attempt()
 
+    # What kinds of steps do in ways of their own.
+
+    def _place(self, proposed: Array, stop: Array, lands: Array) -> tuple[Array, Array, Array]:
+        """Sizes and ends of the steps of proposed sizes, and which of them land on stops."""
+        h = proposed
+        if lands.any():
+            h = np.where(lands, _sizes_between(self.live.t, stop), proposed)
+        return h, np.where(lands, stop, self.live.t + h), lands
+
+    @abstractmethod
     def _renew(self) -> None:
         """Make room for the stages of the members that are left."""
-        rows = self.live.rows
-        p = self.field.parameters(rows)
-        self.stages = MemberStages(self.method, self.field, rows, p, self.u, self.recorded)
+
+    @abstractmethod
+    def _begin(self, h: Array) -> None:
+        """Begin the steps."""
+
+    @property
+    @abstractmethod
+    def order(self) -> float:
+        """Of the local error of a step, for the size of the first."""
+
+    def _rate(self, k: Tensor) -> Tensor:
+        """The derivative by which an Euler step goes, `(L, N)`."""
+        return k
+
+    def _speed(self, k: Tensor) -> Tensor:
+        """How fast the state changes, entry by entry."""
+        return k
+
+    def _change(self, k: Tensor, ahead: Tensor) -> Tensor:
+        """How much that is from one point to another."""
+        return ahead - k
+
+    def _smallest(self) -> Array:
+        """Sizes below which steps fail, but for those that a stop has cut short."""
+        smallest: Array = np.maximum(self.options.common.dtmin, 4 * np.spacing(abs(self.live.t)))
+        return smallest
+
+    def _told(self, h: Array, end: Array, proposed: Array, accepted: Array) -> tuple[Array, Array]:
+        """The sizes that the controller is told, and which of them a stop has cut short."""
+        return h, abs(h) < 0.9 * abs(proposed)
 
     def _first_sizes(self) -> Array:
         options = self.options.common
@@ -146,19 +184,20 @@ class MembersMarch:
 
     def _hairer(self, direction: Array, length: Array) -> Array:
         """First sizes from the field at the starts and one explicit Euler step."""
-        norm, u, k, like = self.norm, self.u.detach(), self.k.detach(), self.method.nodes
+        norm, u, k, like = self.norm, self.u.detach(), self.k.detach(), self.nodes
         scale = norm.scale(u.abs())
-        d0, d1 = self._read(torch.stack((norm(u, scale), norm(k, scale))))
+        d0, d1 = self._read(torch.stack((norm(u, scale), norm(self._speed(k), scale))))
         h0 = np.copysign(trial_size(ARRAYS, d0, d1, length), direction)
         sizes = np.where(np.isfinite(h0), h0, 0.0)
         h, t = (
             torch.from_numpy(x).to(like.device, like.dtype) for x in (sizes, self.live.t + sizes)
         )
-        at = self.field(t, u + h.unsqueeze(1) * k, self.stages.p)
+        at = self.field(
+            t, u + h.unsqueeze(1) * self._rate(k), self.field.parameters(self.live.rows)
+        )
         self.field.tally(self.live.rows)
-        d2 = self._read(norm(at - k, scale)) / abs(h0)
-        order = self.method.tableau.order
-        h1 = np.copysign(first_size(ARRAYS, abs(h0), d1, d2, order, length), direction)
+        d2 = self._read(norm(self._change(k, at), scale)) / abs(h0)
+        h1 = np.copysign(first_size(ARRAYS, abs(h0), d1, d2, self.order, length), direction)
         return np.where(np.isfinite(d1), h1, math.nan)
 
     @staticmethod
@@ -178,17 +217,14 @@ class MembersMarch:
         if failed is not None:
             self._retire(failed)
             return
-        h = proposed
-        if lands.any():
-            h = np.where(lands, _sizes_between(live.t, stop), proposed)
+        h, end, lands = self._place(proposed, stop, lands)
+        self._begin(h)
         stages = self.stages
-        stages.begin(self.u, live.t, h, self.limits(live.rows, live.t, h))
         self._first_stages()
         stages.know(self.k)
         u1 = stages.solution(with_error=self.adaptive)
         error, accepted = self._judge(u1, h)
         self._last = Attempts(live.rows, live.t, h, self.u, u1, error)
-        end = np.where(lands, stop, live.t + h)
         places = np.flatnonzero(accepted)
         if len(places):
             stops = np.where(lands, live.stop, -1)
@@ -199,9 +235,10 @@ class MembersMarch:
         live.nreject = live.nreject + ~accepted
         live.error = error
         if self.adaptive:
-            following = self.sizes.following(h, error, accepted)
+            told, cut = self._told(h, end, proposed, accepted)
+            following = self.sizes.following(told, error, accepted)
             # A step cut short by a stop says little: keep the size that was proposed.
-            cut = accepted & (abs(h) < 0.9 * abs(proposed)) & (abs(proposed) > abs(following))
+            cut = accepted & cut & (abs(proposed) > abs(following))
             live.h = np.where(cut, proposed, following)
         else:
             live.h = proposed
@@ -218,8 +255,7 @@ class MembersMarch:
         small = np.zeros_like(tried)
         if self.adaptive:
             # Steps cut short by a stop may be small; others below the limit mean failure.
-            smallest = np.maximum(options.dtmin, 4 * np.spacing(abs(live.t)))
-            small = (abs(proposed) < smallest) & ~lands
+            small = (abs(proposed) < self._smallest()) & ~lands
         if not (unstable | tried | small).any():
             return None
         tried &= ~unstable
@@ -323,3 +359,44 @@ class MembersMarch:
         index = torch.from_numpy(places).to(self.u.device)
         u, u1 = (x.detach().index_select(0, index) for x in (last.u, last.u1))
         return Attempts(tried, last.t[places], last.h[places], u, u1, last.error[places])
+
+
+class ExplicitMarch(MembersMarch):
+    """Steps of an explicit Runge-Kutta method.
+
+    Args:
+        method: the method.
+        field: the field of all members.
+        options: step control.
+        tape: is told of accepted steps.
+        recorded: whether autograd is to follow.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        field: MembersField,
+        options: MemberOptions,
+        tape: Tape,
+        recorded: bool,
+    ) -> None:
+        super().__init__(method.nodes, method.tableau.error_order, field, options, tape)
+        self.method, self.recorded = method, recorded
+        self.limits = StepLimits(options, method.nodes.dtype)
+        self.stages: MemberStages
+
+    @property
+    @override
+    def order(self) -> float:
+        return self.method.tableau.order
+
+    @override
+    def _renew(self) -> None:
+        rows = self.live.rows
+        p = self.field.parameters(rows)
+        self.stages = MemberStages(self.method, self.field, rows, p, self.u, self.recorded)
+
+    @override
+    def _begin(self, h: Array) -> None:
+        live = self.live
+        self.stages.begin(self.u, live.t, h, self.limits(live.rows, live.t, h))

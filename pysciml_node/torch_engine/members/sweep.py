@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,13 +35,60 @@ _ROWS = 8192
 _COLUMNS = 4
 
 
-@dataclass
-class Replay:
-    """What a sweep needs of a solve that has run."""
+class Again(Protocol):
+    """Takes steps of a solve again, with their operations recorded."""
+
+    def __call__(
+        self,
+        u: Tensor,  # (R, N)
+        members: Array,  # (R,)
+        span: tuple[Array, Array, Array],  # starts, sizes and ends, (R,) each
+        inside: tuple[Array, Array, Array],  # places among these, thetas and times, (Q,) each
+    ) -> list[Tensor]:
+        """The states at the ends of steps, `(R, N)`, and those inside, `(Q, N)`, if any."""
+
+
+@dataclass(frozen=True)
+class StagesAgain:
+    """Steps of Runge-Kutta methods again.
+
+    Args:
+        method: the method.
+        field: of all members.
+        options: between which times the field may be seen.
+    """
 
     method: Method
     field: MembersField
     options: MemberOptions
+
+    def __call__(
+        self,
+        u: Tensor,
+        members: Array,
+        span: tuple[Array, Array, Array],
+        inside: tuple[Array, Array, Array],
+    ) -> list[Tensor]:
+        """The states at the ends of steps, and inside."""
+        p = self.field.parameters(members)
+        stages = MemberStages(self.method, self.field, members, p, u, recorded=True)
+        t, h, _ = span
+        stages.begin(u, t, h, self.limits(members, t, h))
+        ends = stages.solution(with_error=False)
+        return [ends, stages.inside(*inside)[0]] if len(inside[0]) else [ends]
+
+    @cached_property
+    def limits(self) -> StepLimits:
+        """Of all steps."""
+        return StepLimits(self.options, self.method.nodes.dtype)
+
+
+@dataclass
+class Replay:
+    """What a sweep needs of a solve that has run."""
+
+    again: Again
+    field: MembersField
     captured: Inputs
     steps: MemberSteps
     places: SavedPlaces | None
@@ -52,6 +101,7 @@ class _Inside:
     depth: Array  # 1 for the last step
     step: Array  # among all steps
     theta: Array
+    when: Array
     cotangent: Array  # its row in the flat cotangents of saved states
 
 
@@ -99,7 +149,6 @@ class _Sweep:
     ) -> None:
         self.replay, self.u0, self.states = replay, u0, states
         self.sums = Accumulator(replay.captured.leaves)
-        self.limits = StepLimits(replay.options, replay.method.nodes.dtype)
         self.saved = None if saved is None else saved.reshape(-1, saved.shape[2])
         steps = replay.steps
         arrives = np.zeros(len(steps.sizes), dtype=bool)
@@ -107,7 +156,7 @@ class _Sweep:
         if at_steps is not None:
             arrives |= (at_steps != 0).any(1).cpu().numpy()
         self.at_start: tuple[Array, Tensor] | None = None
-        self.inside = _Inside(*(np.empty(0, np.int64),) * 4)
+        self.inside = _Inside(*(np.empty(0, np.int64),) * 5)
         if self.saved is not None and replay.places is not None:
             arrives |= self._take_saved(replay.places, self.saved)
         # The steps after the last cotangent that arrives have nothing to pull back.
@@ -117,7 +166,7 @@ class _Sweep:
         np.maximum.at(self.counts, member[arrives], number[arrives] + 1)
         self.inside.depth = self.counts[member[self.inside.step]] - number[self.inside.step]
         order = np.argsort(self.inside.depth, kind="stable")
-        for name in ("depth", "step", "theta", "cotangent"):
+        for name in ("depth", "step", "theta", "when", "cotangent"):
             setattr(self.inside, name, getattr(self.inside, name)[order])
         self._differences: list[Tensor] = []
 
@@ -127,7 +176,10 @@ class _Sweep:
         row = places.row * times + places.time
         step = steps.offsets[places.row] + places.step
         within = ~np.isnan(places.theta)
-        self.inside = _Inside(step[within], step[within], places.theta[within], row[within])
+        self.inside = _Inside(
+            *(step[within], step[within]),
+            *(places.theta[within], places.when[within], row[within]),
+        )
         ends = ~within & (places.step >= 0)
         arrives = np.zeros(len(steps.sizes), dtype=bool)
         arrives[step[within]] = True
@@ -211,17 +263,12 @@ class _Sweep:
         replay, inside, steps = self.replay, self.inside, self.replay.steps
         first, last = (np.searchsorted(inside.depth, d) for d in (depths[0][0], depths[-1][0] + 1))
         here = slice(int(first), int(last))
+        place = np.empty(len(steps.sizes), dtype=np.int64)
+        place[at] = np.arange(len(at))
+        within = place[inside.step[here]], inside.theta[here], inside.when[here]
+        span = steps.starts[at], steps.sizes[at], steps.ends[at]
         with torch.enable_grad():
-            field = replay.field
-            p = field.parameters(members)
-            stages = MemberStages(replay.method, field, members, p, u, recorded=True)
-            t, h = steps.starts[at], steps.sizes[at]
-            stages.begin(u, t, h, self.limits(members, t, h))
-            outputs = [stages.solution(with_error=False)]
-            if len(inside.step[here]):
-                place = np.empty(len(steps.sizes), dtype=np.int64)
-                place[at] = np.arange(len(at))
-                outputs.append(self._dense(stages, place[inside.step[here]], inside.theta[here]))
+            outputs = replay.again(u, members, span, within)
         for output in outputs:
             replay.captured.expect_known(output, u)
         if len(outputs) == 1:
@@ -229,14 +276,6 @@ class _Sweep:
         assert self.saved is not None
         rows = torch.from_numpy(inside.cotangent[here]).to(u.device)
         return outputs, [self.saved.index_select(0, rows)]
-
-    @staticmethod
-    def _dense(stages: MemberStages, places: Array, theta: Array) -> Tensor:
-        """Dense output; the stages for it alone are evaluated where there is some."""
-        needed, which = np.unique(places, return_inverse=True)
-        part = stages if len(needed) == len(stages.rows) else stages.some(needed)
-        part.evaluate(stages.method.all_stages)
-        return part.dense(places if part is stages else which, theta)
 
     @staticmethod
     def _pull(

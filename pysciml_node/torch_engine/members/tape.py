@@ -12,7 +12,7 @@ from torch import Tensor
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.members.stacked import MemberSteps
-from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.members.stages import StepOfMembers
 from pysciml_node.steps.step import Attempt
 
 # States of steps that nobody has asked for are kept up to this many bytes.
@@ -52,16 +52,23 @@ class SavedPlaces:
         step: which of its steps it lies in, or ends; -1 is the start.
         time: which of its times it is.
         theta: where in the step, between 0 and 1; NaN at its end.
+        when: the time itself.
     """
 
     row: Array
     step: Array
     time: Array
     theta: Array
+    when: Array
 
     def where(self, kept: Array) -> SavedPlaces:
         """Some of them."""
-        return SavedPlaces(self.row[kept], self.step[kept], self.time[kept], self.theta[kept])
+        return SavedPlaces(*(column[kept] for column in self.columns))
+
+    @property
+    def columns(self) -> tuple[Array, ...]:
+        """Its arrays."""
+        return self.row, self.step, self.time, self.theta, self.when
 
 
 class Tape:
@@ -106,7 +113,7 @@ class Tape:
         self._save_ends(every, np.full(self.count, -1), every, t0, u0)
 
     def step(
-        self, stages: MemberStages, u1: Tensor, taken: Accepted
+        self, stages: StepOfMembers, u1: Tensor, taken: Accepted
     ) -> tuple[Array, Tensor] | None:
         """Take in the steps that some members have taken.
 
@@ -149,7 +156,7 @@ class Tape:
                 t, h, error = (float(x[i]) for x in (failed.t, failed.h, failed.error))
                 self.failures[m] = Attempt(t, h, failed.u[i], failed.u1[i], error)
 
-    def _save_inside(self, stages: MemberStages, taken: Accepted) -> tuple[Array, Tensor] | None:
+    def _save_inside(self, stages: StepOfMembers, taken: Accepted) -> tuple[Array, Tensor] | None:
         """States at times that lie inside the steps."""
         sign, rows = self._sign[taken.rows], taken.rows
         row, end = self._row_of[rows], taken.end * sign
@@ -166,18 +173,11 @@ class Tape:
         of = np.repeat(inside, several)
         within = np.arange(len(of)) - np.repeat(np.cumsum(several) - several, several)
         time = first[of] + within
-        theta = (self._times[row[of], time] * sign[of] - taken.t[of]) / taken.h[of]
-        common, places = stages.count, taken.places[inside]
-        all_stages = stages.method.all_stages
-        part, at = stages, np.repeat(places, several)
-        if common < all_stages and len(places) < len(stages.rows):
-            part, at = stages.some(places), np.repeat(np.arange(len(places)), several)
-        part.evaluate(all_stages)
-        self._keep(rows[of], taken.number[of], time, theta, part.dense(at, theta))
-        end_stage = stages.method.end_stage
-        if end_stage is None or end_stage < common or part.end is None:
-            return None
-        return places, part.end
+        when = self._times[row[of], time] * sign[of]
+        theta = (when - taken.t[of]) / taken.h[of]
+        values, ends = stages.inside(taken.places[of], theta, when)
+        self._keep(SavedPlaces(rows[of], taken.number[of], time, theta, when), values)
+        return ends
 
     def _save_ends(self, rows: Array, index: Array, places: Array, end: Array, u1: Tensor) -> None:
         """States at times at which the steps end."""
@@ -187,11 +187,12 @@ class Tape:
             chosen = u1.index_select(0, torch.from_numpy(places[due]).to(u1.device))
             time = self._passed[rows[due]].copy()
             theta = np.full(len(due), np.nan)
-            self._keep(rows[due], index[due], time, theta, chosen)
+            places_of = SavedPlaces(rows[due], index[due], time, theta, end[due])
+            self._keep(places_of, chosen)
             self._passed[rows[due]] += 1
 
-    def _keep(self, row: Array, step: Array, time: Array, theta: Array, values: Tensor) -> None:
-        self._places.append(SavedPlaces(row, step, time, theta))
+    def _keep(self, places: SavedPlaces, values: Tensor) -> None:
+        self._places.append(places)
         self._values.append(values)
 
     # What has been collected.
@@ -239,8 +240,8 @@ class Tape:
         if self._size is None:
             return None
         nothing = np.empty(0, dtype=np.int64)
-        every = [SavedPlaces(nothing, nothing, nothing, np.empty(0)), *self._places]
-        columns = zip(*((p.row, p.step, p.time, p.theta) for p in every), strict=True)
+        every = [SavedPlaces(*(nothing,) * 3, np.empty(0), np.empty(0)), *self._places]
+        columns = zip(*(p.columns for p in every), strict=True)
         places = SavedPlaces(*(np.concatenate(column) for column in columns))
         values = torch.cat([self.u0[:0], *self._values])
         if kept is not None:

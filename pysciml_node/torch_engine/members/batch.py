@@ -1,0 +1,230 @@
+"""One batched solve: the ways to run it, with and without gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import DirectAdjoint
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array, EnsembleProblem
+from pysciml_node.problems.state import recording
+from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.inputs import Evaluate, Inputs
+from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.torch_engine.members.march import MembersMarch
+from pysciml_node.torch_engine.members.node import MembersNode
+from pysciml_node.torch_engine.members.sweep import Again, Replay, members_sweep
+from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
+
+NAME = "torch"
+
+
+class OneByOne(Exception):
+    """The members have to be solved one after the other."""
+
+
+class Batch(ABC):
+    """The parts of a batched solve, made once, and the ways to run it.
+
+    Args:
+        ensemble: what is solved.
+        algorithm: how.
+        options: of all, and of each.
+        field: of all members.
+        u0: what is stepped, at the starts, `(M, N)`.
+        nodes: of the method; times have their dtype and device.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleProblem,
+        algorithm: Algorithm,
+        options: MemberOptions,
+        field: MembersField,
+        u0: Tensor,
+        nodes: Tensor,
+    ) -> None:
+        self.ensemble, self.algorithm, self.options = ensemble, algorithm, options
+        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
+        self.u0 = u0.clone()
+        self.field, self.nodes = field, nodes
+        self.surroundings = Surroundings(self.field.given)
+        if self.surroundings.lazy or (self.surroundings.hooked and not ensemble.batched):
+            # Lazy modules take their shapes from one member; hooks are called for each.
+            raise OneByOne
+
+    @abstractmethod
+    def march(self, tape: Tape, recorded: bool) -> MembersMarch:
+        """The time loop."""
+
+    @abstractmethod
+    def again(self) -> Again:
+        """Takes its steps again."""
+
+    @abstractmethod
+    def differing(self, k: Tensor) -> int | None:
+        """A member whose derivative alone is another than in the batch, if any."""
+
+    # What is handed back; and whether states of steps that nobody asks for may be let go.
+    result: type[StackedMembers] = StackedMembers
+    lets_go = True
+
+    def counts(self) -> dict[str, Array]:
+        """Evaluations by each member, as fields of `Stats`."""
+        return {"nfe": self.field.nfe.copy()}
+
+    def solve(self) -> StackedMembers:
+        """Run it with or without gradients."""
+        if not recording():
+            return self._run(self._first(), False)
+        if isinstance(self.options.common.adjoint, DirectAdjoint):
+            with self.surroundings.undisturbed():
+                return self._run(self._first(), True)
+        return self._node()
+
+    def _evaluate(self, u: Tensor, t: Tensor) -> Tensor:
+        """The field of all members at their starts."""
+        return self.field(t, u, self.field.given["p"])
+
+    def _starts(self) -> Tensor:
+        like = self.nodes
+        return torch.from_numpy(self.options.spans[0]).to(like.device, like.dtype)
+
+    def _first(self) -> Tensor:
+        """Derivatives at the starts, the field having been looked at."""
+        t = self._starts()
+
+        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            return (self._attempt(self.u0, t),), ()
+
+        (k,), _ = self._checked(evaluate)()
+        self._expect_alike(k)
+        return k
+
+    def _checked(self, evaluate: Evaluate) -> Evaluate:
+        adaptive = self.options.common.controller.adaptive
+        if not adaptive and not recording():
+            return evaluate
+        who = "an adaptive solve" if adaptive else "its backward pass"
+        return expect_repeatable(self.surroundings, self.u0.device, evaluate, who)
+
+    def _attempt(self, u: Tensor, t: Tensor) -> Tensor:
+        if self.ensemble.batched:
+            return self._evaluate(u, t)
+        try:
+            return self._evaluate(u, t)
+        except Exception as error:
+            # Whatever vmap cannot do; what the field itself raises, one member raises again.
+            raise OneByOne from error
+
+    def _expect_alike(self, k: Tensor) -> None:
+        m = self.differing(k)
+        self.field.restart()
+        if m is None:
+            return
+        if not self.ensemble.batched:
+            raise OneByOne
+        raise ValueError(
+            f"the field treats members not each for itself: member {m} has another derivative in "
+            "the batch than alone.\n"
+            "  Let it work along the axes after the first, or leave batched=True out."
+        )
+
+    def _march(self, k: Tensor, recorded: bool) -> tuple[MembersMarch, Tape]:
+        u0 = self.u0 if recorded else self.u0.detach()
+        tape = Tape(self.options, u0, recording() or not self.lets_go)
+        march = self.march(tape, recorded)
+        march.run(tape.u0, k)
+        return march, tape
+
+    def _run(self, k: Tensor, recorded: bool) -> StackedMembers:
+        """Without gradients, or with every operation recorded by autograd."""
+        march, tape = self._march(k, recorded)
+        self.surroundings.settle()
+        return self._result(march, tape)[0]
+
+    def _result(self, march: MembersMarch, tape: Tape) -> tuple[StackedMembers, SavedPlaces | None]:
+        """What has been found, and where the saved states lie."""
+        steps, states = tape.steps()
+        codes, naccept = march.codes, march.naccept
+        kept = self._finite(steps, states, codes, tape.thinned)
+        if kept is not None:
+            steps, states = tape.steps(kept)
+            naccept = np.minimum(naccept, kept)
+        saved = tape.saved(kept)
+        count = len(self.ensemble)
+        reached = np.zeros(count, dtype=np.int64)
+        if saved is not None:
+            reached = np.bincount(saved[0].row, minlength=count)
+        result = self.result(
+            ensemble=self.ensemble,
+            algorithm=self.algorithm,
+            engine=NAME,
+            options=self.options,
+            codes=codes,
+            columns={**self.counts(), "naccept": naccept, "nreject": march.nreject},
+            steps=steps,
+            u0=self.u0,
+            states=states,
+            at_times=None if saved is None else saved[1],
+            reached=reached,
+            surroundings=self.surroundings,
+            thinned=tape.thinned,
+            failures=tape.failures,
+        )
+        return result, None if saved is None else saved[0]
+
+    def _finite(
+        self, steps: MemberSteps, states: Tensor, codes: list[ReturnCode], thinned: bool
+    ) -> Array | None:
+        """How many steps of each member are good, where no error estimate has watched them."""
+        common, size = self.options.common, self.u0.shape[1]
+        if (common.controller.adaptive and common.tolerances.driven == size) or not len(states):
+            return None
+        finite = torch.isfinite(states.detach()).all(1).cpu().numpy()
+        counts = steps.counts
+        ends = np.arange(len(counts)) if thinned else np.maximum(steps.offsets[1:] - 1, 0)
+        bad = np.flatnonzero(~finite[ends] & (counts > 0))
+        kept = counts.copy()
+        for m in bad:
+            if codes[m].successful or codes[m] is ReturnCode.Unstable:
+                codes[m] = ReturnCode.Unstable
+                if not thinned:
+                    kept[m] = int(np.argmin(finite[steps.of(int(m))]))
+        return kept if len(bad) and not thinned else None
+
+    def _node(self) -> StackedMembers:
+        """As one node of the graph, its backward the discrete adjoint."""
+        t = self._starts()
+
+        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            start, time = self.u0.detach().requires_grad_(), t.clone().requires_grad_()
+            return (self._attempt(start, time),), (start, time)
+
+        with torch.enable_grad():
+            captured = Inputs(self.surroundings, self._checked(evaluate), self.field.given["p"])
+        (k,) = captured.first
+        self._expect_alike(k)
+        self.field.watch = captured.watch
+        with torch.no_grad():
+            march, tape = self._march(k, False)
+        self.field.watch = None
+        captured.settle()
+        result, places = self._result(march, tape)
+        replay = Replay(self.again(), self.field, captured, result.steps, places)
+        at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
+            lambda *given: members_sweep(replay, result, *given),
+            (result.at_times, result.states),
+            self.u0,
+            *captured.inputs,
+        )
+        result.at_times, result.states, result.u0 = at_times, states, self.u0
+        return result
