@@ -4,7 +4,8 @@
     python benchmarks/results.py --quick    # a few samples of each row, to see that all of them run
 
 Each comparison is a script of its own, with a process of its own; their rows say what is compared,
-and how far the results are from a tight reference. Peers that are not installed are left out.
+and how far the results are from a tight reference. Peers that are not installed are left out. A
+full run of all of them is added to benchmarks/history.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import history
 from timing import processor, versions
 
 HERE = Path(__file__).parent
@@ -67,14 +70,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of scripts, such as ode.py")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
-    found = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
-    text = ["# Results", "", f"{processor()}, {time.strftime('%Y-%m-%d')}; {found}.", ""]
+    about: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "versions": versions(PACKAGES),
+    }
+    found = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    text = ["# Results", "", f"{about['processor']}, {about['date']}; {found}.", ""]
     for comparison in COMPARISONS:
         if arguments.only and comparison.script not in arguments.only:
             continue
         command, printed = run(comparison, arguments.quick)
         text += [f"## {comparison.title}", "", f"`{command}`", "", printed, ""]
         arguments.out.write_text("\n".join(text), encoding="utf-8")
+    if not (arguments.quick or arguments.only):
+        history.add("\n".join(text), about)
     print(f"written: {arguments.out}", file=sys.stderr)
 
 
