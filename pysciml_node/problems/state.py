@@ -192,7 +192,7 @@ class StateSpec:
                 "  Give a state with at least one entry; skip the solve of an empty batch."
             )
         first = parts[0]
-        for attribute in ("dtype", "device") if len(parts) > 1 else ():
+        for attribute in ("dtype", "device"):
             values = [getattr(part, attribute) for part in parts]
             if len(set(values)) > 1:
                 raise ValueError(

@@ -50,6 +50,8 @@ class _StepPullback:
         self.stages = Stages(method, field.field, marks, vectors_like(like, method.all_stages))
         self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
         self._plain: dict[int, list[Weights]] = {}
+        # The first stage of the step after, which is also a stage of this one, and its cotangent.
+        self._after: tuple[Linearized, Tensor] | None = None
 
     def __call__(self, step: StepBack) -> StepCotangents:
         """Pull a step back."""
@@ -60,7 +62,8 @@ class _StepPullback:
         elif method.tableau.fsal:
             count -= 1  # the last stage serves the next step, which replays it as its first
         h, u = step.h, step.u
-        lines = self._linearize(step.t, h, u, count)
+        after, self._after = self._after, None
+        lines = self._linearize(step.t, h, u, count, None if after is None else after[0])
         self.totals.comparison.add(self._end(h, u), step.u1, u)
         # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
         # each stage's cotangent combines all that is there.
@@ -72,10 +75,15 @@ class _StepPullback:
         h_bar: Tensor | None = None
         for i in reversed(range(count)):
             k_bar = cotangents.combine(None, h, upon[i])
+            if after is not None and i == method.end_stage:
+                k_bar = k_bar + after[1]
+            place = len(arrived) + count - 1 - i
+            if step.joined and i == 0:
+                self._after = lines[0], k_bar
+                cotangents.put(place, torch.zeros_like(u))
+                break
             state, time, leaves = lines[i].vjp(k_bar)
-            cotangents.put(
-                len(arrived) + count - 1 - i, torch.zeros_like(u) if state is None else state
-            )
+            cotangents.put(place, torch.zeros_like(u) if state is None else state)
             self.totals.sums.add(leaves)
             if self.time_gradient:
                 along = torch.vdot(k_bar, lines[i].value).real / h
@@ -117,13 +125,18 @@ class _StepPullback:
             self._plain[count] = weights
         return weights
 
-    def _linearize(self, t: float, h: float, u: Tensor, count: int) -> list[Linearized]:
-        """The stages again, each with its graph."""
+    def _linearize(
+        self, t: float, h: float, u: Tensor, count: int, end: Linearized | None
+    ) -> list[Linearized]:
+        """The stages again, each with its graph; that at the end may be known."""
         stages, lines = self.stages, []
         times = stages.times(t, h)
         for i in range(count):
-            argument = stages.argument(i, h, u)
-            lines.append(self.field.linearize(times[i], argument, self.time_gradient))
+            if end is not None and i == self.method.end_stage:
+                lines.append(end)
+            else:
+                argument = stages.argument(i, h, u)
+                lines.append(self.field.linearize(times[i], argument, self.time_gradient))
             stages.vectors.put(i, lines[i].value)
         return lines
 
@@ -140,6 +153,30 @@ def _pullback_for(
         outputs = max((len(indices) for indices, _ in record.inside.values()), default=0)
     return _StepPullback(
         field, method, record.marks, backward.states[0], outputs, with_times, totals
+    )
+
+
+def _step_back(
+    backward: BackwardPass, n: int, end: Tensor, inside: Tensor | None, joined: bool
+) -> StepBack:
+    """Step `n`, with the cotangents that arrive at it."""
+    record, states = backward.record, backward.states
+    theta = torch.tensor(record.fractions(n), dtype=torch.float64)
+    t, h = record.times[n], record.sizes[n]
+    return StepBack(t, h, states[n], states[n + 1], end, inside, theta, joined)
+
+
+def _joined(backward: BackwardPass, methods: Sequence[Method], n: int) -> bool:
+    """Whether a step starts where the dense output of the one before ends, in one evaluation."""
+    record = backward.record
+    method = methods[record.method_of(n)]
+    return (
+        record.method_of(n - 1) == record.method_of(n)
+        and not isinstance(method.tableau, ImplicitTableau)
+        and method.end_stage is not None
+        # At a stop the field may jump.
+        and record.stops[n - 1] is None
+        and not backward.with_times
     )
 
 
@@ -166,25 +203,18 @@ def discrete_sweep(
     if backward.with_times:
         zero = states[0].new_zeros((), dtype=methods[0].nodes.dtype)
         times = TimeCotangents(record, backward.saved_count, zero)
-    live = False
+    live, before = False, None
     for n in reversed(range(len(record.sizes))):
         for extra in backward.entering(n + 1):
             cotangent = cotangent + extra
             live = True
-        inside = backward.inside(n)
+        inside = before if n + 1 < len(record.sizes) else backward.inside(n)
+        before = backward.inside(n - 1) if n else None
         if not live and inside is None:
             continue
         live = True
-        theta = torch.tensor(record.fractions(n), dtype=torch.float64)
-        step = StepBack(
-            record.times[n],
-            record.sizes[n],
-            states[n],
-            states[n + 1],
-            end=cotangent,
-            inside=inside,
-            theta=theta,
-        )
+        joined = before is not None and _joined(backward, methods, n)
+        step = _step_back(backward, n, cotangent, inside, joined)
         pulled = pullbacks[record.method_of(n)](step)
         cotangent = pulled.u
         stats.naccept_backward += 1

@@ -72,6 +72,7 @@ class StepBack(NamedTuple):
     end: Tensor  # (N,), cotangent of the state at its end
     inside: Tensor | None  # (m, N), cotangents of its dense outputs
     theta: Tensor  # (m,) in float64, where these lie
+    joined: bool = False  # whether the step before evaluates the field where this one starts, too
 
 
 class StepCotangents(NamedTuple):

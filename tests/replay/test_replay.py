@@ -56,7 +56,10 @@ def test_one_replay_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_grid_of_output_times_costs_no_steps(name: str) -> None:
-    """Forward and backward: the same steps, with the dense output's extra stages at most."""
+    """Forward and backward: the same steps, with the dense output's extra stages at most.
+
+    The stage where one step ends and the next one starts is evaluated once.
+    """
     algorithm = getattr(psn, name)()
     field = small_field()
     found = []
@@ -70,7 +73,37 @@ def test_a_grid_of_output_times_costs_no_steps(name: str) -> None:
     assert grid.naccept == plain.naccept
     assert grid.naccept_backward == plain.naccept
     assert grid.nfe <= plain.nfe + plain.naccept * extra
-    assert grid.nfe_backward <= plain.nfe_backward + plain.naccept * (1 + extra)
+    assert grid.nfe_backward <= plain.nfe_backward + plain.naccept * extra + algorithm.tableau.fsal
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("tstops", [(), (0.35,)])
+def test_stages_that_two_steps_share_have_the_gradient_of_both(
+    name: str, tstops: tuple[float, ...]
+) -> None:
+    """Some steps hold saved times, others none, and at a stop the field may jump."""
+    field, u0 = small_field(), start().requires_grad_()
+
+    def jumping(t: Tensor, u: Tensor) -> Tensor:
+        rate: Tensor = field(t, u)
+        return rate if not tstops or float(t.detach()) <= tstops[0] else 2 * rate
+
+    inputs = [u0, *field.parameters()]
+    found = []
+    for adjoint in (psn.DiscreteAdjoint(), psn.DirectAdjoint()):
+        solution = psn.solve(
+            psn.ODEProblem(jumping, u0, (0.0, 1.0)),
+            getattr(psn, name)(),
+            rtol=1e-5,
+            atol=1e-5,
+            dtmax=0.06,
+            saveat=[0.11, 0.13, 0.2, 0.34, 0.36, 0.41, 0.9],
+            tstops=tstops,
+            adjoint=adjoint,
+        )
+        found.append(torch.autograd.grad(solution.u.square().sum(), inputs))
+    for ours, direct in zip(*found, strict=True):
+        torch.testing.assert_close(ours, direct, rtol=1e-11, atol=1e-13)
 
 
 def test_steps_behind_the_last_cotangent_are_not_replayed() -> None:
