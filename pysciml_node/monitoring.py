@@ -130,10 +130,8 @@ class Monitor:
             for name, value in seen.values().items():
                 columns.setdefault(f"{seen.layer}/{name}" if seen.layer else name, []).append(value)
         if training:
-            counts = ("nfe", "nfe_backward")
-            self.evaluations += int(
-                sum(sum(column) for name, column in columns.items() if _last(name) in counts)
-            )
+            counts = [seen.stats() for seen in taken]
+            self.evaluations += sum(count.nfe + count.nfe_backward for count in counts)
         return {name: sum(column) / len(column) for name, column in columns.items()}
 
     def close(self) -> None:
@@ -146,10 +144,6 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 class _Hook:

@@ -24,8 +24,9 @@ def field(features: int = 2) -> nn.Sequential:
 
 
 def test_values_are_means_of_what_the_solutions_say() -> None:
-    penalty = psn.LocalError(weight=psn.schedules.InverseDecay(1.0, 0.5))
-    node = psn.NeuralODE(field(), regularizers=[penalty])
+    weight = psn.schedules.InverseDecay(1.0, 0.5)
+    penalties = [psn.LocalError(weight=weight), psn.LocalStiffness(weight=0.0, name="nfe")]
+    node = psn.NeuralODE(field(), regularizers=penalties)
     with Monitor(node) as monitor:
         solutions = [node(x * torch.ones(3, 2)) for x in (0.1, 10.0)]
         sum((s.u1.sum() + s.penalty for s in solutions), torch.zeros(())).backward()
