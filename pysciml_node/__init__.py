@@ -40,6 +40,7 @@ from pysciml_node.algorithms.explicit import (
     Vern9,
 )
 from pysciml_node.algorithms.implicit import TRBDF2, KenCarp4, Rodas5P, Rosenbrock23
+from pysciml_node.algorithms.krylov import GMRES
 from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.algorithms.sciml import (
     FBDF,
@@ -108,6 +109,7 @@ __all__ = [
     "DP8",
     "EM",
     "FBDF",
+    "GMRES",
     "QNDF",
     "RK4",
     "SOSRA",

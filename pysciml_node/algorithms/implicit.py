@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from pysciml_node import tableaus
+from pysciml_node import checks, tableaus
 from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint, GaussAdjoint
 from pysciml_node.algorithms.controllers import AlgorithmController, Controller, PIController
+from pysciml_node.algorithms.krylov import GMRES
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.sciml import NamedAlgorithm, SciMLAlgorithm
 from pysciml_node.tableaus import ImplicitTableau, Tableau
@@ -84,8 +85,33 @@ class Rodas5P(ImplicitMethod):
     package = "OrdinaryDiffEqRosenbrock"
 
 
-class KenCarp4(ImplicitMethod):
+@dataclass(frozen=True)
+class DiagonallyImplicitMethod(ImplicitMethod):
+    """An implicit method whose stages Newton's iteration finds one by one.
+
+    Args:
+        linsolve: how the embedded engine solves the iteration's linear systems; default dense
+            factors for small states and `GMRES()` for large ones.
+
+    Raises:
+        TypeError: `linsolve` is no `GMRES`.
+    """
+
+    linsolve: GMRES | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.linsolve is not None:
+            checks.instance("linsolve", self.linsolve, GMRES, example="GMRES()")
+
+
+class KenCarp4(DiagonallyImplicitMethod):
     """Singly diagonally implicit Runge-Kutta of order 4, stiffly accurate.
+
+    Args:
+        linsolve: how the embedded engine solves the iteration's linear systems; default dense
+            factors for small states and `GMRES()` for large ones.
 
     Reference: C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44 (2003) 139-181.
     """
@@ -94,8 +120,11 @@ class KenCarp4(ImplicitMethod):
     package = "OrdinaryDiffEqSDIRK"
 
 
-class TRBDF2(ImplicitMethod):
+class TRBDF2(DiagonallyImplicitMethod):
     """Trapezoidal rule and second-order backward differentiation in one step.
+
+    Args:
+        linsolve: as of `KenCarp4`.
 
     Reference: R. E. Bank et al., IEEE Trans. Electron Devices 32 (1985) 1992-2007.
     """

@@ -7,9 +7,19 @@ from typing import ClassVar
 
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta, Tsit5, Vern7
-from pysciml_node.algorithms.implicit import ImplicitMethod, OnBothEngines, Rodas5P
+from pysciml_node.algorithms.implicit import (
+    DiagonallyImplicitMethod,
+    ImplicitMethod,
+    OnBothEngines,
+    Rodas5P,
+)
+from pysciml_node.algorithms.krylov import GMRES
 from pysciml_node.algorithms.sciml import SciMLAlgorithm
 from pysciml_node.tableaus import Tableau
+
+# Above so many entries of a state GMRES takes less time than dense factors, as measured by
+# benchmarks/krylov.py on a Brusselator with diffusion.
+LARGEST_DENSE = 500
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,21 @@ class AutoVern7(SwitchingMethod):
 
     explicit = Vern7()
     package = "OrdinaryDiffEqVerner"
+
+
+def linsolve_of(algorithm: object, size: int) -> GMRES | None:
+    """What solves the linear systems of an algorithm's steps; `None` for dense factors.
+
+    Args:
+        algorithm: any.
+        size: number of entries of the state.
+    """
+    stiff = algorithm.stiff if isinstance(algorithm, SwitchingMethod) else algorithm
+    if not isinstance(stiff, DiagonallyImplicitMethod):
+        return None
+    if stiff.linsolve is None and size > LARGEST_DENSE:
+        return GMRES()
+    return stiff.linsolve
 
 
 OneStepMethod = ExplicitRungeKutta | ImplicitMethod | SwitchingMethod

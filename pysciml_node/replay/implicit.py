@@ -74,7 +74,7 @@ class ImplicitStages(Stages):
         self.mass = mass
         self.recorded = isinstance(vectors, RecordedVectors)
         self.derivatives = derivatives
-        self.linearizer = linearizer or linearizer_of(field)
+        self.linearizer = linearizer or linearizer_of(field, method.linsolve)
         self._first: Tensor | None = None
         self._at_start: Linearization | None = None
         self._solver: tuple[float, Solver] | None = None
@@ -184,14 +184,19 @@ class ImplicitStages(Stages):
         step = (float(h.detach()) if isinstance(h, Tensor) else h) * self.table.gamma
         eps = torch.finfo(known.dtype).eps
         scale = known.abs().max() + abs(step) * guess.abs().max()
-        close = float(scale) * eps**0.75 / abs(step)
-        solve = self._solve(h, self._at_start)
+        # Without a matrix the iteration converges quadratically, and the last change says less.
+        matrix_free = self._at_start.matrix_free
+        close = float(scale) * eps ** (0.5 if matrix_free else 0.75) / abs(step)
+        if not matrix_free:
+            solve = self._solve(h, self._at_start)
         slope: Tensor = guess
         for iteration in range(2 * _ITERATIONS):
-            if iteration == _ITERATIONS:
+            if iteration == _ITERATIONS or matrix_free:
                 local = self._local(t, known + step * slope, recorded=False)
-                solve = local.solver(step, self.mass)
-            change = solve(self.field(t, known + step * slope) - slope)
+                solve, rate = local.solver(step, self.mass), local.value
+            else:
+                rate = self.field(t, known + step * slope)
+            change = solve(rate - slope)
             slope = slope + change
             size = float(change.abs().max())
             if size <= close:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pysciml_node.algorithms.krylov import GMRES
+from pysciml_node.replay.krylov import MatrixFree
 from pysciml_node.replay.linearization import (
     DenseLinearization,
     JacobianOf,
@@ -22,8 +24,16 @@ from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.steps.field import FlatField
 
 
-def linearizer_of(field: FlatFunction) -> Linearizer:
-    """How implicit steps get the derivatives of a field."""
+def linearizer_of(field: FlatFunction, linsolve: GMRES | None) -> Linearizer:
+    """How implicit steps get the derivatives of a field.
+
+    Args:
+        field: the field.
+        linsolve: solves their linear systems without a matrix; `None` for dense factors.
+    """
+    if linsolve is not None:
+        assert isinstance(field, FlatField)
+        return MatrixFree(linsolve, field)
     if isinstance(field, FlatField) and field.has_jacobian:
         return GivenJacobian(field)
     return partial(linearize, jacobian_of=jacobian_of(field))

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class Linearization(ABC):
 
     value: Tensor
     time: Tensor | None
+
+    # Whether one at another state costs less than what it saves Newton's iteration.
+    matrix_free: ClassVar[bool] = False
 
     @abstractmethod
     def solver(self, scale: Real, mass: Tensor | None) -> Solver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pysciml_node.algorithms.krylov import GMRES
 from pysciml_node.replay.vectors import Real, Vectors, Weights
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.tableaus import Tableau
@@ -20,6 +22,8 @@ FlatFunction = Callable[[Tensor, Tensor], Tensor]
 class Method:
     """A tableau's coefficients as tensors of one dtype on one device."""
 
+    # What solves the linear systems of an implicit method; `None` for dense factors.
+    linsolve: GMRES | None = None
     _known: ClassVar[dict[tuple[int, torch.dtype, torch.device], Method]] = {}
 
     def __init__(self, tableau: Tableau, dtype: torch.dtype, device: torch.device) -> None:
@@ -56,10 +60,19 @@ class Method:
 
     @classmethod
     def all_of(
-        cls, tableaus: Sequence[Tableau], dtype: torch.dtype, device: torch.device
+        cls,
+        tableaus: Sequence[Tableau],
+        dtype: torch.dtype,
+        device: torch.device,
+        linsolve: GMRES | None = None,
     ) -> tuple[Method, ...]:
-        """The methods of several tableaus."""
-        return tuple(cls.of(tableau, dtype, device) for tableau in tableaus)
+        """The methods of several tableaus, with what solves their linear systems."""
+        methods = [cls.of(tableau, dtype, device) for tableau in tableaus]
+        if linsolve is not None:
+            methods = [copy.copy(method) for method in methods]
+            for method in methods:
+                method.linsolve = linsolve
+        return tuple(methods)
 
     def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:
         """`b_i(theta)`, or its derivative, for `theta` of shape `(m,)`; shape `(m, all_stages)`."""

@@ -87,7 +87,10 @@ class TorchTrajectory(Recorded):
             self,
             problem=problem,
             methods=Method.all_of(
-                [method.tableau for method in self.methods], problem.spec.dtype, problem.spec.device
+                [method.tableau for method in self.methods],
+                problem.spec.dtype,
+                problem.spec.device,
+                self.method.linsolve,
             ),
             surroundings=None,
             load=Kept(self.record, states),

@@ -14,7 +14,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
-from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
+from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod, linsolve_of
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
@@ -80,11 +80,19 @@ def _refusal_implicit(
             '  Use torch.view_as_real, or engine="julia".'
         )
     if size > LARGEST_IMPLICIT:
-        return (
-            f"{name} solves dense linear systems on the torch engine, up to {LARGEST_IMPLICIT} "
-            f"entries, but u0 has {size}.\n"
-            '  Use engine="julia" (FBDF() for large systems), or an EnsembleProblem of its rows.'
-        )
+        if linsolve_of(algorithm, size) is None:
+            return (
+                f"{name} solves dense linear systems on the torch engine, up to {LARGEST_IMPLICIT} "
+                f"entries, but u0 has {size}.\n"
+                "  Use KenCarp4() or TRBDF2(), which need no matrix, FBDF() on the Julia engine, "
+                "or an EnsembleProblem of its rows."
+            )
+        if not options.adjoint.discrete:
+            return (
+                f"{adjoint} solves dense linear systems on the torch engine, up to "
+                f"{LARGEST_IMPLICIT} entries, but u0 has {size}.\n"
+                '  Use adjoint=DiscreteAdjoint(), or engine="julia".'
+            )
     mass = problem.mass
     if mass is not None and not options.adjoint.discrete and _singular(mass):
         return (

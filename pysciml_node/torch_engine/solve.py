@@ -14,7 +14,7 @@ from pysciml_node.algorithms.adjoints import (
     DiscreteAdjoint,
 )
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.algorithms.switching import OneStepMethod
+from pysciml_node.algorithms.switching import OneStepMethod, linsolve_of
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
@@ -59,7 +59,12 @@ class ODESolve(Solve):
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
-        self.methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
+        self.methods = Method.all_of(
+            algorithm.tableaus,
+            spec.dtype,
+            spec.device,
+            linsolve_of(algorithm, sum(spec.sizes)),
+        )
         # What any of them does with numbers and times.
         self.method = self.methods[0]
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
