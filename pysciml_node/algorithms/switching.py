@@ -103,8 +103,8 @@ class AutoVern7(SwitchingMethod):
 
     Examples:
         >>> import pysciml_node as psn
-        >>> psn.AutoVern7(psn.KenCarp4())
-        AutoVern7(stiff=KenCarp4())
+        >>> psn.AutoVern7(psn.Rosenbrock23())
+        AutoVern7(stiff=Rosenbrock23())
     """
 
     explicit = Vern7()
