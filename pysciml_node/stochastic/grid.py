@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.stochastic.brownian import Path
-from pysciml_node.stochastic.normals import PlacedNormals
+from pysciml_node.stochastic.normals import GeneratedNormals
 from pysciml_node.stochastic.ticks import Ticks
 from pysciml_node.stochastic.virtual_tree import TOGETHER, Increment, VirtualTree
 
@@ -45,7 +45,7 @@ class GridPath(Path):
         steps = math.ceil(length / dt)
         self._together = max(1, min(steps, TOGETHER // (self._rows * max(1, size))))
         self._generator = torch.Generator(like.device)
-        self._normals = PlacedNormals(seed, like.dtype, like.device)
+        self._normals = GeneratedNormals(seed, like.dtype, like.device)
         # The steps drawn last, by the place of the first; the step that was split last.
         self._drawn: tuple[int, list[Increment]] = (-1, [])
         self._split: tuple[int, VirtualTree | None] = (-1, None)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 _MASK = 2**64 - 1
 
@@ -72,8 +73,7 @@ class PlacedNormals:
     def at(self, places: Sequence[tuple[int, ...]], size: int) -> Tensor:
         """`size` numbers for each of several places, `(len(places), size)`."""
         if self.device.type != "cpu":
-            rows = [self._on_device(place, size) for place in places]
-            return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+            return self._generated(places, size)
         wide = self.dtype == torch.float64
         # Box and Muller's formula makes two numbers of two; two of 32 bits come from each word.
         count = 2 * ((size + 1) // 2) if wide else (size + 1) // 2
@@ -82,10 +82,26 @@ class PlacedNormals:
         bits = torch.from_numpy(together.view(np.int64 if wide else np.int32))
         return normal(bits.view(len(places), 2, -1), self.dtype)[:, :size]
 
-    def _on_device(self, place: tuple[int, ...], size: int) -> Tensor:
-        generator = torch.Generator(self.device)
-        generator.manual_seed(mixed(self.seed, *place) >> 1)
-        return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
+    def _generated(self, places: Sequence[tuple[int, ...]], size: int) -> Tensor:
+        """By torch's generator for the device."""
+        generator, rows = torch.Generator(self.device), []
+        for place in places:
+            generator.manual_seed(mixed(self.seed, *place) >> 1)
+            rows.append(
+                torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
+            )
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+class GeneratedNormals(PlacedNormals):
+    """The same by torch's generator on the CPU, too: faster, but it tells 2**32 seeds apart there.
+
+    Two of 1,000 places have the same numbers in one case of ten thousand.
+    """
+
+    @override
+    def at(self, places: Sequence[tuple[int, ...]], size: int) -> Tensor:
+        return self._generated(places, size)
 
 
 def normal(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -257,6 +257,8 @@ class Stepper:
         drifts, diffusions = method.for_error if with_error else method.for_step
         taken = Taken()
         noise = _Noise(self.fields.layout, motion, taken)
+        # Split once: each part of a recorded vector is a node of its own.
+        parts = vector.chunk(2) if tableau.carry else (vector,)
         times: dict[float, Tensor] = {}
         last: Tensor | None = None
         for i in range(max(drifts, diffusions)):
@@ -265,7 +267,7 @@ class Stepper:
             g: Tensor | None = None
             stage, other = tableau.drift[i], tableau.diffusion[i]
             if stage is not None and i < drifts:
-                argument = self._argument(stage, h, vector, noise, method.drift_noise[i], taken)
+                argument = self._argument(stage, h, parts, noise, method.drift_noise[i], taken)
                 if first is not None and i == 0:
                     f = first[0]
                 else:
@@ -277,13 +279,13 @@ class Stepper:
                     at = argument
                     if at is None or stage != other:
                         terms = method.diffusion_noise[i]
-                        at = self._argument(other, h, vector, noise, terms, taken)
+                        at = self._argument(other, h, parts, noise, terms, taken)
                     g = self.fields.diffusion(self._time(times, t, other.c * h), at)
             taken.f.append(f)
             taken.g.append(g)
             taken.arguments.append(argument)
             last = argument
-        end = _add_drift(self.state(vector), tableau.alpha, h, taken.f)
+        end = _add_drift(parts[0], tableau.alpha, h, taken.f)
         end = noise.add(end, method.noise)
         if tableau.carry:
             assert last is not None
@@ -301,14 +303,21 @@ class Stepper:
         return time
 
     def _argument(
-        self, stage: Stage, h: Any, vector: Tensor, noise: _Noise, terms: Terms, taken: Taken
+        self,
+        stage: Stage,
+        h: Any,
+        parts: tuple[Tensor, ...],
+        noise: _Noise,
+        terms: Terms,
+        taken: Taken,
     ) -> Tensor:
-        argument = self.state(vector)
         share, carried = stage.base
-        if carried == 1.0 and share == 0.0:
-            argument = vector[self.entries :]
+        if share == 0.0:
+            argument = parts[1] * carried if carried != 1.0 else parts[1]
         elif carried:
-            argument = torch.add(vector[self.entries :] * carried, argument, alpha=share)
+            argument = torch.add(parts[1] * carried, parts[0], alpha=share)
+        else:
+            argument = parts[0]
         return noise.add(_add_drift(argument, stage.a, h, taken.f), terms)
 
     def error(

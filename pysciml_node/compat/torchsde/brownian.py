@@ -20,7 +20,7 @@ from torch import Tensor
 from pysciml_node import checks
 from pysciml_node.compat.torchsde.settings import LEVY_AREA_APPROXIMATIONS
 from pysciml_node.stochastic.levy import levy_area
-from pysciml_node.stochastic.normals import PlacedNormals
+from pysciml_node.stochastic.normals import GeneratedNormals
 from pysciml_node.stochastic.ticks import Ticks
 from pysciml_node.stochastic.virtual_tree import Increment, VirtualTree
 
@@ -182,7 +182,7 @@ class BrownianInterval(BaseBrownian):
         wide = self.dtype == torch.float64
         area = self.levy_area_approximation != "none"
         return VirtualTree(
-            PlacedNormals(
+            GeneratedNormals(
                 int(seed.generate_state(1, np.uint64)[0]),
                 torch.float64 if wide else torch.float32,
                 self.device,

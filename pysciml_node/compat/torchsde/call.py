@@ -40,7 +40,7 @@ from pysciml_node.solving.solve import outside_modes
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.stochastic.brownian import BrownianPath, Path
 from pysciml_node.stochastic.grid import GridPath
-from pysciml_node.stochastic.normals import PlacedNormals
+from pysciml_node.stochastic.normals import GeneratedNormals
 from pysciml_node.stochastic.solve import SDESolve
 from pysciml_node.stochastic.trajectory import SDETrajectory
 
@@ -231,7 +231,7 @@ class Call:
                 area = self.method == "srk"
                 return GridPath(seed, size, self.y0, start, self.dt, length, area=area)
             return BrownianPath(
-                PlacedNormals(seed, self.y0.dtype, self.y0.device), size, start, length
+                GeneratedNormals(seed, self.y0.dtype, self.y0.device), size, start, length
             )
         if bm is None:
             bm = BrownianInterval(
