@@ -41,7 +41,7 @@ class Layout:
         if self.single:
             vector: Tensor = y.reshape(-1)
             return vector
-        return torch.cat([part.reshape(-1) for part in y])
+        return torch.cat([part if part.ndim == 1 else part.reshape(-1) for part in y])
 
     def state(self, vector: Tensor, lead: tuple[int, ...] = ()) -> Any:
         """A vector `(*lead, N)` as a state with leading dimensions."""
@@ -49,7 +49,11 @@ class Layout:
             return vector.reshape((*lead, *self.shapes[0]))
         pieces = torch.split(vector, list(self.sizes), dim=-1)
         shaped = zip(pieces, self.shapes, strict=True)
-        return tuple(piece.reshape((*lead, *shape)) for piece, shape in shaped)
+        return tuple(
+            # A vector's part has its shape already.
+            piece if len(shape) == 1 else piece.reshape((*lead, *shape))
+            for piece, shape in shaped
+        )
 
 
 def promoted(y: Any) -> Any:
