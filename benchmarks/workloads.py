@@ -124,7 +124,7 @@ def reference(workload: Workload) -> tuple[Tensor, list[Tensor]]:
     """Outputs and gradient (of `u0` and the parameters) in float64, by a method no peer uses."""
     field = type(workload.field)(torch.Generator()).double()
     field.load_state_dict(workload.field.state_dict())
-    u0 = workload.u0.double().requires_grad_()
+    u0 = workload.u0.to(torch.float64, copy=True).requires_grad_()
     outputs = _rk4(field, u0, workload.times, workload.reference_steps)
     leaves = [u0, *field.parameters()]
     gradient = torch.autograd.grad((outputs * workload.cotangent.double()).sum(), leaves)
