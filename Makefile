@@ -52,7 +52,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 coverage: $(INSTALLED)
-	$(PIP) install -q 'pytest-cov>=6'
+	$(PIP) install -q 'pytest-cov>=7'
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: $(INSTALLED)
