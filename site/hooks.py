@@ -20,6 +20,7 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
     r"^```python[ \t]*(?P<mark>\{[^\n]*\})?[ \t]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -31,6 +32,7 @@ FORMULA = re.compile(
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\([^)]*\.md[^)]*\)")
 INKS = {"light": "#222222", "dark": "#e0e0e0"}
 GALLERY = "<!-- the pictures of all pages -->"
+FILE = re.compile(r"<!-- the file (?P<path>[\w.]+) -->")
 
 
 @dataclass
@@ -106,6 +108,8 @@ RUNS: dict[str, Run] = {}  # by the address of the page
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """Run the blocks of a page, and put what they print and draw below them."""
     del files
+    if FILE.search(markdown):
+        return FILE.sub(lambda found: _file(ROOT / found["path"]), markdown)
     if not BLOCK.search(markdown):
         return markdown
     site = Path(config["site_dir"])
@@ -154,6 +158,13 @@ def on_page_context(context: Any, *, page: Any, config: Any, nav: Any) -> Any:
         )
         page.content = page.content.replace(GALLERY, "\n".join(figures))
     return context
+
+
+def _file(path: Path) -> str:
+    """A file of the project as a part of a page: without its title, with links from there."""
+    _, text = path.read_text(encoding="utf-8").split("\n", 1)
+    text = BLOCK.sub(lambda block: f"```python\n{block['code']}```", text)
+    return text.replace("](docs/", "](")
 
 
 def _root(page: Any) -> str:

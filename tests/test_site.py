@@ -96,8 +96,20 @@ def test_formulas_become_markup_and_long_ones_are_scrolled(monkeypatch):
     assert '<div style="overflow-x: auto"><math>block x^2</math></div>' in made
 
 
+def test_files_of_the_project_become_pages(site):
+    page = SimpleNamespace(url="contributing/")
+    text = "# Contributing\n\n<!-- the file CONTRIBUTING.md -->\n"
+    made = site.hooks["on_page_markdown"](text, page=page, config=None, files=None)
+    assert made.count("\n# ") == 0  # one title
+    assert "](docs/" not in made
+    assert "## Set up" in made
+
+
 WITHOUT_PICTURES = {
     # Pages of commands, of Julia's side, and of what is drawn elsewhere.
+    "changes.md",
+    "citation.md",
+    "contributing.md",
     "distributed.md",
     "engines.md",
     "gallery.md",
