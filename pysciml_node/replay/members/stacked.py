@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem, OfOne
 from pysciml_node.problems.ode import ODEProblem, Problem
@@ -189,7 +190,7 @@ class StackedMembers:
     ) -> Trajectory:
         """The steps of one member, with dense output."""
         assert isinstance(problem, ODEProblem)
-        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        assert isinstance(self.algorithm, ExplicitRungeKutta | ImplicitMethod)
         spec, tableaus = problem.spec, self.algorithm.tableaus
         methods = Method.all_of(tableaus, spec.dtype, spec.device)
         return TorchTrajectory(problem, methods, kept, stats, options, surroundings=surroundings)

@@ -9,18 +9,22 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import InModes
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
+from pysciml_node.replay.members.rosenbrock import RosenbrockStages
 from pysciml_node.replay.members.stacked import StackedMembers
+from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
+from pysciml_node.tableaus.implicit import RosenbrockTableau
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
-from pysciml_node.torch_engine.members.march import ExplicitMarch, MembersMarch
+from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
 from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
 from pysciml_node.torch_engine.members.tape import Tape
@@ -35,7 +39,7 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
         # The numbers of a path are made on the CPU, for all members at once.
         kind = isinstance(algorithm, StochasticRungeKutta) and problem.spec.device.type == "cpu"
     else:
-        kind = isinstance(algorithm, ExplicitRungeKutta)
+        kind = isinstance(algorithm, ExplicitRungeKutta) or _is_rosenbrock(problem, algorithm)
     if not kind or common.controller.start_many(1.0, 1) is None:
         return False
     field = getattr(problem, problem.functions[0])
@@ -59,31 +63,48 @@ def solve_batch(
     try:
         if isinstance(algorithm, StochasticRungeKutta):
             return StochasticBatch(ensemble, algorithm, options).solve()
-        assert isinstance(algorithm, ExplicitRungeKutta)
-        return ExplicitBatch(ensemble, algorithm, options).solve()
+        assert isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod)
+        return StagesBatch(ensemble, algorithm, options).solve()
     except OneByOne:
         return None
 
 
-class ExplicitBatch(Batch):
-    """Members that take explicit Runge-Kutta steps."""
+def _is_rosenbrock(problem: Problem, algorithm: Algorithm) -> bool:
+    """Whether linear systems are all that a step solves, with Jacobians that torch takes."""
+    return (
+        isinstance(problem, ODEProblem)
+        and isinstance(algorithm, ImplicitMethod)
+        and isinstance(algorithm.tableau, RosenbrockTableau)
+        and problem.mass_matrix is None
+        and problem.jac is None
+        and problem.jac_sparsity is None
+    )
+
+
+class StagesBatch(Batch):
+    """Members that take steps of an explicit Runge-Kutta method, or of a Rosenbrock method."""
 
     def __init__(
-        self, ensemble: EnsembleProblem, algorithm: ExplicitRungeKutta, options: MemberOptions
+        self,
+        ensemble: EnsembleProblem,
+        algorithm: ExplicitRungeKutta | ImplicitMethod,
+        options: MemberOptions,
     ) -> None:
         spec = ensemble.problem.spec
         assert isinstance(ensemble.problem, ODEProblem)
         self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        rosenbrock = isinstance(algorithm.tableau, RosenbrockTableau)
+        self.kind = RosenbrockStages if rosenbrock else MemberStages
         field, u0 = MembersField(ensemble), ensemble.starts()
         super().__init__(ensemble, algorithm, options, field, u0, self.method.nodes)
 
     @override
     def march(self, tape: Tape, recorded: bool) -> MembersMarch:
-        return ExplicitMarch(self.method, self.field, self.options, tape, recorded)
+        return StagesMarch(self.method, self.field, self.options, tape, recorded, self.kind)
 
     @override
     def again(self) -> Again:
-        return StagesAgain(self.method, self.field, self.options)
+        return StagesAgain(self.method, self.field, self.options, self.kind)
 
     @override
     def differing(self, k: Tensor) -> int | None:

@@ -20,6 +20,7 @@ from pysciml_node.replay.first_step import first_size, trial_size
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.norm import MembersNorm
+from pysciml_node.replay.members.rosenbrock import RosenbrockStages
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
@@ -361,8 +362,8 @@ class MembersMarch(ABC):
         return Attempts(tried, last.t[places], last.h[places], u, u1, last.error[places])
 
 
-class ExplicitMarch(MembersMarch):
-    """Steps of an explicit Runge-Kutta method.
+class StagesMarch(MembersMarch):
+    """Steps of an explicit Runge-Kutta method, or of a Rosenbrock method.
 
     Args:
         method: the method.
@@ -370,6 +371,7 @@ class ExplicitMarch(MembersMarch):
         options: step control.
         tape: is told of accepted steps.
         recorded: whether autograd is to follow.
+        kind: of its stages.
     """
 
     def __init__(
@@ -379,9 +381,10 @@ class ExplicitMarch(MembersMarch):
         options: MemberOptions,
         tape: Tape,
         recorded: bool,
+        kind: type[MemberStages] = MemberStages,
     ) -> None:
         super().__init__(method.nodes, method.tableau.error_order, field, options, tape)
-        self.method, self.recorded = method, recorded
+        self.method, self.recorded, self.kind = method, recorded, kind
         self.limits = StepLimits(options, method.nodes.dtype)
         self.stages: MemberStages
 
@@ -394,7 +397,13 @@ class ExplicitMarch(MembersMarch):
     def _renew(self) -> None:
         rows = self.live.rows
         p = self.field.parameters(rows)
-        self.stages = MemberStages(self.method, self.field, rows, p, self.u, self.recorded)
+        self.stages = self.kind(self.method, self.field, rows, p, self.u, self.recorded)
+
+    @override
+    def _first_stages(self) -> None:
+        # A Rosenbrock step evaluates the field at its start with the Jacobian.
+        if not isinstance(self.stages, RosenbrockStages):
+            super()._first_stages()
 
     @override
     def _begin(self, h: Array) -> None:

@@ -56,11 +56,13 @@ class StagesAgain:
         method: the method.
         field: of all members.
         options: between which times the field may be seen.
+        kind: of the stages.
     """
 
     method: Method
     field: MembersField
     options: MemberOptions
+    kind: type[MemberStages]
 
     def __call__(
         self,
@@ -71,7 +73,7 @@ class StagesAgain:
     ) -> list[Tensor]:
         """The states at the ends of steps, and inside."""
         p = self.field.parameters(members)
-        stages = MemberStages(self.method, self.field, members, p, u, recorded=True)
+        stages = self.kind(self.method, self.field, members, p, u, recorded=True)
         t, h, _ = span
         stages.begin(u, t, h, self.limits(members, t, h))
         ends = stages.solution(with_error=False)
