@@ -7,10 +7,18 @@ from typing import Any
 import pytest
 import torch
 from conformance.stiff_problems import (
+    HIRES_AT_321,
+    HIRES_START,
+    OREGO_AT_360,
+    OREGO_START,
+    POLLU_AT_60,
+    POLLU_START,
     ROBERTSON_AT_40,
     ROBERTSON_START,
     StiffNetwork,
     hires,
+    orego,
+    pollu,
     robertson,
 )
 from torch import Tensor
@@ -78,21 +86,21 @@ def test_van_der_pol_by_switching(algorithm: Any, engine: str) -> None:
     torch.testing.assert_close(solution.u1, expected, rtol=1e-5, atol=0)
 
 
-def test_hires(engine: str) -> None:
-    """High irradiance responses of photomorphogenesis; the test set's reference solution."""
-    u0 = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0.0057], dtype=torch.float64)
-    problem = psn.ODEProblem(hires, u0, (0.0, 321.8122))
+@pytest.mark.parametrize(
+    ("f", "start", "end", "expected", "rtol", "atol"),
+    [
+        pytest.param(hires, HIRES_START, 321.8122, HIRES_AT_321, 1e-9, 1e-11, id="hires"),
+        pytest.param(orego, OREGO_START, 360.0, OREGO_AT_360, 1e-6, 1e-6, id="orego"),
+        pytest.param(pollu, POLLU_START, 60.0, POLLU_AT_60, 1e-8, 1e-13, id="pollu"),
+    ],
+)
+def test_the_test_set(
+    f: Any, start: Tensor, end: float, expected: Tensor, rtol: float, atol: float, engine: str
+) -> None:
+    problem = psn.ODEProblem(f, start, (0.0, end))
     with torch.no_grad():
-        solution = psn.solve(problem, psn.Rodas5P(), rtol=1e-9, atol=1e-11, engine=engine)
-    expected = torch.tensor(
-        [
-            *(0.7371312573325668e-3, 0.1442485726316185e-3, 0.5888729740967575e-4),
-            *(0.1175651343283149e-2, 0.2386356198831331e-2, 0.6238968252742796e-2),
-            *(0.2849998395185769e-2, 0.2850001604814231e-2),
-        ],
-        dtype=torch.float64,
-    )
-    torch.testing.assert_close(solution.u1, expected, rtol=1e-6, atol=0)
+        solution = psn.solve(problem, psn.Rodas5P(), rtol=rtol, atol=atol, engine=engine)
+    torch.testing.assert_close(solution.u1, expected, rtol=1000 * rtol, atol=0)
 
 
 def test_training_a_stiff_neural_ode(engine: str) -> None:

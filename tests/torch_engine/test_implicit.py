@@ -88,6 +88,36 @@ def test_l_stability(algorithm: Any) -> None:
     assert sizes[1] < 1e-6
 
 
+@pytest.mark.parametrize("algorithm", [psn.KenCarp4(), psn.TRBDF2()], ids=name)
+def test_diagonally_implicit_methods_are_stiffly_accurate(algorithm: Any) -> None:
+    """The last stage is the end of the step, and the diagonal is one number."""
+    tableau = algorithm.tableau
+    assert tableau.a[-1] == tableau.b[:-1]
+    assert tableau.b[-1] == tableau.gamma
+    for node, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
+        assert sum(row) + tableau.gamma == pytest.approx(node, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "order"),
+    [(psn.Rodas5P(), 3), (psn.KenCarp4(), 2), (psn.TRBDF2(), 2), (psn.Rosenbrock23(), 2)],
+    ids=name,
+)
+def test_order_that_stiffness_leaves(algorithm: Any, order: int) -> None:
+    """Prothero and Robinson's `u' = z (u - phi) + phi'`, with steps far beyond `1 / |z|`."""
+    errors, counts = [], [8, 16, 32]
+    for count in counts:
+        problem = psn.ODEProblem(
+            lambda t, u: -1e3 * (u - torch.sin(t + 0.5)) + torch.cos(t + 0.5),
+            torch.tensor([0.5], dtype=torch.float64).sin(),
+            (0.0, 2.0),
+        )
+        with torch.no_grad():
+            end = fixed(problem, algorithm, count).u1
+        errors.append(abs(float(end - torch.tensor([2.5], dtype=torch.float64).sin())))
+    assert observed_order([2 / count for count in counts], errors) > order - 0.35
+
+
 @pytest.mark.parametrize("algorithm", IMPLICIT, ids=name)
 @pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()], ids=name)
 def test_gradients_of_states_times_and_parameters(algorithm: Any, adjoint: Any) -> None:
