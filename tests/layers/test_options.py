@@ -33,7 +33,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
 def test_options_are_the_arguments_of_solve() -> None:
     """A new argument of `solve` belongs in `SolverOptions` too."""
     solves = set(inspect.signature(psn.solve).parameters)
-    own = {"problem", "algorithm", "generator"}
+    own = {"problem", "algorithm", "generator", "members"}
     assert set(SolverOptions.__annotations__) == solves - own | {"regularizers"}
 
 
