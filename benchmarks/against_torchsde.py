@@ -173,15 +173,20 @@ def row(name: str, calls: dict[str, Callable[[], object]], count: int, repeats: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", nargs="+", help="the first words of rows")
+    chosen = parser.parse_args()
+    repeats = chosen.repeats
     pin(None)
     torch.set_num_threads(1)
     rows = [
         row(f"{kind.__name__}, {method}, {way}", solves(kind, method, options, way), STEPS, repeats)
         for kind, method, options in ROWS
+        if not chosen.only or kind.__name__ in chosen.only
         for way in ("forward", "gradient", "adjoint")
     ]
     for name, tree in (("BrownianTree", True), ("BrownianInterval", False)):
+        if chosen.only and name not in chosen.only:
+            continue
         calls = {"theirs": brownian(theirs, tree), "ours": brownian(ours, tree)}
         rows.append(row(name, calls, 50, repeats))
     print(table(["steps or queries a CPU second", "torchsde", "here", "ratio"], rows))
