@@ -86,7 +86,7 @@ class MembersField:
 
     def tally(self, rows: Array, evaluations: int = 1) -> None:
         """Count evaluations for some members, which may be named several times."""
-        np.add.at(self.nfe, rows, evaluations)
+        self.nfe += evaluations * np.bincount(rows, minlength=len(self.nfe))
 
     def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         (out,) = self.over(lambda t, u: (self._one._evaluate(t, u),), p, t, u)
