@@ -190,7 +190,7 @@ def train_spiral(plan: Plan, target: float | None, native: bool) -> Outcome:
     """The stochastic spiral of `neural_sde_spiral.py`; it has no native code."""
     words = ["--regularize", "none" if plan.variant == "vanilla" else plan.variant]
     words += ["--seed", str(plan.seed), "--steps", str(SPIRAL_STEPS), "--engine", "torch"]
-    words += ["--tolerance", "0.1", "--learning-rate", "0.03"]
+    words += ["--tolerance", "0.1"]
     words += [] if plan.weight is None else ["--weight", str(plan.weight)]
     arguments = spiral.parse_arguments(words)
     moments = spiral.true_moments("torch", seed=0)
