@@ -118,6 +118,23 @@ def train(plan: Plan, target: float | None, native: bool, *, independent: bool) 
     return Outcome(nfe, found.score, seconds, step, target, *history, rejected=rejected)
 
 
+def scatter(seed: int) -> None:
+    """Print how much penalties at random times differ, for a field trained without a penalty."""
+    data = datasets.digits()
+    trainer = make_trainer(data, SHORT, Run(variant="vanilla", seed=seed))
+    node: Any = trainer.model.node
+    node.options["compile"] = True
+    trainer.train()
+    with evaluation_mode(trainer.model):
+        solution = node(data.train.x[: SHORT.batch_size].flatten(1).double())
+        print(solution)
+        for kind in (psn.LocalError, WhereStepsAre):
+            draws = torch.Generator().manual_seed(seed)
+            penalty = kind(step_size="solver", stop_gradient=False, generator=draws)
+            values = torch.stack([penalty(solution) for _ in range(150)])
+            print(f"{kind.__name__}: deviation {values.std() / values.mean():.2f} of the mean")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,6 +151,7 @@ def main() -> None:
         task = replace(TASKS["digits-short"], train=trained, regularizers=ideas)
         results = Results(arguments.output_dir / f"{name}.json")
         compare_regularizers(name, task, results, arguments.seed)
+    scatter(arguments.seed[0])
 
 
 if __name__ == "__main__":

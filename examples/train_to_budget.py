@@ -6,7 +6,8 @@ is interpolated:
 
     python examples/train_to_budget.py --task digits --seeds 0 1 2
 
-The same budget for one regularizer after the other:
+The task `mnist` reads the files of MNIST from data/mnist. The same budget for one regularizer after
+the other:
 
     python examples/train_to_budget.py --task digits-short --regularizers --seeds 0 1 2
 
