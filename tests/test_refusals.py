@@ -28,11 +28,13 @@ EXCEPTIONS = {
     "data/physionet.py: _hours",
     "data/physionet.py: _number",
     "data/physionet.py: parse_record",
-    # Messages that were made elsewhere: by an engine's `refusal`, by the search for Julia.
+    # Messages that were made elsewhere: by an engine's `refusal`, by the search for Julia,
+    # by the solve whose words are exchanged.
     "julia_engine/commands/install.py: record",
     "julia_engine/commands/install.py: run",
     "julia_engine/process/launch.py: prepare",
     "julia_engine/process/runtime.py: start",
+    "compat/torchsde/words.py: in_torchsde_words",
     "solving/engines.py: _expect",
     # Julia's own exceptions.
     "julia_engine/process/runtime.py: call",
