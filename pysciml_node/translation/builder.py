@@ -141,6 +141,13 @@ class Builder:
         self.tensors.append(source)
         return View(id, shape, row_strides(shape))
 
+    def source_of(self, value: Traced) -> int | None:
+        """The number of the tensor that a value is a view of, if it is one."""
+        pairs = zip(self._parameters, self.tensors, strict=True)
+        sources = (x for parameter, x in pairs if parameter.id == self.whole(value).id)
+        source = next(sources, None)
+        return source if isinstance(source, int) else None
+
     def constant(self, value: float, shape: Shape = ()) -> View:
         """One number, as a tensor of any shape."""
         key = ("constant", value)

@@ -63,8 +63,9 @@ class _Translation:
 
     @property
     def places(self) -> list[int]:
-        """The numbers among the sources."""
-        return [source for source in self.sources if isinstance(source, int)]
+        """The numbers among the sources that the program reads."""
+        pairs = zip(self.sources, self.program.read, strict=True)
+        return [source for source, read in pairs if read and isinstance(source, int)]
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the program reads, of those of the module and of `p`."""

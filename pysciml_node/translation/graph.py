@@ -193,6 +193,9 @@ class GraphWalk:
             raise self._refusal(node)
         if not any(is_traced(leaf) for leaf in leaves):
             return self._evaluate(node, name, given)
+        if name == "resolve_neg":  # all that is left of `x.tolist()`
+            looked_at = {self.builder.source_of(x) for x in leaves if is_traced(x)}
+            self.fixed |= {place for place in looked_at if place is not None}
         if name == "sym_size":
             return given["self"].shape[given["dim"]]
         if not _is_known(name):

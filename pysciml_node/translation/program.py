@@ -6,6 +6,7 @@ they read it, so views that keep the order of the entries cost nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -81,6 +82,12 @@ class Program:
     constants: tuple[tuple[int, float], ...]
     operations: tuple[Operation, ...]
     outputs: tuple[int, ...]
+
+    @functools.cached_property
+    def read(self) -> tuple[bool, ...]:
+        """Of each parameter, whether an operation reads it."""
+        inputs = {id for step in self.operations for id in step.inputs}
+        return tuple(parameter.id in inputs for parameter in self.parameters)
 
     def to_json(self) -> str:
         """The program as Julia reads it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import array
 import contextvars
 import functools
 import sys
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
+from pysciml_node.translation.entries import ABSENT, Attributes, Bytes, Elements, Value, bytes_of
 from pysciml_node.translation.recent import Recent
 
 _PLAIN = frozenset(
@@ -56,8 +58,6 @@ _GLOBAL_HOOKS = (
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
 )
 
-_ABSENT = object()
-
 
 def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
     """A function that gives an object; it keeps the object alive only where it must."""
@@ -91,7 +91,7 @@ class Snapshot:
         The walk is skipped where nothing has changed since the last one.
         """
         known = _watched.get(id(f))
-        if known is not None and known.owner() is f:
+        if known is not None and known.owner() is f and known.kind is type(f):
             tensors = known.tensors()
             if tensors is not None:
                 return Snapshot(known.tokens, tensors, known.sealed, known.asks_mode)
@@ -100,6 +100,7 @@ class Snapshot:
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
+        walk.note_freedom()
         _watched[id(f)] = walk.watch
         return Snapshot(walk.watch.tokens, walk.tensors, walk.watch.sealed, walk.watch.asks_mode)
 
@@ -117,6 +118,7 @@ class _Watch:
 
     Attributes:
         owner: gives the callable.
+        kind: its class.
         tokens: structure and plain values.
         items: containers, keys and the values at them, in lists of the same length.
         attributes: objects, names of their attributes and the values of these, likewise.
@@ -128,9 +130,12 @@ class _Watch:
         default: torch's default dtype.
         sealed: whether there are objects whose inside is not looked at.
         asks_mode: whether code asks if gradients are recorded.
+        asks_freedom: whether code mentions `requires_grad`.
+        free: of each tensor whether it requires gradients, where code mentions that.
     """
 
     owner: Callable[[], Any]
+    kind: type
     tokens: list[Any] = field(default_factory=list)
     items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
@@ -142,11 +147,13 @@ class _Watch:
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     sealed: bool = False
     asks_mode: bool = False
+    asks_freedom: bool = False
+    free: list[bool] | None = None
 
     def expect_item(self, container: Any, key: Any, value: Any) -> None:
         """Look later whether a value is still in its place."""
         columns, entries = self.items, (container, key, value)
-        if type(container) is _Attributes:
+        if type(container) is Attributes:
             columns, entries = self.attributes, (container.owner, key, value)
         for column, entry in zip(columns, entries, strict=True):
             column.append(entry)
@@ -169,7 +176,7 @@ class _Watch:
             if not all(map(is_, map(getitem, containers, keys), values)):
                 return None
             owners, names, held = self.attributes
-            if not all(map(is_, map(getattr, owners, names, repeat(_ABSENT)), held)):
+            if not all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held)):
                 return None
             if any(map(contains, *self.absent)):
                 return None
@@ -185,6 +192,8 @@ class _Watch:
                 if container[key] is not tensors[index]:
                     return None
         except (LookupError, ValueError):
+            return None
+        if self.free is not None and self.free != _freedom(tensors):
             return None
         distinct = len(set(map(id, tensors))) == len(tensors)
         return tensors if distinct and torch.get_default_dtype() is self.default else None
@@ -213,6 +222,10 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _freedom(tensors: list[Tensor]) -> list[bool]:
+    return [x.requires_grad for x in tensors]
+
+
 def _describe(x: Tensor) -> tuple[Any, ...]:
     # A parameter that is frozen, or set free again, needs no new program.
     kind = type(x)
@@ -224,7 +237,7 @@ class _Walk:
     """Walks through everything that can be reached, each object once."""
 
     def __init__(self, owner: Callable[[], Any]) -> None:
-        self.watch = _Watch(owner)
+        self.watch = _Watch(owner, type(owner()))
         self.tensors: list[Tensor] = []
         self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
@@ -244,6 +257,12 @@ class _Walk:
             return
         self._seen[id(x)] = (len(self._seen), x)
         _handler(kind)(self, x)
+
+    def note_freedom(self) -> None:
+        """Note which tensors require gradients, at the end of a walk, where code may ask."""
+        if self.watch.asks_freedom:
+            self.watch.free = _freedom(self.tensors)
+            self._tokens += self.watch.free
 
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
@@ -270,8 +289,14 @@ class _Walk:
         self._tensor(x)
         self.watch.places.append(((x,), 0, self._tokens[-1]))
 
-    def _module(self, x: nn.Module) -> None:
+    def _kind(self, x: Any) -> None:
+        """Note the class of an object, which can be exchanged."""
+        if self.watch.owner() is not x:  # it is not kept alive
+            self.watch.expect_item(Attributes(x), "__class__", type(x))
         self.add(type(x))
+
+    def _module(self, x: nn.Module) -> None:
+        self._kind(x)
         values = x.__dict__
         self.watch.expect_size(values)
         for key, value in values.items():
@@ -297,7 +322,7 @@ class _Walk:
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
-        self.watch.expect_item(_Elements(x), frozenset(map(id, x)), True)
+        self.watch.expect_item(Elements(x), frozenset(map(id, x)), True)
         for value in x:
             if type(value) not in _PLAIN:
                 self.add(value)
@@ -307,7 +332,7 @@ class _Walk:
         if _is_library(f.__module__):
             return
         # The parts of a function can be exchanged, though hardly anybody does.
-        parts = _Attributes(f)
+        parts = Attributes(f)
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.watch.expect_item(parts, name, getattr(f, name))
         self.add(f.__defaults__)
@@ -315,21 +340,22 @@ class _Walk:
         self._dict(f.__dict__)
         names = _names(f.__code__)
         self.watch.asks_mode |= not _MODES.isdisjoint(names)
+        self.watch.asks_freedom |= "requires_grad" in names
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # the name is not bound yet
                 self._tokens.append("unbound")
                 continue
-            self._at(_Attributes(cell), "cell_contents", content)
+            self._at(Attributes(cell), "cell_contents", content)
             if isinstance(content, types.ModuleType):
                 self._names_of(content, names)
         held = f.__globals__
         for name in names:
-            value = held.get(name, _ABSENT)
+            value = held.get(name, ABSENT)
             if isinstance(value, types.ModuleType):
                 self._names_of(value, names)
-            elif value is not _ABSENT:
+            elif value is not ABSENT:
                 self._at(held, name, value)
             else:
                 # The name of an attribute, of an import inside, or of what may be there later.
@@ -347,10 +373,10 @@ class _Walk:
         self._rounds.add(round_)
         held = vars(module)
         for name in names:
-            value = held.get(name, _ABSENT)
+            value = held.get(name, ABSENT)
             if isinstance(value, types.ModuleType):
                 self._names_of(value, names)
-            elif value is not _ABSENT:
+            elif value is not ABSENT:
                 self._at(held, name, value)
             else:
                 self.watch.expect_none(held, name)
@@ -371,7 +397,13 @@ class _Walk:
 
     def _array(self, x: Any) -> None:
         self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
-        self.watch.expect_item(_Bytes(x), x.tobytes(), True)
+        self.watch.expect_item(Bytes(x), x.tobytes(), True)
+
+    def _buffer(self, x: Any) -> None:
+        """Numbers in a row of Python's own."""
+        numbers = bytes_of(x)
+        self._tokens.append((type(x), getattr(x, "typecode", None), numbers))
+        self.watch.expect_item(Bytes(x), numbers, True)
 
     def _mapping(self, x: Any) -> None:
         """A container that is no dict: a wrapper of several, a configuration."""
@@ -379,10 +411,10 @@ class _Walk:
         self._dict(x)
 
     def _variable(self, x: Any) -> None:
-        self._at(_Value(functools.partial(x.get, None)), "value", x.get(None))
+        self._at(Value(functools.partial(x.get, None)), "value", x.get(None))
 
     def _reference(self, x: Any) -> None:
-        self._at(_Value(x), "value", x())
+        self._at(Value(x), "value", x())
 
     def _opaque(self, x: Any) -> None:
         """An object of another library: itself, and the numbers that it holds directly."""
@@ -400,11 +432,11 @@ class _Walk:
                 self._at(held, name, value)
 
     def _object(self, x: Any) -> None:
-        self.add(type(x))
+        self._kind(x)
         values = getattr(x, "__dict__", None)
         if values is not None:
             self._dict(values)
-        parts = _Attributes(x)
+        parts = Attributes(x)
         for owner in type(x).__mro__:
             slots = vars(owner).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
@@ -413,46 +445,6 @@ class _Walk:
                     self._at(parts, name, getattr(x, name))
         if values is None:
             self._tokens.append(_Same(x))
-
-
-class _Value:
-    """The value of a context variable, or of a weak reference."""
-
-    def __init__(self, get: Callable[[], Any]) -> None:
-        self._get = get
-
-    def __getitem__(self, key: str) -> Any:
-        return self._get()
-
-
-class _Attributes:
-    """An object's attributes as entries."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self.owner, name, _ABSENT)
-
-
-class _Elements:
-    """Whether a set still has the same elements."""
-
-    def __init__(self, x: Any) -> None:
-        self._x = x
-
-    def __getitem__(self, ids: frozenset[int]) -> bool:
-        return frozenset(map(id, self._x)) == ids
-
-
-class _Bytes:
-    """Whether an array still holds the same numbers."""
-
-    def __init__(self, x: Any) -> None:
-        self._x = x
-
-    def __getitem__(self, numbers: bytes) -> bool:
-        return bool(self._x.tobytes() == numbers)
 
 
 _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
@@ -469,6 +461,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (functools._lru_cache_wrapper, lambda walk, x: walk.add(x.__wrapped__)),
     (property, lambda walk, x: walk.add((x.fget, x.fset))),
     ((np.ndarray, np.generic), _Walk._array),
+    ((array.array, bytearray, memoryview), _Walk._buffer),
     (contextvars.ContextVar, _Walk._variable),
     (weakref.ref, _Walk._reference),
     ((argparse.Namespace, threading.local), _Walk._object),

@@ -288,9 +288,11 @@ def _pull(
         else None
         for bar, source, needed in zip(gradients, sources[:4], wanted[:4], strict=True)
     ]
-    for i, (source, needed) in enumerate(zip(sources[4:], wanted[4:], strict=True)):
+    library = solve.library
+    rows = zip(sources[4:], wanted[4:], library.read, strict=True)
+    for i, (source, needed, read) in enumerate(rows):
         assert source is not None
-        pulled.append(solve.library.cotangent(i, swept.packed, source) if needed else None)
+        pulled.append(library.cotangent(i, swept.packed, source) if needed and read else None)
     return tuple(pulled)
 
 

@@ -166,6 +166,7 @@ class Library(Code):
     Attributes:
         size: entries of the state.
         cost: multiplications of an evaluation.
+        read: of each parameter, whether the field reads it.
         departures: how solves of it begin, by their options.
     """
 
@@ -181,6 +182,7 @@ class Library(Code):
         self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
         self.scratch = bars
         self.departures: dict[int, Any] = {}
+        self.read = program.read
         self._places = [
             (offset, _length(parameter.shape))
             for parameter, offset in zip(program.parameters, emitted.offsets, strict=True)

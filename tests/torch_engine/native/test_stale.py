@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import contextvars
 import dataclasses
@@ -60,6 +61,37 @@ def by_weak_reference() -> tuple[Callable[..., Any], Callable[[float], None]]:
     holder = Holder()
     reference = weakref.ref(holder)
     return lambda t, u: -reference().k * u, lambda k: setattr(holder, "k", k)  # type: ignore[union-attr]
+
+
+def by_class_of_an_object() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    holder = Holder()
+    return lambda t, u: -holder.k * u, lambda k: setattr(
+        holder, "__class__", type("Other", (Holder,), {"k": k})
+    )
+
+
+def by_array() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = array.array("d", [1.0])
+    return lambda t, u: -held[0] * u, lambda k: held.__setitem__(0, k)
+
+
+def by_bytearray() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = bytearray([10])
+    return lambda t, u: -held[0] / 10 * u, lambda k: held.__setitem__(0, round(10 * k))
+
+
+def by_list_of_a_tensor() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = torch.ones(1, dtype=D)
+    return lambda t, u: -held.tolist()[0] * u, lambda k: held.fill_(k) and None
+
+
+def by_list_of_a_tensor_used_too() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = torch.ones(1, dtype=D)
+    # Operations read one half of k, and Python the other.
+    return (
+        lambda t, u: -(held + held.tolist()[0]) / 2 * u,
+        lambda k: held.fill_(k) and None,
+    )
 
 
 def by_function_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
@@ -132,6 +164,56 @@ def test_a_number_that_has_changed_is_seen(way: Any) -> None:
     assert end(f) == pytest.approx(math.exp(-2), rel=1e-6)
     change(1.0)
     assert end(f) == pytest.approx(math.exp(-1), rel=1e-6)
+
+
+def test_a_field_whose_class_is_exchanged() -> None:
+    class Decay(nn.Module):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -u
+
+    class Growth(Decay):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return u
+
+    f = Decay()
+    assert end(f) == pytest.approx(math.exp(-1), rel=1e-7)
+    f.__class__ = Growth
+    assert end(f) == pytest.approx(math.e, rel=1e-7)
+
+
+def test_a_field_that_reads_whether_its_parameters_are_frozen() -> None:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(1, dtype=D)) for _ in range(2))
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -u * sum(x for x in (self.a, self.b) if x.requires_grad)
+
+    f = Field()
+    assert end(f) == pytest.approx(math.exp(-2), rel=1e-7)
+    f.b.requires_grad_(False)
+    assert end(f) == pytest.approx(math.exp(-1), rel=1e-7)
+    f.b.requires_grad_(True)
+    assert end(f) == pytest.approx(math.exp(-2), rel=1e-7)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_parameter_that_the_field_does_not_read_gets_no_gradient(compile: bool) -> None:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.beside = (nn.Parameter(torch.ones(1, dtype=D)) for _ in range(2))
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.k * u
+
+    f = Field()
+    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0))
+    psn.solve(problem, rtol=1e-9, atol=1e-9, compile=compile).u1.sum().backward()
+    assert f.k.grad is not None
+    assert float(f.k.grad) == pytest.approx(-math.exp(-1), rel=1e-6)
+    assert f.beside.grad is None
 
 
 def test_a_field_that_asks_whether_gradients_are_recorded_is_refused() -> None:

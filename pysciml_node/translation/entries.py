@@ -1,0 +1,55 @@
+"""What a snapshot looks at a second time, each in the form of an entry of a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+ABSENT = object()
+
+
+class Value:
+    """The value of a context variable, or of a weak reference."""
+
+    def __init__(self, get: Callable[[], Any]) -> None:
+        self._get = get
+
+    def __getitem__(self, key: str) -> Any:
+        return self._get()
+
+
+class Attributes:
+    """An object's attributes as entries."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.owner, name, ABSENT)
+
+
+class Elements:
+    """Whether a set still has the same elements."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __getitem__(self, ids: frozenset[int]) -> bool:
+        return frozenset(map(id, self._x)) == ids
+
+
+class Bytes:
+    """Whether an array still holds the same numbers."""
+
+    def __init__(self, x: Any) -> None:
+        self._x = x
+
+    def __getitem__(self, numbers: bytes) -> bool:
+        return bytes_of(self._x) == numbers
+
+
+def bytes_of(x: Any) -> bytes:
+    """The numbers in a row of Python's or numpy's own."""
+    # `bytes` of a whole number is that many zeros, also of numpy's.
+    numbers: bytes = bytes(x) if isinstance(x, bytearray) else x.tobytes()
+    return numbers
