@@ -68,10 +68,19 @@ def run(compile: Any, algorithm: Any = None, span: Any = (0.0, 2.5), **options: 
     return solution, torch.autograd.grad(loss, [x for x in wanted if x.requires_grad])
 
 
+def assert_stats_alike(native: Any, eager: Any) -> None:
+    """Native code replays a stage that two steps share for each of them."""
+    again = native.nfe_backward - eager.nfe_backward
+    assert 0 <= again <= native.naccept
+    shared = {"nfe_backward": again, "nvjp": again}
+    counts = {name: getattr(eager, name) + n for name, n in shared.items()}
+    assert native == dataclasses.replace(eager, **counts)
+
+
 def assert_alike(found: Any, expected: Any, atol: float = 1e-12) -> None:
     (native, bars), (eager, others) = found, expected
     assert native.retcode is eager.retcode
-    assert native.stats == eager.stats
+    assert_stats_alike(native.stats, eager.stats)
     assert native.t.shape == eager.t.shape
     torch.testing.assert_close(native.u, eager.u, rtol=atol, atol=atol)
     torch.testing.assert_close(native.u1, eager.u1, rtol=atol, atol=atol)
@@ -86,7 +95,7 @@ def test_equal_steps_give_equal_states_and_gradients(algorithm: Any) -> None:
     assert_alike(run(True, algorithm, **options), run(False, algorithm, **options))
     adaptive = {"rtol": 1e-4, "atol": 1e-4}
     found, expected = run(True, algorithm, **adaptive), run(False, algorithm, **adaptive)
-    assert found[0].stats == expected[0].stats
+    assert_stats_alike(found[0].stats, expected[0].stats)
     # Error estimates are small differences of large numbers, so their rounding errors show.
     torch.testing.assert_close(found[0].step_errors, expected[0].step_errors, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0].u1, expected[0].u1, rtol=1e-7, atol=1e-7)
@@ -135,7 +144,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_options(name: str) -> None:
     options = OPTIONS[name]
     found, expected = run(True, **options), run(False, **options)
-    assert found[0].stats == expected[0].stats
+    assert_stats_alike(found[0].stats, expected[0].stats)
     if "saveat" in options or name == "many steps":
         # Steps differ by the rounding of their error estimates; what is asked for does not.
         assert_alike(found, expected, 1e-12 if "FixedStep" in str(options) else 1e-7)
@@ -392,7 +401,7 @@ def test_single_precision_and_inference() -> None:
                   saveat=[0.5, 1.0], compile=compile) for compile in (True, False)
     )  # fmt: skip
     assert found.u1.dtype is torch.float32
-    assert found.stats == expected.stats
+    assert_stats_alike(found.stats, expected.stats)
     torch.testing.assert_close(found.u, expected.u, rtol=1e-6, atol=1e-6)
     with torch.inference_mode():
         again = psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), psn.Heun(), rtol=1e-4, atol=1e-4,
