@@ -135,9 +135,10 @@ class _Node(torch.autograd.Function):
             solve.swept += swept.costs
             own, shared = iter(swept.own), iter(swept.shared)
             bars = [swept.u0, *(next(own if mine else shared) for mine in solve.own)]
+            read = (True, *solve.library.read)
             return tuple(
-                bar.to(source).reshape(source.shape) if needed else None
-                for bar, source, needed in zip(bars, sources, wanted, strict=True)
+                bar.to(source).reshape(source.shape) if needed and is_read else None
+                for bar, source, needed, is_read in zip(bars, sources, wanted, read, strict=True)
             )
 
         return (None, None, *pulled(pull, (ends, *sources), *cotangents))

@@ -216,6 +216,19 @@ def test_a_parameter_that_the_field_does_not_read_gets_no_gradient(compile: bool
     assert f.beside.grad is None
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_what_no_member_reads_gets_no_gradient(compile: bool) -> None:
+    k, beside = (torch.ones(2, dtype=D, requires_grad=True) for _ in range(2))
+    one = {"k": k[0].detach(), "beside": beside[0].detach()}
+    problem = psn.ODEProblem(lambda t, u, p: -p["k"] * u, torch.ones(1, dtype=D), (0.0, 1.0), p=one)
+    members = psn.EnsembleProblem(problem, p={"k": k, "beside": beside})
+    solution = psn.solve(members, rtol=1e-9, atol=1e-9, compile=compile)
+    sum(member.u1.sum() for member in solution).backward()
+    assert k.grad is not None
+    assert k.grad.tolist() == pytest.approx([-math.exp(-1)] * 2, rel=1e-6)
+    assert beside.grad is None
+
+
 def test_a_field_that_asks_whether_gradients_are_recorded_is_refused() -> None:
     def field(t: Tensor, u: Tensor) -> Tensor:
         return -u if torch.is_grad_enabled() else -2 * u
