@@ -43,8 +43,15 @@ def integral(kind: Integral, motion: Motion) -> Tensor | float:
         assert motion.area is not None
         return w / 2 + motion.area
     if kind == "i11":
-        return w.square().sub_(h).mul_(1 / (2 * _root(h)))
-    return w.square().sub_(3 * h).mul_(w).mul_(1 / (6 * h))
+        return w.square().sub_(h).mul_(1 / (2 * _root(_positive(h))))
+    return w.square().sub_(3 * h).mul_(w).mul_(1 / (6 * _positive(h)))
+
+
+def _positive(h: Any) -> Any:
+    """A length to divide by: no time at all, at the start of a step, has integrals of zero."""
+    if isinstance(h, Tensor):
+        return h.clamp_min(torch.finfo(h.dtype).tiny)
+    return max(h, torch.finfo(torch.float32).tiny)
 
 
 def _root(h: Any) -> Any:

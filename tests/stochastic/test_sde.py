@@ -272,3 +272,29 @@ def test_backward_keeps_states_and_nothing_else() -> None:
             problem, psn.SOSRI(), dt0=1 / 32, controller=psn.FixedStep(), generator=seeded()
         )
     assert saved <= 1000 * (solution.stats.naccept + 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_time_that_a_step_ends_at_but_for_rounding(several: bool) -> None:
+    # Ten steps of 0.05 end at 0.49999999999999994; a path has nothing in what is left.
+    def value(p: torch.Tensor) -> torch.Tensor:
+        u0 = torch.tensor([0.3, 0.1], dtype=torch.float64)
+        one = p[0].detach() if several else p
+        problem: Any = psn.SDEProblem(
+            lambda t, u, p: -p * u, lambda t, u, p: 0.3 * p * torch.cos(u), u0, (0.0, 1.0), p=one
+        )
+        if several:
+            problem = psn.EnsembleProblem(problem, p=p)
+        solution = psn.solve(
+            problem,
+            psn.RKMil(),
+            saveat=[0.5, 1.0],
+            dt0=0.05,
+            controller=psn.FixedStep(),
+            generator=torch.Generator().manual_seed(3),
+        )
+        parts = solution if several else [solution]
+        return torch.stack([part.u for part in parts]).square().sum()
+
+    shape = (3,) if several else ()
+    assert torch.autograd.gradcheck(value, torch.ones(shape, dtype=torch.float64).requires_grad_())
