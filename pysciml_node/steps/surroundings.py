@@ -10,35 +10,16 @@ notices tensors that have been changed in place since.
 from __future__ import annotations
 
 import copy
-import functools
-import sys
 import threading
-import types
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from pysciml_node.errors import SolverFailure
-from pysciml_node.problems.ode import Problem
-from pysciml_node.solutions.ensemble import EnsembleSolution
-from pysciml_node.solutions.solution import Solution
-from pysciml_node.steps.anatomy import globals_in, is_library, names_in, slots_of
-from pysciml_node.steps.chosen import ForThese
-from pysciml_node.steps.places import MISSING, Items, Names, Place, Single, StandIns, Test, holds
-from pysciml_node.steps.record import Recorded
-
-# Limits of the objects to visit, and of the entries of a list or dict. Whatever lies beyond is left
-# to the check of every evaluation.
-_MOST_OBJECTS = 20_000
-_MOST_ENTRIES = 4_096
-
-# Modules of the standard library whose instances merely hold others.
-_HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
+from pysciml_node.steps.places import Names, StandIns, Test, holds
+from pysciml_node.steps.walk import APART, Walk
 
 # While a sweep has put other values into places, the solves of other threads wait.
 _lock = threading.RLock()
@@ -46,10 +27,6 @@ _lock = threading.RLock()
 
 class Surroundings:
     """Everything that a field can reach, by one walk.
-
-    The walk visits modules with their parameters, buffers and other attributes, closures,
-    partials, bound methods and their owners, globals named in the code, attributes, slots, and the
-    contents of containers, at any depth. It reads no property and calls nothing.
 
     Args:
         roots: the objects to begin with, by name. A field that reads its parts from this dict is
@@ -64,29 +41,15 @@ class Surroundings:
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
-        self.roots = roots
-        self.tensors: list[Tensor] = []
-        self.names: dict[int, str] = {}
-        self.generators: list[torch.Generator] = []
-        self._written: list[Tensor] = []
-        self.lazy = False
-        self.chosen: tuple[Tensor, ...] | None = None
-        self._modules: list[tuple[str, nn.Module]] = []
-        self._places: list[Place] = []
-        self._met_apart = False
-        # Keeps visited objects alive, so that no id is used twice.
-        self._visited: dict[int, Any] = {}
-        self._entered: set[tuple[int, tuple[str, ...]]] = set()
-        self._todo: deque[tuple[Callable[[Surroundings, Any, str], None], Any, str]] = deque()
         with _lock:
-            self._attributes(self.roots, "")
-            while self._todo:
-                visit, value, name = self._todo.popleft()
-                visit(self, value, name)
-        self._visited = {}
-        if self._met_apart:
+            found = Walk(roots)
+        self.roots = roots
+        self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
+        self.lazy, self.chosen = found.lazy, found.chosen
+        self._modules, self._written, self._places = found.modules, found.written, found.places
+        if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
-            self._forget(lambda value: isinstance(value, _APART))
+            self._forget(lambda value: isinstance(value, APART))
         self._versions = [_version(x) for x in self.tensors]
         self._lent = False
 
@@ -113,248 +76,6 @@ class Surroundings:
         """Settle no places that other solves look at too."""
         if self._lent:
             self._places, self._lent = [place.copy() for place in self._places], False
-
-    # The walk.
-
-    def _see(self, value: Any, name: str) -> None:
-        """Put a value in the queue, where it can lead to a tensor."""
-        kind = type(value)
-        try:
-            visit = _visitors[kind]
-        except KeyError:
-            if len(_visitors) > _MOST_OBJECTS:  # of classes that are made in passing
-                _visitors.clear()
-            visit = _visitors[kind] = _visitor(kind)
-        if visit is None:
-            return
-        if id(value) in self._visited or len(self._visited) > _MOST_OBJECTS:
-            return
-        self._visited[id(value)] = value
-        self._todo.append((visit, value, name))
-
-    def _attributes(self, owner: dict[Any, Any], prefix: str) -> None:
-        """The entries of a dict whose keys are names."""
-        seen = owner.copy()
-        self._places.append(Names(owner, seen, prefix))
-        for key, value in seen.items():
-            # Most entries lead nowhere, and need no name.
-            if value is not None and _visitors.get(type(value), MISSING) is not None:
-                self._see(value, f"{prefix}{key}")
-
-    def _tensor(self, value: Tensor, name: str) -> None:
-        if is_lazy(value):
-            self.lazy = True
-            return
-        self.tensors.append(value)
-        self.names[id(value)] = name
-
-    def _for_these(self, value: ForThese, name: str) -> None:
-        self.chosen = value.tensors
-        self._object(value, name)
-
-    def _apart(self, value: Any, name: str) -> None:
-        self._met_apart = True
-
-    def _generator(self, value: torch.Generator, name: str) -> None:
-        self.generators.append(value)
-
-    def _module(self, value: nn.Module, name: str) -> None:
-        self._class(type(value), name)
-        self._modules.append((name, value))
-        if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
-            # Torch does not count these changes as such.
-            self._written += [x for x in (value.running_mean, value.running_var) if x is not None]
-        # Messages name tensors as the user does: `f.net.0.weight`.
-        attributes = value.__dict__
-        seen = attributes.copy()
-        self._places.append(Names(attributes, seen, f"{name}."))
-        for key, held in seen.items():
-            if type(held) in _EMPTY and not held:
-                continue
-            if key in _MODULE_DICTS:
-                self._visited[id(held)] = held
-                self._attributes(held, f"{name}.")
-            elif type(held) is not bool:
-                self._see(held, f"{name}.{key}")
-
-    def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
-        """A compiled module hides its tensors: they can be named, but not replaced."""
-        for key, held in (*value.named_parameters(), *value.named_buffers()):
-            if id(held) not in self._visited:
-                self._visited[id(held)] = held
-                self._tensor(held, f"{name}.{key}")
-
-    def _mapping(self, value: dict[Any, Any], name: str) -> None:
-        if len(value) > _MOST_ENTRIES:
-            return
-        seen = dict(value)
-        self._places.append(Names(value, seen, name))
-        self._places[-1].container = value
-        for key, held in seen.items():
-            self._see(held, f"{name}[{key!r}]")
-
-    def _sequence(self, value: list[Any] | deque[Any], name: str) -> None:
-        if len(value) > _MOST_ENTRIES:
-            return
-        self._places.append(Items(value, name))
-        self._fixed(value, name)
-
-    def _fixed(self, value: Iterable[Any], name: str) -> None:
-        """The members of a container that cannot be changed, or of a set, which has no places."""
-        for i, held in enumerate(value):
-            if i > _MOST_ENTRIES:
-                return
-            self._see(held, f"{name}[{i}]")
-
-    def _function(self, value: types.FunctionType, name: str) -> None:
-        code = value.__code__
-        for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
-            self._cell(cell, variable)
-        if value.__defaults__:
-            self._single(value, "__defaults__", name)
-        if value.__kwdefaults__:
-            self._see(value.__kwdefaults__, name)
-        if value.__dict__:
-            self._visited.setdefault(id(value.__dict__), value.__dict__)
-            self._attributes(value.__dict__, f"{name}.")
-        if not is_library(value.__module__):
-            self._globals(value.__globals__, globals_in(code), names_in(code), "")
-
-    def _globals(
-        self, owner: dict[str, Any], names: tuple[str, ...], inner: tuple[str, ...], prefix: str
-    ) -> None:
-        """The entries `names` of a module, and the entries `inner` of modules among them."""
-        # Modules name one another: a round ends where it began.
-        place = (id(owner), names)
-        if place in self._entered:
-            return
-        self._entered.add(place)
-        seen = {}
-        for key in names:
-            value = owner.get(key, MISSING)
-            if value is MISSING:
-                continue
-            if type(value) is types.ModuleType:
-                if value.__dict__ is not owner and not is_library(value.__name__):
-                    self._globals(value.__dict__, inner, inner, f"{key}.")
-            else:
-                seen[key] = value
-        if seen:
-            self._places.append(Names(owner, seen, prefix, whole=False))
-            for key, value in seen.items():
-                self._see(value, f"{prefix}{key}")
-
-    def _cell(self, cell: types.CellType, name: str) -> None:
-        if id(cell) in self._visited:
-            return
-        self._visited[id(cell)] = cell
-        try:
-            seen = cell.cell_contents
-        except ValueError:  # not bound yet
-            return
-        self._places.append(
-            Single(
-                lambda: cell.cell_contents,
-                lambda value: setattr(cell, "cell_contents", value),
-                seen,
-                name,
-            )
-        )
-        self._see(seen, name)
-
-    def _single(self, owner: Any, key: str, name: str) -> None:
-        """An attribute that is no entry of a dict."""
-        seen = getattr(owner, key)
-        self._places.append(
-            Single(
-                lambda: getattr(owner, key),
-                lambda value: setattr(owner, key, value),
-                seen,
-                name,
-            )
-        )
-        self._see(seen, name)
-
-    def _method(self, value: types.MethodType, name: str) -> None:
-        self._see(value.__self__, getattr(value.__self__, "__name__", name.partition(".")[0]))
-        self._see(value.__func__, name)
-
-    def _partial(self, value: functools.partial[Any], name: str) -> None:
-        def put(args: Any) -> None:
-            cast(Any, value).__setstate__((value.func, args, value.keywords, value.__dict__))
-
-        self._see(value.func, name)
-        self._places.append(Single(lambda: value.args, put, value.args, name))
-        self._see(value.args, name)
-        self._see(value.keywords, name)
-
-    def _wrapper(self, value: Any, name: str) -> None:
-        """A cached function."""
-        self._see(value.__wrapped__, name)
-
-    def _problem(self, value: Problem, name: str) -> None:
-        """The functions of a problem, and `p`; the states are arguments of the functions."""
-        attributes = value.__dict__
-        seen = {
-            key: attributes[key] for key in ("f", "drift", "diffusion", "p") if key in attributes
-        }
-        self._places.append(Names(attributes, seen, f"{name}.", whole=False))
-        for key, held in seen.items():
-            self._see(held, key)
-
-    def _object(self, value: Any, name: str) -> None:
-        kind = type(value)
-        self._class(kind, name)
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict and id(attributes) not in self._visited:
-            self._visited[id(attributes)] = attributes
-            self._attributes(attributes, f"{name}.")
-        for key, slot in slots_of(kind):
-            try:
-                seen = slot.__get__(value, kind)
-            except AttributeError:  # not set
-                continue
-            self._places.append(
-                Single(
-                    functools.partial(slot.__get__, value, kind),
-                    functools.partial(slot.__set__, value),
-                    seen,
-                    f"{name}.{key}",
-                )
-            )
-            self._see(seen, f"{name}.{key}")
-
-    def _class(self, kind: type, name: str) -> None:
-        """The attributes of a class, and the globals that its methods name."""
-        for ancestor in kind.__mro__:
-            if is_library(ancestor.__module__) or id(ancestor) in self._visited:
-                continue
-            self._visited[id(ancestor)] = ancestor
-            for key, held in list(ancestor.__dict__.items()):
-                if type(held) is types.FunctionType:
-                    self._see(held, key)
-                elif isinstance(held, staticmethod | classmethod):
-                    self._see(held.__func__, key)
-                elif isinstance(held, property):
-                    for part in (held.fget, held.fset):
-                        self._see(part, key)
-                elif key[:2] != "__" and _visitors.get(type(held), held) is not None:
-                    self._class_attribute(ancestor, key, held)
-
-    def _class_attribute(self, kind: type, key: str, seen: Any) -> None:
-        if isinstance(seen, types.MemberDescriptorType | types.GetSetDescriptorType):
-            return
-        self._places.append(
-            Single(
-                lambda: kind.__dict__.get(key, MISSING),
-                lambda value: setattr(kind, key, value),
-                seen,
-                f"{kind.__name__}.{key}",
-            )
-        )
-        self._see(seen, f"{kind.__name__}.{key}")
-
-    # Changes since the walk.
 
     @staticmethod
     def undisturbed() -> AbstractContextManager[object]:
@@ -475,63 +196,3 @@ class Surroundings:
 def _version(x: Tensor) -> int | None:
     """The number of changes in place of a tensor; `None` where torch does not count them."""
     return None if x.is_inference() else x._version
-
-
-# Dicts of a module whose entries read as attributes in its code.
-_MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
-_EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
-
-
-_Visit = Callable[[Surroundings, Any, str], None]
-_PLAIN = (
-    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice),
-    *(torch.dtype, torch.device, torch.Size, torch.layout),
-    *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GeneratorType),
-)
-# Large objects that a field does not read from, although it may reach them.
-_APART: tuple[type, ...] = (
-    *(Solution, EnsembleSolution, Recorded, SolverFailure),
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-    torch.utils.data.DataLoader,
-    torch.utils.data.Dataset,
-    torch.autograd.graph.Node,
-)
-
-
-def _visitor(kind: type) -> _Visit | None:
-    """The method that visits objects of a class; `None` for those that hold nothing."""
-    if issubclass(kind, _PLAIN) and not hasattr(kind, "_fields"):
-        return None
-    for of, visit in _KINDS.items():
-        if issubclass(kind, of):
-            return visit
-    top = kind.__module__.partition(".")[0]
-    if top in sys.stdlib_module_names and top not in _HOLDERS and top != "__main__":
-        return None
-    if top in ("numpy", "scipy") or not (kind.__dictoffset__ or slots_of(kind)):
-        return None
-    return Surroundings._object
-
-
-_KINDS: dict[type, _Visit] = {
-    Tensor: Surroundings._tensor,
-    **dict.fromkeys(_APART, Surroundings._apart),
-    torch.jit.ScriptModule: Surroundings._script,
-    nn.Module: Surroundings._module,
-    dict: Surroundings._mapping,
-    list: Surroundings._sequence,
-    deque: Surroundings._sequence,
-    tuple: Surroundings._fixed,
-    set: Surroundings._fixed,
-    frozenset: Surroundings._fixed,
-    types.FunctionType: Surroundings._function,
-    types.MethodType: Surroundings._method,
-    functools.partial: Surroundings._partial,
-    functools._lru_cache_wrapper: Surroundings._wrapper,
-    torch.Generator: Surroundings._generator,
-    Problem: Surroundings._problem,
-    ForThese: Surroundings._for_these,
-    type: lambda walk, value, name: walk._class(value, name),
-}
-_visitors: dict[type, _Visit | None] = {}
