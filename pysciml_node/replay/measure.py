@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs, pull_back
@@ -83,7 +82,7 @@ class _Measured(torch.autograd.Function):
 
         def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
             # The sweep of the solve, which follows, compares the steps.
-            with torch.no_grad(), ordinary_modes(states[0].device), inputs.sweep(replayed=True):
+            with inputs.sweep(replayed=True):
                 return _pull_back(ctx.measure, inputs, states, cotangent)
 
         return (None, None, None, None, *pulled(pull, (*states, *ctx.sources), *cotangents))

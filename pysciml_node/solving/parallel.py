@@ -24,7 +24,6 @@ from pysciml_node._optional import require
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.options import Array
 from pysciml_node.algorithms.parallel import Parallel
-from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.comparison import expect_reproduced
 from pysciml_node.solutions.solution import ReturnCode, Solution
@@ -321,8 +320,7 @@ class _Node(torch.autograd.Function):
         final, saved, *inputs = ctx.saved_tensors
 
         def pull(*bars: Tensor | None) -> tuple[Tensor | None, ...]:
-            with torch.no_grad(), ordinary_modes(final.device):
-                gradients: tuple[Tensor | None, ...] = ctx.pull(inputs, (final, saved), *bars)
+            gradients: tuple[Tensor | None, ...] = ctx.pull(inputs, (final, saved), *bars)
             return gradients
 
         return (None, None, *pulled(pull, tuple(inputs), *cotangents))

@@ -125,16 +125,23 @@ def pulled(
     """Gradients from cotangents, row by row where there is a batch of them; first derivatives.
 
     Args:
-        pull: gradients of a solve's inputs from cotangents of its outputs.
-        inputs: what they depend on.
+        pull: gradients of a solve's inputs from cotangents of its outputs. It runs in ordinary
+            modes, and without a graph.
+        inputs: what they depend on, the first on the device of the solve.
         cotangents: as `backward` was given them.
     """
+    place = next(x.device for x in inputs if x is not None)
+
+    def sweep(*row: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad(), ordinary_modes(place):
+            return pull(*row)
+
     if torch._C._are_functorch_transforms_active():
-        return first_derivative(_Pulled.apply(pull, *cotangents), inputs)  # type: ignore[no-untyped-call]
+        return first_derivative(_Pulled.apply(sweep, *cotangents), inputs)  # type: ignore[no-untyped-call]
     if any(x is not None and _is_legacy_batch(x) for x in cotangents):
         # The graph of these batches is that of the tensors inside.
-        return _by_legacy_rows(lambda *row: first_derivative(pull(*row), inputs), cotangents)
-    return first_derivative(pull(*cotangents), inputs)
+        return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
+    return first_derivative(sweep(*cotangents), inputs)
 
 
 def first_derivative(
@@ -212,8 +219,7 @@ class SolveNode(torch.autograd.Function):
                 at_steps=[None, *at_steps[: len(states) - 1]],
                 with_times=any(wanted),
             )
-            with torch.no_grad(), ordinary_modes(states[0].device):
-                gradients = ctx.sweep(backward)
+            gradients = ctx.sweep(backward)
             if gradients.saveat is not None and len(gradients.saveat) < ctx.asked:
                 # Times that the solve did not reach.
                 missing = ctx.asked - len(gradients.saveat)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.steps.autograd import pulled
 
 # From starts, states, and the cotangents of saved and of step states to those of all inputs.
@@ -45,8 +44,7 @@ class MembersNode(torch.autograd.Function):
         u0, states = ctx.saved_tensors
 
         def pull(saved: Tensor | None, at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
-            with torch.no_grad(), ordinary_modes(u0.device):
-                gradients: tuple[Tensor | None, ...] = ctx.sweep(u0, states, saved, at_steps)
+            gradients: tuple[Tensor | None, ...] = ctx.sweep(u0, states, saved, at_steps)
             return gradients
 
         return (None, None, *pulled(pull, (u0, *ctx.inputs), *cotangents))

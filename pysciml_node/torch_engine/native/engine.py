@@ -22,7 +22,7 @@ from pysciml_node.algorithms.controllers import (
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
-from pysciml_node.problems.modes import InModes, ordinary_modes
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -258,8 +258,7 @@ class _Node(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
 
         def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            with torch.no_grad(), ordinary_modes(ends.device):
-                return _pull(solve, flight, arriving, sources, wanted)
+            return _pull(solve, flight, arriving, sources, wanted)
 
         return (None, None, *pulled(pull, (ends, *sources), *cotangents))
 

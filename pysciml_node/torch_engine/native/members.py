@@ -18,7 +18,6 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import Array, MemberOptions
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
-from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.stages import Method
@@ -130,8 +129,7 @@ class _Node(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
 
         def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            with torch.no_grad(), ordinary_modes(ends.device):
-                swept = sweep_members(solve.library, flights, *arriving)
+            swept = sweep_members(solve.library, flights, *arriving)
             solve.swept += swept.costs
             own, shared = iter(swept.own), iter(swept.shared)
             bars = [swept.u0, *(next(own if mine else shared) for mine in solve.own)]
