@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
+from pysciml_node.steps.anatomy import names_in
 from pysciml_node.translation.entries import ABSENT, Attributes, Bytes, Elements, Value, bytes_of
 from pysciml_node.translation.recent import Recent
 
@@ -338,7 +339,7 @@ class _Walk:
         self.add(f.__defaults__)
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
-        names = _names(f.__code__)
+        names = names_in(f.__code__)
         self.watch.asks_mode |= not _MODES.isdisjoint(names)
         self.watch.asks_freedom |= "requires_grad" in names
         for cell in f.__closure__ or ():
@@ -477,16 +478,6 @@ def _handler(kind: Any) -> Callable[[_Walk, Any], None]:
             return handler
     opaque = _is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
     return _Walk._opaque if opaque else _Walk._object
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The globals, or attributes, that code mentions, and those of the functions inside it."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= dict.fromkeys(_names(constant))
-    return tuple(names)
 
 
 @functools.cache
