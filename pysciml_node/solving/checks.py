@@ -38,6 +38,7 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves
+from pysciml_node.solving.tolerances import check_both_zero, check_tolerance
 
 T = TypeVar("T")
 
@@ -231,8 +232,8 @@ def _options(
             for value in (rtol, atol)
         )
         _tell_that_steps_adapt(algorithm, dt0, unsaid=unsaid)
-    relative, _ = _check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
-    absolute, driven = _check_tolerance("atol", usual if atol is USUAL else atol, problem)
+    relative, _ = check_tolerance("rtol", usual if rtol is USUAL else rtol, problem)
+    absolute, driven = check_tolerance("atol", usual if atol is USUAL else atol, problem)
     if isinstance(relative, Tensor) and driven < relative.numel():
         relative = relative[:driven]
     options = SolveOptions(
@@ -262,7 +263,7 @@ def _options(
         raise ValueError(
             f"dtmin={dtmin} must not be larger than dtmax={dtmax}.\n  Swap them, or leave one out."
         )
-    _check_both_zero(options)
+    check_both_zero(options)
     return options
 
 
@@ -365,82 +366,6 @@ def _check_for_noise(
 def _positive(name: str, value: float, infinite: bool = False) -> float:
     hint = "Sizes of steps are given without sign; the direction follows tspan."
     return checks.number(name, value, above=0, infinite=infinite, hint=hint)
-
-
-def _check_tolerance(name: str, value: Any, problem: Problem) -> tuple[float | Tensor, int]:
-    """A tolerance as a number or flat tensor, and how many leading entries of the state it counts.
-
-    The entries of a state behind the last finite absolute tolerance need not be looked at at all.
-    """
-    spec = problem.spec
-    if spec.keys is None or not isinstance(value, tuple | list | dict):
-        return _check_part(name, value, problem, spec.shapes[0]), sum(spec.sizes)
-    named = isinstance(value, dict)
-    if (list(value) if named else list(range(len(value)))) != list(spec.keys) and (
-        not named or set(value) != set(spec.keys)
-    ):
-        keys = list(spec.keys)
-        hint = "Write one number for all parts, or one entry for each."
-        checks.refuse(name, f"a number, or have the parts of u0, {keys}", value, hint, ValueError)
-    given = spec.parts(value)
-    parts = [
-        _check_part(f"{name}[{key!r}]", part, problem, shape)
-        for key, part, shape in zip(spec.keys, given, spec.shapes, strict=True)
-    ]
-    counted = len(parts)
-    numbers = [part if isinstance(part, float) else None for part in parts]
-    while counted > 1 and numbers[counted - 1] == math.inf:
-        counted -= 1
-    first = numbers[0]
-    if first is not None and all(part == first for part in numbers[:counted]):
-        return first, sum(spec.sizes[:counted])
-    flat = [
-        part if isinstance(part, Tensor) else torch.full((size,), part)
-        for part, size in zip(parts, spec.sizes, strict=True)
-    ]
-    return torch.cat([part.to(spec.device, spec.real_dtype) for part in flat]), sum(spec.sizes)
-
-
-def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> float | Tensor:
-    """One tolerance of one part of the state."""
-    if checks.as_float(value) is not None:
-        return checks.number(name, value, at_least=0, infinite=name.startswith("atol["))
-    if checks.as_tensor(value) is None:
-        checks.refuse(name, "a number or a tensor", value, f"Write {name.partition('[')[0]}=1e-6.")
-    tensor = checks.tensor(name, value, real=True)
-    spec = problem.spec
-    if bool((~(tensor >= 0)).any()):
-        raise ValueError(
-            f"{name} must be at least 0 everywhere, but has {float(tensor.min())}.\n"
-            f"  Write {name}.clamp(min=0), or the absolute values."
-        )
-    try:
-        full = tensor.to(spec.device, spec.real_dtype).expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} does not broadcast to the state's "
-            f"{tuple(shape)}.\n  Give one number, or a tensor of u0's shape."
-        ) from None
-    return full.reshape(-1)
-
-
-_BOTH_ZERO = (
-    "rtol and atol must not both be 0: no step could be accepted.\n"
-    "  Write rtol=1e-6 for errors relative to the state, or atol for absolute ones."
-)
-
-
-def _check_both_zero(options: SolveOptions) -> None:
-    if not options.controller.adaptive:
-        return
-    rtol, atol = options.tolerances.rtol, options.tolerances.atol
-    if isinstance(rtol, float) and isinstance(atol, float):
-        if rtol == atol == 0:
-            raise ValueError(_BOTH_ZERO)
-        return
-    both = torch.as_tensor(rtol == 0) & torch.as_tensor(atol == 0)
-    if bool(both.any()):
-        raise ValueError(_BOTH_ZERO)
 
 
 def _check_saveat(

@@ -33,11 +33,7 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors: all tensors, each once.
-        names: names of their places, by their ids.
-        generators: the random generators.
-        lazy: whether there are parameters that the first evaluation will make.
-        chosen: the only tensors that receive gradients, where they have been chosen.
+        tensors, names, generators, lazy, chosen: as those of the `Walk`.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from pysciml_node.stochastic.solve import check_additive
 from pysciml_node.stochastic.step import SDEMethod
 from pysciml_node.torch_engine.members.batch import Batch
 from pysciml_node.torch_engine.members.march import MembersMarch
-from pysciml_node.torch_engine.members.sweep import Again
+from pysciml_node.torch_engine.members.sweep import Again, states_of
 from pysciml_node.torch_engine.members.tape import Tape
 
 
@@ -142,8 +142,7 @@ class PathsAgain:
         t, _, end = span
         p, motions = self.fields.parameters(members), self.paths.increments(members, t, end)
         stages = StochasticStages(self.fields, self.paths, members, p, (u, t), motions)
-        ends = stages.solution(with_error=False)
-        return [ends, stages.inside(*inside)[0]] if len(inside[0]) else [ends]
+        return states_of(stages, inside)
 
 
 class StochasticBatch(Batch):

@@ -23,7 +23,7 @@ from pysciml_node.replay.comparison import expect_reproduced
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
-from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs
@@ -46,6 +46,12 @@ class Again(Protocol):
         inside: tuple[Array, Array, Array],  # places among these, thetas and times, (Q,) each
     ) -> list[Tensor]:
         """The states at the ends of steps, `(R, N)`, and those inside, `(Q, N)`, if any."""
+
+
+def states_of(stages: StepOfMembers, inside: tuple[Array, Array, Array]) -> list[Tensor]:
+    """What `Again` returns, of steps that have begun."""
+    ends = stages.solution(with_error=False)
+    return [ends, stages.inside(*inside)[0]] if len(inside[0]) else [ends]
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,7 @@ class StagesAgain:
         stages = self.kind(self.method, self.field, members, p, u, recorded=True)
         t, h, _ = span
         stages.begin(u, t, h, self.limits(members, t, h))
-        ends = stages.solution(with_error=False)
-        return [ends, stages.inside(*inside)[0]] if len(inside[0]) else [ends]
+        return states_of(stages, inside)
 
     @cached_property
     def limits(self) -> StepLimits:
