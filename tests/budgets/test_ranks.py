@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from budgets.plant import Plant, train
+from ranks import join
 
 import pysciml_node as psn
 
@@ -17,13 +17,7 @@ WORKERS = 2
 
 def work(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORKERS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(store, rank, WORKERS)
     budget = psn.Budget(nfe=62)
     # Each has batches of its own, and those of one are dearer.
     plant = Plant(lag=20.0)

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from gpu import place
 
 import pysciml_node as psn
 from pysciml_node.errors import MethodUnavailable
@@ -38,11 +39,10 @@ def engine(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def tensors_on_the_device() -> Generator[None, None, None]:
     """New tensors lie on `PSN_TEST_DEVICE`, where it is named (see `tests/gpu`)."""
-    name = os.environ.get("PSN_TEST_DEVICE")
-    if name is None:
+    if "PSN_TEST_DEVICE" not in os.environ:
         yield
         return
-    with torch.device(name):
+    with place.device():
         yield
 
 

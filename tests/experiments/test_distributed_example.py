@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import join
 
 import pysciml_node as psn
 
@@ -34,16 +34,6 @@ def load() -> ModuleType:
     return module
 
 
-def start(store: Path, rank: int, processes: int) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
 def run(example: ModuleType, model: str, parallel: str, weight: str) -> Any:
     words = ["--model", model, "--parallel", parallel, "--batch-size", "6", weight]
     # The steps of half a batch are others, and what is left of that is the tolerance.
@@ -64,7 +54,7 @@ def schedule(made: Any) -> psn.schedules.Schedule:
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    start(folder / "store", rank, WORKERS)
+    join(folder / "store", rank, WORKERS)
     example, found = load(), []
     for case in CASES:
         made = run(example, *case)
@@ -82,7 +72,7 @@ def test_one_process_goes_on_from_two(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (tmp_path,), nprocs=WORKERS)
     ranks = [torch.load(tmp_path / f"found.{rank}") for rank in range(WORKERS)]
     example = load()
-    start(tmp_path / "alone", 0, 1)
+    join(tmp_path / "alone", 0, 1)
     try:
         for i, case in enumerate(CASES):
             one = run(example, *case)

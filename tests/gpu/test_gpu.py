@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 TESTS = Path(__file__).parents[1]
 
@@ -29,6 +30,10 @@ def _run(device: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="This torch has no backends that are written in Python.",
+)
 def test_on_a_pretended_device() -> None:
     _run("pretended", str(TESTS / "gpu" / "device_cases.py"))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import join
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,13 +65,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def work(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=WORKERS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(store, rank, WORKERS)
     found = []
     for what, options in CASES:
         parallel = DistributedDataParallel(model(what), **options)
