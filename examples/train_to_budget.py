@@ -245,28 +245,18 @@ MOONS = replace(
     DIGITS, steps=300, batch_size=256, learning_rate=1e-2, decay="cosine", tolerance=1e-6, hidden=64
 )
 FEW_MNIST = replace(DIGITS, steps=300, batch_size=64)
+
+
+def classifier(weights: tuple[float, float], load: Callable[[], Any], settings: Settings) -> Task:
+    """Images by their accuracy; `weights` are those tried by hand."""
+    train = trained(make_classifier, load, settings)
+    return Task("accuracy (%)", 100.0, weights, train, native=True)
+
+
 TASKS: Mapping[str, Task] = {
-    "digits": Task(
-        "accuracy (%)",
-        100.0,
-        (10.0, 80.0),
-        trained(make_classifier, datasets.digits, DIGITS),
-        native=True,
-    ),
-    "digits-short": Task(
-        "accuracy (%)",
-        100.0,
-        (10.0, 80.0),
-        trained(make_classifier, datasets.digits, SHORT),
-        native=True,
-    ),
-    "mnist": Task(
-        "accuracy (%)",
-        100.0,
-        (20.0, 100.0),
-        trained(make_classifier, few_mnist, FEW_MNIST),
-        native=True,
-    ),
+    "digits": classifier((10.0, 80.0), datasets.digits, DIGITS),
+    "digits-short": classifier((10.0, 80.0), datasets.digits, SHORT),
+    "mnist": classifier((20.0, 100.0), few_mnist, FEW_MNIST),
     "moons": Task(
         "NLL (nats)",
         1.0,
