@@ -65,7 +65,7 @@ class SweepRequest(ctypes.Structure):
         *_fields(_POINTER, "u0 ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory"),
-        *_fields(_INTEGER, "n count q live evaluations replayed status"),
+        *_fields(_INTEGER, "n count q live shared evaluations replayed status"),
     )
 
 
@@ -179,7 +179,7 @@ class Library(Code):
         stages = method.all_stages
         self._stages, self._row = stages, row
         self.march_memory = (stages + 4) * row + work
-        self.sweep_memory = (2 * stages + 2) * row + bars + stages * (2 * row + work)
+        self.sweep_memory = (2 * stages + 3) * row + bars + stages * (2 * row + work)
         self.scratch = bars
         self.departures: dict[int, Any] = {}
         self.read = program.read

@@ -255,22 +255,48 @@ typedef struct {
   REAL *start_bar, *packed_bar;
   double *t_bar, *h_bar, *theta_bar;
   REAL *memory;
-  int64_t n, count, q, live, evaluations, replayed, status;
+  int64_t n, count, q, live, shared, evaluations, replayed, status;
 } Sweep;
 
 #define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
+#define BARS_OF(s) (s->memory + ALL_STAGES * ROW)
+#define SHARED_BAR(s) (s->memory + (2 * ALL_STAGES + 2) * ROW)
+#define STAGE_OF(s, i) (s->memory + (2 * ALL_STAGES + 3) * ROW + BARS + (i) * STAGE_MEMORY)
 
 /* Whether a saved time lies inside a step, and a cotangent arrives at it. */
 static int psn_is_inside(const Sweep *s, int64_t saved, int64_t n) {
   return s->saved_bar && saved >= 0 && s->places[2 * saved] == n && !isnan(s->places[2 * saved + 1]);
 }
 
+/* Whether a saved time is that of a state, and a cotangent arrives at it. */
+static int psn_is_at(const Sweep *s, int64_t saved, int64_t state) {
+  return s->saved_bar && saved >= 0 && s->places[2 * saved] == state &&
+         isnan(s->places[2 * saved + 1]);
+}
+
+/* Whether a step starts with the evaluation with which the dense output of the one before ends. At a
+   stop the field may jump. */
+static int psn_is_joined(const Sweep *s, int64_t n) {
+  if (END_STAGE < 0 || n == 0 || s->steps[4 * (n - 1) + 3] >= 0 || s->t_bar) return 0;
+  int64_t q = s->q;
+  while (psn_is_at(s, q, n)) q--;
+  return psn_is_inside(s, q, n - 1);
+}
+
+/* Leave the first stage of a step, and the cotangent of its derivative, to the step before. */
+static void psn_share(Sweep *s) {
+  memcpy(SHARED_BAR(s), STAGE_OF(s, 0) + ROW, N * sizeof(REAL));
+  memcpy(STAGE_OF(s, END_STAGE), STAGE_OF(s, 0), STAGE_MEMORY * sizeof(REAL));
+  memcpy(K(s, END_STAGE), K(s, 0), N * sizeof(REAL));
+}
+
 static void psn_replay(Sweep *s, int64_t n) {
   double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
   const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
-  REAL *k = s->memory, *bars = k + ALL_STAGES * ROW, *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
-  REAL *scratch = sum + ROW, *stages = scratch + BARS;
+  REAL *k = s->memory, *bars = BARS_OF(s), *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
+  REAL *scratch = STAGE_OF(s, 0) - BARS;
   REAL *bar = s->start_bar;
+  int known = s->shared ? END_STAGE : -1;
   int64_t inside = 0;
   while (psn_is_inside(s, s->q - inside, n)) inside++;
   int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
@@ -278,21 +304,22 @@ static void psn_replay(Sweep *s, int64_t n) {
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
   memcpy(u, start, N * sizeof(REAL));
   for (int i = 0; i < count; i++) {
-    REAL *g = stages + i * STAGE_MEMORY;
+    REAL *g = STAGE_OF(s, i);
+    if (i == known) continue;
     combine(i, (REAL)h, u, k, g);
     field(times[i], g, s->packed, k + i * ROW, g + 2 * ROW);
   }
-  s->evaluations += count;
+  s->evaluations += count - s->shared;
   s->replayed++;
   /* What dense outputs add to the stages' cotangents, over h. */
-  for (int i = 0; i < count; i++) memset(stages + i * STAGE_MEMORY + ROW, 0, N * sizeof(REAL));
+  for (int i = 0; i < count; i++) memset(STAGE_OF(s, i) + ROW, 0, N * sizeof(REAL));
   memcpy(sum, bar, N * sizeof(REAL));
   for (int64_t m = s->q; m > s->q - inside; m--) {
     const REAL *v = s->saved_bar + m * N;
     REAL weights[ALL_STAGES];
     psn_dense_weights(s->places[2 * m + 1], 0, weights);
     for (int i = 0; i < count; i++) {
-      REAL *into = stages + i * STAGE_MEMORY + ROW;
+      REAL *into = STAGE_OF(s, i) + ROW;
       for (int e = 0; e < N; e++) into[e] += weights[i] * v[e];
     }
     for (int e = 0; e < N; e++) sum[e] += v[e];
@@ -307,10 +334,19 @@ static void psn_replay(Sweep *s, int64_t n) {
       s->theta_bar[m] = along;
     }
   }
+  s->q -= inside;
+  s->shared = psn_is_joined(s, n);
   double t_bar = 0, h_bar = 0;
   for (int i = count - 1; i >= 0; i--) {
-    REAL *g = stages + i * STAGE_MEMORY, *k_bar = g + ROW;
+    REAL *g = STAGE_OF(s, i), *k_bar = g + ROW;
     combine_bars(i, count, (REAL)h, bar, bars, k_bar);
+    if (i == known)
+      for (int e = 0; e < N; e++) k_bar[e] += SHARED_BAR(s)[e];
+    if (s->shared && i == 0) {
+      memset(bars, 0, N * sizeof(REAL));
+      psn_share(s);
+      break;
+    }
     REAL time[LANES] = {0};
     pull(times[i], g, s->packed, k + i * ROW, g + 2 * ROW, k_bar, bars + i * ROW, time,
          s->packed_bar, scratch);
@@ -325,7 +361,6 @@ static void psn_replay(Sweep *s, int64_t n) {
     for (int e = 0; e < N; e++) sum[e] += bars[i * ROW + e];
   memcpy(bar, sum, N * sizeof(REAL));
   if (s->t_bar) s->t_bar[n] = t_bar, s->h_bar[n] = h_bar;
-  s->q -= inside;
 }
 
 static void psn_arrive(Sweep *s, int64_t state) {
@@ -341,8 +376,7 @@ static void psn_arrive(Sweep *s, int64_t state) {
     for (int e = 0; e < N; e++) bar[e] += s->last_bar[e];
     s->live = 1;
   }
-  while (s->saved_bar && s->q >= 0 && s->places[2 * s->q] == state &&
-         isnan(s->places[2 * s->q + 1])) {
+  while (psn_is_at(s, s->q, state)) {
     for (int e = 0; e < N; e++) bar[e] += s->saved_bar[s->q * N + e];
     s->live = 1;
     s->q--;
