@@ -59,8 +59,8 @@ class EnsembleProblem(checks.Configured):
     Stochastic ones have a Brownian path each, the one that they have alone. Rosenbrock methods
     factor the matrices of all members at once. One after the other go: other implicit methods, mass
     matrices and Jacobians that are given, stochastic equations off the CPU, events, continuous
-    adjoints, ends and output times that receive gradients, controllers of the caller's own, fields
-    with hooks, and fields that `torch.vmap` cannot run (with a branch on values, or random numbers)
+    adjoints, output times and shared ends that receive gradients, controllers of the caller's own,
+    fields with hooks, and fields that `torch.vmap` cannot run (with a branch on values, or random numbers)
     or evaluates to something else.
 
     The Julia engine solves the members by one call, over the threads of Julia (the environment

@@ -61,7 +61,9 @@ class RosenbrockStages(MemberStages):
         with torch.enable_grad():
             attached = recorded and self.u.requires_grad
             u = self.u if attached else self.u.detach().clone().requires_grad_()
-            t = self.times[0].detach().clone().requires_grad_()
+            t = self.times[0]
+            if not (recorded and t.requires_grad):
+                t = t.detach().clone().requires_grad_()
             value = self.field(t, u, self.p)
             rows, slopes = [], []
             for i in range(value.shape[1]):

@@ -150,6 +150,8 @@ class MemberStages:
         self.increments: _Increments = _Recorded() if recorded else _Stored(method.all_stages, like)
         self.count = 0
         self.end: Tensor | None = None
+        # Zeros by which starts and sizes of the steps move, `(L,)` each.
+        self._moves: tuple[Tensor, Tensor] | None = None
         self._nodes = np.array(method.host_nodes)[:, None]
         self._dense = method.dense.numpy()
         self.u: Tensor
@@ -170,7 +172,21 @@ class MemberStages:
         inside = np.minimum(np.maximum(t + self._nodes * h, limits[0]), limits[1])
         self.times = torch.from_numpy(inside).to(like.device, like.dtype).unbind()
         self.u, self.h = u, torch.from_numpy(h).to(like.device, like.dtype).unsqueeze(1)
-        self.count, self.end = 0, None
+        self.count, self.end, self._moves = 0, None, None
+
+    def move(self, start: Tensor, size: Tensor) -> None:
+        """Let the steps that have begun move.
+
+        Args:
+            start: zeros that are added to their starts, `(L,)` in float64 on the CPU.
+            size: and to their sizes, likewise.
+        """
+        self._moves = start, size
+        nodes = self.method.nodes
+        begins, grows = start.to(nodes), size.to(nodes)
+        moved = (begins + c * grows for c in self.method.host_nodes)
+        self.times = [t + shift for t, shift in zip(self.times, moved, strict=True)]
+        self.h = self.h + grows.unsqueeze(1)
 
     def know(self, k: Tensor) -> None:
         """Take the first stage as it is known, `(L, N)`."""
@@ -230,6 +246,9 @@ class MemberStages:
         )
         part.u, part.h = part.like, self.h.index_select(0, index)
         part.times = tuple(t.index_select(0, index) for t in self.times)
+        if self._moves is not None:
+            start, size = (x.index_select(0, torch.from_numpy(rows)) for x in self._moves)
+            part._moves = start, size
         for i, increment in enumerate(self.increments.first(self.count, index).unbind()):
             part.increments.put(i, increment, torch.ones_like(part.h))
         part.count = self.count
@@ -270,8 +289,21 @@ class MemberStages:
         """
         power = np.arange(1, self._dense.shape[1] + 1)
         # Polynomials of theta cancel: their weights are formed in float64 on the host.
-        weights = (theta[:, None] ** power) @ self._dense.T
+        if self._moves is None:
+            weights = torch.from_numpy(self._dense @ (theta[:, None] ** power).T)
+        else:
+            at = self._moved(rows, theta).unsqueeze(1) ** torch.from_numpy(power)
+            weights = torch.from_numpy(self._dense) @ at.T
         index = torch.from_numpy(rows).to(self.u.device)
         stages = self.increments.first(self.method.all_stages, index)
-        shares = torch.from_numpy(weights.T.copy()).to(stages).unsqueeze(2)
+        shares = weights.to(stages).unsqueeze(2)
         return self.u.index_select(0, index) + (stages * shares).sum(0)
+
+    def _moved(self, rows: Array, theta: Array) -> Tensor:
+        """Where times that do not move lie in steps that do, `(Q,)`."""
+        assert self._moves is not None
+        index = torch.from_numpy(rows)
+        start, size = (x.index_select(0, index) for x in self._moves)
+        h = self.h.detach().squeeze(1).cpu().double().index_select(0, index)
+        at: Tensor = (torch.from_numpy(theta) * h - start) / (h + size)
+        return at

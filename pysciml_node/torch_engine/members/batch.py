@@ -12,8 +12,9 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
-from pysciml_node.problems.state import recording
+from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.inputs import Evaluate, Inputs
@@ -53,6 +54,10 @@ class Batch(ABC):
         nodes: Tensor,
     ) -> None:
         self.ensemble, self.algorithm, self.options = ensemble, algorithm, options
+        # Ends of the intervals that receive gradients.
+        self.moving: MovingEnds | None = None
+        if ensemble.tspan is not None and moves(ensemble.tspan) and recording():
+            self.moving = MovingEnds.of(ensemble.tspan)
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
         self.u0 = u0.clone()
         self.field, self.nodes = field, nodes
@@ -95,8 +100,10 @@ class Batch(ABC):
         return self.field(t, u, self.field.given["p"])
 
     def _starts(self) -> Tensor:
-        like = self.nodes
-        return torch.from_numpy(self.options.spans[0]).to(like.device, like.dtype)
+        starts = torch.from_numpy(self.options.spans[0])
+        if self.moving is not None:
+            starts = starts + self.moving.ends[:, 0]
+        return starts.to(self.nodes)
 
     def _first(self) -> Tensor:
         """Derivatives at the starts, the field having been looked at."""
@@ -140,7 +147,8 @@ class Batch(ABC):
 
     def _march(self, k: Tensor, recorded: bool) -> tuple[MembersMarch, Tape]:
         u0 = self.u0 if recorded else self.u0.detach()
-        tape = Tape(self.options, u0, recording() or not self.lets_go)
+        kept = recording() or not self.lets_go
+        tape = Tape(self.options, u0, kept, self.moving is not None)
         march = self.march(tape, recorded)
         march.run(tape.u0, k)
         return march, tape
@@ -203,7 +211,7 @@ class Batch(ABC):
 
     def _node(self) -> StackedMembers:
         """As one node of the graph, its backward the discrete adjoint."""
-        t = self._starts()
+        t = self._starts().detach()
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             start, time = self.u0.detach().requires_grad_(), t.clone().requires_grad_()
@@ -219,11 +227,15 @@ class Batch(ABC):
         self.field.watch = None
         captured.settle()
         result, places = self._result(march, tape)
-        replay = Replay(self.again(), self.field, captured, result.steps, places)
+        moves = None
+        if self.moving is not None:
+            moves = StepMoves.of(result.steps, self.options.spans[1])
+        replay = Replay(self.again(), self.field, captured, result.steps, places, moves)
         at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
             lambda *given: members_sweep(replay, result, *given),
             (result.at_times, result.states),
             self.u0,
+            None if self.moving is None else self.ensemble.tspan,
             *captured.inputs,
         )
         result.at_times, result.states, result.u0 = at_times, states, self.u0

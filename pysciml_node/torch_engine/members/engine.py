@@ -23,6 +23,7 @@ from pysciml_node.replay.members.stacked import StackedMembers
 from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus.implicit import RosenbrockTableau
+from pysciml_node.torch_engine.end_times import hides_time
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
 from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
@@ -50,7 +51,9 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
         return False
     if not recording():
         return True
-    times = (ensemble.tspan, *problem.tspan, options.saveat_tensor, common.saveat_tensor)
+    times = [*problem.tspan, options.saveat_tensor, common.saveat_tensor]
+    if isinstance(problem, SDEProblem):
+        times.append(ensemble.tspan)
     if any(map(moves, times)):
         return False
     return isinstance(common.adjoint, DiscreteAdjoint | DirectAdjoint)
@@ -97,10 +100,19 @@ class StagesBatch(Batch):
         self.kind = RosenbrockStages if rosenbrock else MemberStages
         field, u0 = MembersField(ensemble), ensemble.starts()
         super().__init__(ensemble, algorithm, options, field, u0, self.method.nodes)
+        if self.moving is not None and any(map(self._hides_time, {0, len(ensemble) - 1})):
+            raise OneByOne
+
+    def _hides_time(self, m: int) -> bool:
+        """Whether steps lack the gradients of the ends of a member's interval."""
+        problem = self.ensemble.member(m)
+        assert isinstance(problem, ODEProblem)
+        return hides_time(problem, self.method, self.u0[m])
 
     @override
     def march(self, tape: Tape, recorded: bool) -> MembersMarch:
-        return StagesMarch(self.method, self.field, self.options, tape, recorded, self.kind)
+        moving = self.moving if recorded else None
+        return StagesMarch(self.method, self.field, self.options, tape, recorded, self.kind, moving)
 
     @override
     def again(self) -> Again:

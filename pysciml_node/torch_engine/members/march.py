@@ -19,6 +19,7 @@ from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.first_step import first_size, trial_size
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.limits import StepLimits
+from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.norm import MembersNorm
 from pysciml_node.replay.members.rosenbrock import RosenbrockStages
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
@@ -105,6 +106,8 @@ class MembersMarch(ABC):
         self._size: Tensor
         # Members whose first stage has to be evaluated anew.
         self._stale: Array
+        # Which of the steps under way end on stops.
+        self._lands: Array
 
     def run(self, u: Tensor, k: Tensor) -> None:
         """Step until all members are done.
@@ -219,6 +222,7 @@ class MembersMarch(ABC):
             self._retire(failed)
             return
         h, end, lands = self._place(proposed, stop, lands)
+        self._lands = lands
         self._begin(h)
         stages = self.stages
         self._first_stages()
@@ -372,6 +376,7 @@ class StagesMarch(MembersMarch):
         tape: is told of accepted steps.
         recorded: whether autograd is to follow.
         kind: of its stages.
+        moving: the ends of the intervals, where they receive gradients through the steps.
     """
 
     def __init__(
@@ -382,9 +387,11 @@ class StagesMarch(MembersMarch):
         tape: Tape,
         recorded: bool,
         kind: type[MemberStages] = MemberStages,
+        moving: MovingEnds | None = None,
     ) -> None:
         super().__init__(method.nodes, method.tableau.error_order, field, options, tape)
         self.method, self.recorded, self.kind = method, recorded, kind
+        self.moving = moving
         self.limits = StepLimits(options, method.nodes.dtype)
         self.stages: MemberStages
 
@@ -409,3 +416,7 @@ class StagesMarch(MembersMarch):
     def _begin(self, h: Array) -> None:
         live = self.live
         self.stages.begin(self.u, live.t, h, self.limits(live.rows, live.t, h))
+        if self.moving is not None:
+            last = self._lands & self.stops.last(live.stop)
+            moves = StepMoves(live.rows, live.stop == 0, self._lands, last)
+            self.stages.move(*self.moving.of_steps(moves))

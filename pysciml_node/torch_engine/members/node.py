@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from pysciml_node.steps.autograd import pulled
 
-# From starts, states, and the cotangents of saved and of step states to those of all inputs.
+# From starts, states, and the cotangents of saved and of step states to those of the starts, of the
+# intervals where they are wanted, and of all inputs.
 Sweep = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor | None, ...]]
 
 
@@ -29,9 +30,10 @@ class MembersNode(torch.autograd.Function):
         sweep: Sweep,
         solved: tuple[Tensor | None, Tensor],
         u0: Tensor,
+        tspan: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
-        ctx.sweep, ctx.inputs = sweep, inputs
+        ctx.sweep, ctx.inputs = sweep, (tspan, *inputs)
         ctx.save_for_backward(u0, solved[1])
         ctx.set_materialize_grads(False)
         return solved

@@ -137,8 +137,10 @@ class PathsAgain:
         members: Array,
         span: tuple[Array, Array, Array],
         inside: tuple[Array, Array, Array],
+        moved: tuple[Tensor, Tensor] | None,
     ) -> list[Tensor]:
-        """The vectors at the ends of steps, and inside."""
+        """The vectors at the ends of steps, and inside; paths have fixed ends."""
+        assert moved is None
         t, _, end = span
         p, motions = self.fields.parameters(members), self.paths.increments(members, t, end)
         stages = StochasticStages(self.fields, self.paths, members, p, (u, t), motions)

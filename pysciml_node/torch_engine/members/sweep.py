@@ -22,6 +22,7 @@ from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.comparison import expect_reproduced
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.limits import StepLimits
+from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
 from pysciml_node.replay.stages import Method
@@ -44,6 +45,7 @@ class Again(Protocol):
         members: Array,  # (R,)
         span: tuple[Array, Array, Array],  # starts, sizes and ends, (R,) each
         inside: tuple[Array, Array, Array],  # places among these, thetas and times, (Q,) each
+        moved: tuple[Tensor, Tensor] | None,  # zeros that move starts and sizes, (R,) each
     ) -> list[Tensor]:
         """The states at the ends of steps, `(R, N)`, and those inside, `(Q, N)`, if any."""
 
@@ -76,12 +78,15 @@ class StagesAgain:
         members: Array,
         span: tuple[Array, Array, Array],
         inside: tuple[Array, Array, Array],
+        moved: tuple[Tensor, Tensor] | None,
     ) -> list[Tensor]:
         """The states at the ends of steps, and inside."""
         p = self.field.parameters(members)
         stages = self.kind(self.method, self.field, members, p, u, recorded=True)
         t, h, _ = span
         stages.begin(u, t, h, self.limits(members, t, h))
+        if moved is not None:
+            stages.move(*moved)
         return states_of(stages, inside)
 
     @cached_property
@@ -99,6 +104,7 @@ class Replay:
     captured: Inputs
     steps: MemberSteps
     places: SavedPlaces | None
+    moves: StepMoves | None  # where the ends of the intervals receive gradients
 
 
 @dataclass
@@ -120,7 +126,7 @@ def members_sweep(
     saved: Tensor | None,
     at_steps: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Pull all cotangents of a batched solve back to the starts and the field's inputs.
+    """Pull all cotangents of a solve back to the starts, the intervals and the field's inputs.
 
     Args:
         replay: the solve.
@@ -135,7 +141,7 @@ def members_sweep(
     with replay.captured.sweep(replayed=True):
         sweep = _Sweep(replay, u0, states, saved, at_steps)
         start = sweep.run()
-        gradients = (start, *sweep.sums.sums)
+        gradients = (start, *sweep.of_ends.sums, *sweep.sums.sums)
     evaluations = field.nfe - before
     result.add("nfe_backward", evaluations)
     result.add("nvjp", evaluations)
@@ -156,6 +162,13 @@ class _Sweep:
     ) -> None:
         self.replay, self.u0, self.states = replay, u0, states
         self.sums = Accumulator(replay.captured.leaves)
+        self.of_ends = Accumulator([u0])
+        self.moving: MovingEnds | None = None
+        self.wanted = [*replay.captured.leaves]
+        if replay.moves is not None:
+            ends = torch.zeros(len(u0), 2, dtype=torch.float64, requires_grad=True)
+            self.moving = MovingEnds(ends)
+            self.wanted.insert(0, ends)
         self.saved = None if saved is None else saved.reshape(-1, saved.shape[2])
         steps = replay.steps
         arrives = np.zeros(len(steps.sizes), dtype=bool)
@@ -251,16 +264,17 @@ class _Sweep:
         u1 = outputs[0]
         self._compare(u1.detach(), self.states.index_select(0, index), u.detach())
         arriving = None if self.arriving is None else self.arriving.index_select(0, index)
-        leaves = self.replay.captured.leaves
         if len(depths) == 1:
             live = cotangent[: len(members)]
             if arriving is not None:
                 live += arriving
-            bar, *others = self._pull(outputs, [u, *leaves], [live.clone(), *bars])
+            bar, *others = self._pull(outputs, [u, *self.wanted], [live.clone(), *bars])
             live.copy_(torch.zeros_like(live) if bar is None else bar)
         else:
             ends = self._chain(outputs, bars, u, depths, arriving, cotangent)
-            others = self._pull(outputs, leaves, [ends, *bars]) if leaves else []
+            others = self._pull(outputs, self.wanted, [ends, *bars]) if self.wanted else []
+        if self.moving is not None:
+            self.of_ends.add([others.pop(0)])
         self.sums.add(others)
 
     def _replayed(
@@ -274,10 +288,14 @@ class _Sweep:
         place[at] = np.arange(len(at))
         within = place[inside.step[here]], inside.theta[here], inside.when[here]
         span = steps.starts[at], steps.sizes[at], steps.ends[at]
+        moved, fresh = None, [u]
         with torch.enable_grad():
-            outputs = replay.again(u, members, span, within)
+            if self.moving is not None and replay.moves is not None:
+                moved = self.moving.of_steps(replay.moves.at(at))
+                fresh.append(self.moving.ends)
+            outputs = replay.again(u, members, span, within, moved)
         for output in outputs:
-            replay.captured.expect_known(output, u)
+            replay.captured.expect_known(output, *fresh)
         if len(outputs) == 1:
             return outputs, []
         assert self.saved is not None

@@ -79,15 +79,19 @@ class Tape:
         u0: initial states, `(M, N)`.
         recording: whether gradients may be taken; else the states of the steps are let go where
             other times are asked for and they take more than `_MOST_KEPT` bytes.
+        moving: whether the ends of the intervals receive gradients. Free steps then move with the
+            start, and the times that are asked for do not.
 
     Attributes:
         thinned: whether only the last state of each member is kept.
         failures: the last attempts of members that have failed, by member.
     """
 
-    def __init__(self, options: MemberOptions, u0: Tensor, recording: bool) -> None:
+    def __init__(
+        self, options: MemberOptions, u0: Tensor, recording: bool, moving: bool = False
+    ) -> None:
         t0, t1 = options.spans
-        self.u0, self.count = u0, len(t0)
+        self.u0, self.count, self.moving = u0, len(t0), moving
         self.thinned = False
         self.failures: dict[int, Attempt] = {}
         self._steps: list[Accepted] = []
@@ -162,7 +166,9 @@ class Tape:
         row, end = self._row_of[rows], taken.end * sign
         first = self._passed[rows]
         last = first.copy()
-        while (passing := self._times[row, last] < end).any():
+        # What ends on no stop moves, and a time that it ends at lies in it.
+        closed = np.nextafter(end, np.where(self.moving & (taken.stop < 0), np.inf, end))
+        while (passing := self._times[row, last] < closed).any():
             last += passing
         counts = last - first
         inside = np.flatnonzero(counts)

@@ -394,3 +394,35 @@ def test_members_may_be_shuffled() -> None:
     torch.testing.assert_close(first[order], second, **NEAR)
     pairs = itertools.pairwise(first[:, 0].tolist())
     assert all(a != b for a, b in pairs)
+
+
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Rodas5P()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+@pytest.mark.parametrize(
+    "options", [{}, {"tstops": [0.6]}, {"controller": psn.FixedStep(), "dt0": 0.1}]
+)
+def test_ends_of_own_intervals_receive_gradients(
+    algorithm: psn.Algorithm, adjoint: psn.Adjoint, options: dict[str, Any]
+) -> None:
+    ensemble, generator = pendulums(3), torch.Generator().manual_seed(3)
+    spans = torch.tensor([0.0, 1.5]) + 0.5 * torch.rand(3, 2, generator=generator)
+    spans = spans.double().requires_grad_()
+    own = psn.EnsembleProblem(ensemble.problem, ensemble.u0, ensemble.p, spans)
+    options = {"rtol": 1e-5, "atol": 1e-5, "saveat": [0.5, 1.1], "adjoint": adjoint, **options}
+    together = psn.solve(own, algorithm, **options)
+    assert isinstance(together.members, StackedMembers)
+    alone = [psn.solve(problem, algorithm, **options) for problem in own.members()]
+    one = (together.u1**3).sum() + (together.u**2).sum()
+    other = sum((s.u1**3).sum() + (s.u**2).sum() for s in alone)
+    inputs = [spans, ensemble.u0, ensemble.p]
+    found, expected = (torch.autograd.grad(loss, inputs) for loss in (one, other))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ends_of_a_field_that_hides_time_go_one_by_one() -> None:
+    problem = psn.ODEProblem(
+        lambda t, u: -u * float(t.detach() + 1), torch.ones(1, dtype=D), (0.0, 1.0)
+    )
+    spans = torch.tensor([[0.0, 1.0], [0.2, 0.9]], dtype=D, requires_grad=True)
+    solution = psn.solve(psn.EnsembleProblem(problem, tspan=spans), **TOLERANCES)
+    assert isinstance(solution.members, ListedMembers)
