@@ -218,7 +218,7 @@ class Budget(Schedule):
         elif not self._frozen:
             violation = math.log(max(smooth, 1e-12) / self._goal(step, smooth))
             now, before = self._violation.add(violation), self._before.add(violation)
-            self._control.update(now + _LEAD * (now - before), usual_penalty)
+            self._control.update(now, _LEAD * (now - before), usual_penalty)
         shown = values[3] if measured else (math.nan if self.measure else cost)
         self.history.add(shown, smooth, penalty, self.weight, self.target)
         if self.horizon is None:

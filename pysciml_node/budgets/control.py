@@ -29,12 +29,14 @@ from dataclasses import dataclass, field
 # The price is small against this share of its limit where steps of theta are additive.
 _SHARE = 0.02
 _TOP = math.log1p(1 / _SHARE)
-# The integral part falls so many times as fast as it rises. A cost that is within the budget stays
-# there long after the weight has gone, and meanwhile too large a weight presses it further down.
+# The integral part falls so many times as fast as it rises where the cost is within the budget. It
+# stays there long after the weight has gone, and meanwhile too much weight presses it further down.
 _FALL = 3.0
-# Violations beyond this are left to the proportional part: by the time that the cost has come all
-# the way the integral part would be far too large.
+# Violations beyond this are left to the proportional part while the cost is coming down: by the
+# time that it has come all the way the integral part would be far too large.
 _FAR = 0.1
+# The same while it is not: more weight is needed, however far the cost has to go.
+_FARTHEST = 0.3
 
 
 @dataclass
@@ -99,18 +101,22 @@ class DualWeight:
     def __post_init__(self) -> None:
         self.usual.memory = self.response / 2
 
-    def update(self, violation: float, penalty: float) -> None:
+    def update(self, now: float, trend: float, penalty: float) -> None:
         """Move the weight by one training step.
 
         Args:
-            violation: `log(cost / target)`.
+            now: `log(cost / target)`.
+            trend: what this changes by in the time in which the cost answers.
             penalty: the penalty without its weight, averaged; at least 0.
         """
+        violation = now + trend
         wanted = self.level + self.proportional * violation
         # Anti-windup: the integral part waits while it could not move the weight anyway.
         if wanted < _TOP or violation < 0.0:
-            bounded = min(max(violation, -_FALL * _FAR), _FAR)
-            bounded *= _FALL if violation < 0.0 else 1.0
+            pace = _FALL if now < 0.0 else 1.0
+            highest = _FAR if trend < 0.0 else _FARTHEST
+            bounded = min(max(violation, -pace * _FAR), highest)
+            bounded *= pace if violation < 0.0 else 1.0
             self.level += self.proportional * bounded / self.response
         self.level = min(max(self.level, 0.0), _TOP)
         theta = min(max(self.level + self.proportional * violation, 0.0), _TOP)

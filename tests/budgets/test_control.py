@@ -66,9 +66,9 @@ def test_no_windup_below() -> None:
     for idle in (0, 5000):
         control = DualWeight(response=50.0, limit=1.0)
         for _ in range(idle):
-            control.update(-1.0, 0.01)
+            control.update(-1.0, 0.0, 0.01)
         for _ in range(20):
-            control.update(0.3, 0.01)
+            control.update(0.3, 0.0, 0.01)
         weights.append(control.weight)
     assert weights[0] == weights[1] > 0.0
 
@@ -77,15 +77,37 @@ def test_no_windup_above() -> None:
     """After a long time at its limit the weight falls as soon as the cost is within the budget."""
     control = DualWeight(response=50.0, limit=1.0)
     for _ in range(5000):
-        control.update(0.5, 0.01)
+        control.update(0.5, 0.0, 0.01)
     assert control.weight == pytest.approx(100.0)
     after = []
     for _ in range(3):
-        control.update(-0.1, 0.01)
+        control.update(-0.1, 0.0, 0.01)
         after.append(control.weight)
     # By the proportional part at once, by the integral part from there on.
     assert after[0] < 0.7 * 100.0
     assert after[2] < after[1] < after[0]
+
+
+def test_the_weight_rises_faster_while_the_cost_does_not_come_down() -> None:
+    """By all of the violation up to 0.3, and by 0.1 once it comes down."""
+    levels = []
+    for now, trend in [(0.4, 0.05), (0.5, -0.05)]:
+        control = DualWeight(response=50.0, limit=1.0)
+        control.update(now, trend, 0.01)
+        levels.append(control.level)
+    assert levels[0] == pytest.approx(3.0 * levels[1])
+    assert levels[1] == pytest.approx(5.0 * 0.1 / 50.0)
+
+
+def test_the_weight_falls_fast_only_within_the_budget() -> None:
+    """Not where the cost is above it and only foreseen to come below."""
+    falls = []
+    for now, trend in [(0.02, -0.07), (-0.05, 0.0)]:
+        control = DualWeight(response=50.0, limit=1.0, level=2.0)
+        control.update(now, trend, 0.01)
+        falls.append(2.0 - control.level)
+    assert falls[1] == pytest.approx(3.0 * falls[0])
+    assert falls[0] == pytest.approx(5.0 * 0.05 / 50.0)
 
 
 def test_the_weighted_penalty_stays_within_its_limit() -> None:
