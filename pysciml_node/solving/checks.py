@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -383,20 +384,23 @@ def _check_saveat(
     # Times may stand some ulps outside the interval that they are meant to end.
     single = isinstance(saveat, Tensor) and saveat.dtype != torch.float64
     slack = 1e-6 * (high - low) if single else 4 * math.ulp(max(abs(low), abs(high)))
-    for i, t in enumerate(times):
-        if not low - slack <= t <= high + slack:
-            raise ValueError(
-                f"saveat must lie inside tspan ({problem.t0}, {problem.t1}), "
-                f"but saveat[{i}] is {t}.\n  Widen tspan, or drop the times beyond it."
-            )
-    times = [min(max(t, low), high) for t in times]
-    sign = problem.direction
-    for i in range(1, len(times)):
-        if sign * times[i] < sign * times[i - 1]:
-            raise ValueError(
-                f"saveat must be in the order of integration ({'in' if sign > 0 else 'de'}creasing"
-                f"), but saveat[{i}]={times[i]} follows {times[i - 1]}.\n  Sort it first."
-            )
+    least, most = min(times), max(times)
+    if least < low - slack or most > high + slack:
+        beyond = least if least < low - slack else most
+        raise ValueError(
+            f"saveat must lie inside tspan ({problem.t0}, {problem.t1}), "
+            f"but saveat[{times.index(beyond)}] is {beyond}.\n"
+            "  Widen tspan, or drop the times beyond it."
+        )
+    if least < low or most > high:
+        times = [min(max(t, low), high) for t in times]
+    backward = problem.direction < 0
+    if times != sorted(times, reverse=backward):
+        i = next(i for i, (a, b) in enumerate(pairwise(times), 1) if (b > a if backward else b < a))
+        raise ValueError(
+            f"saveat must be in the order of integration ({'de' if backward else 'in'}creasing"
+            f"), but saveat[{i}]={times[i]} follows {times[i - 1]}.\n  Sort it first."
+        )
     tensor = saveat if isinstance(saveat, Tensor) and moves(saveat) else None
     return tuple(times), tensor
 

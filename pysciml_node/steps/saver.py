@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import takewhile
+from operator import neg
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ class Saver:
         self.times, self.time_tensor, self.moving = times, time_tensor, moving
         self.states = [u0]
         self._pieces: list[Tensor] = []
-        at_start = [i for i, t in enumerate(times) if t == record.times[0]]
+        at_start = list(takewhile(lambda i: times[i] == record.times[0], range(len(times))))
         self._keep_end(0, at_start, u0)
 
     def _keep_end(self, state: int, indices: list[int], u: Tensor) -> None:
@@ -66,16 +69,16 @@ class Saver:
 
     def _save(self, step: Step) -> None:
         record, times, end, forward = self.record, self.times, step.end, step.h > 0
-        done = last = record.saved
+        done = record.saved
         # A time that receives a gradient moves along the dense output, also where a step ends; only
         # the end of the interval has a gradient of its own.
         closed = (self.time_tensor is not None and step.stop != record.t1_stop) or (
             self.moving and step.stop is None
         )
-        while last < len(times) and (
-            (times[last] < end if forward else times[last] > end) or (closed and times[last] == end)
-        ):
-            last += 1
+        if forward:
+            last = (bisect_right if closed else bisect_left)(times, end, done)
+        else:
+            last = (bisect_right if closed else bisect_left)(times, -end, done, key=neg)
         if last > done:
             inside = list(times[done:last])
             record.inside[len(record.sizes)] = (list(range(done, last)), inside)
