@@ -71,16 +71,19 @@ class ManySizes(StepSizes):
             error: their scaled errors, `(M,)`.
             accepted: which were accepted, `(M,)`.
         """
-        if accepted.all():
-            sizes: Array = self.accepted(h, error)
+        before = self.memory
+        sizes: Array = self.accepted(h, error)
+        rejecting = np.flatnonzero(~accepted)
+        if not len(rejecting):
             return sizes
-        smaller, before = self.rejected(h, error), self.memory
-        larger = self.accepted(h, error)
-        self.memory = tuple(
-            np.where(accepted, new, old) for new, old in zip(self.memory, before, strict=True)
-        )
-        chosen: Array = np.where(accepted, larger, smaller)
-        return chosen
+        for new, old in zip(self.memory, before, strict=True):
+            if new is not old:
+                new[rejecting] = old[rejecting]
+        memory = self.memory
+        self.memory = tuple(x[rejecting] for x in memory)
+        sizes[rejecting] = self.rejected(h[rejecting], error[rejecting])
+        self.memory = memory
+        return sizes
 
     def keep(self, rows: Array) -> None:
         """Go on with some of the solves."""
@@ -220,10 +223,13 @@ class _PISizes(ManySizes):
 
     def accepted(self, h: Any, error: Any) -> Any:
         maths, (previous,) = self.maths, self.memory
+        q = maths.power(error, self.beta1)
+        if self.beta2:
+            q = q / maths.power(previous, self.beta2)
+            self.memory = (maths.maximum(error, self.smallest_previous),)
         # A zero error asks for the largest factor.
-        q = maths.power(error, self.beta1) / maths.power(previous, self.beta2) / self.gamma
-        self.memory = (maths.maximum(error, self.smallest_previous),)
-        return h / maths.minimum(maths.maximum(q, 1 / self.qmax), 1 / self.qmin)
+        q = maths.maximum(q / self.gamma, 1 / self.qmax)
+        return h / maths.minimum(q, 1 / self.qmin)
 
     def rejected(self, h: Any, error: Any) -> Any:
         maths = self.maths

@@ -36,6 +36,7 @@ class Method:
         self.all_stages = tableau.stages + len(extra.c)
         self.nodes = tensor(tableau.c + extra.c, dtype.to_real())
         self.host_nodes = tableau.c + extra.c
+        self.nodes_inside = all(0 <= c <= 1 for c in self.host_nodes)
         self.host_rows = tableau.a + extra.a
         like = tensor(())
         self.rows = [Weights.of(row, like) for row in self.host_rows]

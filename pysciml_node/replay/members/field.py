@@ -32,7 +32,6 @@ class MembersField:
         given: holds `f` and the `p` of all members, or of the problem: during a backward sweep with
             stand-ins for tensors.
         own: whether members have parameters of their own.
-        nfe: evaluations for each member, `(M,)`.
         watch: is shown what evaluations without gradients would depend on.
     """
 
@@ -44,8 +43,14 @@ class MembersField:
         self.batched = ensemble.batched
         self.given: dict[str, Any] = {"f": problem.f, "p": ensemble.p if self.own else problem.p}
         self.spec = problem.spec
-        self.nfe = np.zeros(len(ensemble), dtype=np.int64)
+        self._nfe = np.zeros(len(ensemble), dtype=np.int64)
         self._all = np.arange(len(ensemble))
+        # Evaluations of some members that are not in the counts yet.
+        self._tallied: tuple[Array, int] = (self._all, 0)
+        # A batch of states, and the times beside it.
+        self._flat = len(self.spec.shapes[0]) == 1
+        self._shape = (-1, *self.spec.shapes[0])
+        self._beside = (-1, *(1,) * len(self.spec.shapes[0]))
         # What it makes of the output of one member: checks, and the way to flat vectors.
         self._one = FlatField(problem, {})
 
@@ -80,13 +85,27 @@ class MembersField:
             return k.detach() if k.requires_grad else k
         return without_gradients(lambda t, u: evaluate(t, u, p), t, u, self.watch)
 
+    @property
+    def nfe(self) -> Array:
+        """Evaluations for each member, `(M,)`."""
+        rows, evaluations = self._tallied
+        if evaluations:
+            self._nfe += evaluations * np.bincount(rows, minlength=len(self._nfe))
+            self._tallied = rows, 0
+        return self._nfe
+
     def restart(self) -> None:
         """Count from the first evaluation of all members."""
         self.nfe[:] = 1
 
     def tally(self, rows: Array, evaluations: int = 1) -> None:
         """Count evaluations for some members, which may be named several times."""
-        self.nfe += evaluations * np.bincount(rows, minlength=len(self.nfe))
+        same, before = self._tallied
+        # The same members evaluate stage after stage: their counts are added up when it is others.
+        if same is not rows:
+            _ = self.nfe
+            before = 0
+        self._tallied = rows, before + evaluations
 
     def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         (out,) = self.over(lambda t, u: (self._one._evaluate(t, u),), p, t, u)
@@ -122,10 +141,10 @@ class MembersField:
 
     def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """By one call of a field that takes batches."""
-        f, shape = self.given["f"], (u.shape[0], *self.spec.shapes[0])
-        times = t.view(-1, *(1,) * (len(shape) - 1)) if len(shape) > 1 else t
-        before = u._version
-        out = f(times, u.view(shape)) if p is None else f(times, u.view(shape), p)
+        f, before = self.given["f"], u._version
+        state = u if self._flat else u.view(self._shape)
+        times = t.view(self._beside)
+        out = f(times, state) if p is None else f(times, state, p)
         if u._version != before:
             raise RuntimeError(
                 "the field has changed its input in place, which is the solver's own.\n"
@@ -136,13 +155,14 @@ class MembersField:
                 f"the field must return a tensor like u0, but returned {type(out).__name__}.\n"
                 "  Return the derivative of each member's state, with a leading M."
             )
-        if out.shape != shape or out.dtype != u.dtype or out.device != u.device:
+        if out.shape != state.shape or out.dtype != u.dtype or out.device != u.device:
             raise ValueError(
-                f"the field's output must have shape {tuple(shape)}, {u.dtype} on {u.device}, but "
-                f"is {tuple(out.shape)}, {out.dtype} on {out.device}.\n"
+                f"the field's output must have shape {tuple(state.shape)}, {u.dtype} on "
+                f"{u.device}, but is {tuple(out.shape)}, {out.dtype} on {out.device}.\n"
                 "  With batched=True it is given the states of all members that are under way."
             )
-        flat = out.reshape(u.shape[0], -1)
+        flat = out if self._flat else out.reshape(u.shape)
+        # What was written in place may be a buffer that the next evaluation writes to.
         return flat.clone() if flat._version else flat
 
 

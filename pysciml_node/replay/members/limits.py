@@ -15,11 +15,15 @@ class StepLimits:
     Args:
         options: give the intervals and the stops.
         dtype: of the times that the field is given.
+
+    Attributes:
+        stops: how many stops there are.
     """
 
     def __init__(self, options: MemberOptions, dtype: torch.dtype) -> None:
         self.low, self.high = np.minimum(*options.spans), np.maximum(*options.spans)
         self._stops = np.sort(np.array(options.common.tstops))
+        self.stops = len(self._stops)
         # The last time before each stop, and the first after it.
         near = self._stops.astype(np.float64 if dtype == torch.float64 else np.float32)
         self._before = np.nextafter(near, near.dtype.type(-np.inf)).astype(np.float64)
@@ -34,7 +38,7 @@ class StepLimits:
             h: sizes of these, `(L,)`.
         """
         low, high = self.low[rows], self.high[rows]
-        if not len(self._stops):
+        if not self.stops:
             return low, high
         near = 1e-9 * abs(h)
         earliest = self._beside(self._after, np.minimum(t, t + h), near, low, high, low)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array
 
 
 class MembersNorm:
@@ -16,53 +19,54 @@ class MembersNorm:
 
     Args:
         options: give the tolerances.
-        size: number of entries of a state.
-
-    Attributes:
-        rtol: a number, or a tensor that broadcasts to `(L, N)`.
-        atol: likewise.
+        like: states, `(L, N)`.
     """
 
-    def __init__(self, options: MemberOptions, size: int) -> None:
+    def __init__(self, options: MemberOptions, like: Tensor) -> None:
         common = options.common.tolerances
-        self.driven = common.driven
-        self.rtol: Any = common.rtol if options.rtol is None else options.rtol
-        self.atol: Any = common.atol if options.atol is None else options.atol
+        self.driven, self._size = common.driven, like.shape[1]
         counted = common.counted if options.atol is None else self.driven
-        self._rows: Tensor | None = None
-        self._size = size
-        self._share = 1 / math.sqrt(max(counted, 1))
+        # The mean over the entries goes into the units.
+        share = math.sqrt(max(counted, 1))
+        # On the host numpy takes a third of the time.
+        self._on_host = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
 
-    def keep(self, rows: Tensor) -> None:
+        def units(given: float | Tensor) -> Any:
+            if not isinstance(given, Tensor):
+                return given * share
+            scaled = given.detach() * share
+            return scaled.numpy() if self._on_host else scaled
+
+        self._rtol = units(common.rtol if options.rtol is None else options.rtol)
+        self._atol = units(common.atol if options.atol is None else options.atol)
+        self._ones = like.new_ones(self.driven)
+
+    def keep(self, rows: Array) -> None:
         """Go on with some of the members."""
-        if self._own(self.rtol):
-            self.rtol = self.rtol.index_select(0, rows)
-        if self._own(self.atol):
-            self.atol = self.atol.index_select(0, rows)
+        self._rtol, self._atol = (self._kept(x, rows) for x in (self._rtol, self._atol))
 
     @staticmethod
-    def _own(tolerance: Any) -> bool:
-        return isinstance(tolerance, Tensor) and tolerance.ndim == 2
+    def _kept(tolerance: Any, rows: Array) -> Any:
+        if getattr(tolerance, "ndim", 0) < 2:
+            return tolerance
+        if isinstance(tolerance, Tensor):
+            return tolerance.index_select(0, torch.from_numpy(rows).to(tolerance.device))
+        return tolerance[rows]
 
-    def scale(self, largest: Tensor) -> Tensor:
-        """`atol + rtol * largest` of the entries that count, `(L, driven)`."""
+    def __call__(self, error: Tensor, u: Tensor, u1: Tensor) -> Tensor:
+        """The norm of each row of errors of steps from `u` to `u1`, `(L,)`, without gradients."""
+        if self._on_host:
+            scaled = self._scaled(np.maximum, error.numpy(), u.numpy(), u1.numpy())
+            return torch.mv(torch.from_numpy(scaled * scaled), self._ones).sqrt_()
+        norm: Tensor = torch.linalg.vector_norm(self._scaled(torch.maximum, error, u, u1), dim=1)
+        return norm
+
+    def _scaled(self, maximum: Callable[[Any, Any], Any], error: Any, u: Any, u1: Any) -> Any:
+        """The errors of the entries that count in their units, as tensors or as arrays."""
+        largest, rtol, atol = maximum(abs(u), abs(u1)), self._rtol, self._atol
         if self.driven < self._size:
-            largest = largest[:, : self.driven]
-        if isinstance(self.rtol, float) and isinstance(self.atol, float):
-            scale: Tensor = torch.add(largest.new_tensor(self.atol), largest, alpha=self.rtol)
-            return scale
-        rtol, atol = (self._counted(x) for x in (self.rtol, self.atol))
-        own: Tensor = largest * rtol + atol
-        return own
+            error, largest, rtol, atol = map(self._counted, (error, largest, rtol, atol))
+        return error / (largest * rtol + atol)
 
-    def _counted(self, tolerance: Any) -> Any:
-        if isinstance(tolerance, Tensor) and tolerance.shape[-1] > 1:
-            return tolerance[..., : self.driven]
-        return tolerance
-
-    def __call__(self, error: Tensor, scale: Tensor) -> Tensor:
-        """The norm of each row, `(L,)`."""
-        if self.driven < self._size:
-            error = error[:, : self.driven]
-        norm: Tensor = torch.linalg.vector_norm(error / scale, dim=1)
-        return norm * self._share
+    def _counted(self, entries: Any) -> Any:
+        return entries[..., : self.driven] if getattr(entries, "ndim", 0) else entries

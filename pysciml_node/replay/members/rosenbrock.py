@@ -40,18 +40,18 @@ class RosenbrockStages(MemberStages):
         value, jacobian, slope = self._linearized()
         self.field.tally(self.rows, self.method.stages)
         gamma = self.table.gamma
-        matrix = torch.eye(value.shape[1]).to(value) - (gamma * self.h).unsqueeze(2) * jacobian
+        matrix = torch.eye(value.shape[1]).to(value) - (gamma * self.h[:, :1, None]) * jacobian
         factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         for i in range(self.method.stages):
             rate = value
             if i:
-                at = self.increments.combine(self.u, self.method.rows[i])
-                coupled = self.increments.combine(None, self.method.couplings[i])
+                at = self.increments.state(self.method.rows[i])
+                coupled = self.increments.combine(self.method.couplings[i])
                 rate = self.field(self.times[i], at, self.p) + coupled / self.h
             if self.table.time_weights[i]:
                 rate = rate + slope * (self.table.time_weights[i] * self.h)
             solved = torch.linalg.lu_solve(factors, pivots, (gamma * rate).unsqueeze(2))
-            self.increments.put(i, solved.squeeze(2), self.h)
+            self.increments.put(i, solved.squeeze(2))
         self.count = self.method.stages
         return None
 

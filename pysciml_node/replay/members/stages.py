@@ -41,8 +41,8 @@ class StepOfMembers(Protocol):
     def solution(self, with_error: bool) -> Tensor:
         """The states at the ends of the steps, `(L, N)`."""
 
-    def error(self, scale: Tensor, norm: MembersNorm) -> Tensor:
-        """The scaled error estimates of the steps, `(L,)`."""
+    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
+        """The scaled error estimates of the steps to `u1`, `(L,)`."""
 
     def inside(
         self, places: Array, theta: Array, when: Array
@@ -50,16 +50,42 @@ class StepOfMembers(Protocol):
         """States inside the steps; see `MemberStages.inside`."""
 
 
+def spread(x: Array, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of members, `(L,)`, that broadcast to states `(L, N)`."""
+    # Short rows get one for each entry: torch's inner loops run along rows.
+    size = like.shape[1]
+    if size < 16 and like.device.type == "cpu":
+        return torch.from_numpy(np.repeat(x, size)).to(dtype).view(-1, size)
+    return torch.from_numpy(x).to(like.device, dtype).unsqueeze(1)
+
+
 class _Increments(ABC):
     """The stages' `h k_i`, `(L, N)` each, and their combinations."""
 
+    def begin(self, u: Tensor, h: Tensor) -> None:
+        """Start a step.
+
+        Args:
+            u: states, `(L, N)`.
+            h: the sizes, which broadcast to that.
+        """
+        self.u, self.h = u, h
+
     @abstractmethod
-    def put(self, i: int, k: Tensor, h: Tensor) -> None:
+    def put(self, i: int, k: Tensor) -> None:
         """Store `h k` as that of stage `i`."""
 
     @abstractmethod
-    def combine(self, base: Tensor | None, weights: Weights) -> Tensor:
-        """`base + sum_j weights_j h k_j` over the first stages, `(L, N)`."""
+    def fill(self, increments: Tensor) -> None:
+        """Take the first ones as they are, `(count, L, N)`."""
+
+    @abstractmethod
+    def combine(self, weights: Weights) -> Tensor:
+        """`sum_j weights_j h k_j` over the first stages, `(L, N)`."""
+
+    @abstractmethod
+    def state(self, weights: Weights) -> Tensor:
+        """`u + sum_j weights_j h k_j` over the first stages, `(L, N)`."""
 
     @abstractmethod
     def first(self, count: int, rows: Tensor | None) -> Tensor:
@@ -74,22 +100,36 @@ class _Stored(_Increments):
         self._rows = self._buffer.unbind()
         self._flat = self._buffer.view(count, -1)
         self._heads: dict[int, Tensor] = {}
+        self._start: Tensor
 
     @override
-    def put(self, i: int, k: Tensor, h: Tensor) -> None:
-        torch.mul(k, h, out=self._rows[i])
+    def begin(self, u: Tensor, h: Tensor) -> None:
+        super().begin(u, h)
+        self._start = u.reshape(-1)
 
     @override
-    def combine(self, base: Tensor | None, weights: Weights) -> Tensor:
+    def put(self, i: int, k: Tensor) -> None:
+        torch.mul(k, self.h, out=self._rows[i])
+
+    @override
+    def fill(self, increments: Tensor) -> None:
+        self._buffer[: len(increments)] = increments
+
+    def _columns(self, weights: Weights) -> Tensor:
         count = len(weights.numbers)
         columns = self._heads.get(count)
         if columns is None:
             columns = self._heads[count] = self._flat[:count].T
-        if base is None:
-            out = torch.addmv(self._flat[0], columns, weights.tensor, beta=0)
-        else:
-            out = torch.addmv(base.view(-1), columns, weights.tensor)
-        return out.view_as(self._rows[0])
+        return columns
+
+    @override
+    def combine(self, weights: Weights) -> Tensor:
+        return torch.mv(self._columns(weights), weights.tensor).view_as(self.u)
+
+    @override
+    def state(self, weights: Weights) -> Tensor:
+        out = torch.addmv(self._start, self._columns(weights), weights.tensor)
+        return out.view_as(self.u)
 
     @override
     def first(self, count: int, rows: Tensor | None) -> Tensor:
@@ -104,20 +144,28 @@ class _Recorded(_Increments):
         self._vectors: list[Tensor] = []
 
     @override
-    def put(self, i: int, k: Tensor, h: Tensor) -> None:
+    def put(self, i: int, k: Tensor) -> None:
         del self._vectors[i:]
-        self._vectors.append(k * h)
+        self._vectors.append(k * self.h)
 
     @override
-    def combine(self, base: Tensor | None, weights: Weights) -> Tensor:
-        first, *others = self._vectors[: len(weights.numbers)]
-        if not others:
-            out = first * weights.numbers[0]
-            return out if base is None else base + out
-        columns = torch.stack([first, *others]).view(len(weights.numbers), -1).T
-        if base is None:
-            return torch.mv(columns, weights.tensor).view_as(first)
-        return torch.addmv(base.reshape(-1), columns, weights.tensor).view_as(first)
+    def fill(self, increments: Tensor) -> None:
+        self._vectors = list(increments.unbind())
+
+    def _columns(self, weights: Weights) -> Tensor:
+        vectors = self._vectors[: len(weights.numbers)]
+        return torch.stack(vectors).view(len(vectors), -1).T
+
+    @override
+    def combine(self, weights: Weights) -> Tensor:
+        return torch.mv(self._columns(weights), weights.tensor).view_as(self.u)
+
+    @override
+    def state(self, weights: Weights) -> Tensor:
+        if len(weights.numbers) == 1:
+            return self.u + self._vectors[0] * weights.numbers[0]
+        out = torch.addmv(self.u.reshape(-1), self._columns(weights), weights.tensor)
+        return out.view_as(self.u)
 
     @override
     def first(self, count: int, rows: Tensor | None) -> Tensor:
@@ -145,33 +193,43 @@ class MemberStages:
     def __init__(
         self, method: Method, field: MembersField, rows: Array, p: Any, like: Tensor, recorded: bool
     ) -> None:
-        self.method, self.field, self.rows, self.p = method, field, rows, p
-        self.like, self.recorded = like, recorded
-        self.increments: _Increments = _Recorded() if recorded else _Stored(method.all_stages, like)
+        self.method, self.field, self.recorded = method, field, recorded
         self.count = 0
         self.end: Tensor | None = None
         # Zeros by which starts and sizes of the steps move, `(L,)` each.
         self._moves: tuple[Tensor, Tensor] | None = None
+        self.go_on(rows, p, like)
         self._nodes = np.array(method.host_nodes)[:, None]
         self._dense = method.dense.numpy()
         self.u: Tensor
         self.h: Tensor
         self.times: Sequence[Tensor]
 
-    def begin(self, u: Tensor, t: Array, h: Array, limits: tuple[Array, Array]) -> None:
+    def go_on(self, rows: Array, p: Any, like: Tensor) -> None:
+        """With some members only; see the class for the arguments."""
+        self.rows, self.p = rows, p
+        count = self.method.all_stages
+        self.increments: _Increments = _Recorded() if self.recorded else _Stored(count, like)
+
+    def begin(self, u: Tensor, t: Array, h: Array, limits: tuple[Array, Array] | None) -> None:
         """Start a step.
 
         Args:
             u: states, `(L, N)`.
             t: times of them, `(L,)` in float64.
             h: signed sizes of the steps, `(L,)` in float64.
-            limits: the earliest and the latest time at which the field may be seen, `(L,)` each.
+            limits: the earliest and the latest time at which the field may be seen, `(L,)` each;
+                `None` where the steps keep to them.
         """
+        times = self._nodes * h
+        times += t
+        if limits is not None:
+            # Twice as quick as np.clip.
+            times = np.minimum(np.maximum(times, limits[0]), limits[1])
         like = self.method.nodes
-        # Twice as quick as np.clip.
-        inside = np.minimum(np.maximum(t + self._nodes * h, limits[0]), limits[1])
-        self.times = torch.from_numpy(inside).to(like.device, like.dtype).unbind()
-        self.u, self.h = u, torch.from_numpy(h).to(like.device, like.dtype).unsqueeze(1)
+        self.times = torch.from_numpy(times).to(like.device, like.dtype).unbind()
+        self.u, self.h = u, spread(h, u, like.dtype)
+        self.increments.begin(u, self.h)
         self.count, self.end, self._moves = 0, None, None
 
     def move(self, start: Tensor, size: Tensor) -> None:
@@ -187,24 +245,30 @@ class MemberStages:
         moved = (begins + c * grows for c in self.method.host_nodes)
         self.times = [t + shift for t, shift in zip(self.times, moved, strict=True)]
         self.h = self.h + grows.unsqueeze(1)
+        self.increments.begin(self.u, self.h)
 
     def know(self, k: Tensor) -> None:
         """Take the first stage as it is known, `(L, N)`."""
-        self.increments.put(0, k, self.h)
+        self.increments.put(0, k)
         self.count = 1
 
     def evaluate(self, upto: int) -> Tensor | None:
         """Evaluate the stages that are missing up to `upto`; returns the last one's argument."""
-        argument = None
-        if upto > self.count:
-            self.field.tally(self.rows, upto - self.count)
+        if upto <= self.count:
+            return None
+        self.field.tally(self.rows, upto - self.count)
+        field, p, times, increments, rows = (
+            self.field, self.p, self.times, self.increments, self.method.rows,
+        )  # fmt: skip
+        argument = self.u
         for i in range(self.count, upto):
-            argument = self.increments.combine(self.u, self.method.rows[i]) if i else self.u
-            k = self.field(self.times[i], argument, self.p)
-            self.increments.put(i, k, self.h)
+            if i:
+                argument = increments.state(rows[i])
+            k = field(times[i], argument, p)
+            increments.put(i, k)
             if i == self.method.end_stage:
                 self.end = k
-        self.count = max(self.count, upto)
+        self.count = upto
         return argument
 
     def solution(self, with_error: bool) -> Tensor:
@@ -213,7 +277,7 @@ class MemberStages:
         count = method.stages
         if not method.tableau.fsal:
             self.evaluate(count)
-            return self.increments.combine(self.u, method.b)
+            return self.increments.state(method.b)
         if with_error:
             end = self.evaluate(count)
             if end is not None:
@@ -221,13 +285,14 @@ class MemberStages:
         else:
             # The last stage serves the error estimate and the next step alone.
             self.evaluate(count - 1)
-        return self.increments.combine(self.u, method.rows[count - 1])
+        return self.increments.state(method.rows[count - 1])
 
-    def error(self, scale: Tensor, norm: MembersNorm) -> Tensor:
-        """The scaled error estimates of the steps, `(L,)`."""
-        error = norm(self.increments.combine(None, self.method.b_error), scale)
+    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
+        """The scaled error estimates of the steps to `u1`, `(L,)`."""
+        u = self.u.detach() if self.recorded else self.u
+        error = norm(self.increments.combine(self.method.b_error), u, u1)
         if self.method.b_error_low is not None:
-            low = norm(self.increments.combine(None, self.method.b_error_low), scale)
+            low = norm(self.increments.combine(self.method.b_error_low), u, u1)
             combined = error.square() / torch.sqrt(error.square() + 0.01 * low.square())
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)
@@ -236,21 +301,16 @@ class MemberStages:
     def some(self, rows: Array) -> MemberStages:
         """The same step of some of the members only: places in `rows`, each once."""
         index = torch.from_numpy(rows).to(self.u.device)
-        part = MemberStages(
-            self.method,
-            self.field,
-            self.rows[rows],
-            self.field.parameters(self.rows[rows]),
-            self.u.index_select(0, index),
-            self.recorded,
-        )
-        part.u, part.h = part.like, self.h.index_select(0, index)
+        members, u = self.rows[rows], self.u.index_select(0, index)
+        p = self.field.parameters(members)
+        part = MemberStages(self.method, self.field, members, p, u, self.recorded)
+        part.u, part.h = u, self.h.index_select(0, index)
         part.times = tuple(t.index_select(0, index) for t in self.times)
         if self._moves is not None:
             start, size = (x.index_select(0, torch.from_numpy(rows)) for x in self._moves)
             part._moves = start, size
-        for i, increment in enumerate(self.increments.first(self.count, index).unbind()):
-            part.increments.put(i, increment, torch.ones_like(part.h))
+        part.increments.begin(part.u, part.h)
+        part.increments.fill(self.increments.first(self.count, index))
         part.count = self.count
         return part
 
@@ -304,6 +364,6 @@ class MemberStages:
         assert self._moves is not None
         index = torch.from_numpy(rows)
         start, size = (x.index_select(0, index) for x in self._moves)
-        h = self.h.detach().squeeze(1).cpu().double().index_select(0, index)
+        h = self.h.detach()[:, 0].cpu().double().index_select(0, index)
         at: Tensor = (torch.from_numpy(theta) * h - start) / (h + size)
         return at

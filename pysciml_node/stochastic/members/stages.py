@@ -70,10 +70,10 @@ class StochasticStages:
         np.add.at(fields.nfe, rows, f - known)
         np.add.at(fields.nfe_diffusion, rows, g - known)
 
-    def error(self, scale: Tensor, norm: MembersNorm) -> Tensor:
+    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
         """The scaled error estimates, `(L,)`."""
         assert self._taken.error is not None
-        scaled = norm(self._taken.error, scale)
+        scaled = norm(self._taken.error, self.u.detach(), u1)
         if not self.fields.stepper.method.tableau.per_root:
             return scaled
         share = np.sqrt(self.paths.span[self.rows] / self.motions.h)

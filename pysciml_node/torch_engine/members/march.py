@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.norm import MembersNorm
 from pysciml_node.replay.members.rosenbrock import RosenbrockStages
-from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
+from pysciml_node.replay.members.stages import MemberStages, StepOfMembers, spread
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import SLIVER
 from pysciml_node.torch_engine.members.stops import Stops
-from pysciml_node.torch_engine.members.tape import Accepted, Attempts, Tape
+from pysciml_node.torch_engine.members.tape import Attempts, Tape, Tried
 
 
 def _sizes_between(t: Array, end: Array) -> Array:
@@ -51,11 +50,11 @@ class _Live:
     h: Array  # the size that is tried next
     stop: Array  # which of its stops comes next
     naccept: Array
-    nreject: Array
     error: Array  # of its last attempt
 
     def keep(self, staying: Array) -> _Live:
-        return _Live(*(getattr(self, f.name)[staying] for f in dataclasses.fields(self)))
+        columns = self.rows, self.t, self.h, self.stop, self.naccept, self.error
+        return _Live(*(column[staying] for column in columns))
 
 
 class MembersMarch(ABC):
@@ -101,13 +100,16 @@ class MembersMarch(ABC):
         self.live: _Live
         self.stages: StepOfMembers
         self._last: Attempts
-        # Absolute values of the states at the start, and at the end, of the step.
-        self._largest: Tensor
-        self._size: Tensor
-        # Members whose first stage has to be evaluated anew.
-        self._stale: Array
         # Which of the steps under way end on stops.
         self._lands: Array
+        # Members whose first stage has to be evaluated anew, if any.
+        self._stale: Array | None = None
+        # All members that are under way have tried so many steps.
+        self._tries = 0
+        # The next stop of each.
+        self._stop: Array
+        # No step of this size is too small.
+        self._enough = 0.0
 
     def run(self, u: Tensor, k: Tensor) -> None:
         """Step until all members are done.
@@ -117,15 +119,16 @@ class MembersMarch(ABC):
             k: derivatives there, `(M, N)`.
         """
         self.u, self.k = u, k
-        t0, _ = self.options.spans
+        t0 = self.options.spans[0]
         rows = np.arange(len(t0))
         zeros = np.zeros(len(t0), dtype=np.int64)
-        self.norm = MembersNorm(self.options, u.shape[1])
-        self._largest = u.detach().abs()
-        self.live = _Live(rows, t0, t0, zeros, zeros.copy(), zeros.copy(), 0.0 * t0)
-        self._stale = np.zeros(len(rows), dtype=bool)
+        self.norm = MembersNorm(self.options, u.detach())
+        self.live = _Live(rows, t0, t0, zeros, zeros.copy(), 0.0 * t0)
         self._renew()
+        self._stop = self.stops.next(zeros)
         with np.errstate(all="ignore"):
+            if self.adaptive:
+                self._enough = max(float(self._smallest(t).max()) for t in self.options.spans)
             self.live.h = self._first_sizes()
             while len(self.live.rows):
                 self._attempt()
@@ -134,18 +137,19 @@ class MembersMarch(ABC):
 
     def _place(self, proposed: Array, stop: Array, lands: Array) -> tuple[Array, Array, Array]:
         """Sizes and ends of the steps of proposed sizes, and which of them land on stops."""
-        h = proposed
-        if lands.any():
-            h = np.where(lands, _sizes_between(self.live.t, stop), proposed)
-        return h, np.where(lands, stop, self.live.t + h), lands
+        t = self.live.t
+        if not np.count_nonzero(lands):
+            return proposed, t + proposed, lands
+        h = np.where(lands, _sizes_between(t, stop), proposed)
+        return h, np.where(lands, stop, t + h), lands
 
     @abstractmethod
     def _renew(self) -> None:
         """Make room for the stages of the members that are left."""
 
     @abstractmethod
-    def _begin(self, h: Array) -> None:
-        """Begin the steps."""
+    def _begin(self, h: Array, landing: bool) -> None:
+        """Begin the steps; `landing` where some of them end on stops."""
 
     @property
     @abstractmethod
@@ -164,14 +168,16 @@ class MembersMarch(ABC):
         """How much that is from one point to another."""
         return ahead - k
 
-    def _smallest(self) -> Array:
-        """Sizes below which steps fail, but for those that a stop has cut short."""
-        smallest: Array = np.maximum(self.options.common.dtmin, 4 * np.spacing(abs(self.live.t)))
+    def _smallest(self, t: Array) -> Array:
+        """Sizes below which steps from `t` fail, but for those that a stop has cut short."""
+        smallest: Array = np.maximum(self.options.common.dtmin, 4 * np.spacing(abs(t)))
         return smallest
 
-    def _told(self, h: Array, end: Array, proposed: Array, accepted: Array) -> tuple[Array, Array]:
-        """The sizes that the controller is told, and which of them a stop has cut short."""
-        return h, abs(h) < 0.9 * abs(proposed)
+    def _told(
+        self, h: Array, end: Array, proposed: Array, accepted: Array
+    ) -> tuple[Array, Array | None]:
+        """The sizes that the controller is told, and which of them a stop has cut short, if any."""
+        return h, None if h is proposed else abs(h) < 0.9 * abs(proposed)
 
     def _first_sizes(self) -> Array:
         options = self.options.common
@@ -189,8 +195,7 @@ class MembersMarch(ABC):
     def _hairer(self, direction: Array, length: Array) -> Array:
         """First sizes from the field at the starts and one explicit Euler step."""
         norm, u, k, like = self.norm, self.u.detach(), self.k.detach(), self.nodes
-        scale = norm.scale(u.abs())
-        d0, d1 = self._read(torch.stack((norm(u, scale), norm(self._speed(k), scale))))
+        d0, d1 = self._read(torch.stack((norm(u, u, u), norm(self._speed(k), u, u))))
         h0 = np.copysign(trial_size(ARRAYS, d0, d1, length), direction)
         sizes = np.where(np.isfinite(h0), h0, 0.0)
         h, t = (
@@ -200,67 +205,84 @@ class MembersMarch(ABC):
             t, u + h.unsqueeze(1) * self._rate(k), self.field.parameters(self.live.rows)
         )
         self.field.tally(self.live.rows)
-        d2 = self._read(norm(self._change(k, at), scale)) / abs(h0)
+        d2 = self._read(norm(self._change(k, at), u, u)) / abs(h0)
         h1 = np.copysign(first_size(ARRAYS, abs(h0), d1, d2, self.order, length), direction)
         return np.where(np.isfinite(d1), h1, math.nan)
 
     @staticmethod
     def _read(x: Tensor) -> Array:
         """The one host read of a step."""
-        found: Array = x.detach().cpu().double().numpy()
-        return found
+        found: Array = x.detach().cpu().numpy()
+        return found if found.dtype == np.float64 else found.astype(np.float64)
 
     def _attempt(self) -> None:
         """One attempt of each member, of its own size."""
-        live, options = self.live, self.options.common
-        direction = self.stops.direction
-        proposed = np.copysign(np.minimum(abs(live.h), options.dtmax), direction)
-        stop = self.stops.next(live.stop)
-        lands = abs(stop - live.t) <= abs(proposed) * (1 + SLIVER)
-        failed = self._failures(proposed, lands)
+        live = self.live
+        proposed = self._proposed(live.h)
+        size = abs(proposed)
+        lands = abs(self._stop - live.t) <= size * (1 + SLIVER)
+        failed = self._failures(proposed, size, lands)
         if failed is not None:
             self._retire(failed)
             return
-        h, end, lands = self._place(proposed, stop, lands)
-        self._lands = lands
-        self._begin(h)
+        h, end, lands = self._place(proposed, self._stop, lands)
+        self._lands, landing = lands, bool(np.count_nonzero(lands))
+        self._begin(h, landing)
         stages = self.stages
         self._first_stages()
         stages.know(self.k)
         u1 = stages.solution(with_error=self.adaptive)
         error, accepted = self._judge(u1, h)
         self._last = Attempts(live.rows, live.t, h, self.u, u1, error)
-        places = np.flatnonzero(accepted)
-        if len(places):
-            stops = np.where(lands, live.stop, -1)
-            columns = (live.rows, np.arange(len(h)), live.t, h, end, error, stops, live.naccept)
-            taken = Accepted(*(column[places] for column in columns))
-            self._take(u1, taken, accepted)
+        stops = np.where(lands, live.stop, -1) if landing else None
+        tried = Tried(live.rows, live.t, h, end, error, stops, live.naccept, accepted)
+        if np.count_nonzero(accepted):
+            self._take(u1, tried, lands)
         live.naccept = live.naccept + accepted
-        live.nreject = live.nreject + ~accepted
         live.error = error
+        self._tries += 1
         if self.adaptive:
             told, cut = self._told(h, end, proposed, accepted)
-            following = self.sizes.following(told, error, accepted)
-            # A step cut short by a stop says little: keep the size that was proposed.
-            cut = accepted & cut & (abs(proposed) > abs(following))
-            live.h = np.where(cut, proposed, following)
+            live.h = self.sizes.following(told, error, accepted)
+            if cut is not None:
+                # A step cut short by a stop says little: keep the size that was proposed.
+                cut = accepted & cut & (size > abs(live.h))
+                live.h = np.where(cut, proposed, live.h)
         else:
             live.h = proposed
-        done = accepted & lands & self.stops.last(live.stop)
-        live.stop = live.stop + (accepted & lands)
-        if done.any():
-            self._retire({ReturnCode.Success: done})
+        if landing:
+            self._arrive(accepted & lands)
 
-    def _failures(self, proposed: Array, lands: Array) -> dict[ReturnCode, Array] | None:
+    def _proposed(self, h: Array) -> Array:
+        """The sizes to try, within the largest that are allowed."""
+        largest = self.options.common.dtmax
+        if not math.isfinite(largest):
+            return h
+        proposed: Array = np.copysign(np.minimum(abs(h), largest), h)
+        return proposed
+
+    def _arrive(self, there: Array) -> None:
+        """Go on from the stops that some members have come to."""
+        live = self.live
+        done = there & self.stops.last(live.stop)
+        live.stop = live.stop + there
+        if np.count_nonzero(done):
+            self._retire({ReturnCode.Success: done})
+        self._stop = self.stops.next(self.live.stop)
+
+    def _failures(
+        self, proposed: Array, size: Array, lands: Array
+    ) -> dict[ReturnCode, Array] | None:
         """The members that cannot go on, by the reason."""
-        live, options = self.live, self.options.common
+        live, exhausted = self.live, self._tries >= self.options.common.max_steps
+        if not exhausted and size.min() >= self._enough and size.max() < math.inf:
+            return None  # NaN is not
         unstable = ~np.isfinite(proposed)
-        tried = live.naccept + live.nreject >= options.max_steps
+        tried = np.full_like(unstable, exhausted)
         small = np.zeros_like(tried)
         if self.adaptive:
             # Steps cut short by a stop may be small; others below the limit mean failure.
-            small = (abs(proposed) < self._smallest()) & ~lands
+            small = (size < self._smallest(live.t)) & ~lands
         if not (unstable | tried | small).any():
             return None
         tried &= ~unstable
@@ -274,8 +296,8 @@ class MembersMarch(ABC):
 
     def _first_stages(self) -> None:
         """Evaluate the first stages that the steps before have not left."""
-        stale = self._stale
-        if not stale.any():
+        stale, self._stale = self._stale, None
+        if stale is None or not np.count_nonzero(stale):
             return
         rows, t = self.live.rows, self.stages.times[0]
         if stale.all():
@@ -288,45 +310,40 @@ class MembersMarch(ABC):
             k = self.field(t.index_select(0, index), u, p)
             self.k = self.k.index_copy(0, index, k)
         self.field.tally(rows[stale])
-        self._stale = np.zeros_like(stale)
 
     def _judge(self, u1: Tensor, h: Array) -> tuple[Array, Array]:
         """Scaled errors of the attempts, and which of them are accepted."""
         if not self.adaptive:
             return np.full(len(h), math.nan), np.ones(len(h), dtype=bool)
-        with torch.no_grad():
-            size = u1.detach().abs()
-            scale = self.norm.scale(torch.maximum(self._largest, size))
-            error = self._read(self.stages.error(scale, self.norm))
-        self._size = size
+        if not torch.is_grad_enabled():
+            error = self._read(self.stages.error(u1, self.norm))
+        else:
+            with torch.no_grad():
+                error = self._read(self.stages.error(u1.detach(), self.norm))
         return error, error <= 1.0
 
-    def _take(self, u1: Tensor, taken: Accepted, accepted: Array) -> None:
+    def _take(self, u1: Tensor, tried: Tried, lands: Array) -> None:
         """Go on from the accepted steps, and tell of them."""
-        live, stages = self.live, self.stages
-        k = stages.end
-        ends = self.tape.step(stages, u1, taken)
-        if len(taken.rows) == u1.shape[0]:
+        live, accepted, k = self.live, tried.accepted, self.stages.end
+        ends = self.tape.step(self.stages, u1, tried)
+        if accepted.all():
             self.u = u1
-            if self.adaptive:
-                self._largest = self._size
             self.k = self.k if k is None else k
+            live.t = tried.end
         else:
-            mask = torch.from_numpy(accepted).to(u1.device).unsqueeze(1)
+            mask = spread(accepted, u1, torch.bool)
             self.u = torch.where(mask, u1, self.u)
-            if self.adaptive:
-                self._largest = torch.where(mask, self._size, self._largest)
             self.k = self.k if k is None else torch.where(mask, k, self.k)
+            live.t = np.where(accepted, tried.end, live.t)
         # The field may jump at a stop: its value there belongs to the next step.
-        lands = taken.stop >= 0
-        stale = lands if k is not None else np.ones_like(lands)
-        if k is None and ends is not None:
+        if k is not None:
+            self._stale = accepted & lands if tried.stop is not None else None
+            return
+        self._stale = accepted
+        if ends is not None:
             at, values = ends
             self.k = self.k.index_copy(0, torch.from_numpy(at).to(u1.device), values)
-            stale = np.where(np.isin(taken.places, at), lands, stale)
-        self._stale[taken.places] = stale
-        live.t = live.t.copy()
-        live.t[taken.places] = taken.end
+            self._stale = accepted & (lands | ~np.isin(np.arange(len(accepted)), at))
 
     def _retire(self, done: dict[ReturnCode, Array]) -> None:
         """Take members out of the batch."""
@@ -336,25 +353,28 @@ class MembersMarch(ABC):
             leaving |= which
             for m in live.rows[which]:
                 self.codes[m] = code
-        rows = live.rows[leaving]
-        self.naccept[rows], self.nreject[rows] = live.naccept[leaving], live.nreject[leaving]
-        index = torch.from_numpy(np.flatnonzero(leaving)).to(self.u.device)
-        self.tape.leave(rows, self.u.index_select(0, index), self._failed(done))
-        staying = ~leaving
-        index = torch.from_numpy(np.flatnonzero(staying)).to(self.u.device)
+        places, staying = np.flatnonzero(leaving), np.flatnonzero(~leaving)
+        rows = live.rows[places]
+        self.naccept[rows] = live.naccept[places]
+        self.nreject[rows] = self._tries - live.naccept[places]
+        self.tape.leave(rows, self.u, places, self._failed(done))
+        index = torch.from_numpy(staying).to(self.u.device)
         self.live = live.keep(staying)
         self.sizes.keep(staying)
         self.stops.keep(staying)
-        self.norm.keep(index)
-        self._stale = self._stale[staying]
+        self.norm.keep(staying)
+        self._stop = self._stop[staying]
+        if self._stale is not None:
+            self._stale = self._stale[staying]
         self.u, self.k = self.u.index_select(0, index), self.k.index_select(0, index)
-        self._largest = self._largest.index_select(0, index)
         if len(self.live.rows):
             self._renew()
 
     def _failed(self, done: dict[ReturnCode, Array]) -> Attempts | None:
         """The last attempts of the members that have failed."""
         rows = [self.live.rows[x] for code, x in done.items() if not code.successful]
+        if not rows:
+            return None
         tried = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
         tried = np.sort(tried[self.naccept[tried] + self.nreject[tried] > 0])
         if not len(tried):
@@ -402,9 +422,11 @@ class StagesMarch(MembersMarch):
 
     @override
     def _renew(self) -> None:
-        rows = self.live.rows
-        p = self.field.parameters(rows)
-        self.stages = self.kind(self.method, self.field, rows, p, self.u, self.recorded)
+        rows, p = self.live.rows, self.field.parameters(self.live.rows)
+        if self._tries:
+            self.stages.go_on(rows, p, self.u)
+        else:
+            self.stages = self.kind(self.method, self.field, rows, p, self.u, self.recorded)
 
     @override
     def _first_stages(self) -> None:
@@ -413,9 +435,13 @@ class StagesMarch(MembersMarch):
             super()._first_stages()
 
     @override
-    def _begin(self, h: Array) -> None:
+    def _begin(self, h: Array, landing: bool) -> None:
         live = self.live
-        self.stages.begin(self.u, live.t, h, self.limits(live.rows, live.t, h))
+        # Rounding leads out of the interval at its end alone.
+        limits = None
+        if landing or self.limits.stops or not self.method.nodes_inside:
+            limits = self.limits(live.rows, live.t, h)
+        self.stages.begin(self.u, live.t, h, limits)
         if self.moving is not None:
             last = self._lands & self.stops.last(live.stop)
             moves = StepMoves(live.rows, live.stop == 0, self._lands, last)

@@ -74,7 +74,7 @@ class StochasticMarch(MembersMarch):
         return (f1 - f).abs() + 3 * (magnitude(g1) - magnitude(g)).abs()
 
     @override
-    def _smallest(self) -> Array:
+    def _smallest(self, t: Array) -> Array:
         rows = self.live.rows
         resolved = np.ldexp(self.paths.length[rows], 4 - DEPTH)
         ends = 8 * np.spacing(abs(self.options.spans[1][rows]))
@@ -98,7 +98,7 @@ class StochasticMarch(MembersMarch):
         self._p = self.field.parameters(self.live.rows)
 
     @override
-    def _begin(self, h: Array) -> None:
+    def _begin(self, h: Array, landing: bool) -> None:
         live = self.live
         self.stages = StochasticStages(
             self.fields, self.paths, live.rows, self._p, (self.u, live.t), self._motions
@@ -110,7 +110,9 @@ class StochasticMarch(MembersMarch):
             super()._first_stages()
 
     @override
-    def _told(self, h: Array, end: Array, proposed: Array, accepted: Array) -> tuple[Array, Array]:
+    def _told(
+        self, h: Array, end: Array, proposed: Array, accepted: Array
+    ) -> tuple[Array, Array | None]:
         self._rejecting[self.live.rows] = ~accepted
         size = end - self._last.t
         cut = size < 0.7 * proposed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,17 +20,17 @@ from pysciml_node.steps.step import Attempt
 _MOST_KEPT = 2**25
 
 
-class Accepted(NamedTuple):
-    """Steps that some members have taken at once, `(A,)` each."""
+class Tried(NamedTuple):
+    """Steps that some members have tried at once, `(L,)` each."""
 
     rows: Array  # which members
-    places: Array  # where they stand in the batch
     t: Array
     h: Array
     end: Array
     error: Array
-    stop: Array  # which stop they end on, or -1
+    stop: Array | None  # which stop they end on, or -1; `None` where all are -1
     number: Array  # which step of its member each is
+    accepted: Array
 
 
 class Attempts(NamedTuple):
@@ -94,7 +95,7 @@ class Tape:
         self.u0, self.count, self.moving = u0, len(t0), moving
         self.thinned = False
         self.failures: dict[int, Attempt] = {}
-        self._steps: list[Accepted] = []
+        self._steps: list[Tried] = []
         self._states: list[Tensor] = []
         self._finals: list[tuple[Array, Tensor]] = []
         self._size = options.times
@@ -116,58 +117,62 @@ class Tape:
         every = np.arange(self.count)
         self._save_ends(every, np.full(self.count, -1), every, t0, u0)
 
-    def step(
-        self, stages: StepOfMembers, u1: Tensor, taken: Accepted
-    ) -> tuple[Array, Tensor] | None:
+    def step(self, stages: StepOfMembers, u1: Tensor, tried: Tried) -> tuple[Array, Tensor] | None:
         """Take in the steps that some members have taken.
 
         Args:
             stages: of the step.
-            u1: the states at its end, of all members in the batch, `(L, N)`.
-            taken: the accepted ones.
+            u1: the states at its end, `(L, N)`.
+            tried: the steps, of which those that are not accepted are left out at the end.
 
         Returns:
             Places in the batch for which `f(t + h, u1)` was evaluated on the way, and these.
         """
-        self._steps.append(taken)
-        every = len(taken.rows) == u1.shape[0]
-        chosen = u1
-        if not every:
-            chosen = u1.index_select(0, torch.from_numpy(taken.places).to(u1.device))
+        self._steps.append(tried)
         if not self.thinned:
-            self._states.append(chosen)
-            self._bytes += chosen.nbytes
+            self._states.append(u1)
+            self._bytes += u1.nbytes
             if self._spare and self._bytes > _MOST_KEPT:
                 self._states, self.thinned = [], True
         if self._size is None:
             return None
-        ends = self._save_inside(stages, taken)
-        self._save_ends(taken.rows, taken.number, np.arange(len(chosen)), taken.end, chosen)
+        places = np.flatnonzero(tried.accepted)
+        ends = self._save_inside(stages, tried, places)
+        rows, number, end = tried.rows[places], tried.number[places], tried.end[places]
+        self._save_ends(rows, number, places, end, u1)
         return ends
 
-    def leave(self, rows: Array, u: Tensor, failed: Attempts | None) -> None:
+    def leave(self, rows: Array, u: Tensor, places: Array, failed: Attempts | None) -> None:
         """Members leave the batch.
 
         Args:
             rows: which.
-            u: their states, `(R, N)`.
+            u: the states of all in the batch, `(L, N)`.
+            places: theirs among these, `(R,)`.
             failed: the last attempts of those that have failed, if any.
         """
         if self._spare:
-            self._finals.append((rows, u))
+            index = torch.from_numpy(places).to(u.device)
+            self._finals.append((rows, u.index_select(0, index)))
         if failed is not None:
             for i, m in enumerate(failed.rows.tolist()):
                 t, h, error = (float(x[i]) for x in (failed.t, failed.h, failed.error))
                 self.failures[m] = Attempt(t, h, failed.u[i], failed.u1[i], error)
 
-    def _save_inside(self, stages: StepOfMembers, taken: Accepted) -> tuple[Array, Tensor] | None:
-        """States at times that lie inside the steps."""
-        sign, rows = self._sign[taken.rows], taken.rows
-        row, end = self._row_of[rows], taken.end * sign
+    def _save_inside(
+        self, stages: StepOfMembers, tried: Tried, places: Array
+    ) -> tuple[Array, Tensor] | None:
+        """States at times that lie inside the steps at some places."""
+        rows = tried.rows[places]
+        sign = self._sign[rows]
+        row, end = self._row_of[rows], tried.end[places] * sign
         first = self._passed[rows]
         last = first.copy()
         # What ends on no stop moves, and a time that it ends at lies in it.
-        closed = np.nextafter(end, np.where(self.moving & (taken.stop < 0), np.inf, end))
+        closed = end
+        if self.moving:
+            free = True if tried.stop is None else tried.stop[places] < 0
+            closed = np.nextafter(end, np.where(free, np.inf, end))
         while (passing := self._times[row, last] < closed).any():
             last += passing
         counts = last - first
@@ -180,9 +185,10 @@ class Tape:
         within = np.arange(len(of)) - np.repeat(np.cumsum(several) - several, several)
         time = first[of] + within
         when = self._times[row[of], time] * sign[of]
-        theta = (when - taken.t[of]) / taken.h[of]
-        values, ends = stages.inside(taken.places[of], theta, when)
-        self._keep(SavedPlaces(rows[of], taken.number[of], time, theta, when), values)
+        step = places[of]
+        theta = (when - tried.t[step]) / tried.h[step]
+        values, ends = stages.inside(step, theta, when)
+        self._keep(SavedPlaces(rows[of], tried.number[step], time, theta, when), values)
         return ends
 
     def _save_ends(self, rows: Array, index: Array, places: Array, end: Array, u1: Tensor) -> None:
@@ -209,24 +215,20 @@ class Tape:
         Args:
             kept: how many steps of each member; default all.
         """
-        names = ("rows", "t", "h", "end", "error", "stop", "number")
-        columns = {
-            name: np.concatenate([np.empty(0, np.int64), *(getattr(x, name) for x in self._steps)])
-            for name in names
-        }
-        order = np.argsort(columns["rows"], kind="stable")
-        if kept is not None:
-            rows = columns["rows"][order]
-            order = order[columns["number"][order] < kept[rows]]
-        columns = {name: column[order] for name, column in columns.items()}
-        counts = np.bincount(columns["rows"].astype(np.int64), minlength=self.count)
+        order, counts = self._order(kept)
+
+        def ordered(parts: Iterable[Array]) -> Array:
+            column: Array = np.concatenate([np.empty(0), *parts])[order]
+            return column
+
+        none = (np.full(len(x.rows), -1) if x.stop is None else x.stop for x in self._steps)
         steps = MemberSteps(
             offsets=np.concatenate(([0], np.cumsum(counts))),
-            starts=columns["t"],
-            sizes=columns["h"],
-            ends=columns["end"],
-            errors=columns["error"],
-            stops=columns["stop"].astype(np.int64),
+            starts=ordered(x.t for x in self._steps),
+            sizes=ordered(x.h for x in self._steps),
+            ends=ordered(x.end for x in self._steps),
+            errors=ordered(x.error for x in self._steps),
+            stops=ordered(none).astype(np.int64),
         )
         if self.thinned:
             rows = np.concatenate([rows for rows, _ in self._finals])
@@ -236,6 +238,19 @@ class Tape:
             return steps, self.u0.new_empty((0, self.u0.shape[1]))
         index = torch.from_numpy(order).to(self.u0.device)
         return steps, torch.cat(self._states).index_select(0, index)
+
+    def _order(self, kept: Array | None) -> tuple[Array, Array]:
+        """Where the accepted steps of all attempts stand, by member; and how many each has."""
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(x.rows for x in self._steps)])
+        accepted = np.concatenate([np.empty(0, dtype=bool), *(x.accepted for x in self._steps)])
+        order = np.argsort(rows, kind="stable")
+        order = order[accepted[order]]
+        counts = np.bincount(rows[order], minlength=self.count)
+        if kept is not None:
+            number = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+            order = order[number < np.repeat(kept, counts)]
+            counts = np.minimum(counts, kept)
+        return order, counts
 
     def saved(self, kept: Array | None = None) -> tuple[SavedPlaces, Tensor] | None:
         """Where the saved states lie, and these themselves, `(M, T, N)`; NaN where there are none.
