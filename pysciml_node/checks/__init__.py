@@ -5,7 +5,15 @@ to do. It is a `TypeError` for a value of the wrong kind and a `ValueError` for 
 """
 
 from pysciml_node.checks.arrays import as_tensor, numbers, sequence, shape, tensor
-from pysciml_node.checks.callables import Configured, function, keywords, parameters, takes
+from pysciml_node.checks.callables import (
+    Arguments,
+    Configured,
+    arguments,
+    function,
+    keywords,
+    parameters,
+    takes,
+)
 from pysciml_node.checks.values import (
     as_float,
     choice,
@@ -24,7 +32,9 @@ from pysciml_node.checks.values import (
 )
 
 __all__ = [
+    "Arguments",
     "Configured",
+    "arguments",
     "as_float",
     "as_tensor",
     "choice",

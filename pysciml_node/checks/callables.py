@@ -15,13 +15,13 @@ from torch import nn
 from pysciml_node.checks.values import did_you_mean, refuse
 
 
-def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable[..., Any]:
+def function(name: str, value: Any, *places: str, hint: str = "") -> Callable[..., Any]:
     """A callable that takes the arguments named, by their places.
 
     Args:
         name: of the argument.
         value: what was given.
-        arguments: the names of its arguments, in words.
+        places: the names of its arguments, in words.
         hint: what to do where it is refused.
 
     Raises:
@@ -33,28 +33,36 @@ def function(name: str, value: Any, *arguments: str, hint: str = "") -> Callable
         TypeError: f must be callable as f(t, u), but takes (t).
           Give a function, a module or a lambda t, u: ...
     """
-    places = ", ".join(arguments)
-    call = f"{name}({places})"
-    hint = hint or f"Give a function, a module or a lambda {places}: ..."
+    named = ", ".join(places)
+    call = f"{name}({named})"
+    hint = hint or f"Give a function, a module or a lambda {named}: ..."
     if not callable(value):
         refuse(name, f"callable as {call}", value, hint)
     if isinstance(value, type):
         refuse(name, f"callable as {call}", value, f"Write {value.__name__}().")
-    taken = parameters(value)
-    if taken is not None and not takes(value, len(arguments)):
+    if not takes(value, len(places)):
+        taken = parameters(value)
         raise TypeError(f"{name} must be callable as {call}, but takes {taken}.\n  {hint}")
     checked: Callable[..., Any] = value
     return checked
 
 
-class _Signature:
-    """The arguments that a callable takes, worked out once: a solve asks several times."""
+class Arguments:
+    """The arguments that a callable takes, worked out once: every problem and solve asks.
+
+    Attributes:
+        shown: its signature; `None` where there is none to read, as for many built-ins.
+        first: names of the first two, empty where there are none.
+    """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.shown: inspect.Signature | None = None
         with contextlib.suppress(TypeError, ValueError):
             signature = inspect.signature(forward)
             self.shown = signature.replace(return_annotation=inspect.Signature.empty)
+        names = [] if self.shown is None else list(self.shown.parameters)
+        first, second = (*names, "", "")[:2]
+        self.first = first, second
         self._taken: dict[int, bool] = {}
 
     def takes(self, count: int) -> bool:
@@ -70,34 +78,37 @@ class _Signature:
 
 
 # The signatures of a function: as itself, and as a bound method.
-_SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, _Signature]] = (
+_SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, Arguments]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _signature(value: Callable[..., Any]) -> _Signature:
+def arguments(value: Callable[..., Any]) -> Arguments:
+    """The arguments that a callable takes; those of `forward` for a module."""
     forward = value.forward if isinstance(value, nn.Module) else value
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):
-        return _Signature(forward)
-    known = _SIGNATURES.setdefault(function, {})
+        return Arguments(forward)
+    known = _SIGNATURES.get(function)
+    if known is None:
+        known = _SIGNATURES.setdefault(function, {})
     bound = forward is not function
     if bound not in known:
-        known[bound] = _Signature(forward)
+        known[bound] = Arguments(forward)
     return known[bound]
 
 
 def parameters(value: Callable[..., Any]) -> inspect.Signature | None:
-    """The arguments that a callable takes; those of `forward` for a module.
+    """The arguments that a callable takes, in words; those of `forward` for a module.
 
     It is `None` where there is no signature to read, as for many built-ins.
     """
-    return _signature(value).shown
+    return arguments(value).shown
 
 
 def takes(value: Callable[..., Any], count: int) -> bool:
     """Whether a callable takes `count` arguments by their places."""
-    return _signature(value).takes(count)
+    return arguments(value).takes(count)
 
 
 def keywords(
@@ -129,10 +140,10 @@ def keywords(
 @cache
 def _arguments(kind: type) -> tuple[str, ...] | None:
     """Names of the arguments that make an object of a class; `None` where any may be given."""
-    arguments = inspect.signature(kind).parameters.values()
-    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+    listed = inspect.signature(kind).parameters.values()
+    if any(argument.kind is argument.VAR_KEYWORD for argument in listed):
         return None
-    return tuple(argument.name for argument in arguments)
+    return tuple(argument.name for argument in listed)
 
 
 class Configured:

@@ -66,6 +66,8 @@ def as_float(value: object) -> float | None:
 
     Numbers are Python's and NumPy's, and tensors without axes. Booleans and text do not count.
     """
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         stored = value.layout == torch.strided and value.device.type != "meta"
         real = not value.is_complex() and value.dtype != torch.bool and not value.is_quantized

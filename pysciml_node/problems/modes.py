@@ -119,6 +119,15 @@ class InModes:
         return x.to(self.dtype) if halved else x
 
 
+def are_ordinary(device: torch.device) -> bool:
+    """Whether the modes are those of `ordinary_modes` already."""
+    return not (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device.type)
+        or _default_device() is not None
+    )
+
+
 @contextmanager
 def ordinary_modes(device: torch.device) -> Iterator[None]:
     """No inference mode, no autocast, and the CPU as default device.
@@ -126,18 +135,16 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
     The solver's operations, and the tensors that it keeps, must not be subject to these modes.
     Gradients stay as they are outside, where inference mode has none.
     """
-    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
-    moved = _default_device() is not None
-    if not (inference or autocast or moved):
+    if are_ordinary(device):
         yield
         return
     with ExitStack() as stack:
-        if inference:
+        if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-        if autocast:
+        if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if moved:
+        if _default_device() is not None:
             stack.enter_context(torch.device("cpu"))
         yield
 
@@ -214,7 +221,7 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
         if value is None:
             continue
         tensors = (value,) if isinstance(value, Tensor) else tuple(tensors_of(value))
-        if any(x.is_inference() for x in tensors):
+        if any(map(Tensor.is_inference, tensors)):
             changes[name] = map_tensors(Tensor.clone, value)
         if check is not None:
             for x in tensors:

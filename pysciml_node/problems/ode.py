@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -55,16 +56,16 @@ def check_field(name: str, field: Any, hint: str) -> None:
     Raises:
         TypeError: it is not callable, or takes other arguments, or these in another order.
     """
-    if not callable(field) or isinstance(field, type) or not checks.takes(field, 3):
-        if callable(field) and checks.takes(field, 1) and not checks.takes(field, 2):
+    taken = checks.arguments(field)
+    whole = callable(field) and not isinstance(field, type)
+    if not (whole and (taken.takes(2) or taken.takes(3))):
+        if whole and taken.takes(1):
             hint = f"A function of the state alone is lambda t, u: {name}(u)."
         checks.function(name, field, "t", "u", hint=hint)
-    signature = checks.parameters(field)
-    names = [] if signature is None else list(signature.parameters)
-    first, second = (*names, "", "")[:2]
+    first, second = taken.first
     if first in _STATES and second in _TIMES:
         raise TypeError(
-            f"{name} is called as {name}(t, u), the time first, but takes {signature}.\n"
+            f"{name} is called as {name}(t, u), the time first, but takes {taken.shown}.\n"
             f"  Swap its arguments: {name}({second}, {first})."
         )
 
@@ -135,6 +136,8 @@ class Problem(checks.Configured):
         self._check_resolution(t0, t1)
         ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
         checks.settle(self, tspan=ends)
+        if self.p is None:
+            return
         try:
             tensors = list(tensors_of(self.p))
         except RecursionError:
@@ -149,8 +152,8 @@ class Problem(checks.Configured):
     def _check_resolution(self, t0: float, t1: float) -> None:
         """Refuse an interval whose times the state's real dtype cannot tell apart."""
         dtype = self.spec.real_dtype
-        real = np.float64 if dtype == torch.float64 else np.float32
-        spacing = float(np.spacing(real(max(abs(t0), abs(t1)))))
+        # A number in single precision has 29 bits fewer.
+        spacing = math.ulp(max(abs(t0), abs(t1))) * (1 if dtype == torch.float64 else 2**29)
         if abs(t1 - t0) < FEWEST_TIMES * spacing:
             raise ValueError(
                 f"tspan ({t0}, {t1}) must have at least {FEWEST_TIMES} different times in "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +21,7 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of a tensor, or of a (nested) tuple, list or dict of them."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, float):
+    elif tree is None or isinstance(tree, float):
         return
     elif isinstance(tree, Mapping):
         for value in tree.values():
@@ -207,7 +208,7 @@ class StateSpec:
         """Dtype of times, errors and norms."""
         return self.dtype.to_real()
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each part."""
         return tuple(math.prod(shape) for shape in self.shapes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.modes import ordinary_modes
+from pysciml_node.problems.modes import are_ordinary, ordinary_modes
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Outcome, Record
 
@@ -133,6 +133,8 @@ def pulled(
     place = next(x.device for x in inputs if x is not None)
 
     def sweep(*row: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() and are_ordinary(place):
+            return pull(*row)
         with torch.no_grad(), ordinary_modes(place):
             return pull(*row)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Traject
 from pysciml_node.steps.record import Outcome, check_finite
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """How a solve has ended, and the states that its solution holds."""
 
     retcode: ReturnCode

@@ -23,7 +23,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
 from pysciml_node.problems.modes import InModes
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution
@@ -38,8 +38,8 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.end_times import complete_times
 from pysciml_node.torch_engine.native.library import REALS, Library, library_of
 from pysciml_node.torch_engine.native.run import (
-    NOTHING,
     Flight,
+    States,
     Swept,
     departure_of,
     fly,
@@ -135,16 +135,16 @@ class FlownSolve(Solve):
         self.u0 = problem.spec.flatten(problem.u0)
 
     @abstractmethod
-    def flown(self) -> tuple[Flight, Tensor]:
-        """What native code has left, with its graph, and the state that it got to, `(N,)`."""
+    def flown(self) -> tuple[Flight, States]:
+        """What native code has left, with its graph."""
 
-    def _steps(self, flight: Flight, last: Tensor) -> _Steps:
-        return _Steps(self.problem, self.options, flight, self.u0, last)
+    def _steps(self, flight: Flight, states: States) -> _Steps:
+        return _Steps(self.problem, self.options, flight, self.u0, states)
 
     @override
     def run(self) -> Outcome:
-        flight, last = self.flown()
-        return Outcome(*self._steps(flight, last)(), flight.saved)
+        flight, states = self.flown()
+        return Outcome(*self._steps(flight, states)(), states.saved)
 
     @override
     def trajectory(self, outcome: Outcome) -> TorchTrajectory:
@@ -159,14 +159,14 @@ class FlownSolve(Solve):
 
     @override
     def solution(self) -> Solution:
-        flight, last = self.flown()
-        steps = self._steps(flight, last)
+        flight, states = self.flown()
+        steps = self._steps(flight, states)
         if not (self.watched or flight.finite):
-            return self.looked_through(Outcome(*steps(), flight.saved))
+            return self.looked_through(Outcome(*steps(), states.saved))
         # Where nothing looks at the steps they stay as they are.
-        self.stats.naccept, self.stats.nreject = len(flight.ends), flight.nreject
+        self.stats.naccept, self.stats.nreject = flight.count, flight.nreject
         times = () if flight.times is None else flight.times
-        ending = Ending(flight.retcode, times, last, flight.saved)
+        ending = Ending(flight.retcode, times, states.last, states.saved)
         return self.finish(ending, self._trajectory(steps))
 
 
@@ -187,30 +187,30 @@ class NativeSolve(FlownSolve):
         self.library, self.parameters, seen = prepare(problem, method)
         super().__init__(problem, algorithm, options, engine, seen)
 
-    def fly(self, u0: Tensor) -> tuple[Flight, Tensor]:
+    def fly(self, u0: Tensor) -> tuple[Flight, States]:
         """Solve forward from a flat state, contiguous and the solve's own."""
         options, problem, library = self.options, self.problem, self.library
         packed = library.pack(self.parameters)
         departure = departure_of(library, problem, options, self.algorithm.tableau.error_order)
         if options.progress:
             with step_listener(True, problem) as on_step:
-                flight, last = fly(library, departure, u0, packed, _turns(on_step))
+                flight, states = fly(library, departure, u0, packed, _turns(on_step))
         else:
-            flight, last = fly(library, departure, u0, packed, None)
+            flight, states = fly(library, departure, u0, packed, None)
         self.stats.nfe = flight.nfe
-        return flight, last
+        return flight, states
 
     @override
-    def flown(self) -> tuple[Flight, Tensor]:
+    def flown(self) -> tuple[Flight, States]:
         if not torch.is_grad_enabled():
             return self.fly(self.library.lying(self.u0))
-        t0, t1 = (t if isinstance(t, Tensor) else None for t in self.problem.tspan)
-        keep: list[Flight] = []
+        t0, t1 = self.problem.tspan
+        keep: list[tuple[Flight, Tensor]] = []
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
             self, keep, self.u0, t0, t1, self.options.saveat_tensor, *self.parameters
         )
-        # With the outputs as the graph has them.
-        return keep[0].with_outputs(ends, saved), last
+        flight, nothing = keep[0]
+        return flight, States(nothing if saved is None else saved, ends, last)
 
 
 def _turns(on_step: Any) -> Any:
@@ -228,23 +228,21 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any,
         solve: NativeSolve,
-        keep: list[Flight],
+        keep: list[tuple[Flight, Tensor]],
         u0: Tensor,
-        t0: Tensor | None,
-        t1: Tensor | None,
+        t0: Time,
+        t1: Time,
         saveat: Tensor | None,
         *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         # An alias could be changed in place before it is replayed.
-        start = u0.detach().clone(memory_format=torch.contiguous_format)
-        flight, last = solve.fly(start)
-        keep.append(flight)
-        # Without the outputs, which hold on to this node.
-        ctx.solve, ctx.flight = solve, flight.with_outputs(NOTHING, NOTHING)
-        ctx.save_for_backward(flight.ends, u0, t0, t1, saveat, *parameters)
+        flight, states = solve.fly(u0.clone(memory_format=torch.contiguous_format))
+        keep.append((flight, states.saved))
+        ctx.solve, ctx.flight = solve, flight
+        times = (t if isinstance(t, Tensor) else None for t in (t0, t1))
+        ctx.save_for_backward(states.ends, u0, *times, saveat, *parameters)
         ctx.set_materialize_grads(False)
-        saved = flight.saved if len(flight.saved) else flight.saved.clone()
-        return saved, flight.ends, last
+        return (states.saved if flight.reached else None), states.ends, states.last
 
     @staticmethod
     @override
@@ -252,62 +250,56 @@ class _Node(torch.autograd.Function):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
-        ends, *sources = ctx.saved_tensors
-        flight = ctx.flight.with_outputs(ends, NOTHING)
-        solve: NativeSolve = ctx.solve
-        wanted = ctx.needs_input_grad[2:]
+        kept = ctx.saved_tensors
 
         def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _pull(solve, flight, arriving, sources, wanted)
+            return _pull(ctx.solve, ctx.flight, kept, arriving, ctx.needs_input_grad[2:])
 
-        return (None, None, *pulled(pull, (ends, *sources), *cotangents))
+        return (None, None, *pulled(pull, kept, *cotangents))
 
 
 def _pull(
     solve: NativeSolve,
     flight: Flight,
+    kept: tuple[Tensor | None, ...],
     arriving: tuple[Tensor | None, ...],
-    sources: list[Tensor | None],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
+    ends, *sources = kept
+    assert ends is not None
     with_times = any(wanted[1:4])
-    saved, steps, last = arriving
-    swept = sweep_back(solve.library, flight, solve.problem, saved, steps, last, with_times)
-    stats = solve.stats
+    library, stats = solve.library, solve.stats
+    swept = sweep_back(library, flight, ends, arriving, with_times)
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nfe
     stats.naccept_backward += swept.steps
-    gradients: list[Tensor | None] = [swept.u0, None, None, None]
+    times: list[Tensor | None] = [None, None, None]
     if with_times:
-        gradients[1:] = _time_gradients(solve, flight, swept, saved)
-    pulled: list[Tensor | None] = [
-        bar.to(source).reshape(source.shape)
-        if needed and bar is not None and source is not None
-        else None
-        for bar, source, needed in zip(gradients, sources[:4], wanted[:4], strict=True)
-    ]
-    library = solve.library
-    rows = zip(sources[4:], wanted[4:], library.read, strict=True)
-    for i, (source, needed, read) in enumerate(rows):
-        assert source is not None
-        pulled.append(library.cotangent(i, swept.packed, source) if needed and read else None)
-    return tuple(pulled)
+        bars = _time_gradients(solve, flight, ends, swept, arriving[0])
+        times = [
+            bar.to(source).reshape(source.shape)
+            if needed and bar is not None and source is not None
+            else None
+            for bar, source, needed in zip(bars, sources[1:4], wanted[1:4], strict=True)
+        ]
+    rest = library.cotangents(swept.packed, sources[4:], wanted[4:])
+    return (swept.u0, *times, *rest)
 
 
 def _time_gradients(
-    solve: NativeSolve, flight: Flight, swept: Swept, saved: Tensor | None
+    solve: NativeSolve, flight: Flight, ends: Tensor, swept: Swept, saved: Tensor | None
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     problem, record = solve.problem, flight.record(solve.problem, solve.options)
     t, h, thetas = swept.times
-    times = TimeCotangents(record, len(flight.places), t.new_zeros(()))
+    times = TimeCotangents(record, flight.reached, t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)
         theta = None if places is None else thetas[places[0]]
         times.step(n, t[n], h[n], theta)
     gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
-    states = (flight.u0, *flight.ends.unbind())
+    states = (flight.u0, *ends.unbind())
     backward = BackwardPass(record, states, saved, [None] * len(states), with_times=True)
     # Times that are saved at ends which do not move; a field that hides time is not translated.
     complete_times(gradients, problem, FlatField(problem), backward, ends=False)
@@ -326,12 +318,12 @@ class _Steps:
     options: SolveOptions
     flight: Flight
     u0: Tensor
-    last: Tensor
+    states: States
 
     def __call__(self) -> tuple[Record, list[Tensor]]:
         """Both."""
-        ends = self.flight.ends
-        states = [self.u0, *ends[:-1].unbind(), self.last] if len(ends) else [self.u0]
+        ends, last = self.states.ends, self.states.last
+        states = [self.u0, *ends[:-1].unbind(), last] if len(ends) else [self.u0]
         return self.flight.record(self.problem, self.options), states
 
 

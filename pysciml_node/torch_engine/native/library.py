@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -17,7 +16,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_method import emit_method
-from pysciml_node.torch_engine.native.text import padded
+from pysciml_node.torch_engine.native.text import contiguous, padded
 from pysciml_node.translation.export import TranslatedModule
 from pysciml_node.translation.program import Program
 
@@ -113,16 +112,16 @@ class Code:
             call.restype, call.argtypes = result, arguments
         return library
 
-    @contextmanager
-    def memory(self, size: int) -> Iterator[Tensor]:
-        """Memory for a loop or a sweep, used again by the next one."""
-        pool = self._pools.setdefault(size, [])
+    def take_memory(self, size: int) -> Tensor:
+        """Memory for a loop or a sweep, which is used again by a later one."""
         try:
-            block = pool.pop()
-        except IndexError:
-            block = torch.zeros(size, dtype=self.dtype, device="cpu")
-        yield block
-        # A solve that was interrupted leaves its memory to the collector; few are kept.
+            return self._pools[size].pop()
+        except LookupError:
+            return torch.zeros(size, dtype=self.dtype, device="cpu")
+
+    def give_memory(self, block: Tensor) -> None:
+        """Give it back; a solve that was interrupted leaves its memory to the collector."""
+        pool = self._pools.setdefault(block.numel(), [])
         if len(pool) < _MOST_KEPT:
             pool.append(block)
 
@@ -180,12 +179,13 @@ class Library(Code):
         self._stages, self._row = stages, row
         self.march_memory = (stages + 4) * row + work
         self.sweep_memory = (2 * stages + 3) * row + bars + stages * (2 * row + work)
-        self.scratch = bars
         self.departures: dict[int, Any] = {}
         self.read = program.read
         self._places = [
-            (offset, _length(parameter.shape))
-            for parameter, offset in zip(program.parameters, emitted.offsets, strict=True)
+            (read, parameter.shape, contiguous(parameter.shape), offset)
+            for read, parameter, offset in zip(
+                program.read, program.parameters, emitted.offsets, strict=True
+            )
         ]
         parts = (
             header(dtype),
@@ -199,7 +199,6 @@ class Library(Code):
             "march": (_INTEGER, ctypes.POINTER(SolveRequest)),
             "sweep": (_INTEGER, ctypes.POINTER(SweepRequest)),
             "prepare": (None, _POINTER, _POINTER),
-            "finish": (None, _POINTER, _POINTER, _POINTER),
         }
         super().__init__(dtype, "\n".join(parts), max(emitted.packed, 1), calls)
 
@@ -218,17 +217,25 @@ class Library(Code):
         start, row = self._stages * self._row, self._row
         return memory[start : start + self.size], memory[start + 2 * row :][: self.size]
 
-    def unpack(self, packed: Tensor, packed_bar: Tensor) -> None:
-        """Make the cotangents of packed parameters those of the parameters, flat, each in place."""
-        with self.memory(self.scratch) as scratch:
-            self.loaded.finish(packed.data_ptr(), packed_bar.data_ptr(), scratch.data_ptr())
+    def cotangents(
+        self, packed_bar: Tensor, of: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The cotangents of the parameters that are wanted and read, in their shapes and dtypes.
 
-    def cotangent(self, i: int, packed_bar: Tensor, of: Tensor) -> Tensor:
-        """The cotangent of one parameter, in its shape and dtype."""
-        start, length = self._places[i]
-        if of.dtype is self.dtype and of.is_contiguous():
-            return packed_bar.as_strided(of.shape, of.stride(), start)
-        return packed_bar[start : start + length].view(of.shape).to(of)
+        Args:
+            packed_bar: of all, flat, each in its place.
+            of: the parameters.
+            wanted: which of them.
+        """
+        found: list[Tensor | None] = []
+        rows = zip(of, wanted, self._places, strict=True)
+        for x, needed, (read, shape, strides, offset) in rows:
+            if x is None or not (needed and read):
+                found.append(None)
+                continue
+            bar = packed_bar.as_strided(shape, strides, offset)
+            found.append(bar if x.dtype is self.dtype else bar.to(x))
+        return found
 
 
 @functools.lru_cache(maxsize=256)

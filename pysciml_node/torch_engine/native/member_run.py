@@ -206,7 +206,8 @@ def fly_members(
         setattr(request, name, _address(value))
     set_control(request, options.controller, error_order)
     loaded = library.loaded
-    with library.memory(library.march_memory * threads) as memory, library.workers(request):
+    memory = library.take_memory(library.march_memory * threads)
+    with library.workers(request):
         request.memory = memory.data_ptr()
         while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
             pass
@@ -222,6 +223,7 @@ def fly_members(
         loaded.members_gather(
             ctypes.byref(request), offsets.ctypes.data, ends.data_ptr(), steps.data_ptr()
         )
+    library.give_memory(memory)
     return Flights(passengers, packed, marks, ends, steps, offsets, saved, places, counts, last)
 
 
@@ -292,18 +294,19 @@ def sweep_members(
     ):
         setattr(request, name, _address(value))
     loaded = library.loaded
-    with library.memory(library.sweep_memory * threads) as memory:
-        request.memory = memory.data_ptr()
-        try:
-            while (status := loaded.members_sweep(ctypes.byref(request))) == RUNNING:
-                pass
-            if status == _OUT_OF_MEMORY:
-                raise MemoryError(
-                    f"there is no memory left for a sweep over {members} members.\n  {_LESS_MEMORY}"
-                )
-            loaded.members_finish(ctypes.byref(request), memory.data_ptr())
-        finally:
-            loaded.members_let_go(ctypes.byref(request))
+    memory = library.take_memory(library.sweep_memory * threads)
+    request.memory = memory.data_ptr()
+    try:
+        while (status := loaded.members_sweep(ctypes.byref(request))) == RUNNING:
+            pass
+        if status == _OUT_OF_MEMORY:
+            raise MemoryError(
+                f"there is no memory left for a sweep over {members} members.\n  {_LESS_MEMORY}"
+            )
+        loaded.members_finish(ctypes.byref(request), memory.data_ptr())
+    finally:
+        loaded.members_let_go(ctypes.byref(request))
+    library.give_memory(memory)
     total = packed_bar[0]
     shared = [total[start : start + length] for start, length in library.places]
     return SweptMembers(start_bar, own_bars, shared, costs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from pysciml_node.torch_engine.native.member_run import (
     fly_members,
     sweep_members,
 )
-from pysciml_node.torch_engine.native.run import RETCODES, Flight
+from pysciml_node.torch_engine.native.run import RETCODES, Flight, States
 from pysciml_node.translation.export import translate
 
 _COLUMNS = {"nfe": EVALUATIONS, "naccept": ACCEPTED, "nreject": REJECTED}
@@ -146,11 +145,11 @@ class _Member(FlownSolve):
     """One member, solved with all others."""
 
     flight: Flight
-    last: Tensor
+    states: States
 
     @override
-    def flown(self) -> tuple[Flight, Tensor]:
-        return self.flight, self.last
+    def flown(self) -> tuple[Flight, States]:
+        return self.flight, self.states
 
 
 @dataclass
@@ -213,15 +212,15 @@ class NativeMembers:
         flight = Flight(
             u0=flights.passengers.u0[m],
             packed=flights.packed,
-            ends=ends[first:behind],
             steps=flights.steps[first:behind],
-            saved=saved[m, :reached],
             places=flights.places[m, :reached],
-            marks=(ctypes.c_double * 0)(),
+            count=behind - first,
+            reached=reached,
+            departure=None,
             retcode=RETCODES[int(counts[CODE])],
             nfe=int(counts[EVALUATIONS]),
             nreject=int(counts[REJECTED]),
-            last=None,
+            attempt=None,
             finite=bool(torch.isfinite(last[m]).all()),
             times=self._times(problem, first, behind),
         )
@@ -233,7 +232,8 @@ class NativeMembers:
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
         member = _Member(problem, self.algorithm, options, self.engine, seen)
-        member.stats, member.flight, member.last = stats, flight, last[m]
+        member.stats, member.flight = stats, flight
+        member.states = States(saved[m, :reached], ends[first:behind], last[m])
         return member.solution()
 
     def _times(self, problem: ODEProblem, first: int, behind: int) -> Tensor | None:

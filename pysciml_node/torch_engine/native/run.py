@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +26,9 @@ from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 
-RUNNING, FULL = 0, 1
+RUNNING, FULL, SUCCESS = 0, 1, 2
 RETCODES = {
-    2: ReturnCode.Success,
+    SUCCESS: ReturnCode.Success,
     3: ReturnCode.MaxIters,
     4: ReturnCode.DtLessThanMin,
     5: ReturnCode.Unstable,
@@ -41,58 +40,58 @@ _FIRST_ROOM = 1 << 16
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
-NOTHING = torch.empty(0, device="cpu")
-"""Stands for the states that a flight does not hold on to."""
-
 _NOWHERE = torch.empty((0, 2), dtype=torch.float64, device="cpu")
 """The places of no saved times."""
 
 
+class States(NamedTuple):
+    """The states that a native solve leaves, with their graph where there is one.
+
+    Attributes:
+        saved: at the saved times that were reached, `(saved, N)`.
+        ends: at the ends of the accepted steps, `(n, N)`.
+        last: the one that it got to, `(N,)`.
+    """
+
+    saved: Tensor
+    ends: Tensor
+    last: Tensor
+
+
 @dataclass
 class Flight:
-    """What a native solve leaves.
+    """What a native solve leaves besides states.
 
     Attributes:
         u0: flat initial state.
         packed: the field's parameters as it read them.
-        ends: the states at the ends of the accepted steps, `(n, N)`.
         steps: end, size, error, and the stop or -1 of each, `(n, 4)`.
-        saved: the states at the saved times that were reached, `(saved, N)`.
-        places: of each its step and its place in it, or the state that it is and NaN, `(saved, 2)`.
-        marks: tstops, for C.
+        places: of each saved time that was reached its step and its place in it, or the state that
+            it is and NaN, `(saved, 2)`.
+        count: accepted steps.
+        reached: saved times that were reached.
+        departure: how it began; `None` for a member of an ensemble.
         retcode: how it ended.
         nfe: evaluations.
         nreject: rejected steps.
-        last: of a failed solve, the last attempt.
+        attempt: of a failed solve, the last attempt.
         finite: whether the last state is, and so all of them are.
         times: the start and the ends of the steps, `(n + 1,)`; `None` where times were asked for.
     """
 
     u0: Tensor
     packed: Tensor
-    ends: Tensor
     steps: Tensor
-    saved: Tensor
     places: Tensor
-    marks: ctypes.Array[ctypes.c_double]
+    count: int
+    reached: int
+    departure: Departure | None
     retcode: ReturnCode
     nfe: int
     nreject: int
-    last: Attempt | None
+    attempt: Attempt | None
     finite: bool
     times: Tensor | None
-
-    def with_outputs(self, ends: Tensor, saved: Tensor) -> Flight:
-        """The same with other tensors of its states."""
-        flight = copy.copy(self)
-        flight.ends, flight.saved = ends, saved
-        return flight
-
-    def __copy__(self) -> Flight:
-        # In short: there are two copies for each solve in a graph.
-        flight = Flight.__new__(Flight)
-        flight.__dict__.update(self.__dict__)
-        return flight
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
@@ -102,11 +101,11 @@ class Flight:
             sizes=[row[1] for row in rows],
             errors=[row[2] for row in rows],
             stops=[None if row[3] < 0 else int(row[3]) for row in rows],
-            saved=len(self.saved),
+            saved=self.reached,
             naccept=len(rows),
             nreject=self.nreject,
             retcode=self.retcode,
-            last=self.last,
+            last=self.attempt,
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(options.landings(problem.direction)),
         )
@@ -160,6 +159,8 @@ class Departure:
     Attributes:
         marks: tstops, for C.
         room: steps that room is made for at first.
+        size: entries of the state.
+        save_count: saved times.
         nothing: the saved states of a solve that saves none, `(0, N)`.
     """
 
@@ -174,6 +175,7 @@ class Departure:
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self.size, self.save_count = library.size, len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
         self._request = request = SolveRequest(
             t0=t0,
@@ -194,6 +196,13 @@ class Departure:
         )
         request.history[:] = set_control(request, options.controller, error_order)
         self._tolerances = self._set_tolerances(library.dtype)
+        self._way_back = SweepRequest(
+            t0=t0,
+            t1=t1,
+            seconds=TURN,
+            mark_count=len(self.marks),
+            marks=ctypes.addressof(self.marks),
+        )
 
     def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Put the tolerances into the request; returns what has to be kept alive."""
@@ -226,6 +235,10 @@ class Departure:
         """A request of a solve's own."""
         return SolveRequest.from_buffer_copy(self._request)
 
+    def request_back(self) -> SweepRequest:
+        """One of its backward sweep."""
+        return SweepRequest.from_buffer_copy(self._way_back)
+
 
 def _ends_move(problem: ODEProblem) -> bool:
     """Whether an end of the interval receives a gradient."""
@@ -253,8 +266,8 @@ def fly(
     u0: Tensor,
     packed: Tensor,
     on_turn: Callable[[float, float, int], None] | None,
-) -> tuple[Flight, Tensor]:
-    """Solve forward: what it leaves, and the state `(N,)` that it got to.
+) -> tuple[Flight, States]:
+    """Solve forward.
 
     Args:
         library: the field and the method.
@@ -263,45 +276,45 @@ def fly(
         packed: the field's parameters.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
-    request, size, count = departure.request(), library.size, len(departure.options.saveat or ())
+    request, size, count = departure.request(), library.size, departure.save_count
     rows = _Rows(u0, departure)
-    final, saved = u0.new_empty(size), u0.new_empty((count, size)) if count else departure.nothing
+    last, saved = u0.new_empty(size), u0.new_empty((count, size)) if count else departure.nothing
     places = torch.empty((count, 2), dtype=torch.float64, device="cpu") if count else _NOWHERE
-    request.u0, request.packed, request.final = u0.data_ptr(), packed.data_ptr(), final.data_ptr()
+    request.u0, request.packed, request.final = u0.data_ptr(), packed.data_ptr(), last.data_ptr()
     request.saved, request.places = saved.data_ptr(), places.data_ptr()
-    last = None
-    with library.memory(library.march_memory) as memory:
-        request.memory = memory.data_ptr()
-        status = FULL
-        while status in (RUNNING, FULL):
-            if status == FULL:
-                rows.make_room(request)
-            status = library.march(request)
-            if on_turn is not None:
-                on_turn(request.t, request.last_h, request.accepted)
-        retcode = RETCODES[status]
-        if not retcode.successful and request.last_h:
-            last = _last_attempt(library, request, memory)
-    rows.cut(request.accepted)
-    reached = request.reached
+    attempt = None
+    memory = library.take_memory(library.march_memory)
+    request.memory = memory.data_ptr()
+    status = FULL
+    while status in (RUNNING, FULL):
+        if status == FULL:
+            rows.make_room(request)
+        status = library.march(request)
+        if on_turn is not None:
+            on_turn(request.t, request.last_h, request.accepted)
+    if status != SUCCESS and request.last_h:
+        attempt = _last_attempt(library, request, memory)
+    library.give_memory(memory)
+    accepted, reached = request.accepted, request.reached
+    rows.cut(accepted)
     if reached < count:
         saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
     flight = Flight(
         u0,
         packed,
-        rows.ends,
         rows.steps,
-        saved,
         places,
-        departure.marks,
-        retcode,
+        accepted,
+        reached,
+        departure,
+        RETCODES[status],
         request.evaluations,
         request.rejected,
-        last,
+        attempt,
         bool(request.finite),
         rows.times,
     )
-    return flight, final
+    return flight, States(saved, rows.ends, last)
 
 
 class _Rows:
@@ -313,8 +326,8 @@ class _Rows:
     """
 
     def __init__(self, u0: Tensor, departure: Departure) -> None:
-        self.room = room = departure.room
-        self.ends = u0.new_empty((room, len(u0)))
+        self.room, self.size = room, size = departure.room, departure.size
+        self.ends = u0.new_empty((room, size))
         self.steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
         self.times = None if departure.options.saveat is not None else u0.new_empty(room + 1)
 
@@ -331,7 +344,7 @@ class _Rows:
     def cut(self, count: int) -> None:
         """Let go of the room after `count` steps."""
         # In place: a view would keep what is not needed of the room in sight.
-        self.ends.resize_(count, self.ends.shape[1])
+        self.ends.resize_(count, self.size)
         self.steps.resize_(count, 4)
         if self.times is not None:
             self.times.resize_(count + 1)
@@ -354,7 +367,7 @@ class Swept:
 
     Attributes:
         u0: cotangent of the initial state.
-        packed: of the packed parameters.
+        packed: of the parameters, flat, each in its place.
         times: of the steps' starts, of their sizes, and of the saved times' places; empty where
             times need none.
         nfe: evaluations.
@@ -368,17 +381,11 @@ class Swept:
     steps: int
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def sweep_back(
     library: Library,
     flight: Flight,
-    problem: ODEProblem,
-    saved_bar: Tensor | None,
-    ends_bar: Tensor | None,
-    last_bar: Tensor | None,
+    ends: Tensor,
+    arriving: tuple[Tensor | None, ...],
     with_times: bool,
 ) -> Swept:
     """Pull the cotangents of a solve back to its inputs.
@@ -386,43 +393,32 @@ def sweep_back(
     Args:
         library: the field and the method.
         flight: the solve.
-        problem: for the interval.
-        saved_bar: cotangents of the saved states.
-        ends_bar: of the states at the ends of the steps.
-        last_bar: of the last of these, once more.
+        ends: the states at the ends of its steps.
+        arriving: cotangents of its `States`.
         with_times: whether the cotangents of times are wanted.
     """
-    count = len(flight.ends)
-    bars = [None if x is None else library.lying(x) for x in (saved_bar, ends_bar, last_bar)]
-    start_bar = torch.zeros_like(flight.u0)
-    packed_bar = torch.zeros_like(flight.packed)
-    request = SweepRequest(
-        t0=problem.t0,
-        t1=problem.t1,
-        seconds=TURN,
-        mark_count=len(flight.marks),
-        marks=ctypes.addressof(flight.marks),
-        u0=flight.u0.data_ptr(),
-        ends=flight.ends.data_ptr(),
-        packed=flight.packed.data_ptr(),
-        steps=flight.steps.data_ptr(),
-        places=flight.places.data_ptr(),
-        saved_bar=_address(bars[0]) if len(flight.places) else None,
-        ends_bar=_address(bars[1]) if count else None,
-        last_bar=_address(bars[2]),
-        start_bar=start_bar.data_ptr(),
-        packed_bar=packed_bar.data_ptr(),
-        n=count,
-        count=count,
-        q=len(flight.places) - 1,
-    )
+    assert flight.departure is not None
+    request, count, reached = flight.departure.request_back(), flight.count, flight.reached
+    saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
+    start_bar, packed_bar = torch.zeros_like(flight.u0), torch.zeros_like(flight.packed)
+    request.u0, request.ends = flight.u0.data_ptr(), ends.data_ptr()
+    request.packed, request.packed_bar = flight.packed.data_ptr(), packed_bar.data_ptr()
+    request.steps, request.places = flight.steps.data_ptr(), flight.places.data_ptr()
+    request.start_bar = start_bar.data_ptr()
+    request.n, request.count, request.q = count, count, reached - 1
+    if saved is not None and reached:
+        request.saved_bar = saved.data_ptr()
+    if steps is not None and count:
+        request.ends_bar = steps.data_ptr()
+    if last is not None:
+        request.last_bar = last.data_ptr()
     times: list[Tensor] = []
     if with_times:
-        times = [flight.steps.new_zeros(n) for n in (count, count, len(flight.places))]
+        times = [flight.steps.new_zeros(n) for n in (count, count, reached)]
         request.t_bar, request.h_bar, request.theta_bar = (x.data_ptr() for x in times)
-    with library.memory(library.sweep_memory) as memory:
-        request.memory = memory.data_ptr()
-        while library.sweep(request) == RUNNING:
-            pass
-    library.unpack(flight.packed, packed_bar)
+    memory = library.take_memory(library.sweep_memory)
+    request.memory = memory.data_ptr()
+    while library.sweep(request) == RUNNING:
+        pass
+    library.give_memory(memory)
     return Swept(start_bar, packed_bar, times, request.evaluations, request.replayed)

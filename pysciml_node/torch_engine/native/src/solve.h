@@ -261,7 +261,8 @@ typedef struct {
 #define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
 #define BARS_OF(s) (s->memory + ALL_STAGES * ROW)
 #define SHARED_BAR(s) (s->memory + (2 * ALL_STAGES + 2) * ROW)
-#define STAGE_OF(s, i) (s->memory + (2 * ALL_STAGES + 3) * ROW + BARS + (i) * STAGE_MEMORY)
+#define SCRATCH(s) (s->memory + (2 * ALL_STAGES + 3) * ROW)
+#define STAGE_OF(s, i) (SCRATCH(s) + BARS + (i) * STAGE_MEMORY)
 
 /* Whether a saved time lies inside a step, and a cotangent arrives at it. */
 static int psn_is_inside(const Sweep *s, int64_t saved, int64_t n) {
@@ -294,7 +295,6 @@ static void psn_replay(Sweep *s, int64_t n) {
   double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
   const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
   REAL *k = s->memory, *bars = BARS_OF(s), *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
-  REAL *scratch = STAGE_OF(s, 0) - BARS;
   REAL *bar = s->start_bar;
   int known = s->shared ? END_STAGE : -1;
   int64_t inside = 0;
@@ -349,7 +349,7 @@ static void psn_replay(Sweep *s, int64_t n) {
     }
     REAL time[LANES] = {0};
     pull(times[i], g, s->packed, k + i * ROW, g + 2 * ROW, k_bar, bars + i * ROW, time,
-         s->packed_bar, scratch);
+         s->packed_bar, SCRATCH(s));
     if (s->t_bar) {
       double along = 0;
       for (int e = 0; e < N; e++) along += (double)k_bar[e] * k[i * ROW + e];
@@ -408,8 +408,10 @@ int64_t march(Solve *s) {
   memcpy(s->final, U(s), N * sizeof(REAL));
   return s->status;
 }
-int64_t sweep(Sweep *s) { return s->status = psn_sweep(s); }
-void prepare(const REAL *const *tensors, REAL *packed) { pack(tensors, packed); }
-void finish(const REAL *packed, REAL *packed_bar, REAL *scratch) {
-  unpack(packed, packed_bar, scratch);
+/* At the end of it the cotangents of the packed parameters become those of the parameters. */
+int64_t sweep(Sweep *s) {
+  s->status = psn_sweep(s);
+  if (s->status == SUCCESS) unpack(s->packed, s->packed_bar, SCRATCH(s));
+  return s->status;
 }
+void prepare(const REAL *const *tensors, REAL *packed) { pack(tensors, packed); }
