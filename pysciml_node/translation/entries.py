@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 ABSENT = object()
@@ -28,24 +29,22 @@ class Attributes:
         return getattr(self.owner, name, ABSENT)
 
 
-class Elements:
-    """Whether a set still has the same elements."""
+class Equal:
+    """Whether what a function gives is still equal to what it gave."""
 
-    def __init__(self, x: Any) -> None:
-        self._x = x
+    def __init__(self, get: Callable[[], Any]) -> None:
+        self._get = get
 
-    def __getitem__(self, ids: frozenset[int]) -> bool:
-        return frozenset(map(id, self._x)) == ids
+    def __getitem__(self, before: Any) -> bool:
+        return bool(self._get() == before)
 
 
-class Bytes:
-    """Whether an array still holds the same numbers."""
+@dataclass(frozen=True)
+class Calls:
+    """How often a function that keeps its results was called: what it keeps may be thrown away."""
 
-    def __init__(self, x: Any) -> None:
-        self._x = x
-
-    def __getitem__(self, numbers: bytes) -> bool:
-        return bytes_of(self._x) == numbers
+    hits: int
+    misses: int
 
 
 def bytes_of(x: Any) -> bytes:

@@ -272,9 +272,10 @@ def _outcome(
         for i, x in enumerate(after.tensors)
         if i in used or (x.numel() <= _SMALL and not _is_source(i, x, result))
     )
-    silent = before.tokens == after.tokens and not after.sealed
+    passing = before.changes(after)
+    silent = len(before.tokens) == len(after.tokens) and not passing and not after.sealed
     silent = silent and isinstance(result, _Translation) and not result.prints
-    return _Outcome(kind, after.tokens, before.changes(after), contents, result, silent)
+    return _Outcome(kind, after.tokens, passing, contents, result, silent)
 
 
 def _is_source(i: int, x: Tensor, result: Any) -> bool:
@@ -289,10 +290,8 @@ def _translate(
     """The translation, and the numbers of the tensors whose entries are part of it."""
     if spec.dtype.is_complex:
         raise UnsupportedModule("modules of complex states cannot be translated.")
-    if snapshot.asks_mode:
-        raise UnsupportedModule(
-            f"{label(f)} asks whether gradients are recorded, which may differ at each solve."
-        )
+    if snapshot.fickle is not None:
+        raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
     with torch.inference_mode(False), _full_precision(spec.device):
         exported, prints = _export(f, spec, p)
         walk = GraphWalk(f, spec, exported, snapshot, p)

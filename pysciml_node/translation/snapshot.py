@@ -6,6 +6,7 @@ import argparse
 import array
 import contextvars
 import functools
+import os
 import sys
 import sysconfig
 import threading
@@ -13,9 +14,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from itertools import repeat
-from operator import contains, getitem, is_
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from pysciml_node.steps.anatomy import names_in
-from pysciml_node.translation.entries import ABSENT, Attributes, Bytes, Elements, Value, bytes_of
+from pysciml_node.translation.entries import ABSENT, Attributes, Calls, Value, bytes_of
 from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.watch import Watch, describe, freedom
 
 _PLAIN = frozenset(
     (
@@ -54,6 +54,15 @@ _SILENT = frozenset(
 # Functions whose answer is that of the place where a solve is called.
 _MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
 
+# What derivatives that are taken inside a field are found by.
+_DERIVATIVES = frozenset(("autograd", "func"))
+
+# What reads the environment.
+_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
+
+# Kinds of globals whose inside matters only to code that names them.
+_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
@@ -77,13 +86,13 @@ class Snapshot:
             shape and device, and not its numbers.
         tensors: the distinct tensors, in that order: equal tokens mean the same places.
         sealed: whether there are objects of other libraries, whose inside is not looked at.
-        asks_mode: whether code asks if gradients are recorded.
+        fickle: what code does that may come out differently at each solve, in words.
     """
 
     tokens: list[Any]
     tensors: list[Tensor]
     sealed: bool = False
-    asks_mode: bool = False
+    fickle: str | None = None
 
     @staticmethod
     def of(f: Any) -> Snapshot:
@@ -95,112 +104,29 @@ class Snapshot:
         if known is not None and known.owner() is f and known.kind is type(f):
             tensors = known.tensors()
             if tensors is not None:
-                return Snapshot(known.tokens, tensors, known.sealed, known.asks_mode)
+                return Snapshot(known.tokens, tensors, known.sealed, known.fickle)
         walk = _Walk(reference(f, functools.partial(_forget, id(f))))
         walk.add(f)
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
-        walk.note_freedom()
+        walk.finish()
         _watched[id(f)] = walk.watch
-        return Snapshot(walk.watch.tokens, walk.tensors, walk.watch.sealed, walk.watch.asks_mode)
+        return Snapshot(walk.watch.tokens, walk.tensors, walk.watch.sealed, walk.watch.fickle)
 
     def changes(self, later: Snapshot) -> frozenset[int]:
-        """Places at which a later snapshot differs, if both have the same structure."""
+        """Places at which a later snapshot differs, if both have the same structure.
+
+        Calls of functions that keep their results do not count: what they keep decides.
+        """
         if len(self.tokens) != len(later.tokens):
             return frozenset()
         pairs = zip(self.tokens, later.tokens, strict=True)
-        return frozenset(i for i, (before, after) in enumerate(pairs) if before != after)
+        changed = [i for i, (before, after) in enumerate(pairs) if before != after]
+        return frozenset(i for i in changed if not isinstance(later.tokens[i], Calls))
 
 
-@dataclass
-class _Watch:
-    """The places that were looked at, so that a second look is a quick one.
-
-    Attributes:
-        owner: gives the callable.
-        kind: its class.
-        tokens: structure and plain values.
-        items: containers, keys and the values at them, in lists of the same length.
-        attributes: objects, names of their attributes and the values of these, likewise.
-        absent: modules and names that they lack, likewise.
-        sized: containers whose number of entries matters.
-        sizes: these numbers.
-        places: container and key of each tensor, and the token that describes it.
-        repeated: container and key of a tensor's further places, and its number.
-        default: torch's default dtype.
-        sealed: whether there are objects whose inside is not looked at.
-        asks_mode: whether code asks if gradients are recorded.
-        asks_freedom: whether code mentions `requires_grad`.
-        free: of each tensor whether it requires gradients, where code mentions that.
-    """
-
-    owner: Callable[[], Any]
-    kind: type
-    tokens: list[Any] = field(default_factory=list)
-    items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
-    attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
-    absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
-    sized: list[Any] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    places: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    repeated: list[tuple[Any, Any, int]] = field(default_factory=list)
-    default: torch.dtype = field(default_factory=torch.get_default_dtype)
-    sealed: bool = False
-    asks_mode: bool = False
-    asks_freedom: bool = False
-    free: list[bool] | None = None
-
-    def expect_item(self, container: Any, key: Any, value: Any) -> None:
-        """Look later whether a value is still in its place."""
-        columns, entries = self.items, (container, key, value)
-        if type(container) is Attributes:
-            columns, entries = self.attributes, (container.owner, key, value)
-        for column, entry in zip(columns, entries, strict=True):
-            column.append(entry)
-
-    def expect_none(self, module: dict[str, Any], name: str) -> None:
-        """Look later whether a module still lacks a name."""
-        self.absent[0].append(module)
-        self.absent[1].append(name)
-
-    def expect_size(self, container: Any) -> None:
-        """Look later whether a container still has as many entries."""
-        self.sized.append(container)
-        self.sizes.append(len(container))
-
-    def tensors(self) -> list[Tensor] | None:
-        """The tensors that are there now; `None` where anything else has changed."""
-        try:
-            # Most places are looked at by C code that loops over them.
-            containers, keys, values = self.items
-            if not all(map(is_, map(getitem, containers, keys), values)):
-                return None
-            owners, names, held = self.attributes
-            if not all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held)):
-                return None
-            if any(map(contains, *self.absent)):
-                return None
-            if list(map(len, self.sized)) != self.sizes:
-                return None
-            tensors: list[Tensor] = []
-            for container, key, token in self.places:
-                tensor = container[key]
-                if not isinstance(tensor, Tensor) or _describe(tensor) != token:
-                    return None
-                tensors.append(tensor)
-            for container, key, index in self.repeated:
-                if container[key] is not tensors[index]:
-                    return None
-        except (LookupError, ValueError):
-            return None
-        if self.free is not None and self.free != _freedom(tensors):
-            return None
-        distinct = len(set(map(id, tensors))) == len(tensors)
-        return tensors if distinct and torch.get_default_dtype() is self.default else None
-
-
-_watched: Recent[int, _Watch] = Recent(64)
+_watched: Recent[int, Watch] = Recent(64)
 
 
 def _forget(key: int, owner: object) -> None:
@@ -223,28 +149,19 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _freedom(tensors: list[Tensor]) -> list[bool]:
-    return [x.requires_grad for x in tensors]
-
-
-def _describe(x: Tensor) -> tuple[Any, ...]:
-    # A parameter that is frozen, or set free again, needs no new program.
-    kind = type(x)
-    needs_gradient = None if kind is nn.Parameter else x.requires_grad
-    return kind, x.dtype, x.shape, x.device, needs_gradient
-
-
 class _Walk:
     """Walks through everything that can be reached, each object once."""
 
     def __init__(self, owner: Callable[[], Any]) -> None:
-        self.watch = _Watch(owner, type(owner()))
+        self.watch = Watch(owner, type(owner()))
         self.tensors: list[Tensor] = []
         self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._indices: dict[int, int] = {}
         self._rounds: set[tuple[str, tuple[str, ...]]] = set()
+        # Code mentions `grad`; something that it reaches has an attribute of that name.
+        self._reads_gradients = self._has_gradients = False
 
     def add(self, x: Any) -> None:
         """Note an object, and what can be reached from it."""
@@ -259,11 +176,13 @@ class _Walk:
         self._seen[id(x)] = (len(self._seen), x)
         _handler(kind)(self, x)
 
-    def note_freedom(self) -> None:
-        """Note which tensors require gradients, at the end of a walk, where code may ask."""
+    def finish(self) -> None:
+        """At the end of a walk, note what code asks of tensors besides their values."""
         if self.watch.asks_freedom:
-            self.watch.free = _freedom(self.tensors)
+            self.watch.free = freedom(self.tensors)
             self._tokens += self.watch.free
+        if self._reads_gradients and not self._has_gradients:
+            self.watch.fickle = "reads the gradients of tensors"
 
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
@@ -283,7 +202,7 @@ class _Walk:
         self.tensors.append(x)
         if x.__dict__:
             self._dict(x.__dict__)
-        self._tokens.append(_describe(x))
+        self._tokens.append(describe(x))
 
     def _loose_tensor(self, x: Tensor) -> None:
         """A tensor at a place that cannot change: a set's, or a key."""
@@ -299,6 +218,7 @@ class _Walk:
     def _module(self, x: nn.Module) -> None:
         self._kind(x)
         values = x.__dict__
+        self._has_gradients |= "grad" in values
         self.watch.expect_size(values)
         for key, value in values.items():
             if key not in _UNSEEN:
@@ -307,6 +227,7 @@ class _Walk:
 
     def _dict(self, x: Any) -> None:
         self._tokens.append(len(x))
+        self._has_gradients |= "grad" in x
         self.watch.expect_size(x)
         for key, value in x.items():
             if type(key) in _PLAIN:
@@ -323,7 +244,7 @@ class _Walk:
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
-        self.watch.expect_item(Elements(x), frozenset(map(id, x)), True)
+        self.watch.expect_equal(lambda: frozenset(map(id, x)))
         for value in x:
             if type(value) not in _PLAIN:
                 self.add(value)
@@ -340,8 +261,7 @@ class _Walk:
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
         names = names_in(f.__code__)
-        self.watch.asks_mode |= not _MODES.isdisjoint(names)
-        self.watch.asks_freedom |= "requires_grad" in names
+        self._asks(names, f.__globals__)
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -364,6 +284,32 @@ class _Walk:
                 if isinstance(sys.modules.get(name), types.ModuleType):
                     self._names_of(sys.modules[name], names)
 
+    def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
+        """Note what code asks for that stands in no place."""
+        if not _MODES.isdisjoint(names):
+            self.watch.fickle = "asks whether gradients are recorded"
+        self.watch.asks_freedom |= "requires_grad" in names
+        derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
+        self._reads_gradients |= "grad" in names and not derivatives
+        if not _ENVIRONMENT.isdisjoint(names):
+            self._tokens.append(dict(os.environ))
+            self.watch.expect_equal(lambda: dict(os.environ))
+        if "globals" in names and "globals" not in held:
+            self._every_global(held)
+
+    def _every_global(self, held: dict[str, Any]) -> None:
+        """Note all that a module holds, for code that looks it up by words."""
+        self.watch.expect_size(held)
+        for name, value in list(held.items()):
+            if name.startswith("__"):
+                continue
+            self._tokens.append(name)
+            if isinstance(value, _DEFINED):
+                self._tokens.append(_Same(value))
+                self.watch.expect_item(held, name, value)
+            else:
+                self._at(held, name, value)
+
     def _names_of(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
         """Note the names in a user's module that the code mentions."""
         self._tokens.append(module.__name__)
@@ -373,6 +319,7 @@ class _Walk:
             return
         self._rounds.add(round_)
         held = vars(module)
+        self._has_gradients |= "grad" in held
         for name in names:
             value = held.get(name, ABSENT)
             if isinstance(value, types.ModuleType):
@@ -390,6 +337,7 @@ class _Walk:
             if _is_library(owner.__module__):
                 continue
             held = vars(owner)
+            self._has_gradients |= "grad" in held
             self.watch.expect_size(held)
             for name, value in held.items():
                 if isinstance(value, types.FunctionType) or not name.startswith("__"):
@@ -398,13 +346,13 @@ class _Walk:
 
     def _array(self, x: Any) -> None:
         self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
-        self.watch.expect_item(Bytes(x), x.tobytes(), True)
+        self.watch.expect_equal(lambda: bytes_of(x))
 
     def _buffer(self, x: Any) -> None:
         """Numbers in a row of Python's own."""
         numbers = bytes_of(x)
         self._tokens.append((type(x), getattr(x, "typecode", None), numbers))
-        self.watch.expect_item(Bytes(x), numbers, True)
+        self.watch.expect_equal(lambda: bytes_of(x))
 
     def _mapping(self, x: Any) -> None:
         """A container that is no dict: a wrapper of several, a configuration."""
@@ -416,6 +364,14 @@ class _Walk:
 
     def _reference(self, x: Any) -> None:
         self._at(Value(x), "value", x())
+
+    def _keeping(self, x: Any) -> None:
+        """A function that keeps its results."""
+        self.add(x.__wrapped__)
+        if _is_library(x.__module__):
+            return
+        self._tokens.append(Calls(*x.cache_info()[:2]))
+        self.watch.expect_equal(lambda: x.cache_info()[:2])
 
     def _opaque(self, x: Any) -> None:
         """An object of another library: itself, and the numbers that it holds directly."""
@@ -459,7 +415,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
     (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
     ((staticmethod, classmethod), lambda walk, x: walk.add(x.__func__)),
-    (functools._lru_cache_wrapper, lambda walk, x: walk.add(x.__wrapped__)),
+    (functools._lru_cache_wrapper, _Walk._keeping),
     (property, lambda walk, x: walk.add((x.fget, x.fset))),
     ((np.ndarray, np.generic), _Walk._array),
     ((array.array, bytearray, memoryview), _Walk._buffer),

@@ -7,7 +7,9 @@ import array
 import collections
 import contextvars
 import dataclasses
+import functools
 import math
+import os
 import string
 import sys
 import types
@@ -128,6 +130,36 @@ def by_late_global() -> tuple[Callable[..., Any], Callable[[float], None]]:
     return f, lambda k: globals().update(LATE=k)
 
 
+def by_words() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    globals()["SPOKEN"] = 1.0
+    # By its parts, so that no code names it.
+    return lambda t, u: -globals()["SPO" + "KEN"] * u, lambda k: globals().update(SPOKEN=k)
+
+
+def by_environment() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    def change(k: float) -> None:
+        os.environ["PSN_TEST_RATE"] = str(k)
+
+    change(1.0)
+    return lambda t, u: -float(os.environ["PSN_TEST_RATE"]) * u, change
+
+
+def by_what_a_function_keeps() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    rates = {"k": 1.0}
+    kept = functools.cache(lambda: rates["k"])
+
+    def change(k: float) -> None:
+        rates["k"] = k
+        # Until its memory is cleared it gives the old one.
+        end(f)
+        kept.cache_clear()
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -kept() * u
+
+    return f, change
+
+
 def by_tensor_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
     w: Any = torch.ones(1, dtype=D)
     w.alpha = 1.0
@@ -235,6 +267,30 @@ def test_a_field_that_asks_whether_gradients_are_recorded_is_refused() -> None:
 
     with pytest.raises(psn.CompileError, match="asks whether gradients are recorded"):
         end(field)
+
+
+def test_a_field_that_reads_the_gradients_of_its_parameters_is_refused() -> None:
+    rate = torch.ones(1, dtype=D, requires_grad=True)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return -rate * u if rate.grad is None else -2 * rate * u
+
+    with pytest.raises(psn.CompileError, match="reads the gradients of tensors"):
+        end(field)
+
+
+def test_a_field_may_have_a_part_that_is_called_grad() -> None:
+    class Descent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grad = nn.Linear(1, 1, bias=False, dtype=D)
+            nn.init.ones_(self.grad.weight)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            out: Tensor = -self.grad(u)
+            return out
+
+    assert end(Descent()) == pytest.approx(math.exp(-1), rel=1e-7)
 
 
 def test_a_field_that_takes_derivatives_inside_is_refused_with_that_reason() -> None:
