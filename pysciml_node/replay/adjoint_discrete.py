@@ -48,7 +48,8 @@ class _StepPullback:
         self.field, self.method, self.time_gradient = field, method, time_gradient
         self.totals = totals
         self.stages = Stages(method, field.field, marks, vectors_like(like, method.all_stages))
-        self.cotangents = vectors_like(like, method.all_stages + 1 + outputs)
+        held = min(outputs, method.all_stages + 1)
+        self.cotangents = vectors_like(like, method.all_stages + 1 + held)
         self._plain: dict[int, list[Weights]] = {}
         # The first stage of the step after, which is also a stage of this one, and its cotangent.
         self._after: tuple[Linearized, Tensor] | None = None
@@ -67,10 +68,11 @@ class _StepPullback:
         self.totals.comparison.add(self._end(h, u), step.u1, u)
         # Stored in the order in which they arise: u1*, v*_1 ... v*_m, U*_s, ..., U*_1, so that
         # each stage's cotangent combines all that is there.
-        arrived = [step.end] if inside is None else [step.end, *inside.unbind()]
+        outputs, rows = self._outputs(step)
+        arrived = [step.end, *outputs]
         for place, vector in enumerate(arrived):
             cotangents.put(place, vector)
-        upon = self._weights(count, None if inside is None else method.dense_weights(step.theta))
+        upon = self._weights(count, rows)
         t_bar: Tensor | None = None
         h_bar: Tensor | None = None
         for i in reversed(range(count)):
@@ -104,24 +106,36 @@ class _StepPullback:
             return self.stages.argument(self.method.stages - 1, h, u)
         return self.stages.vectors.combine(u, h, self.method.b)
 
-    def _weights(self, count: int, outputs: Tensor | None) -> list[Weights]:
-        """Weights of all cotangents upon each stage; the last entry sums them all."""
-        if outputs is None and count in self._plain:
+    def _outputs(self, step: StepBack) -> tuple[Sequence[Tensor], list[list[float]]]:
+        """Cotangents of the outputs, and for each its weights upon the stages and upon `u*`."""
+        inside = step.inside
+        if inside is None:
+            return (), []
+        weights = self.method.dense_weights(step.theta)
+        stages = weights.shape[1]
+        if len(inside) <= stages:
+            return inside.unbind(), [[*row, 1.0] for row in weights.real.tolist()]
+        # A sum for each stage and one for `u*` stand for any number of outputs.
+        sums = (*(weights.T @ inside).unbind(), inside.sum(0))
+        return sums, torch.eye(stages + 1).tolist()
+
+    def _weights(self, count: int, outputs: list[list[float]]) -> list[Weights]:
+        """Weights of all cotangents upon each stage; the last entry is their sum's."""
+        if not outputs and count in self._plain:
             return self._plain[count]
         b = (*self.method.tableau.b, *([0.0] * (count - self.method.stages)))
-        columns = [] if outputs is None else outputs.real.T.tolist()
         rows = self.method.host_rows
         combined: list[Row] = [
-            (b[i], *(columns[i] if columns else ()), *(rows[j][i] for j in range(count - 1, i, -1)))
+            (b[i], *(row[i] for row in outputs), *(rows[j][i] for j in range(count - 1, i, -1)))
             for i in range(count)
         ]
-        longest = len(combined[0]) + 1
-        combined.append((1.0,) * longest)
+        combined.append((1.0, *(row[-1] for row in outputs), *(1.0,) * count))
+        longest = len(combined[-1])
         # One tensor for all: making tensors costs more than these sums.
         padded = [(*row, *(0.0,) * (longest - len(row))) for row in combined]
         tensors = torch.tensor(padded, dtype=torch.float64).to(self.method.b.tensor)
         weights = [Weights(row, tensors[i, : len(row)]) for i, row in enumerate(combined)]
-        if outputs is None:
+        if not outputs:
             self._plain[count] = weights
         return weights
 

@@ -225,6 +225,25 @@ def test_the_discrete_adjoint_is_the_direct_one(name: str, options: dict[str, An
     torch.testing.assert_close(replayed, recorded, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("outputs", [2, 8, 9, 300])
+def test_any_number_of_outputs_within_a_step(outputs: int) -> None:
+    """Beyond as many as the method has stages, sums stand for them."""
+
+    def pulled(adjoint: psn.DirectAdjoint, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        u0, p, t0, t1, _ = inputs()
+        saveat = torch.linspace(0.1, 0.9, outputs, dtype=torch.float64, requires_grad=True)
+        problem = psn.ODEProblem(field, u0.to(dtype), (t0, t1), p=p)
+        options = {"controller": psn.FixedStep(), "dt0": 0.5}
+        solution = psn.solve(problem, psn.Tsit5(), adjoint=adjoint, saveat=saveat, **options)
+        loss = solution.u.abs().square().sum() + solution.u1.abs().sum()
+        return torch.autograd.grad(loss, (u0, p, t0, t1, saveat))
+
+    for dtype in (torch.float64, torch.complex128):
+        replayed = pulled(psn.DiscreteAdjoint(), dtype)
+        recorded = pulled(psn.DirectAdjoint(), dtype)
+        torch.testing.assert_close(replayed, recorded, rtol=1e-11, atol=1e-11)
+
+
 @any_adjoint
 def test_gradients_in_single_precision(adjoint: psn.DirectAdjoint) -> None:
     """Times in float64 above a state in float32, and gradients of the right dtypes and shapes."""
