@@ -123,6 +123,8 @@ class MemberOptions:
             all.
         atol: own absolute tolerances, likewise.
         seeds: of the Brownian motions; empty for ordinary equations.
+        fired: which events have just happened at the starts, `(M, E)`.
+        spent: how many of `max_steps` each has spent before, `(M,)`.
     """
 
     common: SolveOptions
@@ -132,6 +134,8 @@ class MemberOptions:
     rtol: Tensor | None = None
     atol: Tensor | None = None
     seeds: tuple[int, ...] = ()
+    fired: Array | None = None
+    spent: Array | None = None
 
     @property
     def alike(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.problems.ode import CONTAINS_ITSELF, FEWEST_TIMES, ODEProblem, Problem
+from pysciml_node.problems.ode import FEWEST_TIMES, ODEProblem, Problem, checked_parameters
 from pysciml_node.problems.state import (
     State,
     StateSpec,
@@ -60,8 +61,8 @@ class EnsembleProblem(checks.Configured):
     factor the matrices of all members at once. One after the other go: other implicit methods, mass
     matrices and Jacobians that are given, stochastic equations off the CPU, events, continuous
     adjoints, output times and shared ends that receive gradients, controllers of the caller's own,
-    fields with hooks, and fields that `torch.vmap` cannot run (with a branch on values, or random numbers)
-    or evaluates to something else.
+    fields with hooks, and fields that `torch.vmap` cannot run (with a branch on values, or random
+    numbers) or evaluates to something else.
 
     The Julia engine solves the members by one call, over the threads of Julia (the environment
     variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the field is a module or a
@@ -116,7 +117,7 @@ class EnsembleProblem(checks.Configured):
             checks.settle(self, u0=as_state(self.u0))
             given += _states("u0", self.u0, self.problem.spec)
         if self.p is not None:
-            given += _parameters(self.p, self.problem.p)
+            given += _parameters(self.p, self.problem)
         if self.tspan is not None:
             checks.settle(self, tspan=_intervals(self.tspan, self.problem.spec))
             given.append(("tspan", self.tspan, torch.Size((2,))))
@@ -165,11 +166,28 @@ class EnsembleProblem(checks.Configured):
         }
         return dataclasses.replace(self, **changes)
 
+    def pieces(self, rows: Array, starts: Tensor, tspan: Tensor) -> EnsembleProblem:
+        """Parts of some members' intervals, which may be as short as a step.
+
+        Args:
+            rows: the members, `(L,)`.
+            starts: their flat states at the starts, `(L, N)`.
+            tspan: the starts and ends, `(L, 2)` in float64.
+        """
+        part, p = copy.copy(self), self.p
+        if p is not None and len(rows) < self.size:
+            p = map_tensors(lambda x: x.index_select(0, torch.from_numpy(rows).to(x.device)), p)
+        u0 = self.problem.spec.unflatten(starts)
+        checks.settle(part, u0=u0, p=p, tspan=tspan, size=len(rows))
+        return part
+
     def _single(self, changes: dict[str, Any]) -> Problem:
-        problem: Any = self.problem
         if self.batched:
+            problem: Any = self.problem
             changes["f"] = OfOne(problem.f, self.p is not None)
-        single: Problem = dataclasses.replace(problem, **changes)
+        # What the members are made of has been checked.
+        single = copy.copy(self.problem)
+        checks.settle(single, **changes)
         return single
 
     def starts(self) -> Tensor:
@@ -212,13 +230,10 @@ def _intervals(given: Any, spec: StateSpec) -> Tensor:
     return tspan
 
 
-def _parameters(many: Any, one: Any) -> list[tuple[str, Tensor, torch.Size | None]]:
+def _parameters(many: Any, problem: Problem) -> list[tuple[str, Tensor, torch.Size | None]]:
     """The tensors of many parameters with the shapes that theirs have to end in."""
-    shared = [x.shape for x in tensors_of(one)]
-    try:
-        stacked = list(tensors_of(many))
-    except RecursionError:
-        raise ValueError(CONTAINS_ITSELF) from None
+    shared = [x.shape for x in tensors_of(problem.p)]
+    stacked = checked_parameters(many, problem.spec)
     if shared and len(shared) != len(stacked):
         raise ValueError(
             f"p must have the {len(shared)} tensors of the problem's p, each with a leading size "

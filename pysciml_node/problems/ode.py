@@ -90,6 +90,21 @@ CONTAINS_ITSELF = "p must not contain itself.\n  Put a copy in, or leave the ref
 FEWEST_TIMES = 1000
 
 
+def checked_parameters(p: Any, spec: StateSpec) -> list[Tensor]:
+    """The tensors of an extra argument, which are on the device of the state."""
+    try:
+        tensors = list(tensors_of(p))
+    except RecursionError:
+        raise ValueError(CONTAINS_ITSELF) from None
+    for tensor in tensors:
+        if tensor.device != spec.device:
+            raise ValueError(
+                f"p must be on the device of u0 ({spec.device}), but is on "
+                f"{tensor.device}.\n  Move it: p.to(u0.device)."
+            )
+    return tensors
+
+
 class Problem(checks.Configured):
     """The base of initial value problems: a state, an interval, an extra argument."""
 
@@ -136,18 +151,8 @@ class Problem(checks.Configured):
         self._check_resolution(t0, t1)
         ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
         checks.settle(self, tspan=ends)
-        if self.p is None:
-            return
-        try:
-            tensors = list(tensors_of(self.p))
-        except RecursionError:
-            raise ValueError(CONTAINS_ITSELF) from None
-        for tensor in tensors:
-            if tensor.device != self.spec.device:
-                raise ValueError(
-                    f"p must be on the device of u0 ({self.spec.device}), but is on "
-                    f"{tensor.device}.\n  Move it: p.to(u0.device)."
-                )
+        if self.p is not None:
+            checked_parameters(self.p, self.spec)
 
     def _check_resolution(self, t0: float, t1: float) -> None:
         """Refuse an interval whose times the state's real dtype cannot tell apart."""

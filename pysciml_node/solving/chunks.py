@@ -19,6 +19,7 @@ from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.solving import engines
 from pysciml_node.solving.engines import Engine
 from pysciml_node.solving.jumps import run
+from pysciml_node.solving.member_jumps import run_with_events
 
 COUNTS = tuple(f.name for f in dataclasses.fields(Stats))
 BACKWARD = tuple(name for name in COUNTS if name == "nvjp" or name.endswith("_backward"))
@@ -27,9 +28,13 @@ BACKWARD = tuple(name for name in COUNTS if name == "nvjp" or name.endswith("_ba
 def run_members(
     ensemble: EnsembleProblem, engine: Engine, algorithm: Algorithm, options: MemberOptions
 ) -> Members:
-    """Run the members in this process; those with events one after the other."""
+    """Run the members in this process."""
     if not options.common.events:
         return engine.solve_members(ensemble, algorithm, options)
+    batch = getattr(engine, "solve_in_batch", None)
+    joined = None if batch is None else run_with_events(ensemble, batch, algorithm, options)
+    if joined is not None:
+        return joined
     solutions = (
         run(engine, problem, algorithm, options.of(m))
         for m, problem in enumerate(ensemble.members())

@@ -31,22 +31,27 @@ class _NewtonShift(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         value, slope = ctx.saved_tensors
         with torch.no_grad():
-            pulled = -cotangents[0] / slope
+            # Where there is no slope, `_UnknownShift` takes the cotangent.
+            pulled = torch.where(slope == 0, 0.0, -cotangents[0] / slope)
         # One Newton step has the first derivative of the root, and not its second.
         return (*first_derivative((pulled,), (value,)), None)
 
 
 class _UnknownShift(torch.autograd.Function):
-    """Zero, for a condition whose root has no derivative that is known."""
+    """Zero, where conditions have roots whose derivatives are not known."""
 
     @staticmethod
     @override
-    def forward(ctx: Any, t: Tensor, u: Tensor) -> Tensor:
+    def forward(ctx: Any, t: Tensor, u: Tensor, unknown: Tensor) -> Tensor:
+        ctx.save_for_backward(unknown)
         return torch.zeros_like(t)
 
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (unknown,) = ctx.saved_tensors
+        if unknown.ndim and not bool((unknown & (cotangents[0] != 0)).any()):
+            return None, None, None
         raise RuntimeError(
             "the time of an event has no known derivative where its condition has no slope: it is "
             "a comparison, detached or constant there.\n"
@@ -100,9 +105,9 @@ def root_shift(
     """Zero, with the derivative of the time at which a condition has its root.
 
     Args:
-        condition: `g(t, u)`, one real number.
-        t: the time of the root.
-        u: the state there, flat or not.
+        condition: `g(t, u)`, one real number; or one for each member.
+        t: the time of the root; or `(L,)`.
+        u: the state there, flat or not; or `(L, N)`.
         rate: its derivative in time.
     """
     time = t.detach().requires_grad_()
@@ -110,16 +115,17 @@ def root_shift(
     g = condition(time, state)
     dg_dt, dg_du = None, None
     if g.requires_grad:
-        dg_dt, dg_du = torch.autograd.grad(g, (time, state), allow_unused=True)
+        dg_dt, dg_du = torch.autograd.grad(g.sum(), (time, state), allow_unused=True)
     slope = torch.zeros_like(time)
     if dg_du is not None:
-        slope = slope + torch.vdot(dg_du.reshape(-1), rate.reshape(-1)).real
+        slope = slope + (dg_du.conj() * rate).reshape(*t.shape, -1).sum(-1).real
     if dg_dt is not None:
         slope = slope + dg_dt
-    if slope == 0:
-        shift: Tensor = _UnknownShift.apply(t, u)  # type: ignore[no-untyped-call]
-    else:
+    shift, unknown = torch.zeros_like(time), slope == 0
+    if not bool(unknown.all()):
         shift = _NewtonShift.apply(condition(t, u), slope.detach())  # type: ignore[no-untyped-call]
+    if bool(unknown.any()):
+        shift = shift + _UnknownShift.apply(t, u, unknown)  # type: ignore[no-untyped-call]
     return shift
 
 

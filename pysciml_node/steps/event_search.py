@@ -35,9 +35,9 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
 
 # An event that has just happened leaves its condition near zero, of either sign: what counts as its
 # sign at the start is the one at this share of the first step, as in SciML's callbacks.
-_AFTER = 0.01
+AFTER = 0.01
 # Where a line along the field is looked at on both sides of such a start, in steps.
-_BESIDE = 0.001
+BESIDE = 0.001
 
 
 class Signs:
@@ -68,7 +68,7 @@ class Signs:
             h: signed size of the step.
         """
         for i in self._unsettled:
-            self.before[i] = self._leaving(i, value(i, _AFTER), h)
+            self.before[i] = self._leaving(i, value(i, AFTER), h)
         self._unsettled = set()
         before, self.before = self.before, after
         crossing = [i for i, event in enumerate(self.events) if event.crosses(before[i], after[i])]
@@ -91,7 +91,7 @@ class Signs:
             rate = FlatField(problem)(problem.time_tensor([problem.t0])[0], u)
         early, late = (
             condition_value(event, problem, problem.t0 + dt, u + dt * rate)
-            for dt in (-_BESIDE * h, _BESIDE * h)
+            for dt in (-BESIDE * h, BESIDE * h)
         )
         return -later if early * later > 0 > late * later else later
 

@@ -18,6 +18,7 @@ from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod, li
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.replay.members.stacked import StackedMembers
 from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.stochastic.solve import SDESolve
@@ -143,11 +144,20 @@ def solve_members(
         native = attempt_native_members(ensemble, algorithm, options, NAME)
         if native is not None:
             return native
-    if options.common.compile is not True and batches(ensemble, algorithm, options):
-        batch = solve_batch(ensemble, algorithm, options)
+    if options.common.compile is not True and len(ensemble) > 1:
+        batch = solve_in_batch(ensemble, algorithm, options)
         if batch is not None:
             return batch
     solutions = [
         solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
     ]
     return ListedMembers(tuple(solutions), options.times)
+
+
+def solve_in_batch(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+) -> StackedMembers | None:
+    """Run the members in one batch, each up to its first event; `None` where that cannot be."""
+    if not batches(ensemble, algorithm, options):
+        return None
+    return solve_batch(ensemble, algorithm, options)

@@ -35,6 +35,8 @@ class EventSearch:
 
         def value(i: int, theta: float) -> float:
             at = torch.tensor([theta], dtype=torch.float64)
+            # With their graph, where there is one: the steps that follow may use these stages too.
+            stages.evaluate(step.time, step.size, step.u, stages.method.all_stages)
             with torch.no_grad():
                 u = stages.dense(step.t, step.h, step.u.detach(), at)[0]
             return condition_value(self.events[i], self.problem, step.t + theta * step.h, u)

@@ -19,6 +19,25 @@ _functorch = torch._C._functorch
 OfMember = Callable[..., tuple[Tensor, ...]]
 
 
+def over_members(one: OfMember, *arguments: Any) -> tuple[Tensor, ...]:
+    """Map a function over members, as `torch.vmap` does it without its checks.
+
+    Args:
+        one: of the tensors of one member.
+        arguments: trees of tensors with a leading `L`, the last one a tensor.
+    """
+    count = arguments[-1].shape[0]
+    level = _functorch._vmap_increment_nesting(count, "error")
+    try:
+        inside = (
+            map_tensors(lambda x: _functorch._add_batch_dim(x, 0, level), x) for x in arguments
+        )
+        out = one(*inside)
+        return tuple(_functorch._remove_batch_dim(x, level, count, 0) for x in out)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
 class MembersField:
     """`f` on the flat states of some members, `(L, N)`, each at a time of its own.
 
@@ -121,19 +140,15 @@ class MembersField:
             p: their parameters, as `parameters` gave them.
             arguments: tensors with a leading `L`.
         """
-        count = arguments[0].shape[0]
-        level = _functorch._vmap_increment_nesting(count, "error")
+
+        def given(*inside: Any) -> tuple[Tensor, ...]:
+            self._give({**self.given, "p": inside[0] if self.own else p})
+            return one(*inside[1:])
+
         try:
-
-            def inside(x: Tensor) -> Tensor:
-                return _functorch._add_batch_dim(x, 0, level)
-
-            self._give({**self.given, "p": map_tensors(inside, p) if self.own else p})
-            out = one(*map(inside, arguments))
-            return tuple(_functorch._remove_batch_dim(x, level, count, 0) for x in out)
+            return over_members(given, p if self.own else None, *arguments)
         finally:
             self._give({})
-            _functorch._vmap_decrement_nesting()
 
     def _give(self, given: dict[str, Any]) -> None:
         """What the function that is mapped is to use."""

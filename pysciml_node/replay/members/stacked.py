@@ -58,6 +58,19 @@ class MemberSteps:
 
 
 @dataclass
+class MemberEvents:
+    """The events that have ended members.
+
+    Attributes:
+        first: the one that has ended each, or -1, `(M,)`.
+        fired: all whose conditions cross zero there, `(M, E)`.
+    """
+
+    first: Array
+    fired: Array
+
+
+@dataclass
 class StackedMembers:
     """The results of members that an engine has solved in one batch.
 
@@ -77,6 +90,7 @@ class StackedMembers:
         surroundings: what the field can reach.
         thinned: whether only the last state of each member is kept.
         failures: the last attempts of failed members, by member.
+        events: that have ended members, where any are watched.
         detached: whether gradients have been left behind.
     """
 
@@ -94,6 +108,7 @@ class StackedMembers:
     surroundings: Surroundings | None
     thinned: bool = False
     failures: dict[int, Attempt] = field(default_factory=dict)
+    events: MemberEvents | None = None
     detached: bool = False
     _made: dict[int, Solution] = field(default_factory=dict, init=False)
 
@@ -161,6 +176,8 @@ class StackedMembers:
             t1_stop=len(landings),
             thinned=self.thinned and len(steps.sizes[own]) > 1,
         )
+        if self.events is not None and self.events.first[m] >= 0:
+            record.event = int(self.events.first[m])
         start, ends = self._pieces
         states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
         reach = OfMember(self._reach(), m, self.ensemble)

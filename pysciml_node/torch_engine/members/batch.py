@@ -15,7 +15,7 @@ from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
-from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
+from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps, StackedMembers
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.inputs import Evaluate, Inputs
 from pysciml_node.steps.randomness import expect_repeatable
@@ -81,6 +81,10 @@ class Batch(ABC):
     # What is handed back; and whether states of steps that nobody asks for may be let go.
     result: type[StackedMembers] = StackedMembers
     lets_go = True
+
+    def events(self) -> MemberEvents | None:
+        """The events that have ended members, where any are watched."""
+        return None
 
     def counts(self) -> dict[str, Array]:
         """Evaluations by each member, as fields of `Stats`."""
@@ -187,6 +191,7 @@ class Batch(ABC):
             surroundings=self.surroundings,
             thinned=tape.thinned,
             failures=tape.failures,
+            events=self.events(),
         )
         return result, None if saved is None else saved[0]
 

@@ -19,12 +19,13 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
 from pysciml_node.replay.members.rosenbrock import RosenbrockStages
-from pysciml_node.replay.members.stacked import StackedMembers
+from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
 from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus.implicit import RosenbrockTableau
 from pysciml_node.torch_engine.end_times import hides_time
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
+from pysciml_node.torch_engine.members.crossings import Crossings
 from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
 from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
@@ -34,7 +35,7 @@ from pysciml_node.torch_engine.members.tape import Tape
 def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> bool:
     """Whether members can be solved in one batch, as far as the arguments tell."""
     common, problem = options.common, ensemble.problem
-    if len(ensemble) == 1 or common.events or common.progress:
+    if common.progress:
         return False
     if isinstance(problem, SDEProblem):
         # The numbers of a path are made on the CPU, for all members at once.
@@ -100,6 +101,13 @@ class StagesBatch(Batch):
         self.kind = RosenbrockStages if rosenbrock else MemberStages
         field, u0 = MembersField(ensemble), ensemble.starts()
         super().__init__(ensemble, algorithm, options, field, u0, self.method.nodes)
+        self.crossings: Crossings | None = None
+        if options.common.events:
+            try:
+                self.crossings = Crossings(ensemble, options, self.u0)
+            except Exception as error:
+                # Whatever vmap cannot do; what a condition itself raises, one member raises again.
+                raise OneByOne from error
         if self.moving is not None and any(map(self._hides_time, {0, len(ensemble) - 1})):
             raise OneByOne
 
@@ -111,8 +119,21 @@ class StagesBatch(Batch):
 
     @override
     def march(self, tape: Tape, recorded: bool) -> MembersMarch:
-        moving = self.moving if recorded else None
-        return StagesMarch(self.method, self.field, self.options, tape, recorded, self.kind, moving)
+        return StagesMarch(
+            self.method,
+            self.field,
+            self.options,
+            tape,
+            recorded,
+            self.kind,
+            self.moving if recorded else None,
+            self.crossings,
+        )
+
+    @override
+    def events(self) -> MemberEvents | None:
+        crossings = self.crossings
+        return None if crossings is None else MemberEvents(crossings.first, crossings.fired)
 
     @override
     def again(self) -> Again:

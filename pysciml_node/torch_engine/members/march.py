@@ -25,6 +25,7 @@ from pysciml_node.replay.members.stages import MemberStages, StepOfMembers, spre
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import SLIVER
+from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.members.stops import Stops
 from pysciml_node.torch_engine.members.tape import Attempts, Tape, Tried
 
@@ -91,6 +92,11 @@ class MembersMarch(ABC):
         self.nreject = np.zeros(count, dtype=np.int64)
         common = options.common
         self.adaptive = common.controller.adaptive
+        # So many steps each may try, and the fewest of these.
+        self._most = np.full(count, common.max_steps)
+        if options.spent is not None:
+            self._most -= options.spent
+        self._fewest = int(self._most.min())
         sizes = common.controller.start_many(error_order, count)
         assert sizes is not None
         self.sizes: ManySizes = sizes
@@ -235,8 +241,10 @@ class MembersMarch(ABC):
         error, accepted = self._judge(u1, h)
         self._last = Attempts(live.rows, live.t, h, self.u, u1, error)
         stops = np.where(lands, live.stop, -1) if landing else None
-        tried = Tried(live.rows, live.t, h, end, error, stops, live.naccept, accepted)
-        if np.count_nonzero(accepted):
+        ended = self._cut(u1, Steps(live.rows, np.arange(len(h)), live.t, h, end), accepted)
+        whole = accepted if ended is None else accepted & ~ended
+        tried = Tried(live.rows, live.t, h, end, error, stops, live.naccept, whole)
+        if np.count_nonzero(whole):
             self._take(u1, tried, lands)
         live.naccept = live.naccept + accepted
         live.error = error
@@ -250,8 +258,8 @@ class MembersMarch(ABC):
                 live.h = np.where(cut, proposed, live.h)
         else:
             live.h = proposed
-        if landing:
-            self._arrive(accepted & lands)
+        if landing or ended is not None:
+            self._arrive(whole & lands, ended)
 
     def _proposed(self, h: Array) -> Array:
         """The sizes to try, within the largest that are allowed."""
@@ -261,24 +269,26 @@ class MembersMarch(ABC):
         proposed: Array = np.copysign(np.minimum(abs(h), largest), h)
         return proposed
 
-    def _arrive(self, there: Array) -> None:
-        """Go on from the stops that some members have come to."""
+    def _arrive(self, there: Array, ended: Array | None) -> None:
+        """Go on from the stops that some members have come to, without those that have ended."""
         live = self.live
-        done = there & self.stops.last(live.stop)
+        done = {ReturnCode.Success: there & self.stops.last(live.stop)}
+        if ended is not None:
+            done[ReturnCode.Terminated] = ended
         live.stop = live.stop + there
-        if np.count_nonzero(done):
-            self._retire({ReturnCode.Success: done})
+        if any(map(np.count_nonzero, done.values())):
+            self._retire(done)
         self._stop = self.stops.next(self.live.stop)
 
     def _failures(
         self, proposed: Array, size: Array, lands: Array
     ) -> dict[ReturnCode, Array] | None:
         """The members that cannot go on, by the reason."""
-        live, exhausted = self.live, self._tries >= self.options.common.max_steps
+        live, exhausted = self.live, self._tries >= self._fewest
         if not exhausted and size.min() >= self._enough and size.max() < math.inf:
             return None  # NaN is not
         unstable = ~np.isfinite(proposed)
-        tried = np.full_like(unstable, exhausted)
+        tried = self._tries >= self._most[live.rows]
         small = np.zeros_like(tried)
         if self.adaptive:
             # Steps cut short by a stop may be small; others below the limit mean failure.
@@ -293,6 +303,10 @@ class MembersMarch(ABC):
             ReturnCode.MaxIters: tried,
             ReturnCode.DtLessThanMin: small & ~bad,
         }
+
+    def _cut(self, u1: Tensor, steps: Steps, accepted: Array) -> Array | None:
+        """End accepted steps at the events that lie in them; says which, `(L,)`, if any."""
+        return None
 
     def _first_stages(self) -> None:
         """Evaluate the first stages that the steps before have not left."""
@@ -397,6 +411,7 @@ class StagesMarch(MembersMarch):
         recorded: whether autograd is to follow.
         kind: of its stages.
         moving: the ends of the intervals, where they receive gradients through the steps.
+        crossings: watch for events, where there are any.
     """
 
     def __init__(
@@ -408,10 +423,11 @@ class StagesMarch(MembersMarch):
         recorded: bool,
         kind: type[MemberStages] = MemberStages,
         moving: MovingEnds | None = None,
+        crossings: Crossings | None = None,
     ) -> None:
         super().__init__(method.nodes, method.tableau.error_order, field, options, tape)
         self.method, self.recorded, self.kind = method, recorded, kind
-        self.moving = moving
+        self.moving, self.crossings = moving, crossings
         self.limits = StepLimits(options, method.nodes.dtype)
         self.stages: MemberStages
 
@@ -442,7 +458,36 @@ class StagesMarch(MembersMarch):
         if landing or self.limits.stops or not self.method.nodes_inside:
             limits = self.limits(live.rows, live.t, h)
         self.stages.begin(self.u, live.t, h, limits)
+        last = self._lands & self.stops.last(live.stop)
+        self._move(self.stages, StepMoves(live.rows, live.stop == 0, self._lands, last))
+
+    def _move(self, stages: MemberStages, moves: StepMoves) -> None:
         if self.moving is not None:
-            last = self._lands & self.stops.last(live.stop)
-            moves = StepMoves(live.rows, live.stop == 0, self._lands, last)
-            self.stages.move(*self.moving.of_steps(moves))
+            stages.move(*self.moving.of_steps(moves))
+
+    @override
+    def _cut(self, u1: Tensor, steps: Steps, accepted: Array) -> Array | None:
+        if self.crossings is None or not accepted.any():
+            return None
+        cut = self.crossings.look(self.stages, self.k, u1, steps.at(np.flatnonzero(accepted)))
+        if cut is None:
+            return None
+        live, places = self.live, cut.places
+        ended = np.isin(np.arange(len(accepted)), places)
+        # Taken again with the shorter size: the state at the event is the step's own result.
+        rows, t, h = live.rows[places], live.t[places], cut.theta * steps.h[places]
+        index = torch.from_numpy(places).to(u1.device)
+        u = self.u.index_select(0, index)
+        p = self.field.parameters(rows)
+        stages = self.kind(self.method, self.field, rows, p, u, self.recorded)
+        stages.begin(u, t, h, self.limits(rows, t, h))
+        nowhere = np.zeros(len(rows), dtype=bool)
+        self._move(stages, StepMoves(rows, live.stop[places] == 0, nowhere, nowhere))
+        stages.know(self.k.index_select(0, index))
+        end = stages.solution(with_error=False)
+        every, error = np.arange(len(rows)), self._last.error[places]
+        number = live.naccept[places]
+        self.tape.step(stages, end, Tried(rows, t, h, t + h, error, None, number, ~nowhere))
+        self.crossings.note(Steps(rows, every, t, h, t + h), u, end)
+        self.u = self.u.index_copy(0, index, end)
+        return ended
