@@ -198,7 +198,7 @@ class JoinedMembers:
 
     def children(self) -> list[Any]:
         """The tensors, and those of the pieces."""
-        own = [self.ends, self.at_times, self.stop_times]
+        own: list[Any] = [self.ends, self.at_times, self.stop_times]
         own += [(one.t, one.before, one.after) for one in self.jumps]
         return [*own, *(one.members.children() for one in self.rounds)]
 

@@ -230,6 +230,20 @@ def test_members_have_events_of_their_own() -> None:
     torch.testing.assert_close(one, torch.stack(other), rtol=1e-8, atol=1e-8)
 
 
+def test_stages_of_dense_output_keep_their_graph() -> None:
+    # The search reads dense output, whose last stage is the first one of the step that follows.
+    def gradient(adjoint: psn.DiscreteAdjoint) -> Tensor:
+        start = leaf([1.0, 0.0])
+        problem = psn.ODEProblem(lambda t, u: torch.stack((u[1], -u[0])) + t, start, (0.0, 3.0))
+        event = psn.Event(lambda t, u: u[0] - 1.5, affect=lambda t, u: 0.9 * u)
+        solution = psn.solve(problem, psn.Vern7(), events=event, adjoint=adjoint, **TIGHT)
+        assert solution.jumps
+        return torch.autograd.grad(solution.u1.sum(), start)[0]
+
+    discrete, direct = gradient(psn.DiscreteAdjoint()), gradient(psn.DirectAdjoint())
+    torch.testing.assert_close(direct, discrete, rtol=1e-9, atol=1e-9)
+
+
 def test_layers_with_integrals_and_local_penalties() -> None:
     field = torch.nn.Linear(2, 2).double()
     node = psn.NeuralODE(

@@ -458,8 +458,9 @@ class StagesMarch(MembersMarch):
         if landing or self.limits.stops or not self.method.nodes_inside:
             limits = self.limits(live.rows, live.t, h)
         self.stages.begin(self.u, live.t, h, limits)
-        last = self._lands & self.stops.last(live.stop)
-        self._move(self.stages, StepMoves(live.rows, live.stop == 0, self._lands, last))
+        if self.moving is not None:
+            last = self._lands & self.stops.last(live.stop)
+            self._move(self.stages, StepMoves(live.rows, live.stop == 0, self._lands, last))
 
     def _move(self, stages: MemberStages, moves: StepMoves) -> None:
         if self.moving is not None:
