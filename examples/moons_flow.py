@@ -1,12 +1,12 @@
-"""A continuous flow of two moons whose trace has a closed form, and so native code.
+"""A continuous flow of two moons whose trace has a closed form, and so costs little.
 
-`pysciml_node.CNF` differentiates inside the field for the trace, which native code cannot do. For a
+`pysciml_node.CNF` differentiates the field for its trace, by a product for each dimension. For a
 field with one hidden layer the trace is a sum over its units,
 
     f(t, u) = W2 tanh(W1 u + t w + b) + c,    tr(df/du) = sum_k (1 - h_k^2) (W1 W2)_kk,
 
 so that points and log-determinant are one equation of elementary operations. `CNF` of the same
-field is the same flow; regularizers that integrate along it need that.
+field is the same flow.
 """
 
 import math

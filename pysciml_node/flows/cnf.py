@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -19,6 +20,24 @@ from pysciml_node.regularizers.probes import Probes, check_distribution, samples
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 
 _LOG_DET = "log_det"
+
+
+@dataclass(eq=False)
+class Divergence:
+    """The trace of the field's Jacobian, or its estimate, one number a sample.
+
+    Attributes:
+        vectors: unit vectors, or a probe.
+        batch: number of samples.
+    """
+
+    vectors: list[Tensor]
+    batch: int
+
+    def __call__(self, point: FieldPoint) -> Tensor:
+        """The rate at a point."""
+        terms = [samples_of(point.pullback(e) * e, self.batch).sum(1) for e in self.vectors]
+        return torch.stack(terms).sum(0)
 
 
 class CNF(Flow):
@@ -141,13 +160,7 @@ class CNF(Flow):
                 "  Flow its real view: torch.view_as_real(x)."
             )
         vectors = probes.of(self.exact, self.distribution, self.generator)
-        batch = probes.batch
-
-        def rate(point: FieldPoint) -> Tensor:
-            terms = [samples_of(point.pullback(e) * e, batch).sum(1) for e in vectors]
-            return torch.stack(terms).sum(0)
-
-        return rate
+        return Divergence(vectors, probes.batch)
 
     def extra_repr(self) -> str:
         """Configuration for `repr`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.event import Event
@@ -25,53 +26,68 @@ from pysciml_node.solutions.solution import (
     StopGradient,
     Trajectory,
 )
+from pysciml_node.steps.derived import DerivedField
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
 _OWN, _DRIVEN, _EXTRA = "state", "driven", "integral"
 
 
-class AugmentedField:
-    """A problem's field with rates to integrate beside it, by their part of the state.
+@dataclass(eq=False)
+class AugmentedField(DerivedField):
+    """A problem's field with rates to integrate beside it.
 
-    No module: an engine that translates modules could not translate the vector-Jacobian products
-    inside, but can call it.
+    Attributes:
+        inner: the problem's field.
+        spec: structure of its state.
+        with_p: whether it takes an extra argument.
+        rates: by their part of the state.
     """
 
-    def __init__(self, problem: ODEProblem, rates: dict[str, Rate]) -> None:
-        self.problem = problem
-        self.inner = problem.f
-        self.spec: StateSpec = problem.spec
-        self.with_p = problem.p is not None
-        self.rates = rates
+    inner: Callable[..., Any]
+    spec: StateSpec
+    with_p: bool
+    rates: dict[str, Rate]
 
     def __call__(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
         """Derivative of the augmented state."""
-        state_parts = [part for key, part in state.items() if key.startswith(_OWN)]
-        outer_grad = torch.is_grad_enabled()
 
         def field(t: Tensor, u: Any) -> Any:
             return self.inner(t, u, p) if self.with_p else self.inner(t, u)
 
+        if torch.is_grad_enabled():
+            return self._derive(t, state, field, with_graph=True)
         with torch.enable_grad():
             # A view made without gradients may claim to require them and yet lead nowhere: only
             # where gradients are on is the state itself what the field is differentiated at.
-            if not outer_grad:
-                state_parts = [without_graph(part) for part in state_parts]
-            if torch._C._are_functorch_transforms_active():
-                point = _transformed(t, self.spec.assemble(state_parts), field)
-            else:
-                parts = [
-                    part if part.requires_grad else part.requires_grad_() for part in state_parts
-                ]
-                point = _recorded(t, self.spec.assemble(parts), field, outer_grad)
-            f = point.f
-            values = {
-                name: _checked(name, rate(point), state[name]) for name, rate in self.rates.items()
-            }
-        out = dict(zip([k for k in state if k.startswith(_OWN)], self.spec.parts(f), strict=True))
-        out.update(values)
-        return out if outer_grad else {key: without_graph(value) for key, value in out.items()}
+            apart = {key: without_graph(x) for key, x in state.items()}
+            out = self._derive(t, apart, field, with_graph=False)
+        return {key: without_graph(value) for key, value in out.items()}
+
+    @override
+    def derive(
+        self, t: Tensor, state: dict[str, Tensor], field: Callable[[Tensor, Any], Any]
+    ) -> dict[str, Tensor]:
+        # A recording is all that is made of it, and the operations of a first derivative are fewer.
+        return self._derive(t, state, field, with_graph=False)
+
+    def _derive(
+        self,
+        t: Tensor,
+        state: dict[str, Tensor],
+        field: Callable[[Tensor, Any], Any],
+        with_graph: bool,
+    ) -> dict[str, Tensor]:
+        own = {key: part for key, part in state.items() if key.startswith(_OWN)}
+        if torch._C._are_functorch_transforms_active():
+            point = _transformed(t, self.spec.assemble(list(own.values())), field)
+        else:
+            parts = [part if part.requires_grad else part.requires_grad_() for part in own.values()]
+            point = _recorded(t, self.spec.assemble(parts), field, with_graph)
+        out = dict(zip(own, self.spec.parts(point.f), strict=True))
+        for name, rate in self.rates.items():
+            out[name] = _checked(name, rate(point), state[name])
+        return out
 
 
 def _recorded(
@@ -166,7 +182,7 @@ def augment(
             **dict.fromkeys(extra, tightest if for_extra is None else for_extra),
         }
 
-    field = AugmentedField(problem, {**beside, **extra})
+    field = AugmentedField(problem.f, spec, problem.p is not None, {**beside, **extra})
     bigger = dataclasses.replace(problem, f=field, u0=u0)
     return bigger, spread(rtol), spread(atol, math.inf)
 
@@ -279,7 +295,7 @@ def _driving(augmented: ODEProblem) -> ODEProblem | None:
     if not rates:
         return None
     parts = {key: part for key, part in u0.items() if key.startswith(_OWN) or key in rates}
-    return dataclasses.replace(augmented, f=AugmentedField(field.problem, rates), u0=parts)
+    return dataclasses.replace(augmented, f=dataclasses.replace(field, rates=rates), u0=parts)
 
 
 def without_extra(solution: Solution, problem: ODEProblem) -> Solution:

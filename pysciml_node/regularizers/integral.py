@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,6 +43,47 @@ def square_norm(x: Tensor, batch: int, reduction: Reduction) -> Tensor:
     """Sum or mean of the squared magnitudes of each sample, `(B,)`."""
     entries = squares(samples_of(x, batch))
     return entries.mean(1) if reduction == "mean" else entries.sum(1)
+
+
+@dataclass(eq=False)
+class _Given:
+    """An integrand of the user's; of a single system, whose samples are not told apart, its mean.
+
+    Rates are objects, whose parts can be seen, where a field with them is translated.
+    """
+
+    fn: Callable[[Tensor, Any, Any], Tensor]
+    single: bool
+
+    def __call__(self, point: FieldPoint) -> Tensor:
+        value: Tensor = self.fn(point.t, point.u, point.f)
+        single = self.single and point.u.ndim == 1
+        return value.mean() if single and value.shape == point.u.shape else value
+
+
+@dataclass(eq=False)
+class _Speed:
+    """The squared norm of the derivative."""
+
+    batch: int
+    reduction: Reduction
+
+    def __call__(self, point: FieldPoint) -> Tensor:
+        parts = [samples_of(part, self.batch) for part in tensors_of(point.f)]
+        return square_norm(torch.cat(parts, 1), self.batch, self.reduction)
+
+
+@dataclass(eq=False)
+class _Frobenius:
+    """The squared norm of the Jacobian's products with some vectors."""
+
+    vectors: list[Tensor]
+    batch: int
+    reduction: Reduction
+
+    def __call__(self, point: FieldPoint) -> Tensor:
+        norms = [square_norm(point.pullback(e), self.batch, self.reduction) for e in self.vectors]
+        return torch.stack(norms).sum(0)
 
 
 class IntegralRegularizer(Regularizer):
@@ -101,13 +143,7 @@ class Integral(IntegralRegularizer):
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-
-        def rate(point: FieldPoint) -> Tensor:
-            value: Tensor = self.fn(point.t, point.u, point.f)
-            single = probes is not None and probes.batch == 1 and point.u.ndim == 1
-            return value.mean() if single and value.shape == point.u.shape else value
-
-        return rate
+        return _Given(self.fn, probes is not None and probes.batch == 1)
 
 
 class KineticEnergy(IntegralRegularizer):
@@ -134,14 +170,7 @@ class KineticEnergy(IntegralRegularizer):
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-
-        batch = batch_of(problem.u0) if probes is None else probes.batch
-
-        def rate(point: FieldPoint) -> Tensor:
-            parts = [samples_of(part, batch) for part in tensors_of(point.f)]
-            return square_norm(torch.cat(parts, 1), batch, self.reduction)
-
-        return rate
+        return _Speed(batch_of(problem.u0) if probes is None else probes.batch, self.reduction)
 
 
 class JacobianFrobenius(IntegralRegularizer):
@@ -190,10 +219,4 @@ class JacobianFrobenius(IntegralRegularizer):
                 "JacobianFrobenius needs a single-tensor state.\n  Stack the parts into one tensor."
             )
         vectors = probes.of(self.exact, self.distribution, self.generator)
-        batch = probes.batch
-
-        def rate(point: FieldPoint) -> Tensor:
-            norms = [square_norm(point.pullback(e), batch, self.reduction) for e in vectors]
-            return torch.stack(norms).sum(0)
-
-        return rate
+        return _Frobenius(vectors, probes.batch, self.reduction)

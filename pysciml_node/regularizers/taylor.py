@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,6 +38,21 @@ def total_derivative(field: Field, order: int) -> Field:
         return tangent
 
     return derivative
+
+
+@dataclass(eq=False)
+class _Derivative:
+    """The squared norm of a total derivative."""
+
+    order: int
+    batch: int
+    reduction: Reduction
+
+    def __call__(self, point: FieldPoint) -> Tensor:
+        derivative = point.f
+        if self.order > 1:
+            derivative = total_derivative(point.field, self.order)(point.t, point.u)
+        return square_norm(derivative, self.batch, self.reduction)
 
 
 class TaylorDerivative(IntegralRegularizer):
@@ -75,11 +91,4 @@ class TaylorDerivative(IntegralRegularizer):
             raise TypeError(
                 "TaylorDerivative needs a single-tensor state.\n  Stack the parts into one tensor."
             )
-
-        def rate(point: FieldPoint) -> Tensor:
-            derivative = point.f
-            if self.order > 1:
-                derivative = total_derivative(point.field, self.order)(point.t, point.u)
-            return square_norm(derivative, probes.batch, self.reduction)
-
-        return rate
+        return _Derivative(self.order, probes.batch, self.reduction)

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
+from pysciml_node.translation.derived import DerivedWalk, changes_argument, differentiated
 from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
@@ -118,10 +120,7 @@ _INSIDE = (
 )
 """What torch.export says of derivatives that are taken while it traces."""
 
-_DERIVATIVES = (
-    "it takes derivatives inside (torch.autograd.grad, torch.func), as a CNF and "
-    "JacobianFrobenius do"
-)
+_DERIVATIVES = "it takes derivatives inside (torch.autograd.grad, torch.func)"
 
 _OFTEN = 16
 """Translations of a function after which it is taken for one that is another at each solve."""
@@ -156,6 +155,8 @@ class _Called(nn.Module):
 
 def _anchor(f: Callable[..., Any]) -> Any:
     """What translations are kept with: the code of a function, which may be made many times."""
+    if isinstance(f, DerivedField):
+        return _anchor(f.inner)
     if isinstance(f, nn.Module):  # it has none, and looks for what it lacks at length
         return f
     return getattr(getattr(f, "__func__", f), "__code__", f)
@@ -293,8 +294,7 @@ def _translate(
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
     with torch.inference_mode(False), _full_precision(spec.device):
-        exported, prints = _export(f, spec, p)
-        walk = GraphWalk(f, spec, exported, snapshot, p)
+        walk, prints = _walk(f, spec, p, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints)
@@ -302,6 +302,34 @@ def _translate(
         further = () if p is None else (p,)
         check_program(lambda t, u: f(t, u, *further), label(f), spec, program, parameters)
     return translation, walk.fixed
+
+
+def _walk(
+    f: Callable[..., Any], spec: StateSpec, p: Any, snapshot: Snapshot
+) -> tuple[GraphWalk, bool]:
+    """What goes through the graph of a field, and whether the field prints."""
+    if not isinstance(f, DerivedField):
+        exported, prints = _export(f, spec, p)
+        return GraphWalk(f, spec, exported, snapshot, p), prints
+    exported, prints = _export(f.inner, f.spec, p)
+    with _exporting(f) as printed:
+        derived = differentiated(exported, f, spec)
+    walk = DerivedWalk(f.inner, f.spec, exported, snapshot, p, whole=spec, derived=derived)
+    return walk, prints or bool(printed.getvalue())
+
+
+@contextmanager
+def _exporting(f: Callable[..., Any]) -> Iterator[StringIO]:
+    """Says of an error that a field cannot be exported; yields what the field prints."""
+    try:
+        with _quietly() as printed, torch.enable_grad():
+            yield printed
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        reason = _DERIVATIVES if any(words in reason for words in _INSIDE) else reason
+        raise UnsupportedModule(
+            f"{label(f)} cannot be exported by torch.export: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -315,20 +343,13 @@ def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedPro
     """What torch makes of a field, and whether the field prints."""
     parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
     t = torch.zeros((), dtype=spec.dtype, device=spec.device)
-    try:
-        with _quietly() as printed, torch.enable_grad():
-            further = () if p is None else (map_tensors(_leaf, p),)
-            module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
-            arguments = (t, spec.assemble(parts), *further)
-            exported = torch.export.export(module, arguments, strict=False)
-            if any(_changes_argument(node) for node in exported.graph.nodes):
-                exported = exported.run_decompositions({})
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        reason = _DERIVATIVES if any(words in reason for words in _INSIDE) else reason
-        raise UnsupportedModule(
-            f"{label(f)} cannot be exported by torch.export: {reason}"
-        ) from error
+    with _exporting(f) as printed:
+        further = () if p is None else (map_tensors(_leaf, p),)
+        module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
+        arguments = (t, spec.assemble(parts), *further)
+        exported = torch.export.export(module, arguments, strict=False)
+        if any(changes_argument(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
     if _transforms(exported):
         raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
     return exported, bool(printed.getvalue())
@@ -366,8 +387,3 @@ def _quietly() -> Iterator[StringIO]:
             yield printed
     finally:
         logger.disabled = before
-
-
-def _changes_argument(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

@@ -268,6 +268,60 @@ def _apart(x: Tensor, dim: int, step: int) -> Tensor:
     return spaced.narrow(dim, 0, (x.shape[dim] - 1) * step + 1)
 
 
+def _softshrink_backward(grad_output: Tensor, self: Tensor, lambd: float) -> Tensor:
+    return grad_output.masked_fill(self.abs() <= lambd, 0.0)
+
+
+def _group_norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, None, None]:
+    """For the input alone."""
+    if list(output_mask) != [True, False, False]:
+        raise NotImplementedError
+    if weight is not None:
+        grad_out = grad_out * weight.reshape(-1, *[1] * (input.dim() - 2))
+    g, x = (y.reshape(N, group, -1) for y in (grad_out, input))
+    scale = rstd.unsqueeze(-1)
+    normal = (x - mean.unsqueeze(-1)) * scale
+    along = normal * (g * normal).mean(-1, keepdim=True)
+    return (scale * (g - g.mean(-1, keepdim=True) - along)).reshape(input.shape), None, None
+
+
+def _convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, None, None]:
+    """For the input alone: the transposed convolution, with an entry more where some were left."""
+    rank = len(stride)
+    if transposed or rank > 2 or list(output_mask) != [True, False, False]:
+        raise NotImplementedError
+    axes = zip(
+        input.shape[2:], grad_output.shape[2:], weight.shape[2:], stride, padding, dilation,
+        strict=True,
+    )  # fmt: skip
+    ends = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in axes]
+    turned = _transposed(rank)(grad_output, weight, None, stride, padding, ends, groups, dilation)
+    return turned, None, None
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "gru_cell": _gru_cell,
@@ -289,5 +343,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "max_pool2d": _greatest(2),
     "conv_transpose1d": _transposed(1),
     "conv_transpose2d": _transposed(2),
+    "convolution_backward": _convolution_backward,
+    "softshrink_backward": _softshrink_backward,
+    "native_group_norm_backward": _group_norm_backward,
 }
 """By the name of the operation, called as it is."""

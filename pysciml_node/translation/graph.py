@@ -150,8 +150,10 @@ class GraphWalk:
         return self.builder.parameter(name, tuple(tensor.shape), place, trained)
 
     def _constant(self, name: str) -> View | Tensor:
+        return self._reached(self.exported.constants[name], name)
+
+    def _reached(self, tensor: Any, name: str) -> View | Tensor:
         """A tensor that the module reaches by other ways than its parameters and buffers."""
-        tensor = self.exported.constants[name]
         if not isinstance(tensor, Tensor):
             raise UnsupportedModule(f"{self._name} uses {name}, which is not a tensor.")
         place = self._place(tensor)

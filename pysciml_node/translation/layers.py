@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pysciml_node.translation.builder import Builder, Joined, Shape, Traced, View
-from pysciml_node.translation.operations import HANDLERS, handles, refuse
-from pysciml_node.translation.reductions import Unknown
+from pysciml_node.translation.operations import HANDLERS, handles, reduced, refuse
 
 
 def _stored(g: Builder, weight: View) -> tuple[View, bool]:
@@ -278,11 +277,23 @@ def _native_norm(
     normalized_shape: Sequence[int] = (),
     **_: Any,
 ) -> list[Any]:
+    x = g.whole(input)
     if group is None:
         made = layer_norm(g, input, normalized_shape, weight, bias, eps)
-    else:
-        made = group_norm(g, input, group, weight, bias, eps)
-    return [made, Unknown(), Unknown()]
+        dims = [-1 - i for i in range(len(normalized_shape))]
+        return [made, *_moments(g, x, dims, True, eps)]
+    made = group_norm(g, input, group, weight, bias, eps)
+    rows = x.reshape((x.shape[0], group, math.prod(x.shape[1:]) // group))
+    return [made, *_moments(g, rows, [-1], False, eps)]
+
+
+def _moments(g: Builder, x: View, dims: list[int], keepdim: bool, eps: float) -> list[View]:
+    """Mean and reciprocal standard deviation along some dimensions, as derivatives need them."""
+    mean = reduced(g, x, dims, True, "mean")
+    variance = reduced(g, g.unary("square", g.binary("sub", x, mean)), dims, True, "mean")
+    moments = [mean, g.unary("rsqrt", g.affine(variance, 1.0, eps))]
+    shape = tuple(n for d, n in enumerate(mean.shape) if d - len(mean.shape) not in dims)
+    return moments if keepdim else [x.reshape(shape) for x in moments]
 
 
 @handles("batch_norm")

@@ -16,8 +16,11 @@ VIEWS = {
 }
 """Operations whose results are views of their first argument, or copies in the same order."""
 
-CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"}
-"""Operations without a result."""
+CHECKS = {
+    *("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range"),
+    "_has_same_storage_numel",  # asked where a number gets its tangent
+}
+"""Operations without a result that a program needs."""
 
 UNDEFINED = {"empty", "empty_like", "new_empty", "empty_strided"}
 

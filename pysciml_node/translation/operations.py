@@ -54,6 +54,7 @@ for _name in (
 
 
 HANDLERS["detach"] = lambda g, self: g.unary("stop", self)
+HANDLERS["pysciml_node::stop"] = lambda g, x: g.unary("stop", x)
 
 
 @handles("log2")
@@ -113,6 +114,12 @@ def _log_sigmoid(g: Builder, self: Traced) -> Traced:
     # Above it `log(1 + exp(x))` is `x` to the last digit, and below it `exp(x)` is finite.
     threshold = 40.0
     return g.affine(_softplus(g, g.affine(self, -1.0), 1.0, threshold), -1.0)
+
+
+@handles("log_sigmoid_forward")
+def _log_sigmoid_forward(g: Builder, self: Traced) -> list[Traced]:
+    # The second result is torch's own, for its backward pass.
+    return [_log_sigmoid(g, self), g.unary("exp", g.affine(g.unary("abs", self), -1.0))]
 
 
 @handles("mish")
@@ -214,7 +221,7 @@ def _pow(g: Builder, self: Any, exponent: Any) -> Traced:
     base, power = _operand(g, self), _operand(g, exponent)
     if isinstance(power, float):
         if isinstance(base, float):
-            return g.literal(torch.tensor(base, dtype=g.dtype) ** power)
+            return g.constant(float(torch.tensor(base, dtype=g.dtype) ** power), shape)
         if power == 0.0:
             return g.constant(1.0, shape)
         if power == 1.0:

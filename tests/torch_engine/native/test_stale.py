@@ -293,12 +293,6 @@ def test_a_field_may_have_a_part_that_is_called_grad() -> None:
     assert end(Descent()) == pytest.approx(math.exp(-1), rel=1e-7)
 
 
-def test_a_field_that_takes_derivatives_inside_is_refused_with_that_reason() -> None:
-    flow = psn.CNF(Turned(), psn.Tsit5(), compile=True)
-    with pytest.raises(psn.CompileError, match="takes derivatives inside"):
-        flow.log_prob(torch.ones(3, 2, dtype=D))
-
-
 @pytest.mark.filterwarnings("ignore:the field has no native code")
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vjp", "jacrev", "jacfwd"])
 def test_transforms_of_torch_func_are_refused_and_leave_torch_as_it_was(transform: str) -> None:

@@ -1,0 +1,171 @@
+"""Fields made of another one's derivatives: its exported graph, differentiated into one graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.steps.derived import DerivedField
+from pysciml_node.translation.graph import GraphWalk, Values
+from pysciml_node.translation.program import Program
+
+_library: Any = torch.library.Library("pysciml_node", "DEF")  # type: ignore[no-untyped-call]
+_library.define("stop(Tensor x) -> Tensor")
+_library.impl("stop", Tensor.clone, "CompositeExplicitAutograd")
+
+
+class _Stops(TorchFunctionMode):
+    """Marks values through which no gradient goes.
+
+    Autograd detaches what it keeps for its backward pass: in a recording these calls look like
+    those of the field, and yet gradients of a higher order go through.
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        stops = func in (Tensor.detach, torch.detach, torch.ops.aten.detach.default)
+        if stops or not torch.is_grad_enabled():
+            return map_tensors(lambda x: torch.ops.pysciml_node.stop(x.detach()), out)
+        return out
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """One graph of a derived field.
+
+    Attributes:
+        graph: takes what the exported one takes, the further parts of the state, and `held`; its
+            results are the parts of the derivative.
+        held: tensors that the derived field has beside those of the other one, such as probes.
+    """
+
+    graph: Graph
+    held: list[Tensor]
+
+
+def differentiated(
+    exported: ExportedProgram, field: DerivedField, spec: StateSpec
+) -> Differentiated:
+    """The graph of a derived field.
+
+    Args:
+        exported: the field that it is derived from.
+        field: the derived field.
+        spec: structure of its state.
+    """
+    inputs = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    names = [node.name for node in inputs]
+    items = exported.graph_signature.input_specs
+    given = [names.index(item.arg.name) for item in items if item.kind is InputKind.USER_INPUT]
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    count = len(field.spec.shapes)
+
+    def derivative(*arguments: Any) -> list[Tensor]:
+        operands = list(arguments[: len(inputs)])
+        t, *own = (operands[place] for place in given[: 1 + count])
+        # The parts of a state in the order of pytrees, which need not be its own.
+        order = pytree.tree_leaves(field.spec.assemble(list(range(count))))  # type: ignore[arg-type]
+        own = [own[order.index(i)] for i in range(count)]
+
+        def inner(t: Tensor, u: Any) -> Any:
+            leaves = [t, *pytree.tree_leaves(u)]
+            filled = list(operands)
+            for place, x in zip(given, leaves, strict=False):
+                filled[place] = x
+            return pytree.tree_unflatten(list(exported.graph_module(*filled)), out_spec)
+
+        state = spec.assemble([*own, *arguments[len(inputs) :]])
+        with torch.enable_grad(), _Stops():
+            out = field.derive(t, state, inner)
+        return list(spec.parts(out))
+
+    examples = [_example(node.meta["val"]) for node in inputs]
+    further = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes[count:]]
+    trace = functools.partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+    module = trace(derivative)(*examples, *further)
+    held = _lifted(module)
+    if any(changes_argument(node) for node in module.graph.nodes):
+        apart = torch.func.functionalize(module, remove="mutations")
+        inputs = [*examples, *further, *map(_example, held)]
+        module = trace(apart)(*inputs)
+    return Differentiated(module.graph, held)
+
+
+def _lifted(module: GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that a graph holds; returns them."""
+    graph, held = module.graph, dict[str, Node]()
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    tensors = []
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in held:
+            tensors.append(getattr(module, name))
+            with graph.inserting_after(last):
+                last = held[name] = graph.placeholder(name)
+            last.meta.update(node.meta)
+        node.replace_all_uses_with(held[name])
+        graph.erase_node(node)
+    module.recompile()
+    return tensors
+
+
+def changes_argument(node: Node) -> bool:
+    """Whether an operation writes to what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _example(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+
+
+class DerivedWalk(GraphWalk):
+    """Goes through the graph of a derived field.
+
+    Args:
+        walked: the field that it is derived from, and the further arguments of its walk.
+        whole: structure of the derived field's state.
+        derived: its graph.
+    """
+
+    def __init__(self, *walked: Any, whole: StateSpec, derived: Differentiated) -> None:
+        super().__init__(*walked)
+        self._whole, self._derived = whole, derived
+
+    @override
+    def run(self) -> Program:
+        self._inputs()
+        inputs = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
+        further = self._whole.shapes[len(self.spec.shapes) :]
+        operands = [
+            *(self.values.get(node) for node in inputs),
+            *(self.builder.state_part(tuple(shape)) for shape in further),
+            *(self._reached(x, f"constant {i}") for i, x in enumerate(self._derived.held)),
+        ]
+        parts = self._within(self._derived.graph, operands)
+        return self.builder.finish([self._trace(part) for part in parts])
+
+    @override
+    def _call(self, node: Node, values: Values) -> Any:
+        if node.target is torch.ops.aten.detach.default:
+            return values[node.args[0]]  # type: ignore[index]
+        return super()._call(node, values)
