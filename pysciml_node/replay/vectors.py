@@ -31,7 +31,7 @@ _BLOCK = 50_000
 
 
 @functools.cache
-def _settle_heap() -> None:
+def settle_heap() -> None:
     """Make the C library keep freed vectors, once for the process.
 
     glibc returns large freed blocks to the system and pages them in anew, zeroed, at each use. That
@@ -128,7 +128,7 @@ class BlockedVectors(Vectors):
     """References to the vectors, combined block by block."""
 
     def __init__(self, like: Tensor) -> None:
-        _settle_heap()
+        settle_heap()
         self._vectors: list[Tensor] = []
         self._versions: list[int] = []
         self._blocks: list[tuple[Tensor, ...]] = []

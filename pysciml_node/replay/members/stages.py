@@ -248,9 +248,9 @@ class MemberStages:
         self.increments.begin(self.u, self.h)
 
     def know(self, k: Tensor) -> None:
-        """Take the first stage as it is known, `(L, N)`."""
-        self.increments.put(0, k)
-        self.count = 1
+        """Take the next stage as it is known, `(L, N)`."""
+        self.increments.put(self.count, k)
+        self.count += 1
 
     def evaluate(self, upto: int) -> Tensor | None:
         """Evaluate the stages that are missing up to `upto`; returns the last one's argument."""

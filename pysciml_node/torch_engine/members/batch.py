@@ -16,6 +16,7 @@ from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps, StackedMembers
+from pysciml_node.replay.vectors import settle_heap
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.inputs import Evaluate, Inputs
 from pysciml_node.steps.randomness import expect_repeatable
@@ -61,6 +62,7 @@ class Batch(ABC):
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
         self.u0 = u0.clone()
         self.field, self.nodes = field, nodes
+        settle_heap()
         self.surroundings = Surroundings(self.field.given)
         if self.surroundings.lazy or (self.surroundings.hooked and not ensemble.batched):
             # Lazy modules take their shapes from one member; hooks are called for each.

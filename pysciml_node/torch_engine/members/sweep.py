@@ -28,11 +28,12 @@ from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs
+from pysciml_node.torch_engine.members.pullback import Outputs, StagesBack, Steps
 from pysciml_node.torch_engine.members.tape import SavedPlaces
 
 # Steps of one member are replayed at once while their rows are fewer than this, and their Jacobians
 # have no more columns than that: measured, see benchmarks/members.py.
-_ROWS = 8192
+_ROWS = 16384
 _COLUMNS = 4
 
 
@@ -189,6 +190,12 @@ class _Sweep:
         for name in ("depth", "step", "theta", "when", "cotangent"):
             setattr(self.inside, name, getattr(self.inside, name)[order])
         self._differences: list[Tensor] = []
+        # The row of each step that has been taken again among those that were with it.
+        self._row = np.full(len(steps.sizes), -1)
+        again, self.back = replay.again, None
+        if isinstance(again, StagesAgain) and again.kind is MemberStages and self.moving is None:
+            self.limits = again.limits
+            self.back = StagesBack(again.method, replay.field, replay.captured, self.sums)
 
     def _take_saved(self, places: SavedPlaces, saved: Tensor) -> Array:
         """Sort the cotangents of saved states by where they enter; says which steps have some."""
@@ -259,11 +266,20 @@ class _Sweep:
         if len(first):
             starts = torch.from_numpy(members[first]).to(u.device)
             u.index_copy_(0, torch.from_numpy(first).to(u.device), self.u0.index_select(0, starts))
+        recorded = self.states.index_select(0, index)
+        arriving = None if self.arriving is None else self.arriving.index_select(0, index)
+        self._row[at] = np.arange(len(at))
+        if self.back is not None:
+            t, h = steps.starts[at], steps.sizes[at]
+            following = self._following(members, number, depth > depths[0][0])
+            again = Steps(u, members, t, h, following, [count for _, count in depths])
+            self._compare(self.back.again(again, self.limits(members, t, h)), recorded, u)
+            self.back.pull(self._outputs(depths), arriving, cotangent)
+            return
         u = u.requires_grad_()
         outputs, bars = self._replayed(u, members, at, depths)
         u1 = outputs[0]
-        self._compare(u1.detach(), self.states.index_select(0, index), u.detach())
-        arriving = None if self.arriving is None else self.arriving.index_select(0, index)
+        self._compare(u1.detach(), recorded, u.detach())
         if len(depths) == 1:
             live = cotangent[: len(members)]
             if arriving is not None:
@@ -277,16 +293,38 @@ class _Sweep:
             self.of_ends.add([others.pop(0)])
         self.sums.add(others)
 
+    def _inside(self, depths: list[tuple[int, int]]) -> slice:
+        """Where the saved states inside of some steps stand."""
+        depth = self.inside.depth
+        first, last = (np.searchsorted(depth, d) for d in (depths[0][0], depths[-1][0] + 1))
+        return slice(int(first), int(last))
+
+    def _outputs(self, depths: list[tuple[int, int]]) -> Outputs | None:
+        """The cotangents inside of steps that are taken again."""
+        here, inside = self._inside(depths), self.inside
+        if here.start == here.stop or self.saved is None:
+            return None
+        rows = torch.from_numpy(inside.cotangent[here]).to(self.saved.device)
+        cotangents = self.saved.index_select(0, rows)
+        return Outputs(self._row[inside.step[here]], inside.theta[here], cotangents)
+
+    def _following(self, members: Array, number: Array, within: Array) -> Array:
+        """The rows of the steps that follow some; see `Steps`."""
+        steps = self.replay.steps
+        at = steps.offsets[members] + number
+        # At a stop the field may jump.
+        joined = (number + 1 < self.counts[members]) & (steps.stops[at] < 0)
+        row = self._row[np.where(joined, at + 1, at)]
+        found: Array = np.where(joined, np.where(within, row, -2 - row), -1)
+        return found
+
     def _replayed(
         self, u: Tensor, members: Array, at: Array, depths: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The states at the ends of steps and inside them, and the cotangents of the latter."""
         replay, inside, steps = self.replay, self.inside, self.replay.steps
-        first, last = (np.searchsorted(inside.depth, d) for d in (depths[0][0], depths[-1][0] + 1))
-        here = slice(int(first), int(last))
-        place = np.empty(len(steps.sizes), dtype=np.int64)
-        place[at] = np.arange(len(at))
-        within = place[inside.step[here]], inside.theta[here], inside.when[here]
+        here = self._inside(depths)
+        within = self._row[inside.step[here]], inside.theta[here], inside.when[here]
         span = steps.starts[at], steps.sizes[at], steps.ends[at]
         moved, fresh = None, [u]
         with torch.enable_grad():
