@@ -66,6 +66,9 @@ struct Plan{T,A,R,C}
     max_steps::Int
 end
 
+"The type of the numbers of a plan's solves."
+number(::Plan{T}) where {T} = T
+
 """
     controller(name, options, T, algorithm)
 

@@ -113,23 +113,24 @@ function solve!(
     marks::Int, dt0::Float64, m::Int, saveat::Int, saved::Int, mass::Int, dense::Bool, observer,
     report::Int,
 )
+    described = OBJECTS[plan]
     record = exclusively(OBJECTS[field]::RightHandSide) do rhs
         run_solve!(
-            rhs, OBJECTS[plan], device, n, u0, np, p, host(Float64, marks, nmarks), dt0, m,
-            host(Float64, saveat, m), saved, mass, dense, fd, observer, host(Int, report, 5),
+            rhs, described, device, n, u0, memory(number(described), device, p, np),
+            host(Float64, marks, nmarks), dt0, m, host(Float64, saveat, m), saved, mass, dense, fd,
+            observer, host(Int, report, 5),
         )
     end
     return keep(record)
 end
 
 function run_solve!(
-    rhs, plan::Plan{T}, device, n, u0, np, p, marks, dt0, m, saveat, saved, mass, dense, fd,
+    rhs, plan::Plan{T}, device, n, u0, parameters, marks, dt0, m, saveat, saved, mass, dense, fd,
     observer, report,
 ) where {T}
     rhs.evaluations = 0
     start = memory(T, device, u0, n)
     columns = reshape(memory(T, device, saved, n * m), n, m)
-    parameters = memory(T, device, p, np)
     mass_matrix = mass == 0 ? I : copy(transpose(reshape(memory(T, device, mass, n * n), n, n)))
     watch = observer === nothing ? Returns(false) : integrator -> observed(observer, integrator)
     # SciML's solutions outlive the call.
@@ -208,7 +209,7 @@ function pullback!(
     bars::Int, report::Int,
 )
     return exclusively(OBJECTS[field]::RightHandSide) do rhs
-        run_pullback!(
+        pull_addresses!(
             REAL[dtype + 1], rhs, OBJECTS[tableau]::Tableau, forward, device, n, np, p,
             host(Float64, times, steps + 1), host(Float64, sizes, steps),
             host(Float64, marks, nmarks), host(Int, states, steps + 1),
@@ -219,30 +220,39 @@ function pullback!(
     end
 end
 
-function run_pullback!(
+function pull_addresses!(
     ::Type{T}, rhs, tableau, forward, device, n, np, p, times, sizes, marks, states, cotangents,
     outputs, inside, theta, u0bar, pbar, bars, fd, report,
 ) where {T}
-    rhs.evaluations = 0
     vector(address) = memory(T, device, address, n)
-    gradient = memory(T, device, pbar, np)
-    V = typeof(gradient)
-    count = length(sizes)
+    ubar = vector(u0bar)
+    V = typeof(ubar)
     steps = Steps{V}(times, sizes, marks, vector.(states))
     arriving = Arriving{V}(
         [address == 0 ? nothing : vector(address) for address in cotangents], vector.(outputs),
         inside, theta,
     )
+    return run_pullback!(
+        rhs, tableau, forward, steps, arriving, memory(T, device, p, np), memory(T, device, pbar, np),
+        ubar, bars, fd, report,
+    )
+end
+
+function run_pullback!(
+    rhs, tableau, forward, steps, arriving, parameters, gradient, ubar, bars, fd, report
+)
+    rhs.evaluations = 0
+    count = length(steps.sizes)
     # Views, so that the sweep writes into Python's memory.
     part(from, length) = isempty(bars) ? bars : view(bars, (from + 1):(from + length))
     poll = () -> stop_when_interrupted(fd)
-    parameters, ubar, replayed = memory(T, device, p, np), vector(u0bar), 0
+    replayed = 0
     # Cotangents of times come out of the replay alone.
     if !forward || !isempty(bars)
         replayed = sweep!(
             rhs, tableau, steps, arriving, parameters, gradient, ubar;
             tbars = part(0, count), hbars = part(count, count),
-            thetabars = part(2 * count, length(theta)), poll,
+            thetabars = part(2 * count, length(arriving.theta)), poll,
         )
     end
     if forward

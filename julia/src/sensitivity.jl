@@ -28,43 +28,59 @@ function backward(alg::CompositeAlgorithm)
 end
 
 """
-    sensitivity!(fd, record, plan, method, rtol, atol, max_steps, n, nmarks, marks, m, times,
-                 cotangents, np, u0bar, pbar, slopes, report)
+    sensitivity!(fd, members, records, plan, method, rtol, atol, max_steps, n, mark_ends, marks,
+                 time_ends, times, cotangents, np, u0bar, pbar, slopes, report)
 
-Differentiate a solve whose solutions were kept. `cotangents` holds `m` addresses. `slopes`, if it is
-not 0, takes the `n` derivatives of the state at the start and then those at the `m` times; `report`
-the evaluations of the field.
+Differentiate solves whose solutions were kept, over the threads of Julia. `cotangents` holds `n`
+numbers for each time, of one member after the other, as `time_ends` says. `u0bar` and `pbar` have a row
+for each member. `slopes`, if it is not 0, takes for each the `n` derivatives of the state at its start
+and then those at its times; `report` the evaluations of the field.
 """
 function sensitivity!(
-    fd::Int, record::Int, plan::Int, method::String, rtol::Float64, atol::Float64,
-    max_steps::Int, n::Int, nmarks::Int, marks::Int, m::Int, times::Int, cotangents::Int, np::Int,
-    u0bar::Int, pbar::Int, slopes::Int, report::Int,
+    fd::Int, members::Int, records::Int, plan::Int, method::String, rtol::Float64, atol::Float64,
+    max_steps::Int, n::Int, mark_ends::Int, marks::Int, time_ends::Int, times::Int, cotangents::Int,
+    np::Int, u0bar::Int, pbar::Int, slopes::Int, report::Int,
 )
-    found = OBJECTS[record]
-    return run_sensitivity!(
-        found.rhs, found.pieces, OBJECTS[plan], method, rtol, atol, max_steps, n,
-        host(Float64, marks, nmarks), host(Float64, times, m), host(Int, cotangents, m), np, u0bar,
-        pbar, slopes, fd, host(Int, report, 1),
-    )
+    found = [OBJECTS[handle] for handle in host(Int, records, members)]
+    limits, last = host(Int, mark_ends, members), host(Int, time_ends, members)
+    points, moments = host(Float64, marks, limits[end]), host(Float64, times, last[end])
+    evaluations = host(Int, report, members)
+    # A solution calls the right-hand side that it was found with.
+    groups = [findall(record -> record.rhs === rhs, found) for rhs in unique(r.rhs for r in found)]
+    each_job(length(groups), worker_count(length(groups), 0)) do _, g
+        exclusively(found[groups[g][1]].rhs) do rhs
+            for i in groups[g]
+                part = members_part(last, i)
+                evaluations[i] = run_sensitivity!(
+                    rhs, found[i].pieces, OBJECTS[plan], method, rtol, atol, max_steps, n,
+                    points[members_part(limits, i)], moments[part], cotangents, first(part),
+                    u0bar, np, pbar, slopes, i, fd,
+                )
+            end
+        end
+    end
+    return nothing
 end
 
 function run_sensitivity!(
-    own, pieces, plan::Plan{T}, method, rtol, atol, max_steps, n, marks, times, addresses, np, u0bar,
-    pbar, slopes, fd, report,
+    rhs, pieces, plan::Plan{T}, method, rtol, atol, max_steps, n, marks, times, addresses, first,
+    u0bar, np, pbar, slopes, i, fd,
 ) where {T}
     settings = Settings{T,typeof(plan.algorithm)}(method, plan.algorithm, atol, rtol, max_steps)
-    moments = T.(times)
-    cotangents = Vector{T}[copy(host(T, address, n)) for address in addresses]
-    poll = () -> stop_when_interrupted(fd)
-    rates = slopes == 0 ? nothing : reshape(host(T, slopes, n * (length(times) + 1)), n, :)
-    ubar, gradient = host(T, u0bar, n), host(T, pbar, np)
-    report[1] = exclusively(own) do rhs
-        rhs.evaluations = 0
-        pull_pieces!(pieces, rhs, settings, marks, moments, cotangents, ubar, gradient; poll)
-        rates === nothing || state_rates!(rates, pieces, rhs, marks, moments)
-        return rhs.evaluations
+    moments, count = T.(times), length(times)
+    cotangents = [copy(row(T, 0, addresses, n, first + j - 1)) for j in 1:count]
+    rhs.evaluations = 0
+    pull_pieces!(
+        pieces, rhs, settings, marks, moments, cotangents, row(T, 0, u0bar, n, i),
+        row(T, 0, pbar, np, i); poll = () -> stop_when_interrupted(fd),
+    )
+    if slopes != 0
+        # Before them are those of the members before, one more each than there are times.
+        address = slopes + n * sizeof(T) * (first - 1 + i - 1)
+        rates = reshape(host(T, address, n * (count + 1)), n, :)
+        state_rates!(rates, pieces, rhs, marks, moments)
     end
-    return nothing
+    return rhs.evaluations
 end
 
 """

@@ -12,8 +12,7 @@ from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
 from pysciml_node.algorithms.switching import SwitchingMethod
 from pysciml_node.julia_engine import plans
-from pysciml_node.julia_engine.ensembles import run_many
-from pysciml_node.julia_engine.fields import ProgramField
+from pysciml_node.julia_engine.members.solve import solve_together
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.solve import ODESolve
 from pysciml_node.julia_engine.source import JuliaField
@@ -95,10 +94,7 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
 def solve_members(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
 ) -> Members:
-    """Run the members of a checked ensemble, over threads where these suffice.
-
-    What calls Python, a field or an event, needs its lock, and runs one after the other; so do
-    members with times or tolerances of their own.
+    """Run the members of a checked ensemble, by one call into Julia where that can be.
 
     Args:
         ensemble: one member or more.
@@ -111,43 +107,10 @@ def solve_members(
         KeyboardInterrupt: Ctrl-C stopped the solves.
     """
     runtime.start()
-    found = _solve_all(ensemble, algorithm, options)
-    return ListedMembers(tuple(found), options.times)
-
-
-def _solve_all(
-    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
-) -> list[Solution]:
-    problems = ensemble.members()
-    if isinstance(problems[0], SDEProblem):
-        return [solve(problem, algorithm, options.of(m)) for m, problem in enumerate(problems)]
-    solves = []
-    for m, given in enumerate(problems):
-        problem = in_full_precision(given, (nn.Module, JuliaField))
-        assert isinstance(problem, ODEProblem)
-        solves.append(ODESolve(problem, algorithm, options.of(m), NAME))
-    first = solves[0]
-    alike = ensemble.tspan is None and options.alike
-    if alike and not first.watcher.needed and _threaded(solves, ensemble):
-        forwards = run_many(
-            first.problem,
-            first.options,
-            first.plan,
-            [member.field for member in solves],
-            [member.u0 for member in solves],
-            first.keep_solution,
-        )
-        for member, forward in zip(solves, forwards, strict=True):
-            member.ready = forward
-    return [member.solution() for member in solves]
-
-
-def _threaded(solves: list[ODESolve], ensemble: EnsembleProblem) -> bool:
-    """Whether one field in Julia, with parameters of each member's own, serves all of them."""
-    first = solves[0].field
-    if isinstance(first, ProgramField) and ensemble.p is None:
-        for member in solves[1:]:
-            member.field = first
-    if first.calls_python:
-        return False
-    return all(member.field.handle is first.handle for member in solves)
+    together = solve_together(ensemble, algorithm, options, NAME)
+    if together is not None:
+        return together
+    solutions = [
+        solve(problem, algorithm, options.of(m)) for m, problem in enumerate(ensemble.members())
+    ]
+    return ListedMembers(tuple(solutions), options.times)

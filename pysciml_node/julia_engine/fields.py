@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from functools import cached_property
+from itertools import compress
 from typing import Any, Protocol, Self
 
 import torch
@@ -26,6 +27,7 @@ from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.recent import Recent
@@ -89,14 +91,20 @@ def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -
     Raises:
         UnsupportedModule: a module has an operation that cannot be translated.
     """
+    field = field_in_julia(problem, gradients, implicit)
+    return CallbackField(problem, u0, gradients) if field is None else field
+
+
+def field_in_julia(problem: ODEProblem, gradients: bool, implicit: bool) -> FieldInJulia | None:
+    """The right-hand side of a problem as `field_of` finds it; `None` where it is called back."""
     field = native_field(problem, gradients, implicit)
     if field is None and not isinstance(problem.f, InModes):
         with contextlib.suppress(UnsupportedModule):
             return ProgramField(problem)
-    return CallbackField(problem, u0, gradients) if field is None else field
+    return field
 
 
-def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> Field | None:
+def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> FieldInJulia | None:
     """A module that can be translated, or a `JuliaField`; `None` for anything else."""
     if isinstance(problem.f, JuliaField):
         return SourceField(problem, gradients, implicit)
@@ -115,8 +123,42 @@ def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> Field 
 _programs: Recent[tuple[str, torch.dtype], Handle] = Recent(32)
 
 
-class ProgramField:
+class FieldInJulia:
+    """A right-hand side that Julia evaluates by itself.
+
+    Args:
+        handle: of the field in Julia.
+        tensors: what its flat vector of parameters is made of.
+        wanted: which of them receive gradients.
+        spec: structure of the state.
+    """
+
+    calls_python = False
+    host = False
+
+    def __init__(
+        self, handle: Handle, tensors: list[Tensor], wanted: list[bool], spec: StateSpec
+    ) -> None:
+        self.handle, self.tensors, self.wanted = handle, tensors, wanted
+        self.inputs = list(compress(tensors, wanted))
+        # What the solve sees, so that its gradient sees the same.
+        self._flat = flat_parameters(tensors, spec.real_dtype, spec.device)
+
+    def parameters(self) -> Tensor:
+        """All that it depends on, as the solve saw it."""
+        return self._flat
+
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        """A gradient of `parameters` as those of `inputs`."""
+        if not self.inputs:
+            return []
+        return list(compress(split_parameters(gradient, self.tensors), self.wanted))
+
+
+class ProgramField(FieldInJulia):
     """A module or a function translated for Julia.
+
+    A parameter that the program does not read gets no gradient, not one of zeros.
 
     Args:
         problem: its `f` is translated, and its `p`, if there is one, is among the parameters.
@@ -125,39 +167,24 @@ class ProgramField:
         UnsupportedModule: it cannot be translated, or is a function that does more than evaluate.
     """
 
-    calls_python = False
-    host = False
-
     def __init__(self, problem: ODEProblem) -> None:
-        self._spec = problem.spec
         module = isinstance(problem.f, nn.Module) and problem.p is None
         translated = translate(problem.f, problem.spec, problem.p, silent=not module)
-        self._all = translated.parameters
-        self.inputs = [x for x in self._all if x.requires_grad]
-        # What the solve sees, so that its gradient sees the same.
-        self._flat = flat_parameters(self._all, self._spec.dtype, self._spec.device)
         key = (translated.json, problem.spec.dtype)
         handle = _programs.get(key)
         if handle is None:
             code = CODES[problem.spec.dtype]
             number = enter("make_program", json=translated.json, dtype=code)
             handle = _programs[key] = Handle(number)
-        self.handle = handle
-
-    def parameters(self) -> Tensor:
-        """All parameters, buffers and constants of the module, as the solve saw them."""
-        return self._flat
-
-    def split(self, gradient: Tensor) -> list[Tensor | None]:
-        """A gradient of `parameters` as those of `inputs`."""
-        parts = split_parameters(gradient, self._all)
-        return [part for part, x in zip(parts, self._all, strict=True) if x.requires_grad]
+        pairs = zip(translated.parameters, translated.program.read, strict=True)
+        wanted = [x.requires_grad and read for x, read in pairs]
+        super().__init__(handle, translated.parameters, wanted, problem.spec)
 
     def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
-        flat = self._flat
+        flat = self.parameters()
         if torch.is_grad_enabled() and self.inputs:
-            flat = torch.cat([x.reshape(-1).to(u) for x in self._all])
+            flat = torch.cat([x.reshape(-1).to(u) for x in self.tensors])
         return evaluate(self.handle, t, u, flat, ())
 
 
@@ -179,7 +206,7 @@ class TranslatedFlatField(FlatField):
         return self._field.evaluate(t, u)
 
 
-class SourceField:
+class SourceField(FieldInJulia):
     """A field written in Julia.
 
     Args:
@@ -190,9 +217,6 @@ class SourceField:
     Raises:
         TypeError: complex states, or states and parameters of several parts.
     """
-
-    calls_python = False
-    host = False
 
     def __init__(self, problem: ODEProblem, gradients: bool, implicit: bool) -> None:
         spec, p = problem.spec, problem.p
@@ -206,18 +230,9 @@ class SourceField:
         assert isinstance(problem.f, JuliaField)
         if gradients or implicit:
             runtime.require("Zygote")
-        self._spec, self._p = spec, p
-        self.inputs = [p] if gradients and p is not None and p.requires_grad else []
-        self.handle = problem.f.handle(spec.dtype, spec.shapes[0])
-
-    def parameters(self) -> Tensor:
-        """The problem's `p` as a vector."""
-        given = [] if self._p is None else [self._p]
-        return flat_parameters(given, self._spec.dtype, self._spec.device)
-
-    def split(self, gradient: Tensor) -> list[Tensor | None]:
-        """A gradient of `parameters` as those of `inputs`."""
-        return split_parameters(gradient, self.inputs) if self.inputs else []
+        tensors = [] if p is None else [p]
+        wanted = [gradients and x.requires_grad for x in tensors]
+        super().__init__(problem.f.handle(spec.dtype, spec.shapes[0]), tensors, wanted, spec)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

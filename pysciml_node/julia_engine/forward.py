@@ -179,11 +179,11 @@ def _record(
     record.errors = errors
     record.stops = [stops.get(t) for t in times[1:]]
     record.naccept = len(record.sizes)
-    place(record, options.saveat or (), options.saveat_tensor is not None, problem)
+    place(record, options.saveat or (), options.saveat_tensor is not None)
     return record
 
 
-def place(record: Record, saveat: Sequence[float], moving: bool, problem: ODEProblem) -> None:
+def place(record: Record, saveat: Sequence[float], moving: bool) -> None:
     """Note in which steps the saved times lie.
 
     Args:
@@ -191,9 +191,9 @@ def place(record: Record, saveat: Sequence[float], moving: bool, problem: ODEPro
         saveat: the times, in the order of integration.
         moving: whether they receive gradients; such a time lies in the step that ends on it, since
             it moves along the dense output. The end of the interval has a gradient of its own.
-        problem: for the interval.
     """
-    sign, step = problem.direction, 0
+    start, end = record.marks[0], record.marks[-1]
+    sign, step = 1 if end > start else -1, 0
     for i, t in enumerate(saveat):
         while step < len(record.sizes) and sign * record.times[step + 1] < sign * t:
             step += 1
@@ -201,7 +201,7 @@ def place(record: Record, saveat: Sequence[float], moving: bool, problem: ODEPro
             record.at_end.setdefault(0, []).append(i)
         elif step == len(record.sizes):
             return
-        elif t == record.times[step + 1] and not (moving and t != problem.t1):
+        elif t == record.times[step + 1] and not (moving and t != end):
             record.at_end.setdefault(step + 1, []).append(i)
         else:
             indices, times = record.inside.setdefault(step, ([], []))

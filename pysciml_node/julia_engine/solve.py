@@ -23,7 +23,7 @@ from pysciml_node.julia_engine.fields import (
 )
 from pysciml_node.julia_engine.forward import Forward, place, run
 from pysciml_node.julia_engine.process.handles import Handle
-from pysciml_node.julia_engine.sweeps import KeptSolution, continuous_sweep, replayed_sweep
+from pysciml_node.julia_engine.sweeps import KeptSolutions, continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.problems.ode import ODEProblem
@@ -42,7 +42,6 @@ class ODESolve(Solve):
     """One solve of an ordinary equation: its parts, and the ways to run it.
 
     Attributes:
-        ready: what the forward solve brings back, where that has run beforehand.
         solution_in_julia: SciML's own solution, where it is kept.
     """
 
@@ -67,7 +66,6 @@ class ODESolve(Solve):
         self.keep_solution = keep
         self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
         self.solution_in_julia: Handle | None = None
-        self.ready: Forward | None = None
         self.make_field: Callable[[ODEProblem], FlatField] = FlatField
         self._field: Field | None = None
 
@@ -106,8 +104,8 @@ class ODESolve(Solve):
         )
 
     def forward(self, field: Field, u0: Tensor) -> Outcome:
-        """Solve forward, ending at the first event, unless that has been done beforehand."""
-        forward, self.ready = self.ready or self._forward(field, u0), None
+        """Solve forward, ending at the first event."""
+        forward = self._forward(field, u0)
         self.solution_in_julia = forward.solution
         self.stats.nfe += forward.nfe
         return Outcome(forward.record, forward.states, forward.saved)
@@ -149,7 +147,7 @@ class ODESolve(Solve):
         record.retcode = ReturnCode.Terminated
         record.inside.clear()
         record.at_end.clear()
-        place(record, saveat, self.options.saveat_tensor is not None, self.problem)
+        place(record, saveat, self.options.saveat_tensor is not None)
 
     def node(
         self, forward: Callable[[Tensor], Outcome], field: Field, options: SolveOptions
@@ -200,8 +198,15 @@ class ODESolve(Solve):
         if not self.replayed:
             solution = self.solution_in_julia
             assert solution is not None
-            kept = KeptSolution(field, self.plan, solution, options, self.problem.mass_matrix)
-            return continuous_sweep(kept, backward, self.stats)
+            kept = KeptSolutions(
+                self.plan,
+                [solution],
+                options,
+                self.problem.mass_matrix,
+                field.parameters().numel(),
+                not field.calls_python,
+            )
+            return continuous_sweep(kept, field, backward, self.stats)
         assert isinstance(self.algorithm, ExplicitRungeKutta)
         spec = self.problem.spec
         forward = isinstance(options.adjoint, ForwardDiffSensitivity)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -94,7 +96,7 @@ def replayed_sweep(
     stats.nvjp += evaluations
     gradients = Gradients(u0=from_real(u0_bar, dtype).to(device), inputs=field.split(p_bar))
     if backward.with_times:
-        _complete_times(gradients, backward, start.new_tensor(bars.tolist(), device=device))
+        complete_times(gradients, backward, start.new_tensor(bars.tolist(), device=device))
     return gradients
 
 
@@ -113,7 +115,7 @@ def _dense_outputs(
     return outputs, steps, thetas
 
 
-def _complete_times(gradients: Gradients, backward: BackwardPass, bars: Tensor) -> None:
+def complete_times(gradients: Gradients, backward: BackwardPass, bars: Tensor) -> None:
     """Add the gradients of times; `bars` holds those of starts, sizes and places of outputs."""
     record = backward.record
     count = len(record.sizes)
@@ -138,106 +140,160 @@ def _sum(tensors: list[Tensor]) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class KeptSolution:
-    """A solve whose solution is kept in Julia, for the adjoints of SciMLSensitivity."""
+class KeptSolutions:
+    """Solves whose solutions are kept in Julia, for the adjoints of SciMLSensitivity."""
 
-    field: Field  # the right-hand side
-    plan: Handle  # how it was solved
-    solution: Handle  # SciML's solution
-    options: SolveOptions  # of the solve; its adjoint names the method and its tolerances
+    plan: Handle  # how they were solved
+    solutions: Sequence[Handle]  # SciML's solutions
+    options: SolveOptions  # of the solves; their adjoint names the method and its tolerances
     mass_matrix: Tensor | None  # (N, N); with one, all these adjoints are one of our own
+    parameters: int  # how many numbers the field depends on
+    release: bool = True  # whether other Python threads may run meanwhile
 
 
-def continuous_sweep(solve: KeptSolution, backward: BackwardPass, stats: Stats) -> Gradients:
-    """A continuous adjoint along the kept solution.
+class _Arriving:
+    """The cotangents that arrive at one solve, as a continuous adjoint takes them."""
+
+    def __init__(self, backward: BackwardPass) -> None:
+        record = backward.record
+        # Dense output comes without the states at the steps.
+        missing = len(record.times) - len(backward.at_steps)
+        self.backward = replace(backward, at_steps=[*backward.at_steps, *[None] * missing])
+        self.entries = _entries(self.backward)
+        self.at_start = _sum(self.backward.entering(0))
+        sign = 1 if _forward(record) else -1
+        self.moments = sorted({t for t, _, _ in self.entries}, key=lambda t: sign * t)
+        self.scale = 1.0
+
+    def rows(self) -> Tensor:
+        """A real cotangent for each of the moments, `(m, N)`, of size 1.
+
+        The equation is linear, and its tolerances are absolute too: solved for a cotangent of size
+        1, gradients scale with the loss. A factor of two would change the steps.
+        """
+        sums = (_sum([x for s, x, _ in self.entries if s == t]) for t in self.moments)
+        rows = torch.stack([to_real(x).cpu() for x in sums if x is not None])
+        scale = float(rows.abs().max())
+        if 0 < scale < math.inf:
+            self.scale = scale
+        return rows / self.scale
+
+    def gradients(self, u0_bar: Tensor, slopes: Tensor | None) -> Gradients:
+        """Those of the start and of times, from what Julia found for the rows."""
+        like = self.backward.states[0]
+        u0 = from_real(u0_bar * self.scale, like.dtype).to(like.device)
+        gradients = Gradients(u0=u0, inputs=[])
+        if slopes is not None:
+            rates = from_real(slopes, like.dtype).to(like.device)
+            known = dict(zip((None, *self.moments), rates, strict=True))
+            _times_along(gradients, self.backward, self.entries, known)
+        if self.at_start is not None:
+            gradients.u0 = gradients.u0 + self.at_start
+        return gradients
+
+
+def continuous_sweep(
+    solve: KeptSolutions, field: Field, backward: BackwardPass, stats: Stats
+) -> Gradients:
+    """A continuous adjoint along one kept solution.
 
     Args:
         solve: the solve.
+        field: the right-hand side.
         backward: its steps, and the cotangents.
         stats: its backward fields are filled.
     """
-    field, record = solve.field, backward.record
-    # Dense output comes without the states at the steps.
-    missing = len(record.times) - len(backward.at_steps)
-    backward = replace(backward, at_steps=[*backward.at_steps, *[None] * missing])
-    entries = _entries(backward)
-    at_start = _sum(backward.entering(0))
-    if not entries:
-        assert at_start is not None
-        return Gradients(u0=at_start, inputs=[None] * len(field.inputs))
-    if solve.mass_matrix is None:
-        runtime.require(*SENSITIVITY)
-    dtype, device = entries[0][1].dtype, entries[0][1].device
-    moments = sorted({t for t, _, _ in entries}, key=lambda t: t * (1 if _forward(record) else -1))
-    sums = {t: _sum([x for s, x, _ in entries if s == t]) for t in moments}
-    rows = torch.stack([to_real(x).cpu() for x in sums.values() if x is not None])
-    # The equation is linear, and its tolerances are absolute too: solve for a cotangent of size 1,
-    # so that gradients scale with the loss. A factor of two would change the steps.
-    scale = float(rows.abs().max())
-    if not 0 < scale < math.inf:
-        scale = 1.0
-    slopes = rows.new_zeros((len(rows) + 1, rows.shape[1])) if backward.with_times else None
-    u0_bar, p_bar, evaluations = _solve_backward(solve, record, moments, rows / scale, slopes)
-    u0_bar, p_bar = u0_bar * scale, p_bar * scale
-    stats.nfe_backward += evaluations
-    stats.nvjp += evaluations
-    stats.naccept_backward += len(record.sizes)
-    gradients = Gradients(u0=from_real(u0_bar, dtype).to(device), inputs=field.split(p_bar))
-    if slopes is not None:
-        rates = from_real(slopes, dtype).to(device)
-        _times_along(gradients, backward, entries, dict(zip((None, *moments), rates, strict=True)))
-    if at_start is not None:
-        gradients.u0 = gradients.u0 + at_start
+    (gradients,), p_bars, (evaluations,) = continuous_sweeps(solve, [backward])
+    if evaluations:
+        stats.nfe_backward += evaluations
+        stats.nvjp += evaluations
+        stats.naccept_backward += len(backward.record.sizes)
+        gradients.inputs = field.split(p_bars[0])
+    else:
+        gradients.inputs = [None] * len(field.inputs)
     return gradients
 
 
-def _solve_backward(
-    solve: KeptSolution,
-    record: Record,
-    moments: list[float],
-    rows: Tensor,
-    slopes: Tensor | None,
-) -> tuple[Tensor, Tensor, int]:
-    """Solve the adjoint equation in Julia.
+def continuous_sweeps(
+    solve: KeptSolutions, passes: Sequence[BackwardPass]
+) -> tuple[list[Gradients], Tensor, list[int]]:
+    """Continuous adjoints along kept solutions, by one call into Julia.
 
     Args:
-        solve: the forward solve.
-        record: its steps.
-        moments: `m` times after the start at which cotangents enter.
-        rows: these cotangents, real, `(m, N)`.
-        slopes: receives the field at the start and at these times, `(m + 1, N)`.
+        solve: the solves.
+        passes: the steps of each, and its cotangents; times receive gradients in all or in none.
 
     Returns:
-        Cotangents of the initial state and of the parameters, and the number of evaluations.
+        Gradients of starts and times; those of the parameters, a row for each; the evaluations.
     """
-    field, options = solve.field, solve.options
-    count, size = rows.shape
-    u0_bar, p_bar = rows.new_zeros(size), torch.zeros_like(field.parameters(), device="cpu")
-    times, marks = doubles(moments), doubles(record.marks)
-    report = integers((0,))
+    arriving = [_Arriving(backward) for backward in passes]
+    spec = passes[0].states[0]
+    size, dtype = to_real(spec).numel(), spec.dtype.to_real()
+    some = [x for x in arriving if x.moments]
+    rows = torch.cat([x.rows() for x in some]) if some else torch.empty((0, size), dtype=dtype)
+    u0_bars = torch.zeros((len(passes), size), dtype=dtype)
+    p_bars = torch.zeros((len(passes), solve.parameters), dtype=dtype)
+    ends = list(accumulate(len(x.moments) for x in arriving))
+    with_times = passes[0].with_times
+    slopes = u0_bars.new_zeros((ends[-1] + len(passes), size)) if with_times else None
+    counts = integers((0,) * len(passes))
+    if some:
+        _solve_backward(solve, arriving, ends, (rows, u0_bars, p_bars, slopes), counts)
+    scales = torch.tensor([x.scale for x in arriving], dtype=torch.float64).to(dtype)
+    found = []
+    for m, x in enumerate(arriving):
+        own = None
+        if slopes is not None and x.moments:
+            own = slopes[ends[m] + m - len(x.moments) : ends[m] + m + 1]
+        found.append(x.gradients(u0_bars[m], own))
+    return found, p_bars * scales[:, None], list(counts)
+
+
+def _solve_backward(
+    solve: KeptSolutions,
+    arriving: list[_Arriving],
+    ends: list[int],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    counts: array[int],
+) -> None:
+    """Solve the adjoint equations in Julia.
+
+    Args:
+        solve: the forward solves.
+        arriving: when cotangents enter them.
+        ends: how many times there are up to each solve.
+        tensors: the cotangents, real, `(m, N)`; what receives those of the starts `(M, N)` and of
+            the parameters `(M, np)`, and the field at each start and the times behind it.
+        counts: receives the evaluations.
+    """
+    if solve.mass_matrix is None:
+        runtime.require(*SENSITIVITY)
+    options = solve.options
     rtol, atol, max_steps = backward_limits(options.adjoint, options)
+    rows, u0_bars, p_bars, slopes = tensors
+    marks = [x.backward.record.marks for x in arriving]
     enter(
         "sensitivity!",
-        record=solve.solution,
+        members=len(arriving),
+        records=integers([handle.number for handle in solve.solutions]),
         plan=solve.plan,
         method=type(options.adjoint).__name__,
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,
-        n=size,
-        nmarks=len(marks),
-        marks=marks,
-        m=count,
-        times=times,
-        cotangents=integers([pointer(row) for row in rows]),
-        np=p_bar.numel(),
-        u0bar=u0_bar,
-        pbar=p_bar,
+        n=rows.shape[1],
+        mark_ends=integers(list(accumulate(map(len, marks)))),
+        marks=doubles([t for each in marks for t in each]),
+        time_ends=integers(ends),
+        times=doubles([t for x in arriving for t in x.moments]),
+        cotangents=rows,
+        np=p_bars.shape[1],
+        u0bar=u0_bars,
+        pbar=p_bars,
         slopes=slopes,
-        report=report,
-        release=not field.calls_python,
+        report=counts,
+        release=solve.release,
     )
-    return u0_bar, p_bar, report[0]
 
 
 Entry = tuple[float, Tensor, int | None]

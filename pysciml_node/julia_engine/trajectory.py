@@ -91,7 +91,7 @@ class SciMLTrajectory(Recorded):
         ordered = [host[i] for i in order]
         moving = times[order] if times.requires_grad else None
         record = dataclasses.replace(self.record, inside={}, at_end={}, saved=len(host))
-        place(record, ordered, moving is not None, self.problem)
+        place(record, ordered, moving is not None)
         rows = self._here.dense(record, ordered, moving, self._interpolate)
         back = sorted(range(len(order)), key=lambda i: order[i])
         return rows[back]

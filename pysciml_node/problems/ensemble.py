@@ -65,10 +65,10 @@ class EnsembleProblem(checks.Configured):
     caller's own, fields with hooks, and fields that `torch.vmap` cannot run (with a branch on
     values, or random numbers) or evaluates to something else.
 
-    The Julia engine solves the members by one call, over the threads of Julia (the environment
-    variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the field is a module or a
-    `JuliaField` and nothing watches the steps; other callables need Python's lock, and run one
-    after the other.
+    The Julia engine solves the members by one call, and takes their gradients by one call, over the
+    threads of Julia (the environment variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the
+    field can be translated or is a `JuliaField`, and nothing watches the steps. Other callables
+    need Python's lock, and run one after the other; so do members with tolerances of their own.
 
     Args:
         problem: what the members share.

@@ -34,9 +34,12 @@ def real_size(spec: StateSpec) -> int:
 
 
 def to_real(vector: Tensor) -> Tensor:
-    """A flat vector `(N,)`, real and contiguous; a complex one as real and imaginary parts."""
+    """A flat vector `(N,)`, real and contiguous; a complex one as real and imaginary parts.
+
+    Leading dimensions are kept.
+    """
     if vector.is_complex():
-        return torch.view_as_real(vector.resolve_conj()).reshape(-1).contiguous()
+        return torch.view_as_real(vector.resolve_conj()).flatten(-2).contiguous()
     return vector.contiguous()
 
 

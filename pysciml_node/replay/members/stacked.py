@@ -56,6 +56,41 @@ class MemberSteps:
         """Where the steps of a member stand."""
         return slice(int(self.offsets[m]), int(self.offsets[m + 1]))
 
+    def first(self, counts: Array) -> tuple[MemberSteps, Array]:
+        """The first steps of each member, as many as `counts` says, and their places in all."""
+        places = np.concatenate(
+            [np.arange(start, start + n) for start, n in zip(self.offsets, counts, strict=False)]
+        )
+        columns = (self.starts, self.sizes, self.ends, self.errors, self.stops)
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        return MemberSteps(offsets, *(column[places] for column in columns)), places
+
+
+def good_steps(
+    steps: MemberSteps, states: Tensor, codes: list[ReturnCode], thinned: bool = False
+) -> Array | None:
+    """How many steps of each member lead to finite states; `None` where all do.
+
+    Args:
+        steps: where no error estimate has watched all of the state.
+        states: at their ends, `(P, N)`; where they are thinned the last of each member.
+        codes: how each ended; changed in place.
+        thinned: whether only the last states are there, which tell not where it went wrong.
+    """
+    if not len(states):
+        return None
+    finite = torch.isfinite(states.detach()).all(1).cpu().numpy()
+    counts = steps.counts
+    ends = np.arange(len(counts)) if thinned else np.maximum(steps.offsets[1:] - 1, 0)
+    bad = np.flatnonzero(~finite[ends] & (counts > 0))
+    kept = counts.copy()
+    for m in bad:
+        if codes[m].successful or codes[m] is ReturnCode.Unstable:
+            codes[m] = ReturnCode.Unstable
+            if not thinned:
+                kept[m] = int(np.argmin(finite[steps.of(int(m))]))
+    return kept if len(bad) and not thinned else None
+
 
 @dataclass
 class MemberEvents:
@@ -181,7 +216,7 @@ class StackedMembers:
         start, ends = self._pieces
         states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
         reach = OfMember(self._reach(), m, self.ensemble)
-        trajectory = self.trajectory(problem, Kept(record, states), stats, options, reach)
+        trajectory = self.trajectory(m, problem, Kept(record, states), stats, options, reach)
         return Solution(
             problem=problem,
             algorithm=self.algorithm,
@@ -199,6 +234,7 @@ class StackedMembers:
 
     def trajectory(
         self,
+        m: int,
         problem: Problem,
         kept: Kept,
         stats: Stats,

@@ -32,6 +32,7 @@ class StackedPaths(StackedMembers):
     @override
     def trajectory(
         self,
+        m: int,
         problem: Problem,
         kept: Kept,
         stats: Stats,

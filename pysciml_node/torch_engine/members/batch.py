@@ -15,14 +15,19 @@ from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
-from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps, StackedMembers
+from pysciml_node.replay.members.node import MembersNode
+from pysciml_node.replay.members.stacked import (
+    MemberEvents,
+    MemberSteps,
+    StackedMembers,
+    good_steps,
+)
 from pysciml_node.replay.vectors import settle_heap
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.inputs import Evaluate, Inputs
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
-from pysciml_node.torch_engine.members.node import MembersNode
 from pysciml_node.torch_engine.members.sweep import Again, Replay, members_sweep
 from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
 
@@ -202,19 +207,9 @@ class Batch(ABC):
     ) -> Array | None:
         """How many steps of each member are good, where no error estimate has watched them."""
         common, size = self.options.common, self.u0.shape[1]
-        if (common.controller.adaptive and common.tolerances.driven == size) or not len(states):
+        if common.controller.adaptive and common.tolerances.driven == size:
             return None
-        finite = torch.isfinite(states.detach()).all(1).cpu().numpy()
-        counts = steps.counts
-        ends = np.arange(len(counts)) if thinned else np.maximum(steps.offsets[1:] - 1, 0)
-        bad = np.flatnonzero(~finite[ends] & (counts > 0))
-        kept = counts.copy()
-        for m in bad:
-            if codes[m].successful or codes[m] is ReturnCode.Unstable:
-                codes[m] = ReturnCode.Unstable
-                if not thinned:
-                    kept[m] = int(np.argmin(finite[steps.of(int(m))]))
-        return kept if len(bad) and not thinned else None
+        return good_steps(steps, states, codes, thinned)
 
     def _node(self) -> StackedMembers:
         """As one node of the graph, its backward the discrete adjoint."""
@@ -241,6 +236,7 @@ class Batch(ABC):
         at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
             lambda *given: members_sweep(replay, result, *given),
             (result.at_times, result.states),
+            True,
             self.u0,
             None if self.moving is None else self.ensemble.tspan,
             *captured.inputs,

@@ -20,7 +20,8 @@ class MembersNode(torch.autograd.Function):
     """Gives the states that a batched solve has found; its backward is the sweep over all members.
 
     The outputs are the states at `saveat`, `(M, T, N)` or `None`, and those at the ends of the
-    steps, `(P, N)`.
+    steps, `(P, N)`. As `SolveNode` it keeps the inputs where the sweep does not notice by itself
+    that one of them was changed in place.
     """
 
     @staticmethod
@@ -29,12 +30,12 @@ class MembersNode(torch.autograd.Function):
         ctx: Any,
         sweep: Sweep,
         solved: tuple[Tensor | None, Tensor],
+        watched: bool,
         u0: Tensor,
-        tspan: Tensor | None,
-        *inputs: Tensor,
+        *inputs: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
-        ctx.sweep, ctx.inputs = sweep, (tspan, *inputs)
-        ctx.save_for_backward(u0, solved[1])
+        ctx.sweep, ctx.inputs = sweep, inputs if watched else ()
+        ctx.save_for_backward(u0, solved[1], *(() if watched else inputs))
         ctx.set_materialize_grads(False)
         return solved
 
@@ -43,10 +44,10 @@ class MembersNode(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        u0, states = ctx.saved_tensors
+        u0, states, *inputs = ctx.saved_tensors
 
         def pull(saved: Tensor | None, at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
             gradients: tuple[Tensor | None, ...] = ctx.sweep(u0, states, saved, at_steps)
             return gradients
 
-        return (None, None, *pulled(pull, (u0, *ctx.inputs), *cotangents))
+        return (None, None, None, *pulled(pull, (u0, *ctx.inputs, *inputs), *cotangents))

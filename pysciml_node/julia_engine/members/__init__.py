@@ -1,0 +1,1 @@
+"""Ensembles: all members by one call into Julia, forward and backward."""
