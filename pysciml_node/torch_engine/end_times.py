@@ -1,8 +1,9 @@
 """Gradients of the ends of the interval where a solve's own steps do not have them.
 
-The derivative of a solution in its end is `f(t1, u1)`, and in its start `-(du/du0) f(t0, u0)`. That
-of the steps is the same up to the tolerance, provided that the field lets autograd see how it
-depends on time; one that detaches time, or looks values up by it, does not.
+Without a mass matrix the derivative of a solution in its end is `f(t1, u1)`, and in its start
+`-(du/du0) f(t0, u0)`. That of the steps is the same up to the tolerance, provided that the field
+lets autograd see how it depends on time; one that detaches time, or looks values up by it, does
+not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.linearization import linearize
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import FlatField
@@ -48,6 +50,27 @@ def requires(end: object) -> bool:
     return isinstance(end, Tensor) and end.requires_grad
 
 
+def _slope(problem: ODEProblem, field: FlatField, t: float, u: Tensor) -> Tensor:
+    """The derivative of the solution at `t`: `M u' = f`, and the algebraic equations hold on.
+
+    Where the columns of `L` span the left null space of `M`, these are `L' f = 0`, so that
+    `L' (df/du) u' = -L' df/dt`.
+    """
+    time, mass = problem.time_tensor([t])[0], problem.mass
+    if mass is None:
+        return field(time, u)
+    recorded = torch.is_grad_enabled()
+    line = linearize(field, time, u, with_time=True, recorded=recorded, differentiable=recorded)
+    basis, sizes, _ = torch.linalg.svd(mass)
+    null = basis[:, sizes <= len(mass) * torch.finfo(sizes.dtype).eps * sizes.max()]
+    algebraic = null @ null.T
+    change = line.value if line.time is None else line.value + line.time
+    solved: Tensor = torch.linalg.solve(
+        mass + algebraic @ line.jacobian, line.value - algebraic @ change
+    )
+    return solved
+
+
 def _ends(problem: ODEProblem, record: Record) -> list[tuple[int, float, object]]:
     """The ends that the solve has reached: index of the state there, time, and what was given."""
     ends: list[tuple[int, float, object]] = [(0, problem.t0, problem.tspan[0])]
@@ -81,7 +104,7 @@ def complete_times(
         saved = indices and gradients.saveat is not None and not requires(end)
         if not saved and not ends:
             continue
-        rate = field(problem.time_tensor([t])[0], backward.states[index])
+        rate = _slope(problem, field, t, backward.states[index])
         if ends:
             entering = torch.stack([torch.zeros_like(rate), *backward.entering(index)]).sum(0)
             if index == 0:
@@ -132,7 +155,7 @@ def at_moving_ends(
             if index == 0 and record.fixed:
                 rows[: len(indices)] = [u0] * len(indices)
             continue
-        rate = field(problem.time_tensor([t])[0], u)
+        rate = _slope(problem, field, t, u)
         if moves and isinstance(end, Tensor):
             states[index] = u + (end - end.detach()).to(rate.real.dtype).reshape(()) * rate
             for i in indices:

@@ -245,7 +245,7 @@ class ODESolve(Solve):
                 gradients = discrete_sweep(field, self.methods, backward, self.stats)
             else:
                 gradients = continuous_sweep(field, self.methods, options, backward, self.stats)
-            if backward.with_times and problem.mass is None:
+            if backward.with_times:
                 ends = backward.record.fixed and adjoint.discrete
                 complete_times(gradients, problem, field.field, backward, ends)
         return gradients
