@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine.evaluation import evaluate
@@ -31,6 +32,7 @@ from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.surrounded import surroundings_of
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 """Takes the time, a 0-d tensor, and a flat state; gives a flat result."""
@@ -163,6 +165,9 @@ class ProgramField(FieldInJulia):
     Args:
         problem: its `f` is translated, and its `p`, if there is one, is among the parameters.
 
+    Attributes:
+        surroundings: what it can reach, walked through once while nothing in it changes.
+
     Raises:
         UnsupportedModule: it cannot be translated, or is a function that does more than evaluate.
     """
@@ -179,6 +184,7 @@ class ProgramField(FieldInJulia):
         pairs = zip(translated.parameters, translated.program.read, strict=True)
         wanted = [x.requires_grad and read for x, read in pairs]
         super().__init__(handle, translated.parameters, wanted, problem.spec)
+        self.surroundings = surroundings_of(problem.f, problem.p, translated.snapshot)
 
     def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
@@ -333,6 +339,7 @@ class CallbackField(CalledField):
     def __init__(self, problem: ODEProblem, u0: Tensor, gradients: bool) -> None:
         self._equation, self._u0 = problem, u0.detach()
         self._lines: dict[int, Linearized] = {}
+        self._read: set[int] = set()  # numbers of the inputs that a pullback has reached
         field = self._differentiable.field if gradients else FlatField(problem)
         inputs = self._differentiable.inputs if gradients else []
         super().__init__(problem, field, u0.numel(), inputs, (self._linearize, self._pull))
@@ -364,9 +371,15 @@ class CallbackField(CalledField):
         else:
             self._state.copy_(to_real(state))
         parts = torch.split(self._gradient, [real_length(x) for x in self.inputs])
-        for part, gradient in zip(parts, inputs, strict=True):
+        for i, (part, gradient) in enumerate(zip(parts, inputs, strict=True)):
             if gradient is None:
                 part.zero_()
             else:
+                self._read.add(i)
                 part.copy_(to_real(gradient.reshape(-1)))
         return 0.0 if time is None else float(time)
+
+    @override
+    def split(self, gradient: Tensor) -> list[Tensor | None]:
+        parts = super().split(gradient)
+        return [part if i in self._read else None for i, part in enumerate(parts)]

@@ -36,6 +36,7 @@ from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.record import Kept, Outcome, Record
+from pysciml_node.steps.surroundings import Surroundings
 
 
 class ODESolve(Solve):
@@ -67,6 +68,7 @@ class ODESolve(Solve):
         self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
         self.solution_in_julia: Handle | None = None
         self.make_field: Callable[[ODEProblem], FlatField] = FlatField
+        self.surroundings: Surroundings | None = None
         self._field: Field | None = None
 
     @property
@@ -87,6 +89,7 @@ class ODESolve(Solve):
         field = self.field
         if isinstance(field, ProgramField):
             self.make_field = partial(TranslatedFlatField, field)
+            self.surroundings = field.surroundings
         if not torch.is_grad_enabled():
             outcome = self.forward(field, self.u0)
             self._field = None
@@ -100,7 +103,13 @@ class ODESolve(Solve):
             return SciMLTrajectory(self.problem, kept, self.stats, self.options, self)
         methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
-            self.problem, methods, kept, self.stats, self.options, self.make_field
+            self.problem,
+            methods,
+            kept,
+            self.stats,
+            self.options,
+            self.make_field,
+            self.surroundings,
         )
 
     def forward(self, field: Field, u0: Tensor) -> Outcome:
@@ -112,18 +121,20 @@ class ODESolve(Solve):
 
     def _forward(self, field: Field, u0: Tensor) -> Forward:
         parameters = field.parameters()
-        observer = self.watcher if self.watcher.needed else None
+        solve = partial(
+            run,
+            self.problem,
+            self.options,
+            self.plan,
+            field,
+            u0,
+            parameters,
+            self.keep_solution,
+        )
+        if not self.watcher.needed:
+            return solve()
         with self.watcher:
-            forward = run(
-                self.problem,
-                self.options,
-                self.plan,
-                field,
-                u0,
-                parameters,
-                self.keep_solution,
-                observer,
-            )
+            forward = solve(self.watcher)
         if self.watcher.event is not None:
             self._end_at_event(forward, field, parameters)
         return forward

@@ -42,10 +42,11 @@ class Watcher:
         self.progress = options.progress
         self.event: int | None = None
         self.t = problem.t0
-        self._stack = ExitStack()
-        self._signs = Signs(problem, options.events, options.fired)
+        self._fired = options.fired
 
     def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._signs = Signs(self.problem, self.events, self._fired)
         self._show = self._stack.enter_context(step_listener(self.progress, self.problem))
         return self
 

@@ -88,9 +88,10 @@ def choose(
         MethodUnavailable: the engine has no such method.
     """
     wanted = get_engine() if name is None else _check(name, "engine")
-    reason = torch_engine.refusal(problem, algorithm, options)
-    if wanted == "torch" or (wanted == "auto" and reason is None):
-        return _expect(torch_engine, reason, algorithm, options), options
+    if wanted != "julia":
+        reason = torch_engine.refusal(problem, algorithm, options)
+        if wanted == "torch" or reason is None:
+            return _expect(torch_engine, reason, algorithm, options), options
     julia = named("julia")
     options = algorithm.options_on(julia.NAME, options)
     reason = julia.refusal(problem, algorithm, options)

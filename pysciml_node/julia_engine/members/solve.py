@@ -21,7 +21,8 @@ from pysciml_node.problems.modes import in_full_precision
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves
 from pysciml_node.replay.members.node import MembersNode
-from pysciml_node.replay.members.stacked import good_steps
+from pysciml_node.replay.members.stacked import good_steps, roots_of
+from pysciml_node.steps.surroundings import Surroundings
 
 
 def solve_together(
@@ -105,7 +106,8 @@ class MembersSolve:
         return members
 
     def _members(self, flown: Flown) -> JuliaMembers:
-        dtype, times = self.u0.dtype, self.options.times
+        dtype, times, problem = self.u0.dtype, self.options.times, self.ensemble.problem
+        p = problem.p if self.ensemble.p is None else self.ensemble.p
         return JuliaMembers(
             ensemble=self.ensemble,
             algorithm=self.first.algorithm,
@@ -118,7 +120,8 @@ class MembersSolve:
             states=from_real(flown.states, dtype),
             at_times=None if times is None else from_real(flown.saved, dtype),
             reached=flown.reached,
-            surroundings=None,
+            # Now: what changes later is not what the solve saw.
+            surroundings=Surroundings({**roots_of(problem), "p": p}),
             solutions=flown.solutions,
         )
 
