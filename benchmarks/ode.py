@@ -3,7 +3,8 @@
     python benchmarks/ode.py                        # everything, written to runs/benchmarks
     python benchmarks/ode.py --workload mnist --repeats 40 --only pysciml_node diffrax
 
-Same method (Dormand-Prince 5(4)), integral controller, tolerances, weights and outputs for all.
+Same method (Dormand-Prince 5(4)), integral controller, tolerances, weights and outputs for all; on
+stiff equations implicit methods beside it.
 "Floor" is the number of evaluations times the bare right-hand side; for gradients, evaluations
 times (right-hand side + right-hand side with its pullback).
 """
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 FIELD, FIELD_PULLBACK, FIELD_FRESH = "field", "field and pullback", "field, fresh input"
 # The candidates that others are compared with, first.
 YARDSTICKS = ("torchdiffeq", "diffrax")
-NAMES = ("spiral", "spiral-fitted", "lotka-volterra", "mnist")
+NAMES = ("spiral", "spiral-fitted", "lotka-volterra", "robertson", "moons", "latent", "mnist")
 
 
 def prime_allocator() -> None:
@@ -182,9 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--workload", nargs="+", choices=("spiral", "spiral-fitted", "lotka-volterra", "mnist")
-    )
+    parser.add_argument("--workload", nargs="+", choices=NAMES)
     parser.add_argument("--only", nargs="+", default=[], help="names of the rows to run")
     parser.add_argument("--repeats", type=int, default=20, help="samples of each row, at least 20")
     parser.add_argument("--core", type=int, help="core to run on; default the last one allowed")

@@ -10,12 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+from fields import FlowField
 from torch import Tensor
-from workloads import PreyField, TimeField, Workload
+from workloads import Workload
 
 INSTALL = 'pip install -e ".[benchmarks]"'
 
@@ -106,15 +107,18 @@ def _torch_candidate(
 def _pysciml(workload: Workload, **options: Any) -> tuple[Any, Callable[[Tensor], Any]]:
     (psn,) = _load("pysciml_node")
     options.setdefault("adjoint", psn.DiscreteAdjoint())
+    if isinstance(workload.field, FlowField):
+        return psn, _flow(psn, workload, workload.field, options)
+    algorithm, controller = options.pop("method", (psn.DP5(), psn.IController()))
 
     def solve(u0: Tensor) -> Any:
         problem = psn.ODEProblem(workload.field, u0, (workload.times[0], workload.times[-1]))
         return psn.solve(
             problem,
-            psn.DP5(),
+            algorithm,
             rtol=workload.tolerance,
             atol=workload.tolerance,
-            controller=psn.IController(),
+            controller=controller,
             saveat=workload.times[1:],
             **options,
         )
@@ -122,17 +126,43 @@ def _pysciml(workload: Workload, **options: Any) -> tuple[Any, Callable[[Tensor]
     return psn, solve
 
 
+def _flow(
+    psn: Any, workload: Workload, field: FlowField, options: dict[str, Any]
+) -> Callable[[Tensor], Any]:
+    """A flow's solve by this package's own `CNF`."""
+    flow = psn.CNF(
+        field.inner,
+        psn.DP5(),
+        (workload.times[0], workload.times[-1]),
+        exact=True,
+        rtol=workload.tolerance,
+        atol=workload.tolerance,
+        controller=psn.IController(),
+        **options,
+    )
+    solved: list[Any] = []
+    flow.node.register_solve_hook(lambda layer, solution: solved.append(solution))
+
+    def solve(u0: Tensor) -> Any:
+        solved.clear()
+        mapped = flow.transform(u0[:, :2])
+        end = torch.cat([mapped.u, (u0[:, 2] + mapped.log_det)[:, None]], 1)
+        return SimpleNamespace(u=end[None], stats=solved[0].stats)
+
+    return solve
+
+
 def pysciml_eager(workload: Workload) -> Candidate:
     """This package, torch engine, discrete adjoint."""
     _, solve = _pysciml(workload, engine="torch")
-    return _torch_candidate(workload, lambda u0: solve(u0).u)
+    return _by_statistics(workload, solve)
 
 
 def pysciml_direct(workload: Workload) -> Candidate:
     """This package, torch engine, every operation recorded."""
     (psn,) = _load("pysciml_node")
     _, solve = _pysciml(workload, engine="torch", adjoint=psn.DirectAdjoint())
-    return _torch_candidate(workload, lambda u0: solve(u0).u)
+    return _by_statistics(workload, solve)
 
 
 def _python_calls(run: Callable[[], object], code: CodeType) -> int:
@@ -166,9 +196,23 @@ def pysciml_native(workload: Workload) -> Candidate:
         candidate = _by_statistics(workload, solve)
     except psn.CompileError as reason:
         raise Unavailable(str(reason).replace("\n", " ")) from None
-    if _python_calls(candidate.forward, type(workload.field).forward.__code__):
+    field = workload.field.inner if isinstance(workload.field, FlowField) else workload.field
+    if _python_calls(candidate.forward, type(field).forward.__code__):
         raise Unavailable("compile=True ran the field in Python")
     return candidate
+
+
+def pysciml_implicit(workload: Workload) -> Candidate:
+    """This package, torch engine, an implicit method with its discrete adjoint."""
+    (psn,) = _load("pysciml_node")
+    _stiff(workload)
+    _, solve = _pysciml(workload, engine="torch", method=(psn.Rodas5P(), psn.PIController()))
+    return _by_statistics(workload, solve)
+
+
+def _stiff(workload: Workload) -> None:
+    if not workload.stiff:
+        raise Unavailable("an implicit method, for stiff equations")
 
 
 def pysciml_julia(workload: Workload) -> Candidate:
@@ -201,6 +245,8 @@ def torchdiffeq_odeint(workload: Workload) -> Candidate:
 
 def torchdiffeq_adjoint(workload: Workload) -> Candidate:
     """torchdiffeq, its continuous (backsolve) adjoint."""
+    if workload.stiff:
+        raise Unavailable("backward in time a stiff equation grows as fast as it decays")
     return _torchdiffeq(workload, "odeint_adjoint")
 
 
@@ -222,30 +268,21 @@ def torchode_autograd(workload: Workload) -> Candidate:
     return _torch_candidate(workload, solve)
 
 
-def _jax_field(workload: Workload, jnp: Any) -> Callable[[Any, Any, Any], Any]:
-    def spiral(t: Any, y: Any, p: Any) -> Any:
-        return jnp.tanh(y**3 @ p[0].T + p[1]) @ p[2].T + p[3]
-
-    def time_dependent(t: Any, x: Any, p: Any) -> Any:
-        time = jnp.broadcast_to(t, (x.shape[0], 1)).astype(x.dtype)
-        hidden = jnp.tanh(jnp.concatenate([x, time], 1) @ p[0].T + p[1])
-        return jnp.tanh(jnp.concatenate([hidden, time], 1) @ p[2].T + p[3])
-
-    def prey(t: Any, u: Any, p: Any) -> Any:
-        hidden = jnp.tanh(jnp.tanh(u @ p[0].T + p[1]) @ p[2].T + p[3])
-        return rates * u + 0.1 * (hidden @ p[4].T + p[5])
-
-    if isinstance(workload.field, PreyField):
-        rates = jnp.asarray(workload.field.rates.numpy())
-        return prey
-    return time_dependent if isinstance(workload.field, TimeField) else spiral
-
-
 def diffrax_jit(workload: Workload) -> Candidate:
     """diffrax, the whole solve under jit, its default (recursive checkpointing) adjoint."""
+    return _diffrax(workload, "Dopri5")
+
+
+def diffrax_implicit(workload: Workload) -> Candidate:
+    """diffrax, an implicit method."""
+    _stiff(workload)
+    return _diffrax(workload, "Kvaerno5")
+
+
+def _diffrax(workload: Workload, method: str) -> Candidate:
     jax, jnp, dfx = _load("jax", "jax.numpy", "diffrax")
     jax.config.update("jax_enable_x64", workload.u0.dtype == torch.float64)
-    field = _jax_field(workload, jnp)
+    field = workload.field.twin(jax)
     calls = 0
 
     def count() -> None:
@@ -259,7 +296,7 @@ def diffrax_jit(workload: Workload) -> Candidate:
     def outputs_of(f: Any, u0: Any, p: Any) -> Any:
         solution = dfx.diffeqsolve(
             dfx.ODETerm(f),
-            dfx.Dopri5(),
+            getattr(dfx, method)(),
             t0=workload.times[0],
             t1=workload.times[-1],
             dt0=None,
@@ -298,5 +335,7 @@ CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
     "torchdiffeq adjoint": torchdiffeq_adjoint,
     "torchode": torchode_autograd,
     "diffrax": diffrax_jit,
+    "pysciml_node Rodas5P": pysciml_implicit,
+    "diffrax Kvaerno5": diffrax_implicit,
 }
 PACKAGES = ("pysciml_node", "torch", "torchdiffeq", "torchode", "diffrax", "jax", "jaxlib", "numpy")

@@ -1,6 +1,6 @@
 """Every comparison with other packages, one after the other, written to benchmarks/RESULTS.md.
 
-    python benchmarks/results.py            # what `make bench` does: about ten minutes
+    python benchmarks/results.py            # what `make bench` does: ten to twelve minutes
     python benchmarks/results.py --quick    # a few samples of each row, to see that all of them run
 
 Each comparison is a script of its own, with a process of its own; their rows say what is compared,

@@ -7,70 +7,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
-
-
-class SpiralField(nn.Module):
-    """`MLP(y**3)`, 2-50-2 with tanh: the field of torchdiffeq's spiral demo."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.first = nn.Linear(2, 50)
-        self.second = nn.Linear(50, 2)
-        for layer in (self.first, self.second):
-            nn.init.normal_(layer.weight, std=0.1, generator=generator)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate the derivative at `y`, shape `(B, 2)`."""
-        out: Tensor = self.second(torch.tanh(self.first(y**3)))
-        return out
-
-
-class TimeField(nn.Module):
-    """`tanh(W2 [tanh(W1 [x, t]), t])`, 784-100-784: the field of the MNIST experiments.
-
-    Reference: A. Pal, A. Edelman, C. Rackauckas, Locally regularized neural differential equations,
-    ICML 2023.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.first = nn.Linear(785, 100)
-        self.second = nn.Linear(101, 784)
-        for layer in (self.first, self.second):
-            bound = layer.in_features**-0.5
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """Evaluate the derivative at `x`, shape `(B, 784)`, and `t`, shape `()` or `(B,)`."""
-        time = t.reshape(-1, 1).expand(x.shape[0], 1).to(x)
-        hidden = torch.tanh(self.first(torch.cat([x, time], 1)))
-        return torch.tanh(self.second(torch.cat([hidden, time], 1)))
-
-
-class PreyField(nn.Module):
-    """`(1.3 x, -1.8 y) + net(x, y) / 10`, 2-5-5-2 with tanh: a universal differential equation.
-
-    Reference: C. Rackauckas et al., Universal differential equations for scientific machine
-    learning, arXiv:2001.04385.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(2, 5), nn.Linear(5, 5), nn.Linear(5, 2)
-        for layer in (self.first, self.second, self.third):
-            bound = layer.in_features**-0.5
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        self.register_buffer("rates", torch.tensor([1.3, -1.8]))
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        """Evaluate the derivative at `u`, shape `(B, 2)`."""
-        hidden = torch.tanh(self.second(torch.tanh(self.first(u))))
-        out: Tensor = self.rates * u + 0.1 * self.third(hidden)
-        return out
+from fields import (
+    FlowField,
+    LatentField,
+    PreyField,
+    RobertsonField,
+    SpiralField,
+    TimeField,
+    Twinned,
+)
+from torch import Tensor
 
 
 @dataclass
@@ -85,16 +31,18 @@ class Workload:
         cotangent: weights of the scalar `sum(cotangent * outputs)` that is differentiated, shape
             `(len(times) - 1, B, D)`: the initial value is not counted.
         reference_steps: fixed steps between two outputs for the reference.
+        stiff: whether implicit methods take part too.
     """
 
     name: str
     description: str
-    field: SpiralField | TimeField | PreyField
+    field: Twinned
     u0: Tensor
     times: list[float]
     tolerance: float
     cotangent: Tensor
     reference_steps: int
+    stiff: bool = False
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -207,9 +155,66 @@ def lotka_volterra() -> Workload:
     )
 
 
+def robertson() -> Workload:
+    """Three reacting species whose fastest decay sets the steps of every explicit method."""
+    generator = torch.Generator().manual_seed(0)
+    return Workload(
+        name="robertson",
+        description="Robertson's three reactions, of which the fastest decays at 2,000 a unit of "
+        "time, to t = 0.05, tolerance 1e-8, float64: the steps of explicit methods are at the edge "
+        "of stability",
+        field=RobertsonField(generator).double(),
+        u0=torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64),
+        times=[0.0, 0.025, 0.05],
+        tolerance=1e-8,
+        cotangent=torch.randn(2, 1, 3, generator=generator, dtype=torch.float64),
+        reference_steps=400,
+        stiff=True,
+    )
+
+
+def moons() -> Workload:
+    """A flow of two moons: 256 points with their log-determinants, by the exact trace."""
+    from pysciml_node.data.plane import plane
+
+    generator = torch.Generator().manual_seed(0)
+    points = plane("two-moons", 256, generator=generator).x
+    return Workload(
+        name="moons",
+        description="a continuous flow of two moons, 2-64-2 tanh MLP with time and its exact "
+        "trace, batch 256, tspan (0, 1), tolerance 1e-5; `CNF` here, products inside the "
+        "field elsewhere",
+        field=FlowField(generator),
+        u0=torch.cat([points, torch.zeros(256, 1)], 1),
+        times=[0.0, 1.0],
+        tolerance=1e-5,
+        cotangent=torch.randn(1, 256, 3, generator=generator),
+        reference_steps=40,
+    )
+
+
+def latent() -> Workload:
+    """The equation between encoder and decoder of a latent ODE, at the times of observation."""
+    generator = torch.Generator().manual_seed(0)
+    return Workload(
+        name="latent",
+        description="what a latent ODE decodes: 4-20-20-4 ELU MLP, batch 64, 40 output times in "
+        "[0, 3], tolerance 1e-5",
+        field=LatentField(generator),
+        u0=torch.randn(64, 4, generator=generator),
+        times=torch.linspace(0, 3, 41).tolist(),
+        tolerance=1e-5,
+        cotangent=torch.randn(40, 64, 4, generator=generator),
+        reference_steps=20,
+    )
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "spiral": lambda: spiral(fitted=False),
     "spiral-fitted": lambda: spiral(fitted=True),
     "lotka-volterra": lotka_volterra,
+    "robertson": robertson,
+    "moons": moons,
+    "latent": latent,
     "mnist": mnist,
 }
