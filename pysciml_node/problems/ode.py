@@ -28,6 +28,8 @@ VectorField = Callable[..., Any]
 
 
 def _check_time(name: str, value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(

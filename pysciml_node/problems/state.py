@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -201,9 +201,9 @@ class StateSpec:
                     + ", ".join(str(value) for value in values)
                     + ".\n  Convert them with .to(...) before the solve."
                 )
-        return cls(keys, tuple(part.shape for part in parts), first.dtype, first.device)
+        return _spec(keys, tuple(part.shape for part in parts), first.dtype, first.device)
 
-    @property
+    @cached_property
     def real_dtype(self) -> torch.dtype:
         """Dtype of times, errors and norms."""
         return self.dtype.to_real()
@@ -259,3 +259,14 @@ class StateSpec:
                 return f"{part}component {tuple(place)}"
             index -= size
         raise IndexError(index)
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    keys: tuple[Any, ...] | None,
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StateSpec:
+    """One for equal structures, which are told apart at once, and whose sizes are known."""
+    return StateSpec(keys, shapes, dtype, device)

@@ -86,7 +86,7 @@ class Solve(ABC):
     def finish(self, ending: Ending, trajectory: Trajectory) -> Solution:
         """The solution, once the solve has run."""
         problem, options, spec = self.problem, self.options, self.problem.spec
-        reached = len(ending.saved)
+        reached = ending.saved.shape[0]
         if options.saveat_tensor is not None:
             t = options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
         elif options.saveat is not None:

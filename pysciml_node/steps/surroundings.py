@@ -13,6 +13,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.places import Names, StandIns, Test, holds
 from pysciml_node.steps.walk import APART, Walk
+
+_COUNT: Callable[[Tensor], int] = attrgetter("_version")
 
 # While a sweep has put other values into places, the solves of other threads wait.
 _lock = threading.RLock()
@@ -46,7 +49,7 @@ class Surroundings:
         if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, APART))
-        self._versions = [_version(x) for x in self.tensors]
+        self._versions = _versions(self.tensors)
         self._lent = False
 
     def lasting(self) -> Surroundings:
@@ -64,7 +67,7 @@ class Surroundings:
         later._places = [Names(later.roots, later.roots.copy(), ""), *self._places]
         later._modules = [("f", f), *self._modules]
         later._written = self._written.copy()
-        later._versions = [_version(x) for x in self.tensors]
+        later._versions = _versions(self.tensors)
         later._lent = True
         return later
 
@@ -192,3 +195,10 @@ class Surroundings:
 def _version(x: Tensor) -> int | None:
     """The number of changes in place of a tensor; `None` where torch does not count them."""
     return None if x.is_inference() else x._version
+
+
+def _versions(tensors: list[Tensor]) -> list[int | None]:
+    try:
+        return list(map(_COUNT, tensors))
+    except RuntimeError:  # torch refuses where it does not count
+        return [_version(x) for x in tensors]

@@ -98,7 +98,7 @@ class _Outcome:
         """Whether the field is still what it was."""
         if kind != self.kind or not self._same(now.tokens):
             return False
-        return all(torch.equal(now.tensors[i], x) for i, x in self.contents)
+        return not self.contents or all(torch.equal(now.tensors[i], x) for i, x in self.contents)
 
     def _same(self, tokens: list[Any]) -> bool:
         if tokens is self.tokens:  # a second look found nothing new
@@ -237,7 +237,7 @@ def translate(
     with _lock:
         outcomes = kept(module)
         now = Snapshot.of(module)
-        outcome = next((x for x in outcomes if x.holds(kind, now)), None)
+        outcome = _still_holding(outcomes, kind, now)
         if outcome is None and silent and len(outcomes) >= _OFTEN:
             raise UnsupportedModule(f"{label(module)} is another function at each solve.")
         if outcome is None:
@@ -252,6 +252,13 @@ def translate(
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
     return TranslatedModule(result.json, parameters, result.program, now)
+
+
+def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outcome | None:
+    for outcome in outcomes:
+        if outcome.holds(kind, now):
+            return outcome
+    return None
 
 
 def _outcome(

@@ -49,8 +49,13 @@ class Emitter(Layout):
         backward = self._backward(body_only=True)
         early = self._backward(body_only=False)
         return Emitted(
-            self._text(body, once, backward, early), self.offsets, self.packed.size, self.cost
+            self._text(body, once, backward, early), self.offsets, self.packed_size, self.cost
         )
+
+    @property
+    def packed_size(self) -> int:
+        """Length of the packed vector."""
+        return max(self.packed.size, 1)
 
     def _backward(self, body_only: bool) -> list[str]:
         program = self.program
@@ -110,12 +115,13 @@ class Emitter(Layout):
             (pull, [*start, *back, *backward, *self._state_bars()]),
             (
                 "static void pack(const REAL *const *tensors, REAL *P)",
-                [*tensors, *once, *packs],
+                ["memset(P, 0, PACKED * sizeof(REAL));", *tensors, *once, *packs],
             ),
             ("static void unpack(const REAL *P, REAL *D, REAL *z)", [*unpacks, *early]),
         ]
         text = [
-            f"enum {{ WORK = {padded(self.work.size)}, BARS = {padded(self.bars.size)} }};",
+            f"enum {{ WORK = {padded(self.work.size)}, BARS = {padded(self.bars.size)}, "
+            f"PACKED = {self.packed_size} }};",
             *self.constants,
         ]
         for head, lines in functions:

@@ -64,7 +64,7 @@ class SweepRequest(ctypes.Structure):
         *_fields(_POINTER, "u0 ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory"),
-        *_fields(_INTEGER, "n count q live shared evaluations replayed status"),
+        *_fields(_INTEGER, "n count q started live shared evaluations replayed status"),
     )
 
 
@@ -127,8 +127,8 @@ class Code:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
-        packed = torch.zeros(self.packed_size, dtype=self.dtype, device="cpu")
-        lying = [self.lying(x) for x in tensors]
+        packed = torch.empty(self.packed_size, dtype=self.dtype, device="cpu")
+        lying = list(map(self.lying, tensors))
         self.loaded.prepare(addresses(lying), packed.data_ptr())
         return packed
 
@@ -141,7 +141,12 @@ class Code:
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
     """Where tensors lie, as an array of C."""
-    return (_POINTER * len(tensors))(*[x.data_ptr() for x in tensors])
+    return _pointers(len(tensors))(*[x.data_ptr() for x in tensors])
+
+
+@functools.cache
+def _pointers(count: int) -> Any:
+    return _POINTER * count
 
 
 def turns(cost: int, stages: int) -> int:
@@ -200,7 +205,7 @@ class Library(Code):
             "sweep": (_INTEGER, ctypes.POINTER(SweepRequest)),
             "prepare": (None, _POINTER, _POINTER),
         }
-        super().__init__(dtype, "\n".join(parts), max(emitted.packed, 1), calls)
+        super().__init__(dtype, "\n".join(parts), emitted.packed, calls)
 
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""

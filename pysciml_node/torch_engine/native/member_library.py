@@ -111,7 +111,7 @@ class MemberLibrary(Code):
         self.places = [
             (offset, math.prod(p.shape)) for p, offset in zip(shared, emitted.offsets, strict=True)
         ]
-        super().__init__(dtype, self._text(emitter, emitted, dtype), max(emitted.packed, 1), _CALLS)
+        super().__init__(dtype, self._text(emitter, emitted, dtype), emitted.packed, _CALLS)
 
     @contextmanager
     def workers(self, request: MembersRequest) -> Iterator[None]:
@@ -148,7 +148,7 @@ class MemberLibrary(Code):
             *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),
             header(dtype, width),
             f"enum {{ TURNS = {turns(cost, self._method.all_stages)}, OWN = {len(sizes)}, "
-            f"OWN_ROOM = {padded(emitter.mine.size)}, PACKED = {max(emitted.packed, 1)}, "
+            f"OWN_ROOM = {padded(emitter.mine.size)}, "
             f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
             f"static const int OWN_SIZES[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
             f"static const int OWN_PLACES[] = {{{', '.join(map(str, [*places, 0]))}}};",

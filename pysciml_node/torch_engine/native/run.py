@@ -400,7 +400,7 @@ def sweep_back(
     assert flight.departure is not None
     request, count, reached = flight.departure.request_back(), flight.count, flight.reached
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
-    start_bar, packed_bar = torch.zeros_like(flight.u0), torch.zeros_like(flight.packed)
+    start_bar, packed_bar = torch.empty_like(flight.u0), torch.empty_like(flight.packed)
     request.u0, request.ends = flight.u0.data_ptr(), ends.data_ptr()
     request.packed, request.packed_bar = flight.packed.data_ptr(), packed_bar.data_ptr()
     request.steps, request.places = flight.steps.data_ptr(), flight.places.data_ptr()

@@ -255,7 +255,7 @@ typedef struct {
   REAL *start_bar, *packed_bar;
   double *t_bar, *h_bar, *theta_bar;
   REAL *memory;
-  int64_t n, count, q, live, shared, evaluations, replayed, status;
+  int64_t n, count, q, started, live, shared, evaluations, replayed, status;
 } Sweep;
 
 #define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
@@ -410,6 +410,11 @@ int64_t march(Solve *s) {
 }
 /* At the end of it the cotangents of the packed parameters become those of the parameters. */
 int64_t sweep(Sweep *s) {
+  if (!s->started) {
+    memset(s->start_bar, 0, N * sizeof(REAL));
+    memset(s->packed_bar, 0, PACKED * sizeof(REAL));
+    s->started = 1;
+  }
   s->status = psn_sweep(s);
   if (s->status == SUCCESS) unpack(s->packed, s->packed_bar, SCRATCH(s));
   return s->status;
