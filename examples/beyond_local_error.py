@@ -150,7 +150,7 @@ def main() -> None:
         trained = partial(train, independent=independent)
         task = replace(TASKS["digits-short"], train=trained, regularizers=ideas)
         results = Results(arguments.output_dir / f"{name}.json")
-        compare_regularizers(name, task, results, arguments.seed)
+        compare_regularizers(task, results, arguments.seed).show(name)
     scatter(arguments.seed[0])
 
 

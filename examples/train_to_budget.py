@@ -6,8 +6,7 @@ is interpolated:
 
     python examples/train_to_budget.py --task digits --seeds 0 1 2
 
-The task `mnist` reads the files of MNIST from data/mnist. The same budget for one regularizer after
-the other:
+The task `mnist` reads data/mnist. The same budget for one regularizer after the other:
 
     python examples/train_to_budget.py --task digits-short --regularizers --seeds 0 1 2
 
@@ -16,8 +15,8 @@ without it. So that their times compare, every run ends with five training steps
 without native code.
 
 Results of every run are added to OUTPUT_DIR/TASK.json as it ends, and runs that are there are not
-repeated: the tables are made from these files. OUTPUT_DIR/TASK.png has evaluations and weights over
-training, and the trade-off.
+repeated: the tables are made from these files, and kept in OUTPUT_DIR/budgets.json or
+regularizers.json. OUTPUT_DIR/TASK.png has evaluations and weights over training, and the trade-off.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from torch.nn.functional import avg_pool2d
 
 import pysciml_node as psn
 from pysciml_node import data as datasets
+from pysciml_node.cli.doctor import environment
 from pysciml_node.data.plane import plane_splits
 from pysciml_node.experiments.demo import digits_demo
 from pysciml_node.experiments.published.mnist import MNIST_ODE
@@ -107,6 +107,25 @@ class Outcome:
     rejected: float | None = None
 
 
+@dataclass(frozen=True)
+class Table:
+    """A comparison.
+
+    Args:
+        metric: what is compared.
+        rows: as they are shown, the headings first.
+        reached: evaluations over those asked for, one number a seed, by the row's name.
+    """
+
+    metric: str
+    rows: list[list[str]]
+    reached: dict[str, list[float]]
+
+    def show(self, name: str) -> None:
+        """Print it."""
+        print(f"{name}, {self.metric}\n{lay_out(self.rows)}\n")
+
+
 # Trains a plan to a target, in native code or without it.
 Train = Callable[[Plan, float | None, bool], Outcome]
 
@@ -145,7 +164,7 @@ class Task:
     @property
     def decimals(self) -> int:
         """Of scores in tables."""
-        return 2 if self.scale > 1 else 4
+        return 2 if self.scale > 1 else 3
 
 
 def trained(build: Build, load: Callable[[], Any], settings: Settings) -> Train:
@@ -207,8 +226,9 @@ def train_spiral(plan: Plan, target: float | None, native: bool) -> Outcome:
         return float(solution.stats.nfe)
 
     if target is not None:
-        # The loss starts at about 4.
-        budget = psn.Budget(nfe=target, horizon=SPIRAL_STEPS, limit=4.0, measure=measure)
+        # The loss starts at about 4, and evaluations answer to the weight in some 30 steps.
+        options: dict[str, Any] = {"limit": 4.0, "response": 30.0, "measure": measure}
+        budget = psn.Budget(nfe=target, horizon=SPIRAL_STEPS, **options)
         model.regularizers[0].weight = budget
     seconds, _, _ = spiral.train(model, moments, arguments)
     figures, _ = spiral.evaluate(model, moments, paths=1000)
@@ -238,7 +258,7 @@ def few_moons() -> Any:
     return plane_splits("two-moons", train=2000, validation=200, test=500)
 
 
-SPIRAL_STEPS = 60
+SPIRAL_STEPS = 150
 DIGITS = replace(digits_demo.SETTINGS, steps=200, taylor_order=2, evaluate_every=1000)
 SHORT = replace(DIGITS, steps=100)
 MOONS = replace(
@@ -268,20 +288,38 @@ TASKS: Mapping[str, Task] = {
     "spiral": Task(
         "MSE",
         1.0,
-        (10.0, 100.0),
+        (300.0, 1000.0),
         train_spiral,
         regularizers=("local-unbiased", "local-biased", "local-stiffness", "global-error"),
     ),
+}
+# How regularizers are called in tables.
+NAMES = {
+    "vanilla": "none",
+    "local-unbiased": "`LocalError`, unbiased",
+    "local-biased": "`LocalError`, biased",
+    "local-stiffness": "`LocalStiffness`",
+    "global-error": "`GlobalError`",
+    "steer": "`RandomEndTime(0.5)`",
+    "kinetic": "`KineticEnergy`",
+    "jacobian": "`JacobianFrobenius`",
+    "taylor": "`TaylorDerivative(2)`",
 }
 # Half width of the random end time of STEER, which has no weight to hold a budget by.
 STEER = 0.5
 
 
 class Results:
-    """The runs of a task, kept in a file."""
+    """The runs of a task, kept in a file.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        train: whether runs that are not there are trained; otherwise they are left out.
+    """
+
+    def __init__(self, path: Path, train: bool = True) -> None:
         self.path = path
+        self.train = train
         found = json.loads(path.read_text()) if path.exists() else {}
         self.outcomes = {name: Outcome(**outcome) for name, outcome in found.items()}
 
@@ -308,11 +346,20 @@ class Results:
             )
         return self.outcomes[plan.name]
 
+    def of(self, task: Task, plans: Iterable[Plan]) -> dict[int, Outcome]:
+        """The outcomes of plans by their seeds."""
+        return {
+            plan.seed: self.run(task, plan)
+            for plan in plans
+            if self.train or plan.name in self.outcomes
+        }
+
 
 def shown(values: Sequence[float], decimals: int) -> str:
-    """Mean and spread."""
+    """Mean and spread, or a single value."""
     found = mean_and_std(values)
-    return f"{found['mean']:.{decimals}f} ± {found['std']:.{decimals}f}"
+    spread = f" ± {found['std']:.{decimals}f}" if len(values) > 1 else ""
+    return f"{found['mean']:.{decimals}f}{spread}"
 
 
 def by_hand(points: Sequence[tuple[float, float]], nfe: float) -> float | None:
@@ -324,76 +371,84 @@ def by_hand(points: Sequence[tuple[float, float]], nfe: float) -> float | None:
     return None
 
 
-def compare_weights(name: str, task: Task, results: Results, seeds: Sequence[int]) -> None:
+def by_hand_at(task: Task, results: Results, seed: int) -> list[tuple[float, float]]:
+    """Evaluations and scores of constant weights, 0 among them."""
+    plans = [Plan(seed), *(Plan(seed, "local-unbiased", weight) for weight in task.weights)]
+    found = [outcome for plan in plans for outcome in results.of(task, [plan]).values()]
+    return [(outcome.nfe, outcome.score) for outcome in found]
+
+
+def compare_weights(task: Task, results: Results, seeds: Sequence[int]) -> Table:
     """Budgets, and weights by hand at the same evaluations."""
-    rows = [["budget", "asked for", "reached", "reached / asked", task.metric, "weight by hand"]]
-    hand: dict[int, list[tuple[float, float]]] = {}
-    for seed in seeds:
-        vanilla = results.run(task, Plan(seed))
-        hand[seed] = [(vanilla.nfe, vanilla.score)]
-        for share in SHARES:
-            results.run(task, Plan(seed, "local-unbiased", share=share))
-        for weight in task.weights:
-            found = results.run(task, Plan(seed, "local-unbiased", weight))
-            hand[seed].append((found.nfe, found.score))
+    rows = [["budget", "asked for", "reached", "reached / asked", "metric", "by hand"]]
     scale, decimals = task.scale, task.decimals
-    plain = [results.run(task, Plan(seed)) for seed in seeds]
+    plain = results.of(task, map(Plan, seeds)).values()
+    evaluations = shown([o.nfe for o in plain], 1)
     scores = shown([scale * o.score for o in plain], decimals)
-    rows.append(["none", "", shown([o.nfe for o in plain], 1), "", scores, ""])
+    rows.append(["none" + some(plain, seeds), "", evaluations, "", scores, ""])
+    reached: dict[str, list[float]] = {}
     for share in SHARES:
-        found = {s: results.run(task, Plan(s, "local-unbiased", share=share)) for s in seeds}
-        ratios = [o.nfe / (o.target or 1.0) for o in found.values()]
-        matched = [by_hand(hand[seed], o.nfe) for seed, o in found.items()]
+        found = results.of(task, (Plan(s, "local-unbiased", share=share) for s in seeds))
+        if not found:
+            continue
+        targets = [o.target or 0.0 for o in found.values()]
+        ratios = [o.nfe / target for o, target in zip(found.values(), targets, strict=True)]
+        matched = [by_hand(by_hand_at(task, results, s), o.nfe) for s, o in found.items()]
         known = [scale * score for score in matched if score is not None]
         rows.append(
             [
-                f"{share:g}",
-                shown([o.target or 0.0 for o in found.values()], 1),
+                f"{share:g}{some(found, seeds)}",
+                shown(targets, 1),
                 shown([o.nfe for o in found.values()], 1),
                 shown(ratios, 3),
                 shown([scale * o.score for o in found.values()], decimals),
-                (shown(known, decimals) if known else "") + f" ({len(known)} of {len(seeds)})",
+                shown(known, decimals) + some(known, found) if known else "",
             ]
         )
-    print(f"{name}\n{lay_out(rows)}\n")
-    draw(name, task, results, seeds, hand)
+        reached[f"{share:g}"] = [round(ratio, 3) for ratio in ratios]
+    draw(task, results, seeds)
+    return Table(task.metric, rows, reached)
 
 
-def compare_regularizers(name: str, task: Task, results: Results, seeds: Sequence[int]) -> None:
+def some(found: Sized, seeds: Sized) -> str:
+    """How many seeds there are, where it is not all of them."""
+    return "" if len(found) == len(seeds) else f" ({len(found)} of {len(seeds)})"
+
+
+def compare_regularizers(task: Task, results: Results, seeds: Sequence[int]) -> Table:
     """One budget for each regularizer."""
-    found: dict[str, list[Outcome]] = {}
-    for seed, variant in itertools.product(seeds, ("vanilla", *task.regularizers)):
-        held = {"vanilla": Plan(seed), "steer": Plan(seed, variant, weight=STEER)}
-        plan = held.get(variant, Plan(seed, variant, share=SHARE))
-        found.setdefault(variant, []).append(results.run(task, plan))
     scale, decimals = task.scale, task.decimals
-    rows = [["", "evaluations", "reached / asked", task.metric, "a training step (CPU ms)"]]
-    for variant, outcomes in found.items():
-        ratios = [o.nfe / o.target for o in outcomes if o.target]
+    step = "a training step (CPU ms)"
+    rows = [["regularizer", "evaluations", "reached / asked", "metric", step]]
+    reached: dict[str, list[float]] = {}
+    for variant in ("vanilla", *task.regularizers):
+        held: dict[str, Any] = {"vanilla": {}, "steer": {"weight": STEER}}
+        options = held.get(variant, {"share": SHARE})
+        found = results.of(task, (Plan(seed, variant, **options) for seed in seeds))
+        if not found:
+            continue
+        ratios = [o.nfe / o.target for o in found.values() if o.target]
         rows.append(
             [
-                variant,
-                shown([o.nfe for o in outcomes], 1),
+                NAMES.get(variant, f"`{variant}`") + some(found, seeds),
+                shown([o.nfe for o in found.values()], 1),
                 shown(ratios, 3) if ratios else "",
-                shown([scale * o.score for o in outcomes], decimals),
-                shown([1000 * o.step_seconds for o in outcomes], 0),
+                shown([scale * o.score for o in found.values()], decimals),
+                shown([1000 * o.step_seconds for o in found.values()], 0),
             ]
         )
-    print(f"{name}, {SHARE} of the evaluations without a penalty\n{lay_out(rows)}\n")
+        reached[variant] = [round(ratio, 3) for ratio in ratios]
+    return Table(task.metric, rows, reached)
 
 
-def draw(
-    name: str,
-    task: Task,
-    results: Results,
-    seeds: Sequence[int],
-    hand: Mapping[int, Sequence[tuple[float, float]]],
-) -> None:
+def draw(task: Task, results: Results, seeds: Sequence[int]) -> None:
     """Costs over training, and the trade-off."""
     figure, (over_time, weights, trade_off) = new_figure(3)
     colors = dict(zip(SHARES, ("#d55e00", "#0072b2", "#009e73"), strict=True))
     for share, seed in itertools.product(SHARES, seeds):
-        found = results.run(task, Plan(seed, "local-unbiased", share=share))
+        found = results.of(task, [Plan(seed, "local-unbiased", share=share)]).get(seed)
+        if found is None:
+            continue
         places = [k / max(len(found.costs) - 1, 1) for k in range(len(found.costs))]
         label = f"{share:g} of vanilla" if seed == seeds[0] else None
         over_time.plot(places, found.costs, color=colors[share], label=label, linewidth=1)
@@ -401,13 +456,13 @@ def draw(
         weights.plot(places, [w or None for w in found.weights], color=colors[share], linewidth=1)
         trade_off.plot(found.nfe, task.scale * found.score, "o", color=colors[share])
     for seed in seeds:
-        points = sorted(hand[seed])
+        points = sorted(by_hand_at(task, results, seed))
         scores = [task.scale * score for _, score in points]
         label = "constant weights" if seed == seeds[0] else None
         trade_off.plot(
             [n for n, _ in points], scores, "-x", color="#888888", linewidth=1, label=label
         )
-    over_time.set(xlabel="share of training", ylabel="evaluations", title=name)
+    over_time.set(xlabel="share of training", ylabel="evaluations", title=results.path.stem)
     weights.set(xlabel="share of training", ylabel="weight", yscale="log")
     trade_off.set(xlabel="evaluations (test)", ylabel=task.metric)
     over_time.legend()
@@ -422,15 +477,22 @@ def main() -> None:
     add = parser.add_argument
     add("--task", nargs="+", choices=TASKS, default=list(TASKS), help="[default: all]")
     add("--regularizers", action="store_true", help="one budget for every regularizer instead")
+    add("--kept", action="store_true", help="train nothing, show the runs that are there")
     add("--seed", "--seeds", type=int, nargs="+", default=[0], help="[default: 0]")
     add("--output-dir", type=Path, default=Path("runs/budget"), help="[default: %(default)s]")
     add("--threads", type=int, default=1, help="of torch [default: 1]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     compare = compare_regularizers if arguments.regularizers else compare_weights
+    tables = {}
     for name in arguments.task:
-        results = Results(arguments.output_dir / f"{name}.json")
-        compare(name, TASKS[name], results, arguments.seed)
+        results = Results(arguments.output_dir / f"{name}.json", train=not arguments.kept)
+        tables[name] = compare(TASKS[name], results, arguments.seed)
+        tables[name].show(name)
+    kept = "regularizers.json" if arguments.regularizers else "budgets.json"
+    shown_tables = {name: asdict(table) for name, table in tables.items()}
+    content = {"environment": environment(), "seeds": arguments.seed, "tables": shown_tables}
+    (arguments.output_dir / kept).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

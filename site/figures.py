@@ -7,7 +7,8 @@ in `site/stored/NAME.json`: the summary over seeds, the command, the date, machi
     python site/figures.py --check                  # say where a page shows something else
     python site/figures.py --store NAME RESULTS --command "make demo" --machine "AMD EPYC, one core"
 
-`RESULTS` is the results file of an experiment (`runs/demo/results.json`).
+`RESULTS` is the results file of an experiment (`runs/demo/results.json`), or the tables that
+`examples/train_to_budget.py` keeps (`runs/budget/budgets.json`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ STORED = Path(__file__).resolve().parent / "stored"
 TABLE = re.compile(
     r"<!-- run: (?P<name>[\w-]+) -->\n(?P<shown>.*?)\n?<!-- end of run -->", re.DOTALL
 )
+# `<!-- run: NAME-numbers -->` is a block of code with the numbers of the run `NAME`.
+NUMBERS = "-numbers"
 Figures = dict[str, dict[str, float]]
 
 
@@ -79,16 +82,55 @@ LAYOUTS: dict[str, tuple[Column, ...]] = {
 }
 
 
-def table(name: str) -> str:
-    """The table of a stored run, with a line that says where it comes from."""
-    run = json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))
-    columns, summary = LAYOUTS[name], run["summary"]
+def loaded(name: str) -> dict[str, Any]:
+    """A stored run."""
+    found: dict[str, Any] = json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def summed_up(name: str, summary: dict[str, Figures]) -> list[str]:
+    """The lines of a table with a row for every variant."""
+    columns = LAYOUTS[name]
     first = next(iter(summary.values()))
     lines = ["| | " + " | ".join(column.title for column in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for variant, row in summary.items():
         cells = " | ".join(column.cell(row, first) for column in columns)
         lines.append(f"| {variant} | {cells} |")
+    return lines
+
+
+def compared(tables: dict[str, Any]) -> list[str]:
+    """The lines of one table of several tasks; their rows are stored as they are shown."""
+    titles = next(iter(tables.values()))["rows"][0]
+    lines = [f"| task, metric | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    for task, found in tables.items():
+        shown = f"{task}, {found['metric']}"
+        for row in found["rows"][1:]:
+            lines.append(f"| {shown} | {' | '.join(row)} |")
+            shown = ""
+    return lines
+
+
+def numbers(name: str) -> str:
+    """What the seeds of a stored comparison have reached, as a block of code for a picture."""
+    lines = [
+        "```python",
+        "# Evaluations reached over those asked for, one number a seed.",
+        "reached = {",
+    ]
+    for task, found in loaded(name)["tables"].items():
+        shares = (f"{share}: {tuple(ratios)}" for share, ratios in found["reached"].items())
+        lines.append(f'    "{task}": {{{", ".join(shares)}}},')
+    return "\n".join([*lines, "}", "```"])
+
+
+def table(name: str) -> str:
+    """The table of a stored run, with a line that says where it comes from."""
+    if name.endswith(NUMBERS):
+        return numbers(name.removesuffix(NUMBERS))
+    run = loaded(name)
+    lines = compared(run["tables"]) if "tables" in run else summed_up(name, run["summary"])
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("python", "torch"))
     source = f"`{run['command']}`, {run['date']}, {run['machine']}, {versions}."
     return "\n".join([*lines, "", source])
@@ -117,17 +159,17 @@ def written(text: str, tables: Callable[[str], str] = table) -> str:
 
 
 def stored(results: dict[str, Any], command: str, machine: str, date: str) -> dict[str, Any]:
-    """What is kept of a results file: its summary, and where it comes from."""
+    """What is kept of a results file: summary or tables, and where they come from."""
+    kept: dict[str, Any] = {"command": command, "date": date, "machine": machine}
+    kept["versions"] = results["environment"]
+    if "tables" in results:
+        return kept | {"seeds": results["seeds"], "tables": results["tables"]}
     summary = {
         name: part
         for name, part in results.items()
         if name in {run["variant"] for run in results["runs"]}
     }
-    return {
-        "command": command,
-        "date": date,
-        "machine": machine,
-        "versions": results["environment"],
+    return kept | {
         "settings": results["settings"],
         "seeds": sorted({run["seed"] for run in results["runs"]}),
         "summary": summary,
@@ -146,10 +188,12 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.store:
         name, results = given.store
-        if name not in LAYOUTS or not given.command or not given.machine:
+        content = json.loads(Path(results).read_text())
+        known = name in LAYOUTS or "tables" in content
+        if not (known and given.command and given.machine):
             parser.error(f"give --command and --machine, and a name of {', '.join(LAYOUTS)}")
         made = datetime.date.fromtimestamp(Path(results).stat().st_mtime).isoformat()
-        kept = stored(json.loads(Path(results).read_text()), given.command, given.machine, made)
+        kept = stored(content, given.command, given.machine, made)
         (STORED / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     bad = 0
     for page in pages():

@@ -33,3 +33,18 @@ def test_cells_have_mean_spread_and_ratio():
     other = {"nfe": {"mean": 60.0, "std": 2.04}}
     assert column.cell(first, first) == "100.0"
     assert column.cell(other, first) == "60.0 ± 2.0 (0.60x)"
+
+
+def test_a_comparison_names_each_task_once():
+    rows = [["budget", "reached"], ["none", "100"], ["0.6", "60"]]
+    lines = FIGURES["compared"]({"digits": {"metric": "accuracy (%)", "rows": rows}})
+    assert lines[0] == "| task, metric | budget | reached |"
+    assert lines[2:] == ["| digits, accuracy (%) | none | 100 |", "|  | 0.6 | 60 |"]
+
+
+def test_numbers_for_a_picture_are_those_of_the_seeds():
+    block = FIGURES["table"]("budgets-numbers").removeprefix("```python\n").removesuffix("```")
+    shown = {}
+    exec(block, shown)
+    for task, found in FIGURES["loaded"]("budgets")["tables"].items():
+        assert {str(k): list(v) for k, v in shown["reached"][task].items()} == found["reached"]

@@ -31,21 +31,21 @@ def known_task(example: dict[str, Any], trained: list[str]) -> Any:
 
 
 def test_a_budget_that_is_met_scores_as_the_weight_of_its_evaluations(
-    example: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    example: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     trained: list[str] = []
     task = known_task(example, trained)
     for _ in range(2):
         results = example["Results"](tmp_path / "known.json")
-        example["compare_weights"]("known", task, results, [0, 1])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2] == "0."]
-    for row in rows:
-        share, asked, reached, ratio, score, hand = row[0], *(row[i] for i in (1, 4, 7, 10, 13))
+        table = example["compare_weights"](task, results, [0, 1])
+    mean = [[cell.split(" ± ")[0] for cell in row] for row in table.rows[2:]]
+    for share, asked, reached, ratio, score, hand in mean:
         assert float(asked) == float(reached) == float(score) == 100 * float(share)
         assert float(ratio) == 1.0
         assert float(hand) == pytest.approx(float(score))
-    assert len(rows) == 6
+        assert table.reached[share] == [1.0, 1.0]
+    assert len(mean) == 3
     # Six runs a seed, each once.
     assert len(trained) == len(set(trained)) == 12
     assert (tmp_path / "known.png").stat().st_size > 0
