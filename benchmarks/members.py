@@ -2,7 +2,6 @@
 
     python benchmarks/members.py [--sizes 200 1000 10000] [--only native diffrax ...]
     python benchmarks/members.py --stochastic --sizes 1000
-    python benchmarks/members.py --stiff --sizes 1000
 
 Every solver takes Tsit5 with an integral controller and tolerances of 1e-6 in float64, from (1, 1,
 1) over [0, 2], with rho between 10 and 40, and gives the states at the end; the gradient is that of
@@ -14,10 +13,6 @@ native code at tolerances of 1e-12.
 `--stochastic` solves stochastic Lotka-Volterra equations of members with rates of their own over
 [0, 1] by SOSRI with its usual tolerances, in one batch and, for 20 of them, one after the other:
 milliseconds of CPU time for each member.
-
-`--stiff` solves Robertson's equations with rates of each member's own over [0, 1000] at rtol 1e-6
-and atol 1e-10 by Rodas5P: accepted steps of a member, and microseconds of CPU time for each of
-them; the gradient is that to all rates.
 """
 
 from __future__ import annotations
@@ -277,61 +272,16 @@ def stochastic(size: int) -> list[str]:
     return cells
 
 
-def robertson(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
-    """Robertson's equations."""
-    a, b, c = u.unbind()
-    slow, fast, back = p[0] * a, p[1] * b * b, p[2] * b * c
-    return torch.stack((back - slow, slow - fast - back, fast))
-
-
-def rates(size: int) -> Tensor:
-    """Those of Robertson's equations, each half to one and a half times the usual."""
-    shares = torch.rand(size, 3, generator=torch.Generator().manual_seed(0), dtype=D)
-    return torch.tensor([0.04, 3e7, 1e4], dtype=D) * (0.5 + shares)
-
-
-def stiff_ours(size: int) -> tuple[float, Candidate]:
-    """Accepted steps of a member, and Rodas5P in one batch."""
-    p = rates(size).requires_grad_()
-    u0 = torch.tensor([1.0, 0.0, 0.0], dtype=D)
-    one = psn.ODEProblem(robertson, u0, (0.0, 1000.0), p=p[0].detach())
-
-    def solve() -> psn.EnsembleSolution:
-        ensemble = psn.EnsembleProblem(one, p=p)
-        return psn.solve(ensemble, psn.Rodas5P(), rtol=1e-6, atol=1e-10, engine="torch")
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            ends: Tensor = solve().u1
-        return ends
-
-    with torch.no_grad():
-        steps = solve().stats.naccept / size
-    return steps, Candidate(forward, lambda: torch.autograd.grad(solve().u1[:, 0].sum(), p))
-
-
-def stiff(size: int) -> list[str]:
-    """Stiff members: a row."""
-    steps, candidate = stiff_ours(size)
-    times = (sample(run)[0] for run in (candidate.forward, candidate.gradient))
-    return [str(size), f"{steps:.0f}", *(f"{1e3 * x / (size * steps):.3g}" for x in times)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 10_000])
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--stochastic", action="store_true")
-    parser.add_argument("--stiff", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.stochastic:
         header = ["members", "batch", "with gradient", "one by one", "with gradient"]
         print(table(header, [stochastic(size) for size in asked.sizes]))
-        return
-    if asked.stiff:
-        header = ["members", "steps", "forward", "with gradient"]
-        print(table(header, [stiff(size) for size in asked.sizes]))
         return
     rows = []
     for size in asked.sizes:

@@ -57,10 +57,10 @@ class EnsembleProblem(checks.Configured):
 
     The torch engine steps all members in one batch. It evaluates the field by `torch.vmap`, so the
     field is written for one member, and members that have reached their end leave the batch.
-    Stochastic ones have a Brownian path each, the one that they have alone. Rosenbrock methods
+    Stochastic ones have a Brownian path each, the one that they have alone. Implicit methods
     factor the matrices of all members at once. Events stop and change each member at times of its
-    own; conditions and effects are mapped like the field. One after the other go: other implicit
-    methods, mass matrices and Jacobians that are given, stochastic equations off the CPU,
+    own; conditions and effects are mapped like the field. One after the other go: methods that
+    switch, `jac_sparsity=` and GMRES, events with a mass matrix, stochastic equations off the CPU,
     continuous adjoints, output times and shared ends that receive gradients, controllers of the
     caller's own, fields with hooks, and fields that `torch.vmap` cannot run (with a branch on
     values, or random numbers) or evaluates to something else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from pysciml_node.tableaus.implicit import (
 
 # Newton's iteration: after so many with the Jacobian of the step's start one is made at the stage
 # itself, and after as many more the step is given up.
-_ITERATIONS = 10
+ITERATIONS = 10
 
 
 def stages_for(
@@ -39,6 +40,21 @@ def stages_for(
     if isinstance(method.tableau, CoupledTableau):
         return CoupledStages(method, field, marks, vectors, derivatives)
     return Stages(method, field, marks, vectors)
+
+
+def newton_accuracy(known: Tensor, guess: Tensor, step: Real, power: float = 0.75) -> Tensor:
+    """Change of a slope below which Newton's iteration ends, `()`, or `(L,)` of many members.
+
+    Args:
+        known: the argument of the stage without its own slope, `(N,)` or `(L, N)`.
+        guess: of the slope, likewise.
+        step: its weight in the argument; `(L, 1)` of many members.
+        power: of the rounding, which is the relative accuracy.
+    """
+    size: Any = abs(step)
+    scale = known.abs().amax(-1, keepdim=True) + size * guess.abs().amax(-1, keepdim=True)
+    accuracy: Tensor = scale * torch.finfo(known.dtype).eps ** power / size
+    return accuracy.squeeze(-1)
 
 
 class ImplicitStages(Stages):
@@ -75,36 +91,35 @@ class ImplicitStages(Stages):
         self.recorded = isinstance(vectors, RecordedVectors)
         self.derivatives = derivatives
         self.linearizer = linearizer or linearizer_of(field, method.linsolve)
-        self._first: Tensor | None = None
         self._at_start: Linearization | None = None
         self._solver: tuple[float, Solver] | None = None
 
     @override
     def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
         # One evaluation serves the first stage and the Jacobian.
-        self._first, self._solver = None, None
-        self._at_start = self._linearize(t, h, u)
-        self.count = 1
-        return self._at_start.value
+        at_start = self._linearize(t, h, u)
+        self.begin(at_start.value)
+        self._at_start = at_start
+        return at_start.value
 
     @override
     def begin(self, k1: Tensor) -> None:
-        self._first, self._at_start, self._solver = k1, None, None
-        self.count = 1
+        super().begin(k1)
+        self._at_start, self._solver = None, None
 
     @override
     def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
         if self.count >= self.method.stages:
             return None
         if self.count == 0:
-            self._first, self._at_start, self._solver = None, None, None
+            self.start(t, h, u)
         if self._at_start is None:
             self._at_start = self._linearize(t, h, u)
         times = self.times(t, h)
         if isinstance(self.table, RosenbrockTableau):
             self._rosenbrock(self.table, times, h, u, self._at_start)
         else:
-            self._diagonal(self.table, times, h, u, self._at_start)
+            self._diagonal(times, h, u)
         self.count = self.method.stages
         return None
 
@@ -157,17 +172,9 @@ class ImplicitStages(Stages):
                 rate = rate + start.time * (table.time_weights[i] * h)
             self.vectors.put(i, solve(rate * table.gamma))
 
-    def _diagonal(
-        self,
-        table: DiagonallyImplicitTableau,
-        times: tuple[Tensor, ...],
-        h: Real,
-        u: Tensor,
-        start: Linearization,
-    ) -> None:
-        first = start.value if self._first is None else self._first
-        self.vectors.put(0, first)
-        guess = first.detach()
+    def _diagonal(self, times: tuple[Tensor, ...], h: Real, u: Tensor) -> None:
+        # The first slope as it is stored: what it was given by may be the last one's place.
+        guess = self.vectors.get(0).detach()
         for i in range(1, self.method.stages):
             known = self.argument(i, h, u)
             with torch.no_grad():
@@ -182,16 +189,14 @@ class ImplicitStages(Stages):
         """The slope `k = f(t, known + h gamma k)`; NaN where the iteration does not converge."""
         assert self._at_start is not None
         step = (float(h.detach()) if isinstance(h, Tensor) else h) * self.table.gamma
-        eps = torch.finfo(known.dtype).eps
-        scale = known.abs().max() + abs(step) * guess.abs().max()
         # Without a matrix the iteration converges quadratically, and the last change says less.
         matrix_free = self._at_start.matrix_free
-        close = float(scale) * eps ** (0.5 if matrix_free else 0.75) / abs(step)
+        close = float(newton_accuracy(known, guess, step, 0.5 if matrix_free else 0.75))
         if not matrix_free:
             solve = self._solve(h, self._at_start)
         slope: Tensor = guess
-        for iteration in range(2 * _ITERATIONS):
-            if iteration == _ITERATIONS or matrix_free:
+        for iteration in range(2 * ITERATIONS):
+            if iteration == ITERATIONS or matrix_free:
                 local = self._local(t, known + step * slope, recorded=False)
                 solve, rate = local.solver(step, self.mass), local.value
             else:

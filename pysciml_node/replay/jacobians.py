@@ -51,7 +51,7 @@ class _Colored:
 
     def __init__(self, coloring: Coloring) -> None:
         self.coloring = coloring
-        self.expect_exact = _Expectation(
+        self.expect_exact = Expectation(
             "jac_sparsity", "Mark all entries that can differ from zero, or leave it out."
         )
 
@@ -137,7 +137,7 @@ class GivenJacobian:
 
     def __init__(self, field: FlatField) -> None:
         self.field = field
-        self.expect_exact = _Expectation("jac", "Leave it out, or correct it.")
+        self.expect_exact = Expectation("jac", "Leave it out, or correct it.")
 
     def __call__(
         self,
@@ -165,7 +165,7 @@ class GivenJacobian:
         return replace(local, jacobian=matrix)
 
 
-class _Expectation:
+class Expectation:
     """Compares a Jacobian with one vector-Jacobian product, the first time it is called.
 
     Args:
@@ -186,16 +186,16 @@ class _Expectation:
             return
         self.done = True
         # Weights of no pattern, so that errors do not cancel.
-        weights = 1 + torch.arange(len(value), device=value.device).to(value.real) * 0.618034 % 1
-        exact = pulled_rows(value, state, weights.to(value)[None], False)[0].detach()
+        weights = 1 + torch.arange(value.shape[-1], device=value.device).to(value) * 0.618034 % 1
+        exact = pulled_rows(value, state, weights.expand_as(value)[None], False)[0].detach()
         matrix = matrix.detach()
-        largest = weights.to(value) @ matrix.abs() + exact.abs()
-        gap = (weights.to(value) @ matrix - exact).abs()
+        largest = weights @ matrix.abs() + exact.abs()
+        gap = (weights @ matrix - exact).abs()
         wrong = gap > torch.finfo(value.dtype).eps ** 0.5 * largest
         if bool(wrong.any()):
-            column = int(wrong.nonzero()[0])
+            place = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(
-                f"{self.name} does not fit the derivative of f: column {column} of df/du differs "
-                f"by {float((gap / largest)[column]):.2g} of its size, at the first state that was "
-                f"looked at.\n  {self.remedy}"
+                f"{self.name} does not fit the derivative of f: column {place[-1]} of df/du "
+                f"differs by {float((gap / largest)[place]):.2g} of its size, at the first state "
+                f"that was looked at.\n  {self.remedy}"
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -82,14 +83,79 @@ def shifted(jacobian: Tensor, scale: Real, mass: Tensor | None) -> Tensor:
 
 
 def lu_solver(matrix: Tensor) -> Solver:
-    """Solves with a matrix, which is factored once."""
-    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    """Solves with a matrix, or with many `(L, N, N)`, which is factored once."""
+    differentiated = matrix.requires_grad
+    with torch.no_grad() if differentiated else nullcontext():
+        factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
 
     def solve(right: Tensor) -> Tensor:
-        solved: Tensor = torch.linalg.lu_solve(factors, pivots, right.unsqueeze(1))
-        return solved.squeeze(1)
+        column = right.unsqueeze(-1)
+        if differentiated:
+            solved = _Solved.apply(matrix, column, factors, pivots, False)  # type: ignore[no-untyped-call]
+        else:
+            solved = torch.linalg.lu_solve(factors, pivots, column)
+        found: Tensor = solved.squeeze(-1)
+        return found
 
     return solve
+
+
+class _Solved(torch.autograd.Function):
+    """Solves `A x = b`, or `A^H x = b`, by the factors of `A`, which stay constant.
+
+    The derivatives are those of the equation: `A dx = db - dA x`. Those of the factors, which torch
+    would take instead, cost several times as much.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        matrix: Tensor, right: Tensor, factors: Tensor, pivots: Tensor, adjoint: bool
+    ) -> Tensor:
+        size, shape = factors.shape[-1], right.shape
+        if factors.ndim > 3:
+            # With more than one axis of batches torch reads beyond the factors.
+            factors, pivots = factors.reshape(-1, size, size), pivots.reshape(-1, size)
+            right = right.reshape(-1, size, shape[-1])
+        solved: Tensor = torch.linalg.lu_solve(factors, pivots, right, adjoint=adjoint)
+        return solved.reshape(shape)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        matrix, _, factors, pivots, ctx.adjoint = inputs
+        ctx.save_for_backward(matrix, factors, pivots, output)
+        ctx.save_for_forward(matrix, factors, pivots, output)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, factors, pivots, solved = ctx.saved_tensors
+        (cotangent,) = cotangents
+        right = _Solved.apply(matrix, cotangent, factors, pivots, not ctx.adjoint)  # type: ignore[no-untyped-call]
+        left, row = (solved, right) if ctx.adjoint else (right, solved)
+        return -left * row.mH, right, None, None, None
+
+    @staticmethod
+    @override
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
+        # The rule of lu_solve mixes up batches of factors with batches of right-hand sides.
+        *tensors, adjoint = given
+        batches = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, in_dims, strict=False)
+        ]
+        return _Solved.apply(*batches, adjoint), 0  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    @override
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        matrix, factors, pivots, solved = ctx.saved_tensors
+        moved = tangents[0].mH if ctx.adjoint else tangents[0]
+        change: Tensor = _Solved.apply(  # type: ignore[no-untyped-call]
+            matrix, tangents[1] - moved @ solved, factors, pivots, ctx.adjoint
+        )
+        return change
 
 
 class Linearizer(Protocol):
@@ -145,7 +211,7 @@ def linearize(
         if not rate.requires_grad:
             return DenseLinearization(value, None, u.new_zeros((u.numel(), u.numel())))
         jacobian = jacobian_of(rate, state, recorded and differentiable)
-        slope = _time_derivative(rate, time, recorded and differentiable) if with_time else None
+        slope = time_derivative(rate, time, recorded and differentiable) if with_time else None
     return DenseLinearization(value, slope, jacobian)
 
 
@@ -156,7 +222,10 @@ def dense_jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor
 
 
 def pulled_rows(value: Tensor, source: Tensor, cotangents: Tensor, differentiable: bool) -> Tensor:
-    """Cotangents `(m, N)` pulled back from a value to its source, in batches where that goes."""
+    """Cotangents `(m, N)` pulled back from a value to its source, in batches where that goes.
+
+    Where the value is `(L, N)` so is each cotangent.
+    """
 
     def pulled(part: Tensor, batched: bool) -> Tensor:
         rows: Tensor = torch.autograd.grad(
@@ -181,8 +250,11 @@ def pulled_rows(value: Tensor, source: Tensor, cotangents: Tensor, differentiabl
     return torch.stack([pulled(row, batched=False) for row in cotangents])
 
 
-def _time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:
-    """`d value / d time`: the pullback to time is linear in the cotangent; its slope is wanted."""
+def time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:
+    """`d value / d time`, each row's by its own time where there are many.
+
+    The pullback to time is linear in the cotangent; its slope is wanted.
+    """
     cotangent = torch.zeros_like(value, requires_grad=True)
     (pulled,) = torch.autograd.grad(
         value, time, cotangent, create_graph=True, retain_graph=True, allow_unused=True
@@ -190,6 +262,6 @@ def _time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tenso
     if pulled is None or not pulled.requires_grad:
         return None
     (slope,) = torch.autograd.grad(
-        pulled, cotangent, create_graph=differentiable, retain_graph=True, allow_unused=True
+        pulled.sum(), cotangent, create_graph=differentiable, retain_graph=True, allow_unused=True
     )
     return cast("Tensor | None", slope)

@@ -241,3 +241,24 @@ def test_julia_is_not_started() -> None:
     before = "juliacall" in sys.modules
     assert psn.solve(problem, psn.Rodas5P()).engine == "torch"
     assert ("juliacall" in sys.modules) == before
+
+
+@pytest.mark.parametrize("algorithm", IMPLICIT, ids=name)
+def test_a_step_after_a_rejected_one_is_a_step_of_the_method(algorithm: Any) -> None:
+    """The same times as fixed steps give the same states; so does an end at an event."""
+
+    def swing(t: Tensor, u: Tensor) -> Tensor:
+        kick = 9 * torch.exp(-400 * (t - 1.5) ** 2)  # too short for the steps before it
+        return torch.stack((u[1], kick - 3 * torch.sin(u[0]) - 0.1 * u[1]))
+
+    u0 = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    problem = psn.ODEProblem(swing, u0, (0.0, 3.0))
+    event = psn.Event(lambda t, u: u[1], terminal=False)
+    with torch.no_grad():
+        options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "events": event}
+        found = psn.solve(problem, algorithm, **options)
+        assert found.stats.nreject > 0
+        assert len(found.jumps) > 0
+        times = tuple(found.step_times.tolist())
+        again = psn.solve(problem, algorithm, controller=psn.FixedStep(times))
+    torch.testing.assert_close(found.u1, again.u1, rtol=1e-9, atol=1e-9)

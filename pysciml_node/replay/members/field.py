@@ -12,6 +12,7 @@ from torch import Tensor
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors
+from pysciml_node.replay.jacobians import Expectation
 from pysciml_node.steps.field import FlatField, Watch, without_gradients
 
 _functorch = torch._C._functorch
@@ -61,7 +62,11 @@ class MembersField:
         self.own = ensemble.p is not None
         self.batched = ensemble.batched
         self.given: dict[str, Any] = {"f": problem.f, "p": ensemble.p if self.own else problem.p}
-        self.spec = problem.spec
+        if problem.jac is not None:
+            self.given["jac"] = problem.jac
+        self.has_jacobian = problem.jac is not None
+        self.expect_jacobian = Expectation("jac", "Leave it out, or correct it.")
+        self.spec, self.mass = problem.spec, problem.mass
         self._nfe = np.zeros(len(ensemble), dtype=np.int64)
         self._all = np.arange(len(ensemble))
         # Evaluations of some members that are not in the counts yet.
@@ -128,6 +133,11 @@ class MembersField:
 
     def _mapped(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         (out,) = self.over(lambda t, u: (self._one._evaluate(t, u),), p, t, u)
+        return out
+
+    def jacobian(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
+        """What the problem's `jac` gives for each, `(L, N, N)`; arguments as of a call."""
+        (out,) = self.over(lambda t, u: (self._one.jacobian(t, u),), p, t, u)
         return out
 
     def over(self, one: OfMember, p: Any, *arguments: Tensor) -> tuple[Tensor, ...]:

@@ -12,17 +12,17 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.algorithms.switching import linsolve_of
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.modes import InModes
-from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
-from pysciml_node.replay.members.rosenbrock import RosenbrockStages
+from pysciml_node.replay.members.implicit import member_stages_for
 from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
-from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
-from pysciml_node.tableaus.implicit import RosenbrockTableau
+from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.end_times import hides_time
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
 from pysciml_node.torch_engine.members.crossings import Crossings
@@ -30,6 +30,10 @@ from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
 from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
 from pysciml_node.torch_engine.members.tape import Tape
+
+# Jacobians of all members are held at once where they have no more entries than this: 512 MB in
+# double precision.
+_ENTRIES = 2**26
 
 
 def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> bool:
@@ -41,7 +45,9 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
         # The numbers of a path are made on the CPU, for all members at once.
         kind = isinstance(algorithm, StochasticRungeKutta) and problem.spec.device.type == "cpu"
     else:
-        kind = isinstance(algorithm, ExplicitRungeKutta) or _is_rosenbrock(problem, algorithm)
+        kind = isinstance(algorithm, ExplicitRungeKutta) or _is_implicit(
+            ensemble, algorithm, options
+        )
     if not kind or common.controller.start_many(1.0, 1) is None:
         return False
     field = getattr(problem, problem.functions[0])
@@ -73,20 +79,22 @@ def solve_batch(
         return None
 
 
-def _is_rosenbrock(problem: Problem, algorithm: Algorithm) -> bool:
-    """Whether linear systems are all that a step solves, with Jacobians that torch takes."""
+def _is_implicit(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> bool:
+    """Whether steps solve linear systems of one stage, with dense matrices that fit in memory."""
+    problem, size = ensemble.problem, sum(ensemble.problem.spec.sizes)
     return (
         isinstance(problem, ODEProblem)
         and isinstance(algorithm, ImplicitMethod)
-        and isinstance(algorithm.tableau, RosenbrockTableau)
-        and problem.mass_matrix is None
-        and problem.jac is None
+        and isinstance(algorithm.tableau, RosenbrockTableau | DiagonallyImplicitTableau)
+        and linsolve_of(algorithm, size) is None
         and problem.jac_sparsity is None
+        and (problem.mass_matrix is None or not options.common.events)
+        and len(ensemble) * size**2 <= _ENTRIES
     )
 
 
 class StagesBatch(Batch):
-    """Members that take steps of an explicit Runge-Kutta method, or of a Rosenbrock method."""
+    """Members that take steps of an explicit Runge-Kutta method, or of an implicit one."""
 
     def __init__(
         self,
@@ -97,8 +105,6 @@ class StagesBatch(Batch):
         spec = ensemble.problem.spec
         assert isinstance(ensemble.problem, ODEProblem)
         self.method = Method.of(algorithm.tableau, spec.dtype, spec.device)
-        rosenbrock = isinstance(algorithm.tableau, RosenbrockTableau)
-        self.kind = RosenbrockStages if rosenbrock else MemberStages
         field, u0 = MembersField(ensemble), ensemble.starts()
         super().__init__(ensemble, algorithm, options, field, u0, self.method.nodes)
         self.crossings: Crossings | None = None
@@ -125,7 +131,7 @@ class StagesBatch(Batch):
             self.options,
             tape,
             recorded,
-            self.kind,
+            member_stages_for(self.method, derivatives=2),
             self.moving if recorded else None,
             self.crossings,
         )
@@ -137,7 +143,17 @@ class StagesBatch(Batch):
 
     @override
     def again(self) -> Again:
-        return StagesAgain(self.method, self.field, self.options, self.kind)
+        return StagesAgain(self.method, self.field, self.options, member_stages_for(self.method))
+
+    @override
+    def _attempt(self, u: Tensor, t: Tensor) -> Tensor:
+        value = super()._attempt(u, t)
+        if self.field.has_jacobian:
+            try:
+                self.field.jacobian(t, u, self.field.given["p"])
+            except Exception as error:
+                raise OneByOne from error
+        return value
 
     @override
     def differing(self, k: Tensor) -> int | None:

@@ -17,10 +17,10 @@ from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.first_step import first_size, trial_size
 from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.implicit import MakeStages, RosenbrockStages
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.norm import MembersNorm
-from pysciml_node.replay.members.rosenbrock import RosenbrockStages
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers, spread
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
@@ -401,7 +401,7 @@ class MembersMarch(ABC):
 
 
 class StagesMarch(MembersMarch):
-    """Steps of an explicit Runge-Kutta method, or of a Rosenbrock method.
+    """Steps of an explicit Runge-Kutta method, or of an implicit one.
 
     Args:
         method: the method.
@@ -409,7 +409,7 @@ class StagesMarch(MembersMarch):
         options: step control.
         tape: is told of accepted steps.
         recorded: whether autograd is to follow.
-        kind: of its stages.
+        kind: makes its stages.
         moving: the ends of the intervals, where they receive gradients through the steps.
         crossings: watch for events, where there are any.
     """
@@ -421,7 +421,7 @@ class StagesMarch(MembersMarch):
         options: MemberOptions,
         tape: Tape,
         recorded: bool,
-        kind: type[MemberStages] = MemberStages,
+        kind: MakeStages = MemberStages,
         moving: MovingEnds | None = None,
         crossings: Crossings | None = None,
     ) -> None:

@@ -21,6 +21,7 @@ from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.comparison import expect_reproduced
 from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.implicit import MakeStages
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
@@ -65,13 +66,13 @@ class StagesAgain:
         method: the method.
         field: of all members.
         options: between which times the field may be seen.
-        kind: of the stages.
+        kind: makes the stages.
     """
 
     method: Method
     field: MembersField
     options: MemberOptions
-    kind: type[MemberStages]
+    kind: MakeStages
 
     def __call__(
         self,
@@ -83,7 +84,7 @@ class StagesAgain:
     ) -> list[Tensor]:
         """The states at the ends of steps, and inside."""
         p = self.field.parameters(members)
-        stages = self.kind(self.method, self.field, members, p, u, recorded=True)
+        stages = self.kind(self.method, self.field, members, p, u, True)
         t, h, _ = span
         stages.begin(u, t, h, self.limits(members, t, h))
         if moved is not None:

@@ -297,7 +297,6 @@ def test_what_else_goes_one_by_one() -> None:
         return -u
 
     one_by_one(decay, adjoint=psn.InterpolatingAdjoint())
-    one_by_one(decay, algorithm=psn.TRBDF2())
     one_by_one(decay, saveat=torch.tensor([0.5], requires_grad=True))
 
 

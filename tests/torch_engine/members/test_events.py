@@ -167,7 +167,7 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Vern7(), psn.Rodas5P()])
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Vern7(), psn.Rodas5P(), psn.KenCarp4()])
 @both_adjoints
 def test_several_events_of_each(algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
     compare(pendulums(), SEVERAL, algorithm=algorithm, adjoint=adjoint)

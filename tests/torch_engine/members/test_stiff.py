@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -54,7 +55,8 @@ def compare(ensemble: psn.EnsembleProblem, algorithm: psn.Algorithm, **options: 
     if "saveat" in options:
         torch.testing.assert_close(together.u, torch.stack([s.u for s in alone]), **near)
         losses = [losses[0] + together.u.sum(), losses[1] + sum(s.u.sum() for s in alone)]
-    inputs = [x for x in (ensemble.u0, ensemble.p) if isinstance(x, Tensor)]
+    given = (ensemble.u0, ensemble.p, ensemble.tspan)
+    inputs = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
     found, expected = (torch.autograd.grad(loss, inputs) for loss in losses)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9 * float(other.abs().max()))
@@ -68,7 +70,13 @@ def compare(ensemble: psn.EnsembleProblem, algorithm: psn.Algorithm, **options: 
 
 @pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
 @pytest.mark.parametrize(
-    ("algorithm", "tolerance"), [(psn.Rosenbrock23(), 1e-2), (psn.Rodas5P(), 1e-5)]
+    ("algorithm", "tolerance"),
+    [
+        (psn.Rosenbrock23(), 1e-2),
+        (psn.Rodas5P(), 1e-5),
+        (psn.TRBDF2(), 1e-2),
+        (psn.KenCarp4(), 1e-3),
+    ],
 )
 def test_members_go_as_alone(
     algorithm: psn.Algorithm, tolerance: float, adjoint: psn.Adjoint
@@ -78,6 +86,73 @@ def test_members_go_as_alone(
     # Adaptive sizes of these follow from estimates that are mostly rounding.
     fixed: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.05}
     compare(followers(), algorithm, adjoint=adjoint, **fixed)
+
+
+@pytest.mark.parametrize("algorithm", [psn.Rodas5P(), psn.TRBDF2()])
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+def test_ends_that_receive_gradients(algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
+    ends = torch.tensor([[0.0, 2.0], [0.1, 1.0]], dtype=D, requires_grad=True)
+    p = torch.tensor([[1.0], [30.0]], dtype=D, requires_grad=True)
+    u0 = torch.tensor([0.0, 2.0], dtype=D)
+    problem = psn.ODEProblem(chasing, u0, (0.0, 1.0), p=p[0].detach())
+    ensemble = psn.EnsembleProblem(problem, p=p, tspan=ends)
+    compare(ensemble, algorithm, adjoint=adjoint, rtol=1e-3, atol=1e-3, saveat=[0.5, 0.9])
+
+
+def jacobian(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    """That of `robertson`."""
+    _, b, c = u.unbind()
+    slow, fast, back = p.unbind()
+    zero = torch.zeros_like(b)
+    first = torch.stack((-slow, back * c, back * b))
+    last = torch.stack((zero, 2 * fast * b, zero))
+    return torch.stack((first, -first - last, last))
+
+
+@pytest.mark.parametrize("algorithm", [psn.Rodas5P(), psn.KenCarp4()])
+def test_jacobians_that_are_given(algorithm: psn.Algorithm) -> None:
+    ensemble = reactions(2, 10.0)
+    problem = dataclasses.replace(ensemble.problem, jac=jacobian)
+    given = dataclasses.replace(ensemble, problem=problem)
+    compare(given, algorithm, rtol=1e-3, atol=1e-6)
+    wrong = dataclasses.replace(problem, jac=lambda t, u, p: 2 * jacobian(t, u, p))
+    with pytest.raises(ValueError, match="jac does not fit"):
+        psn.solve(dataclasses.replace(ensemble, problem=wrong), algorithm, engine="torch")
+
+
+@pytest.mark.parametrize("third", [1.0, 0.0], ids=["mass", "algebraic"])
+def test_mass_matrices(third: float) -> None:
+    """Robertson's third equation as the conservation of mass, or all three times a matrix."""
+    mass = torch.tensor([[1.0, 0.0, 0.0], [0.3, 2.0, 0.0], [0.0, 0.0, third]], dtype=D)
+
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        first, second, last = robertson(t, u, p).unbind()
+        if not third:
+            last = u.sum() - 1
+        return torch.stack((first, 0.3 * first + 2 * second, last))
+
+    ensemble = reactions(3, 10.0)
+    problem = psn.ODEProblem(f, ensemble.problem.u0, (0.0, 10.0), p=RATES, mass_matrix=mass)
+    weighted = dataclasses.replace(ensemble, problem=problem)
+    compare(weighted, psn.Rodas5P(), rtol=1e-5, atol=1e-8, saveat=[1.0, 10.0])
+    tight: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-11, "engine": "torch"}
+    plain, found = (psn.solve(x, psn.Rodas5P(), **tight) for x in (ensemble, weighted))
+    # Both are within ten tolerances of the solution.
+    torch.testing.assert_close(found.u1, plain.u1, rtol=2e-7, atol=2e-10)
+
+
+def test_iterations_that_do_not_converge() -> None:
+    """A member's failing Newton iteration leaves no NaN in the gradients of the others."""
+
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        return p * torch.sqrt(u) - u**3
+
+    p = torch.tensor([[1.0], [2.0]], dtype=D, requires_grad=True)
+    u0 = torch.tensor([0.5], dtype=D)
+    problem = psn.ODEProblem(f, u0, (0.0, 3.0), p=p[0].detach())
+    options: dict[str, Any] = {"dt0": 3.0, "rtol": 1e-4, "atol": 1e-4}
+    for adjoint in (psn.DiscreteAdjoint(), psn.DirectAdjoint()):
+        compare(psn.EnsembleProblem(problem, p=p), psn.TRBDF2(), adjoint=adjoint, **options)
 
 
 def test_stops_of_some() -> None:
@@ -111,6 +186,12 @@ def test_a_thousand_with_gradients() -> None:
 
 def test_what_goes_one_by_one() -> None:
     ensemble = followers()
-    for algorithm in (psn.KenCarp4(), psn.AutoTsit5()):
-        solution = psn.solve(ensemble, algorithm, engine="torch", rtol=1e-3, atol=1e-3)
+    sparse = dataclasses.replace(ensemble.problem, jac_sparsity=torch.eye(2))
+    for problem, algorithm in (
+        (ensemble.problem, psn.AutoTsit5()),
+        (ensemble.problem, psn.KenCarp4(linsolve=psn.GMRES())),
+        (sparse, psn.Rodas5P()),
+    ):
+        changed = dataclasses.replace(ensemble, problem=problem)
+        solution = psn.solve(changed, algorithm, engine="torch", rtol=1e-3, atol=1e-3)
         assert isinstance(solution.members, ListedMembers)
