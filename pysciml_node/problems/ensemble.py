@@ -167,21 +167,6 @@ class EnsembleProblem(checks.Configured):
         }
         return dataclasses.replace(self, **changes)
 
-    def pieces(self, rows: Array, starts: Tensor, tspan: Tensor) -> EnsembleProblem:
-        """Parts of some members' intervals, which may be as short as a step.
-
-        Args:
-            rows: the members, `(L,)`.
-            starts: their flat states at the starts, `(L, N)`.
-            tspan: the starts and ends, `(L, 2)` in float64.
-        """
-        part, p = copy.copy(self), self.p
-        if p is not None and len(rows) < self.size:
-            p = map_tensors(lambda x: x.index_select(0, torch.from_numpy(rows).to(x.device)), p)
-        u0 = self.problem.spec.unflatten(starts)
-        checks.settle(part, u0=u0, p=p, tspan=tspan, size=len(rows))
-        return part
-
     def _single(self, changes: dict[str, Any]) -> Problem:
         if self.batched:
             problem: Any = self.problem
@@ -204,6 +189,25 @@ class EnsembleProblem(checks.Configured):
             return np.full(self.size, self.problem.t0), np.full(self.size, self.problem.t1)
         first, last = self.tspan.detach().cpu().double().numpy().T
         return first.copy(), last.copy()
+
+
+def pieces_of(
+    ensemble: EnsembleProblem, rows: Array, starts: Tensor, tspan: Tensor
+) -> EnsembleProblem:
+    """Parts of some members' intervals, which may be as short as a step.
+
+    Args:
+        ensemble: of all members.
+        rows: which members, `(L,)`.
+        starts: their flat states at the starts, `(L, N)`.
+        tspan: the starts and ends, `(L, 2)` in float64.
+    """
+    part, p = copy.copy(ensemble), ensemble.p
+    if p is not None and len(rows) < len(ensemble):
+        p = map_tensors(lambda x: x.index_select(0, torch.from_numpy(rows).to(x.device)), p)
+    u0 = ensemble.problem.spec.unflatten(starts)
+    checks.settle(part, u0=u0, p=p, tspan=tspan, size=len(rows))
+    return part
 
 
 def _intervals(given: Any, spec: StateSpec) -> Tensor:

@@ -6,17 +6,25 @@ Equations by Regularizing Internal Solver Heuristics, ICML 2021, arXiv 2105.0391
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pysciml_node import checks
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.regularizers.base import Regularizer, stability_radius
+from pysciml_node.replay.members.estimates import estimates_of
 from pysciml_node.schedules import Schedule
-from pysciml_node.solutions.solution import Solution
+from pysciml_node.solutions.ensemble import EnsembleSolution
+from pysciml_node.solutions.solution import Solution, StepEstimate
 
 Aggregate = Literal["sum", "mean", "max"]
+
+
+def _entries(step: StepEstimate) -> tuple[Tensor, Tensor, Tensor]:
+    return step.dt, step.error, step.stiffness
 
 
 class _GlobalRegularizer(Regularizer):
@@ -42,11 +50,31 @@ class _GlobalRegularizer(Regularizer):
         super().__init__(weight, name)
         self.aggregate = checks.choice("aggregate", aggregate, ("sum", "mean", "max"))
 
-    def _over_steps(self, values: list[Tensor]) -> Tensor:
-        stacked = torch.stack(values)
+    @abstractmethod
+    def _values(self, steps: StepEstimate, algorithm: Algorithm) -> Tensor:
+        """What is aggregated, an entry for each step."""
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        steps = solution.step_estimates()
+        columns = (torch.stack(column) for column in zip(*map(_entries, steps), strict=True))
+        stacked = self._values(StepEstimate(*columns), solution.algorithm)
         if self.aggregate == "max":
             return stacked.max()
         return stacked.sum() if self.aggregate == "sum" else stacked.mean()
+
+    def _over_members(self, solution: EnsembleSolution) -> Tensor | None:
+        """The mean over members, each of which aggregates its own steps."""
+        found = estimates_of(solution.members)
+        if found is None or type(self).forward is not _GlobalRegularizer.forward:
+            return super()._over_members(solution)
+        values = self._values(found.every_step(), solution[0].algorithm)
+        rows = torch.from_numpy(found.rows).to(values.device)
+        ways = {"sum": "sum", "mean": "mean", "max": "amax"}
+        each = values.new_zeros(len(solution)).scatter_reduce(
+            0, rows, values, ways[self.aggregate], include_self=False
+        )
+        return each.mean()
 
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
@@ -75,10 +103,9 @@ class GlobalError(_GlobalRegularizer):
     ) -> None:
         super().__init__(weight, aggregate=aggregate, name=name)
 
-    def forward(self, solution: Solution) -> Tensor:
-        """The penalty, a 0-d tensor."""
-        steps = solution.step_estimates()
-        return self._over_steps([step.error * step.dt.abs() for step in steps])
+    def _values(self, steps: StepEstimate, algorithm: Algorithm) -> Tensor:
+        """Errors times sizes."""
+        return steps.error * steps.dt.abs()
 
 
 class GlobalStiffness(_GlobalRegularizer):
@@ -102,11 +129,7 @@ class GlobalStiffness(_GlobalRegularizer):
     ) -> None:
         super().__init__(weight, aggregate=aggregate, name=name)
 
-    def forward(self, solution: Solution) -> Tensor:
-        """The penalty, a 0-d tensor."""
-        radius = stability_radius(solution.algorithm)
-        steps = solution.step_estimates()
-        values = [step.stiffness / radius for step in steps]
-        if self.aggregate == "sum":
-            values = [v * step.dt.abs() for v, step in zip(values, steps, strict=True)]
-        return self._over_steps(values)
+    def _values(self, steps: StepEstimate, algorithm: Algorithm) -> Tensor:
+        """Stiffness in units of stability."""
+        values = steps.stiffness / stability_radius(algorithm)
+        return values * steps.dt.abs() if self.aggregate == "sum" else values

@@ -55,6 +55,12 @@ class Regularizer(checks.Configured, nn.Module, ABC):
     def forward(self, solution: Solution) -> Tensor | None:
         """The unweighted penalty of a solution, a 0-d tensor; `None` where there is none."""
 
+    def _over_members(self, solution: EnsembleSolution) -> Tensor | None:
+        """The mean of the unweighted penalties of an ensemble's members."""
+        values = [self(member) for member in solution]
+        known = [value for value in values if value is not None]
+        return torch.stack(known).mean() if known else None
+
     @property
     def current_weight(self) -> float:
         """The weight at the present training step."""
@@ -137,7 +143,7 @@ def attach_penalties(
     pairs: list[tuple[Regularizer, Tensor]] = []
     for regularizer in regularizers:
         if isinstance(solution, EnsembleSolution):
-            value = _mean_over_members(solution, regularizer)
+            value = regularizer._over_members(solution)
         else:
             value = regularizer(solution)
         if value is not None:
@@ -151,12 +157,6 @@ def attach_penalties(
         total = term if total is None else total + term
     if total is not None:
         solution.penalty = total
-
-
-def _mean_over_members(solution: EnsembleSolution, regularizer: Regularizer) -> Tensor | None:
-    values = [regularizer(member) for member in solution]
-    known = [value for value in values if value is not None]
-    return torch.stack(known).mean() if known else None
 
 
 def _let_observe(

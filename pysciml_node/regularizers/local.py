@@ -6,8 +6,10 @@ Boxes Were Meant to Remain Closed!, ICML 2023, arXiv 2303.02262, section 3.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta, Tsit
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.regularizers.base import Regularizer, stability_radius
+from pysciml_node.replay.members.estimates import StackedEstimates, estimates_of
 from pysciml_node.schedules import Schedule
+from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution, StepEstimate, StopGradient
 
 Sampling = Literal["unbiased", "biased"]
@@ -94,6 +98,44 @@ class _LocalRegularizer(Regularizer):
         pair = self.pair(solution)
         return solution.local_estimate(t, pair, dt=dt, stop_gradient=self.stop_gradient)
 
+    @abstractmethod
+    def _value(self, step: StepEstimate, pair: Algorithm) -> Tensor:
+        """The penalty of a step of a pair, or of a step of each member, `(M,)`."""
+
+    def forward(self, solution: Solution) -> Tensor:
+        """The penalty, a 0-d tensor."""
+        return self._value(self.estimate(solution), self.pair(solution))
+
+    def _over_members(self, solution: EnsembleSolution) -> Tensor | None:
+        """The mean over members, each with a time of its own."""
+        found = estimates_of(solution.members)
+        pair = Tsit5() if self.algorithm is None else self.algorithm
+        if found is None or not isinstance(pair, ExplicitRungeKutta) or self._own_rules():
+            return super()._over_members(solution)
+        t = self._sample_times(found)
+        dt = found.sizes_at(t) if self.step_size == "solver" else None
+        return self._value(found.local(t, pair, self.stop_gradient, dt), pair).mean()
+
+    def _own_rules(self) -> bool:
+        """Whether a derived class takes its step of a solution in another way."""
+        rules = ("sample_time", "pair", "estimate", "forward")
+        return any(getattr(type(self), x) is not getattr(_LocalRegularizer, x) for x in rules)
+
+    def _sample_times(self, found: StackedEstimates) -> np.ndarray[Any, Any]:
+        """Draw a time of each member, as `sample_time` does."""
+        if self.sampling == "unbiased":
+            t0, size = found.spans[0], len(found.ends)
+            share = torch.rand(size, generator=self.generator, dtype=torch.float64).numpy()
+            times: np.ndarray[Any, Any] = t0 + share * (found.ends - t0)
+            return times
+        drawn = []
+        for m in range(len(found.ends)):
+            starts = found.starts(m)
+            first = 0 if self.include_start or len(starts) == 1 else 1
+            n = int(torch.randint(first, len(starts), (), generator=self.generator))
+            drawn.append(starts[n])
+        return np.array(drawn)
+
     def extra_repr(self) -> str:
         """Configuration for `repr`."""
         return f"{self.sampling}, {super().extra_repr()}, step_size={self.step_size!r}"
@@ -118,9 +160,8 @@ class LocalError(_LocalRegularizer):
     Reference: arXiv 2303.02262, section 3 and Algorithm 1.
     """
 
-    def forward(self, solution: Solution) -> Tensor:
-        """The penalty, a 0-d tensor."""
-        step = self.estimate(solution)
+    def _value(self, step: StepEstimate, pair: Algorithm) -> Tensor:
+        """Error times size."""
         return step.error * step.dt.abs()
 
 
@@ -133,7 +174,6 @@ class LocalStiffness(_LocalRegularizer):
     Reference: arXiv 2303.02262, section 3; Shampine, Math. Comput. 31 (1977) 412-421.
     """
 
-    def forward(self, solution: Solution) -> Tensor:
-        """The penalty, a 0-d tensor."""
-        radius = stability_radius(self.pair(solution))
-        return self.estimate(solution).stiffness / radius
+    def _value(self, step: StepEstimate, pair: Algorithm) -> Tensor:
+        """Stiffness in units of stability."""
+        return step.stiffness / stability_radius(pair)

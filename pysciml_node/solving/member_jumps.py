@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import Array, MemberOptions
-from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.ensemble import EnsembleProblem, pieces_of
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves
@@ -226,7 +226,7 @@ class _Rounds:
         begin = self.shift[torch.from_numpy(rows)]
         if begin.requires_grad or shift.requires_grad:
             spans = spans + torch.stack((begin, shift), dim=1)
-        return self.ensemble.pieces(rows, self.u.index_select(0, self._index(rows)), spans)
+        return pieces_of(self.ensemble, rows, self.u.index_select(0, self._index(rows)), spans)
 
     def _options(self, rows: Array, end: Array) -> MemberOptions:
         """The options of pieces that begin where the members are."""

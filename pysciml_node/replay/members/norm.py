@@ -13,6 +13,9 @@ from torch import Tensor
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
 
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From errors of steps, their starts and their ends, `(L, N)` each, to sizes, `(L,)`."""
+
 
 class MembersNorm:
     """Root-mean-square norms of errors `(L, N)` in units of `atol + rtol * max(|u|, |u1|)`.
@@ -56,14 +59,26 @@ class MembersNorm:
     def __call__(self, error: Tensor, u: Tensor, u1: Tensor) -> Tensor:
         """The norm of each row of errors of steps from `u` to `u1`, `(L,)`, without gradients."""
         if self._on_host:
-            scaled = self._scaled(np.maximum, error.numpy(), u.numpy(), u1.numpy())
+            given, start, end = (x.detach().numpy() for x in (error, u, u1))
+            scaled = self._scaled(np.maximum, given, start, end, self._rtol, self._atol)
             return torch.mv(torch.from_numpy(scaled * scaled), self._ones).sqrt_()
-        norm: Tensor = torch.linalg.vector_norm(self._scaled(torch.maximum, error, u, u1), dim=1)
+        return self.recorded(error, u, u1)
+
+    def recorded(self, error: Tensor, u: Tensor, u1: Tensor) -> Tensor:
+        """The same with gradients."""
+        units = (
+            torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+            for x in (self._rtol, self._atol)
+        )
+        scaled = self._scaled(torch.maximum, error, u, u1, *units)
+        norm: Tensor = torch.linalg.vector_norm(scaled, dim=1)
         return norm
 
-    def _scaled(self, maximum: Callable[[Any, Any], Any], error: Any, u: Any, u1: Any) -> Any:
+    def _scaled(
+        self, maximum: Callable[[Any, Any], Any], error: Any, u: Any, u1: Any, rtol: Any, atol: Any
+    ) -> Any:
         """The errors of the entries that count in their units, as tensors or as arrays."""
-        largest, rtol, atol = maximum(abs(u), abs(u1)), self._rtol, self._atol
+        largest = maximum(abs(u), abs(u1))
         if self.driven < self._size:
             error, largest, rtol, atol = map(self._counted, (error, largest, rtol, atol))
         return error / (largest * rtol + atol)

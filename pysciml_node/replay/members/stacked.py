@@ -215,7 +215,7 @@ class StackedMembers:
             record.event = int(self.events.first[m])
         start, ends = self._pieces
         states = [start[m], *(ends[m].unbind() if len(record.sizes) else ())]
-        reach = OfMember(self._reach(), m, self.ensemble)
+        reach = OfMember(self.reach, m, self.ensemble)
         trajectory = self.trajectory(m, problem, Kept(record, states), stats, options, reach)
         return Solution(
             problem=problem,
@@ -261,7 +261,9 @@ class StackedMembers:
         saveat = self.options.of(m).saveat or ()
         return problem.time_tensor(list(saveat[: record.saved]))
 
-    def _reach(self) -> Surroundings:
+    @property
+    def reach(self) -> Surroundings:
+        """What the field can reach."""
         if self.surroundings is None:
             problem, p = self.ensemble.problem, self.ensemble.p
             functions = roots_of(problem)

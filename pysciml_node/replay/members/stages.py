@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.members.field import MembersField
-from pysciml_node.replay.members.norm import MembersNorm
+from pysciml_node.replay.members.norm import Norm
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Weights
 
@@ -41,7 +41,7 @@ class StepOfMembers(Protocol):
     def solution(self, with_error: bool) -> Tensor:
         """The states at the ends of the steps, `(L, N)`."""
 
-    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
+    def error(self, u1: Tensor, norm: Norm) -> Tensor:
         """The scaled error estimates of the steps to `u1`, `(L,)`."""
 
     def inside(
@@ -287,9 +287,9 @@ class MemberStages:
             self.evaluate(count - 1)
         return self.increments.state(method.rows[count - 1])
 
-    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
+    def error(self, u1: Tensor, norm: Norm) -> Tensor:
         """The scaled error estimates of the steps to `u1`, `(L,)`."""
-        u = self.u.detach() if self.recorded else self.u
+        u = self.u
         error = norm(self.increments.combine(self.method.b_error), u, u1)
         if self.method.b_error_low is not None:
             low = norm(self.increments.combine(self.method.b_error_low), u, u1)
@@ -297,6 +297,19 @@ class MemberStages:
             # Both vanish for an equilibrium.
             error = torch.where(error == 0, torch.zeros_like(error), combined)
         return error
+
+    def stiffness(self) -> Tensor:
+        """Shampine's estimates of dominant eigenvalues, `(L,)`, as those of `Stages`."""
+        pair = self.method.tableau.stiffness_stages
+        if pair is None:
+            return self.method.nodes.new_full((len(self.rows),), torch.nan)
+        self.evaluate(max(pair) + 1)
+        first, second = (self.increments.state(self.method.rows[i]) if i else self.u for i in pair)
+        slopes = self.increments.first(max(pair) + 1, None)
+        rise = (slopes[pair[0]] - slopes[pair[1]]) / self.h
+        top, bottom = (torch.linalg.vector_norm(x, dim=1) for x in (rise, first - second))
+        ratio: Tensor = top / (bottom + torch.finfo(top.dtype).eps)
+        return ratio
 
     def some(self, rows: Array) -> MemberStages:
         """The same step of some of the members only: places in `rows`, each once."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.ensemble import Array
-from pysciml_node.replay.members.norm import MembersNorm
+from pysciml_node.replay.members.norm import Norm
 from pysciml_node.stochastic.members.fields import MembersFields, TakenByAll
 from pysciml_node.stochastic.members.paths import BrownianPaths, Motions
 
@@ -70,7 +70,7 @@ class StochasticStages:
         np.add.at(fields.nfe, rows, f - known)
         np.add.at(fields.nfe_diffusion, rows, g - known)
 
-    def error(self, u1: Tensor, norm: MembersNorm) -> Tensor:
+    def error(self, u1: Tensor, norm: Norm) -> Tensor:
         """The scaled error estimates, `(L,)`."""
         assert self._taken.error is not None
         scaled = norm(self._taken.error, self.u.detach(), u1)

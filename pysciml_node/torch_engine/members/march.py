@@ -12,11 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.algorithms.controllers import ManySizes
-from pysciml_node.algorithms.elementwise import ARRAYS
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
-from pysciml_node.replay.first_step import first_size, trial_size
 from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.first_sizes import first_sizes, read
 from pysciml_node.replay.members.implicit import MakeStages, RosenbrockStages
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
@@ -200,26 +199,16 @@ class MembersMarch(ABC):
 
     def _hairer(self, direction: Array, length: Array) -> Array:
         """First sizes from the field at the starts and one explicit Euler step."""
-        norm, u, k, like = self.norm, self.u.detach(), self.k.detach(), self.nodes
-        d0, d1 = self._read(torch.stack((norm(u, u, u), norm(self._speed(k), u, u))))
-        h0 = np.copysign(trial_size(ARRAYS, d0, d1, length), direction)
-        sizes = np.where(np.isfinite(h0), h0, 0.0)
-        h, t = (
-            torch.from_numpy(x).to(like.device, like.dtype) for x in (sizes, self.live.t + sizes)
-        )
-        at = self.field(
-            t, u + h.unsqueeze(1) * self._rate(k), self.field.parameters(self.live.rows)
-        )
-        self.field.tally(self.live.rows)
-        d2 = self._read(norm(self._change(k, at), u, u)) / abs(h0)
-        h1 = np.copysign(first_size(ARRAYS, abs(h0), d1, d2, self.order, length), direction)
-        return np.where(np.isfinite(d1), h1, math.nan)
+        u, k, rows = self.u.detach(), self.k.detach(), self.live.rows
 
-    @staticmethod
-    def _read(x: Tensor) -> Array:
-        """The one host read of a step."""
-        found: Array = x.detach().cpu().numpy()
-        return found if found.dtype == np.float64 else found.astype(np.float64)
+        def change(sizes: Array) -> Tensor:
+            h, t = (torch.from_numpy(x).to(self.nodes) for x in (sizes, self.live.t + sizes))
+            ahead = u + h.unsqueeze(1) * self._rate(k)
+            self.field.tally(rows)
+            return self._change(k, self.field(t, ahead, self.field.parameters(rows)))
+
+        speed = self._speed(k)
+        return first_sizes(self.norm, u, speed, change, length, direction, self.order)
 
     def _attempt(self) -> None:
         """One attempt of each member, of its own size."""
@@ -330,10 +319,10 @@ class MembersMarch(ABC):
         if not self.adaptive:
             return np.full(len(h), math.nan), np.ones(len(h), dtype=bool)
         if not torch.is_grad_enabled():
-            error = self._read(self.stages.error(u1, self.norm))
+            error = read(self.stages.error(u1, self.norm))
         else:
             with torch.no_grad():
-                error = self._read(self.stages.error(u1.detach(), self.norm))
+                error = read(self.stages.error(u1.detach(), self.norm))
         return error, error <= 1.0
 
     def _take(self, u1: Tensor, tried: Tried, lands: Array) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -167,8 +168,13 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Vern7(), psn.Rodas5P(), psn.KenCarp4()])
-@both_adjoints
+@pytest.mark.parametrize(
+    ("algorithm", "adjoint"),
+    [
+        *itertools.product([psn.Tsit5(), psn.Vern7(), psn.KenCarp4()], ADJOINTS),
+        (psn.Rodas5P(), psn.DiscreteAdjoint()),
+    ],
+)
 def test_several_events_of_each(algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
     compare(pendulums(), SEVERAL, algorithm=algorithm, adjoint=adjoint)
 
