@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
@@ -300,7 +301,7 @@ def _translate(
         raise UnsupportedModule("modules of complex states cannot be translated.")
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
-    with torch.inference_mode(False), _full_precision(spec.device):
+    with torch.inference_mode(False), _full_precision(spec.device), _unpacked():
         walk, prints = _walk(f, spec, p, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
@@ -318,6 +319,8 @@ def _walk(
     if not isinstance(f, DerivedField):
         exported, prints = _export(f, spec, p)
         return GraphWalk(f, spec, exported, snapshot, p), prints
+    if isinstance(f.inner, InModes):
+        raise UnsupportedModule(f"{label(f)} is evaluated in autocast, or with a default device.")
     exported, prints = _export(f.inner, f.spec, p)
     with _exporting(f) as printed:
         derived = differentiated(exported, f, spec)
@@ -344,6 +347,23 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     """Without autocast: programs compute in the state's dtype."""
     with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
         yield
+
+
+def _unpacked() -> AbstractContextManager[None]:
+    """What is saved for derivatives stays as it is: a checkpoint around the solve counts it."""
+    return torch.autograd.graph.saved_tensors_hooks(_saved, _unchanged)
+
+
+def _saved(x: Tensor) -> tuple[Tensor, int | None]:
+    return x, None if x.is_inference() else x._version
+
+
+def _unchanged(saved: tuple[Tensor, int | None]) -> Tensor:
+    """What was saved; hooks do without the check of it that autograd makes otherwise."""
+    x, version = saved
+    if version is not None and version != x._version:
+        raise RuntimeError("a value that its derivative needs was changed in place.")
+    return x
 
 
 def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedProgram, bool]:

@@ -16,7 +16,9 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.builder import Builder, Joined, Traced, View
 from pysciml_node.translation.choices import cast
 from pysciml_node.translation.decompose import decomposed
@@ -48,6 +50,10 @@ Values = dict[Node, Any]
 
 def label(f: Callable[..., Any]) -> str:
     """What a field is called in messages."""
+    if isinstance(f, InModes):
+        return label(f.function)
+    if isinstance(f, DerivedField):
+        return label(f.inner)
     kind = type(f).__name__
     return kind if isinstance(f, nn.Module) else getattr(f, "__name__", kind)
 

@@ -29,6 +29,7 @@ from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
+from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.finish import Ending, Solve
 from pysciml_node.steps.progress import step_listener
@@ -81,8 +82,9 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
         raise refusal("transforms of torch.func")
     if torch.autograd.forward_ad._current_level >= 0:
         raise refusal("forward-mode derivatives")
-    if isinstance(problem.f, InModes):
-        raise refusal("autocast" if problem.f.autocast else "a default device")
+    inner = problem.f.inner if isinstance(problem.f, DerivedField) else problem.f
+    if isinstance(inner, InModes):
+        raise refusal("autocast" if inner.autocast else "a default device")
 
 
 def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor], Surroundings]:

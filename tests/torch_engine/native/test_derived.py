@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native.compiler import available
@@ -222,6 +223,23 @@ def test_a_derivative_without_native_code_is_named_and_goes_on_eagerly_with_auto
         auto = psn.CNF(Ranked(), event_shape=4, compile="auto", exact=True, **STEPS)
         eager = psn.CNF(Ranked(), event_shape=4, exact=True, **STEPS)
         torch.testing.assert_close(auto.log_prob(points()), eager.log_prob(points()))
+
+
+def test_autocast_is_refused_by_name() -> None:
+    flow = psn.CNF(tanh(), event_shape=4, compile=True)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(psn.CompileError, match="does not have autocast"),
+    ):
+        flow.log_prob(points())
+
+
+def test_a_checkpoint_recomputes_a_flow_that_it_has_translated() -> None:
+    flow, x = psn.CNF(tanh(), event_shape=4, exact=True, compile=True, **STEPS), points()
+    x.requires_grad_()
+    inside = checkpoint(flow.log_prob, x, use_reentrant=False)
+    expected = torch.autograd.grad(flow.log_prob(x).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(inside.sum(), x), expected, rtol=0, atol=1e-12)
 
 
 def test_a_number_that_decides_in_an_integrand_is_refused() -> None:

@@ -92,6 +92,14 @@ def test_equal_steps_give_equal_states_and_gradients(algorithm: Any) -> None:
     torch.testing.assert_close(found[0].u1, expected[0].u1, rtol=1e-7, atol=1e-7)
 
 
+def test_events_at_given_times_change_the_state_between_native_pieces() -> None:
+    jump = psn.Event(at=[0.4, 1.1], affect=lambda t, u, p: u * p["gain"] + t)
+    options: Any = {"events": [jump], "controller": psn.FixedStep(), "dt0": 0.25}
+    found, expected = run(True, **options), run(False, **options)
+    assert len(found[0].jumps) == 2
+    assert_alike(found, expected)
+
+
 def tensor(*values: float, gradient: bool = False) -> Tensor:
     made = torch.tensor(values, dtype=D)
     made = made if len(values) > 1 else made[0]
