@@ -53,7 +53,8 @@ class _ImplicitStages(MemberStages):
         field, p, value = self.field, self.p, None
         recorded = recorded and torch.is_grad_enabled()
         given = None if recorded or not field.has_jacobian else field.jacobian(t, u, p)
-        if given is not None and not with_time and field.expect_jacobian.done:
+        if given is not None and not with_time:
+            # Newton's iteration takes approximations.
             return DenseLinearization(field(t, u, p), None, given)
         if recorded and not u.requires_grad:
             value = field(t, u, p)

@@ -111,13 +111,23 @@ def jacobian(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("algorithm", [psn.Rodas5P(), psn.KenCarp4()])
 def test_jacobians_that_are_given(algorithm: psn.Algorithm) -> None:
+    """A Rosenbrock method needs it exactly, Newton's iteration does not."""
     ensemble = reactions(2, 10.0)
-    problem = dataclasses.replace(ensemble.problem, jac=jacobian)
-    given = dataclasses.replace(ensemble, problem=problem)
-    compare(given, algorithm, rtol=1e-3, atol=1e-6)
-    wrong = dataclasses.replace(problem, jac=lambda t, u, p: 2 * jacobian(t, u, p))
-    with pytest.raises(ValueError, match="jac does not fit"):
-        psn.solve(dataclasses.replace(ensemble, problem=wrong), algorithm, engine="torch")
+    exact, near = (
+        dataclasses.replace(
+            ensemble,
+            problem=dataclasses.replace(
+                ensemble.problem, jac=lambda t, u, p, by=by: by * jacobian(t, u, p)
+            ),
+        )
+        for by in (1.0, 1.1)
+    )
+    compare(exact, algorithm, rtol=1e-3, atol=1e-6)
+    if isinstance(algorithm, psn.KenCarp4):
+        compare(near, algorithm, rtol=1e-3, atol=1e-6)
+    else:
+        with pytest.raises(ValueError, match="jac does not fit"):
+            psn.solve(near, algorithm, engine="torch")
 
 
 @pytest.mark.parametrize("third", [1.0, 0.0], ids=["mass", "algebraic"])
