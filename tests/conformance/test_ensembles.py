@@ -169,9 +169,15 @@ def test_stochastic_members_draw_in_turn() -> None:
         psn.EnsembleProblem(problem, u0), generator=torch.Generator().manual_seed(5)
     )
     generator = torch.Generator().manual_seed(5)
-    single = [psn.solve(problem, generator=generator).u1 for _ in range(3)]
-    # On the same paths, but for the rounding of batched kernels.
-    torch.testing.assert_close(ensemble.u1, torch.stack(single), rtol=1e-12, atol=1e-12)
+    single = [psn.solve(problem, generator=generator) for _ in range(3)]
+    # On the same paths with the same steps, whose sizes are aligned to a grid. Sums over stages are
+    # taken in another order in a batch, so a step rounds by a few units of the state in another
+    # way, and `-u` does not amplify that: the bound is four units for each step.
+    assert ensemble.member_stats == tuple(s.stats for s in single)
+    for together, alone in zip(ensemble.u1, single, strict=True):
+        bound = 4 * alone.stats.naccept * torch.finfo(torch.float64).eps
+        bound *= float(alone.u.abs().max())
+        torch.testing.assert_close(together, alone.u1, rtol=0, atol=bound)
     assert not torch.equal(ensemble.u1[0], ensemble.u1[1])
 
 
