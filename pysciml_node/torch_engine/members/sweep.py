@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Protocol
 
 import numpy as np
@@ -151,6 +151,12 @@ def members_sweep(
     return gradients
 
 
+def _largest(x: Tensor) -> Tensor:
+    """The largest entry of each row."""
+    # Torch's loops run along rows, which short ones do not pay for.
+    return x.amax(1) if x.shape[1] > 16 else reduce(torch.maximum, x.unbind(1))
+
+
 class _Sweep:
     """One backward sweep."""
 
@@ -176,11 +182,14 @@ class _Sweep:
         arrives = np.zeros(len(steps.sizes), dtype=bool)
         self.arriving = at_steps
         if at_steps is not None:
-            arrives |= (at_steps != 0).any(1).cpu().numpy()
+            # A sum over short rows is quicker as a product. NaN is not zero.
+            sums = torch.mv(at_steps.abs(), u0.new_ones(u0.shape[1], dtype=u0.dtype.to_real()))
+            arrives |= (sums != 0).cpu().numpy()
         self.at_start: tuple[Array, Tensor] | None = None
         self.inside = _Inside(*(np.empty(0, np.int64),) * 5)
         if self.saved is not None and replay.places is not None:
             arrives |= self._take_saved(replay.places, self.saved)
+        self._arrives = arrives
         # The steps after the last cotangent that arrives have nothing to pull back.
         member = np.repeat(np.arange(len(steps.counts)), steps.counts)
         number = np.arange(len(arrives)) - steps.offsets[member]
@@ -267,9 +276,11 @@ class _Sweep:
         if len(first):
             starts = torch.from_numpy(members[first]).to(u.device)
             u.index_copy_(0, torch.from_numpy(first).to(u.device), self.u0.index_select(0, starts))
-        recorded = self.states.index_select(0, index)
-        arriving = None if self.arriving is None else self.arriving.index_select(0, index)
-        self._row[at] = np.arange(len(at))
+        recorded, arriving = self.states.index_select(0, index), None
+        if self.arriving is not None and self._arrives[at].any():
+            arriving = self.arriving.index_select(0, index)
+        if len(self.inside.step):
+            self._row[at] = np.arange(len(at))
         if self.back is not None:
             t, h = steps.starts[at], steps.sizes[at]
             following = self._following(members, number, depth > depths[0][0])
@@ -312,6 +323,8 @@ class _Sweep:
     def _following(self, members: Array, number: Array, within: Array) -> Array:
         """The rows of the steps that follow some; see `Steps`."""
         steps = self.replay.steps
+        if not len(self.inside.step):
+            return np.full(len(members), -1)
         at = steps.offsets[members] + number
         # At a stop the field may jump.
         joined = (number + 1 < self.counts[members]) & (steps.stops[at] < 0)
@@ -386,9 +399,9 @@ class _Sweep:
 
     def _compare(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
         """Remember how far replayed steps end from where they ended."""
-        size = torch.maximum(recorded.abs().amax(1), start.abs().amax(1))
+        size = _largest(torch.maximum(recorded.abs(), start.abs()))
         rounding = torch.finfo(size.dtype).eps ** 0.5
-        off = (again - recorded).abs().amax(1) / size.clamp_min(rounding)
+        off = _largest((again - recorded).abs()) / size.clamp_min(rounding)
         self._differences.append(torch.nan_to_num(off, nan=0.0).max())
 
     def _expect_reproduced(self) -> None:

@@ -241,15 +241,16 @@ class Tape:
 
     def _order(self, kept: Array | None) -> tuple[Array, Array]:
         """Where the accepted steps of all attempts stand, by member; and how many each has."""
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *(x.rows for x in self._steps)])
-        accepted = np.concatenate([np.empty(0, dtype=bool), *(x.accepted for x in self._steps)])
-        order = np.argsort(rows, kind="stable")
-        order = order[accepted[order]]
-        counts = np.bincount(rows[order], minlength=self.count)
+        nothing = np.empty(0, dtype=np.int64)
+        places = np.flatnonzero(np.concatenate([nothing, *(x.accepted for x in self._steps)]))
+        rows = np.concatenate([nothing, *(x.rows for x in self._steps)])[places]
+        number = np.concatenate([nothing, *(x.number for x in self._steps)])[places]
         if kept is not None:
-            number = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-            order = order[number < np.repeat(kept, counts)]
-            counts = np.minimum(counts, kept)
+            good = number < kept[rows]
+            places, rows, number = places[good], rows[good], number[good]
+        counts = np.bincount(rows, minlength=self.count)
+        order = np.empty_like(places)
+        order[(np.cumsum(counts) - counts)[rows] + number] = places
         return order, counts
 
     def saved(self, kept: Array | None = None) -> tuple[SavedPlaces, Tensor] | None:
