@@ -213,7 +213,7 @@ CANDIDATES = {
     "gradsolve, Warp": gradsolve_warp,
     "torchode": torchode,
 }
-LARGEST = {"torchode": 1000, "gradsolve": 1000, "gradsolve, Warp": 1000}
+LARGEST = {"gradsolve": 1000, "gradsolve, Warp": 1000}
 """Members beyond which a row takes too long."""
 
 
