@@ -21,6 +21,7 @@ from pysciml_node.julia_engine.process.buffers import (
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import moves
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.record import Record
 
@@ -179,29 +180,44 @@ def _record(
     record.errors = errors
     record.stops = [stops.get(t) for t in times[1:]]
     record.naccept = len(record.sizes)
-    place(record, options.saveat or (), options.saveat_tensor is not None)
+    place(record, options.saveat or (), moving_ends(problem, options.saveat_tensor))
     return record
 
 
-def place(record: Record, saveat: Sequence[float], moving: bool) -> None:
+Ends = tuple[bool, bool]
+"""Whether the start and the end of the interval receive gradients."""
+
+
+def moving_ends(problem: ODEProblem, saveat: Tensor | None) -> Ends | None:
+    """What `place` is told of a solve: which ends move, where saved times do."""
+    return None if saveat is None else (moves(problem.tspan[0]), moves(problem.tspan[1]))
+
+
+def place(record: Record, saveat: Sequence[float], ends: Ends | None) -> None:
     """Note in which steps the saved times lie.
+
+    A time that receives a gradient lies in the step that ends on it, since it moves along the dense
+    output; but one at an end of the interval that receives a gradient itself moves with that end.
 
     Args:
         record: the steps; changed in place.
         saveat: the times, in the order of integration.
-        moving: whether they receive gradients; such a time lies in the step that ends on it, since
-            it moves along the dense output. The end of the interval has a gradient of its own.
+        ends: whether the ends of the interval receive gradients, where saved times do.
     """
     start, end = record.marks[0], record.marks[-1]
     sign, step = 1 if end > start else -1, 0
+    bound: set[float] = set()
+    if ends is not None:
+        bound = {t for t, moving in zip((start, end), ends, strict=True) if moving}
     for i, t in enumerate(saveat):
+        free = ends is not None and t not in bound and bool(record.sizes)
         while step < len(record.sizes) and sign * record.times[step + 1] < sign * t:
             step += 1
-        if t == record.times[0]:
+        if t == record.times[0] and not free:
             record.at_end.setdefault(0, []).append(i)
         elif step == len(record.sizes):
             return
-        elif t == record.times[step + 1] and not (moving and t != end):
+        elif t == record.times[step + 1] and not free:
             record.at_end.setdefault(step + 1, []).append(i)
         else:
             indices, times = record.inside.setdefault(step, ([], []))

@@ -21,7 +21,7 @@ from pysciml_node.julia_engine.fields import (
     TranslatedFlatField,
     field_of,
 )
-from pysciml_node.julia_engine.forward import Forward, place, run
+from pysciml_node.julia_engine.forward import Forward, moving_ends, place, run
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.sweeps import KeptSolutions, continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
@@ -158,7 +158,7 @@ class ODESolve(Solve):
         record.retcode = ReturnCode.Terminated
         record.inside.clear()
         record.at_end.clear()
-        place(record, saveat, self.options.saveat_tensor is not None)
+        place(record, saveat, moving_ends(self.problem, self.options.saveat_tensor))
 
     def node(
         self, forward: Callable[[Tensor], Outcome], field: Field, options: SolveOptions

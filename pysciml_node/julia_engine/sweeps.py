@@ -160,7 +160,9 @@ class _Arriving:
         missing = len(record.times) - len(backward.at_steps)
         self.backward = replace(backward, at_steps=[*backward.at_steps, *[None] * missing])
         self.entries = _entries(self.backward)
-        self.at_start = _sum(self.backward.entering(0))
+        start = record.times[0]
+        starting = [x for t, x in self.backward.saved_inside(0) if t == start]
+        self.at_start = _sum([*self.backward.entering(0), *starting])
         sign = 1 if _forward(record) else -1
         self.moments = sorted({t for t, _, _ in self.entries}, key=lambda t: sign * t)
         self.scale = 1.0
@@ -230,20 +232,20 @@ def continuous_sweeps(
     spec = passes[0].states[0]
     size, dtype = to_real(spec).numel(), spec.dtype.to_real()
     some = [x for x in arriving if x.moments]
+    with_times = passes[0].with_times
     rows = torch.cat([x.rows() for x in some]) if some else torch.empty((0, size), dtype=dtype)
     u0_bars = torch.zeros((len(passes), size), dtype=dtype)
     p_bars = torch.zeros((len(passes), solve.parameters), dtype=dtype)
     ends = list(accumulate(len(x.moments) for x in arriving))
-    with_times = passes[0].with_times
     slopes = u0_bars.new_zeros((ends[-1] + len(passes), size)) if with_times else None
     counts = integers((0,) * len(passes))
-    if some:
+    if some or with_times:
         _solve_backward(solve, arriving, ends, (rows, u0_bars, p_bars, slopes), counts)
     scales = torch.tensor([x.scale for x in arriving], dtype=torch.float64).to(dtype)
     found = []
     for m, x in enumerate(arriving):
         own = None
-        if slopes is not None and x.moments:
+        if slopes is not None:
             own = slopes[ends[m] + m - len(x.moments) : ends[m] + m + 1]
         found.append(x.gradients(u0_bars[m], own))
     return found, p_bars * scales[:, None], list(counts)
@@ -320,6 +322,9 @@ def _times_along(
     t1_bar = torch.zeros_like(t0_bar)
     if backward.saved is not None:
         gradients.saveat = t0_bar.new_zeros(backward.saved_count)
+        for i, t in zip(*record.inside.get(0, ([], [])), strict=True):
+            if t == record.times[0]:
+                gradients.saveat[i] = torch.vdot(backward.saved[i], rates[None]).real
     free = _moving_with_start(record)
     for t, cotangent, index in entries:
         slope = torch.vdot(cotangent, rates[t]).real
@@ -353,5 +358,6 @@ def _entries(backward: BackwardPass) -> list[Entry]:
     ]
     if backward.saved is not None:
         for indices, times in record.inside.values():
-            entries += [(t, backward.saved[i], i) for i, t in zip(indices, times, strict=True)]
+            pairs = zip(indices, times, strict=True)
+            entries += [(t, backward.saved[i], i) for i, t in pairs if t != record.times[0]]
     return entries

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions, without_closures
-from pysciml_node.julia_engine.forward import place
+from pysciml_node.julia_engine.forward import moving_ends, place
 from pysciml_node.julia_engine.process.buffers import doubles, from_real, real_size
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
@@ -91,7 +91,7 @@ class SciMLTrajectory(Recorded):
         ordered = [host[i] for i in order]
         moving = times[order] if times.requires_grad else None
         record = dataclasses.replace(self.record, inside={}, at_end={}, saved=len(host))
-        place(record, ordered, moving is not None)
+        place(record, ordered, moving_ends(self.problem, moving))
         rows = self._here.dense(record, ordered, moving, self._interpolate)
         back = sorted(range(len(order)), key=lambda i: order[i])
         return rows[back]

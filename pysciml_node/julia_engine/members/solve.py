@@ -12,7 +12,7 @@ from pysciml_node.julia_engine.fields import field_in_julia
 from pysciml_node.julia_engine.members.field import MembersField
 from pysciml_node.julia_engine.members.forward import Flown, fly
 from pysciml_node.julia_engine.members.stacked import JuliaMembers
-from pysciml_node.julia_engine.members.sweep import MembersSweep, record_of
+from pysciml_node.julia_engine.members.sweep import MembersSweep, ends_of, record_of
 from pysciml_node.julia_engine.process.buffers import from_real, to_real
 from pysciml_node.julia_engine.solve import ODESolve
 from pysciml_node.julia_engine.source import JuliaField
@@ -134,9 +134,9 @@ class MembersSolve:
         flown.steps, places = flown.steps.first(kept)
         flown.states = flown.states[torch.from_numpy(places)].contiguous()
         flown.columns["naccept"] = kept
-        moving = "saveat" in self.times
+        ends = ends_of(self.times)
         for m in cut.tolist():
-            record = record_of(flown, m, self.options, moving)
+            record = record_of(flown, m, self.options, ends)
             inside = (indices for indices, _ in record.inside.values())
             flown.reached[m] = sum(map(len, (*inside, *record.at_end.values())))
             flown.saved[m, int(flown.reached[m]) :] = torch.nan

@@ -14,7 +14,7 @@ from pysciml_node.algorithms.adjoints import ForwardDiffSensitivity
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.julia_engine import plans
-from pysciml_node.julia_engine.forward import place
+from pysciml_node.julia_engine.forward import Ends, place
 from pysciml_node.julia_engine.members.field import MembersField
 from pysciml_node.julia_engine.members.forward import Flown
 from pysciml_node.julia_engine.process import runtime
@@ -27,14 +27,14 @@ from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Record
 
 
-def record_of(flown: Flown, m: int, options: MemberOptions, moving: bool) -> Record:
+def record_of(flown: Flown, m: int, options: MemberOptions, ends: Ends | None) -> Record:
     """The steps of one member, and where its saved times lie in them.
 
     Args:
         flown: the solves.
         m: which.
         options: of all, and of each.
-        moving: whether saved times receive gradients.
+        ends: whether the ends of the interval receive gradients, where saved times do.
     """
     steps, own, stops = flown.steps, flown.steps.of(m), flown.marks.stops[m]
     t0 = float(options.spans[0][m])
@@ -46,8 +46,15 @@ def record_of(flown: Flown, m: int, options: MemberOptions, moving: bool) -> Rec
         t1_stop=len(stops) - 1,
     )
     saveat = options.common.saveat if options.saveat is None else options.saveat[m].tolist()
-    place(record, (saveat or ())[: int(flown.reached[m])], moving)
+    place(record, (saveat or ())[: int(flown.reached[m])], ends)
     return record
+
+
+def ends_of(times: dict[str, Tensor]) -> Ends | None:
+    """What `record_of` is told of the times that receive gradients."""
+    if "saveat" not in times:
+        return None
+    return ("tspan" in times or "t0" in times, "tspan" in times or "t1" in times)
 
 
 class MembersSweep:
@@ -195,7 +202,7 @@ class MembersSweep:
             part = flown.steps.of(m)
             passes.append(
                 BackwardPass(
-                    record=record_of(flown, m, self._options, "saveat" in self._times),
+                    record=record_of(flown, m, self._options, ends_of(self._times)),
                     states=(from_real(flown.start[m], dtype), *states[part]),
                     saved=own if own is not None and own.any() else None,
                     at_steps=[None, *arriving[part]],
