@@ -12,7 +12,7 @@ import sysconfig
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from pysciml_node.steps.anatomy import names_in
+from pysciml_node.steps.anatomy import names_in, slots_of
 from pysciml_node.translation.entries import ABSENT, Attributes, Calls, Value, bytes_of
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.watch import Watch, describe, freedom
@@ -32,6 +32,11 @@ _PLAIN = frozenset(
         *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range),
         *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
     )
+)
+
+# Containers that hold nothing but their entries.
+_CONTAINERS = frozenset(
+    (dict, OrderedDict, defaultdict, types.MappingProxyType, list, tuple, deque, set, frozenset)
 )
 
 # Attributes of a module that no evaluation looks at.
@@ -224,6 +229,7 @@ class _Walk:
             if key not in _UNSEEN:
                 self._tokens.append(key)
                 self._at(values, key, value)
+        self._slots(x)
 
     def _dict(self, x: Any) -> None:
         self._tokens.append(len(x))
@@ -241,6 +247,7 @@ class _Walk:
         self.watch.expect_size(x)
         for i, value in enumerate(x):
             self._at(x, i, value)
+        self._further(x)
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
@@ -248,6 +255,7 @@ class _Walk:
         for value in x:
             if type(value) not in _PLAIN:
                 self.add(value)
+        self._further(x)
 
     def _function(self, f: types.FunctionType) -> None:
         self._tokens.append(f.__code__)
@@ -355,9 +363,9 @@ class _Walk:
         self.watch.expect_equal(lambda: bytes_of(x))
 
     def _mapping(self, x: Any) -> None:
-        """A container that is no dict: a wrapper of several, a configuration."""
-        self.add(type(x))
+        """A dict, or a container like it: a wrapper of several, a configuration."""
         self._dict(x)
+        self._further(x)
 
     def _variable(self, x: Any) -> None:
         self._at(Value(functools.partial(x.get, None)), "value", x.get(None))
@@ -390,24 +398,36 @@ class _Walk:
 
     def _object(self, x: Any) -> None:
         self._kind(x)
+        self._parts(x)
+        if getattr(x, "__dict__", None) is None:
+            self._tokens.append(_Same(x))
+
+    def _further(self, x: Any) -> None:
+        """What a container of a user's class holds besides its entries."""
+        held = hasattr(x, "__dict__") or slots_of(type(x))
+        if held and type(x) not in _CONTAINERS:
+            self._kind(x)
+            self._parts(x)
+
+    def _parts(self, x: Any) -> None:
+        """The attributes of an object: in its dict, and in slots."""
         values = getattr(x, "__dict__", None)
         if values is not None:
             self._dict(values)
+        self._slots(x)
+
+    def _slots(self, x: Any) -> None:
         parts = Attributes(x)
-        for owner in type(x).__mro__:
-            slots = vars(owner).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if not name.startswith("__") and hasattr(x, name):
-                    self._tokens.append(name)
-                    self._at(parts, name, getattr(x, name))
-        if values is None:
-            self._tokens.append(_Same(x))
+        for name, _ in slots_of(type(x)):
+            if hasattr(x, name):
+                self._tokens.append(name)
+                self._at(parts, name, getattr(x, name))
 
 
 _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (Tensor, _Walk._loose_tensor),
     (nn.Module, _Walk._module),
-    ((dict, types.MappingProxyType), _Walk._dict),
+    ((dict, Mapping), _Walk._mapping),
     ((list, tuple, deque), _Walk._sequence),
     ((set, frozenset), _Walk._set),
     (types.FunctionType, _Walk._function),
@@ -422,7 +442,6 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (contextvars.ContextVar, _Walk._variable),
     (weakref.ref, _Walk._reference),
     ((argparse.Namespace, threading.local), _Walk._object),
-    (Mapping, _Walk._mapping),
 )
 
 

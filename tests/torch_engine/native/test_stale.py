@@ -160,6 +160,41 @@ def by_what_a_function_keeps() -> tuple[Callable[..., Any], Callable[[float], No
     return f, change
 
 
+class Config(dict):  # type: ignore[type-arg]
+    """A dict with an attribute."""
+
+    k = 1.0
+
+
+class Series(list):  # type: ignore[type-arg]
+    """A list with a slot."""
+
+    __slots__ = ("k",)
+
+
+def by_attribute_of_a_dict() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = Config(beside=3.0)
+    return lambda t, u: -held.k * u, lambda k: setattr(held, "k", k)
+
+
+def by_slot_of_a_list() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = Series([3.0])
+    held.k = 1.0
+    return lambda t, u: -held.k * u, lambda k: setattr(held, "k", k)
+
+
+def by_slot_of_a_module() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    class Slotted(nn.Module):
+        __slots__ = ("k",)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.k * u
+
+    f = Slotted()
+    f.k = 1.0
+    return f, lambda k: setattr(f, "k", k)
+
+
 def by_tensor_attribute() -> tuple[Callable[..., Any], Callable[[float], None]]:
     w: Any = torch.ones(1, dtype=D)
     w.alpha = 1.0
