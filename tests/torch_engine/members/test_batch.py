@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import pysciml_node as psn
 from pysciml_node.replay.members.stacked import StackedMembers
 from pysciml_node.solutions.members import ListedMembers
+from pysciml_node.torch_engine.members import sweep
 
 D = torch.float64
 TOLERANCES: dict[str, float] = {"rtol": 1e-7, "atol": 1e-7}
@@ -97,6 +98,17 @@ def test_options_hold_for_each(options: dict[str, Any]) -> None:
     if getattr(reverse.get("controller"), "times", ()):
         reverse["controller"] = psn.FixedStep((1.1, 0.75, 0.5))
     compare(backward, psn.Tsit5(), **{**TOLERANCES, **reverse})
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Vern7()], ids=lambda a: type(a).__name__)
+def test_gradients_do_not_depend_on_how_many_steps_are_taken_again_at_once(
+    rows: int, algorithm: psn.Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with dense output, which share a stage with those after them, at once or later."""
+    monkeypatch.setattr(sweep, "_ROWS", rows)
+    times = torch.linspace(0.01, 1.99, 14, dtype=D).tolist()
+    compare(pendulums(3), algorithm, saveat=times, tstops=[0.7], rtol=1e-5, atol=1e-5)
 
 
 def test_own_intervals_and_times_in_both_directions() -> None:
