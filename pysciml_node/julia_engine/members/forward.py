@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,19 +126,7 @@ def fly(
         wrap=lambda _: [Handle(number) for number in numbers],
     )
     rows = report.numpy()
-    total = int(rows[:, _STEPS].sum())
-    ends, errors = (torch.empty(total, dtype=torch.float64) for _ in range(2))
-    states = start.new_empty((total, size))
-    enter(
-        "fetch_many!",
-        records=numbers,
-        members=count,
-        device=device_code(start.device),
-        n=size,
-        ends=ends,
-        errors=errors,
-        states=states,
-    )
+    ends, errors, states = _fetched(numbers, start, int(rows[:, _STEPS].sum()))
     if not keep_solutions:
         for handle in handles:
             handle.forget()
@@ -156,6 +145,23 @@ def fly(
         },
         handles if keep_solutions else [],
     )
+
+
+def _fetched(records: array[int], start: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends `(P,)` and errors `(P,)` of the accepted steps, and the states there, `(P, n)`."""
+    ends, errors = (torch.empty(total, dtype=torch.float64) for _ in range(2))
+    states = start.new_empty((total, start.shape[1]))
+    enter(
+        "fetch_many!",
+        records=records,
+        members=len(start),
+        device=device_code(start.device),
+        n=start.shape[1],
+        ends=ends,
+        errors=errors,
+        states=states,
+    )
+    return ends, errors, states
 
 
 def _first_steps(options: MemberOptions) -> Tensor:
