@@ -362,7 +362,9 @@ def _unchanged(saved: tuple[Tensor, int | None]) -> Tensor:
     """What was saved; hooks do without the check of it that autograd makes otherwise."""
     x, version = saved
     if version is not None and version != x._version:
-        raise RuntimeError("a value that its derivative needs was changed in place.")
+        raise RuntimeError(
+            "a value that its derivative needs was changed in place.\n  Change a clone of it."
+        )
     return x
 
 

@@ -25,7 +25,10 @@ def condition_of(event: Event, spec: StateSpec, t: Tensor, u: Tensor) -> Tensor:
     def one(t: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         value = event.value(t, spec.unflatten(u))
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-            raise TypeError("an event's condition must return one real number as a tensor.")
+            raise TypeError(
+                "an event's condition must return one real number as a tensor.\n"
+                "  Reduce it, for example with .sum() or .min()."
+            )
         return (value.reshape(()),)
 
     (values,) = over_members(one, t, u)
@@ -76,7 +79,10 @@ def affected(event: Event, spec: StateSpec, t: Tensor, u: Tensor, p: Any, own: b
         extra = inside if own else p
         after = affect(t, given) if extra is None else affect(t, given, extra)
         if StateSpec.of(after) != spec:
-            raise ValueError("an affect must return a state like u0.")
+            raise ValueError(
+                "an affect must return a state like u0, but returns another shape or dtype.\n"
+                "  Return the state that it was given, changed."
+            )
         return (spec.flatten(after),)
 
     (after,) = over_members(one, p if own else None, t, u)
