@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from pysciml_node.solutions.joined_members import JoinedMembers, JumpsOfMembers,
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.event_gradient import root_shift
+from pysciml_node.steps.surroundings import Surroundings
 
 Batch = Callable[[EnsembleProblem, Algorithm, MemberOptions], StackedMembers | None]
 
@@ -85,6 +86,30 @@ class _Schedule:
         self.inside = bool(((low <= times) & (times <= high)).all())
 
 
+class _Effect:
+    """What an event changes beside the state.
+
+    Args:
+        event: has an `affect` that has not been called so far.
+    """
+
+    def __init__(self, event: Event) -> None:
+        self.reach = Surroundings({"affect": event.affect})
+        self._values = {id(x): x.clone() for x in self.reach.tensors if not x.requires_grad}
+
+    def seen(self) -> bool:
+        """Whether there is any."""
+        return self.reach.changed() or bool(self.reach.changed_in_place())
+
+    def put_back(self) -> None:
+        """Undo it."""
+        with torch.no_grad():
+            for x in self.reach.changed_in_place():
+                if id(x) in self._values:
+                    x.copy_(self._values[id(x)])
+        self.reach.put_back()
+
+
 def _distinct(t0: Array, t1: Array) -> Array:
     """Whether there is room for a step between two times."""
     far: Array = abs(t1 - t0) > 16 * np.spacing(np.maximum(abs(t0), abs(t1)))
@@ -104,6 +129,8 @@ class _Rounds:
         self.batch, self.spec, self.field = batch, ensemble.problem.spec, MembersField(ensemble)
         self.events, count = options.common.events, len(ensemble)
         self.conditions = [i for i, e in enumerate(self.events) if e.condition is not None]
+        self.reach = Surroundings({"events": [(e.condition, e.affect) for e in self.events]})
+        self.tried: set[int] = set()  # events whose effects have been seen
         self.t0, self.t1 = options.spans
         self.sign = float(np.sign(self.t1[0] - self.t0[0]))
         self.schedule = _Schedule(self.events, options.spans, self.sign)
@@ -191,8 +218,8 @@ class _Rounds:
         start = self.now[rows].copy()
         pieces = self._pieces(rows, end, shift)
         stacked = self.batch(pieces, self.algorithm, self._options(rows, end))
-        if stacked is None:
-            raise OneByOne
+        if stacked is None or (self.conditions and not self.rounds and self.reach.keeps_mapped()):
+            self._refuse()
         nothing = MemberEvents(np.full(len(rows), -1), np.zeros((len(rows), 0), dtype=bool))
         events = stacked.events or nothing
         self.rounds.append(Round(rows, stacked, self.changed[rows].copy()))
@@ -351,17 +378,36 @@ class _Rounds:
         event, index, t = self.events[i], self._index(rows), self._time(rows)
         before = after = self.u.index_select(0, index)
         if event.affect is not None:
-            p, own = self.field.parameters(rows), self.field.own
-            try:
-                after = affected(event, self.spec, t, before, p, own)
-            except Exception as error:
-                # Whatever vmap cannot do; what it raises by itself, one member raises again.
-                raise OneByOne from error
+            after = self._affected(i, rows, t, before)
             self.u = self.u.index_copy(0, index, after)
             self.changed[rows] = True
         self.jumps.append(JumpsOfMembers(rows, i, t, before, after))
         if event.terminal:
             self.stopped[rows] = np.where(self.stopped[rows] < 0, i, self.stopped[rows])
+
+    def _affected(self, i: int, rows: Array, t: Tensor, before: Tensor) -> Tensor:
+        """The states that an event leaves, `(L, N)`, by one call for all.
+
+        An effect that changes anything else, such as a list of times, wants a call for each.
+        """
+        event, own = self.events[i], self.field.own
+        effect = None if i in self.tried else _Effect(event)
+        self.tried.add(i)
+        try:
+            after = affected(event, self.spec, t, before, self.field.parameters(rows), own)
+        except Exception as error:
+            # Whatever vmap cannot do; what it raises by itself, one member raises again.
+            self._refuse(error, effect)
+        if effect is not None and effect.seen():
+            self._refuse(None, effect)
+        return after
+
+    def _refuse(self, error: Exception | None = None, effect: _Effect | None = None) -> NoReturn:
+        """Leave everything as it was, for the members one by one."""
+        if effect is not None:
+            effect.put_back()
+        self.reach.put_back()
+        raise OneByOne from error
 
     def _save(self, rows: Array, stacked: StackedMembers, happening: Array) -> None:
         """Take what the pieces have saved; at a jump the state after it counts."""

@@ -71,6 +71,10 @@ class Place(ABC):
     def values(self) -> Iterable[Any]:
         """The values that it holds now, except those left alone."""
 
+    @abstractmethod
+    def present(self) -> Iterable[Any]:
+        """The values that it holds now, new ones too."""
+
     def copy(self) -> Self:
         """The same place, to be settled on its own."""
         return copy.copy(self)
@@ -155,6 +159,10 @@ class Names(Place):
         owner = self.owner
         return [owner[key] for key in self.seen if key in owner]
 
+    @override
+    def present(self) -> Iterable[Any]:
+        return [*self.owner.values()] if self.whole else self.values()
+
 
 def _write(owner: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
     for key, value in entries:
@@ -219,6 +227,10 @@ class Items(Place):
     def values(self) -> Iterable[Any]:
         return () if self.seen is None else self.owner
 
+    @override
+    def present(self) -> Iterable[Any]:
+        return self.owner
+
 
 class Single(Place):
     """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
@@ -261,3 +273,7 @@ class Single(Place):
     @override
     def values(self) -> Iterable[Any]:
         return () if self.left_alone else (self._get(),)
+
+    @override
+    def present(self) -> Iterable[Any]:
+        return (self._get(),)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
@@ -154,6 +155,18 @@ class Surroundings:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return any(getattr(module, kind) for _, module in self._modules for kind in kinds)
 
+    def changed(self) -> bool:
+        """Whether places hold other objects now."""
+        return any(place.changed() for place in self._places)
+
+    def keeps_mapped(self) -> bool:
+        """Whether a place has come to hold a tensor that was made inside of `torch.vmap`.
+
+        Nothing can be done with it outside.
+        """
+        changed = (place for place in self._places if place.changed())
+        return any(holds(value, _is_mapped) for place in changed for value in place.present())
+
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""
         return [
@@ -190,6 +203,15 @@ class Surroundings:
         with _lock:
             for place in self._places:
                 place.restore({})
+
+
+def _is_mapped(value: Any) -> bool:
+    """Whether it is a tensor inside of `torch.vmap`, or a container that holds one."""
+    if isinstance(value, list | deque):
+        return any(holds(item, _is_mapped) for item in value)
+    if isinstance(value, dict):
+        return any(holds(item, _is_mapped) for item in value.values())
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _version(x: Tensor) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from pysciml_node.replay.members.stacked import (
 )
 from pysciml_node.replay.vectors import settle_heap
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.inputs import Evaluate, Inputs
+from pysciml_node.steps.inputs import Evaluate, Inputs, graph_leaves, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
@@ -138,10 +139,28 @@ class Batch(ABC):
         if self.ensemble.batched:
             return self._evaluate(u, t)
         try:
-            return self._evaluate(u, t)
+            k = self._evaluate(u, t)
+            if recording():
+                self._expect_pulled(k, u)
         except Exception as error:
             # Whatever vmap cannot do; what the field itself raises, one member raises again.
-            raise OneByOne from error
+            self._refuse(error)
+        if self.surroundings.keeps_mapped():
+            self._refuse()
+        return k
+
+    @staticmethod
+    def _expect_pulled(k: Tensor, u: Tensor) -> None:
+        """Pull a zero back: the graph has to work outside of `torch.vmap`.
+
+        That of a checkpoint, which evaluates parts of the field again, does not.
+        """
+        pull_back(k, [u] if u.requires_grad else graph_leaves((k,), ()), torch.zeros_like(k))
+
+    def _refuse(self, error: Exception | None = None) -> NoReturn:
+        """Leave the field as it was before the batch, for the members one by one."""
+        self.surroundings.put_back()
+        raise OneByOne from error
 
     def _expect_alike(self, k: Tensor) -> None:
         m = self.differing(k)
@@ -149,7 +168,7 @@ class Batch(ABC):
         if m is None:
             return
         if not self.ensemble.batched:
-            raise OneByOne
+            self._refuse()
         raise ValueError(
             f"the field treats members not each for itself: member {m} has another derivative in "
             "the batch than alone.\n"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
 from pysciml_node.replay.members.stacked import StackedMembers
@@ -302,6 +304,37 @@ def test_hooks_run_for_each_member() -> None:
     linear.register_forward_hook(lambda module, given, out: shapes.add(out.shape))
     one_by_one(lambda t, u: linear(u))
     assert shapes == {torch.Size([2])}
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+def test_checkpoints_go_one_by_one(adjoint: psn.Adjoint) -> None:
+    """They evaluate again when the map over members is over."""
+    rate = torch.tensor(0.5, dtype=D, requires_grad=True)
+    again = functools.partial(checkpoint, lambda u: -rate * u, use_reentrant=False)
+    solution = one_by_one(lambda t, u: again(u), adjoint=adjoint, rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(solution.u1.sum(), rate)
+    exact = -21 * torch.exp(torch.tensor(-0.5, dtype=D))  # the starts sum up to 21
+    torch.testing.assert_close(gradient, exact, rtol=1e-7, atol=0)
+
+
+def test_fields_that_keep_tensors_go_one_by_one() -> None:
+    """What they keep is of one member, and is as it was when the first of them begins."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.total: Any = 0
+            self.kept: dict[str, list[Tensor]] = {}
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            self.total = self.total + 1 + 0 * t.detach()
+            self.kept["u"] = [u.detach()]
+            return -u
+
+    field = Keeping()
+    solution = one_by_one(field, controller=psn.FixedStep(), dt0=0.5, algorithm=psn.RK4())
+    assert float(field.total) == solution.stats.nfe
+    assert field.kept["u"][0].shape == (2,)
 
 
 def test_what_else_goes_one_by_one() -> None:

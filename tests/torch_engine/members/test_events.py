@@ -292,6 +292,23 @@ def test_what_goes_one_by_one() -> None:
         assert isinstance(psn.solve(many, **given).members, ListedMembers)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_effects_on_other_things_go_one_by_one(fails: bool) -> None:
+    """A list of times has those of every member, whether or not the effect could be mapped."""
+    times: list[Tensor] = []
+    count = torch.zeros((), dtype=torch.int64)
+
+    def noted(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        times.append(t.detach())
+        count.add_(1)
+        return u * float(t) if fails else u * t
+
+    solution = psn.solve(pendulums(), events=psn.Event(at=[0.5, 1.0], affect=noted))
+    assert isinstance(solution.members, ListedMembers)
+    assert torch.stack(times).tolist() == [0.5, 1.0] * 4
+    assert int(count) == 8
+
+
 def test_a_time_without_slope_has_no_gradient() -> None:
     many = pendulums((0.0, 0.5))
     solution = psn.solve(many, events=psn.Event(lambda t, u: u[0] > 0.95, direction=-1))
