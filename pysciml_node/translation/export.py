@@ -118,6 +118,7 @@ _INSIDE = (
     "Cannot access data pointer of Tensor that doesn't have storage",
     "Cannot access storage of TensorWrapper",
     "'Tensor' object has no attribute 'constant'",
+    "don't yet support saved tensor hooks",
 )
 """What torch.export says of derivatives that are taken while it traces."""
 
