@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,7 +23,7 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves
 from pysciml_node.replay.members.events import affected, condition_of
-from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.field import GraphWatch, MembersField
 from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
 from pysciml_node.solutions.joined_members import JoinedMembers, JumpsOfMembers, Round
 from pysciml_node.solutions.members import Members
@@ -87,7 +88,7 @@ class _Schedule:
 
 
 class _Effect:
-    """What an event changes beside the state.
+    """What an event does beside a change of the state.
 
     Args:
         event: has an `affect` that has not been called so far.
@@ -95,11 +96,12 @@ class _Effect:
 
     def __init__(self, event: Event) -> None:
         self.reach = Surroundings({"affect": event.affect})
+        self.watch = GraphWatch()
         self._values = {id(x): x.clone() for x in self.reach.tensors if not x.requires_grad}
 
     def seen(self) -> bool:
         """Whether there is any."""
-        return self.reach.changed() or bool(self.reach.changed_in_place())
+        return self.watch.seen or self.reach.changed() or bool(self.reach.changed_in_place())
 
     def put_back(self) -> None:
         """Undo it."""
@@ -324,7 +326,11 @@ class _Rounds:
             mass = self.ensemble.problem.mass
             if mass is not None:
                 rate = torch.linalg.solve_ex(mass, rate.T).result.T
-        return root_shift(lambda t, u: condition_of(event, self.spec, t, u), t, u, rate), rate
+        with GraphWatch() as watch:
+            shift = root_shift(lambda t, u: condition_of(event, self.spec, t, u), t, u, rate)
+        if watch.seen:
+            self._refuse()
+        return shift, rate
 
     def _fail(
         self,
@@ -394,7 +400,8 @@ class _Rounds:
         effect = None if i in self.tried else _Effect(event)
         self.tried.add(i)
         try:
-            after = affected(event, self.spec, t, before, self.field.parameters(rows), own)
+            with nullcontext() if effect is None else effect.watch:
+                after = affected(event, self.spec, t, before, self.field.parameters(rows), own)
         except Exception as error:
             # Whatever vmap cannot do; what it raises by itself, one member raises again.
             self._refuse(error, effect)

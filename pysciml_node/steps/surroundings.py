@@ -151,8 +151,10 @@ class Surroundings:
 
     @property
     def hooked(self) -> bool:
-        """Whether a module has hooks."""
+        """Whether a module has hooks, or all modules have."""
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if self._modules and any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds):
+            return True
         return any(getattr(module, kind) for _, module in self._modules for kind in kinds)
 
     def changed(self) -> bool:

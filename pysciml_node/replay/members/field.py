@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
@@ -18,6 +20,29 @@ from pysciml_node.steps.field import FlatField, Watch, without_gradients
 _functorch = torch._C._functorch
 
 OfMember = Callable[..., tuple[Tensor, ...]]
+
+
+_TENSOR: Any = Tensor
+# By which a function sees, or changes, how a tensor is differentiated.
+_OF_GRAPHS = (_TENSOR.register_hook, _TENSOR.requires_grad.__get__, _TENSOR.grad_fn.__get__)
+
+
+class GraphWatch(TorchFunctionMode):
+    """Sees whether a function looks at the graphs of tensors, or puts hooks on them.
+
+    Inside of `torch.vmap` tensors seem to need no gradients, and their hooks never run.
+
+    Attributes:
+        seen: whether it has.
+    """
+
+    seen = False
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OF_GRAPHS and _functorch.is_batchedtensor(args[0]):
+            self.seen = True
+        return func(*args, **(kwargs or {}))
 
 
 def over_members(one: OfMember, *arguments: Any) -> tuple[Tensor, ...]:

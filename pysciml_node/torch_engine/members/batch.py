@@ -14,7 +14,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.state import moves, recording
-from pysciml_node.replay.members.field import MembersField
+from pysciml_node.replay.members.field import GraphWatch, MembersField
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.node import MembersNode
 from pysciml_node.replay.members.stacked import (
@@ -138,14 +138,18 @@ class Batch(ABC):
     def _attempt(self, u: Tensor, t: Tensor) -> Tensor:
         if self.ensemble.batched:
             return self._evaluate(u, t)
+        watch = GraphWatch()
         try:
-            k = self._evaluate(u, t)
             if recording():
+                with watch:
+                    k = self._evaluate(u, t)
                 self._expect_pulled(k, u)
+            else:
+                k = self._evaluate(u, t)
         except Exception as error:
             # Whatever vmap cannot do; what the field itself raises, one member raises again.
             self._refuse(error)
-        if self.surroundings.keeps_mapped():
+        if watch.seen or self.surroundings.keeps_mapped():
             self._refuse()
         return k
 

@@ -317,6 +317,33 @@ def test_checkpoints_go_one_by_one(adjoint: psn.Adjoint) -> None:
     torch.testing.assert_close(gradient, exact, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+def test_hooks_that_a_field_puts_on_tensors_go_one_by_one(adjoint: psn.Adjoint) -> None:
+    """They change gradients, and would not run inside of `torch.vmap`: here `d/dr` comes twice."""
+    rate = torch.tensor(0.5, dtype=D, requires_grad=True)
+
+    def decay(t: Tensor, u: Tensor) -> Tensor:
+        factor = rate + 0 * t
+        if factor.requires_grad:
+            factor.register_hook(lambda gradient: 2 * gradient)
+        return -factor * u
+
+    solution = one_by_one(decay, adjoint=adjoint, rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(solution.u1.sum(), rate)
+    exact = -2 * 21 * torch.exp(torch.tensor(-0.5, dtype=D))
+    torch.testing.assert_close(gradient, exact, rtol=1e-7, atol=0)
+
+
+def test_hooks_on_all_modules_run_for_each_member() -> None:
+    linear, sizes = nn.Linear(2, 2, dtype=D), set()
+    hook = nn.modules.module.register_module_forward_hook(lambda m, x, y: sizes.add(y.shape))
+    try:
+        one_by_one(lambda t, u: linear(u))
+    finally:
+        hook.remove()
+    assert sizes == {torch.Size([2])}
+
+
 def test_fields_that_keep_tensors_go_one_by_one() -> None:
     """What they keep is of one member, and is as it was when the first of them begins."""
 

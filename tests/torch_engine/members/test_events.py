@@ -282,9 +282,17 @@ def test_what_goes_one_by_one() -> None:
     def branching(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
         return -u if float(t) > 1 else u
 
+    def hooking(t: Tensor, u: Tensor, p: Tensor | None = None) -> Tensor:
+        twice = 2 * u
+        if twice.requires_grad:
+            twice.register_hook(torch.neg)  # which would not run in the batch
+        return twice
+
     for options in (
         {"events": psn.Event(lambda t, u: torch.tensor(float(u[0]) - 0.2), affect=kick)},
         {"events": psn.Event(at=[0.5], affect=branching)},
+        {"events": psn.Event(at=[0.5], affect=hooking)},
+        {"events": psn.Event(lambda t, u: hooking(t, u)[0] - 0.2, affect=kick)},
         {"events": RISING, "adjoint": psn.GaussAdjoint()},
         {"events": RISING, "saveat": torch.tensor([0.5], dtype=D, requires_grad=True)},
     ):
