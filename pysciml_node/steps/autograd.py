@@ -30,8 +30,8 @@ class _Refusing(torch.autograd.Function):
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
-            "a second derivative through a solve was asked for, and this adjoint, or the time of an "
-            "event, gives only the first.\n"
+            "a second derivative through a solve was asked for, and this adjoint, or the time of "
+            "an event, gives only the first.\n"
             "  Use adjoint=DirectAdjoint(), and at=... for events; of drop-in functions odeint or "
             "sdeint."
         )
