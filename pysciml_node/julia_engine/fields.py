@@ -160,7 +160,8 @@ class FieldInJulia:
 class ProgramField(FieldInJulia):
     """A module or a function translated for Julia.
 
-    A parameter that the program does not read gets no gradient, not one of zeros.
+    A parameter that the program does not read, or only detached, gets no gradient, not one of
+    zeros.
 
     Args:
         problem: its `f` is translated, and its `p`, if there is one, is among the parameters.
@@ -181,8 +182,8 @@ class ProgramField(FieldInJulia):
             code = CODES[problem.spec.dtype]
             number = enter("make_program", json=translated.json, dtype=code)
             handle = _programs[key] = Handle(number)
-        pairs = zip(translated.parameters, translated.program.read, strict=True)
-        wanted = [x.requires_grad and read for x, read in pairs]
+        pairs = zip(translated.parameters, translated.program.pulled, strict=True)
+        wanted = [x.requires_grad and pulled for x, pulled in pairs]
         super().__init__(handle, translated.parameters, wanted, problem.spec)
         self.surroundings = surroundings_of(problem.f, problem.p, translated.snapshot)
 

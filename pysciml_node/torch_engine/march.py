@@ -112,7 +112,8 @@ class March(Loop):
             moving: the same where they receive gradients.
         """
         if moving is not None:
-            theta = (moving - step.time) / step.size
+            # Of times in single precision the place in a step needs more than they have.
+            theta = (moving.double() - step.time) / step.size
         elif isinstance(step.time, Tensor) or isinstance(step.size, Tensor):
             theta = (torch.tensor(times, dtype=torch.float64) - step.time) / step.size
         else:

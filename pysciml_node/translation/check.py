@@ -70,8 +70,9 @@ def _check_at(
     t = torch.tensor(0.6180339887, dtype=spec.dtype, device=spec.device)
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
-        flat = torch.cat([u.new_empty(0), *(x.reshape(-1) for x in p)])
+        flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])
         expected = spec.flatten(field(t, spec.unflatten(u)))
+        _expect_trained(name, expected, [u, t, *p])
         state = list(spec.parts(spec.unflatten(u)))
 
         def rounded(x: Tensor) -> Tensor:
@@ -101,6 +102,29 @@ def _check_at(
                 f"{name} has {difference} in torch than its operations have; functions "
                 "with a backward of their own and derivatives taken inside without create_graph "
                 "cannot be translated."
+            )
+
+
+def _expect_trained(name: str, out: Tensor, known: list[Tensor]) -> None:
+    """Refuse a field that trains a tensor which its program does not read, and holds for numbers.
+
+    Such tensors stand where they are not seen: in a queue, in an array of objects, behind `eval`.
+    """
+    seen: set[Any] = {None, *(x.grad_fn for x in known)}
+    waiting: list[Any] = [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if node.name() != "torch::autograd::AccumulateGrad":
+            continue
+        if not any(node.variable is x for x in known):
+            raise UnsupportedModule(
+                f"{name} trains a tensor of shape {tuple(node.variable.shape)} that is found in "
+                "none of its attributes, closures or globals.",
+                captured=True,
             )
 
 

@@ -163,14 +163,16 @@ class GraphWalk:
         if not isinstance(tensor, Tensor):
             raise UnsupportedModule(f"{self._name} uses {name}, which is not a tensor.")
         place = self._place(tensor)
+        kept = tensor if place is None else self.tensors[place]
+        # Of a captured parameter export may hand out one that requires no gradients; and one that
+        # is frozen now may be set free.
+        trained = kept.requires_grad or isinstance(kept, nn.Parameter)
         if place is not None and tensor.dtype == self.spec.dtype:
-            kept = self.tensors[place]
-            trained = kept.requires_grad or isinstance(kept, nn.Parameter)
             return self.builder.parameter(name, tuple(kept.shape), place, trained)
-        if tensor.requires_grad:
+        if tensor.requires_grad or (trained and not _counts(kept)):
             raise UnsupportedModule(
                 f"{self._name} uses a tensor of shape {tuple(tensor.shape)} and dtype "
-                f"{tensor.dtype} that requires gradients and is not one of its parameters.",
+                f"{tensor.dtype} that can require gradients and is not one of its parameters.",
                 captured=True,
             )
         if place is not None:
@@ -324,6 +326,11 @@ class GraphWalk:
                     "  Return du/dt, one entry for each of u."
                 )
         return list(parts)
+
+
+def _counts(x: Tensor) -> bool:
+    """Whether its numbers are whole, and so never receive gradients."""
+    return not (x.is_floating_point() or x.is_complex())
 
 
 def _is_alias(x: Tensor, of: Tensor) -> bool:

@@ -22,6 +22,9 @@ VERSION = 1
 FLAT = frozenset(("stop", "sign", "floor", "round", "less", "less_equal", "equal", "greatest"))
 """Operations through which no gradient goes. Comparisons give 1 where they hold, and 0."""
 
+_CUT = FLAT - {"sign", "floor", "round"}
+"""Those whose result has no graph in torch; the gradients of the others are zeros."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -88,6 +91,15 @@ class Program:
         """Of each parameter, whether an operation reads it."""
         inputs = {id for step in self.operations for id in step.inputs}
         return tuple(parameter.id in inputs for parameter in self.parameters)
+
+    @functools.cached_property
+    def pulled(self) -> tuple[bool, ...]:
+        """Of each parameter, whether a gradient goes to it; none goes to one that is detached."""
+        followed = set(self.outputs)
+        for step in reversed(self.operations):
+            if step.out in followed and step.op not in _CUT:
+                followed.update(step.inputs)
+        return tuple(parameter.id in followed for parameter in self.parameters)
 
     def to_json(self) -> str:
         """The program as Julia reads it."""

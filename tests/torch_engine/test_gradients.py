@@ -244,6 +244,16 @@ def test_any_number_of_outputs_within_a_step(outputs: int) -> None:
         torch.testing.assert_close(replayed, recorded, rtol=1e-11, atol=1e-11)
 
 
+def test_saved_times_in_single_precision_are_exact_where_they_receive_gradients() -> None:
+    times = torch.linspace(-5, -4, 7, dtype=torch.float32)
+    rate = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -rate * u, torch.ones(1, dtype=torch.float64), (-5, -4))
+    saveat = times.clone().requires_grad_()
+    solution = psn.solve(problem, psn.Tsit5(), rtol=1e-11, atol=1e-11, saveat=saveat)
+    expected = torch.exp(-0.7 * (times.double() + 5))[:, None]
+    torch.testing.assert_close(solution.u.detach(), expected, rtol=0, atol=1e-9)
+
+
 @any_adjoint
 def test_gradients_in_single_precision(adjoint: psn.DirectAdjoint) -> None:
     """Times in float64 above a state in float32, and gradients of the right dtypes and shapes."""

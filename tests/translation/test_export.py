@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import queue
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -198,6 +200,52 @@ def test_captured_tensors_of_another_dtype_that_require_gradients_are_told_apart
     with pytest.raises(UnsupportedModule) as caught:
         translate(Field(lambda m, t, u: u @ other.double()), StateSpec.of(U))
     assert caught.value.captured
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_captured_parameters_of_another_dtype_are_refused_for_they_may_be_set_free(dtype, free):
+    weight = nn.Parameter(torch.full((3,), 1.5, dtype=dtype), requires_grad=free)
+    with pytest.raises(UnsupportedModule, match="can require gradients") as caught:
+        translate(lambda t, u: u * weight, StateSpec.of(U))
+    assert caught.value.captured
+    table = nn.Parameter(torch.arange(3), requires_grad=False)
+    translate(lambda t, u: u * table, StateSpec.of(U))
+
+
+def test_parameters_that_stand_where_nothing_looks_are_not_taken_for_numbers():
+    weight, held = nn.Parameter(torch.full((3,), 1.5).double()), queue.Queue()
+    held.put(weight)
+    array = np.array([None])
+    array[0] = weight
+    for field in (lambda t, u: u * held.queue[0], lambda t, u: u * array[0]):
+        with pytest.raises(UnsupportedModule, match="found in none of its attributes") as caught:
+            translate(field, StateSpec.of(U))
+        assert caught.value.captured
+
+
+def test_parameters_on_the_same_memory_are_told_apart():
+    first = nn.Parameter(torch.full((3,), 1.5).double())
+    second = nn.Parameter(first.data)
+    translated = translate(lambda t, u: u * first, StateSpec.of(U))
+    assert translated.parameters[0] is first
+    with pytest.raises(UnsupportedModule, match="trains a tensor"):
+        translate(lambda t, u: u * first.detach() * second, StateSpec.of(U))
+
+
+def test_gradients_go_to_parameters_that_are_not_detached():
+    field = Field(
+        lambda m, t, u: u * m.scale.detach() + m.turn(u) * (m.edge > 0) + m.step.floor(),
+        scale=nn.Parameter(torch.ones(3)),
+        edge=nn.Parameter(torch.ones(3)),
+        step=nn.Parameter(torch.ones(3)),
+        turn=nn.Linear(3, 3, bias=False),
+    ).double()
+    program = translate(field, StateSpec.of(U)).program
+    assert all(program.read)
+    pairs = zip(program.parameters, program.pulled, strict=True)
+    found = {p.name for p, pulled in pairs if pulled}
+    assert found == {"step", "turn.weight"}
 
 
 def test_complex_states_are_refused():

@@ -170,7 +170,7 @@ class Library(Code):
     Attributes:
         size: entries of the state.
         cost: multiplications of an evaluation.
-        read: of each parameter, whether the field reads it.
+        pulled: of each parameter, whether a gradient goes to it.
         departures: how solves of it begin, by their options.
     """
 
@@ -185,11 +185,11 @@ class Library(Code):
         self.march_memory = (stages + 4) * row + work
         self.sweep_memory = (2 * stages + 3) * row + bars + stages * (2 * row + work)
         self.departures: dict[int, Any] = {}
-        self.read = program.read
+        self.pulled = program.pulled
         self._places = [
-            (read, parameter.shape, contiguous(parameter.shape), offset)
-            for read, parameter, offset in zip(
-                program.read, program.parameters, emitted.offsets, strict=True
+            (pulled, parameter.shape, contiguous(parameter.shape), offset)
+            for pulled, parameter, offset in zip(
+                program.pulled, program.parameters, emitted.offsets, strict=True
             )
         ]
         parts = (
@@ -225,7 +225,7 @@ class Library(Code):
     def cotangents(
         self, packed_bar: Tensor, of: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The cotangents of the parameters that are wanted and read, in their shapes and dtypes.
+        """The cotangents of the parameters that are wanted, or `None`, in their shapes and dtypes.
 
         Args:
             packed_bar: of all, flat, each in its place.
@@ -234,8 +234,8 @@ class Library(Code):
         """
         found: list[Tensor | None] = []
         rows = zip(of, wanted, self._places, strict=True)
-        for x, needed, (read, shape, strides, offset) in rows:
-            if x is None or not (needed and read):
+        for x, needed, (pulled, shape, strides, offset) in rows:
+            if x is None or not (needed and pulled):
                 found.append(None)
                 continue
             bar = packed_bar.as_strided(shape, strides, offset)

@@ -83,7 +83,7 @@ class MemberLibrary(Code):
         size: entries of a member's state.
         abreast: how many members step at once.
         cost: multiplications of an evaluation of one member.
-        read: of each parameter, whether the field reads it.
+        pulled: of each parameter, whether a gradient goes to it.
         steps: of a member of the last solve, about: room for as many is made at first.
         resting: workers of earlier solves by their number, with room for steps.
     """
@@ -106,7 +106,7 @@ class MemberLibrary(Code):
         self.cost = emitted.cost // self.abreast
         self.march_memory, self.sweep_memory = self._memory(emitter)
         self.scratch = padded(emitter.bars.size)
-        self.read = program.read
+        self.pulled = program.pulled
         shared = [p for p in program.parameters if p.id not in own]
         self.places = [
             (offset, math.prod(p.shape)) for p, offset in zip(shared, emitted.offsets, strict=True)

@@ -132,10 +132,12 @@ class _Node(torch.autograd.Function):
             solve.swept += swept.costs
             own, shared = iter(swept.own), iter(swept.shared)
             bars = [swept.u0, *(next(own if mine else shared) for mine in solve.own)]
-            read = (True, *solve.library.read)
+            reached = (True, *solve.library.pulled)
             return tuple(
-                bar.to(source).reshape(source.shape) if needed and is_read else None
-                for bar, source, needed, is_read in zip(bars, sources, wanted, read, strict=True)
+                bar.to(source).reshape(source.shape) if needed and is_reached else None
+                for bar, source, needed, is_reached in zip(
+                    bars, sources, wanted, reached, strict=True
+                )
             )
 
         return (None, None, *pulled(pull, (ends, *sources), *cotangents))
