@@ -199,6 +199,7 @@ class Library(Code):
             emitted.source,
             source("steps.h"),
             source("solve.h"),
+            source("explicit.h"),
         )
         calls = {
             "march": (_INTEGER, ctypes.POINTER(SolveRequest)),

@@ -1,8 +1,9 @@
-/* The time loop and its discrete adjoint, for any explicit Runge-Kutta method.
+/* The time loop and its discrete adjoint, for any one-step method with a tableau.
 
    The emitted code before this file gives the sizes (N entries of the state in rows of ROW, STAGES,
    ALL_STAGES with those of the dense output, WORK numbers of a field evaluation), the method
-   (combine, NODES, DENSE, ...) and the field (field, pull). The loop is that of
+   (combine, NODES, DENSE, ...) and the field (field, pull); the code after it says how the stages
+   of a step are found and pulled back. The loop is that of
    pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
    whoever changes one changes the other. */
 
@@ -80,24 +81,10 @@ static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k) {
   s->evaluations++;
 }
 
-/* The missing stages up to `upto`; the last one's argument stays in G. */
-static void psn_stages(Solve *s, double t, double h, int upto) {
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  for (int i = (int)s->known; i < upto; i++) {
-    combine(i, (REAL)h, U(s), K(s, 0), G(s));
-    psn_evaluate(s, times[i], G(s), K(s, i));
-  }
-  if (s->known < upto) s->known = upto;
-}
-
-static void psn_first_stage(Solve *s, double t, double h) {
-  if (s->known) return;
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  psn_evaluate(s, times[0], U(s), K(s, 0));
-  s->known = 1;
-}
+/* The method's: the first stage of a step, and the missing ones up to `upto`, of which an explicit
+   method leaves the last one's argument in G. */
+static void psn_first_stage(Solve *s, double t, double h);
+static void psn_stages(Solve *s, double t, double h, int upto);
 
 /* Hairer's first step (Solving Ordinary Differential Equations I, section II.4). */
 static double psn_first_size(Solve *s, double direction) {
@@ -275,45 +262,17 @@ static int psn_is_at(const Sweep *s, int64_t saved, int64_t state) {
          isnan(s->places[2 * saved + 1]);
 }
 
-/* Whether a step starts with the evaluation with which the dense output of the one before ends. At a
-   stop the field may jump. */
-static int psn_is_joined(const Sweep *s, int64_t n) {
-  if (END_STAGE < 0 || n == 0 || s->steps[4 * (n - 1) + 3] >= 0 || s->t_bar) return 0;
-  int64_t q = s->q;
-  while (psn_is_at(s, q, n)) q--;
-  return psn_is_inside(s, q, n - 1);
-}
-
-/* Leave the first stage of a step, and the cotangent of its derivative, to the step before. */
-static void psn_share(Sweep *s) {
-  memcpy(SHARED_BAR(s), STAGE_OF(s, 0) + ROW, N * sizeof(REAL));
-  memcpy(STAGE_OF(s, END_STAGE), STAGE_OF(s, 0), STAGE_MEMORY * sizeof(REAL));
-  memcpy(K(s, END_STAGE), K(s, 0), N * sizeof(REAL));
-}
-
-static void psn_replay(Sweep *s, int64_t n) {
-  double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
-  const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
-  REAL *k = s->memory, *bars = BARS_OF(s), *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
-  REAL *bar = s->start_bar;
-  int known = s->shared ? END_STAGE : -1;
+/* Saved times inside a step at which cotangents arrive. */
+static int64_t psn_count_inside(const Sweep *s, int64_t n) {
   int64_t inside = 0;
   while (psn_is_inside(s, s->q - inside, n)) inside++;
-  int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  memcpy(u, start, N * sizeof(REAL));
-  for (int i = 0; i < count; i++) {
-    REAL *g = STAGE_OF(s, i);
-    if (i == known) continue;
-    combine(i, (REAL)h, u, k, g);
-    field(times[i], g, s->packed, k + i * ROW, g + 2 * ROW);
-  }
-  s->evaluations += count - s->shared;
-  s->replayed++;
-  /* What dense outputs add to the stages' cotangents, over h. */
+  return inside;
+}
+
+/* What dense outputs add to the cotangents of `count` stages, over h, and to that of the start. */
+static void psn_pull_outputs(Sweep *s, int64_t inside, int count, double h, REAL *sum) {
+  const REAL *k = s->memory;
   for (int i = 0; i < count; i++) memset(STAGE_OF(s, i) + ROW, 0, N * sizeof(REAL));
-  memcpy(sum, bar, N * sizeof(REAL));
   for (int64_t m = s->q; m > s->q - inside; m--) {
     const REAL *v = s->saved_bar + m * N;
     REAL weights[ALL_STAGES];
@@ -335,33 +294,10 @@ static void psn_replay(Sweep *s, int64_t n) {
     }
   }
   s->q -= inside;
-  s->shared = psn_is_joined(s, n);
-  double t_bar = 0, h_bar = 0;
-  for (int i = count - 1; i >= 0; i--) {
-    REAL *g = STAGE_OF(s, i), *k_bar = g + ROW;
-    combine_bars(i, count, (REAL)h, bar, bars, k_bar);
-    if (i == known)
-      for (int e = 0; e < N; e++) k_bar[e] += SHARED_BAR(s)[e];
-    if (s->shared && i == 0) {
-      memset(bars, 0, N * sizeof(REAL));
-      psn_share(s);
-      break;
-    }
-    REAL time[LANES] = {0};
-    pull(times[i], g, s->packed, k + i * ROW, g + 2 * ROW, k_bar, bars + i * ROW, time,
-         s->packed_bar, SCRATCH(s));
-    if (s->t_bar) {
-      double along = 0;
-      for (int e = 0; e < N; e++) along += (double)k_bar[e] * k[i * ROW + e];
-      h_bar += along / h + NODES[i] * time[0];
-      t_bar += time[0];
-    }
-  }
-  for (int i = 0; i < count; i++)
-    for (int e = 0; e < N; e++) sum[e] += bars[i * ROW + e];
-  memcpy(bar, sum, N * sizeof(REAL));
-  if (s->t_bar) s->t_bar[n] = t_bar, s->h_bar[n] = h_bar;
 }
+
+/* The method's: pull the cotangent of a step's end, in start_bar, back to its start. */
+static void psn_replay(Sweep *s, int64_t n);
 
 static void psn_arrive(Sweep *s, int64_t state) {
   REAL *bar = s->start_bar;
