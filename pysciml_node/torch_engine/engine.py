@@ -100,13 +100,15 @@ def _refusal_implicit(
             f"{adjoint} takes a singular mass matrix on the Julia engine only.\n"
             '  Use adjoint=DiscreteAdjoint(), or engine="julia".'
         )
-    if mass is not None and not all(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus):
+    rosenbrock = all(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus)
+    if mass is not None and not rosenbrock:
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
-    if options.compile is True:
+    if options.compile is True and not rosenbrock:
         return (
-            f"compile=True is for explicit methods, but the algorithm is {name}.\n  Leave it out."
+            f"compile=True is for explicit and Rosenbrock methods, but the algorithm is {name}.\n"
+            "  Leave it out, or use Rodas5P()."
         )
     return None
 

@@ -42,12 +42,15 @@ class TranslatedModule:
             that the program reads.
         program: the program as data.
         snapshot: what was seen of the module just now.
+        sources: of each parameter the number of its tensor, the module's before those of `p`; the
+            tensor itself for a constant.
     """
 
     json: str
     parameters: list[Tensor]
     program: Program
     snapshot: Snapshot
+    sources: tuple[int | Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ def translate(
         raise UnsupportedModule(f"{label(module)} changes Python's objects, or prints.")
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
-    return TranslatedModule(result.json, parameters, result.program, now)
+    return TranslatedModule(result.json, parameters, result.program, now, result.sources)
 
 
 def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outcome | None:

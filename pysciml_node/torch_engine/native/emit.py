@@ -34,8 +34,12 @@ class Emitter(Layout):
 
     operations: ClassVar = OPERATIONS
 
-    def emit(self) -> Emitted:
-        """All functions of the field."""
+    def emit(self, state_alone: bool = False) -> Emitted:
+        """All functions of the field.
+
+        Args:
+            state_alone: also a pullback to the state and the time alone, `pull_state`.
+        """
         program = self.program
         body: list[str] = []
         once: list[str] = []
@@ -46,11 +50,22 @@ class Emitter(Layout):
                 )
             lines = self.operations[step.op].forward(self, step)
             (once if step.out in self.fixed else body).extend(lines)
-        backward = self._backward(body_only=True)
+        _, back = outputs = self._outputs()
+        pullbacks = {"pull": [*back, *self._backward(body_only=True), *self._state_bars()]}
         early = self._backward(body_only=False)
-        return Emitted(
-            self._text(body, once, backward, early), self.offsets, self.packed_size, self.cost
-        )
+        if state_alone:
+            self._follow_state()
+            lines = [*back, *self._backward(body_only=True), *self._state_bars()]
+            pullbacks["pull_state"] = lines
+        source = self._text(body + outputs[0], once, pullbacks, early)
+        return Emitted(source, self.offsets, self.packed_size, self.cost)
+
+    def _follow_state(self) -> None:
+        """Begin a pullback without the cotangents of parameters."""
+        program = self.program
+        self.started = set()
+        self.active = {program.time, *(id for id, _ in program.state)}
+        self._activate()
 
     @property
     def packed_size(self) -> int:
@@ -91,7 +106,9 @@ class Emitter(Layout):
             offset += size
         return lines
 
-    def _text(self, body: list[str], once: list[str], backward: list[str], early: list[str]) -> str:
+    def _text(
+        self, body: list[str], once: list[str], pullbacks: dict[str, list[str]], early: list[str]
+    ) -> str:
         shared = [p for p in self.program.parameters if p.id not in self.own]
         tensors = [
             f"memcpy(P + {offset}, tensors[{i}], {math.prod(p.shape)} * sizeof(REAL));"
@@ -108,20 +125,20 @@ class Emitter(Layout):
             for p in self.packings.values()
             if p.trained
         ]
-        out, back = self._outputs()
+        x = self.suffix
         field, pull, start = self._heads()
         functions = [
-            (field, [*start, *body, *out]),
-            (pull, [*start, *back, *backward, *self._state_bars()]),
+            (field, [*start, *body]),
+            *((pull.format(name), [*start, *lines]) for name, lines in pullbacks.items()),
             (
-                "static void pack(const REAL *const *tensors, REAL *P)",
-                ["memset(P, 0, PACKED * sizeof(REAL));", *tensors, *once, *packs],
+                f"static void pack{x}(const REAL *const *tensors, REAL *P)",
+                [f"memset(P, 0, PACKED{x} * sizeof(REAL));", *tensors, *once, *packs],
             ),
-            ("static void unpack(const REAL *P, REAL *D, REAL *z)", [*unpacks, *early]),
+            (f"static void unpack{x}(const REAL *P, REAL *D, REAL *z)", [*unpacks, *early]),
         ]
         text = [
-            f"enum {{ WORK = {padded(self.work.size)}, BARS = {padded(self.bars.size)}, "
-            f"PACKED = {self.packed_size} }};",
+            f"enum {{ WORK{x} = {padded(self.work.size)}, BARS{x} = {padded(self.bars.size)}, "
+            f"PACKED{x} = {self.packed_size} }};",
             *self.constants,
         ]
         for head, lines in functions:
@@ -140,7 +157,7 @@ class Emitter(Layout):
             bars = "".join(f", REAL *{x}" for x in ("k_bar", "u_bar", "time_bar", "D", "z"))
             start = [f"REAL time[{PAD}] = {{t}};", "(void)time;"]
         return (
-            f"static void field({inputs.format('')})",
-            f"static void pull({inputs.format('const ')}{bars})",
+            f"static void field{self.suffix}({inputs.format('')})",
+            f"static void {{}}{self.suffix}({inputs.format('const ')}{bars})",
             start,
         )

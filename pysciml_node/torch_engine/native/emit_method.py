@@ -10,7 +10,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.text import number, padded
 
 
-def _sum(weights: Sequence[float], base: str, first: int = 0) -> str:
+def weighted_sum(weights: Sequence[float], base: str, first: int = 0) -> str:
     """`w_0 base[0] + w_1 base[ROW] + ...` at entry `i`, without vanishing terms."""
     terms = [
         f"{number(w)} * {base}[{j} * ROW + i]" for j, w in enumerate(weights, first) if w != 0.0
@@ -18,7 +18,7 @@ def _sum(weights: Sequence[float], base: str, first: int = 0) -> str:
     return " + ".join(terms) if terms else "(REAL)0"
 
 
-class _Single:
+class Single:
     """Loops over the state of one solve."""
 
     h, size_of_step, count = "h", "REAL h", "N"
@@ -29,7 +29,7 @@ class _Single:
         return f"#pragma omp simd\n    for (int i = 0; i < N; i++) {body}"
 
 
-class _Abreast(_Single):
+class _Abreast(Single):
     """Loops over the states of members abreast, each with a step size of its own."""
 
     h, size_of_step, count = "h[l]", "const REAL *restrict h", "N * ABREAST"
@@ -52,7 +52,7 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
         abreast: members that step at once, of an ensemble; 0 for a single solve.
     """
     tableau = method.tableau
-    style = _Abreast if abreast else _Single
+    style = _Abreast if abreast else Single
     restrict = "restrict " if abreast else ""
     rows = [*method.host_rows, tableau.b]
     lines = [
@@ -74,7 +74,9 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     for stage, row in enumerate(rows):
         lines.append(f"  case {stage}:")
         if any(row):
-            lines.append("    " + style.loop(f"g[i] = u[i] + {style.h} * ({_sum(row, 'k')});"))
+            lines.append(
+                "    " + style.loop(f"g[i] = u[i] + {style.h} * ({weighted_sum(row, 'k')});")
+            )
         else:
             lines.append(f"    memcpy(g, u, {style.count} * sizeof(REAL));")
         lines.append("    break;")
@@ -86,14 +88,14 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     for name, row in estimates.items():
         lines += [
             f"static void {name}(const REAL *{restrict}k, REAL *{restrict}error) {{",
-            "    " + style.loop(f"error[i] = {_sum(row, 'k')};"),
+            "    " + style.loop(f"error[i] = {weighted_sum(row, 'k')};"),
             "}",
             "",
         ]
     return "\n".join([*lines, *_bars(method, style, restrict)])
 
 
-def _bars(method: Method, style: type[_Single], restrict: str) -> list[str]:
+def _bars(method: Method, style: type[Single], restrict: str) -> list[str]:
     """The cotangent of a stage's derivative, from those of the end and of later arguments."""
     tableau, h = method.tableau, style.h
     rows = method.host_rows
@@ -111,9 +113,9 @@ def _bars(method: Method, style: type[_Single], restrict: str) -> list[str]:
         far = column[len(near) :]
         start = f"{number(b)} * bar[i] + " if b else ""
         lines.append(f"  case {stage}:")
-        near_sum = _sum(near, "bars", stage + 1)
+        near_sum = weighted_sum(near, "bars", stage + 1)
         if any(far):
-            far_sum = _sum(far, "bars", stage + 1 + len(near))
+            far_sum = weighted_sum(far, "bars", stage + 1 + len(near))
             lines += [
                 f"    if (count > {usual}) {{",
                 "    "

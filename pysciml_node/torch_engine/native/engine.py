@@ -21,6 +21,7 @@ from pysciml_node.algorithms.controllers import (
 )
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
 from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem, Time
@@ -36,8 +37,16 @@ from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.end_times import complete_times
-from pysciml_node.torch_engine.native.library import REALS, Library, library_of
+from pysciml_node.torch_engine.native.library import (
+    REALS,
+    Library,
+    library_of,
+    write_explicit,
+)
+from pysciml_node.torch_engine.native.pulled import pulled_program
+from pysciml_node.torch_engine.native.rosenbrock import LARGEST, write_rosenbrock
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -46,7 +55,7 @@ from pysciml_node.torch_engine.native.run import (
     fly,
     sweep_back,
 )
-from pysciml_node.translation.export import translate
+from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.surrounded import surroundings_of
 
 S = TypeVar("S")
@@ -66,7 +75,7 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
     """
     spec = problem.spec
     if not isinstance(algorithm, ExplicitRungeKutta):
-        raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+        _check_implicit(problem, algorithm)
     if spec.device.type != "cpu":
         raise refusal(f"states on {spec.device}")
     if spec.dtype not in REALS:
@@ -87,6 +96,20 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
         raise refusal("autocast" if inner.autocast else "a default device")
 
 
+def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
+    """Refuse what is neither explicit nor a Rosenbrock method, and what is not for one."""
+    if not isinstance(getattr(algorithm, "tableau", None), RosenbrockTableau):
+        raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+    for what in ("mass_matrix", "jac", "jac_sparsity"):
+        if getattr(problem, what) is not None:
+            raise refusal(what)
+    size = sum(problem.spec.sizes)
+    if size > LARGEST:
+        raise refusal(
+            f"{algorithm!r} for more than {LARGEST} entries of a state, and u0 has {size}"
+        )
+
+
 def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor], Surroundings]:
     """The native code of a field with a method, the tensors that it reads, and its surroundings.
 
@@ -95,11 +118,32 @@ def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor],
     """
     try:
         translated = translate(problem.f, problem.spec, problem.p)
-        library = library_of(translated, method, problem.spec.dtype)
+        library, tensors = _library(problem, translated, method)
     except UnsupportedModule as error:
         raise no_code(error) from error
     seen = surroundings_of(problem.f, problem.p, translated.snapshot)
-    return library, translated.parameters, seen
+    return library, tensors, seen
+
+
+def _library(
+    problem: ODEProblem, translated: TranslatedModule, method: Method
+) -> tuple[Library, list[Tensor]]:
+    """The code of a translated field with a method, and the tensors that it reads."""
+    json, program, dtype = translated.json, translated.program, problem.spec.dtype
+    if not isinstance(method.tableau, RosenbrockTableau):
+        library = library_of(json, method, dtype, lambda: write_explicit(program, method))
+        return library, translated.parameters
+    if not torch.is_grad_enabled():
+        library = library_of(json, method, dtype, lambda: write_rosenbrock(program, None, method))
+        return library, translated.parameters
+    pulled = pulled_program(problem, translated)
+    library = library_of(
+        json + pulled.json,
+        method,
+        dtype,
+        lambda: write_rosenbrock(program, pulled.program, method),
+    )
+    return library, [*translated.parameters, *pulled.parameters(translated.parameters)]
 
 
 def no_code(error: UnsupportedModule) -> CompileError:
@@ -122,12 +166,12 @@ class FlownSolve(Solve):
     """
 
     problem: ODEProblem
-    algorithm: ExplicitRungeKutta
+    algorithm: OneStepMethod
 
     def __init__(
         self,
         problem: ODEProblem,
-        algorithm: ExplicitRungeKutta,
+        algorithm: OneStepMethod,
         options: SolveOptions,
         engine: str,
         surroundings: Surroundings,
@@ -183,9 +227,11 @@ class NativeSolve(FlownSolve):
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
         check(problem, algorithm, options)
-        assert isinstance(algorithm, ExplicitRungeKutta)
+        assert isinstance(algorithm, OneStepMethod)
         spec = problem.spec
-        method = Method.of(algorithm.tableau, spec.dtype, spec.device)
+        (tableau,) = algorithm.tableaus
+        method = Method.of(tableau, spec.dtype, spec.device)
+        self.error_order = tableau.error_order
         self.library, self.parameters, seen = prepare(problem, method)
         super().__init__(problem, algorithm, options, engine, seen)
 
@@ -193,7 +239,7 @@ class NativeSolve(FlownSolve):
         """Solve forward from a flat state, contiguous and the solve's own."""
         options, problem, library = self.options, self.problem, self.library
         packed = library.pack(self.parameters)
-        departure = departure_of(library, problem, options, self.algorithm.tableau.error_order)
+        departure = departure_of(library, problem, options, self.error_order)
         if options.progress:
             with step_listener(True, problem) as on_step:
                 flight, states = fly(library, departure, u0, packed, _turns(on_step))

@@ -52,11 +52,13 @@ class Layout:
         program: what is emitted.
         own: parameters that are each member's own.
         abreast: members that are evaluated at once, of an ensemble; 0 for a single solve.
+        suffix: of all names in the emitted code, where a second program stands beside another.
     """
 
     program: Program
     own: frozenset[int] = frozenset()
     abreast: int = 0
+    suffix: str = ""
     work: Region = field(default_factory=lambda: Region("w"))
     bars: Region = field(default_factory=lambda: Region("z"))
     packed: Region = field(default_factory=lambda: Region("P"))
@@ -81,6 +83,7 @@ class Layout:
         self.single = len(program.state) == 1
         for step in program.operations:
             self._result(step)
+        self._activate()
 
     def _sources(self) -> None:
         program = self.program
@@ -113,8 +116,10 @@ class Layout:
                 self.active.add(parameter.id)
         for id, value in program.constants:
             self.sizes[id] = 1
-            self.place[id] = f"c{id}"
-            self.constants.append(f"static const REAL c{id}[{PAD}] = {{{number(value)}}};")
+            self.place[id] = f"c{id}{self.suffix}"
+            self.constants.append(
+                f"static const REAL {self.place[id]}[{PAD}] = {{{number(value)}}};"
+            )
             self.fixed.add(id)
             self.summed.add(id)
 
@@ -130,8 +135,12 @@ class Layout:
         else:
             self.place[step.out] = self.work.take(size)
             self.bar[step.out] = self.bars.take(size)
-        if step.op not in FLAT and any(id in self.active for id in step.inputs):
-            self.active.add(step.out)
+
+    def _activate(self) -> None:
+        """Add the values that depend on active ones, and are followed by gradients."""
+        for step in self.program.operations:
+            if step.op not in FLAT and any(id in self.active for id in step.inputs):
+                self.active.add(step.out)
 
     def count(self, size: int, exact: bool = False) -> int:
         """Entries that a loop over whole buffers goes through, their padding included."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -17,8 +19,7 @@ from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.text import contiguous, padded
-from pysciml_node.translation.export import TranslatedModule
-from pysciml_node.translation.program import Program
+from pysciml_node.translation.program import Parameter, Program
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
@@ -159,12 +160,69 @@ def turns(cost: int, stages: int) -> int:
     return max(1, min(1000, 200_000 // (cost * stages)))
 
 
+@dataclass(frozen=True)
+class Written:
+    """A field and a method as C.
+
+    Attributes:
+        text: what is particular to them, for the files of src/.
+        size: entries of the state.
+        cost: multiplications of an evaluation.
+        stages: evaluations of a step.
+        packed: length of the packed parameters.
+        march_memory: entries of the loop's memory.
+        sweep_memory: of the sweep's; 0 where there is none.
+        parameters: each with its offset in the packed ones, and whether a gradient goes to it.
+    """
+
+    text: str
+    size: int
+    cost: int
+    stages: int
+    packed: int
+    march_memory: int
+    sweep_memory: int
+    parameters: list[tuple[Parameter, int, bool]]
+
+
+def write_explicit(program: Program, method: Method) -> Written:
+    """The code of a field for an explicit method."""
+    emitter = Emitter(program)
+    emitted = emitter.emit()
+    size = size_of(program)
+    march, sweep = memory_of(method, size, emitter)
+    text = (
+        emit_method(method, size),
+        emitted.source,
+        "enum { ALL_PACKED = PACKED };",
+        "#define pack_all pack",
+        "#define unpack_all unpack",
+        *map(source, ("steps.h", "solve.h", "explicit.h", "sweep.h", "explicit_sweep.h")),
+    )
+    rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
+    return Written(
+        "\n".join(text), size, emitted.cost, method.all_stages, emitted.packed, march, sweep,
+        list(rows),
+    )  # fmt: skip
+
+
+def memory_of(method: Method, size: int, emitter: Emitter) -> tuple[int, int]:
+    """Entries that src/solve.h and src/sweep.h need."""
+    row, work, bars = padded(size), padded(emitter.work.size), padded(emitter.bars.size)
+    stages = method.all_stages
+    return (stages + 4) * row + work, (2 * stages + 3) * row + bars + stages * (2 * row + work)
+
+
+def size_of(program: Program) -> int:
+    """Entries of a program's state."""
+    return sum(math.prod(shape) for _, shape in program.state)
+
+
 class Library(Code):
-    """Native code of a program and a method.
+    """Native code of a field and a method.
 
     Args:
-        program: the field.
-        method: the Runge-Kutta method; its dtype is that of the state.
+        written: both.
         dtype: of the state.
 
     Attributes:
@@ -174,39 +232,25 @@ class Library(Code):
         departures: how solves of it begin, by their options.
     """
 
-    def __init__(self, program: Program, method: Method, dtype: torch.dtype) -> None:
-        emitter = Emitter(program)
-        emitted = emitter.emit()
-        self.cost = emitted.cost
-        self.size = sum(_length(shape) for _, shape in program.state)
-        row, work, bars = padded(self.size), padded(emitter.work.size), padded(emitter.bars.size)
-        stages = method.all_stages
-        self._stages, self._row = stages, row
-        self.march_memory = (stages + 4) * row + work
-        self.sweep_memory = (2 * stages + 3) * row + bars + stages * (2 * row + work)
+    def __init__(self, written: Written, dtype: torch.dtype) -> None:
+        self.cost, self.size = written.cost, written.size
+        self._stages, self._row = written.stages, padded(written.size)
+        self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
         self.departures: dict[int, Any] = {}
-        self.pulled = program.pulled
+        self.pulled = tuple(pulled for *_, pulled in written.parameters)
         self._places = [
             (pulled, parameter.shape, contiguous(parameter.shape), offset)
-            for pulled, parameter, offset in zip(
-                program.pulled, program.parameters, emitted.offsets, strict=True
-            )
+            for parameter, offset, pulled in written.parameters
         ]
-        parts = (
-            header(dtype),
-            f"enum {{ TURNS = {turns(emitted.cost + 10 * self.size + 50, stages)} }};",
-            emit_method(method, self.size),
-            emitted.source,
-            source("steps.h"),
-            source("solve.h"),
-            source("explicit.h"),
-        )
-        calls = {
+        cost = turns(written.cost + 10 * written.size + 50, written.stages)
+        text = "\n".join((header(dtype), f"enum {{ TURNS = {cost} }};", written.text))
+        calls: dict[str, tuple[Any, ...]] = {
             "march": (_INTEGER, ctypes.POINTER(SolveRequest)),
-            "sweep": (_INTEGER, ctypes.POINTER(SweepRequest)),
             "prepare": (None, _POINTER, _POINTER),
         }
-        super().__init__(dtype, "\n".join(parts), emitted.packed, calls)
+        if written.sweep_memory:
+            calls["sweep"] = (_INTEGER, ctypes.POINTER(SweepRequest))
+        super().__init__(dtype, text, written.packed, calls)
 
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""
@@ -250,16 +294,18 @@ def _library(json: str, tableau: int, dtype: torch.dtype) -> list[Library]:
     return []
 
 
-def library_of(translated: TranslatedModule, method: Method, dtype: torch.dtype) -> Library:
-    """The library of a translated field and a method, made once in a process."""
-    place = _library(translated.json, id(method.tableau), dtype)
+def library_of(
+    json: str, method: Method, dtype: torch.dtype, write: Callable[[], Written]
+) -> Library:
+    """The library of programs and a method, made once in a process.
+
+    Args:
+        json: the programs as text.
+        method: the method.
+        dtype: of the state.
+        write: emits them.
+    """
+    place = _library(json, id(method.tableau), dtype)
     if not place:
-        place.append(Library(translated.program, method, dtype))
+        place.append(Library(write(), dtype))
     return place[0]
-
-
-def _length(shape: Sequence[int]) -> int:
-    length = 1
-    for n in shape:
-        length *= n
-    return length

@@ -54,6 +54,8 @@ _SWEPT = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
+    if not isinstance(algorithm, ExplicitRungeKutta):
+        raise refusal(f"ensembles for {algorithm!r}", "Tsit5() or compile=False")
     check(problem, algorithm, options.common)
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")

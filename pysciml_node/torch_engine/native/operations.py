@@ -249,7 +249,7 @@ OPERATIONS["greatest"] = Emission(_greatest, lambda e, step: [])
 def _placed(e: Layout, step: Operation) -> tuple[str, str, bool]:
     """The loops of entries and their places: what they run over, and whether some have none."""
     a = step.attributes
-    name = f"places{step.out}"
+    name = f"places{step.out}{e.suffix}"
     text = f"static const int {name}[] = {{{', '.join(map(str, a['places']))}}};"
     if text not in e.constants:
         e.constants.append(text)

@@ -1,4 +1,4 @@
-/* The stages of an explicit step, and its discrete adjoint; for src/solve.h. */
+/* The stages of an explicit step; for src/solve.h. */
 
 static void psn_stages(Solve *s, double t, double h, int upto) {
   REAL times[ALL_STAGES];
@@ -16,70 +16,4 @@ static void psn_first_stage(Solve *s, double t, double h) {
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
   psn_evaluate(s, times[0], U(s), K(s, 0));
   s->known = 1;
-}
-
-/* Whether a step starts with the evaluation with which the dense output of the one before ends. At a
-   stop the field may jump. */
-static int psn_is_joined(const Sweep *s, int64_t n) {
-  if (END_STAGE < 0 || n == 0 || s->steps[4 * (n - 1) + 3] >= 0 || s->t_bar) return 0;
-  int64_t q = s->q;
-  while (psn_is_at(s, q, n)) q--;
-  return psn_is_inside(s, q, n - 1);
-}
-
-/* Leave the first stage of a step, and the cotangent of its derivative, to the step before. */
-static void psn_share(Sweep *s) {
-  memcpy(SHARED_BAR(s), STAGE_OF(s, 0) + ROW, N * sizeof(REAL));
-  memcpy(STAGE_OF(s, END_STAGE), STAGE_OF(s, 0), STAGE_MEMORY * sizeof(REAL));
-  memcpy(K(s, END_STAGE), K(s, 0), N * sizeof(REAL));
-}
-
-/* The discrete adjoint of a step (replay/adjoint_discrete.py). */
-static void psn_replay(Sweep *s, int64_t n) {
-  double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
-  const REAL *start = n ? s->ends + (n - 1) * N : s->u0;
-  REAL *k = s->memory, *bars = BARS_OF(s), *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
-  REAL *bar = s->start_bar;
-  int known = s->shared ? END_STAGE : -1;
-  int64_t inside = psn_count_inside(s, n);
-  int count = inside ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES;
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  memcpy(u, start, N * sizeof(REAL));
-  for (int i = 0; i < count; i++) {
-    REAL *g = STAGE_OF(s, i);
-    if (i == known) continue;
-    combine(i, (REAL)h, u, k, g);
-    field(times[i], g, s->packed, k + i * ROW, g + 2 * ROW);
-  }
-  s->evaluations += count - s->shared;
-  s->replayed++;
-  memcpy(sum, bar, N * sizeof(REAL));
-  psn_pull_outputs(s, inside, count, h, sum);
-  s->shared = psn_is_joined(s, n);
-  double t_bar = 0, h_bar = 0;
-  for (int i = count - 1; i >= 0; i--) {
-    REAL *g = STAGE_OF(s, i), *k_bar = g + ROW;
-    combine_bars(i, count, (REAL)h, bar, bars, k_bar);
-    if (i == known)
-      for (int e = 0; e < N; e++) k_bar[e] += SHARED_BAR(s)[e];
-    if (s->shared && i == 0) {
-      memset(bars, 0, N * sizeof(REAL));
-      psn_share(s);
-      break;
-    }
-    REAL time[LANES] = {0};
-    pull(times[i], g, s->packed, k + i * ROW, g + 2 * ROW, k_bar, bars + i * ROW, time,
-         s->packed_bar, SCRATCH(s));
-    if (s->t_bar) {
-      double along = 0;
-      for (int e = 0; e < N; e++) along += (double)k_bar[e] * k[i * ROW + e];
-      h_bar += along / h + NODES[i] * time[0];
-      t_bar += time[0];
-    }
-  }
-  for (int i = 0; i < count; i++)
-    for (int e = 0; e < N; e++) sum[e] += bars[i * ROW + e];
-  memcpy(bar, sum, N * sizeof(REAL));
-  if (s->t_bar) s->t_bar[n] = t_bar, s->h_bar[n] = h_bar;
 }

@@ -1,0 +1,67 @@
+"""Rosenbrock methods in native code: which solves have one, and the code of a field with one."""
+
+from __future__ import annotations
+
+from pysciml_node.replay.stages import Method
+from pysciml_node.torch_engine.native.emit import Emitter
+from pysciml_node.torch_engine.native.emit_rosenbrock import emit_rosenbrock
+from pysciml_node.torch_engine.native.library import Written, memory_of, size_of, source
+from pysciml_node.torch_engine.native.text import padded
+from pysciml_node.translation.program import Program
+
+LARGEST = 100
+"""Entries of a state up to which it is ahead of torch, whatever the field: docs/stiff.md."""
+
+
+def write_rosenbrock(program: Program, pulled: Program | None, method: Method) -> Written:
+    """The code of a field for a Rosenbrock method.
+
+    Args:
+        program: the field.
+        pulled: the field's pullback, for gradients; `None` for the loop alone.
+        method: the method.
+    """
+    emitter, size = Emitter(program), size_of(program)
+    emitted = emitter.emit(state_alone=True)
+    march, sweep = memory_of(method, size, emitter)
+    row = padded(size)
+    linear = 2 * padded(size * size) + 4 * row
+    text = [emit_rosenbrock(method, size), emitted.source]
+    loop = ["steps.h", "solve.h", "rosenbrock.h"]
+    parameters = list(zip(program.parameters, emitted.offsets, program.pulled, strict=True))
+    packed, cost = emitted.packed, (size + 1) * emitted.cost + size**3 // 3
+    if pulled is None:
+        text += ["#define pack_all pack", *map(source, loop)]
+        sweep = 0
+    else:
+        second = Emitter(pulled, suffix="_pulled")
+        more = second.emit()
+        point = padded(2 * size + 1)
+        sweep += 2 * method.stages * row + linear
+        sweep += 4 * point + padded(second.work.size) + padded(second.bars.size)
+        text += [more.source, _both(len(parameters), point)]
+        text += map(source, [*loop, "sweep.h", "rosenbrock_sweep.h"])
+        offsets = [packed + offset for offset in more.offsets]
+        parameters += zip(pulled.parameters, offsets, pulled.pulled, strict=True)
+        packed += more.packed
+    return Written(
+        "\n".join(text), size, cost, method.stages, packed,
+        march + padded(emitter.bars.size) + linear, sweep, parameters,
+    )  # fmt: skip
+
+
+def _both(parameters: int, point: int) -> str:
+    """The packing of the parameters of both programs, one after the other."""
+    return f"""
+enum {{ ALL_PACKED = PACKED + PACKED_pulled, POINT_ROW = {point} }};
+
+static void pack_all(const REAL *const *tensors, REAL *P) {{
+  pack(tensors, P);
+  pack_pulled(tensors + {parameters}, P + PACKED);
+}}
+
+static void unpack_all(const REAL *P, REAL *D, REAL *z) {{
+  unpack(P, D, z);
+  unpack_pulled(P + PACKED, D + PACKED, z);
+}}
+"""

@@ -1,0 +1,120 @@
+/* The discrete adjoint (replay/adjoint_discrete.py): accepted steps replayed backward. */
+typedef struct {
+  double t0, t1, seconds;
+  int64_t mark_count;
+  const double *marks;
+  const REAL *u0, *ends, *packed;
+  const double *steps, *places;
+  /* Cotangents that arrive; 0 where there is none. */
+  const REAL *saved_bar, *ends_bar, *last_bar;
+  /* Cotangents that leave: of u0, of the packed parameters; and of each step's start and size and
+     each saved time's place in its step, or 0. */
+  REAL *start_bar, *packed_bar;
+  double *t_bar, *h_bar, *theta_bar;
+  REAL *memory;
+  int64_t n, count, q, started, live, shared, evaluations, replayed, status;
+} Sweep;
+
+#define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
+#define BARS_OF(s) (s->memory + ALL_STAGES * ROW)
+#define SHARED_BAR(s) (s->memory + (2 * ALL_STAGES + 2) * ROW)
+#define SCRATCH(s) (s->memory + (2 * ALL_STAGES + 3) * ROW)
+#define STAGE_OF(s, i) (SCRATCH(s) + BARS + (i) * STAGE_MEMORY)
+
+/* Whether a saved time lies inside a step, and a cotangent arrives at it. */
+static int psn_is_inside(const Sweep *s, int64_t saved, int64_t n) {
+  return s->saved_bar && saved >= 0 && s->places[2 * saved] == n && !isnan(s->places[2 * saved + 1]);
+}
+
+/* Whether a saved time is that of a state, and a cotangent arrives at it. */
+static int psn_is_at(const Sweep *s, int64_t saved, int64_t state) {
+  return s->saved_bar && saved >= 0 && s->places[2 * saved] == state &&
+         isnan(s->places[2 * saved + 1]);
+}
+
+/* Saved times inside a step at which cotangents arrive. */
+static int64_t psn_count_inside(const Sweep *s, int64_t n) {
+  int64_t inside = 0;
+  while (psn_is_inside(s, s->q - inside, n)) inside++;
+  return inside;
+}
+
+/* What dense outputs add to the cotangents of `count` stages, over h, and to that of the start. */
+static void psn_pull_outputs(Sweep *s, int64_t inside, int count, double h, REAL *sum) {
+  const REAL *k = s->memory;
+  for (int i = 0; i < count; i++) memset(STAGE_OF(s, i) + ROW, 0, N * sizeof(REAL));
+  for (int64_t m = s->q; m > s->q - inside; m--) {
+    const REAL *v = s->saved_bar + m * N;
+    REAL weights[ALL_STAGES];
+    psn_dense_weights(s->places[2 * m + 1], 0, weights);
+    for (int i = 0; i < count; i++) {
+      REAL *into = STAGE_OF(s, i) + ROW;
+      for (int e = 0; e < N; e++) into[e] += weights[i] * v[e];
+    }
+    for (int e = 0; e < N; e++) sum[e] += v[e];
+    if (s->t_bar) {
+      psn_dense_weights(s->places[2 * m + 1], 1, weights);
+      double along = 0;
+      for (int e = 0; e < N; e++) {
+        REAL total = 0;
+        for (int i = 0; i < count; i++) total += weights[i] * k[i * ROW + e];
+        along += (double)v[e] * ((REAL)h * total);
+      }
+      s->theta_bar[m] = along;
+    }
+  }
+  s->q -= inside;
+}
+
+/* The method's: pull the cotangent of a step's end, in start_bar, back to its start. */
+static void psn_replay(Sweep *s, int64_t n);
+
+static void psn_arrive(Sweep *s, int64_t state) {
+  REAL *bar = s->start_bar;
+  if (s->ends_bar && state) {
+    const REAL *row = s->ends_bar + (state - 1) * N;
+    for (int e = 0; e < N; e++) {
+      bar[e] += row[e];
+      s->live |= row[e] != 0;
+    }
+  }
+  if (s->last_bar && state == s->count) {
+    for (int e = 0; e < N; e++) bar[e] += s->last_bar[e];
+    s->live = 1;
+  }
+  while (psn_is_at(s, s->q, state)) {
+    for (int e = 0; e < N; e++) bar[e] += s->saved_bar[s->q * N + e];
+    s->live = 1;
+    s->q--;
+  }
+}
+
+/* Go back through the steps, to the first or for a while. */
+static int64_t psn_sweep(Sweep *s) {
+  double until = psn_seconds() + s->seconds;
+  for (int64_t turn = 1; s->n > 0; turn++) {
+    if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
+    psn_arrive(s, s->n);
+    int64_t n = --s->n;
+    if (s->live || psn_is_inside(s, s->q, n)) {
+      s->live = 1;
+      psn_replay(s, n);
+    } else if (s->t_bar)
+      s->t_bar[n] = s->h_bar[n] = 0;
+  }
+  psn_arrive(s, 0);
+  return SUCCESS;
+}
+
+/* What Python calls. At the end the cotangents of the packed parameters become those of the
+   parameters. */
+int64_t sweep(Sweep *s) {
+  if (!s->started) {
+    memset(s->start_bar, 0, N * sizeof(REAL));
+    memset(s->packed_bar, 0, ALL_PACKED * sizeof(REAL));
+    s->started = 1;
+  }
+  s->status = psn_sweep(s);
+  if (s->status == SUCCESS) unpack_all(s->packed, s->packed_bar, SCRATCH(s));
+  return s->status;
+}
