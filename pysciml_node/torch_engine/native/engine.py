@@ -25,6 +25,7 @@ from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
 from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.problems.state import moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Solution
@@ -110,15 +111,22 @@ def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
         )
 
 
-def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor], Surroundings]:
+def prepare(
+    problem: ODEProblem, method: Method, saveat: Tensor | None
+) -> tuple[Library, list[Tensor], Surroundings]:
     """The native code of a field with a method, the tensors that it reads, and its surroundings.
+
+    Args:
+        problem: gives the field.
+        method: the method.
+        saveat: saved times that may receive gradients.
 
     Raises:
         CompileError: the field cannot be translated, or there is no compiler.
     """
     try:
         translated = translate(problem.f, problem.spec, problem.p)
-        library, tensors = _library(problem, translated, method)
+        library, tensors = _library(problem, translated, method, saveat)
     except UnsupportedModule as error:
         raise no_code(error) from error
     seen = surroundings_of(problem.f, problem.p, translated.snapshot)
@@ -126,14 +134,15 @@ def prepare(problem: ODEProblem, method: Method) -> tuple[Library, list[Tensor],
 
 
 def _library(
-    problem: ODEProblem, translated: TranslatedModule, method: Method
+    problem: ODEProblem, translated: TranslatedModule, method: Method, saveat: Tensor | None
 ) -> tuple[Library, list[Tensor]]:
     """The code of a translated field with a method, and the tensors that it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
     if not isinstance(method.tableau, RosenbrockTableau):
         library = library_of(json, method, dtype, lambda: write_explicit(program, method))
         return library, translated.parameters
-    if not torch.is_grad_enabled():
+    sources = (*tensors_of(problem.u0), *problem.tspan, saveat, *translated.parameters)
+    if not (torch.is_grad_enabled() and any(map(moves, sources))):
         library = library_of(json, method, dtype, lambda: write_rosenbrock(program, None, method))
         return library, translated.parameters
     pulled = pulled_program(problem, translated)
@@ -232,7 +241,7 @@ class NativeSolve(FlownSolve):
         (tableau,) = algorithm.tableaus
         method = Method.of(tableau, spec.dtype, spec.device)
         self.error_order = tableau.error_order
-        self.library, self.parameters, seen = prepare(problem, method)
+        self.library, self.parameters, seen = prepare(problem, method, options.saveat_tensor)
         super().__init__(problem, algorithm, options, engine, seen)
 
     def fly(self, u0: Tensor) -> tuple[Flight, States]:
