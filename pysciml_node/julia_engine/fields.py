@@ -185,7 +185,7 @@ class ProgramField(FieldInJulia):
         pairs = zip(translated.parameters, translated.program.pulled, strict=True)
         wanted = [x.requires_grad and pulled for x, pulled in pairs]
         super().__init__(handle, translated.parameters, wanted, problem.spec)
-        self.surroundings = surroundings_of(problem.f, problem.p, translated.snapshot)
+        self.surroundings = surroundings_of(problem.f, problem.p, translated.snapshot)()
 
     def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""

@@ -182,6 +182,42 @@ def _outside(
     return device, Surrounding.now(device), check
 
 
+def _nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
+    """Whether torch is in none of the modes that this module is about, as at most solves."""
+    c, single = torch._C, problem.problem if isinstance(problem, EnsembleProblem) else problem
+    return not (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(single.spec.device.type)
+        or forward_ad._current_level >= 0
+        or c._are_functorch_transforms_active()
+        or c._len_torch_function_stack()
+        or c._len_torch_dispatch_stack()
+        or c._get_tracing_state() is not None
+        or _made_in_inference(problem)
+    )
+
+
+_INPUTS = ("u0", "tspan", "p")
+_NUMBERS = frozenset((float, type(None)))
+
+
+def _tensors_in(value: Any) -> tuple[Tensor, ...]:
+    """The tensors of an input of a problem."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if value is None or (type(value) is tuple and _NUMBERS.issuperset(map(type, value))):
+        return ()
+    return tuple(tensors_of(value))
+
+
+def _made_in_inference(problem: Any) -> bool:
+    for name in _INPUTS:
+        for x in _tensors_in(getattr(problem, name, None)):
+            if x.is_inference():
+                return True
+    return isinstance(problem, EnsembleProblem) and _made_in_inference(problem.problem)
+
+
 @contextmanager
 def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
     """The problem as it can be solved, in ordinary modes for the duration.
@@ -206,6 +242,8 @@ def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -
         problem: as it was given.
         forward_mode: whether derivatives in forward mode can pass through.
     """
+    if _nothing_is_special(problem):
+        return solve(problem)
     device, surrounding, check = _outside(problem, forward_mode)
     if surrounding is None and not torch.is_inference_mode_enabled():
         return solve(_in_modes(problem, None, check))
@@ -216,11 +254,9 @@ def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -
 def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) -> P:
     given: Any = problem
     changes: dict[str, Any] = {}
-    for name in ("u0", "tspan", "p"):
+    for name in _INPUTS:
         value = getattr(given, name, None)
-        if value is None:
-            continue
-        tensors = (value,) if isinstance(value, Tensor) else tuple(tensors_of(value))
+        tensors = _tensors_in(value)
         if any(map(Tensor.is_inference, tensors)):
             changes[name] = map_tensors(Tensor.clone, value)
         if check is not None:

@@ -20,6 +20,7 @@ from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.problems.state import map_tensors, refuse_batched
 from pysciml_node.solutions.elsewhere import ELSEWHERE, NoTensor
 from pysciml_node.solutions.jump import Jump
+from pysciml_node.solutions.parts import InParts
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Trajectory(Protocol):
 
 
 @dataclass(repr=False, eq=False)
-class Solution(NoTensor):
+class Solution(NoTensor, InParts):
     """The result of `solve`.
 
     Attributes:
@@ -363,7 +364,9 @@ class Solution(NoTensor):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Answer names of other packages with those of this one."""
+            """Make a part that is not there yet; answer names of other packages with ours."""
+            if self._is_later(name):
+                return self._made(name)
             known = (x for x in (*self.__dataclass_fields__, *dir(type(self))) if x[0] != "_")
             meant = ELSEWHERE.get(name) or (
                 not name.startswith("_") and checks.nearest(name, known)

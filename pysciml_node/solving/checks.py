@@ -38,7 +38,7 @@ from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import moves
+from pysciml_node.problems.state import StateSpec, moves
 from pysciml_node.solving.tolerances import check_both_zero, check_tolerance
 
 T = TypeVar("T")
@@ -133,10 +133,12 @@ def check_algorithm(problem: Problem, algorithm: Algorithm | None) -> Algorithm:
     return chosen
 
 
-_KNOWN: OrderedDict[Any, SolveOptions] = OrderedDict()
-"""Options that have been checked, by what was given and for which problem."""
+_KNOWN: OrderedDict[Any, tuple[SolveOptions, StateSpec]] = OrderedDict()
+"""Options that have been checked, by what was given and for which problem: see `_key`."""
 
 _MOST_KNOWN = 256
+
+_FLOAT = frozenset((float,))
 
 _PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
 """Kinds of values that options may be found by; those of controllers and adjoints join them."""
@@ -155,21 +157,22 @@ def _key(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> Any:
     """What options depend on; `None` where they hold more than numbers and words."""
     if type(problem) is not ODEProblem:
         return None
-    values = list(given.values())
-    for i, value in enumerate(values):
-        if type(value) is list or type(value) is tuple:
-            if value and not all(type(x) is float for x in value):
-                return None
-            values[i] = ()
-            values += (len(value), *value)
+    for name in ("saveat", "tstops"):
+        times = given[name]
+        if times is None or (type(times) is tuple and not times):
+            continue
+        if type(times) not in (list, tuple) or not _FLOAT.issuperset(map(type, times)):
+            return None
+        given = {**given, name: (len(times), *times)}
     # 1 and True are equal, and only one of them is a number of steps.
+    values = tuple(given.values())
     kinds = tuple(map(type, values))
     if not _are_plain(kinds):
         return None
-    return (problem.spec, problem.t0, problem.t1, type(algorithm), algorithm, kinds, *values)
+    return (kinds, id(problem.spec), problem.t0, problem.t1, type(algorithm), algorithm, values)
 
 
-def check_options(problem: Problem, algorithm: Algorithm, **given: Any) -> SolveOptions:
+def check_options(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> SolveOptions:
     """The options of a solve, as they were given to it; checked once for equal ones.
 
     Raises:
@@ -182,13 +185,14 @@ def check_options(problem: Problem, algorithm: Algorithm, **given: Any) -> Solve
     except TypeError:  # one of them has no hash
         key = known = None
     if known is None:
-        known = _options(problem, algorithm, **given)
+        # The structure is kept, so that its identity is not given out again.
+        known = _options(problem, algorithm, **given), problem.spec
         if key is not None:
             _KNOWN[key] = known
             while len(_KNOWN) > _MOST_KNOWN:
                 with contextlib.suppress(KeyError):
                     _KNOWN.popitem(last=False)
-    return known
+    return known[0]
 
 
 def _options(

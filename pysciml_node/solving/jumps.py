@@ -50,6 +50,9 @@ def run(engine: Engine, problem: Problem, algorithm: Algorithm, options: SolveOp
         ValueError: times of events outside of the interval, or a terminal event at its start.
     """
 
+    if not options.events:
+        return engine.solve(problem, algorithm, options)
+
     def piece(problem: Problem, options: SolveOptions) -> Solution:
         solution = engine.solve(problem, algorithm, options)
         if solution.event is not None:

@@ -185,7 +185,7 @@ def solve(
         raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
     problem = check_problem(problem)
     algorithm = check_algorithm(problem, algorithm)
-    options = check_options(problem, algorithm, **given)
+    options = check_options(problem, algorithm, given)
     options = dataclasses.replace(options, seed=_seed(generator)) if _random(problem) else options
     chosen, options = engines.choose(engine, problem, algorithm, options)
     begun = time.perf_counter()

@@ -20,7 +20,7 @@ class Ending(NamedTuple):
     """How a solve has ended, and the states that its solution holds."""
 
     retcode: ReturnCode
-    times: Sequence[float] | Tensor  # (n + 1,), of the accepted steps
+    times: Sequence[float]  # (n + 1,), of the accepted steps
     u1: Tensor  # (N,), the last state
     saved: Tensor  # (saved, N), those at `saveat`
     event: int | None = None  # which one has stopped it
@@ -86,15 +86,7 @@ class Solve(ABC):
     def finish(self, ending: Ending, trajectory: Trajectory) -> Solution:
         """The solution, once the solve has run."""
         problem, options, spec = self.problem, self.options, self.problem.spec
-        reached = ending.saved.shape[0]
-        if options.saveat_tensor is not None:
-            t = options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
-        elif options.saveat is not None:
-            t = problem.time_tensor(list(options.saveat[:reached]))
-        elif isinstance(ending.times, Tensor):
-            t = ending.times.to(spec.device, spec.real_dtype)
-        else:
-            t = problem.time_tensor(list(ending.times))
+        t = self.times(ending.saved.shape[0], ending.times)
         return Solution(
             problem=problem,
             algorithm=self.algorithm,
@@ -107,6 +99,19 @@ class Solve(ABC):
             saved=None if options.saveat is None else spec.unflatten(ending.saved),
             event=ending.event,
         )
+
+    def times(self, reached: int, ends: Sequence[float]) -> Tensor:
+        """The times of the states that a solution holds.
+
+        Args:
+            reached: how many of those that were asked for.
+            ends: of the accepted steps, where none were.
+        """
+        problem, options, spec = self.problem, self.options, self.problem.spec
+        if options.saveat_tensor is not None:
+            return options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
+        saved = ends if options.saveat is None else options.saveat[:reached]
+        return problem.time_tensor(list(saved))
 
     def refuse_transforms(self) -> None:
         """Transforms of `torch.func` do not go through a node of the graph.

@@ -60,15 +60,24 @@ class Surroundings:
         kept.roots, kept._places, kept._modules = {}, self._places[1:], self._modules[1:]
         return kept
 
-    def again(self, f: nn.Module) -> Surroundings:
-        """The surroundings of a later solve with a module, in which nothing else has changed."""
+    def versions(self) -> list[int | None]:
+        """How often each tensor has been changed in place up to now."""
+        return _versions(self.tensors)
+
+    def again(self, f: nn.Module, versions: list[int | None]) -> Surroundings:
+        """The surroundings of a later solve with a module, in which nothing else had changed.
+
+        Args:
+            f: the module.
+            versions: as they were when that solve began.
+        """
         later = Surroundings.__new__(Surroundings)
         later.__dict__.update(self.__dict__)
         later.roots = {"f": f, "p": None}
         later._places = [Names(later.roots, later.roots.copy(), ""), *self._places]
         later._modules = [("f", f), *self._modules]
         later._written = self._written.copy()
-        later._versions = _versions(self.tensors)
+        later._versions = versions
         later._lent = True
         return later
 

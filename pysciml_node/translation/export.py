@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
 
 
-@dataclass(frozen=True)
-class TranslatedModule:
+class TranslatedModule(NamedTuple):
     """A module as other engines evaluate it.
 
     Attributes:
@@ -44,6 +43,8 @@ class TranslatedModule:
         snapshot: what was seen of the module just now.
         sources: of each parameter the number of its tensor, the module's before those of `p`; the
             tensor itself for a constant.
+        contents: numbers of the snapshot's tensors whose entries are part of the program, with
+            those entries.
     """
 
     json: str
@@ -51,6 +52,11 @@ class TranslatedModule:
     program: Program
     snapshot: Snapshot
     sources: tuple[int | Tensor, ...]
+    contents: tuple[tuple[int, Tensor], ...]
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether the program is that of the module with other tensors in its places."""
+        return not self.contents or all(torch.equal(tensors[i], x) for i, x in self.contents)
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def translate(
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    tensors, structure = _leaves(p)
+    tensors, structure = ([], None) if p is None else _leaves(p)
     kind = (spec, structure)
     with _lock:
         outcomes = kept(module)
@@ -256,7 +262,9 @@ def translate(
         raise UnsupportedModule(f"{label(module)} changes Python's objects, or prints.")
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
-    return TranslatedModule(result.json, parameters, result.program, now, result.sources)
+    return TranslatedModule(
+        result.json, parameters, result.program, now, result.sources, outcome.contents
+    )
 
 
 def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outcome | None:

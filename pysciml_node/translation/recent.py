@@ -37,14 +37,20 @@ class Recent(Generic[K, V]):
         """An entry, which counts as used last from now on; `None` where there is none."""
         entry = self._entries.get(key)
         if entry is not None:
-            self._entries.move_to_end(key)
+            self._touch(key)
         return entry
 
     def __setitem__(self, key: K, value: V) -> None:
         self._entries[key] = value
-        self._entries.move_to_end(key)
+        self._touch(key)
         if len(self._entries) > self._size:
             self._entries.popitem(last=False)
+
+    def _touch(self, key: K) -> None:
+        try:
+            self._entries.move_to_end(key)
+        except KeyError:
+            return  # another thread has taken it out
 
     def pop(self, key: K) -> V | None:
         """Take an entry out; `None` where there is none."""

@@ -14,8 +14,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,22 +81,34 @@ def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[],
         return lambda: x
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """Everything that a callable can reach.
 
     Attributes:
-        tokens: structure and plain values, in the order of the walk. For a tensor they hold dtype,
-            shape and device, and not its numbers.
-        tensors: the distinct tensors, in that order: equal tokens mean the same places.
-        sealed: whether there are objects of other libraries, whose inside is not looked at.
-        fickle: what code does that may come out differently at each solve, in words.
+        watch: the places that were looked at.
+        tensors: the distinct tensors, in the order of the walk: equal tokens mean the same places.
     """
 
-    tokens: list[Any]
+    watch: Watch
     tensors: list[Tensor]
-    sealed: bool = False
-    fickle: str | None = None
+
+    @property
+    def tokens(self) -> list[Any]:
+        """Structure and plain values, in the order of the walk.
+
+        For a tensor they hold dtype, shape and device, and not its numbers.
+        """
+        return self.watch.tokens
+
+    @property
+    def sealed(self) -> bool:
+        """Whether there are objects of other libraries, whose inside is not looked at."""
+        return self.watch.sealed
+
+    @property
+    def fickle(self) -> str | None:
+        """What code does that may come out differently at each solve, in words."""
+        return self.watch.fickle
 
     @staticmethod
     def of(f: Any) -> Snapshot:
@@ -109,7 +120,7 @@ class Snapshot:
         if known is not None and known.owner() is f and known.kind is type(f):
             tensors = known.tensors()
             if tensors is not None:
-                return Snapshot(known.tokens, tensors, known.sealed, known.fickle)
+                return Snapshot(known, tensors)
         walk = _Walk(reference(f, functools.partial(_forget, id(f))))
         walk.add(f)
         for name in _GLOBAL_HOOKS:
@@ -117,7 +128,7 @@ class Snapshot:
         walk.add(torch.get_default_dtype())
         walk.finish()
         _watched[id(f)] = walk.watch
-        return Snapshot(walk.watch.tokens, walk.tensors, walk.watch.sealed, walk.watch.fickle)
+        return Snapshot(walk.watch, walk.tensors)
 
     def changes(self, later: Snapshot) -> frozenset[int]:
         """Places at which a later snapshot differs, if both have the same structure.

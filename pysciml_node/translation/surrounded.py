@@ -14,38 +14,51 @@ from torch import Tensor, nn
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
+from pysciml_node.translation.watch import Watch
 
 # Entries of a tensor that is kept although the field may hold another one by now.
 _SMALL = 1024
 
 
 @dataclass(frozen=True)
-class _Walked:
+class Walked:
     """The surroundings of a module as a snapshot has seen them.
 
     Attributes:
         owner: gives the module.
-        tokens: of the snapshot; a second look that finds nothing new gives the same list.
+        watch: of the snapshot; a second look that finds nothing new has the same.
         tensors: of the snapshot.
         surroundings: without the module itself.
     """
 
     owner: Callable[[], Any]
-    tokens: list[Any]
+    watch: Watch
     tensors: list[Tensor]
     surroundings: Surroundings
 
     def holds(self, f: Any, now: Snapshot) -> bool:
-        """Whether a module and all that it reaches are what they were."""
-        return (
-            self.owner() is f
-            and self.tokens is now.tokens
-            and len(self.tensors) == len(now.tensors)
-            and all(map(is_, self.tensors, now.tensors))
-        )
+        """Whether a module and all that it reaches are what they were, numbers aside."""
+        return self.owner() is f and self.watch is now.watch and self._are_same(now.tensors)
+
+    def stands(self, f: Any) -> bool:
+        """The same, by another look."""
+        if self.owner() is not f:
+            return False
+        tensors = self.watch.tensors()
+        return tensors is not None and self._are_same(tensors)
+
+    def _are_same(self, tensors: list[Tensor]) -> bool:
+        return len(self.tensors) == len(tensors) and all(map(is_, self.tensors, tensors))
+
+    def see(self, f: Any) -> Callable[[], Surroundings]:
+        """A function that gives the surroundings of a solve that begins now.
+
+        It puts them together when it is called, which most solves do not come to.
+        """
+        return functools.partial(self.surroundings.again, f, self.surroundings.versions())
 
 
-_known: Recent[int, _Walked] = Recent(64)
+_known: Recent[int, Walked] = Recent(64)
 _lock = threading.RLock()
 
 
@@ -55,24 +68,39 @@ def _forget(key: int, gone: object) -> None:
         _known.pop(key)
 
 
-def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Surroundings:
-    """The surroundings of a field for a solve that begins now.
+def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[], Surroundings]:
+    """A function that gives the surroundings of a field for a solve that begins now.
 
     Args:
         f: the field.
         p: its extra argument.
         now: what was seen of the field just now.
     """
-    if not isinstance(f, nn.Module) or p is not None or now.sealed:
-        return Surroundings({"f": f, "p": p})
-    with _lock:
-        known = _known.get(id(f))
-        if known is not None and known.holds(f, now):
-            return known.surroundings.again(f)
+    known = walked_of(f, p, now)
+    if known is not None:
+        return known.see(f)
     seen = Surroundings({"f": f, "p": p})
     # Large tensors that come and go, and graphs, are not kept beyond their time.
-    if all(isinstance(x, nn.Parameter) or (x.is_leaf and x.numel() <= _SMALL) for x in now.tensors):
+    if _is_whole(f, p, now) and all(map(_lasts, now.tensors)):
         owner = reference(f, functools.partial(_forget, id(f)))
         with _lock:
-            _known[id(f)] = _Walked(owner, now.tokens, now.tensors, seen.lasting())
-    return seen
+            _known[id(f)] = Walked(owner, now.watch, now.tensors, seen.lasting())
+    return lambda: seen
+
+
+def walked_of(f: Any, p: Any, now: Snapshot) -> Walked | None:
+    """What is kept of a field's surroundings, where nothing has changed in them."""
+    if not _is_whole(f, p, now):
+        return None
+    with _lock:
+        known = _known.get(id(f))
+    return known if known is not None and known.holds(f, now) else None
+
+
+def _lasts(x: Tensor) -> bool:
+    return isinstance(x, nn.Parameter) or (x.is_leaf and x.numel() <= _SMALL)
+
+
+def _is_whole(f: Any, p: Any, now: Snapshot) -> bool:
+    """Whether all that a field depends on is in a module, and can be looked at."""
+    return isinstance(f, nn.Module) and p is None and not now.sealed

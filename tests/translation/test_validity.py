@@ -20,6 +20,7 @@ from pysciml_node.translation import export
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot
+from pysciml_node.translation.surrounded import surroundings_of, walked_of
 
 D = torch.float64
 U = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=D)
@@ -130,6 +131,25 @@ def test_a_change_between_two_solves_is_seen(field, name):
     after = field(T, U)
     assert name == "nothing" or not torch.allclose(before, after) or "dropout" in name
     torch.testing.assert_close(run(field), after, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_walked_stands_only_for_the_same_program(field, name):
+    translated = translate(field, StateSpec.of(U))
+    surroundings_of(field, None, translated.snapshot)
+    walked = walked_of(field, None, translated.snapshot)
+    assert walked is not None
+
+    def stands() -> bool:
+        return walked.stands(field) and translated.holds(walked.tensors)
+
+    assert stands()
+    CHANGES[name](field)
+    assert stands() or name != "nothing"
+    if stands():
+        p = torch.cat([T.new_empty(0), *(x.reshape(-1).to(U) for x in translated.parameters)])
+        (found,) = translated.program.evaluate(T, [U], p)
+        torch.testing.assert_close(found, field(T, U), rtol=1e-13, atol=1e-13)
 
 
 def test_what_depends_on_chance_after_a_change_is_refused(field):

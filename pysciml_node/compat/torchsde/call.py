@@ -304,7 +304,7 @@ def _solve(
         "generator": None,
         "saveat": call.times,
     }
-    options = check_options(problem, algorithm, **(usual | given))
+    options = check_options(problem, algorithm, usual | given)
     options = dataclasses.replace(options, seed=0)
     levy = call.method == "log_ode"
     parts = GivenParts(call.path, call.begin(begin), levy, call.shortest, call.reversing)

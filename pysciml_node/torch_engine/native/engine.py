@@ -12,155 +12,33 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.algorithms.adjoints import DiscreteAdjoint
-from pysciml_node.algorithms.controllers import (
-    FixedStep,
-    IController,
-    PIController,
-    PIDController,
-)
-from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
-from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
-from pysciml_node.problems.modes import InModes
+from pysciml_node.errors import CompileError, PsnWarning
 from pysciml_node.problems.ode import ODEProblem, Time
-from pysciml_node.problems.state import moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
-from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.field import FlatField
-from pysciml_node.steps.finish import Ending, Solve
+from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
-from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.end_times import complete_times
-from pysciml_node.torch_engine.native.library import (
-    REALS,
-    Library,
-    library_of,
-    write_explicit,
-)
-from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.rosenbrock import LARGEST, write_rosenbrock
+from pysciml_node.torch_engine.native.prepared import See, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
     Swept,
-    departure_of,
     fly,
     sweep_back,
 )
-from pysciml_node.translation.export import TranslatedModule, translate
-from pysciml_node.translation.surrounded import surroundings_of
 
 S = TypeVar("S")
-_CONTROLS = (PIController, IController, PIDController, FixedStep)
-
-
-def refusal(what: str, remedy: str = "compile=False") -> CompileError:
-    """The error for something that native code does not have."""
-    return CompileError(f"native code does not have {what}.\n  Solve with {remedy}.")
-
-
-def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
-    """Refuse what cannot be native whatever the field is, by name.
-
-    Raises:
-        CompileError: as said.
-    """
-    spec = problem.spec
-    if not isinstance(algorithm, ExplicitRungeKutta):
-        _check_implicit(problem, algorithm)
-    if spec.device.type != "cpu":
-        raise refusal(f"states on {spec.device}")
-    if spec.dtype not in REALS:
-        raise refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
-    if options.events:
-        raise refusal("events")
-    if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
-        name = type(options.adjoint).__name__
-        raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
-    if type(options.controller) not in _CONTROLS:
-        raise refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
-    if torch._C._are_functorch_transforms_active():
-        raise refusal("transforms of torch.func")
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise refusal("forward-mode derivatives")
-    inner = problem.f.inner if isinstance(problem.f, DerivedField) else problem.f
-    if isinstance(inner, InModes):
-        raise refusal("autocast" if inner.autocast else "a default device")
-
-
-def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
-    """Refuse what is neither explicit nor a Rosenbrock method, and what is not for one."""
-    if not isinstance(getattr(algorithm, "tableau", None), RosenbrockTableau):
-        raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
-    for what in ("mass_matrix", "jac", "jac_sparsity"):
-        if getattr(problem, what) is not None:
-            raise refusal(what)
-    size = sum(problem.spec.sizes)
-    if size > LARGEST:
-        raise refusal(
-            f"{algorithm!r} for more than {LARGEST} entries of a state, and u0 has {size}"
-        )
-
-
-def prepare(
-    problem: ODEProblem, method: Method, saveat: Tensor | None
-) -> tuple[Library, list[Tensor], Surroundings]:
-    """The native code of a field with a method, the tensors that it reads, and its surroundings.
-
-    Args:
-        problem: gives the field.
-        method: the method.
-        saveat: saved times that may receive gradients.
-
-    Raises:
-        CompileError: the field cannot be translated, or there is no compiler.
-    """
-    try:
-        translated = translate(problem.f, problem.spec, problem.p)
-        library, tensors = _library(problem, translated, method, saveat)
-    except UnsupportedModule as error:
-        raise no_code(error) from error
-    seen = surroundings_of(problem.f, problem.p, translated.snapshot)
-    return library, tensors, seen
-
-
-def _library(
-    problem: ODEProblem, translated: TranslatedModule, method: Method, saveat: Tensor | None
-) -> tuple[Library, list[Tensor]]:
-    """The code of a translated field with a method, and the tensors that it reads."""
-    json, program, dtype = translated.json, translated.program, problem.spec.dtype
-    if not isinstance(method.tableau, RosenbrockTableau):
-        library = library_of(json, method, dtype, lambda: write_explicit(program, method))
-        return library, translated.parameters
-    sources = (*tensors_of(problem.u0), *problem.tspan, saveat, *translated.parameters)
-    if not (torch.is_grad_enabled() and any(map(moves, sources))):
-        library = library_of(json, method, dtype, lambda: write_rosenbrock(program, None, method))
-        return library, translated.parameters
-    pulled = pulled_program(problem, translated)
-    library = library_of(
-        json + pulled.json,
-        method,
-        dtype,
-        lambda: write_rosenbrock(program, pulled.program, method),
-    )
-    return library, [*translated.parameters, *pulled.parameters(translated.parameters)]
-
-
-def no_code(error: UnsupportedModule) -> CompileError:
-    """The error for a field that cannot be translated."""
-    return CompileError(
-        f"the field has no native code: {error.message}\n"
-        "  Rewrite it with operations that programs have, or solve with compile=False."
-    )
 
 
 class FlownSolve(Solve):
@@ -171,7 +49,7 @@ class FlownSolve(Solve):
         algorithm: how.
         options: of the solve.
         engine: name of the engine.
-        surroundings: the field as the solve saw it.
+        surroundings: gives the field as the solve saw it.
     """
 
     problem: ODEProblem
@@ -183,46 +61,62 @@ class FlownSolve(Solve):
         algorithm: OneStepMethod,
         options: SolveOptions,
         engine: str,
-        surroundings: Surroundings,
+        surroundings: See,
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         self.surroundings = surroundings
-        self.u0 = problem.spec.flatten(problem.u0)
+        spec = problem.spec
+        u0: Any = problem.u0
+        self.u0: Tensor = u0 if spec.keys is None else spec.flatten(u0)
 
     @abstractmethod
     def flown(self) -> tuple[Flight, States]:
         """What native code has left, with its graph."""
 
-    def _steps(self, flight: Flight, states: States) -> _Steps:
-        return _Steps(self.problem, self.options, flight, self.u0, states)
-
     @override
     def run(self) -> Outcome:
         flight, states = self.flown()
-        return Outcome(*self._steps(flight, states)(), states.saved)
+        return Outcome(*_Steps(self, flight, states)(), states.saved)
 
     @override
     def trajectory(self, outcome: Outcome) -> TorchTrajectory:
-        return self._trajectory(Kept(outcome.record, outcome.states))
+        return self.trajectory_of(Kept(outcome.record, outcome.states))
 
-    def _trajectory(self, load: _Steps | Kept) -> TorchTrajectory:
+    def trajectory_of(self, load: _Steps | Kept) -> TorchTrajectory:
+        """Dense output and local estimates of steps that are at hand, or made when needed."""
         spec = self.problem.spec
         methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
-            self.problem, methods, load, self.stats, self.options, surroundings=self.surroundings
+            self.problem,
+            methods,
+            load,
+            self.stats,
+            self.options,
+            surroundings=self.surroundings(),
         )
 
     @override
     def solution(self) -> Solution:
         flight, states = self.flown()
-        steps = self._steps(flight, states)
-        if not (self.watched or flight.finite):
+        steps = _Steps(self, flight, states)
+        if not (flight.finite or self.watched):
             return self.looked_through(Outcome(*steps(), states.saved))
         # Where nothing looks at the steps they stay as they are.
         self.stats.naccept, self.stats.nreject = flight.count, flight.nreject
-        times = () if flight.times is None else flight.times
-        ending = Ending(flight.retcode, times, states.last, states.saved)
-        return self.finish(ending, self._trajectory(steps))
+        spec, u1 = self.problem.spec, states.last
+        whole = spec.keys is None and u1.shape == spec.shapes[0]
+        parts: dict[str, Any] = {
+            "problem": self.problem,
+            "algorithm": self.algorithm,
+            "engine": self.engine,
+            "retcode": flight.retcode,
+            "stats": self.stats,
+            "u1": u1 if whole else spec.unflatten(u1),
+        }
+        if self.options.saveat is not None:
+            parts["saved"] = spec.unflatten(states.saved)
+            parts["t"] = self.times(flight.reached, ())
+        return in_parts(Solution, steps.part, **parts)
 
 
 class NativeSolve(FlownSolve):
@@ -235,22 +129,18 @@ class NativeSolve(FlownSolve):
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
-        check(problem, algorithm, options)
+        prepared, see = prepare(problem, algorithm, options)
         assert isinstance(algorithm, OneStepMethod)
-        spec = problem.spec
-        (tableau,) = algorithm.tableaus
-        method = Method.of(tableau, spec.dtype, spec.device)
-        self.error_order = tableau.error_order
-        self.library, self.parameters, seen = prepare(problem, method, options.saveat_tensor)
-        super().__init__(problem, algorithm, options, engine, seen)
+        super().__init__(problem, algorithm, options, engine, see)
+        self.library, self.departure = prepared.library, prepared.departure
+        self.parameters = prepared.parameters
 
     def fly(self, u0: Tensor) -> tuple[Flight, States]:
-        """Solve forward from a flat state, contiguous and the solve's own."""
-        options, problem, library = self.options, self.problem, self.library
+        """Solve forward from a state, contiguous and the solve's own."""
+        library, departure = self.library, self.departure
         packed = library.pack(self.parameters)
-        departure = departure_of(library, problem, options, self.error_order)
-        if options.progress:
-            with step_listener(True, problem) as on_step:
+        if self.options.progress:
+            with step_listener(True, self.problem) as on_step:
                 flight, states = fly(library, departure, u0, packed, _turns(on_step))
         else:
             flight, states = fly(library, departure, u0, packed, None)
@@ -356,7 +246,7 @@ def _time_gradients(
         theta = None if places is None else thetas[places[0]]
         times.step(n, t[n], h[n], theta)
     gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
-    states = (flight.u0, *ends.unbind())
+    states = (flight.u0.reshape(-1), *ends.unbind())
     backward = BackwardPass(record, states, saved, [None] * len(states), with_times=True)
     # Times that are saved at ends which do not move; a field that hides time is not translated.
     complete_times(gradients, problem, FlatField(problem), backward, ends=False)
@@ -371,17 +261,24 @@ def _time_gradients(
 class _Steps:
     """The steps of a solve and the states at their ends, put together when something looks."""
 
-    problem: ODEProblem
-    options: SolveOptions
+    solve: FlownSolve
     flight: Flight
-    u0: Tensor
     states: States
 
     def __call__(self) -> tuple[Record, list[Tensor]]:
         """Both."""
-        ends, last = self.states.ends, self.states.last
-        states = [self.u0, *ends[:-1].unbind(), last] if len(ends) else [self.u0]
-        return self.flight.record(self.problem, self.options), states
+        solve, ends = self.solve, self.states.ends
+        states = [solve.u0.reshape(-1)]
+        if len(ends):
+            states += [*ends[:-1].unbind(), self.states.last.reshape(-1)]
+        return self.flight.record(solve.problem, solve.options), states
+
+    def part(self, name: str) -> Any:
+        """The times of the steps, or their trajectory, for a solution."""
+        if name == "trajectory":
+            return self.solve.trajectory_of(self)
+        problem = self.solve.problem
+        return problem.time_tensor(self.flight.times(problem.t0))
 
 
 _told: set[str] = set()

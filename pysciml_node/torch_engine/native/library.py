@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from struct import Struct
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
+_LYING, _COUNTS, _SWEPT = Struct("8Pq"), Struct("5q"), Struct("14P3q")
+
+
 class SolveRequest(ctypes.Structure):
     """`Solve` of src/solve.h."""
 
@@ -43,16 +47,23 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "gamma qmin qmax"),
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks stops saves rtol atol u0 packed"),
-        *_fields(_POINTER, "ends saved final times steps places"),
+        *_fields(_POINTER, "marks stops saves rtol atol"),
+        *_fields(_POINTER, "u0 packed ends saved final steps places memory"),
         ("room", _INTEGER),
-        ("memory", _POINTER),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
-        *_fields(_INTEGER, "status started known next_stop accepted rejected"),
-        *_fields(_INTEGER, "evaluations reached finite"),
+        *_fields(_INTEGER, "status started known next_stop"),
+        *_fields(_INTEGER, "accepted rejected evaluations reached finite"),
     )
+
+    def put(self, *places: int) -> None:
+        """Set the fields from `u0` to `room`; all at once, for each takes its time."""
+        _LYING.pack_into(self, SolveRequest.u0.offset, *places)
+
+    def counts(self) -> tuple[int, ...]:
+        """The fields from `accepted` to `finite`."""
+        return _COUNTS.unpack_from(self, SolveRequest.accepted.offset)
 
 
 class SweepRequest(ctypes.Structure):
@@ -67,6 +78,10 @@ class SweepRequest(ctypes.Structure):
         *_fields(_POINTER, "t_bar h_bar theta_bar memory"),
         *_fields(_INTEGER, "n count q started live shared evaluations replayed status"),
     )
+
+    def put(self, *places: int) -> None:
+        """Set the fields from `u0` to `q`."""
+        _SWEPT.pack_into(self, SweepRequest.u0.offset, *places)
 
 
 def source(name: str) -> str:

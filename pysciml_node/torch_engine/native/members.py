@@ -24,13 +24,7 @@ from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.torch_engine.native.engine import (
-    FlownSolve,
-    attempted,
-    check,
-    no_code,
-    refusal,
-)
+from pysciml_node.torch_engine.native.engine import FlownSolve, attempted
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
     ACCEPTED,
@@ -44,6 +38,7 @@ from pysciml_node.torch_engine.native.member_run import (
     fly_members,
     sweep_members,
 )
+from pysciml_node.torch_engine.native.prepared import check, no_code, refusal
 from pysciml_node.torch_engine.native.run import RETCODES, Flight, States
 from pysciml_node.translation.export import translate
 
@@ -226,7 +221,6 @@ class NativeMembers:
             nreject=int(counts[REJECTED]),
             attempt=None,
             finite=bool(torch.isfinite(last[m]).all()),
-            times=self._times(problem, first, behind),
         )
         stats = Stats(
             **{name: int(self.count(name)[m]) for name in (*_COLUMNS, *_SWEPT)},
@@ -235,17 +229,10 @@ class NativeMembers:
         seen = copy.copy(self.surroundings)
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
-        member = _Member(problem, self.algorithm, options, self.engine, seen)
+        member = _Member(problem, self.algorithm, options, self.engine, lambda: seen)
         member.stats, member.flight = stats, flight
         member.states = States(saved[m, :reached], ends[first:behind], last[m])
         return member.solution()
-
-    def _times(self, problem: ODEProblem, first: int, behind: int) -> Tensor | None:
-        """The start and the ends of a member's steps, where no times were asked for."""
-        if self.solve.options.times is not None:
-            return None
-        ends = self.flights.steps[first:behind, 0]
-        return torch.cat((ends.new_tensor((problem.t0,)), ends))
 
     def children(self) -> list[Any]:
         """The tensors with a graph."""

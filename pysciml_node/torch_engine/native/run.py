@@ -50,7 +50,7 @@ class States(NamedTuple):
     Attributes:
         saved: at the saved times that were reached, `(saved, N)`.
         ends: at the ends of the accepted steps, `(n, N)`.
-        last: the one that it got to, `(N,)`.
+        last: the one that it got to, `(N,)` or as the initial one was given.
     """
 
     saved: Tensor
@@ -63,9 +63,10 @@ class Flight:
     """What a native solve leaves besides states.
 
     Attributes:
-        u0: flat initial state.
+        u0: initial state.
         packed: the field's parameters as it read them.
-        steps: end, size, error, and the stop or -1 of each, `(n, 4)`.
+        steps: end, size, error, and the stop or -1 of each, in the first `count` of the rows
+            `(m, 4)`.
         places: of each saved time that was reached its step and its place in it, or the state that
             it is and NaN, `(saved, 2)`.
         count: accepted steps.
@@ -76,7 +77,6 @@ class Flight:
         nreject: rejected steps.
         attempt: of a failed solve, the last attempt.
         finite: whether the last state is, and so all of them are.
-        times: the start and the ends of the steps, `(n + 1,)`; `None` where times were asked for.
     """
 
     u0: Tensor
@@ -91,11 +91,14 @@ class Flight:
     nreject: int
     attempt: Attempt | None
     finite: bool
-    times: Tensor | None
+
+    def times(self, t0: float) -> list[float]:
+        """The start and the ends of the steps."""
+        return [t0, *self.steps[: self.count, 0].tolist()]
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
-        rows = self.steps.tolist()
+        rows = self.steps[: self.count].tolist()
         record = Record(
             times=[problem.t0, *(row[0] for row in rows)],
             sizes=[row[1] for row in rows],
@@ -272,82 +275,54 @@ def fly(
     Args:
         library: the field and the method.
         departure: what to solve, and how.
-        u0: flat, detached and contiguous.
+        u0: the state, detached and contiguous.
         packed: the field's parameters.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
-    request, size, count = departure.request(), library.size, departure.save_count
-    rows = _Rows(u0, departure)
-    last, saved = u0.new_empty(size), u0.new_empty((count, size)) if count else departure.nothing
-    places = torch.empty((count, 2), dtype=torch.float64, device="cpu") if count else _NOWHERE
-    request.u0, request.packed, request.final = u0.data_ptr(), packed.data_ptr(), last.data_ptr()
-    request.saved, request.places = saved.data_ptr(), places.data_ptr()
-    attempt = None
+    request, size = departure.request(), library.size
+    room, count = departure.room, departure.save_count
+    ends, last = u0.new_empty((room, size)), torch.empty_like(u0)
+    steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
+    saved, places = departure.nothing, _NOWHERE
+    if count:
+        saved = u0.new_empty((count, size))
+        places = torch.empty((count, 2), dtype=torch.float64, device="cpu")
     memory = library.take_memory(library.march_memory)
-    request.memory = memory.data_ptr()
-    status = FULL
+    lying = (u0, packed, ends, saved, last, steps, places, memory)
+    request.put(*[x.data_ptr() for x in lying], room)
+    status = RUNNING
     while status in (RUNNING, FULL):
         if status == FULL:
-            rows.make_room(request)
+            room *= 2
+            ends, steps = _longer(ends, room), _longer(steps, room)
+            request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
         status = library.march(request)
         if on_turn is not None:
             on_turn(request.t, request.last_h, request.accepted)
+    attempt = None
     if status != SUCCESS and request.last_h:
         attempt = _last_attempt(library, request, memory)
     library.give_memory(memory)
-    accepted, reached = request.accepted, request.reached
-    rows.cut(accepted)
+    accepted, rejected, evaluations, reached, finite = request.counts()
+    # In place: a view would keep what is not needed of the room in sight.
+    ends.resize_(accepted, size)
     if reached < count:
         saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
     flight = Flight(
         u0,
         packed,
-        rows.steps,
+        steps,
         places,
         accepted,
         reached,
         departure,
         RETCODES[status],
-        request.evaluations,
-        request.rejected,
+        evaluations,
+        rejected,
         attempt,
-        bool(request.finite),
-        rows.times,
+        bool(finite),
     )
-    return flight, States(saved, rows.ends, last)
-
-
-class _Rows:
-    """Where C puts what it has of each step: see `Flight`.
-
-    Args:
-        u0: flat initial state.
-        departure: says how many steps there is room for at first, and whether times are kept.
-    """
-
-    def __init__(self, u0: Tensor, departure: Departure) -> None:
-        self.room, self.size = room, size = departure.room, departure.size
-        self.ends = u0.new_empty((room, size))
-        self.steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
-        self.times = None if departure.options.saveat is not None else u0.new_empty(room + 1)
-
-    def make_room(self, request: SolveRequest) -> None:
-        """Say where the rows are, and make more of them where all are taken."""
-        if request.accepted == self.room:
-            self.room *= 2
-            self.ends, self.steps = _longer(self.ends, self.room), _longer(self.steps, self.room)
-            self.times = None if self.times is None else _longer(self.times, self.room + 1)
-        request.ends, request.steps = self.ends.data_ptr(), self.steps.data_ptr()
-        request.times = None if self.times is None else self.times.data_ptr()
-        request.room = self.room
-
-    def cut(self, count: int) -> None:
-        """Let go of the room after `count` steps."""
-        # In place: a view would keep what is not needed of the room in sight.
-        self.ends.resize_(count, self.size)
-        self.steps.resize_(count, 4)
-        if self.times is not None:
-            self.times.resize_(count + 1)
+    return flight, States(saved, ends, last)
 
 
 def _longer(rows: Tensor, room: int) -> Tensor:
@@ -401,23 +376,20 @@ def sweep_back(
     request, count, reached = flight.departure.request_back(), flight.count, flight.reached
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
     start_bar, packed_bar = torch.empty_like(flight.u0), torch.empty_like(flight.packed)
-    request.u0, request.ends = flight.u0.data_ptr(), ends.data_ptr()
-    request.packed, request.packed_bar = flight.packed.data_ptr(), packed_bar.data_ptr()
-    request.steps, request.places = flight.steps.data_ptr(), flight.places.data_ptr()
-    request.start_bar = start_bar.data_ptr()
-    request.n, request.count, request.q = count, count, reached - 1
-    if saved is not None and reached:
-        request.saved_bar = saved.data_ptr()
-    if steps is not None and count:
-        request.ends_bar = steps.data_ptr()
-    if last is not None:
-        request.last_bar = last.data_ptr()
     times: list[Tensor] = []
     if with_times:
         times = [flight.steps.new_zeros(n) for n in (count, count, reached)]
-        request.t_bar, request.h_bar, request.theta_bar = (x.data_ptr() for x in times)
     memory = library.take_memory(library.sweep_memory)
-    request.memory = memory.data_ptr()
+    read = (flight.u0, ends, flight.packed, flight.steps, flight.places)
+    arrived = (saved if reached else None, steps if count else None, last)
+    moving = times or (None, None, None)
+    lying = (*read, *arrived, start_bar, packed_bar, *moving, memory)
+    request.put(
+        *[0 if x is None else x.data_ptr() for x in lying],
+        count,
+        count,
+        reached - 1,
+    )
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)

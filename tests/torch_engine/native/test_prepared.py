@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -128,3 +130,89 @@ def test_states_that_lie_apart_or_negated(grad: bool) -> None:
         with torch.set_grad_enabled(grad):
             end = psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1
         torch.testing.assert_close(end.detach(), u0 * decay(1.0)[:1], rtol=1e-7, atol=1e-9)
+
+
+class Chosen(nn.Module):
+    """`du/dt = -rates[place] * u`, where the place is a number that the program holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([1.0, 2.0], dtype=D))
+        self.place = torch.tensor([0])
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        place = self.place.tolist()[0]
+        return -self.rates[place : place + 1] * u
+
+
+def test_numbers_that_are_part_of_the_program_are_looked_at() -> None:
+    f = Chosen()
+    for place in (0, 0, 1, 1, 0):
+        f.place.fill_(place)
+        end = solved(f).u1.detach()
+        torch.testing.assert_close(end, decay(1.0, place + 1.0), rtol=1e-7, atol=1e-9)
+
+
+def test_each_solve_is_of_its_own_state_and_parameters() -> None:
+    f = Scaled()
+    for start, rate in ((1.0, 1.0), (2.0, 0.5), (3.0, 2.0)):
+        with torch.no_grad():
+            f.rate.fill_(rate)
+        u0 = torch.full((2,), start, dtype=D)
+        end = psn.solve(psn.ODEProblem(f, u0, (0.0, 1.0)), rtol=1e-9, atol=1e-9, compile=True).u1
+        torch.testing.assert_close(end.detach(), start * decay(1.0, rate), rtol=1e-7, atol=1e-9)
+        end = psn.solve(psn.ODEProblem(f, u0, (0.0, 2.0)), rtol=1e-9, atol=1e-9, compile=True).u1
+        torch.testing.assert_close(end.detach(), start * decay(2.0, rate), rtol=1e-7, atol=1e-9)
+
+
+def test_what_depends_on_the_place_of_the_solve_is_looked_at_each_time() -> None:
+    f = Scaled()
+    with torch.no_grad():
+        for _ in range(2):
+            solved(f, adjoint=psn.BacksolveAdjoint())
+    with pytest.raises(psn.errors.CompileError, match="BacksolveAdjoint"):
+        solved(f, adjoint=psn.BacksolveAdjoint())
+    for _ in range(2):
+        solved(f)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(psn.errors.CompileError):
+        solved(f)
+    with pytest.raises(RuntimeError, match=r"torch\.vmap"):
+        torch.vmap(
+            lambda u0: psn.solve(psn.ODEProblem(f, u0, (0.0, 1.0)), compile=True).u1  # type: ignore[arg-type]
+        )(torch.ones(2, 2, dtype=D))
+
+
+def test_ends_that_come_to_move_receive_their_gradients() -> None:
+    f = Scaled()
+    for _ in range(2):
+        solved(f)
+    end = torch.tensor(1.0, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(f, torch.ones(2, dtype=D), (0.0, end))
+    u1 = psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9, compile=True).u1
+    (gradient,) = torch.autograd.grad(u1.sum(), end)
+    torch.testing.assert_close(gradient, -decay(1.0).sum(), rtol=1e-7, atol=1e-9)
+
+
+def test_parts_that_are_made_later_belong_to_no_transform_or_mode() -> None:
+    f = Scaled()
+    with torch.no_grad():
+        first, second, third = solved(f), solved(f), solved(f)
+    torch.func.grad(lambda x: (x * first.t.sum() + first.penalty).sum())(torch.ones((), dtype=D))
+    with torch.inference_mode():
+        assert second.t.tolist() == first.t.tolist()
+    for made in (first.t, first.penalty, second.t):
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(made)
+        assert not made.is_inference()
+    assert third.penalties == third.integrals == {}
+    assert third.trajectory.times == first.t.tolist()
+    with pytest.raises(AttributeError, match="nonsense"):
+        third.nonsense  # noqa: B018
+    assert torch.equal(pickle.loads(pickle.dumps(third)).t, first.t)
+
+
+def test_threads_solve_with_what_is_prepared() -> None:
+    f = Scaled()
+    expected = solved(f).u1.detach()
+    with ThreadPoolExecutor(4) as threads:
+        ends = list(threads.map(lambda _: solved(f).u1.detach(), range(64)))
+    assert all(torch.equal(end, expected) for end in ends)

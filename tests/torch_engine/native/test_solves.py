@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import engine, prepared
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -484,7 +484,7 @@ def test_native_code_knows_every_option() -> None:
         "fired",  # of events, which native code refuses
         "defaulted",
     }
-    fields = {c: {x.name for x in dataclasses.fields(c)} for c in engine._CONTROLS}
+    fields = {c: {x.name for x in dataclasses.fields(c)} for c in prepared._CONTROLS}
     assert fields == {
         psn.PIController: {"beta1", "beta2", "gamma", "qmin", "qmax"},
         psn.IController: {"gamma", "qmin", "qmax"},

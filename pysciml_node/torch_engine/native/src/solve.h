@@ -18,12 +18,11 @@ typedef struct {
   const REAL *rtol, *atol;                /* by entries, or 0 */
   const REAL *u0, *packed;
   /* Where results go: for `room` steps rows of N, and of end, size, error, and stop or -1; for each
-     saved time its step and its place in it, or the state that it is and NaN. The last state, and
-     the start and the ends of the steps once more, or 0. */
-  REAL *ends, *saved, *final, *times;
+     saved time its step and its place in it, or the state that it is and NaN; and the last state. */
+  REAL *ends, *saved, *final;
   double *steps, *places;
-  int64_t room;
   REAL *memory;
+  int64_t room;
   /* The state of the loop. */
   double t, h, last_t, last_h, last_error, history[2], seconds;
   int64_t status, started, known, next_stop, accepted, rejected, evaluations, reached, finite;
@@ -171,7 +170,6 @@ static int64_t psn_march(Solve *s) {
   if (!s->started) {
     memcpy(U(s), s->u0, N * sizeof(REAL));
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
-    if (s->times) s->times[0] = (REAL)s->t0;
     s->t = s->t0;
     s->h = psn_first_size(s, direction);
     /* The first size is a guess: only the error of a step asks for less than the limit. */
@@ -211,7 +209,6 @@ static int64_t psn_march(Solve *s) {
     double *row = s->steps + 4 * s->accepted;
     row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
     memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
-    if (s->times) s->times[s->accepted + 1] = (REAL)end;
     s->accepted++;
     int next = END_STAGE >= 0 && s->known > END_STAGE && !lands;
     if (next) memcpy(K(s, 0), K(s, END_STAGE), N * sizeof(REAL));

@@ -1,0 +1,237 @@
+"""What a native solve needs besides its state: checked and made once, and looked up afterwards.
+
+`prepare` finds what it has made by the identities of the field, of the kind of state, of the method
+and of the options, which `solve` looks up by their values. It serves again as long as a look at
+everything that the field can reach finds nothing changed but the numbers in its tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.adjoints import DiscreteAdjoint
+from pysciml_node.algorithms.controllers import (
+    FixedStep,
+    IController,
+    PIController,
+    PIDController,
+)
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.switching import OneStepMethod
+from pysciml_node.errors import CompileError, UnsupportedModule
+from pysciml_node.problems.modes import InModes
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import StateSpec, moves, tensors_of
+from pysciml_node.replay.stages import Method
+from pysciml_node.steps.derived import DerivedField
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import RosenbrockTableau, Tableau
+from pysciml_node.torch_engine.native.library import (
+    REALS,
+    Library,
+    library_of,
+    write_explicit,
+)
+from pysciml_node.torch_engine.native.pulled import pulled_program
+from pysciml_node.torch_engine.native.rosenbrock import LARGEST, write_rosenbrock
+from pysciml_node.torch_engine.native.run import Departure, departure_of
+from pysciml_node.translation.export import TranslatedModule, translate
+from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.snapshot import reference
+from pysciml_node.translation.surrounded import Walked, surroundings_of, walked_of
+
+See = Callable[[], Surroundings]
+_CONTROLS = (PIController, IController, PIDController, FixedStep)
+# Fields that are known, and ways to solve each of them.
+_MOST_FIELDS, _MOST_WAYS = 64, 16
+
+
+def refusal(what: str, remedy: str = "compile=False") -> CompileError:
+    """The error for something that native code does not have."""
+    return CompileError(f"native code does not have {what}.\n  Solve with {remedy}.")
+
+
+def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+    """Refuse what cannot be native whatever the field is, by name.
+
+    Raises:
+        CompileError: as said.
+    """
+    spec = problem.spec
+    _check_call(problem, algorithm, options)
+    if spec.device.type != "cpu":
+        raise refusal(f"states on {spec.device}")
+    if spec.dtype not in REALS:
+        raise refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
+    if options.events:
+        raise refusal("events")
+    if type(options.controller) not in _CONTROLS:
+        raise refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
+    inner = problem.f.inner if isinstance(problem.f, DerivedField) else problem.f
+    if isinstance(inner, InModes):
+        raise refusal("autocast" if inner.autocast else "a default device")
+
+
+def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
+    """Refuse what is not among that by which a prepared solve is found."""
+    if not isinstance(algorithm, ExplicitRungeKutta):
+        _check_implicit(problem, algorithm)
+    if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
+        name = type(options.adjoint).__name__
+        raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
+    if torch._C._are_functorch_transforms_active():
+        raise refusal("transforms of torch.func")
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise refusal("forward-mode derivatives")
+
+
+def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
+    """Refuse what is neither explicit nor a Rosenbrock method, and what is not for one."""
+    if not isinstance(getattr(algorithm, "tableau", None), RosenbrockTableau):
+        raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+    for what in ("mass_matrix", "jac", "jac_sparsity"):
+        if getattr(problem, what) is not None:
+            raise refusal(what)
+    size = sum(problem.spec.sizes)
+    if size > LARGEST:
+        raise refusal(
+            f"{algorithm!r} for more than {LARGEST} entries of a state, and u0 has {size}"
+        )
+
+
+def no_code(error: UnsupportedModule) -> CompileError:
+    """The error for a field that cannot be translated."""
+    return CompileError(
+        f"the field has no native code: {error.message}\n"
+        "  Rewrite it with operations that programs have, or solve with compile=False."
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A native solve but for its state.
+
+    Attributes:
+        library: native code of the field and the method.
+        departure: how it begins.
+        tableau: of the method.
+        translated: the field.
+        parameters: the tensors that the code reads.
+        recorded: whether the code has derivatives of an implicit method.
+        walked: what the field can reach, where it is a module of which all can be seen.
+        spec: structure of the state. Like the method and the options it is kept, so that no other
+            one is given its identity.
+    """
+
+    library: Library
+    departure: Departure
+    tableau: Tableau
+    translated: TranslatedModule
+    parameters: list[Tensor]
+    recorded: bool
+    walked: Walked | None
+    spec: StateSpec
+
+    def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
+        """Whether another solve needs nothing else."""
+        walked = self.walked
+        return (
+            walked is not None
+            and problem.p is None
+            and self.departure.serves(problem, options)
+            and self.recorded == _records(problem, self.tableau, options, self.translated)
+            and walked.stands(problem.f)
+            and self.translated.holds(walked.tensors)
+        )
+
+
+_Ways = dict[tuple[int, int, int], Prepared]
+_prepared: Recent[int, tuple[Callable[[], Any], _Ways]] = Recent(_MOST_FIELDS)
+"""By the identity of the field, which is not kept alive, and those of `_way`."""
+
+
+def _forget(key: int, gone: object) -> None:
+    del gone
+    _prepared.pop(key)
+
+
+def _ways_of(f: Any) -> _Ways:
+    """What has been prepared for a field."""
+    known = _prepared.get(id(f))
+    if known is None or known[0]() is not f:
+        known = _prepared[id(f)] = reference(f, functools.partial(_forget, id(f))), {}
+    return known[1]
+
+
+def prepare(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
+) -> tuple[Prepared, See]:
+    """What a solve needs, and a function that gives the field's surroundings as they are now.
+
+    Raises:
+        CompileError: an option or the field has no native code, or there is no compiler.
+    """
+    ways = _ways_of(problem.f)
+    way = id(problem.spec), id(getattr(algorithm, "tableau", None)), id(options)
+    known = ways.get(way)
+    if known is not None and known.serves(problem, options):
+        _check_call(problem, algorithm, options)
+        assert known.walked is not None
+        return known, known.walked.see(problem.f)
+    check(problem, algorithm, options)
+    assert isinstance(algorithm, OneStepMethod)
+    spec, (tableau,) = problem.spec, algorithm.tableaus
+    method = Method.of(tableau, spec.dtype, spec.device)
+    try:
+        translated = translate(problem.f, spec, problem.p)
+        recorded = _records(problem, tableau, options, translated)
+        library, parameters = _library(problem, translated, method, recorded)
+    except UnsupportedModule as error:
+        raise no_code(error) from error
+    see = surroundings_of(problem.f, problem.p, translated.snapshot)
+    walked = walked_of(problem.f, problem.p, translated.snapshot)
+    departure = departure_of(library, problem, options, tableau.error_order)
+    made = Prepared(library, departure, tableau, translated, parameters, recorded, walked, spec)
+    if walked is not None and departure.lasting:
+        if len(ways) >= _MOST_WAYS:
+            ways.clear()
+        ways[way] = made
+    return made, see
+
+
+def _records(
+    problem: ODEProblem, tableau: Tableau, options: SolveOptions, translated: TranslatedModule
+) -> bool:
+    """Whether a solve needs the derivatives of an implicit method, a program of their own."""
+    if not (isinstance(tableau, RosenbrockTableau) and torch.is_grad_enabled()):
+        return False
+    inputs = (*tensors_of(problem.u0), *problem.tspan, options.saveat_tensor)
+    return any(map(moves, (*inputs, *translated.parameters)))
+
+
+def _library(
+    problem: ODEProblem, translated: TranslatedModule, method: Method, recorded: bool
+) -> tuple[Library, list[Tensor]]:
+    """The code of a translated field with a method, and the tensors that it reads."""
+    json, program, dtype = translated.json, translated.program, problem.spec.dtype
+    if not isinstance(method.tableau, RosenbrockTableau):
+        library = library_of(json, method, dtype, lambda: write_explicit(program, method))
+        return library, translated.parameters
+    if not recorded:
+        library = library_of(json, method, dtype, lambda: write_rosenbrock(program, None, method))
+        return library, translated.parameters
+    pulled = pulled_program(problem, translated)
+    library = library_of(
+        json + pulled.json,
+        method,
+        dtype,
+        lambda: write_rosenbrock(program, pulled.program, method),
+    )
+    return library, [*translated.parameters, *pulled.parameters(translated.parameters)]
