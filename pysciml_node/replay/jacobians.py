@@ -47,7 +47,11 @@ def jacobian_of(field: FlatFunction) -> JacobianOf:
 
 
 class _Colored:
-    """A sparse Jacobian, compared once with a product: entries that are missing would mix."""
+    """A sparse Jacobian, compared once with a product: entries that are missing would mix.
+
+    One that is differentiated is taken by rows: products from the right are second derivatives, and
+    torch has third ones wrong for layer and batch normalization.
+    """
 
     def __init__(self, coloring: Coloring) -> None:
         self.coloring = coloring
@@ -57,7 +61,10 @@ class _Colored:
 
     def __call__(self, value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
         """`d value / d state`, `(N, N)`."""
-        matrix = self.coloring(value, state, differentiable)
+        coloring = self.coloring
+        if differentiable and not coloring.rows:
+            coloring = Coloring.of(coloring.pattern, by_rows=True)
+        matrix = coloring(value, state, differentiable)
         self.expect_exact(matrix, value, state)
         return matrix
 
@@ -81,16 +88,16 @@ class Coloring:
     count: int
 
     @classmethod
-    def of(cls, pattern: Tensor) -> Coloring:
-        """The better of the two, made once for a pattern."""
-        known: Coloring | None = _KNOWN.get(pattern)  # type: ignore[no-untyped-call]
-        if known is None:
+    def of(cls, pattern: Tensor, by_rows: bool = False) -> Coloring:
+        """The better of the two, or that of rows, made once for a pattern."""
+        known: dict[bool, Coloring] = _KNOWN.setdefault(pattern, {})  # type: ignore[no-untyped-call]
+        if by_rows not in known:
             table = pattern.cpu().numpy()
             by_row, by_column = _colors(table), _colors(table.T)
-            rows = by_row.max() <= by_column.max()
+            rows = by_rows or bool(by_row.max() <= by_column.max())
             colors = torch.from_numpy(by_row if rows else by_column).to(pattern.device)
-            known = _KNOWN[pattern] = cls(pattern, bool(rows), colors, int(colors.max()) + 1)
-        return known
+            known[by_rows] = cls(pattern, rows, colors, int(colors.max()) + 1)
+        return known[by_rows]
 
     def __call__(self, value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
         """`d value / d state`, `(N, N)`."""

@@ -253,7 +253,9 @@ def pulled_rows(value: Tensor, source: Tensor, cotangents: Tensor, differentiabl
 def time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:
     """`d value / d time`, each row's by its own time where there are many.
 
-    The pullback to time is linear in the cotangent; its slope is wanted.
+    The pullback to time is linear in the cotangent; its slope is wanted. Where that is
+    differentiated once more it is taken entry by entry: the derivative of the slope would be a
+    third one, which torch has wrong for layer and batch normalization.
     """
     cotangent = torch.zeros_like(value, requires_grad=True)
     (pulled,) = torch.autograd.grad(
@@ -261,7 +263,11 @@ def time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor
     )
     if pulled is None or not pulled.requires_grad:
         return None
-    (slope,) = torch.autograd.grad(
-        pulled.sum(), cotangent, create_graph=differentiable, retain_graph=True, allow_unused=True
-    )
+    if differentiable:
+        units = torch.eye(value.shape[-1]).to(value)
+        if value.ndim > 1:
+            units = units.unsqueeze(1).expand(len(units), *value.shape)
+        slopes = pulled_rows(value, time, units, differentiable=True)
+        return slopes.movedim(0, -1).reshape(value.shape)
+    (slope,) = torch.autograd.grad(pulled.sum(), cotangent, retain_graph=True, allow_unused=True)
     return cast("Tensor | None", slope)

@@ -322,6 +322,29 @@ def _convolution_backward(
     return turned, None, None
 
 
+def _softplus_backward(grad_output: Tensor, self: Tensor, beta: float, threshold: float) -> Tensor:
+    """By the sigmoid: torch's exponentials overflow, where their quotient does not."""
+    scaled = self * beta
+    return torch.where(scaled > threshold, grad_output, grad_output * torch.sigmoid(scaled))
+
+
+def _elu_backward(
+    grad_output: Tensor,
+    alpha: float,
+    scale: float,
+    input_scale: float,
+    is_result: bool,
+    self_or_result: Tensor,
+) -> Tensor:
+    """The exponential is taken of no positive number, where it is not used and may overflow."""
+    if is_result:
+        slope = self_or_result + alpha * scale
+    else:
+        slope = torch.exp(self_or_result.clamp(max=0) * input_scale) * (alpha * scale)
+    rising = grad_output * slope * input_scale
+    return torch.where(self_or_result <= 0, rising, grad_output * scale)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "gru_cell": _gru_cell,
@@ -345,6 +368,8 @@ FORMS: dict[str, Callable[..., Any]] = {
     "conv_transpose2d": _transposed(2),
     "convolution_backward": _convolution_backward,
     "softshrink_backward": _softshrink_backward,
+    "softplus_backward": _softplus_backward,
+    "elu_backward": _elu_backward,
     "native_group_norm_backward": _group_norm_backward,
 }
 """By the name of the operation, called as it is."""

@@ -147,6 +147,39 @@ def test_gradients_of_states_times_and_parameters(algorithm: Any, adjoint: Any) 
 
 
 @pytest.mark.parametrize("algorithm", IMPLICIT, ids=name)
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()], ids=name)
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "instance_norm"])
+def test_gradients_through_normalizations_that_change_in_time(
+    algorithm: Any, adjoint: Any, norm: str
+) -> None:
+    """Torch has their third derivatives wrong; no gradient of a solve needs them."""
+    normalize = {
+        "layer_norm": lambda u: torch.nn.functional.layer_norm(u, (3,)),
+        "batch_norm": lambda u: torch.nn.functional.batch_norm(u, None, None, training=True),
+        "instance_norm": lambda u: torch.nn.functional.instance_norm(u[None])[0],
+    }[norm]
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = normalize(u * t + torch.sin(u)) - u
+        return out
+
+    u0 = torch.tensor([[0.3, -0.8, 1.1], [0.5, 0.9, -0.2]], dtype=torch.float64)
+
+    def end(u0: Tensor) -> Tensor:
+        return fixed(psn.ODEProblem(f, u0, (0.1, 0.7)), algorithm, 2, adjoint=adjoint).u1
+
+    assert gradcheck(end, u0.requires_grad_(), atol=1e-7, rtol=1e-6)
+    if adjoint.discrete and norm == "layer_norm":
+        one = psn.ODEProblem(f, u0[:1].detach(), (0.1, 0.7))
+
+        def ends(starts: Tensor) -> Tensor:
+            members = psn.EnsembleProblem(one, u0=starts)
+            return psn.solve(members, algorithm, controller=psn.FixedStep(), dt0=0.3).u1
+
+        assert gradcheck(ends, u0[:, None].detach().requires_grad_(), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", IMPLICIT, ids=name)
 def test_second_derivatives_by_the_direct_adjoint(algorithm: Any) -> None:
     u0 = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
     p = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)

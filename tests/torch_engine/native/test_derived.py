@@ -155,6 +155,20 @@ def test_an_integrand_of_the_users_is_trained_and_stops_where_it_says(compile: b
     torch.testing.assert_close(gradient, torch.tensor([6.0, 0.0], dtype=D))
 
 
+@pytest.mark.parametrize(
+    "activation", [nn.Softplus(), nn.Softplus(2.0, 10.0), nn.ELU(), nn.SELU(), nn.CELU(0.5)],
+    ids=repr,
+)  # fmt: skip
+def test_derivatives_of_exponentials_do_not_overflow(activation: nn.Module) -> None:
+    field = Layered(lambda t, h: 0.01 * activation(1000 * h))
+    native, eager = (
+        outcome(field, compile, points(), rates(), exact=False) for compile in (True, False)
+    )
+    assert all(bool(x.isfinite().all()) for x in eager)
+    for a, b in zip(native, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * float(b.detach().abs().max()))
+
+
 def test_what_changes_between_solves_is_seen() -> None:
     speed = psn.KineticEnergy()
     node = psn.NeuralODE(lambda t, u: torch.full_like(u, 3.0), regularizers=[speed], compile=True)

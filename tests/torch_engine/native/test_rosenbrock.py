@@ -14,6 +14,7 @@ from conformance import stiff_problems as known
 from conformance.problems import KNOWN, observed_order
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.nn import functional
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import engine
@@ -105,6 +106,21 @@ def linear() -> tuple[Any, Any, Any, list[Tensor]]:
     return lambda t, u: matrix @ u, random(4), None, [matrix]
 
 
+def normalized() -> tuple[Any, Any, Any, list[Tensor]]:
+    """Activations and normalizations, which change in time."""
+    norm, cell = nn.LayerNorm(4).double(), nn.GRUCell(4, 4).double()
+    with torch.no_grad():
+        for i, x in enumerate(cell.parameters()):
+            x.copy_(random(*x.shape, seed=i) / 2)
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        gated = norm(cell(u, torch.cos(t) * u))
+        kinks = functional.elu(9 * u) + functional.softplus(u.cumsum(1)) - u * functional.relu(u)
+        return gated + 0.1 * kinks + u.detach() * u.sin() - 3 * u
+
+    return f, random(2, 4), None, [*norm.parameters(), *cell.parameters()]
+
+
 FIELDS: dict[str, Callable[[], tuple[Any, Any, Any, list[Tensor]]]] = {
     "module": lambda: driven(2, 3),
     "wide module": lambda: driven(3, 5),
@@ -113,6 +129,7 @@ FIELDS: dict[str, Callable[[], tuple[Any, Any, Any, list[Tensor]]]] = {
     "reactions": reactions,
     "constant": constant,
     "linear": linear,
+    "normalized": normalized,
 }
 STEPS: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.05}
 SAVEAT = (0.0, 0.03, 0.04, 0.1, 0.17, 0.45, 0.5)
