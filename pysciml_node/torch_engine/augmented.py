@@ -86,13 +86,15 @@ class DenseForward:
             return self.states[n]
         stages = self._step(n)
         with torch.no_grad():
-            return stages.dense(*self._start(n), torch.tensor([theta]).double())[0]
+            return stages.dense(*self._start(n), torch.tensor([theta], dtype=torch.float64))[0]
 
     def slope(self, t: float) -> Tensor:
         """Derivative of that in time, `(N,)`."""
         n, theta = self._place(t)
         stages, (start, h, u) = self._step(n), self._start(n)
-        weights = stages.method.dense_weights(torch.tensor([theta]).double(), derivative=True)
+        weights = stages.method.dense_weights(
+            torch.tensor([theta], dtype=torch.float64), derivative=True
+        )
         with torch.no_grad():
             stages.evaluate(start, h, u, stages.method.all_stages)
             return stages.vectors.combine_many(None, 1.0, weights)[0]

@@ -137,6 +137,18 @@ def test_gradcheck_of_the_continuous_adjoints(adjoint: psn.InterpolatingAdjoint)
     assert gradcheck(solve, inputs(), **CONTINUOUS_BOUND)
 
 
+@continuous
+def test_continuous_adjoints_reach_the_last_digits(adjoint: psn.InterpolatingAdjoint) -> None:
+    """The forward solution is read at places in its steps that double precision has."""
+    u0 = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    p = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u, p: p * u * (1 - u), u0, (0.0, 1.0), p=p)
+    u1 = psn.solve(problem, psn.Tsit5(), adjoint=adjoint, rtol=1e-12, atol=1e-12).u1
+    exact = u0 * p.exp() / (1 - u0 + u0 * p.exp())
+    one, other = (torch.autograd.grad(x, (u0, p)) for x in (u1, exact))
+    torch.testing.assert_close(one, other, rtol=0, atol=5e-12)
+
+
 @any_adjoint
 def test_gradcheck_of_a_modules_parameters(adjoint: psn.DirectAdjoint) -> None:
     torch.manual_seed(0)
