@@ -2,6 +2,7 @@
 
     python benchmarks/members.py [--sizes 200 1000 10000] [--only native diffrax ...]
     python benchmarks/members.py --stochastic --sizes 1000
+    python benchmarks/members.py --adjoints --sizes 200
 
 Every solver takes Tsit5 with an integral controller and tolerances of 1e-6 in float64, from (1, 1,
 1) over [0, 2], with rho between 10 and 40, and gives the states at the end; the gradient is that of
@@ -13,6 +14,11 @@ native code at tolerances of 1e-12.
 `--stochastic` solves stochastic Lotka-Volterra equations of members with rates of their own over
 [0, 1] by SOSRI with its usual tolerances, in one batch and, for 20 of them, one after the other:
 milliseconds of CPU time for each member.
+
+`--adjoints` takes the Lorenz systems' gradients of the sum of their states at 0.1, 0.2, ..., 2 by
+each adjoint, in one batch and, for 20 of them, one after the other: milliseconds of CPU time for
+each member with the forward solve, the fastest of three runs and one run, and by how much the
+gradients differ, relative.
 """
 
 from __future__ import annotations
@@ -272,16 +278,62 @@ def stochastic(size: int) -> list[str]:
     return cells
 
 
+ADJOINTS = (
+    psn.DiscreteAdjoint(),
+    psn.InterpolatingAdjoint(),
+    psn.GaussAdjoint(),
+    psn.BacksolveAdjoint(),
+)
+
+
+def by_adjoint(size: int, adjoint: psn.Adjoint) -> list[str]:
+    """Gradients in one batch and one after the other: a row."""
+    rho, u0 = torch.tensor(parameters(size)).requires_grad_(), torch.ones(3, dtype=D)
+    one = psn.ODEProblem(lorenz, u0, (0.0, END), p=rho[0].detach())
+    saveat = torch.linspace(0.1, END, 20, dtype=D).tolist()
+
+    def solve(problem: Any) -> Tensor:
+        found: Tensor = psn.solve(
+            problem, psn.Tsit5(), rtol=TOLERANCE, atol=TOLERANCE, controller=psn.IController(),
+            engine="torch", saveat=saveat, adjoint=adjoint,
+        ).u  # fmt: skip
+        return found
+
+    def batch() -> Tensor:
+        return torch.autograd.grad(solve(psn.EnsembleProblem(one, p=rho)).sum(), rho)[0]
+
+    times = []
+    for _ in range(3):
+        before = time.process_time()
+        together = batch()
+        times.append(time.process_time() - before)
+    chosen = torch.linspace(0, size - 1, 20).round().long()
+    problems = psn.EnsembleProblem(one, p=rho[chosen]).members()
+    before = time.process_time()
+    alone = sum(
+        torch.autograd.grad(solve(problem).sum(), rho, retain_graph=True)[0] for problem in problems
+    )
+    seconds = time.process_time() - before
+    off = ((together - alone).abs() / together.abs())[chosen].max()
+    name = type(adjoint).__name__
+    return [name, str(size), f"{1e3 * min(times) / size:.3g}", f"{50 * seconds:.3g}", f"{off:.0e}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 1000, 10_000])
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--stochastic", action="store_true")
+    parser.add_argument("--adjoints", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.stochastic:
         header = ["members", "batch", "with gradient", "one by one", "with gradient"]
         print(table(header, [stochastic(size) for size in asked.sizes]))
+        return
+    if asked.adjoints:
+        header = ["", "members", "one batch", "one by one", "difference"]
+        print(table(header, [by_adjoint(n, adjoint) for n in asked.sizes for adjoint in ADJOINTS]))
         return
     rows = []
     for size in asked.sizes:

@@ -76,7 +76,8 @@ class InterpolatingAdjoint(_ContinuousAdjoint):
     """Solves the adjoint equation backward along the dense forward solution.
 
     The parameter gradient is integrated beside the adjoint state and does not drive the step size
-    (Kidger, Chen, Lyons: "Hey, that's not an ODE", arXiv 2009.09457).
+    (Kidger, Chen, Lyons: "Hey, that's not an ODE", arXiv 2009.09457). Of an ensemble on the torch
+    engine it is one sum for all members, and takes the memory of the parameters once.
 
     Reference: Y. Ma et al., arXiv 1812.01892.
     """

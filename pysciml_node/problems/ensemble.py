@@ -59,13 +59,14 @@ class EnsembleProblem(checks.Configured):
     field is written for one member, and members that have reached their end leave the batch.
     Stochastic ones have a Brownian path each, the one that they have alone. Implicit methods
     factor the matrices of all members at once. Events stop and change each member at times of its
-    own; conditions and effects are mapped like the field. One after the other go: methods that
-    switch, `jac_sparsity=` and GMRES, events with a mass matrix, stochastic equations off the CPU,
-    continuous adjoints, output times and shared ends that receive gradients, controllers of the
-    caller's own, fields with hooks, fields that keep a tensor of an evaluation in an attribute,
-    effects of events that change more than the state (such as a list of times), and fields that
-    `torch.vmap` cannot run (with a branch on values, checkpoints or random numbers) or evaluates to
-    something else.
+    own; conditions and effects are mapped like the field. Continuous adjoints go back in one batch
+    too, each member by adaptive steps of its own. One after the other go: methods that switch,
+    `jac_sparsity=` and GMRES, events with a mass matrix, stochastic equations off the CPU,
+    `InterpolatingAdjoint` of Rosenbrock methods, output times and shared ends that receive
+    gradients, controllers of the caller's own, fields with hooks, fields that keep a tensor of an
+    evaluation in an attribute, effects of events that change more than the state (such as a list of
+    times), and fields that `torch.vmap` cannot run (with a branch on values, checkpoints or random
+    numbers) or evaluates to something else.
 
     The Julia engine solves the members by one call, and takes their gradients by one call, over the
     threads of Julia (the environment variable `PYTHON_JULIACALL_THREADS`, 1 by default) where the

@@ -308,6 +308,8 @@ class _Rounds:
         # A stop that lies before it fixes the end of the last step.
         stops = np.concatenate(([0], np.cumsum(steps.stops >= 0)))
         free = stops[steps.offsets[1:]] == stops[steps.offsets[:-1]]
+        # In the continuous equation no step moves with its start.
+        free &= self.options.common.adjoint.discrete
         for i in np.unique(first[hit]):
             of = np.flatnonzero(first == i)
             own, index = rows[of], self._index(rows[of])

@@ -73,7 +73,7 @@ class _ImplicitStages(MemberStages):
             differentiable = differentiable and recorded
             slope = time_derivative(rate, time, differentiable) if with_time else None
             if given is None:
-                given = _jacobians(rate, state, differentiable)
+                given = jacobians_of(rate, state, differentiable)
             else:
                 field.expect_jacobian(given, rate, state)
         return DenseLinearization(value, slope, given)
@@ -86,7 +86,7 @@ class _ImplicitStages(MemberStages):
         return lu_solver(mass - scale[:, :1, None] * local.jacobian)
 
 
-def _jacobians(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
+def jacobians_of(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:
     """Those of all members, `(L, N, N)`, each row of all in one backward pass.
 
     Members do not depend on one another.

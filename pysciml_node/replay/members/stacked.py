@@ -210,6 +210,8 @@ class StackedMembers:
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(landings),
             thinned=self.thinned and len(steps.sizes[own]) > 1,
+            # In the continuous equation no step moves with the ends of the interval.
+            fixed=not options.adjoint.discrete,
         )
         if self.events is not None and self.events.first[m] >= 0:
             record.event = int(self.events.first[m])

@@ -16,7 +16,7 @@ from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import GraphWatch, MembersField
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
-from pysciml_node.replay.members.node import MembersNode
+from pysciml_node.replay.members.node import MembersNode, Sweep
 from pysciml_node.replay.members.stacked import (
     MemberEvents,
     MemberSteps,
@@ -182,7 +182,9 @@ class Batch(ABC):
     def _march(self, k: Tensor, recorded: bool) -> tuple[MembersMarch, Tape]:
         u0 = self.u0 if recorded else self.u0.detach()
         kept = recording() or not self.lets_go
-        tape = Tape(self.options, u0, kept, self.moving is not None)
+        # In the continuous equation no step moves with the ends of the intervals.
+        moves = self.moving is not None and self.options.common.adjoint.discrete
+        tape = Tape(self.options, u0, kept, moves)
         march = self.march(tape, recorded)
         march.run(tape.u0, k)
         return march, tape
@@ -235,7 +237,7 @@ class Batch(ABC):
         return good_steps(steps, states, codes, thinned)
 
     def _node(self) -> StackedMembers:
-        """As one node of the graph, its backward the discrete adjoint."""
+        """As one node of the graph, its backward the sweep of the adjoint."""
         t = self._starts().detach()
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -252,12 +254,8 @@ class Batch(ABC):
         self.field.watch = None
         captured.settle()
         result, places = self._result(march, tape)
-        moves = None
-        if self.moving is not None:
-            moves = StepMoves.of(result.steps, self.options.spans[1])
-        replay = Replay(self.again(), self.field, captured, result.steps, places, moves)
         at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
-            lambda *given: members_sweep(replay, result, *given),
+            self.sweep(captured, result, places),
             (result.at_times, result.states),
             True,
             self.u0,
@@ -266,3 +264,17 @@ class Batch(ABC):
         )
         result.at_times, result.states, result.u0 = at_times, states, self.u0
         return result
+
+    def sweep(self, captured: Inputs, result: StackedMembers, places: SavedPlaces | None) -> Sweep:
+        """The sweep of the adjoint.
+
+        Args:
+            captured: the inputs of the field.
+            result: of the solve.
+            places: where the saved states lie.
+        """
+        moves = None
+        if self.moving is not None:
+            moves = StepMoves.of(result.steps, self.options.spans[1])
+        replay = Replay(self.again(), self.field, captured, result.steps, places, moves)
+        return lambda *given: members_sweep(replay, result, *given)

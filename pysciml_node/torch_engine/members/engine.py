@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import override
 
-from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint
+from pysciml_node.algorithms.adjoints import DirectAdjoint, DiscreteAdjoint, GaussAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions
@@ -20,16 +20,19 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.members.field import MembersField, differing
 from pysciml_node.replay.members.implicit import member_stages_for
+from pysciml_node.replay.members.node import Sweep
 from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
 from pysciml_node.replay.stages import Method
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.end_times import hides_time
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
+from pysciml_node.torch_engine.members.continuous import Solved, continuous_sweep_of_members
 from pysciml_node.torch_engine.members.crossings import Crossings
 from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
 from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
-from pysciml_node.torch_engine.members.tape import Tape
+from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
 
 # Jacobians of all members are held at once where they have no more entries than this: 512 MB in
 # double precision.
@@ -63,7 +66,15 @@ def batches(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOpti
         times.append(ensemble.tspan)
     if any(map(moves, times)):
         return False
-    return isinstance(common.adjoint, DiscreteAdjoint | DirectAdjoint)
+    if isinstance(common.adjoint, DiscreteAdjoint | DirectAdjoint):
+        return True
+    if isinstance(problem, SDEProblem):
+        return False
+    # The gradient that is integrated beside the costate has no stages of its own in these.
+    rosenbrock = isinstance(algorithm, ImplicitMethod) and isinstance(
+        algorithm.tableau, RosenbrockTableau
+    )
+    return isinstance(common.adjoint, GaussAdjoint) or not rosenbrock
 
 
 def solve_batch(
@@ -114,7 +125,8 @@ class StagesBatch(Batch):
             except Exception as error:
                 # Whatever vmap cannot do; what a condition itself raises, one member raises again.
                 raise OneByOne from error
-        if self.moving is not None and any(map(self._hides_time, {0, len(ensemble) - 1})):
+        replayed = self.moving is not None and options.common.adjoint.discrete
+        if replayed and any(map(self._hides_time, {0, len(ensemble) - 1})):
             raise OneByOne
 
     def _hides_time(self, m: int) -> bool:
@@ -140,6 +152,22 @@ class StagesBatch(Batch):
     def events(self) -> MemberEvents | None:
         crossings = self.crossings
         return None if crossings is None else MemberEvents(crossings.first, crossings.fired)
+
+    @override
+    def sweep(self, captured: Inputs, result: StackedMembers, places: SavedPlaces | None) -> Sweep:
+        if self.options.common.adjoint.discrete:
+            return super().sweep(captured, result, places)
+        solved = Solved(
+            self.method,
+            member_stages_for(self.method),
+            self.field,
+            captured,
+            self.options,
+            result.steps,
+            places,
+            self.moving is not None,
+        )
+        return lambda *given: continuous_sweep_of_members(solved, result, *given)
 
     @override
     def again(self) -> Again:

@@ -68,6 +68,7 @@ class MembersMarch(ABC):
         field: the field of all members.
         options: step control.
         tape: is told of accepted steps, and of members that are done.
+        stops: where steps end; default those of the options.
 
     Attributes:
         codes: how each member has ended.
@@ -82,9 +83,10 @@ class MembersMarch(ABC):
         field: MembersField,
         options: MemberOptions,
         tape: Tape,
+        stops: Stops | None = None,
     ) -> None:
         self.nodes, self.field, self.options = nodes, field, options
-        self.stops, self.tape = Stops(options), tape
+        self.stops, self.tape = stops or Stops(options), tape
         count = len(field.nfe)
         self.codes = [ReturnCode.Default] * count
         self.naccept = np.zeros(count, dtype=np.int64)
@@ -401,6 +403,7 @@ class StagesMarch(MembersMarch):
         kind: makes its stages.
         moving: the ends of the intervals, where they receive gradients through the steps.
         crossings: watch for events, where there are any.
+        stops: where steps end; default those of the options.
     """
 
     def __init__(
@@ -413,8 +416,9 @@ class StagesMarch(MembersMarch):
         kind: MakeStages = MemberStages,
         moving: MovingEnds | None = None,
         crossings: Crossings | None = None,
+        stops: Stops | None = None,
     ) -> None:
-        super().__init__(method.nodes, method.tableau.error_order, field, options, tape)
+        super().__init__(method.nodes, method.tableau.error_order, field, options, tape, stops)
         self.method, self.recorded, self.kind = method, recorded, kind
         self.moving, self.crossings = moving, crossings
         self.limits = StepLimits(options, method.nodes.dtype)

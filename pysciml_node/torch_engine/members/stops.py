@@ -14,18 +14,19 @@ class Stops:
 
     Args:
         options: give the intervals, the stops, and the grid of fixed steps.
+        own: stops of each member instead of these, `(M, S)`, infinite ones where there are fewer.
 
     Attributes:
         direction: 1 for members that go forward in time and -1 for those that go backward, `(L,)`.
         length: of their intervals, `(L,)`.
     """
 
-    def __init__(self, options: MemberOptions) -> None:
+    def __init__(self, options: MemberOptions, own: Array | None = None) -> None:
         t0, t1 = options.spans
         self.direction, self.length = np.sign(t1 - t0), abs(t1 - t0)
         common = options.common
         grid = common.controller.times if isinstance(common.controller, FixedStep) else ()
-        marks = np.array(sorted({*grid, *common.tstops}))
+        marks = np.array([sorted({*grid, *common.tstops})]) if own is None else own
         inside = (np.minimum(t0, t1)[:, None] < marks) & (marks < np.maximum(t0, t1)[:, None])
         self._count = inside.sum(1)
         # Backward ones meet them from the last to the first; those outside come after all others.

@@ -368,8 +368,8 @@ def test_what_else_goes_one_by_one() -> None:
     def decay(t: Tensor, u: Tensor) -> Tensor:
         return -u
 
-    one_by_one(decay, adjoint=psn.InterpolatingAdjoint())
     one_by_one(decay, saveat=torch.tensor([0.5], requires_grad=True))
+    one_by_one(decay, algorithm=psn.AutoTsit5())
 
 
 def test_random_fields_are_refused() -> None:

@@ -18,6 +18,10 @@ from pysciml_node.solutions.members import ListedMembers
 D = torch.float64
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 ADJOINTS = [psn.DiscreteAdjoint(), psn.DirectAdjoint()]
+CONTINUOUS = [psn.InterpolatingAdjoint(), psn.GaussAdjoint(), psn.BacksolveAdjoint()]
+all_adjoints = pytest.mark.parametrize(
+    "adjoint", [*ADJOINTS, *CONTINUOUS], ids=lambda a: type(a).__name__
+)
 both_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
 
 
@@ -42,7 +46,7 @@ BOUNCE = psn.Event(
 )
 
 
-@both_adjoints
+@all_adjoints
 def test_twenty_bounces_of_each_ball_with_their_gradients(adjoint: psn.Adjoint) -> None:
     h, g, e = leaf(2.0, 1.0, 1.5), leaf(9.81, 5.0, 8.0), leaf(0.9, 0.9, 0.91)
     times = [torch.sqrt(2 * h / g)]
@@ -70,7 +74,7 @@ def test_twenty_bounces_of_each_ball_with_their_gradients(adjoint: psn.Adjoint) 
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-@both_adjoints
+@all_adjoints
 def test_ten_doses_of_each_patient_with_their_gradients(adjoint: psn.Adjoint) -> None:
     times = leaf(0.0, 1.0, 2.0, 3.0, 3.0, 4.5, 5.0, 6.0, 7.5, 9.0)
     rate, dose = leaf(0.3, 0.7, 1.1), leaf(1.5, 1.0, 2.0)
@@ -173,6 +177,8 @@ SEVERAL = [
     [
         *itertools.product([psn.Tsit5(), psn.Vern7(), psn.KenCarp4()], ADJOINTS),
         (psn.Rodas5P(), psn.DiscreteAdjoint()),
+        *itertools.product([psn.Tsit5()], CONTINUOUS),
+        (psn.Rodas5P(), psn.GaussAdjoint()),
     ],
 )
 def test_several_events_of_each(algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
@@ -213,7 +219,9 @@ def test_own_intervals_that_move_and_backward_in_time() -> None:
     one = pendulums()
     spans = torch.tensor([[0.0, 3.0], [0.1, 2.7], [-0.2, 3.0], [0.3, 2.6]], dtype=D)
     moving = spans.clone().requires_grad_()
-    compare(psn.EnsembleProblem(one.problem, one.u0, one.p, moving), SEVERAL)
+    for adjoint in (psn.DiscreteAdjoint(), psn.GaussAdjoint()):
+        own = psn.EnsembleProblem(one.problem, one.u0, one.p, moving)
+        compare(own, SEVERAL, adjoint=adjoint)
     backward = pendulums((3.0, 0.0))
     compare(backward, [*SEVERAL[::2], psn.Event(at=[2.0, 0.5], affect=kick)], saveat=[2.0, 0.1])
 
@@ -293,7 +301,7 @@ def test_what_goes_one_by_one() -> None:
         {"events": psn.Event(at=[0.5], affect=branching)},
         {"events": psn.Event(at=[0.5], affect=hooking)},
         {"events": psn.Event(lambda t, u: hooking(t, u)[0] - 0.2, affect=kick)},
-        {"events": RISING, "adjoint": psn.GaussAdjoint()},
+        {"events": RISING, "adjoint": psn.InterpolatingAdjoint(), "algorithm": psn.Rodas5P()},
         {"events": RISING, "saveat": torch.tensor([0.5], dtype=D, requires_grad=True)},
     ):
         given: dict[str, Any] = options
