@@ -146,7 +146,9 @@ def solve_members(
         native = attempt_native_members(ensemble, algorithm, options, NAME)
         if native is not None:
             return native
-    if options.common.compile is not True and len(ensemble) > 1:
+    # A chunk of one goes back, and counts its evaluations, as it would among others.
+    several = len(ensemble) > 1 or not options.common.adjoint.discrete
+    if options.common.compile is not True and several:
         batch = solve_in_batch(ensemble, algorithm, options)
         if batch is not None:
             return batch
