@@ -100,11 +100,16 @@ def test_implicit_methods(method: psn.Algorithm) -> None:
     _agree(lambda field, start: _end(field, start, method))
 
 
-def test_members_and_their_parameters() -> None:
+@pytest.mark.parametrize(
+    ("method", "adjoint"),
+    [*((psn.Tsit5(), adjoint) for adjoint in ADJOINTS), (psn.KenCarp4(), psn.GaussAdjoint())],
+)
+def test_members_and_their_parameters(method: psn.Algorithm, adjoint: psn.Adjoint) -> None:
     def solve(field: nn.Module, start: Tensor) -> Tensor:
         rates = torch.linspace(0.5, 2, 6, dtype=start.dtype, device=start.device)
         one = psn.ODEProblem(lambda t, u, p: p * field(t, u), start[0], (0.0, 1.0), p=rates[0])
-        return psn.solve(psn.EnsembleProblem(one, u0=start, p=rates), engine="torch").u1
+        many = psn.EnsembleProblem(one, u0=start, p=rates)
+        return psn.solve(many, method, adjoint=adjoint, engine="torch").u1
 
     _agree(solve)
 
