@@ -179,6 +179,9 @@ class _Sweep:
         """Cotangents of the intervals, `(M, 2)` in float64; `costates` are those at the starts."""
         steps, spans = self.solved.steps, self.solved.options.spans
         start = -_along(costates, self._rates(spans[0], self.u0))
+        # Where nothing enters the rate does not matter, which may be NaN.
+        some = np.diff(self.entering.offsets) > 0
+        start = torch.where(torch.from_numpy(some).to(start.device), start, 0.0)
         offsets, end = steps.offsets, torch.zeros_like(start)
         # A solve that an event has stopped does not reach the end of its interval.
         last = np.append(steps.ends, np.nan)[offsets[1:] - 1]

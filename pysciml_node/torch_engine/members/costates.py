@@ -323,6 +323,7 @@ class Costates:
 
     def jacobian(self, t: Tensor, vectors: Tensor, part: Part) -> Tensor:
         """The derivatives of the right-hand sides, `-(M^-1 df/du)^T`, `(L, N, N)`."""
+        self.field.tally(part.members)
         with torch.enable_grad():
             state = self._state(t, vectors, part).detach().requires_grad_()
             value = self.field(t.detach(), state, part.p)

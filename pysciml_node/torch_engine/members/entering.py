@@ -51,9 +51,11 @@ class Entering:
         rows, times, values = [np.empty(0, np.int64)], [np.empty(0)], [like[:0]]
         member = np.repeat(np.arange(len(like)), steps.counts)
         if at_steps is not None:
-            rows.append(member)
-            times.append(steps.ends)
-            values.append(at_steps)
+            # NaN is not zero.
+            some = np.flatnonzero((at_steps != 0).any(1).cpu().numpy())
+            rows.append(member[some])
+            times.append(steps.ends[some])
+            values.append(at_steps.index_select(0, _index(some, at_steps)))
         if saved is not None and places is not None:
             # What follows the last step stands for the start.
             ends = np.append(steps.ends, np.nan)[steps.offsets[places.row] + places.step]

@@ -302,6 +302,19 @@ def test_a_failure_leaves_its_neighbours_alone(adjoint: psn.Adjoint) -> None:
 
 
 @adjoints
+def test_intervals_of_members_that_fail_have_no_gradient(adjoint: psn.Adjoint) -> None:
+    u0 = torch.tensor([[0.3], [torch.nan], [2.0]], dtype=D)
+    spans = torch.tensor([[0.0, 1.5]] * 3, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(blow_up, torch.ones(1, dtype=D), (0.0, 1.5))
+    many = psn.EnsembleProblem(problem, u0, tspan=spans)
+    end = psn.solve(many, adjoint=adjoint, throw=False, rtol=1e-9, atol=1e-9).u1
+    (gradient,) = torch.autograd.grad(end.sum(), spans)
+    rate = (0.3 / (1 - 0.3 * 1.5)) ** 2
+    exact = torch.tensor([[-rate, rate], [0.0, 0.0], [0.0, 0.0]], dtype=D)
+    torch.testing.assert_close(gradient, exact, rtol=1e-7, atol=0)
+
+
+@adjoints
 def test_a_loss_that_is_not_finite_has_such_a_gradient(adjoint: psn.Adjoint) -> None:
     ensemble = pendulums()
     weights = torch.tensor([[1.0], [torch.inf], [1.0]], dtype=D)
