@@ -159,8 +159,9 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     def penalize(self, solution: Solution, regularizers: Sequence[Regularizer]) -> Solution:
         """Set a solution's penalties, and show it to the hooks; returns it."""
-        spec = solution.problem.spec
-        solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
+        if not solution._is_later("penalty"):  # which is then the same zero
+            spec = solution.problem.spec
+            solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
         attach_penalties(solution, regularizers)
         self.show(solution)
         return solution

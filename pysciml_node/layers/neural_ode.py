@@ -220,6 +220,8 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         driven: Mapping[str, MakeRate],
         batch: int | None,
     ) -> Solution:
+        if not (regularizers or driven):
+            return self.solve(problem, saveat=saveat)
         probes: Probes | None = None
         if isinstance(problem.u0, Tensor):
             probes = Probes(problem.u0, batch_of(problem.u0) if batch is None else batch)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -182,23 +182,24 @@ def _outside(
     return device, Surrounding.now(device), check
 
 
-def _nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
-    """Whether torch is in none of the modes that this module is about, as at most solves."""
-    c, single = torch._C, problem.problem if isinstance(problem, EnsembleProblem) else problem
+def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
+    """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
+    if isinstance(problem, EnsembleProblem):
+        return False
+    c, inputs = torch._C, (problem.u0, problem.tspan, problem.p)
     return not (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(single.spec.device.type)
+        or torch.is_autocast_enabled(problem.spec.device.type)
         or forward_ad._current_level >= 0
         or c._are_functorch_transforms_active()
         or c._len_torch_function_stack()
         or c._len_torch_dispatch_stack()
         or c._get_tracing_state() is not None
-        or _made_in_inference(problem)
+        or any(x.is_inference() for value in inputs for x in _tensors_in(value))
     )
 
 
-_INPUTS = ("u0", "tspan", "p")
-_NUMBERS = frozenset((float, type(None)))
+_NUMBERS = frozenset((float,))
 
 
 def _tensors_in(value: Any) -> tuple[Tensor, ...]:
@@ -210,16 +211,7 @@ def _tensors_in(value: Any) -> tuple[Tensor, ...]:
     return tuple(tensors_of(value))
 
 
-def _made_in_inference(problem: Any) -> bool:
-    for name in _INPUTS:
-        for x in _tensors_in(getattr(problem, name, None)):
-            if x.is_inference():
-                return True
-    return isinstance(problem, EnsembleProblem) and _made_in_inference(problem.problem)
-
-
-@contextmanager
-def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
+def solvable(problem: P, forward_mode: bool = True) -> AbstractContextManager[P]:
     """The problem as it can be solved, in ordinary modes for the duration.
 
     Args:
@@ -229,6 +221,13 @@ def solvable(problem: P, forward_mode: bool = True) -> Iterator[P]:
     Raises:
         RuntimeError: a transform is active that does not go through, or an export.
     """
+    if nothing_is_special(problem):
+        return nullcontext(problem)
+    return _made_solvable(problem, forward_mode)
+
+
+@contextmanager
+def _made_solvable(problem: P, forward_mode: bool) -> Iterator[P]:
     device, surrounding, check = _outside(problem, forward_mode)
     with ordinary_modes(device):
         yield _in_modes(problem, surrounding, check)
@@ -242,8 +241,6 @@ def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -
         problem: as it was given.
         forward_mode: whether derivatives in forward mode can pass through.
     """
-    if _nothing_is_special(problem):
-        return solve(problem)
     device, surrounding, check = _outside(problem, forward_mode)
     if surrounding is None and not torch.is_inference_mode_enabled():
         return solve(_in_modes(problem, None, check))
@@ -254,7 +251,7 @@ def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -
 def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) -> P:
     given: Any = problem
     changes: dict[str, Any] = {}
-    for name in _INPUTS:
+    for name in ("u0", "tspan", "p"):
         value = getattr(given, name, None)
         tensors = _tensors_in(value)
         if any(map(Tensor.is_inference, tensors)):

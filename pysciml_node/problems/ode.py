@@ -87,6 +87,8 @@ def time_number(time: Time) -> float:
     return float(time.detach()) if isinstance(time, Tensor) else time
 
 
+_ARRAYS, _ROWS = (Tensor, np.ndarray), (tuple, list)
+
 CONTAINS_ITSELF = "p must not contain itself.\n  Put a copy in, or leave the reference out."
 # An interval has at least so many times of the state's dtype.
 FEWEST_TIMES = 1000
@@ -130,29 +132,31 @@ class Problem(checks.Configured):
 
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""
-        checks.settle(self, u0=full_precision(as_state(self.u0)))
-        checks.settle(self, spec=StateSpec.of(self.u0))
-        if self.spec.device.type == "meta":
+        u0 = full_precision(as_state(self.u0))
+        spec = StateSpec.of(u0)
+        checks.settle(self, u0=u0, spec=spec)
+        if spec.device.type == "meta":
             raise ValueError(
                 "u0 must have values, but is on the meta device.\n"
                 "  Make it on a device that computes, such as cpu."
             )
         span: Any = self.tspan
-        if isinstance(span, Tensor | np.ndarray):
+        if isinstance(span, _ARRAYS):
             span = tuple(span) if span.ndim else (span,)
-        if not isinstance(span, tuple | list) or len(span) != 2:
+        if not isinstance(span, _ROWS) or len(span) != 2:
             listed = hasattr(span, "__len__")
             hint = "Saved times are saveat= of solve." if listed else "Write (0.0, 1.0)."
             checks.refuse("tspan", "a pair (t0, t1)", self.tspan, hint)
-        t0, t1 = (_check_time(f"tspan[{i}]", t) for i, t in enumerate(span))
+        t0, t1 = _check_time("tspan[0]", span[0]), _check_time("tspan[1]", span[1])
         if t0 == t1:
             raise ValueError(
                 f"tspan must have two different ends, but both are {t0}.\n"
                 "  The state at t0 is u0 itself: no solve is needed."
             )
         self._check_resolution(t0, t1)
-        ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
-        checks.settle(self, tspan=ends)
+        if not (type(self.tspan) is tuple and type(span[0]) is type(span[1]) is float):
+            ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
+            checks.settle(self, tspan=ends)
         if self.p is not None:
             checked_parameters(self.p, self.spec)
 

@@ -144,6 +144,15 @@ def _check_part(name: str, part: Any) -> None:
         )
 
 
+def _check_filled(entries: int) -> None:
+    """Refuse a state without entries."""
+    if not entries:
+        raise ValueError(
+            "u0 has no entries: there is nothing to solve.\n"
+            "  Give a state with at least one entry; skip the solve of an empty batch."
+        )
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """The structure of a state, and the way to and from its flat vector.
@@ -168,9 +177,12 @@ class StateSpec:
             TypeError: a part is no tensor, or of a dtype that cannot be integrated.
             ValueError: there are no entries, or the parts differ in dtype or device.
         """
+        keys: tuple[Any, ...] | None
         if isinstance(u0, Tensor):
-            keys, parts = None, (u0,)
-        elif isinstance(u0, tuple):
+            _check_part("u0", u0)
+            _check_filled(u0.numel())
+            return _spec(None, (u0.shape,), u0.dtype, u0.device)
+        if isinstance(u0, tuple):
             keys, parts = tuple(range(len(u0))), u0
         elif isinstance(u0, Mapping):
             keys, parts = tuple(u0), tuple(u0.values())
@@ -185,13 +197,9 @@ class StateSpec:
                 f"u0 must be a tensor, or a tuple or dict of tensors, but is {type(u0).__name__}.\n"
                 "  Convert it: torch.as_tensor(u0)."
             )
-        for key, part in zip(("",) if keys is None else keys, parts, strict=True):
-            _check_part("u0" if keys is None else f"u0[{key!r}]", part)
-        if not parts or sum(part.numel() for part in parts) == 0:
-            raise ValueError(
-                "u0 has no entries: there is nothing to solve.\n"
-                "  Give a state with at least one entry; skip the solve of an empty batch."
-            )
+        for key, part in zip(keys, parts, strict=True):
+            _check_part(f"u0[{key!r}]", part)
+        _check_filled(sum(part.numel() for part in parts))
         first = parts[0]
         for attribute in ("dtype", "device"):
             values = [getattr(part, attribute) for part in parts]

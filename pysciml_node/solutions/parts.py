@@ -23,14 +23,18 @@ class InParts:
     problem: Any
 
     def _is_later(self, name: str) -> bool:
-        """Whether a part that is missing can be made."""
-        return name in self.__dataclass_fields__ and "_make" in self.__dict__
+        """Whether a part is missing and will be made."""
+        held = self.__dict__
+        return "_make" in held and name not in held and name in self.__dataclass_fields__
 
     def _made(self, name: str) -> Any:
         """A part, made as if when the solve ended: whatever the modes are that it is read in."""
-        factory = self.__dataclass_fields__[name].default_factory
-        with ordinary_modes(self.problem.spec.device), torch._C._DisableFuncTorch():
-            part = factory() if callable(factory) else self.__dict__["_make"](name)
+        spec, factory = self.problem.spec, self.__dataclass_fields__[name].default_factory
+        with ordinary_modes(spec.device), torch._C._DisableFuncTorch():
+            if name == "penalty":
+                part = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
+            else:
+                part = factory() if callable(factory) else self.__dict__["_make"](name)
         return self.__dict__.setdefault(name, part)
 
 

@@ -42,6 +42,7 @@ from pysciml_node.problems.state import StateSpec, moves
 from pysciml_node.solving.tolerances import check_both_zero, check_tolerance
 
 T = TypeVar("T")
+_SINGLE = (ODEProblem, SDEProblem)
 
 
 class _Usual:
@@ -108,7 +109,7 @@ def check_problem(problem: Any) -> Problem:
     Raises:
         TypeError: it is none.
     """
-    if not isinstance(problem, ODEProblem | SDEProblem):
+    if not isinstance(problem, _SINGLE):
         hint = "Make one: ODEProblem(f, u0, (t0, t1))."
         if callable(problem) and not isinstance(problem, type):
             hint = (
@@ -138,7 +139,7 @@ _KNOWN: OrderedDict[Any, tuple[SolveOptions, StateSpec]] = OrderedDict()
 
 _MOST_KNOWN = 256
 
-_FLOAT = frozenset((float,))
+_FLOAT, _LISTS = frozenset((float,)), (list, tuple)
 
 _PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
 """Kinds of values that options may be found by; those of controllers and adjoints join them."""
@@ -154,21 +155,18 @@ def _are_plain(kinds: Sequence[type]) -> bool:
 
 
 def _key(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> Any:
-    """What options depend on; `None` where they hold more than numbers and words."""
+    """What options depend on; `None` where it is more than the values themselves."""
     if type(problem) is not ODEProblem:
         return None
-    for name in ("saveat", "tstops"):
-        times = given[name]
-        if times is None or (type(times) is tuple and not times):
-            continue
-        if type(times) not in (list, tuple) or not _FLOAT.issuperset(map(type, times)):
-            return None
-        given = {**given, name: (len(times), *times)}
+    for name in ("rtol", "atol", "saveat", "tstops", "events"):
+        listed = given[name]
+        if type(listed) in _LISTS and listed:
+            if not _FLOAT.issuperset(map(type, listed)):
+                return None
+            given = {**given, name: (len(listed), *listed)}
     # 1 and True are equal, and only one of them is a number of steps.
     values = tuple(given.values())
     kinds = tuple(map(type, values))
-    if not _are_plain(kinds):
-        return None
     return (kinds, id(problem.spec), problem.t0, problem.t1, type(algorithm), algorithm, values)
 
 
@@ -187,7 +185,7 @@ def check_options(problem: Problem, algorithm: Algorithm, given: dict[str, Any])
     if known is None:
         # The structure is kept, so that its identity is not given out again.
         known = _options(problem, algorithm, **given), problem.spec
-        if key is not None:
+        if key is not None and _are_plain(key[0]):
             _KNOWN[key] = known
             while len(_KNOWN) > _MOST_KNOWN:
                 with contextlib.suppress(KeyError):

@@ -19,7 +19,7 @@ from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.modes import in_ordinary_modes, uncompiled
+from pysciml_node.problems.modes import in_ordinary_modes, nothing_is_special, uncompiled
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -38,6 +38,7 @@ from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
 
 R = TypeVar("R")
+_PROBLEMS = (Problem, EnsembleProblem)
 
 
 def outside_modes(run: Callable[..., R]) -> Callable[..., R]:
@@ -45,7 +46,7 @@ def outside_modes(run: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(run)
     def ordinary(problem: Any, *arguments: Any, **options: Any) -> R:
-        if not isinstance(problem, Problem | EnsembleProblem):
+        if not isinstance(problem, _PROBLEMS) or nothing_is_special(problem):
             return run(problem, *arguments, **options)
         direct = isinstance(options.get("adjoint"), DirectAdjoint)
         return in_ordinary_modes(lambda ready: run(ready, *arguments, **options), problem, direct)

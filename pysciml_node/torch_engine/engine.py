@@ -29,6 +29,9 @@ from pysciml_node.torch_engine.solve import ODESolve
 NAME = "torch"
 # A Jacobian of more entries takes longer than Krylov methods would: 2048 rows are 34 MB.
 LARGEST_IMPLICIT = 2048
+_METHODS = (ExplicitRungeKutta, ImplicitMethod, StochasticRungeKutta)
+_IMPLICIT = (ImplicitMethod, SwitchingMethod)
+_JULIA_ADJOINTS = (QuadratureAdjoint, ForwardDiffSensitivity)
 
 
 def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
@@ -36,7 +39,7 @@ def supports(algorithm: Algorithm, options: SolveOptions) -> bool:
     del options
     if isinstance(algorithm, SwitchingMethod):
         return algorithm.embedded
-    return isinstance(algorithm, ExplicitRungeKutta | ImplicitMethod | StochasticRungeKutta)
+    return isinstance(algorithm, _METHODS)
 
 
 def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> str | None:
@@ -46,11 +49,11 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
             f"{algorithm!r} is not an algorithm of the torch engine.\n"
             '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
         )
-    if isinstance(algorithm, ImplicitMethod | SwitchingMethod):
+    if isinstance(algorithm, _IMPLICIT):
         return _refusal_implicit(problem, algorithm, options)
     if isinstance(problem, ODEProblem) and problem.mass_matrix is not None:
         return "mass matrices need an implicit method.\n  Use Rodas5P()."
-    if isinstance(options.adjoint, QuadratureAdjoint | ForwardDiffSensitivity):
+    if isinstance(options.adjoint, _JULIA_ADJOINTS):
         return (
             f"{type(options.adjoint).__name__} is an adjoint of the Julia engine.\n"
             '  Use engine="julia", or adjoint=DiscreteAdjoint().'
@@ -64,7 +67,7 @@ def _refusal_implicit(
     """Why this engine cannot take an implicit method, with the remedy; `None` when it can."""
     name, size = type(algorithm).__name__, sum(problem.spec.sizes)
     adjoint = type(options.adjoint).__name__
-    if isinstance(options.adjoint, QuadratureAdjoint | ForwardDiffSensitivity):
+    if isinstance(options.adjoint, _JULIA_ADJOINTS):
         return (
             f"{adjoint} is an adjoint of the Julia engine.\n"
             '  Use engine="julia", or adjoint=DiscreteAdjoint().'

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,6 @@ from pysciml_node.torch_engine.native.run import (
     fly,
     sweep_back,
 )
-
-S = TypeVar("S")
 
 
 class FlownSolve(Solve):
@@ -115,6 +112,7 @@ class FlownSolve(Solve):
         }
         if self.options.saveat is not None:
             parts["saved"] = spec.unflatten(states.saved)
+        if self.options.saveat_tensor is not None:
             parts["t"] = self.times(flight.reached, ())
         return in_parts(Solution, steps.part, **parts)
 
@@ -194,13 +192,14 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
         if all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
 
         def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _pull(ctx.solve, ctx.flight, kept, arriving, ctx.needs_input_grad[2:])
+            return _pull(ctx.solve, ctx.flight, kept, arriving, needed[2:])
 
         return (None, None, *pulled(pull, kept, *cotangents))
 
@@ -274,28 +273,20 @@ class _Steps:
         return self.flight.record(solve.problem, solve.options), states
 
     def part(self, name: str) -> Any:
-        """The times of the steps, or their trajectory, for a solution."""
+        """The trajectory for a solution, or the times of its states."""
+        solve, flight = self.solve, self.flight
         if name == "trajectory":
-            return self.solve.trajectory_of(self)
-        problem = self.solve.problem
-        return problem.time_tensor(self.flight.times(problem.t0))
+            return solve.trajectory_of(self)
+        ends = flight.times(solve.problem.t0) if solve.options.saveat is None else ()
+        return solve.times(flight.reached, ends)
 
 
 _told: set[str] = set()
 
 
-def attempted(solve: Callable[[], S], options: SolveOptions) -> S | None:
-    """A native solve; with `compile="auto"` `None` where there is none, and a word about it, once.
-
-    Raises:
-        CompileError: with `compile=True`, as the solve.
-    """
-    try:
-        return solve()
-    except CompileError as error:
-        if options.compile != "auto":
-            raise
-        reason = str(error).partition("\n")[0]
+def say_why_not(error: CompileError) -> None:
+    """With `compile="auto"`, say once why a solve has no native code; it goes on without."""
+    reason = str(error).partition("\n")[0]
     if reason not in _told:
         _told.add(reason)
         warnings.warn(
@@ -303,15 +294,20 @@ def attempted(solve: Callable[[], S], options: SolveOptions) -> S | None:
             PsnWarning,
             stacklevel=6,
         )
-    return None
 
 
 def attempt_native(
     problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
 ) -> Solution | None:
-    """The solution of a `NativeSolve`, as `compile` asks for it: see `attempted`.
+    """The solution of a `NativeSolve`; `None` where there is none, with `compile="auto"`.
 
     Raises:
         CompileError: with `compile=True`, as `NativeSolve`.
     """
-    return attempted(lambda: NativeSolve(problem, algorithm, options, engine).solution(), options)
+    try:
+        return NativeSolve(problem, algorithm, options, engine).solution()
+    except CompileError as error:
+        if options.compile != "auto":
+            raise
+        say_why_not(error)
+    return None

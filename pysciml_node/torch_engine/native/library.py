@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from struct import Struct
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-_LYING, _COUNTS, _SWEPT = Struct("8Pq"), Struct("5q"), Struct("14P3q")
+_LYING, _COUNTS, _SWEPT = map(struct.Struct, ("8Pq", "5q", "14P3q"))
 
 
 class SolveRequest(ctypes.Structure):
@@ -143,15 +143,18 @@ class Code:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
-        packed = torch.empty(self.packed_size, dtype=self.dtype, device="cpu")
-        lying = list(map(self.lying, tensors))
-        self.loaded.prepare(addresses(lying), packed.data_ptr())
+        dtype = self.dtype
+        packed = torch.empty(self.packed_size, dtype=dtype)
+        lies = [x.dtype is dtype and x.is_contiguous() and not x.is_neg() for x in tensors]
+        lying = tensors if all(lies) else [self.lying(x) for x in tensors]
+        places = struct.pack(f"{len(lying)}P", *[x.data_ptr() for x in lying])
+        self.loaded.prepare(places, packed.data_ptr())
         return packed
 
     def lying(self, x: Tensor) -> Tensor:
         """A tensor as C reads it."""
-        if x.dtype is self.dtype and x.is_contiguous() and not x.is_neg():
-            return x
+        if x.dtype is self.dtype and not x.is_neg():
+            return x if x.is_contiguous() else x.detach().contiguous()
         return x.detach().to(self.dtype).resolve_neg().contiguous()
 
 

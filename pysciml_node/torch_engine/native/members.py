@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import Array, MemberOptions
-from pysciml_node.errors import UnsupportedModule
+from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
@@ -24,7 +24,7 @@ from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.torch_engine.native.engine import FlownSolve, attempted
+from pysciml_node.torch_engine.native.engine import FlownSolve, say_why_not
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
     ACCEPTED,
@@ -309,6 +309,10 @@ def attempt_native_members(
     Raises:
         CompileError: with `compile=True`, as `solve_native_members`.
     """
-    return attempted(
-        lambda: solve_native_members(ensemble, algorithm, options, engine), options.common
-    )
+    try:
+        return solve_native_members(ensemble, algorithm, options, engine)
+    except CompileError as error:
+        if options.common.compile != "auto":
+            raise
+        say_why_not(error)
+    return None

@@ -65,8 +65,7 @@ class Flight:
     Attributes:
         u0: initial state.
         packed: the field's parameters as it read them.
-        steps: end, size, error, and the stop or -1 of each, in the first `count` of the rows
-            `(m, 4)`.
+        steps: end, size, error, and the stop or -1 of each: the first `count` rows of four.
         places: of each saved time that was reached its step and its place in it, or the state that
             it is and NaN, `(saved, 2)`.
         count: accepted steps.
@@ -94,11 +93,15 @@ class Flight:
 
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
-        return [t0, *self.steps[: self.count, 0].tolist()]
+        return [t0, *(row[0] for row in self._rows())]
+
+    def _rows(self) -> list[list[float]]:
+        rows: list[list[float]] = self.steps.reshape(-1, 4)[: self.count].tolist()
+        return rows
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
-        rows = self.steps[: self.count].tolist()
+        rows = self._rows()
         record = Record(
             times=[problem.t0, *(row[0] for row in rows)],
             sizes=[row[1] for row in rows],
@@ -171,8 +174,7 @@ class Departure:
         self, library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
     ) -> None:
         self.options, self.free = options, _ends_move(problem)
-        self.interval = problem.t0, problem.t1
-        t0, t1 = self.interval
+        t0, t1 = self.interval = problem.t0, problem.t1
         landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
         self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
         self._stops = (ctypes.c_double * len(landings))(*landings)
@@ -245,7 +247,10 @@ class Departure:
 
 def _ends_move(problem: ODEProblem) -> bool:
     """Whether an end of the interval receives a gradient."""
-    return any(isinstance(t, Tensor) and t.requires_grad for t in problem.tspan)
+    t0, t1 = problem.tspan
+    return (isinstance(t0, Tensor) and t0.requires_grad) or (
+        isinstance(t1, Tensor) and t1.requires_grad
+    )
 
 
 def departure_of(
@@ -281,12 +286,13 @@ def fly(
     """
     request, size = departure.request(), library.size
     room, count = departure.room, departure.save_count
-    ends, last = u0.new_empty((room, size)), torch.empty_like(u0)
-    steps = torch.empty((room, 4), dtype=torch.float64, device="cpu")
+    # Torch takes a number faster than a shape; there are rows of them in the end.
+    ends, last = u0.new_empty(room * size), torch.empty_like(u0)
+    steps = _NOWHERE.new_empty(room * 4)
     saved, places = departure.nothing, _NOWHERE
     if count:
         saved = u0.new_empty((count, size))
-        places = torch.empty((count, 2), dtype=torch.float64, device="cpu")
+        places = _NOWHERE.new_empty((count, 2))
     memory = library.take_memory(library.march_memory)
     lying = (u0, packed, ends, saved, last, steps, places, memory)
     request.put(*[x.data_ptr() for x in lying], room)
@@ -294,7 +300,7 @@ def fly(
     while status in (RUNNING, FULL):
         if status == FULL:
             room *= 2
-            ends, steps = _longer(ends, room), _longer(steps, room)
+            ends, steps = _doubled(ends), _doubled(steps)
             request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
         status = library.march(request)
         if on_turn is not None:
@@ -325,8 +331,8 @@ def fly(
     return flight, States(saved, ends, last)
 
 
-def _longer(rows: Tensor, room: int) -> Tensor:
-    grown = rows.new_empty((room, *rows.shape[1:]))
+def _doubled(rows: Tensor) -> Tensor:
+    grown = rows.new_empty(2 * len(rows))
     grown[: len(rows)] = rows
     return grown
 
