@@ -1,5 +1,7 @@
 """Native code beside the loop in Python, on two small fields, on one core.
 
+One step of a small field shows what a solve takes besides its steps.
+
     python benchmarks/native.py
 
 For each field: a whole solve and a solve with its gradient, by the loop and by native code, and of
@@ -96,10 +98,9 @@ class Case:
         return psn.solve(
             psn.ODEProblem(self.field, self.u0, (0.0, self.end)),
             self.algorithm,
-            controller=psn.IController(),
             compile=compile,
             engine="torch",
-            **self.options,
+            **{"controller": psn.IController(), **self.options},
         )
 
     def forward(self, compile: bool) -> Any:
@@ -110,7 +111,7 @@ class Case:
     def gradient(self, compile: bool) -> Any:
         """One solve and its gradient."""
         solution = self.solve(compile)
-        loss = solution.u.sum() if self.options else solution.u1.sum()
+        loss = solution.u.sum() if "saveat" in self.options else solution.u1.sum()
         return torch.autograd.grad(loss, [self.u0, *self.field.parameters()])
 
 
@@ -132,8 +133,11 @@ def main() -> None:
     torch.manual_seed(0)
     times = torch.linspace(0, 3, 31).tolist()
     pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    spiral, u0 = Spiral(), torch.randn(20, 2, requires_grad=True)
+    one_step = {"controller": psn.FixedStep(), "dt0": 1.0}
     cases = [
-        Case("spiral", Spiral(), torch.randn(20, 2, requires_grad=True), 1.0, psn.DP5(), {}),
+        Case("spiral", spiral, u0, 1.0, psn.DP5(), {}),
+        Case("spiral, one Euler step", spiral, u0, 1.0, psn.Euler(), one_step),
         Case("Lotka-Volterra", LotkaVolterra().double(), pair, 3.0, psn.Tsit5(), {"saveat": times}),
     ]
     spent = inside()

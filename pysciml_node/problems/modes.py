@@ -186,7 +186,11 @@ def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
     if isinstance(problem, EnsembleProblem):
         return False
-    c, inputs = torch._C, (problem.u0, problem.tspan, problem.p)
+    for value in (problem.u0, problem.tspan, problem.p):
+        for x in _tensors_in(value):
+            if x.is_inference():
+                return False
+    c = torch._C
     return not (
         torch.is_inference_mode_enabled()
         or torch.is_autocast_enabled(problem.spec.device.type)
@@ -195,7 +199,6 @@ def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
         or c._len_torch_function_stack()
         or c._len_torch_dispatch_stack()
         or c._get_tracing_state() is not None
-        or any(x.is_inference() for value in inputs for x in _tensors_in(value))
     )
 
 

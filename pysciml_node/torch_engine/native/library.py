@@ -154,7 +154,7 @@ class Code:
     def lying(self, x: Tensor) -> Tensor:
         """A tensor as C reads it."""
         if x.dtype is self.dtype and not x.is_neg():
-            return x if x.is_contiguous() else x.detach().contiguous()
+            return x.contiguous()  # itself, where it is
         return x.detach().to(self.dtype).resolve_neg().contiguous()
 
 
