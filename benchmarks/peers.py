@@ -204,10 +204,19 @@ def pysciml_native(workload: Workload) -> Candidate:
 
 def pysciml_implicit(workload: Workload) -> Candidate:
     """This package, torch engine, an implicit method with its discrete adjoint."""
+    return _by_statistics(workload, _rodas(workload, compile=False))
+
+
+def pysciml_native_implicit(workload: Workload) -> Candidate:
+    """The same as native code."""
+    return _by_statistics(workload, _rodas(workload, compile=True))
+
+
+def _rodas(workload: Workload, compile: bool) -> Callable[[Tensor], Any]:
     (psn,) = _load("pysciml_node")
     _stiff(workload)
-    _, solve = _pysciml(workload, engine="torch", method=(psn.Rodas5P(), psn.PIController()))
-    return _by_statistics(workload, solve)
+    method = psn.Rodas5P(), psn.PIController()
+    return _pysciml(workload, engine="torch", method=method, compile=compile)[1]
 
 
 def _stiff(workload: Workload) -> None:
@@ -336,6 +345,7 @@ CANDIDATES: dict[str, Callable[[Workload], Candidate]] = {
     "torchode": torchode_autograd,
     "diffrax": diffrax_jit,
     "pysciml_node Rodas5P": pysciml_implicit,
+    "pysciml_node Rodas5P native": pysciml_native_implicit,
     "diffrax Kvaerno5": diffrax_implicit,
 }
 PACKAGES = ("pysciml_node", "torch", "torchdiffeq", "torchode", "diffrax", "jax", "jaxlib", "numpy")

@@ -107,7 +107,7 @@ PROBLEMS = {
 }
 
 
-def ours(problem: Problem, algorithm: Any, engine: str = "torch") -> Solve:
+def ours(problem: Problem, algorithm: Any, engine: str = "torch", compile: bool = False) -> Solve:
     """A method of this package."""
 
     def f(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def ours(problem: Problem, algorithm: Any, engine: str = "torch") -> Solve:
     def solve(tolerance: float) -> Any:
         with torch.no_grad():
             atol = tolerance * problem.atol
-            options = {"rtol": tolerance, "atol": atol, "engine": engine}
+            options = {"rtol": tolerance, "atol": atol, "engine": engine, "compile": compile}
             return psn.solve(ode, algorithm, **options).u1.numpy()
 
     return solve
@@ -175,6 +175,7 @@ def solvers(problem: Problem, sciml: bool) -> dict[str, Solve]:
     """All that are installed, by name."""
     found = {
         "Rodas5P": ours(problem, psn.Rodas5P()),
+        "Rodas5P, native": ours(problem, psn.Rodas5P(), compile=True),
         "KenCarp4": ours(problem, psn.KenCarp4()),
     }
     if importlib.util.find_spec("scipy"):
@@ -229,7 +230,7 @@ def main() -> None:
         for method, solve in solvers(problem, arguments.sciml).items():
             points = [measure(solve, tolerance, reference) for tolerance in TOLERANCES]
             curves.setdefault(name, {})[method] = points
-            rows.append([name, method, *(f"{work:.0f} / {error:.0e}" for work, error in points)])
+            rows.append([name, method, *(f"{work:.3g} / {error:.0e}" for work, error in points)])
             print(rows[-1], file=sys.stderr, flush=True)
     print(table(["problem", "method", *(f"{x:.0e}, ms / error" for x in TOLERANCES)], rows))
     if arguments.picture:
