@@ -2,9 +2,9 @@
 
     python benchmarks/stiff_sizes.py [--sizes 3 20 64 100]
 
-A chain with diffusion, whose Jacobian has three diagonals, and a layer that is as wide as the state:
-what they cost an evaluation differs most. `Rodas5P` over (0, 1) at tolerance 1e-6, without and with
-the gradient of the state at the end. Times are the best of four: processor time, without compilation.
+A chain with diffusion, whose Jacobian has three diagonals, and a layer as wide as the state, which
+costs far more. `Rodas5P` over (0, 1) at tolerance 1e-6, without and with the gradient of the state
+at the end. Times are the best of five: processor time, without compilation.
 """
 
 from __future__ import annotations

@@ -465,6 +465,42 @@ def test_what_has_no_native_code_is_named(name: str) -> None:
         assert psn.solve(problem, psn.Rodas5P(), compile="auto", **options).success
 
 
+class Decay(nn.Module):
+    """A field of which all can be seen."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -u
+
+
+@pytest.mark.parametrize("name", ["mass matrix", "jac", "sparsity"])
+def test_what_a_problem_brings_is_seen_after_solves_without_it(name: str) -> None:
+    given, _, _, named = REFUSED[name]
+    field, u0 = Decay(), torch.ones(2)
+    for _ in range(2):
+        psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), psn.Rodas5P(), compile=True)
+    with pytest.raises(psn.CompileError, match=named):
+        psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0), **given), psn.Rodas5P(), compile=True)
+
+
+def test_gradients_that_are_asked_for_later_have_their_code() -> None:
+    """The code of a solve without gradients has no adjoint."""
+    field = Driven(2)
+    p = {"gain": tensor(3.0), "rate": tensor(1.0, 2.0), "n": 2.0}
+    ends = []
+    for wanted in (False, True, False, True):
+        field.requires_grad_(wanted)
+        u0 = random(1, 2).requires_grad_(wanted)
+        problem = psn.ODEProblem(field, u0, (0.0, 0.5), p=p)
+        end = psn.solve(problem, psn.Rodas5P(), compile=True).u1
+        assert end.requires_grad == wanted
+        if wanted:
+            (gradient,) = torch.autograd.grad(end.sum(), u0)
+            assert bool(gradient.isfinite().all())
+        ends.append(end.detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-12, atol=0)
+
+
 def test_members_are_refused_by_name() -> None:
     problem = psn.ODEProblem(decay, torch.ones(1), (0.0, 1.0))
     members = psn.EnsembleProblem(problem, u0=torch.ones(3, 1))
