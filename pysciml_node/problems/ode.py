@@ -127,8 +127,10 @@ class Problem(checks.Configured):
         Raises:
             TypeError: a function is refused.
         """
-        for name in (*self.functions, *(("jac",) if self.jac is not None else ())):
+        for name in self.functions:
             _check_called(name, getattr(self, name), self.p)
+        if self.jac is not None:
+            _check_called("jac", self.jac, self.p)
 
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""

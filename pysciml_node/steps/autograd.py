@@ -142,9 +142,10 @@ def pulled(
 
     if torch._C._are_functorch_transforms_active():
         return first_derivative(_Pulled.apply(sweep, *cotangents), inputs)  # type: ignore[no-untyped-call]
-    if any(x is not None and _is_legacy_batch(x) for x in cotangents):
-        # The graph of these batches is that of the tensors inside.
-        return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
+    for x in cotangents:
+        if x is not None and _is_legacy_batch(x):
+            # The graph of these batches is that of the tensors inside.
+            return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
     return first_derivative(sweep(*cotangents), inputs)
 
 
