@@ -152,9 +152,12 @@ class Prepared:
         )
 
 
-_Ways = dict[tuple[int, int, int], Prepared]
-_prepared: Recent[int, tuple[Callable[[], Any], _Ways]] = Recent(_MOST_FIELDS)
-"""By the identity of the field, which is not kept alive, and those of `_way`."""
+_Way = tuple[int, int, int]
+_Ways = tuple[Callable[[], Any], dict[_Way, Prepared]]
+_prepared: Recent[int, _Ways] = Recent(_MOST_FIELDS)
+"""By the identity of the field, which is not kept alive; and then by those that `prepare` takes."""
+
+_NOTHING: _Ways = (lambda: None), {}
 
 
 def _forget(key: int, gone: object) -> None:
@@ -162,12 +165,15 @@ def _forget(key: int, gone: object) -> None:
     _prepared.pop(key)
 
 
-def _ways_of(f: Any) -> _Ways:
-    """What has been prepared for a field."""
-    known = _prepared.get(id(f))
-    if known is None or known[0]() is not f:
-        known = _prepared[id(f)] = reference(f, functools.partial(_forget, id(f))), {}
-    return known[1]
+def _keep(f: Any, way: _Way, made: Prepared) -> None:
+    """Keep what has been prepared for a field."""
+    owner, ways = _prepared.get(id(f)) or _NOTHING
+    if owner() is not f:
+        ways = {}
+        _prepared[id(f)] = reference(f, functools.partial(_forget, id(f))), ways
+    if len(ways) >= _MOST_WAYS:
+        ways.clear()
+    ways[way] = made
 
 
 def prepare(
@@ -178,9 +184,9 @@ def prepare(
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
-    ways = _ways_of(problem.f)
     way = id(problem.spec), id(getattr(algorithm, "tableau", None)), id(options)
-    known = ways.get(way)
+    owner, ways = _prepared.get(id(problem.f)) or _NOTHING
+    known = ways.get(way) if owner() is problem.f else None
     if known is not None and known.serves(problem, options):
         _check_call(problem, algorithm, options)
         assert known.walked is not None
@@ -200,9 +206,7 @@ def prepare(
     departure = departure_of(library, problem, options, tableau.error_order)
     made = Prepared(library, departure, tableau, translated, parameters, recorded, walked, spec)
     if walked is not None and departure.lasting:
-        if len(ways) >= _MOST_WAYS:
-            ways.clear()
-        ways[way] = made
+        _keep(problem.f, way, made)
     return made, see
 
 

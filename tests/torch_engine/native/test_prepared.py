@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native import prepared
 
 D = torch.float64
 
@@ -170,11 +171,11 @@ def test_what_depends_on_the_place_of_the_solve_is_looked_at_each_time() -> None
     with torch.no_grad():
         for _ in range(2):
             solved(f, adjoint=psn.BacksolveAdjoint())
-    with pytest.raises(psn.errors.CompileError, match="BacksolveAdjoint"):
+    with pytest.raises(psn.CompileError, match="BacksolveAdjoint"):
         solved(f, adjoint=psn.BacksolveAdjoint())
     for _ in range(2):
         solved(f)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(psn.errors.CompileError):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(psn.CompileError):
         solved(f)
     with pytest.raises(RuntimeError, match=r"torch\.vmap"):
         torch.vmap(
@@ -216,3 +217,32 @@ def test_threads_solve_with_what_is_prepared() -> None:
     with ThreadPoolExecutor(4) as threads:
         ends = list(threads.map(lambda _: solved(f).u1.detach(), range(64)))
     assert all(torch.equal(end, expected) for end in ends)
+
+
+def test_functions_that_come_and_go_take_no_room() -> None:
+    f = Scaled()
+    solved(f)
+    before = len(prepared._prepared)
+    for rate in (1.0, 2.0, 3.0):
+        problem = psn.ODEProblem(lambda t, u, rate=rate: -rate * u, torch.ones(2, dtype=D), (0, 1))
+        end = psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1
+        torch.testing.assert_close(end, decay(1.0, rate), rtol=1e-7, atol=1e-9)
+    assert len(prepared._prepared) == before
+
+
+def test_implicit_steps_are_prepared_with_the_derivatives_that_they_need() -> None:
+    f, u0 = Scaled(), torch.ones(2, dtype=D)
+    problem = psn.ODEProblem(f, u0, (0.0, 1.0))
+
+    def end(problem: psn.ODEProblem) -> Tensor:
+        return psn.solve(problem, psn.Rodas5P(), rtol=1e-8, atol=1e-8, compile=True).u1  # type: ignore[no-any-return]
+
+    for rate in (1.0, 1.0, 2.0):
+        with torch.no_grad():
+            f.rate.fill_(rate)
+            torch.testing.assert_close(end(problem), decay(1.0, rate), rtol=1e-6, atol=1e-7)
+        (gradient,) = torch.autograd.grad(end(problem).sum(), f.rate)
+        torch.testing.assert_close(gradient, -decay(1.0, rate), rtol=1e-5, atol=1e-7)
+    given = psn.ODEProblem(f, u0, (0.0, 1.0), jac=lambda t, u: -torch.diag(f.rate))
+    with pytest.raises(psn.CompileError, match="jac"):
+        end(given)
