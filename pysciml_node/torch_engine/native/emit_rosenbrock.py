@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.native.emit_method import Single, emit_method, weighted_sum
 from pysciml_node.torch_engine.native.text import number, padded
 
 
-def emit_rosenbrock(method: Method, size: int) -> str:
+def emit_rosenbrock(method: Method, size: int, mass: Tensor | None) -> str:
     """The tableau's part of the emitted code.
 
     Args:
         method: the method; its tableau is a `RosenbrockTableau`.
         size: entries of the flat state.
+        mass: the mass matrix, `(size, size)`; `None` stands for the identity.
     """
     tableau = method.tableau
     assert isinstance(tableau, RosenbrockTableau)
@@ -23,31 +28,33 @@ def emit_rosenbrock(method: Method, size: int) -> str:
         f"enum {{ MATRIX = {padded(size * size)} }};",
         f"static const REAL GAMMA = {number(tableau.gamma)};",
         f"static const double TIME_WEIGHTS[] = {{{weights}}};",
+        *([] if mass is None else _mass(mass)),
         "",
-        "/* The right side of a stage's linear system; `slope` is the derivative in time. */",
-        "static void right_side(int stage, REAL h, const REAL *rate, const REAL *slope, "
-        "const REAL *k, REAL *x) {",
-        "  switch (stage) {",
-    ]
-    for stage, (row, weight) in enumerate(
-        zip(tableau.couplings, tableau.time_weights, strict=True)
-    ):
-        terms = ["rate[i]"]
-        terms += [weighted_sum(row, "k")] if any(row) else []
-        terms += [f"slope[i] * ({number(weight)} * h)"] if weight else []
-        body = f"x[i] = GAMMA * ({' + '.join(terms)});"
-        lines += [f"  case {stage}:", "    " + Single.loop(body), "    break;"]
-    lines += [
-        "  }",
+        "/* What earlier slopes add to the right side of a stage's linear system. */",
+        "static void couple(int stage, const REAL *k, REAL *x) {",
+        *_sums("x", "k", {i: (row, 0) for i, row in enumerate(tableau.couplings)}),
         "}",
         "",
         "/* What the right sides of later stages add to the cotangent of a stage's slope. */",
-        "static void couple_bars(int stage, const REAL *y, REAL *bar) {",
-        "  switch (stage) {",
+        "static void couple_bars(int stage, const REAL *y, REAL *x) {",
     ]
-    for stage in range(method.stages):
-        column = [row[stage] for row in tableau.couplings[stage + 1 :]]
-        if any(column):
-            body = f"bar[i] += {weighted_sum(column, 'y', stage + 1)};"
-            lines += [f"  case {stage}:", "    " + Single.loop(body), "    break;"]
-    return "\n".join([*lines, "  }", "}", ""])
+    columns = {
+        i: (tuple(row[i] for row in tableau.couplings[i + 1 :]), i + 1)
+        for i in range(method.stages)
+    }
+    return "\n".join([*lines, *_sums("x", "y", columns), "}", ""])
+
+
+def _mass(mass: Tensor) -> list[str]:
+    """The mass matrix, by rows."""
+    entries = ", ".join(map(number, mass.reshape(-1).tolist()))
+    return ["#define WITH_MASS", f"static const REAL MASS[] = {{{entries}}};"]
+
+
+def _sums(into: str, base: str, rows: Mapping[int, tuple[Sequence[float], int]]) -> list[str]:
+    """Of each stage the sum of vectors from one on, by their weights."""
+    lines = ["  switch (stage) {"]
+    for stage, (row, first) in rows.items():
+        body = f"{into}[i] = {weighted_sum(row, base, first)};"
+        lines += [f"  case {stage}:", "    " + Single.loop(body), "    break;"]
+    return [*lines, "  }"]

@@ -96,7 +96,7 @@ def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
     """Refuse what is neither explicit nor a Rosenbrock method, and what is not for one."""
     if not isinstance(getattr(algorithm, "tableau", None), RosenbrockTableau):
         raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
-    for what in ("mass_matrix", "jac", "jac_sparsity"):
+    for what in ("jac", "jac_sparsity"):
         if getattr(problem, what) is not None:
             raise refusal(what)
     size = sum(problem.spec.sizes)
@@ -145,6 +145,7 @@ class Prepared:
         return (
             walked is not None
             and problem.p is None
+            and problem.mass_matrix is None
             and self.departure.serves(problem, options)
             and self.recorded == _records(problem, self.tableau, options, self.translated)
             and walked.stands(problem.f)
@@ -205,7 +206,7 @@ def prepare(
     walked = walked_of(problem.f, problem.p, translated.snapshot)
     departure = departure_of(library, problem, options, tableau.error_order)
     made = Prepared(library, departure, tableau, translated, parameters, recorded, walked, spec)
-    if walked is not None and departure.lasting:
+    if walked is not None and departure.lasting and problem.mass_matrix is None:
         _keep(problem.f, way, made)
     return made, see
 
@@ -228,14 +229,18 @@ def _library(
     if not isinstance(method.tableau, RosenbrockTableau):
         library = library_of(json, method, dtype, lambda: write_explicit(program, method))
         return library, translated.parameters
+    mass = problem.mass
+    json += "" if mass is None else repr(mass.tolist())
     if not recorded:
-        library = library_of(json, method, dtype, lambda: write_rosenbrock(program, None, method))
+        library = library_of(
+            json, method, dtype, lambda: write_rosenbrock(program, None, method, mass)
+        )
         return library, translated.parameters
     pulled = pulled_program(problem, translated)
     library = library_of(
         json + pulled.json,
         method,
         dtype,
-        lambda: write_rosenbrock(program, pulled.program, method),
+        lambda: write_rosenbrock(program, pulled.program, method, mass),
     )
     return library, [*translated.parameters, *pulled.parameters(translated.parameters)]

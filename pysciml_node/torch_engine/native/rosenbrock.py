@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_rosenbrock import emit_rosenbrock
@@ -13,20 +15,23 @@ LARGEST = 100
 """Entries of a state up to which it is ahead of torch, whatever the field: docs/stiff.md."""
 
 
-def write_rosenbrock(program: Program, pulled: Program | None, method: Method) -> Written:
+def write_rosenbrock(
+    program: Program, pulled: Program | None, method: Method, mass: Tensor | None
+) -> Written:
     """The code of a field for a Rosenbrock method.
 
     Args:
         program: the field.
         pulled: the field's pullback, for gradients; `None` for the loop alone.
         method: the method.
+        mass: the mass matrix; `None` stands for the identity.
     """
     emitter, size = Emitter(program), size_of(program)
     emitted = emitter.emit(state_alone=True)
     march, sweep = memory_of(method, size, emitter)
     row = padded(size)
     linear = 2 * padded(size * size) + 4 * row
-    text = [emit_rosenbrock(method, size), emitted.source]
+    text = [emit_rosenbrock(method, size, mass), emitted.source]
     loop = ["steps.h", "solve.h", "rosenbrock.h"]
     parameters = list(zip(program.parameters, emitted.offsets, program.pulled, strict=True))
     packed, cost = emitted.packed, (size + 1) * emitted.cost + size**3 // 3

@@ -151,7 +151,9 @@ def solved(
     f, u0, p, wanted = made
     starts = {"u": u0} if isinstance(u0, Tensor) else u0
     starts = {key: x.clone().requires_grad_() for key, x in starts.items()}
-    problem = psn.ODEProblem(f, starts["u"] if isinstance(u0, Tensor) else starts, span, p=p)
+    mass = options.pop("mass_matrix", None)
+    start: Any = starts["u"] if isinstance(u0, Tensor) else starts
+    problem = psn.ODEProblem(f, start, span, p=p, mass_matrix=mass)
     options = {"rtol": 1e-6, "atol": 1e-8, "engine": "torch"} | options
     solution = psn.solve(problem, algorithm, compile=compile, **options)
     states, end = flat(solution.u), flat(solution.u1)
@@ -186,6 +188,34 @@ def test_equal_steps_give_equal_states_and_gradients(algorithm: Any, name: str) 
         solved(made, algorithm, compile, saveat=saveat, **STEPS) for compile in (True, False)
     )
     assert_alike(found, expected)
+
+
+@by_algorithm
+@pytest.mark.parametrize("name", ["module", "wide module", "parts", "constant", "linear"])
+def test_mass_matrices(algorithm: Any, name: str) -> None:
+    made = FIELDS[name]()
+    size = len(flat(made[1]))
+    mass = random(size, size, seed=5) / size + torch.eye(size, dtype=D)
+    options = {**STEPS, "saveat": tensor(*SAVEAT), "mass_matrix": mass}
+    found, expected = (solved(made, algorithm, compile, **options) for compile in (True, False))
+    assert_alike(found, expected, 1e-11)
+    if name == "linear":
+        options["mass_matrix"] = torch.diag(tensor(0.0, 1.0, 1.0, 1.0))
+        options["span"] = tensor(0.0, gradient=True), tensor(0.5, gradient=True)
+        found, expected = (solved(made, algorithm, c, **options) for c in (True, False))
+        assert_alike(found, expected, 1e-11)
+
+
+def test_a_differential_algebraic_equation_has_its_published_solution() -> None:
+    """Robertson's third rate replaced by the conservation of mass."""
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat((known.robertson(t, y)[:2], (y.sum() - 1).reshape(1)))
+
+    mass = torch.diag(tensor(1.0, 1.0, 0.0))
+    problem = psn.ODEProblem(f, known.ROBERTSON_START, (0.0, 40.0), mass_matrix=mass)
+    end = psn.solve(problem, psn.Rodas5P(), rtol=1e-8, atol=1e-12, compile=True).u1
+    torch.testing.assert_close(end, known.ROBERTSON_AT_40, rtol=1e-6, atol=0)
 
 
 @by_algorithm
@@ -444,7 +474,6 @@ def decay(t: Tensor, u: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
-    "mass matrix": ({"mass_matrix": 2 * torch.eye(2)}, 2, {}, "mass_matrix"),
     "jac": ({"jac": lambda t, u: -torch.eye(2)}, 2, {}, "jac"),
     "sparsity": ({"jac_sparsity": torch.eye(2, dtype=torch.bool)}, 2, {}, "jac_sparsity"),
     "size": ({}, LARGEST + 1, {}, f"more than {LARGEST} entries"),
@@ -472,7 +501,7 @@ class Decay(nn.Module):
         return -u
 
 
-@pytest.mark.parametrize("name", ["mass matrix", "jac", "sparsity"])
+@pytest.mark.parametrize("name", ["jac", "sparsity"])
 def test_what_a_problem_brings_is_seen_after_solves_without_it(name: str) -> None:
     given, _, _, named = REFUSED[name]
     field, u0 = Decay(), torch.ones(2)
@@ -480,6 +509,11 @@ def test_what_a_problem_brings_is_seen_after_solves_without_it(name: str) -> Non
         psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), psn.Rodas5P(), compile=True)
     with pytest.raises(psn.CompileError, match=named):
         psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0), **given), psn.Rodas5P(), compile=True)
+    for factor in (2.0, 4.0, 2.0):
+        mass = factor * torch.eye(2)
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0), mass_matrix=mass)
+        end = psn.solve(problem, psn.Rodas5P(), compile=True).u1
+        torch.testing.assert_close(end, u0 * math.exp(-1 / factor), rtol=1e-4, atol=0)
 
 
 def test_gradients_that_are_asked_for_later_have_their_code() -> None:

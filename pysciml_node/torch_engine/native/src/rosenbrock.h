@@ -2,10 +2,10 @@
 
    With J = df/du, by rows, and f_t = df/dt at the start of a step, the slopes k_i solve
 
-       (I - h gamma J) k_i = gamma [f(t + c_i h, u + h sum_j a_ij k_j)
-                                    + sum_j C_ij k_j + h d_i f_t]
+       (M - h gamma J) k_i = gamma [f(t + c_i h, u + h sum_j a_ij k_j)
+                                    + M sum_j C_ij k_j + h d_i f_t]
 
-   (tableaus/implicit.py), of which the emitted code has the right side. */
+   (tableaus/implicit.py), of which the emitted code has the sums and, but for the identity, M. */
 
 /* The field at the start of a step with its derivatives, and room for what comes of them. */
 typedef struct {
@@ -34,12 +34,16 @@ static void psn_linearize(Linear *l, REAL t, const REAL *u, const REAL *packed, 
   }
 }
 
-/* Factors of I - h gamma J by elimination with partial pivoting: P A = L U. Without a pivot the
+/* Factors of M - h gamma J by elimination with partial pivoting: P A = L U. Without a pivot the
    solutions are not finite, and the step is rejected. */
 static void psn_factor(Linear *l, REAL h) {
   REAL *a = l->factors, scale = h * GAMMA;
   for (int i = 0; i < N * N; i++) a[i] = -scale * l->jacobian[i];
+#ifdef WITH_MASS
+  for (int i = 0; i < N * N; i++) a[i] += MASS[i];
+#else
   for (int i = 0; i < N; i++) a[i * N + i] += 1;
+#endif
   for (int c = 0; c < N; c++) {
     int pivot = c;
     for (int i = c + 1; i < N; i++)
@@ -79,10 +83,27 @@ static void psn_solve(const Linear *l, REAL *x) {
     x[i] = (x[i] - psn_product(a + i * N, x, i + 1, N)) / a[i * N + i];
 }
 
+/* M x, or M^T x. */
+static void psn_weigh(const REAL *x, int turned, REAL *out) {
+#ifdef WITH_MASS
+  memset(out, 0, N * sizeof(REAL));
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j++) out[i] += (turned ? MASS[j * N + i] : MASS[i * N + j]) * x[j];
+#else
+  memcpy(out, x, N * sizeof(REAL));
+#endif
+}
+
 /* The slope of stage i from the field's value there. */
 static void psn_slope(const Linear *l, int i, REAL h, const REAL *rate, REAL *k) {
-  right_side(i, h, rate, l->slope, k, k + i * ROW);
-  psn_solve(l, k + i * ROW);
+  REAL *x = k + i * ROW, weight = (REAL)TIME_WEIGHTS[i] * h;
+  couple(i, k, l->row);
+  psn_weigh(l->row, 0, x);
+  for (int e = 0; e < N; e++) x[e] += rate[e];
+  if (weight != 0)
+    for (int e = 0; e < N; e++) x[e] += weight * l->slope[e];
+  for (int e = 0; e < N; e++) x[e] *= GAMMA;
+  psn_solve(l, x);
 }
 
 #define LINEAR(s, l) psn_place(l, W(s) + WORK + BARS, W(s) + WORK)

@@ -1,8 +1,9 @@
 /* The discrete adjoint of a Rosenbrock step; for src/sweep.h.
 
-   With A = I - h gamma J the cotangents obey, for i = s, ..., 1,
+   With A = M - h gamma J the cotangents obey, for i = s, ..., 1,
 
-       y_i = gamma A^-T [h (b_i u1* + sum_m b_i(theta_m) v*_m + sum_{j>i} a_ji U*_j) + sum_{j>i} C_ji y_j],
+       y_i = gamma A^-T [h (b_i u1* + sum_m b_i(theta_m) v*_m + sum_{j>i} a_ji U*_j)
+                         + M^T sum_{j>i} C_ji y_j],
        U*_i = (df/du)^T y_i,
 
    and the derivatives at the start of the step have h sum_i y_i k_i^T and h sum_i d_i y_i. These are
@@ -113,8 +114,9 @@ static void psn_replay(Sweep *s, int64_t n) {
     REAL *g = STAGE_OF(s, i), *k_bar = g + ROW, *y = YS(s) + i * ROW, time[LANES] = {0};
     combine_bars(i, STAGES, (REAL)h, bar, bars, k_bar);
     for (int e = 0; e < N; e++) h_bar += (double)k_bar[e] * k[i * ROW + e] / h;
-    memcpy(y, k_bar, N * sizeof(REAL));
-    couple_bars(i, YS(s), y);
+    couple_bars(i, YS(s), l.row);
+    psn_weigh(l.row, 1, y);
+    for (int e = 0; e < N; e++) y[e] += k_bar[e];
     psn_solve_turned(&l, y);
     for (int e = 0; e < N; e++) y[e] *= GAMMA;
     pull(times[i], g, s->packed, RATES(s) + i * ROW, g + 2 * ROW, y, bars + i * ROW, time,
