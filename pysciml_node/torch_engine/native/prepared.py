@@ -83,6 +83,8 @@ def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
     """Refuse what is not among that by which a prepared solve is found."""
     if not isinstance(algorithm, ExplicitRungeKutta):
         _check_implicit(problem, algorithm)
+    if options.events and problem.mass_matrix is not None:
+        raise refusal("events with mass_matrix")
     if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
         name = type(options.adjoint).__name__
         raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")

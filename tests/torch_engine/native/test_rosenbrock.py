@@ -476,6 +476,12 @@ def decay(t: Tensor, u: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[dict[str, Any], int, dict[str, Any], str]] = {
     "jac": ({"jac": lambda t, u: -torch.eye(2)}, 2, {}, "jac"),
     "sparsity": ({"jac_sparsity": torch.eye(2, dtype=torch.bool)}, 2, {}, "jac_sparsity"),
+    "events and mass": (
+        {"mass_matrix": 2 * torch.eye(2)},
+        2,
+        {"events": psn.Event(lambda t, u: u[0] - 0.5)},
+        "events with mass_matrix",
+    ),
     "size": ({}, LARGEST + 1, {}, f"more than {LARGEST} entries"),
     "direct": ({}, 2, {"adjoint": psn.DirectAdjoint()}, "DirectAdjoint"),
     "continuous": ({}, 2, {"adjoint": psn.GaussAdjoint()}, "GaussAdjoint"),
