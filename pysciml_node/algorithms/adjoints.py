@@ -9,6 +9,8 @@
 | `BacksolveAdjoint` | the continuous equation | one state a step | comparison with other packages |
 | `QuadratureAdjoint` | the continuous equation | one state a step | stiff problems (Julia engine) |
 | `ForwardDiffSensitivity` | the discretised solution | no tape | few parameters (Julia engine) |
+
+`DiscreteAdjoint` keeps graphs of steps too, up to a number of bytes.
 """
 
 from __future__ import annotations
@@ -36,15 +38,24 @@ class DirectAdjoint(Adjoint):
 
 @dataclass(frozen=True)
 class DiscreteAdjoint(Adjoint):
-    """Replays the accepted steps backward, one at a time.
+    """Pulls cotangents back through the accepted steps, one at a time.
 
-    The forward solve keeps the time, size and starting state of each accepted step. The backward
-    sweep recomputes the stages of one step at a time and pulls the cotangent through them. The
-    gradient is exact for the discretised solution at frozen step sizes. As in all such methods, the
-    derivative of the step sizes themselves is dropped.
+    The forward solve keeps the time, size and starting state of each accepted step, and up to
+    `memory` bytes of the graphs of their stages. The backward sweep recomputes the stages of a step
+    whose graphs were not kept, and pulls the cotangent through them. The gradient is exact for the
+    discretised solution at frozen step sizes. As in all such methods, the derivative of the step
+    sizes themselves is dropped.
+
+    Args:
+        memory: bytes that graphs of stages may take, of explicit steps that the torch engine takes
+            in Python; about as many of the first steps are kept. With 0 every step is recomputed.
     """
 
+    memory: int = 2**26
     discrete = True
+
+    def __post_init__(self) -> None:
+        checks.settle(self, memory=checks.whole("DiscreteAdjoint: memory", self.memory, at_least=0))
 
 
 @dataclass(frozen=True)

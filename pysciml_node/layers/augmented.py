@@ -27,6 +27,7 @@ from pysciml_node.solutions.solution import (
     Trajectory,
 )
 from pysciml_node.steps.derived import DerivedField
+from pysciml_node.steps.inputs import pull_back
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
@@ -97,11 +98,7 @@ def _recorded(
     f = field(t, u)
 
     def pull(vector: Tensor) -> Tensor:
-        if not f.requires_grad:
-            return torch.zeros_like(u)
-        (product,) = torch.autograd.grad(
-            f, u, vector, create_graph=with_graph, retain_graph=True, allow_unused=True
-        )
+        (product,) = pull_back(f, (u,), vector, with_graph)
         return torch.zeros_like(u) if product is None else product
 
     return FieldPoint(t, u, f, field, pull)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.replay.adjoint_recorded import RecordedPullback, Totals
+from pysciml_node.replay.kept import KeptPullback, KeptSteps
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
 from pysciml_node.solutions.solution import Stats
@@ -85,6 +86,7 @@ class _StepPullback:
                 cotangents.put(place, torch.zeros_like(u))
                 break
             state, time, leaves = lines[i].vjp(k_bar)
+            self.totals.nvjp += 1
             cotangents.put(place, torch.zeros_like(u) if state is None else state)
             self.totals.sums.add(leaves)
             if self.time_gradient:
@@ -199,6 +201,7 @@ def discrete_sweep(
     methods: Sequence[Method],
     backward: BackwardPass,
     stats: Stats,
+    kept: KeptSteps | None = None,
 ) -> Gradients:
     """Pull all cotangents of a solve back to its inputs.
 
@@ -207,11 +210,14 @@ def discrete_sweep(
         methods: those of the forward solve.
         backward: its steps, and the cotangents.
         stats: its backward fields are filled.
+        kept: the steps of the forward solve whose graphs were kept; they are let go here.
     """
     start_nfe = field.nfe
     record, states = backward.record, backward.states
     totals = Totals(field)
     pullbacks = [_pullback_for(field, method, backward, totals) for method in methods]
+    graphs = [] if kept is None else kept.take(field.captured)[: len(record.sizes)]
+    from_graph, count = KeptPullback(field, methods[0], graphs, totals), len(graphs)
     cotangent = torch.zeros_like(states[0])
     times = None
     if backward.with_times:
@@ -225,11 +231,12 @@ def discrete_sweep(
         inside = before if n + 1 < len(record.sizes) else backward.inside(n)
         before = backward.inside(n - 1) if n else None
         if not live and inside is None:
+            del graphs[n:]
             continue
         live = True
-        joined = before is not None and _joined(backward, methods, n)
+        joined = before is not None and n > count and _joined(backward, methods, n)
         step = _step_back(backward, n, cotangent, inside, joined)
-        pulled = pullbacks[record.method_of(n)](step)
+        pulled = from_graph(step) if n < count else pullbacks[record.method_of(n)](step)
         cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:
@@ -238,7 +245,7 @@ def discrete_sweep(
     for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe
-    stats.nvjp += field.nfe - start_nfe
+    stats.nvjp += totals.nvjp
     gradients = Gradients(u0=cotangent, inputs=totals.sums.sums)
     if times is not None:
         times.put_into(gradients)

@@ -23,10 +23,12 @@ class Totals:
     Attributes:
         sums: of the cotangents of the field's inputs.
         comparison: of the replayed steps with those of the solve.
+        nvjp: vector-Jacobian products of the field.
     """
 
     def __init__(self, field: DifferentiableField) -> None:
         self.sums, self.comparison = Accumulator(field.leaves), Comparison()
+        self.nvjp = 0
 
 
 class RecordedPullback:
@@ -56,6 +58,7 @@ class RecordedPullback:
         start: Real = step.t
         size: Real = step.h
         theta = step.theta
+        before = self.field.nfe
         times: list[Tensor] = []
         field = self.field.field
         with torch.enable_grad():
@@ -85,6 +88,7 @@ class RecordedPullback:
                 retain_graph=True,
             )
         )
+        self.totals.nvjp += self.field.nfe - before
         state_bar = gradients.pop(0)
         t_bar = gradients.pop(0) if times else None
         h_bar = gradients.pop(0) if times else None

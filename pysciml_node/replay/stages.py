@@ -234,6 +234,19 @@ class Stages:
         end = self.method.end_stage
         return self.vectors.get(end) if end is not None and end < self.count else None
 
+    def leave(self, goes_on: bool) -> Tensor | None:
+        """End an accepted step.
+
+        Args:
+            goes_on: whether the next one starts where it ends, in the same field.
+
+        Returns:
+            The next step's first stage, where it is known.
+        """
+        k = self.next_first() if goes_on else None
+        self.count = 0
+        return k
+
     def stiffness(self, t: Real, h: Real, u: Tensor) -> Tensor:
         """Shampine's estimate of the dominant eigenvalue, `|k_i - k_j| / |g_i - g_j|`.
 

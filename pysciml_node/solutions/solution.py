@@ -58,7 +58,8 @@ class Stats:
         naccept: accepted steps.
         nreject: rejected steps.
         nfe_backward: evaluations during the backward sweep. Each is followed by a vector-Jacobian
-            product, except those that only rebuild dense output.
+            product, except those that only rebuild dense output or look whether the field is as it
+            was.
         nvjp: vector-Jacobian products of the field.
         naccept_backward: accepted (or replayed) steps of the backward sweep.
         nreject_backward: rejected steps of the backward sweep.

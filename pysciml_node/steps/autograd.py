@@ -18,6 +18,12 @@ Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], Outcome]
 
 
+def graph_is_retained() -> bool:
+    """Whether the backward pass that runs may run once more; where torch does not say, it may."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
 class _Refusing(torch.autograd.Function):
     """A function whose derivative is refused: gradients, which have none of their own."""
 

@@ -12,7 +12,7 @@ from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.steps.inputs import Inputs, pull_back
+from pysciml_node.steps.inputs import FirstGraph, Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -174,9 +174,17 @@ class DifferentiableField:
         surroundings: what it can reach.
         captured: the tensors outside that receive gradients.
         k0: the derivative at `(t0, u0)`, from the evaluation that looked for them.
+
+    Args:
+        problem: gives the field.
+        t0: start.
+        u0: the state there, `(N,)`.
+        graph: where it is given, that of the evaluation is kept and measured.
     """
 
-    def __init__(self, problem: ODEProblem, t0: Tensor, u0: Tensor) -> None:
+    def __init__(
+        self, problem: ODEProblem, t0: Tensor, u0: Tensor, graph: FirstGraph | None = None
+    ) -> None:
         self.field = field = FlatField(problem)
         self.surroundings = Surroundings(field.given)
         if self.surroundings.lazy:
@@ -193,6 +201,7 @@ class DifferentiableField:
                 self.surroundings,
                 expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),
                 problem.p,
+                graph,
             )
         (self.k0,) = self.captured.first
 

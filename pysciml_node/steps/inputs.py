@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from pysciml_node.steps.surroundings import Surroundings
 Edge = tuple[Any, int]
 """A node of the autograd graph, and the number of one of its outputs."""
 
-Evaluate = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
-"""An evaluation that depends on the inputs: it gives values, and the leaves made for it."""
+Evaluation = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Values that depend on the inputs, and the leaves made for them."""
+
+Evaluate = Callable[[], Evaluation]
 
 
 def edge_of(x: Tensor) -> Edge:
@@ -40,7 +42,10 @@ def edge_of(x: Tensor) -> Edge:
 
 
 def graph_leaves(
-    values: Sequence[Tensor], stops: Container[Edge] = (), reached: set[Edge] | None = None
+    values: Sequence[Tensor],
+    stops: Container[Edge] = (),
+    reached: set[Edge] | None = None,
+    seen: set[Any] | None = None,
 ) -> list[Tensor]:
     """The leaf tensors that autograd graphs end in.
 
@@ -48,9 +53,10 @@ def graph_leaves(
         values: the roots of the graphs.
         stops: edges beyond which not to look.
         reached: collects the stops that the graphs come to.
+        seen: collects the nodes.
     """
     leaves: list[Tensor] = []
-    seen: set[Any] = set()
+    seen = set() if seen is None else seen
     todo: list[Edge] = [edge_of(x) for x in values if x.requires_grad]
     while todo:
         edge = todo.pop()
@@ -70,18 +76,23 @@ def graph_leaves(
     return leaves
 
 
-def pull_back(value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
+def pull_back(
+    value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
+) -> list[Tensor | None]:
     """Gradients of `cotangent . value`, `None` where it does not depend on an input.
 
     This is `torch.autograd.grad(..., retain_graph=True, allow_unused=True)` without its checks,
     which take a third of the time of a small field. The graph is kept, because parts of it may
     belong to the caller (a hidden tensor that was computed elsewhere).
     """
-    return pull_back_all((value,), inputs, (cotangent,))
+    return pull_back_all((value,), inputs, (cotangent,), create_graph)
 
 
 def pull_back_all(
-    values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    values: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """The same for several values in one pass: gradients of the sum of `cotangent . value`."""
     pairs = [
@@ -93,7 +104,7 @@ def pull_back_all(
     gradients: Sequence[Tensor | None] = backward(
         *map(tuple, zip(*pairs, strict=True)),
         True,
-        False,
+        create_graph,
         tuple(inputs),
         True,
         accumulate_grad=False,
@@ -105,6 +116,79 @@ def _stand_in(x: Tensor) -> Tensor:
     """A leaf with the same values, of the same class."""
     inner = x.detach()
     return nn.Parameter(inner) if isinstance(x, nn.Parameter) else inner.requires_grad_()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _count(x: Tensor, sizes: dict[int | None, int]) -> None:
+    """Note the size of a tensor's memory by its address."""
+    try:
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    except RuntimeError:
+        sizes[None] = 0
+
+
+class FirstGraph:
+    """The graph of the first evaluation, and the memory that it takes.
+
+    Attributes:
+        evaluation: the values, and the leaves made for them; `None` where the graph leads to leaves
+            that are not known.
+        bytes: of the values, of the tensors saved for backward and of the nodes, without what lives
+            outside.
+    """
+
+    # What a node takes with its tensors' headers: 0.9 to 1.3 KB were measured.
+    NODE = 1200
+
+    def __init__(self) -> None:
+        self.evaluation: Evaluation | None = None
+        self.bytes = 0
+        # By the addresses of their memory; `None` for what has none, inside of torch's transforms.
+        self._sizes: dict[int | None, int] = {}
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """A context for the evaluation."""
+        # The graph holds on to the function and to what it returns: neither may lead back to it.
+        sizes = self._sizes
+
+        def pack(x: Tensor) -> Tensor:
+            _count(x, sizes)
+            return x.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+            yield
+
+    def keep(self, evaluation: Evaluation, nodes: int, outside: Sequence[Tensor]) -> None:
+        """Keep an evaluation, where its graph can be measured.
+
+        Args:
+            evaluation: the values, and the leaves made for them.
+            nodes: how many its graph has.
+            outside: tensors that live with and without it.
+        """
+        if None in self._sizes:
+            return
+        for x in (*evaluation[0], *evaluation[1]):
+            _count(x, self._sizes)
+        for x in outside:
+            self._sizes.pop(x.untyped_storage().data_ptr(), None)
+        self.evaluation = evaluation
+        self.bytes = sum(self._sizes.values()) + self.NODE * nodes
+
+    @staticmethod
+    def possible() -> bool:
+        """Whether tensors saved for backward stay where they are.
+
+        Inside a checkpoint, or torch's `save_on_cpu`, they do not.
+        """
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        return top is not None and refused is None and top(False) is None
 
 
 class Inputs:
@@ -121,6 +205,7 @@ class Inputs:
         surroundings: the objects that the field can reach.
         evaluate: the first evaluation.
         p: its tensors are inputs, used or not.
+        graph: where it is given, that of the first evaluation is kept and measured.
 
     Attributes:
         inputs: the outer tensors, in the order of `leaves`.
@@ -129,20 +214,31 @@ class Inputs:
         first: the values of the first evaluation, detached.
         suspects: in a sweep, the names of constants that have been changed in place. The comparison
             of the steps will tell whether the field uses them.
+        unchanged: in a sweep, whether graphs of the solve itself are those of a replay: nothing has
+            been changed in place, and nothing has a stand-in.
     """
 
-    def __init__(self, surroundings: Surroundings, evaluate: Evaluate, p: Any) -> None:
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        evaluate: Evaluate,
+        p: Any,
+        graph: FirstGraph | None = None,
+    ) -> None:
         self._surroundings = surroundings
         trainable = [x for x in surroundings.tensors if x.requires_grad]
         edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
-        with surroundings.undisturbed():
+        with surroundings.undisturbed(), nullcontext() if graph is None else graph.measured():
             values, fresh = evaluate()
-        fresh_ids = {id(x) for x in fresh}
-        strangers = [x for x in graph_leaves(values, edges, reached) if id(x) not in fresh_ids]
+        fresh_ids, nodes = {id(x) for x in fresh}, set[Any]()
+        leaves = graph_leaves(values, edges, reached, nodes)
+        strangers = [x for x in leaves if id(x) not in fresh_ids]
         self.first = tuple(x.detach() for x in values)
         references = [weakref.ref(x) for x in strangers]
-        del values, fresh, strangers
+        if graph is not None and not strangers:
+            graph.keep((values, fresh), len(nodes), surroundings.tensors)
+        del values, fresh, strangers, leaves, nodes
         # Strangers that are still alive belong to somebody, but to no place that was found.
         hidden = [x for x in (reference() for reference in references) if x is not None]
         self._hidden = {id(x): (x, x._version) for x in hidden}
@@ -170,6 +266,7 @@ class Inputs:
         self._stops: set[Edge] | None = None
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
+        self.unchanged = True
 
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
@@ -181,6 +278,21 @@ class Inputs:
             self._surroundings.forget(unused)
             self._trainable = [x for x in self._trainable if id(x) in used]
         self.doubtful = {}
+
+    @property
+    def steady(self) -> bool:
+        """Whether graphs of the solve itself can serve its sweep.
+
+        They cannot where the sweep has stand-ins for tensors, where hooks of modules would see
+        graphs, and where the field keeps what it computes, which would then hold them.
+        """
+        return not (
+            self.doubtful
+            or any(map(self._needs_stand_in, self._trainable))
+            or any(self._needs_stand_in(x) for x, _ in self._hidden.values())
+            or self._surroundings.hooked
+            or self._surroundings.keeps_graphs()
+        )
 
     @property
     def watch(self) -> Callable[[Tensor], None] | None:
@@ -217,6 +329,7 @@ class Inputs:
                 "the field uses a tensor with hooks that is in no place that can be found: they "
                 "would run at every evaluation.\n  Pass it as p=."
             )
+        self.unchanged = not (changed or stand_ins or surroundings.written)
         leaves = [stand_ins.get(id(x), x) for x in self.inputs]
         pairs = list(zip(self.inputs, leaves, strict=True))
         self._refused = {id(leaf): x for x, leaf in pairs if id(x) in changed}
@@ -233,6 +346,11 @@ class Inputs:
     @staticmethod
     def _needs_stand_in(x: Tensor) -> bool:
         return not x.is_leaf or bool(x._backward_hooks)
+
+    def unknown_leaves(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves beside the inputs that values of the solve depend on, in a sweep."""
+        assert self._stops is not None
+        return graph_leaves(values, self._stops)
 
     def expect_known(self, value: Tensor, *fresh: Tensor) -> None:
         """Check that a value depends on nothing but the inputs.

@@ -166,6 +166,11 @@ class Surroundings:
             return True
         return any(getattr(module, kind) for _, module in self._modules for kind in kinds)
 
+    @property
+    def written(self) -> bool:
+        """Whether the solve itself has changed tensors in place, once it is settled."""
+        return bool(self._written)
+
     def changed(self) -> bool:
         """Whether places hold other objects now."""
         return any(place.changed() for place in self._places)
@@ -175,8 +180,24 @@ class Surroundings:
 
         Nothing can be done with it outside.
         """
+        return self._has_come_to_hold(torch._C._functorch.is_batchedtensor)
+
+    def keeps_graphs(self) -> bool:
+        """Whether a place has come to hold a tensor that needs gradients."""
+        return self._has_come_to_hold(lambda x: x.requires_grad)
+
+    def _has_come_to_hold(self, test: Callable[[Tensor], bool]) -> bool:
+        """Whether a tensor passes a test in a place that has changed, or in a container there."""
+
+        def passes(value: Any) -> bool:
+            if isinstance(value, list | deque):
+                return any(holds(item, passes) for item in value)
+            if isinstance(value, dict):
+                return any(holds(item, passes) for item in value.values())
+            return isinstance(value, Tensor) and test(value)
+
         changed = (place for place in self._places if place.changed())
-        return any(holds(value, _is_mapped) for place in changed for value in place.present())
+        return any(holds(value, passes) for place in changed for value in place.present())
 
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""
@@ -214,15 +235,6 @@ class Surroundings:
         with _lock:
             for place in self._places:
                 place.restore({})
-
-
-def _is_mapped(value: Any) -> bool:
-    """Whether it is a tensor inside of `torch.vmap`, or a container that holds one."""
-    if isinstance(value, list | deque):
-        return any(holds(item, _is_mapped) for item in value)
-    if isinstance(value, dict):
-        return any(holds(item, _is_mapped) for item in value.values())
-    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _version(x: Tensor) -> int | None:

@@ -92,8 +92,7 @@ class March(Loop):
     def accepted(self, step: Step) -> None:
         # The field may jump at a stop: its value there belongs to the next step. So may the state.
         lands = step.stop is not None
-        self.k = None if lands or self.u is not step.u1 else self.stages.next_first()
-        self.stages.count = 0
+        self.k = self.stages.leave(not lands and self.u is step.u1)
         time = self.time
         if not isinstance(time, Tensor):
             self.time = step.end

@@ -19,6 +19,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.implicit import stages_for
+from pysciml_node.replay.kept import KeptStages, KeptSteps
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
@@ -26,6 +27,7 @@ from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.inputs import FirstGraph
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.progress import step_listener
@@ -33,6 +35,7 @@ from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.saver import Saver, follow
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
 from pysciml_node.torch_engine.end_times import (
     at_moving_ends,
@@ -223,26 +226,52 @@ class ODESolve(Solve):
         options, problem = self.options, self.problem
         self.refuse_transforms()
         t_start = self.method.nodes.new_tensor(problem.t0)
-        field = DifferentiableField(problem, t_start, self.u0)
+        memory = self._memory()
+        graph = FirstGraph() if memory else None
+        field = DifferentiableField(problem, t_start, self.u0, graph)
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
+        kept = None
+        parts = self.stages(field.field)
+        if graph is not None and graph.evaluation is not None and self._keeps(field):
+            kept = KeptSteps(memory // graph.bytes)
+            parts = [KeptStages(parts[0], field, graph.evaluation, kept)]
         with torch.no_grad():
-            outcome = self.march(self.stages(field.field), self.u0.detach(), field.k0, None)
+            outcome = self.march(parts, self.u0.detach(), field.k0, None)
         field.field.watch = None
         field.captured.settle()
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         outcome.record.fixed = not options.adjoint.discrete or self._fixed()
         times = (*problem.tspan, options.saveat_tensor)
-        sweep = partial(self._sweep, field)
+        sweep = partial(self._sweep, field, kept)
         return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times)
 
-    def _sweep(self, field: DifferentiableField, backward: BackwardPass) -> Gradients:
+    def _memory(self) -> int:
+        """The bytes that graphs of steps may take, as far as the arguments tell."""
+        adjoint = self.options.adjoint
+        if (
+            not isinstance(adjoint, DiscreteAdjoint)
+            or len(self.methods) > 1
+            or isinstance(self.method.tableau, ImplicitTableau)
+            or _wants_time_gradient(self.problem, self.options)
+            or not FirstGraph.possible()
+        ):
+            return 0
+        return adjoint.memory
+
+    def _keeps(self, field: DifferentiableField) -> bool:
+        """Whether graphs of steps are of use, the field being known."""
+        return (self.u0.requires_grad or bool(field.inputs)) and field.captured.steady
+
+    def _sweep(
+        self, field: DifferentiableField, kept: KeptSteps | None, backward: BackwardPass
+    ) -> Gradients:
         """The sweep of the solve's adjoint."""
         problem, options = self.problem, self.options
         adjoint = options.adjoint
         with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
             if isinstance(adjoint, DiscreteAdjoint):
-                gradients = discrete_sweep(field, self.methods, backward, self.stats)
+                gradients = discrete_sweep(field, self.methods, backward, self.stats, kept)
             else:
                 gradients = continuous_sweep(field, self.methods, options, backward, self.stats)
             if backward.with_times:

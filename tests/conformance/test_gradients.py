@@ -263,7 +263,12 @@ def test_backward_statistics(adjoint: psn.InterpolatingAdjoint | None, engine: s
     assert (stats.nfe_backward, stats.nvjp, stats.naccept_backward) == (0, 0, 0)
     solution.u1.sum().backward()
     assert stats.nvjp > 0
-    assert stats.nfe_backward >= stats.nvjp
+    if adjoint is None and engine == "torch":
+        # Its steps were kept with their graphs: none is evaluated again, and all are pulled back.
+        assert stats.nfe_backward == 1
+        assert stats.nvjp >= 2 * stats.naccept_backward
+    else:
+        assert stats.nfe_backward >= stats.nvjp
     assert stats.naccept_backward > 0
     assert stats.nreject_backward >= 0
 

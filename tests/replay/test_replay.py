@@ -44,7 +44,11 @@ def test_one_replay_a_step(name: str) -> None:
     """Each accepted step is evaluated once more, without the stage that serves the next one."""
     algorithm = getattr(psn, name)()
     solution = psn.solve(
-        psn.ODEProblem(small_field(), start(), (0.0, 1.0)), algorithm, rtol=1e-3, atol=1e-3
+        psn.ODEProblem(small_field(), start(), (0.0, 1.0)),
+        algorithm,
+        rtol=1e-3,
+        atol=1e-3,
+        adjoint=psn.DiscreteAdjoint(memory=0),
     )
     solution.u1.sum().backward()
     stats, tableau = solution.stats, algorithm.tableau
@@ -175,5 +179,6 @@ def test_the_adjoint_holds_one_state_a_step() -> None:
 
     field, u0 = small_field(), start().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        solution = psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)))
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        solution = psn.solve(problem, adjoint=psn.DiscreteAdjoint(memory=0))
     assert sum(saved) <= (solution.stats.naccept + 1) * u0.numel() + 4 * 12

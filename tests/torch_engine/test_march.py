@@ -40,8 +40,8 @@ class Script:
     def error_size(self, h: float, u: Tensor, u1: Tensor, norm: Any) -> float:
         return self.errors[len(self.attempts) - 1]
 
-    def next_first(self) -> None:
-        return None
+    def leave(self, goes_on: bool) -> None:
+        self.count = 0
 
 
 class Halving(StepSizes):

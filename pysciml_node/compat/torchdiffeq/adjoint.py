@@ -113,7 +113,7 @@ def odeint_adjoint(
             atol,
             method,
             options,
-            DiscreteAdjoint(),
+            DiscreteAdjoint(memory=0),
             event=event_fn is not None,
             params=params,
         )

@@ -39,7 +39,7 @@ def odeint(
     Gradients reach everything that `func` uses, `y0` and `t`, by `DirectAdjoint`: every operation
     of the solve is recorded, so that double backward works and `func` is called no more often than
     the forward solve needs. `options=dict(adjoint=pysciml_node.DiscreteAdjoint())` keeps one state
-    a step instead of all stages, and evaluates the stages again in backward.
+    a step instead of all stages, and evaluates stages again in backward.
 
     Args:
         func: the vector field, `func(t, y)`; `t` is a 0-d tensor of the state's real dtype.

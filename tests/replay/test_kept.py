@@ -1,0 +1,347 @@
+"""Graphs of steps that a forward solve keeps for its backward sweep."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pysciml_node as psn
+
+D = torch.float64
+ALGORITHMS = ("Euler", "Midpoint", "Heun", "BS3", "RK4", "Tsit5", "DP5", "DP8", "Vern7", "Vern9")
+KEPT, REPLAYED = psn.DiscreteAdjoint(), psn.DiscreteAdjoint(memory=0)
+
+
+class Field(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(3, 8, dtype=D), nn.Linear(8, 3, dtype=D)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(u) + torch.sin(5 * t)))
+        return out
+
+
+def start() -> Tensor:
+    return torch.linspace(-1, 1, 6, dtype=D).reshape(2, 3).requires_grad_()
+
+
+def solve(
+    f: Callable[[Tensor, Tensor], Tensor], u0: Tensor, adjoint: Any, **options: Any
+) -> psn.Solution:
+    options = {"rtol": 1e-4, "atol": 1e-4, **options}
+    algorithm = options.pop("algorithm", psn.Tsit5())
+    return psn.solve(
+        psn.ODEProblem(f, u0, options.pop("tspan", (0.0, 1.0))),
+        algorithm,
+        adjoint=adjoint,
+        engine="torch",
+        **options,
+    )
+
+
+def gradients(field: Field, adjoint: Any, **options: Any) -> tuple[list[Tensor], psn.Stats]:
+    u0 = start()
+    solution = solve(field, u0, adjoint, **options)
+    weights = torch.sin(torch.arange(solution.u.numel(), dtype=D)).reshape(solution.u.shape)
+    loss = (solution.u * weights).sum()
+    return list(torch.autograd.grad(loss, [u0, *field.parameters()])), solution.stats
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "every step": {},
+    "a grid": {"saveat": torch.linspace(0, 1, 30, dtype=D)},
+    "a stop": {"tstops": [0.35], "saveat": [0.2, 0.35, 0.8]},
+    "an early time": {"saveat": [0.3]},
+    "backward": {"tspan": (1.0, -0.5), "saveat": [0.4, -0.2]},
+    "fixed steps": {"controller": psn.FixedStep(), "dt0": 0.07, "saveat": [0.5, 1.0]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gradients_are_those_of_a_replay(name: str, way: str) -> None:
+    options = {"algorithm": getattr(psn, name)(), **WAYS[way]}
+    if name in ("Euler", "Midpoint", "Heun"):
+        options |= {"rtol": 1e-2, "atol": 1e-2}
+    field = Field()
+    kept, stats = gradients(field, KEPT, **options)
+    replayed, again = gradients(field, REPLAYED, **options)
+    assert stats.naccept == again.naccept
+    assert stats.naccept_backward == again.naccept_backward
+    # The field at the start is looked at once more.
+    assert stats.nfe_backward == 1 < again.nfe_backward
+    assert stats.nvjp <= again.nvjp
+    for one, other in zip(kept, replayed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_some_steps_are_kept_and_others_are_taken_again(way: str) -> None:
+    field, counts = Field(), []
+    expected, _ = gradients(field, REPLAYED, rtol=1e-7, atol=1e-7, **WAYS[way])
+    for memory in (0, 2**17, 2**18, 2**19, 2**30):
+        adjoint = psn.DiscreteAdjoint(memory=memory)
+        found, stats = gradients(field, adjoint, rtol=1e-7, atol=1e-7, **WAYS[way])
+        counts.append(stats.nfe_backward)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 1
+    assert len(set(counts)) > 3
+
+
+def test_states_of_several_parts_and_complex_ones() -> None:
+    rate = torch.tensor(0.3 + 0.8j, dtype=torch.complex128, requires_grad=True)
+    found = []
+    for adjoint in (KEPT, REPLAYED):
+        u0 = torch.tensor([1.0 + 0.5j], dtype=torch.complex128, requires_grad=True)
+        problem = psn.ODEProblem(
+            lambda t, u: {"a": -rate * u["a"] * u["b"], "b": rate.conj() * u["a"]},
+            {"a": u0, "b": u0 + 1},
+            (0.0, 1.0),
+        )
+        solution = psn.solve(problem, adjoint=adjoint, saveat=[0.3, 0.7, 1.0], engine="torch")
+        loss = solution.u["a"].abs().sum() + solution.u["b"].real.sum()
+        found.append(torch.autograd.grad(loss, (u0, rate)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+def test_a_constant_field_and_one_without_inputs() -> None:
+    constant = torch.full((2, 3), 0.5, dtype=D)
+    for field, slope in ((lambda t, u: constant, 1.0), (lambda t, u: -u, math.exp(-1))):
+        u0 = start()
+        solution = solve(field, u0, KEPT, rtol=1e-9, atol=1e-9)
+        (found,) = torch.autograd.grad(solution.u1.sum(), u0)
+        torch.testing.assert_close(found, torch.full_like(found, slope), rtol=1e-7, atol=0)
+
+
+def test_an_event_cuts_the_last_step() -> None:
+    """`u = exp(rate t)` reaches 2 at `log(2) / rate`; at that step's end `u` grows with `rate`."""
+    rate = torch.tensor(0.8, dtype=D, requires_grad=True)
+    found = []
+    for adjoint in (KEPT, REPLAYED):
+        solution = solve(
+            lambda t, u: rate * u,
+            torch.ones(1, dtype=D),
+            adjoint,
+            tspan=(0.0, 5.0),
+            rtol=1e-9,
+            atol=1e-9,
+            events=[psn.Event(lambda t, u: u[0] - 2)],
+        )
+        assert solution.event_t is not None
+        found.append(torch.autograd.grad(solution.event_t, rate)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=0)
+    assert found[0].item() == pytest.approx(-math.log(2) / 0.8**2, rel=1e-7)
+
+
+def test_a_second_sweep_has_the_same_gradients_to_the_last_bit() -> None:
+    field, u0 = Field(), start()
+    solution = solve(field, u0, KEPT)
+    inputs = [u0, *field.parameters()]
+    first = torch.autograd.grad(solution.u1.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(solution.u1.sum(), inputs)
+    assert solution.stats.nfe_backward == 2
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_batch_of_cotangents_gives_the_rows_of_a_jacobian() -> None:
+    field, u0 = Field(), start()
+    u1 = solve(field, u0, KEPT).u1.flatten()
+    (rows,) = torch.autograd.grad(u1, u0, torch.eye(6, dtype=D), is_grads_batched=True)
+    u1 = solve(field, u0, REPLAYED).u1.flatten()
+    for i, row in enumerate(rows):
+        (expected,) = torch.autograd.grad(u1[i], u0, retain_graph=True)
+        torch.testing.assert_close(row, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_nothing_is_kept_where_nothing_needs_gradients() -> None:
+    seen: list[bool] = []
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        seen.append(u.requires_grad)
+        return -u
+
+    solve(field, torch.ones(1, dtype=D), KEPT)
+    # The first evaluation looks for tensors that do.
+    assert not any(seen[1:])
+
+
+class Counting(nn.Module):
+    """Keeps weak references to what its graphs hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0, dtype=D))
+        self.held: list[weakref.ref[Tensor]] = []
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        inner = _Watched.apply(self.weight * torch.sin(20 * t) * u)
+        self.held.append(weakref.ref(inner.grad_fn) if inner.grad_fn is not None else _gone())
+        return inner
+
+
+class _Watched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0]
+
+
+def _gone() -> Any:
+    return weakref.ref(type("Nothing", (), {})())
+
+
+def alive(field: Counting) -> int:
+    gc.collect()
+    return sum(reference() is not None for reference in field.held)
+
+
+def test_graphs_of_rejected_steps_go_at_once_and_the_others_with_the_sweep() -> None:
+    field, u0 = Counting(), start()
+    solution = solve(field, u0, KEPT, rtol=1e-6, atol=1e-6, dt0=0.5)
+    stats = solution.stats
+    assert stats.nreject > 0
+    # Six evaluations a step, and the first one.
+    assert alive(field) == 6 * stats.naccept + 1
+    (found,) = torch.autograd.grad(solution.u1.sum(), field.weight)
+    assert alive(field) == 0
+    expected = (1 - math.cos(20)) / 20
+    assert found.item() == pytest.approx(
+        expected * math.exp(3 * expected) * u0.sum().item(), abs=1e-4
+    )
+
+
+def test_memory_bounds_what_is_kept() -> None:
+    for memory, most in ((0, 0), (2**16, 2**16 // 4000), (2**17, 2**17 // 4000)):
+        field = Counting()
+        solution = solve(field, start(), psn.DiscreteAdjoint(memory=memory), rtol=1e-7, atol=1e-7)
+        assert solution.stats.naccept > 20
+        assert alive(field) <= most
+
+
+def test_a_changed_parameter_is_refused_in_the_words_of_a_replay() -> None:
+    field = Field()
+    solution = solve(field, start(), KEPT)
+    with torch.no_grad():
+        field.second.bias.mul_(2)
+    with pytest.raises(RuntimeError, match=r"second\.bias has been changed in place"):
+        solution.u1.sum().backward()
+
+
+def test_a_change_that_torch_does_not_count_is_refused() -> None:
+    field = Field()
+    solution = solve(field, start(), KEPT)
+    field.second.bias.data.mul_(2)
+    with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+        solution.u1.sum().backward()
+
+
+def test_what_the_field_does_not_use_may_change_and_parts_may_be_replaced() -> None:
+    field, u0 = Field(), start()
+    field.register_buffer("other", torch.zeros(1, dtype=D))
+    old = list(field.parameters())
+    expected = torch.autograd.grad(solve(field, u0, REPLAYED).u1.sum(), [u0, *old])
+    solution = solve(field, u0, KEPT)
+    field.other.add_(1)
+    field.second = nn.Linear(8, 3, dtype=D)
+    found = torch.autograd.grad(solution.u1.sum(), [u0, *old])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+def test_hooks_of_parameters_run_once() -> None:
+    field, seen = Field(), list[Tensor]()
+    solution = solve(field, start(), KEPT)
+    field.second.bias.register_hook(seen.append)
+    solution.u1.sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], field.second.bias.grad, rtol=0, atol=0)
+
+
+def test_computed_inputs_have_the_gradients_of_what_they_were_computed_from() -> None:
+    """`a` and `2 a` in one field: `u1 = exp(-3 a)`."""
+    a = torch.tensor(0.4, dtype=D, requires_grad=True)
+    double = 2 * a
+    solution = solve(
+        lambda t, u: -(a + double) * u, torch.ones(1, dtype=D), KEPT, rtol=1e-9, atol=1e-9
+    )
+    (found,) = torch.autograd.grad(solution.u1, a)
+    assert found.item() == pytest.approx(-3 * math.exp(-1.2), rel=1e-7)
+
+
+def test_modules_that_keep_or_show_values_do_not_meet_graphs() -> None:
+    class Keeping(Field):
+        last: Tensor | None = None
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            self.last = super().forward(t, u)
+            return self.last
+
+    keeping, hooked, shown = Keeping(), Field(), list[Tensor]()
+    hooked.second.register_forward_hook(lambda module, inputs, out: shown.append(out))
+    for field in (keeping, hooked):
+        solution = solve(field, start(), KEPT)
+        assert solution.stats.naccept > 1
+    assert keeping.last is not None
+    assert not keeping.last.requires_grad
+    assert not any(out.requires_grad for out in shown[1:])
+
+
+HIDDEN = threading.local()
+
+
+def test_a_hidden_tensor_that_turns_up_late_is_refused() -> None:
+    HIDDEN.late = torch.tensor(2.0, dtype=D, requires_grad=True)
+    field = Field()
+
+    def late(t: Tensor, u: Tensor) -> Tensor:
+        out = field(t, u)
+        return out * HIDDEN.late if t > 0.5 else out
+
+    solution = solve(late, start(), KEPT, tstops=[0.5])
+    with pytest.raises(RuntimeError, match="were not seen at t0"):
+        solution.u1.sum().backward()
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "save_on_cpu"])
+def test_callers_that_look_at_saved_tensors_get_a_replay(where: str) -> None:
+    field, u0 = Field(), start()
+    expected = torch.autograd.grad(solve(field, u0, REPLAYED).u1.sum(), [u0, *field.parameters()])
+    counts = []
+
+    def end(u: Tensor) -> Tensor:
+        solution = solve(field, u, KEPT)
+        counts.append(solution.stats)
+        return solution.u1
+
+    if where == "checkpoint":
+        u1 = checkpoint(end, u0, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            u1 = end(u0)
+    found = torch.autograd.grad(u1.sum(), [u0, *field.parameters()])
+    assert max(stats.nfe_backward for stats in counts) > 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("memory", [-1, 0.5, "all"])
+def test_memory_is_a_whole_number(memory: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="DiscreteAdjoint: memory"):
+        psn.DiscreteAdjoint(memory=memory)
