@@ -123,7 +123,9 @@ def root_shift(
         slope = slope + dg_dt
     shift, unknown = torch.zeros_like(time), slope == 0
     if not bool(unknown.all()):
-        shift = _NewtonShift.apply(condition(t, u), slope.detach())  # type: ignore[no-untyped-call]
+        # Of one number the shape may be another: `(1,)` for a network.
+        value = condition(t, u).reshape(t.shape)
+        shift = _NewtonShift.apply(value, slope.detach())  # type: ignore[no-untyped-call]
     if bool(unknown.any()):
         shift = shift + _UnknownShift.apply(t, u, unknown)  # type: ignore[no-untyped-call]
     return shift

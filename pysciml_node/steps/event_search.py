@@ -47,6 +47,10 @@ class Signs:
         problem: for its start.
         events: all that are watched.
         fired: which of them have just happened at the start.
+
+    Attributes:
+        before: the conditions at the start of the next step.
+        unsettled: those of which the sign at the start is not known.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Signs:
         self.events, self.problem = events, problem
         start = problem.spec.flatten(problem.u0).detach()
         self.before = [condition_value(event, problem, problem.t0, start) for event in events]
-        self._unsettled = {*fired, *(i for i, value in enumerate(self.before) if value == 0)}
+        self.unsettled = {*fired, *(i for i, value in enumerate(self.before) if value == 0)}
 
     def first_crossing(
         self, after: list[float], value: Callable[[int, float], float], h: float
@@ -67,9 +71,9 @@ class Signs:
             value: the condition of one event at a fraction of the step.
             h: signed size of the step.
         """
-        for i in self._unsettled:
+        for i in self.unsettled:
             self.before[i] = self._leaving(i, value(i, AFTER), h)
-        self._unsettled = set()
+        self.unsettled = set()
         before, self.before = self.before, after
         crossing = [i for i, event in enumerate(self.events) if event.crosses(before[i], after[i])]
         located = (

@@ -244,7 +244,7 @@ class Builder:
     # The end ---------------------------------------------------------------------------------
 
     def finish(self, outputs: Sequence[Traced]) -> Program:
-        """The program with these parts of the derivative as results."""
+        """The program with these results."""
         ids = [self.whole(x).id for x in outputs]
         self._operations = _used(self._operations, ids)
         produced = {step.out for step in self._operations if step.op != "range"}
@@ -261,6 +261,7 @@ class Builder:
             constants=tuple(self._constants.items()),
             operations=tuple(_fused(self._operations, results)),
             outputs=tuple(results),
+            shapes=tuple(tuple(x.shape) for x in outputs),
         )
 
 

@@ -27,7 +27,7 @@ _SCALES = (1.0, 0.01, 100.0)
 
 
 def check_program(
-    field: Callable[[Tensor, Any], Any],
+    field: Callable[[Tensor, Any], Tensor],
     name: str,
     spec: StateSpec,
     program: Program,
@@ -41,7 +41,7 @@ def check_program(
     disturbed by a rounding error, shows how large that is.
 
     Args:
-        field: the vector field, as a function of time and state.
+        field: the vector field, or a condition, as a function of time and state with a flat result.
         name: of the field in messages.
         spec: structure of the state.
         program: the field's translation.
@@ -58,7 +58,7 @@ def check_program(
 
 def _check_at(
     scale: float,
-    field: Callable[[Tensor, Any], Any],
+    field: Callable[[Tensor, Any], Tensor],
     name: str,
     spec: StateSpec,
     program: Program,
@@ -71,7 +71,7 @@ def _check_at(
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])
-        expected = spec.flatten(field(t, spec.unflatten(u)))
+        expected = field(t, spec.unflatten(u))
         _expect_trained(name, expected, [u, t, *p])
         state = list(spec.parts(spec.unflatten(u)))
 
@@ -84,7 +84,8 @@ def _check_at(
             for after in (None, rounded)
         )
         try:
-            pulled = [_pull(x, inputs, v) for x in (value, disturbed, expected)]
+            bar = v[: len(expected)]
+            pulled = [_pull(x, inputs, bar) for x in (value, disturbed, expected)]
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UnsupportedModule(

@@ -152,6 +152,10 @@ class DerivedWalk(GraphWalk):
         self._whole, self._derived = whole, derived
 
     @override
+    def flat(self, out: Any) -> Tensor:
+        return self._whole.flatten(out)
+
+    @override
     def run(self) -> Program:
         self._inputs()
         inputs = [node for node in self.exported.graph.nodes if node.op == "placeholder"]

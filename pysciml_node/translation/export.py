@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import warnings
 from collections import deque
@@ -26,7 +27,7 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, changes_argument, differentiated
-from pysciml_node.translation.graph import GraphWalk, label
+from pysciml_node.translation.graph import ConditionWalk, GraphWalk, label
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
@@ -89,7 +90,7 @@ class _Outcome:
     """What became of a field: a translation, or why there is none, and for which state of it.
 
     Attributes:
-        kind: structure of the state and of `p`.
+        kind: what goes through the graph, and the structure of the state and of `p`.
         tokens: of the snapshot that was taken.
         passing: places of the snapshot that an evaluation changes by itself, such as a count.
         contents: numbers of tensors whose entries are part of the program, with those entries.
@@ -243,23 +244,61 @@ def translate(
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
+    return _translated(module, spec, p, GraphWalk, silent, _OFTEN if silent else math.inf)
+
+
+def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> TranslatedModule:
+    """An event's condition `condition(t, u)`, one real number, as a program.
+
+    It is exported, and exported again, as fields are. One that counts, records or prints when it is
+    evaluated is refused: the loop that runs the program does not call it.
+
+    Args:
+        condition: called with the time, a 0-d tensor, and the state. A module, or any other
+            callable.
+        spec: structure of the state.
+
+    Raises:
+        UnsupportedModule: as `translate`.
+    """
+    return _translated(condition, spec, None, ConditionWalk, silent=True, often=math.inf)
+
+
+def _translated(
+    f: Callable[..., Any],
+    spec: StateSpec,
+    p: Any,
+    walk: type[GraphWalk],
+    silent: bool,
+    often: float,
+) -> TranslatedModule:
+    """The program of a callable, kept or made.
+
+    Args:
+        f: the callable.
+        spec: structure of the state.
+        p: extra argument.
+        walk: what goes through its graph, and so knows what it returns.
+        silent: refuse one that counts, records or prints when it is evaluated.
+        often: translations after which it is refused as another one at each solve.
+    """
     tensors, structure = ([], None) if p is None else _leaves(p)
-    kind = (spec, structure)
+    kind = (walk, spec, structure)
     with _lock:
-        outcomes = kept(module)
-        now = Snapshot.of(module)
+        outcomes = kept(f)
+        now = Snapshot.of(f)
         outcome = _still_holding(outcomes, kind, now)
-        if outcome is None and silent and len(outcomes) >= _OFTEN:
-            raise UnsupportedModule(f"{label(module)} is another function at each solve.")
+        if outcome is None and len(outcomes) >= often:
+            raise UnsupportedModule(f"{label(f)} is another function at each solve.")
         if outcome is None:
-            outcome = _outcome(module, spec, p, kind, now)
+            outcome = _outcome(f, spec, p, walk, kind, now)
             outcomes.appendleft(outcome)
-            now = Snapshot.of(module)
+            now = Snapshot.of(f)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
     if silent and not outcome.silent:
-        raise UnsupportedModule(f"{label(module)} changes Python's objects, or prints.")
+        raise UnsupportedModule(f"{label(f)} may change Python's objects, or print.")
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
     return TranslatedModule(
@@ -275,13 +314,18 @@ def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outc
 
 
 def _outcome(
-    module: Callable[..., Any], spec: StateSpec, p: Any, kind: Any, before: Snapshot
+    module: Callable[..., Any],
+    spec: StateSpec,
+    p: Any,
+    walk: type[GraphWalk],
+    kind: Any,
+    before: Snapshot,
 ) -> _Outcome:
     result: _Translation | tuple[str, str | None, bool]
     used: set[int] = set()
     surroundings = Surroundings({"f": module, "p": p})
     try:
-        result, used = _translate(module, spec, p, before)
+        result, used = _translate(module, spec, p, walk, before)
     except UnsupportedModule as error:
         result = (error.message, error.operation, error.captured)
     after = Snapshot.of(module)
@@ -306,7 +350,7 @@ def _is_source(i: int, x: Tensor, result: Any) -> bool:
 
 
 def _translate(
-    f: Callable[..., Any], spec: StateSpec, p: Any, snapshot: Snapshot
+    f: Callable[..., Any], spec: StateSpec, p: Any, kind: type[GraphWalk], snapshot: Snapshot
 ) -> tuple[_Translation, set[int]]:
     """The translation, and the numbers of the tensors whose entries are part of it."""
     if spec.dtype.is_complex:
@@ -314,23 +358,27 @@ def _translate(
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
     with torch.inference_mode(False), _full_precision(spec.device), _unpacked():
-        walk, prints = _walk(f, spec, p, snapshot)
+        walk, prints = _walk(f, spec, p, kind, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints)
         parameters = translation.parameters([*snapshot.tensors, *_leaves(p)[0]])
         further = () if p is None else (p,)
-        check_program(lambda t, u: f(t, u, *further), label(f), spec, program, parameters)
+
+        def flat(t: Tensor, u: Any) -> Tensor:
+            return walk.flat(f(t, u, *further))
+
+        check_program(flat, label(f), spec, program, parameters)
     return translation, walk.fixed
 
 
 def _walk(
-    f: Callable[..., Any], spec: StateSpec, p: Any, snapshot: Snapshot
+    f: Callable[..., Any], spec: StateSpec, p: Any, kind: type[GraphWalk], snapshot: Snapshot
 ) -> tuple[GraphWalk, bool]:
     """What goes through the graph of a field, and whether the field prints."""
     if not isinstance(f, DerivedField):
         exported, prints = _export(f, spec, p)
-        return GraphWalk(f, spec, exported, snapshot, p), prints
+        return kind(f, spec, exported, snapshot, p), prints
     if isinstance(f.inner, InModes):
         raise UnsupportedModule(f"{label(f)} is evaluated in autocast, or with a default device.")
     exported, prints = _export(f.inner, f.spec, p)

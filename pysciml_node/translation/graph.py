@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.modes import InModes
@@ -80,6 +81,10 @@ class GraphWalk:
         self.fixed: set[int] = set()
         # A tensor is known now, whatever the state; other values are traced.
         self.values: Values = {}
+
+    def flat(self, out: Any) -> Tensor:
+        """What the field returns, as the program has it: one row of numbers."""
+        return self.spec.flatten(out)
 
     def run(self) -> Program:
         """The program."""
@@ -326,6 +331,28 @@ class GraphWalk:
                     "  Return du/dt, one entry for each of u."
                 )
         return list(parts)
+
+
+class ConditionWalk(GraphWalk):
+    """Goes through the graph of an event's condition, which is one real number.
+
+    What is true or false becomes 1 or -1, as for a loop in Python.
+    """
+
+    @override
+    def flat(self, out: Any) -> Tensor:
+        value: Tensor = out.reshape(1).to(self.spec.dtype)
+        return 2.0 * value - 1.0 if out.dtype == torch.bool else value
+
+    @override
+    def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
+        nodes = pytree.tree_leaves(self.exported.graph.output_node().args)
+        kinds = [node.meta["val"] for node in nodes if isinstance(node, Node)]
+        if len(nodes) != 1 or len(kinds) != 1 or kinds[0].numel() != 1:
+            raise UnsupportedModule(f"{self._name} must return one real number as a tensor.")
+        value = self._trace(outputs[0])
+        truth = kinds[0].dtype == torch.bool
+        return [self.builder.affine(value, 2.0, -1.0) if truth else value]
 
 
 def _counts(x: Tensor) -> bool:

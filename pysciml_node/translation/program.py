@@ -76,7 +76,8 @@ class Program:
         parameters: runs of the flat parameter vector.
         constants: single numbers, by value id.
         operations: in the order of evaluation.
-        outputs: values that are the derivative's parts.
+        outputs: values that are the derivative's parts, or the number that a condition is.
+        shapes: of the outputs.
     """
 
     time: int
@@ -85,6 +86,7 @@ class Program:
     constants: tuple[tuple[int, float], ...]
     operations: tuple[Operation, ...]
     outputs: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @functools.cached_property
     def read(self) -> tuple[bool, ...]:
@@ -144,7 +146,7 @@ class Program:
                 those without a gradient, which jump.
 
         Returns:
-            The parts of the derivative.
+            The outputs.
         """
         values = {self.time: t.reshape(1)}
         values |= {id: part for (id, _), part in zip(self.state, parts, strict=True)}
@@ -160,8 +162,8 @@ class Program:
             result = _run(step, inputs).reshape(step.shape)
             smooth = step.op not in FLAT
             values[step.out] = after(result) if after is not None and smooth else result
-        shapes = [shape for _, shape in self.state]
-        return [values[id].reshape(shape) for id, shape in zip(self.outputs, shapes, strict=True)]
+        pairs = zip(self.outputs, self.shapes, strict=True)
+        return [values[id].reshape(shape) for id, shape in pairs]
 
 
 def _plain(x: Any) -> Any:

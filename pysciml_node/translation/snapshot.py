@@ -270,7 +270,10 @@ class _Walk:
 
     def _function(self, f: types.FunctionType) -> None:
         self._tokens.append(f.__code__)
+        names = names_in(f.__code__)
         if _is_library(f.__module__):
+            # It does not change while a program runs, but what was handed to it may.
+            self._cells(f, names)
             return
         # The parts of a function can be exchanged, though hardly anybody does.
         parts = Attributes(f)
@@ -279,17 +282,8 @@ class _Walk:
         self.add(f.__defaults__)
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
-        names = names_in(f.__code__)
         self._asks(names, f.__globals__)
-        for cell in f.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # the name is not bound yet
-                self._tokens.append("unbound")
-                continue
-            self._at(Attributes(cell), "cell_contents", content)
-            if isinstance(content, types.ModuleType):
-                self._names_of(content, names)
+        self._cells(f, names)
         held = f.__globals__
         for name in names:
             value = held.get(name, ABSENT)
@@ -302,6 +296,18 @@ class _Walk:
                 self.watch.expect_none(held, name)
                 if isinstance(sys.modules.get(name), types.ModuleType):
                     self._names_of(sys.modules[name], names)
+
+    def _cells(self, f: types.FunctionType, names: tuple[str, ...]) -> None:
+        """Note what a function captures."""
+        for cell in f.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # the name is not bound yet
+                self._tokens.append("unbound")
+                continue
+            self._at(Attributes(cell), "cell_contents", content)
+            if isinstance(content, types.ModuleType):
+                self._names_of(content, names)
 
     def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
         """Note what code asks for that stands in no place."""

@@ -135,6 +135,23 @@ def test_events_of_complex_states(adjoint: psn.DirectAdjoint) -> None:
     assert gradient.item() == pytest.approx(-math.pi / 16, rel=1e-8)
 
 
+@every_adjoint
+def test_the_time_of_an_event_is_one_number_whatever_the_shape_of_its_condition(
+    adjoint: psn.DirectAdjoint,
+) -> None:
+    u0 = leaf(1.0, 0.5)
+    problem = psn.ODEProblem(ball, u0, (0.0, 3.0), p=leaf(9.81))
+    for shape in ((), (1,), (1, 1)):
+        event = psn.Event(lambda t, u, shape=shape: u[0].reshape(shape), direction=-1)
+        solution = psn.solve(problem, adjoint=adjoint, events=event, **TIGHT)
+        assert solution.event_t is not None
+        assert solution.event_t.shape == ()
+        assert solution.u1.shape == (2,)
+        (found,) = torch.autograd.grad(solution.event_t, u0)
+        (expected,) = torch.autograd.grad(landing(u0, problem.p)[0], u0)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
 def oscillate(**options: Any) -> psn.Solution:
     """`u = sin t` with its derivative."""
     u0 = torch.tensor([0.0, 1.0], dtype=torch.float64)

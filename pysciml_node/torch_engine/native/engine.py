@@ -14,7 +14,7 @@ from typing_extensions import override
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
-from pysciml_node.errors import CompileError, PsnWarning
+from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -28,7 +28,8 @@ from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.end_times import complete_times
-from pysciml_node.torch_engine.native.prepared import See, prepare
+from pysciml_node.torch_engine.native.events import Search, watched
+from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -109,6 +110,7 @@ class FlownSolve(Solve):
             "retcode": flight.retcode,
             "stats": self.stats,
             "u1": u1 if whole else spec.unflatten(u1),
+            "event": flight.event,
         }
         if self.options.saveat is not None:
             parts["saved"] = spec.unflatten(states.saved)
@@ -132,16 +134,22 @@ class NativeSolve(FlownSolve):
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure
         self.parameters = prepared.parameters
+        try:
+            self.events = [watched(event, problem.spec) for event in options.events]
+        except UnsupportedModule as error:
+            raise no_code(error, "an event's condition") from error
 
     def fly(self, u0: Tensor) -> tuple[Flight, States]:
         """Solve forward from a state, contiguous and the solve's own."""
         library, departure = self.library, self.departure
-        packed = library.pack(self.parameters)
+        packed, search = library.pack(self.parameters), None
+        if self.events:
+            search = Search(self.events, self.problem, self.options.fired)
         if self.options.progress:
             with step_listener(True, self.problem) as on_step:
-                flight, states = fly(library, departure, u0, packed, _turns(on_step))
+                flight, states = fly(library, departure, u0, packed, search, _turns(on_step))
         else:
-            flight, states = fly(library, departure, u0, packed, None)
+            flight, states = fly(library, departure, u0, packed, search, None)
         self.stats.nfe = flight.nfe
         return flight, states
 

@@ -25,6 +25,9 @@ from pysciml_node.translation.program import Parameter, Program
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
 
+LOOP = ("steps.h", "solve.h", "events.h")
+"""Files of src/ that the loop of every method is made of."""
+
 _MOST_KEPT = 2
 """Memories of a library that are kept for later solves."""
 
@@ -50,6 +53,8 @@ class SolveRequest(ctypes.Structure):
         *_fields(_POINTER, "marks stops saves rtol atol"),
         *_fields(_POINTER, "u0 packed ends saved final steps places memory"),
         ("room", _INTEGER),
+        ("events", _POINTER),
+        *_fields(_INTEGER, "event_count found"),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
@@ -67,7 +72,7 @@ class SolveRequest(ctypes.Structure):
 
 
 class SweepRequest(ctypes.Structure):
-    """`Sweep` of src/solve.h."""
+    """`Sweep` of src/sweep.h."""
 
     _fields_ = (
         *_fields(_DOUBLE, "t0 t1 seconds"),
@@ -215,7 +220,7 @@ def write_explicit(program: Program, method: Method) -> Written:
         "enum { ALL_PACKED = PACKED };",
         "#define pack_all pack",
         "#define unpack_all unpack",
-        *map(source, ("steps.h", "solve.h", "explicit.h", "sweep.h", "explicit_sweep.h")),
+        *map(source, (*LOOP, "explicit.h", "sweep.h", "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(

@@ -70,8 +70,6 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
         raise refusal(f"states on {spec.device}")
     if spec.dtype not in REALS:
         raise refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
-    if options.events:
-        raise refusal("events")
     if type(options.controller) not in _CONTROLS:
         raise refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
     inner = problem.f.inner if isinstance(problem.f, DerivedField) else problem.f
@@ -108,10 +106,10 @@ def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
         )
 
 
-def no_code(error: UnsupportedModule) -> CompileError:
+def no_code(error: UnsupportedModule, what: str = "the field") -> CompileError:
     """The error for a field that cannot be translated."""
     return CompileError(
-        f"the field has no native code: {error.message}\n"
+        f"{what} has no native code: {error.message}\n"
         "  Rewrite it with operations that programs have, or solve with compile=False."
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_rosenbrock import emit_rosenbrock
-from pysciml_node.torch_engine.native.library import Written, memory_of, size_of, source
+from pysciml_node.torch_engine.native.library import LOOP, Written, memory_of, size_of, source
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.program import Program
 
@@ -32,7 +32,7 @@ def write_rosenbrock(
     row = padded(size)
     linear = 2 * padded(size * size) + 4 * row
     text = [emit_rosenbrock(method, size, mass), emitted.source]
-    loop = ["steps.h", "solve.h", "rosenbrock.h"]
+    loop = [*LOOP, "rosenbrock.h"]
     parameters = list(zip(program.parameters, emitted.offsets, program.pulled, strict=True))
     packed, cost = emitted.packed, (size + 1) * emitted.cost + size**3 // 3
     if pulled is None:

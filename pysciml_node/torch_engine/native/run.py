@@ -24,6 +24,7 @@ from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
+from pysciml_node.torch_engine.native.events import Search
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 
 RUNNING, FULL, SUCCESS = 0, 1, 2
@@ -32,6 +33,7 @@ RETCODES = {
     3: ReturnCode.MaxIters,
     4: ReturnCode.DtLessThanMin,
     5: ReturnCode.Unstable,
+    7: ReturnCode.Terminated,
 }
 # Seconds after which the loop comes back to Python, which looks for Ctrl-C then.
 TURN = 0.05
@@ -76,6 +78,7 @@ class Flight:
         nreject: rejected steps.
         attempt: of a failed solve, the last attempt.
         finite: whether the last state is, and so all of them are.
+        event: which one has ended it, or `None`.
     """
 
     u0: Tensor
@@ -90,6 +93,7 @@ class Flight:
     nreject: int
     attempt: Attempt | None
     finite: bool
+    event: int | None = None
 
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
@@ -112,6 +116,7 @@ class Flight:
             nreject=self.nreject,
             retcode=self.retcode,
             last=self.attempt,
+            event=self.event,
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(options.landings(problem.direction)),
         )
@@ -225,8 +230,9 @@ class Departure:
 
     @property
     def lasting(self) -> bool:
-        """Whether other solves may depart in the same way: no tensor of this one is in it."""
-        return self.options.saveat_tensor is None and not self._tolerances
+        """Whether other solves may depart in the same way: nothing of this one alone is in it."""
+        options = self.options
+        return options.saveat_tensor is None and not options.events and not self._tolerances
 
     def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
         """Whether it is how a solve departs."""
@@ -273,6 +279,7 @@ def fly(
     departure: Departure,
     u0: Tensor,
     packed: Tensor,
+    search: Search | None,
     on_turn: Callable[[float, float, int], None] | None,
 ) -> tuple[Flight, States]:
     """Solve forward.
@@ -282,6 +289,7 @@ def fly(
         departure: what to solve, and how.
         u0: the state, detached and contiguous.
         packed: the field's parameters.
+        search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
     request, size = departure.request(), library.size
@@ -296,6 +304,8 @@ def fly(
     memory = library.take_memory(library.march_memory)
     lying = (u0, packed, ends, saved, last, steps, places, memory)
     request.put(*[x.data_ptr() for x in lying], room)
+    if search is not None:
+        request.events, request.event_count = search.address, search.count
     status = RUNNING
     while status in (RUNNING, FULL):
         if status == FULL:
@@ -306,7 +316,7 @@ def fly(
         if on_turn is not None:
             on_turn(request.t, request.last_h, request.accepted)
     attempt = None
-    if status != SUCCESS and request.last_h:
+    if not RETCODES[status].successful and request.last_h:
         attempt = _last_attempt(library, request, memory)
     library.give_memory(memory)
     accepted, rejected, evaluations, reached, finite = request.counts()
@@ -327,6 +337,7 @@ def fly(
         rejected,
         attempt,
         bool(finite),
+        request.found if RETCODES[status] is ReturnCode.Terminated else None,
     )
     return flight, States(saved, ends, last)
 

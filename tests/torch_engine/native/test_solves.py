@@ -352,7 +352,6 @@ def captured_branch(t: Tensor, u: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Any, Tensor, dict[str, Any], str]] = {
-    "events": (decay, torch.ones(2), {"events": psn.Event(lambda t, u: u[0] - 0.5)}, "events"),
     "direct": (decay, torch.ones(2), {"adjoint": psn.DirectAdjoint()}, "DirectAdjoint"),
     "continuous": (decay, torch.ones(2), {"adjoint": psn.GaussAdjoint()}, "GaussAdjoint"),
     "complex": (decay, torch.ones(2) + 0j, {}, "complex64"),
@@ -481,8 +480,7 @@ def test_native_code_knows_every_option() -> None:
     assert options == {
         *("tolerances", "saveat", "saveat_tensor", "adjoint", "dt0", "dtmin", "dtmax"),
         *("tstops", "max_steps", "controller", "events", "progress", "throw", "compile", "seed"),
-        "fired",  # of events, which native code refuses
-        "defaulted",
+        *("fired", "defaulted"),
     }
     fields = {c: {x.name for x in dataclasses.fields(c)} for c in prepared._CONTROLS}
     assert fields == {

@@ -214,12 +214,24 @@ def by_metaclass() -> tuple[Callable[..., Any], Callable[[float], None]]:
     return lambda t, u: -Held.k * u, lambda k: setattr(Meta, "k", k)
 
 
+def by_closure_of_a_librarys_function() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    held = [1.0]
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -held[0] * u
+
+    f.__module__ = "torch.users"
+    return f, lambda k: held.__setitem__(0, k)
+
+
 def by_object_of_a_library() -> tuple[Callable[..., Any], Callable[[float], None]]:
     held: Any = string.Template("")
     held.k = 1.0
     return lambda t, u: -held.k * u, lambda k: setattr(held, "k", k)
 
 
+# Whether looking at these changes them is not known.
+SEALED = [by_object_of_a_library, by_late_global, by_words]
 WAYS = [value for name, value in sorted(globals().items()) if name.startswith("by_")]
 
 
@@ -231,6 +243,41 @@ def test_a_number_that_has_changed_is_seen(way: Any) -> None:
     assert end(f) == pytest.approx(math.exp(-2), rel=1e-6)
     change(1.0)
     assert end(f) == pytest.approx(math.exp(-1), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_number_of_a_condition_that_has_changed_is_seen(way: Any) -> None:
+    f, change = way()
+    # `u = 1 - t` meets `1 / (2 k)`.
+    problem = psn.ODEProblem(lambda t, u: 0 * u - 1, torch.ones(1, dtype=D), (0.0, 1.0))
+    event = psn.Event(lambda t, u: f(t, u) + 0.5)
+
+    def expect(k: float) -> None:
+        time = psn.solve(problem, events=event, compile=True).event_t
+        assert float(time) == pytest.approx(1 - 0.5 / k, abs=1e-12)
+
+    if way in SEALED:
+        with pytest.raises(psn.CompileError, match="may change Python's objects"):
+            expect(1.0)
+        return
+    expect(1.0)
+    change(2.0)
+    expect(2.0)
+    change(1.0)
+    expect(1.0)
+
+
+def test_what_an_effect_changes_is_seen_by_the_condition() -> None:
+    levels = [0.8, 0.5, 0.1]
+
+    def next_level(t: Tensor, u: Tensor) -> Tensor:
+        levels.pop(0)
+        return u
+
+    problem = psn.ODEProblem(lambda t, u: 0 * u - 1, torch.ones(1, dtype=D), (0.0, 0.7))
+    event = psn.Event(lambda t, u: u[0] - levels[0], direction=-1, affect=next_level)
+    found = psn.solve(problem, events=event, compile=True)
+    assert [float(jump.t) for jump in found.jumps] == pytest.approx([0.2, 0.5], abs=1e-12)
 
 
 def test_a_field_whose_class_is_exchanged() -> None:

@@ -9,8 +9,6 @@
    OWN parameters of each member's own with OWN_PLACES and OWN_SIZES, in OWN_ROOM numbers, and whether
    the field reads the time (TIMED). */
 
-enum { OUT_OF_MEMORY = 6 };
-
 /* What a worker knows of the members that it runs. */
 typedef struct {
   double t[ABREAST], h[ABREAST], proposed[ABREAST], size[ABREAST], stop[ABREAST], error[ABREAST];

@@ -1,4 +1,4 @@
-/* The discrete adjoint of members abreast (solve.h, replay/adjoint_discrete.py), and what Python calls.
+/* The discrete adjoint of members abreast (sweep.h, replay/adjoint_discrete.py), and what Python calls.
 
    Workers take the members chunk by chunk, and a chunk's members share no lane with those of another:
    the sum of the shared parameters' cotangents is the same for any number of workers. */

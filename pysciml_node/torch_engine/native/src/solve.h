@@ -1,4 +1,4 @@
-/* The time loop and its discrete adjoint, for any one-step method with a tableau.
+/* The time loop, for any one-step method with a tableau.
 
    The emitted code before this file gives the sizes (N entries of the state in rows of ROW, STAGES,
    ALL_STAGES with those of the dense output, WORK numbers of a field evaluation), the method
@@ -6,6 +6,16 @@
    of a step are found and pulled back. The loop is that of
    pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
    whoever changes one changes the other. */
+
+/* An event: its condition, as it is called, and the values of it at the ends of a step. */
+typedef struct {
+  double (*condition)(double t, const REAL *u, const REAL *packed, REAL *memory);
+  const REAL *packed;
+  REAL *memory;
+  double width;            /* of the bracket at which a search for it ends, in steps */
+  int64_t direction, open; /* open: with which sign it leaves its start is not known */
+  double before, after;
+} Event;
 
 typedef struct {
   /* The problem. */
@@ -23,6 +33,8 @@ typedef struct {
   double *steps, *places;
   REAL *memory;
   int64_t room;
+  Event *events;
+  int64_t event_count, found; /* the event that has ended the solve */
   /* The state of the loop. */
   double t, h, last_t, last_h, last_error, history[2], seconds;
   int64_t status, started, known, next_stop, accepted, rejected, evaluations, reached, finite;
@@ -140,22 +152,28 @@ static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
   place[0] = (double)state, place[1] = NAN;
 }
 
+/* The state at a place in a step. */
+static void psn_dense(Solve *s, double t, double h, double theta, REAL *out) {
+  psn_stages(s, t, h, ALL_STAGES);
+  REAL weights[ALL_STAGES];
+  const REAL *u = U(s), *k = K(s, 0);
+  psn_dense_weights(theta, 0, weights);
+  for (int i = 0; i < N; i++) {
+    REAL sum = 0;
+    for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * k[j * ROW + i];
+    out[i] = u[i] + (REAL)h * sum;
+  }
+}
+
 /* Save what lies in an accepted step from U to u1 (saver.py). */
 static void psn_save(Solve *s, double t, double h, double end, int lands, const REAL *u1) {
-  int forward = h > 0, closed = (s->moving && end != s->t1) || (s->free && !lands);
+  int forward = h > 0, last = lands && s->next_stop == s->stop_count - 1;
+  int closed = (s->moving && !last) || (s->free && !lands);
   while (s->reached < s->save_count) {
     double at = s->saves[s->reached];
     if (!((forward ? at < end : at > end) || (closed && at == end))) break;
-    psn_stages(s, t, h, ALL_STAGES);
     double theta = (at - t) / h;
-    REAL weights[ALL_STAGES], *out = s->saved + s->reached * N;
-    const REAL *u = U(s), *k = K(s, 0);
-    psn_dense_weights(theta, 0, weights);
-    for (int i = 0; i < N; i++) {
-      REAL sum = 0;
-      for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * k[j * ROW + i];
-      out[i] = u[i] + (REAL)h * sum;
-    }
+    psn_dense(s, t, h, theta, s->saved + s->reached * N);
     double *place = s->places + 2 * s->reached++;
     place[0] = (double)s->accepted, place[1] = theta;
   }
@@ -163,7 +181,10 @@ static void psn_save(Solve *s, double t, double h, double end, int lands, const 
     psn_keep_end(s, s->accepted + 1, u1);
 }
 
-/* Step until the end, until there is no room, or for a while. */
+/* In events.h. */
+static int psn_cut(Solve *s, double t, double *h, double end);
+
+/* Step until the end or an event, until there is no room, or for a while. */
 static int64_t psn_march(Solve *s) {
   int adaptive = s->control != FIXED;
   double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
@@ -205,6 +226,8 @@ static int64_t psn_march(Solve *s) {
       continue;
     }
     double end = lands ? stop : t + h;
+    int cut = s->event_count && psn_cut(s, t, &h, end);
+    if (cut) end = t + h, lands = 0;
     psn_save(s, t, h, end, lands, u1);
     double *row = s->steps + 4 * s->accepted;
     row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
@@ -215,6 +238,7 @@ static int64_t psn_march(Solve *s) {
     s->known = next;
     memcpy(u, u1, N * sizeof(REAL));
     s->t = end;
+    if (cut) return STOPPED;
     if (lands && ++s->next_stop == s->stop_count) return SUCCESS;
     double following = psn_size_after_accepted(s, h, error);
     if (!adaptive)

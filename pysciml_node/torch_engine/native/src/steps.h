@@ -1,7 +1,7 @@
 /* What every loop over steps needs: codes, times of the stages, sizes that end on a stop, weights of
    the dense output. */
 
-enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE };
+enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE, OUT_OF_MEMORY, STOPPED };
 enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
 #define SLIVER 1e-8
 

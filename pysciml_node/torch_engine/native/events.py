@@ -1,0 +1,147 @@
+"""Events of native solves: conditions as native code, which a loop looks at after each step."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.problems.event import Event
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.event_search import Signs
+from pysciml_node.torch_engine.native.emit import Emitter
+from pysciml_node.torch_engine.native.library import Code, header, source
+from pysciml_node.torch_engine.native.text import padded
+from pysciml_node.translation.export import TranslatedModule, translate_condition
+from pysciml_node.translation.program import Program
+
+_POINTER, _DOUBLE, _INTEGER = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
+
+
+class EventRequest(ctypes.Structure):
+    """`Event` of src/solve.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("condition", "packed", "memory")),
+        ("width", _DOUBLE),
+        *((name, _INTEGER) for name in ("direction", "open")),
+        *((name, _DOUBLE) for name in ("before", "after")),
+    )
+
+
+class Condition(Code):
+    """Native code of an event's condition.
+
+    Args:
+        program: the condition.
+        dtype: of the state.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        emitter = Emitter(program)
+        emitted = emitter.emit()
+        self.memory = padded(emitter.work.size)
+        parts = (
+            header(dtype),
+            f"enum {{ ROW = {padded(1)} }};",
+            emitted.source,
+            source("condition.h"),
+        )
+        calls = {
+            "condition": (_DOUBLE, _DOUBLE, _POINTER, _POINTER, _POINTER),
+            "prepare": (None, _POINTER, _POINTER),
+        }
+        super().__init__(dtype, "\n".join(parts), emitted.packed, calls)
+
+    @property
+    def address(self) -> int | None:
+        """Where the function lies that gives its value."""
+        return ctypes.cast(self.loaded.condition, _POINTER).value
+
+
+@functools.lru_cache(maxsize=256)
+def _condition(json: str, dtype: torch.dtype) -> list[Condition]:
+    """Room for a condition, found by what it is made of."""
+    return []
+
+
+def _condition_of(translated: TranslatedModule, dtype: torch.dtype) -> Condition:
+    """The native code of a translated condition, made once in a process."""
+    place = _condition(translated.json, dtype)
+    if not place:
+        place.append(Condition(translated.program, dtype))
+    return place[0]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An event whose condition is native code.
+
+    Attributes:
+        event: the event.
+        condition: the code.
+        parameters: the tensors that the condition reads.
+    """
+
+    event: Event
+    condition: Condition
+    parameters: list[Tensor]
+
+
+def watched(event: Event, spec: StateSpec) -> Watched:
+    """An event of a solve of states of some structure.
+
+    Raises:
+        UnsupportedModule: its condition cannot be translated.
+    """
+    assert event.condition is not None
+    translated = translate_condition(event.condition, spec)
+    return Watched(event, _condition_of(translated, spec.dtype), translated.parameters)
+
+
+class Search:
+    """What a loop in C is told of the events that it looks for; it keeps alive what C reads.
+
+    Whether a condition is zero at the start is a question of the last bit, so Python answers it.
+
+    Args:
+        events: the events.
+        problem: that is solved.
+        fired: which events have just happened at the start.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(
+        self, events: Sequence[Watched], problem: ODEProblem, fired: Sequence[int]
+    ) -> None:
+        signs = Signs(problem, [one.event for one in events], fired)
+        eps = torch.finfo(problem.spec.real_dtype).eps
+        self.count = len(events)
+        self._requests = (EventRequest * self.count)()
+        self._kept: list[Tensor] = []
+        for i, one in enumerate(events):
+            condition, event = one.condition, one.event
+            packed = condition.pack(one.parameters)
+            memory = torch.zeros(condition.memory, dtype=condition.dtype, device="cpu")
+            self._kept += [packed, memory]
+            self._requests[i] = EventRequest(
+                condition=condition.address,
+                packed=packed.data_ptr(),
+                memory=memory.data_ptr(),
+                width=max(event.xtol or 0.0, 4 * eps),
+                direction=event.direction,
+                open=i in signs.unsettled,
+                before=signs.before[i],
+            )
+
+    @property
+    def address(self) -> int:
+        """Where C finds them."""
+        return ctypes.addressof(self._requests)
