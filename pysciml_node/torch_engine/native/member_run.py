@@ -63,8 +63,11 @@ class Scales:
             if common.shift is not None:
                 return Scales(np.array([common.shift]), np.array([common.factor]))
         rows = tuple(
-            torch.as_tensor(usual if own is None else own).detach().cpu().double()
-            for own, usual in ((rtol, tolerances.rtol), (atol, tolerances.atol))
+            torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+            for given in (
+                tolerances.rtol if rtol is None else rtol,
+                tolerances.atol if atol is None else atol,
+            )
         )
         if all(row.ndim == 0 or row.shape[-1] == 1 for row in rows):
             r, a = (row.reshape(-1).expand(len(like)) for row in rows)
