@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,9 +150,8 @@ class FirstGraph:
         # By the addresses of their memory; `None` for what has none, inside of torch's transforms.
         self._sizes: dict[int | None, int] = {}
 
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """A context for the evaluation."""
+    def measured(self, evaluate: Evaluate) -> Evaluation:
+        """The evaluation, with a look at what its graph saves."""
         # The graph holds on to the function and to what it returns: neither may lead back to it.
         sizes = self._sizes
 
@@ -160,8 +159,15 @@ class FirstGraph:
             _count(x, sizes)
             return x.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+                return evaluate()
+        except RuntimeError as error:
+            # The derivatives of torch.func refuse to be looked at in this way.
+            if "saved tensor" not in str(error):
+                raise
+        sizes[None] = 0
+        return evaluate()
 
     def keep(self, evaluation: Evaluation, nodes: int, outside: Sequence[Tensor]) -> None:
         """Keep an evaluation, where its graph can be measured.
@@ -229,8 +235,8 @@ class Inputs:
         trainable = [x for x in surroundings.tensors if x.requires_grad]
         edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
-        with surroundings.undisturbed(), nullcontext() if graph is None else graph.measured():
-            values, fresh = evaluate()
+        with surroundings.undisturbed():
+            values, fresh = evaluate() if graph is None else graph.measured(evaluate)
         fresh_ids, nodes = {id(x) for x in fresh}, set[Any]()
         leaves = graph_leaves(values, edges, reached, nodes)
         strangers = [x for x in leaves if id(x) not in fresh_ids]

@@ -341,6 +341,30 @@ def test_callers_that_look_at_saved_tensors_get_a_replay(where: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "jvp"])
+def test_fields_that_take_derivatives_with_torch_func_get_a_replay(transform: str) -> None:
+    # Most of its derivatives refuse that anybody looks at saved tensors.
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=D))
+
+    def potential(x: Tensor) -> Tensor:
+        return (weight * x.square()).sum() / 2
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        if transform == "vjp":
+            return -torch.func.vjp(potential, u)[1](torch.ones((), dtype=D))[0]
+        if transform == "jvp":
+            rows = [torch.func.jvp(potential, (u,), (e,))[1] for e in torch.eye(3, dtype=D)]
+            return -torch.stack(rows)
+        return -getattr(torch.func, transform)(potential)(u)
+
+    u0 = torch.ones(3, dtype=D, requires_grad=True)
+    end = solve(field, u0, KEPT, rtol=1e-10, atol=1e-10).u1
+    found = torch.autograd.grad(end.sum(), [u0, weight])
+    decayed = torch.exp(-weight.detach())
+    torch.testing.assert_close(found[0], decayed, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found[1], -decayed, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("memory", [-1, 0.5, "all"])
 def test_memory_is_a_whole_number(memory: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="DiscreteAdjoint: memory"):
