@@ -34,6 +34,24 @@ from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
 
 
+def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tensor:
+    """The state at the start, as one at a fixed time that moves when the start does.
+
+    Args:
+        problem: what is solved, with a mass matrix that has an inverse, or none.
+        field: evaluates its derivative.
+        u0: the initial state `(N,)`, which does not move.
+    """
+    start = problem.tspan[0]
+    if not isinstance(start, Tensor) or not start.requires_grad:
+        return u0
+    rate = field(problem.time_tensor([problem.t0])[0], u0)
+    if problem.mass is not None:
+        rate = torch.linalg.solve(problem.mass, rate)
+    shift = (start - start.detach()).to(u0.dtype.to_real()).reshape(())
+    return u0 - shift * rate
+
+
 @dataclass
 class TorchTrajectory(Recorded):
     """The accepted steps of a solve with their states, and what can be had from them.
@@ -188,15 +206,18 @@ class TorchTrajectory(Recorded):
         for n, members in groups.items():
             u, (start, h) = self.every_state[n], self._moving_step(n)
             ends = self._known_states(n, moving=isinstance(h, Tensor) or isinstance(start, Tensor))
-            if not moves(times) and all(host[i] in ends for i in members):
-                for i in members:
-                    rows[i] = ends[host[i]]
+            inside = [i for i in members if moves(times) or host[i] not in ends]
+            for i in set(members).difference(inside):
+                rows[i] = ends[host[i]]
+            if not inside:
                 continue
             check(n)
-            stages, _ = parts[self.record.method_of(n)]
+            stages, field = parts[self.record.method_of(n)]
             stages.count = 0
-            theta = (times[members].double() - start) / h
-            for i, row in zip(members, stages.dense(start, h, u, theta), strict=True):
+            if n == 0 and self.record.fixed and recording():
+                u = from_moving_start(self.problem, field, u)
+            theta = (times[inside].double() - start) / h
+            for i, row in zip(inside, stages.dense(start, h, u, theta), strict=True):
                 rows[i] = row
         self.stats.nfe += sum(field.nfe for _, field in parts)
 

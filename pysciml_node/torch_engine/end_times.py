@@ -50,6 +50,13 @@ def requires(end: object) -> bool:
     return isinstance(end, Tensor) and end.requires_grad
 
 
+def lacks_ends(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
+    """Whether the ends receive gradients that the steps themselves do not have."""
+    if problem.mass is not None or not any(map(requires, problem.tspan)):
+        return False
+    return hides_time(problem, method, u0)
+
+
 def _slope(problem: ODEProblem, field: FlatField, t: float, u: Tensor) -> Tensor:
     """The derivative of the solution at `t`: `M u' = f`, and the algebraic equations hold on.
 
@@ -116,15 +123,6 @@ def complete_times(
                 gradients.saveat[i] = torch.vdot(backward.saved[i], rate).real
 
 
-def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tensor:
-    """The state at the start, as one at a fixed time that moves when the start does."""
-    start = problem.tspan[0]
-    if not isinstance(start, Tensor) or not start.requires_grad:
-        return u0
-    shift = (start - start.detach()).to(u0.dtype.to_real()).reshape(())
-    return u0 - shift * field(problem.time_tensor([problem.t0])[0], u0)
-
-
 def at_moving_ends(
     problem: ODEProblem,
     field: FlatField,
@@ -134,13 +132,14 @@ def at_moving_ends(
     u0: Tensor,
     saveat: Tensor | None,
 ) -> Tensor:
-    """The saved states, and in place the last of the steps', as they move with the ends.
+    """The saved states, and in place the first and the last of the steps', as they move.
 
     Args:
         problem: what was solved.
         field: evaluates its derivative.
         record: the accepted steps.
-        states: at their ends; the last is replaced where `t1` receives a gradient.
+        states: at their ends; the first is replaced by `u0`, and the last where `t1` receives a
+            gradient.
         saved: the saved states `(m, N)`.
         u0: the initial state, which does not move.
         saveat: their times where those receive gradients.
@@ -148,6 +147,8 @@ def at_moving_ends(
     rows = list(saved.unbind())
     for index, t, end in _ends(problem, record):
         indices = record.at_end.get(index, [])
+        if index == 0 and record.fixed:
+            states[0] = u0
         u = states[index]
         moves = record.fixed and index > 0 and requires(end)
         own = indices and saveat is not None and not requires(end)

@@ -21,7 +21,7 @@ from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.kept import KeptStages, KeptSteps
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
-from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
 from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
@@ -40,9 +40,7 @@ from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
 from pysciml_node.torch_engine.end_times import (
     at_moving_ends,
     complete_times,
-    from_moving_start,
-    hides_time,
-    requires,
+    lacks_ends,
 )
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.switching import march_of
@@ -193,10 +191,7 @@ class ODESolve(Solve):
 
     def _fixed(self) -> bool:
         """Whether the ends receive gradients that the steps themselves do not have."""
-        problem = self.problem
-        if problem.mass is not None or not any(map(requires, problem.tspan)):
-            return False
-        return hides_time(problem, self.method, self.u0)
+        return lacks_ends(self.problem, self.method, self.u0)
 
     def _watch(self, stages: Stages, field: FlatField) -> None:
         """Look at what the field can reach; random ones are not for adaptive steps."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.translation.program import FLAT, Program
+from pysciml_node.translation.program import Program
 
 _TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-3}
 """Relative; far above rounding, far below any other difference.
@@ -51,7 +51,7 @@ def check_program(
         UnsupportedModule: they differ, or torch cannot differentiate the module.
     """
     # What a choice hides at one state it shows at another.
-    chooses = any(step.op in FLAT for step in program.operations)
+    chooses = program.jumps
     for scale in _SCALES if chooses else _SCALES[:1]:
         _check_at(scale, field, name, spec, program, p)
 

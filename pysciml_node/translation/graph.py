@@ -341,7 +341,9 @@ class ConditionWalk(GraphWalk):
 
     @override
     def flat(self, out: Any) -> Tensor:
-        value: Tensor = out.reshape(1).to(self.spec.dtype)
+        if not isinstance(out, Tensor):
+            raise UnsupportedModule(f"{self._name} must return one real number as a tensor.")
+        value = out.reshape(1).to(self.spec.dtype)
         return 2.0 * value - 1.0 if out.dtype == torch.bool else value
 
     @override

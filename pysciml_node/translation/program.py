@@ -89,6 +89,11 @@ class Program:
     shapes: tuple[tuple[int, ...], ...]
 
     @functools.cached_property
+    def jumps(self) -> bool:
+        """Whether it has operations without a gradient."""
+        return any(step.op in FLAT for step in self.operations)
+
+    @functools.cached_property
     def read(self) -> tuple[bool, ...]:
         """Of each parameter, whether an operation reads it."""
         inputs = {id for step in self.operations for id in step.inputs}

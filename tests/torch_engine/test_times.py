@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native.compiler import available
 
 ADJOINTS = {
     "discrete": psn.DiscreteAdjoint(),
@@ -109,6 +110,82 @@ def test_the_ends_where_the_field_hides_its_time(
     (inside,) = torch.autograd.grad(solution(0.5).sum(), t0)
     expected = -math.cos(0.1) * math.exp(math.sin(0.5) - math.sin(0.1))
     assert inside.item() == pytest.approx(expected, rel=1e-4)
+
+
+def growth(t: float, start: float) -> float:
+    """The solution of `u' = cos(t) u` from 1 at a start."""
+    return math.exp(math.sin(t) - math.sin(start))
+
+
+@every_adjoint
+@pytest.mark.parametrize("field", [lambda t, u: torch.cos(t) * u, HIDING["detached"]])
+@pytest.mark.parametrize("dt0", [0.6, 0.25])
+def test_dense_output_beside_the_ends(adjoint: psn.Adjoint, field: Any, dt0: float) -> None:
+    """In the first step it moves with the start; the ends are themselves, asked for alone or not.
+
+    At the start the solution is `u0`, and at the end it moves along `f`.
+    """
+    t0, t1 = time(0.1), time(0.7)
+    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": dt0, "adjoint": adjoint}
+    solution = psn.solve(psn.ODEProblem(field, ones(), (t0, t1)), psn.Vern9(), **options)
+    for times in ([0.1], [0.2], [0.6], [0.7], [0.1, 0.2, 0.6, 0.7]):
+        rows = solution(torch.tensor(times, dtype=torch.float64))
+        for t, row in zip(times, rows, strict=True):
+            found = torch.autograd.grad(
+                row.sum() + 0 * (t0 + t1), (t0, t1), retain_graph=True, allow_unused=True
+            )
+            expected = [
+                -math.cos(0.1) * growth(t, 0.1) if t > 0.1 else 0.0,
+                math.cos(0.7) * growth(0.7, 0.1) if t == 0.7 else 0.0,
+            ]
+            assert [float(x) for x in found if x is not None] == pytest.approx(expected, abs=1e-6)
+    assert (solution.u[0] + 0 * t0).requires_grad
+    (start,) = torch.autograd.grad((solution.u[0] + 0 * t0).sum(), t0)
+    assert start.item() == 0.0
+
+
+@every_adjoint
+def test_dense_output_in_the_first_step_after_an_event(adjoint: psn.Adjoint) -> None:
+    """`u = k + (t - k) / 2` where the rate halves at the level `k`: alone and as members."""
+    level = time(0.4)
+    problem = psn.ODEProblem(
+        lambda t, u: u[1:] * torch.tensor([1.0, 0.0]).double(),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        (0.0, 1.0),
+    )
+    slower = psn.Event(lambda t, u: u[0] - level, affect=lambda t, u: u * torch.tensor([1.0, 0.5]))
+    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.3, "adjoint": adjoint}
+    many = psn.EnsembleProblem(problem, torch.stack((problem.u0, problem.u0)))
+    for solution in (
+        psn.solve(problem, events=slower, **options),
+        psn.solve(many, events=slower, **options).solutions[1],
+    ):
+        for t in (0.45, 0.6, 0.9):
+            (found,) = torch.autograd.grad(solution(t)[0], level, retain_graph=True)
+            assert found.item() == pytest.approx(0.5, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", ["seen", "detached"])
+def test_native_solves_of_fields_that_hide_their_time(name: str) -> None:
+    """Native code has the derivatives of the ends that the loop in Python has."""
+    if not available()[0]:
+        pytest.skip(available()[1])
+    field = HIDING.get(name, lambda t, u: torch.cos(t) * u)
+    t0, t1 = time(0.1), time(0.7)
+    problem = psn.ODEProblem(field, ones(), (t0, t1))
+    solution = psn.solve(problem, saveat=[0.1, 0.4, 0.7], compile=True, **TIGHT)
+    inside, end = -math.cos(0.1) * growth(0.4, 0.1), growth(0.7, 0.1)
+    rates = [-math.cos(0.1) * end, math.cos(0.7) * end]
+    for value, expected in (
+        (solution.u1, rates),
+        (solution.u[2], rates),
+        (solution.u[1], [inside, 0.0]),
+        (solution.u[0], [0.0, 0.0]),
+        (solution(0.4), [inside, 0.0]),
+        (solution(0.7), rates),
+    ):
+        found = torch.autograd.grad(value.sum(), (t0, t1), retain_graph=True, allow_unused=True)
+        assert [float(x or 0) for x in found] == pytest.approx(expected, abs=1e-6)
 
 
 @every_adjoint

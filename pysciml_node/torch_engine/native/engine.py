@@ -27,7 +27,7 @@ from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
-from pysciml_node.torch_engine.end_times import complete_times
+from pysciml_node.torch_engine.end_times import complete_times, lacks_ends
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
@@ -53,6 +53,9 @@ class FlownSolve(Solve):
     problem: ODEProblem
     algorithm: OneStepMethod
 
+    # Whether the ends receive gradients that the steps do not have.
+    fixed = False
+
     def __init__(
         self,
         problem: ODEProblem,
@@ -66,6 +69,12 @@ class FlownSolve(Solve):
         spec = problem.spec
         u0: Any = problem.u0
         self.u0: Tensor = u0 if spec.keys is None else spec.flatten(u0)
+
+    def record(self, flight: Flight) -> Record:
+        """Its steps as the rest of the package reads them."""
+        record = flight.record(self.problem, self.options)
+        record.fixed = self.fixed
+        return record
 
     @abstractmethod
     def flown(self) -> tuple[Flight, States]:
@@ -134,6 +143,10 @@ class NativeSolve(FlownSolve):
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure
         self.parameters = prepared.parameters
+        # Only an operation without a derivative hides the time.
+        if torch.is_grad_enabled() and prepared.translated.program.jumps:
+            method = Method.of(prepared.tableau, self.u0.dtype, self.u0.device)
+            self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
         try:
             self.events = [watched(event, problem.spec) for event in options.events]
         except UnsupportedModule as error:
@@ -230,7 +243,7 @@ def _pull(
     stats.naccept_backward += swept.steps
     times: list[Tensor | None] = [None, None, None]
     if with_times:
-        bars = _time_gradients(solve, flight, ends, swept, arriving[0])
+        bars = _time_gradients(solve, flight, ends, swept, arriving)
         times = [
             bar.to(source).reshape(source.shape)
             if needed and bar is not None and source is not None
@@ -242,10 +255,14 @@ def _pull(
 
 
 def _time_gradients(
-    solve: NativeSolve, flight: Flight, ends: Tensor, swept: Swept, saved: Tensor | None
+    solve: NativeSolve,
+    flight: Flight,
+    ends: Tensor,
+    swept: Swept,
+    arriving: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
-    problem, record = solve.problem, flight.record(solve.problem, solve.options)
+    problem, record, (saved, at_steps, last) = solve.problem, solve.record(flight), arriving
     t, h, thetas = swept.times
     times = TimeCotangents(record, flight.reached, t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
@@ -254,9 +271,13 @@ def _time_gradients(
         times.step(n, t[n], h[n], theta)
     gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
     states = (flight.u0.reshape(-1), *ends.unbind())
-    backward = BackwardPass(record, states, saved, [None] * len(states), with_times=True)
-    # Times that are saved at ends which do not move; a field that hides time is not translated.
-    complete_times(gradients, problem, FlatField(problem), backward, ends=False)
+    entering: list[Tensor | None] = [None] * len(states)
+    if len(ends):
+        final = (None if at_steps is None else at_steps[-1], last)
+        parts = [x.reshape(-1) for x in final if x is not None]
+        entering[-1] = torch.stack(parts).sum(0) if parts else None
+    backward = BackwardPass(record, states, saved, entering, with_times=True)
+    complete_times(gradients, problem, FlatField(problem), backward, ends=solve.fixed)
     assert gradients.saveat is not None
     asked = 0 if solve.options.saveat is None else len(solve.options.saveat)
     # Times that the solve did not reach have none.
@@ -278,7 +299,7 @@ class _Steps:
         states = [solve.u0.reshape(-1)]
         if len(ends):
             states += [*ends[:-1].unbind(), self.states.last.reshape(-1)]
-        return self.flight.record(solve.problem, solve.options), states
+        return solve.record(self.flight), states
 
     def part(self, name: str) -> Any:
         """The trajectory for a solution, or the times of its states."""

@@ -427,6 +427,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "branches": (branches, "branches cannot be exported"),
     "an operation": (lambda t, u: torch.linalg.det(u.diag()) - 0.25, "det"),
     "two numbers": (lambda t, u: u - 0.5, "one real number"),
+    "a tuple": (lambda t, u: (u[0] - 0.5,), "one real number"),
     "records": (records, "records may change Python's objects"),
     "prints": (prints, "prints may change Python's objects, or print"),
     "counts": (counts, "counts"),
@@ -448,7 +449,7 @@ def test_conditions_without_native_code_are_named(name: str) -> None:
     assert named in str(caught.value)
     assert "compile=False" in str(caught.value)
     engine._told.clear()
-    if name == "two numbers":
+    if name in ("two numbers", "a tuple"):
         with pytest.warns(psn.PsnWarning), pytest.raises(TypeError, match="one real number"):
             psn.solve(problem, compile="auto", events=event, **TIGHT)
         return
