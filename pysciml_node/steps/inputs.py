@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,10 +119,6 @@ def _stand_in(x: Tensor) -> Tensor:
     return nn.Parameter(inner) if isinstance(x, nn.Parameter) else inner.requires_grad_()
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 def _count(x: Tensor, sizes: dict[int | None, int]) -> None:
     """Note the size of a tensor's memory by its address."""
     try:
@@ -131,8 +128,24 @@ def _count(x: Tensor, sizes: dict[int | None, int]) -> None:
         sizes[None] = 0
 
 
+def _saved_by(node: Any) -> Iterator[Tensor]:
+    """The tensors that a node of the graph has saved for backward.
+
+    They are looked at as they were saved: unpacking those of a checkpoint would run it.
+    """
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            saved = getattr(node, name)
+            for one in saved if isinstance(saved, list | tuple) else (saved,):
+                if isinstance(one.data, Tensor):
+                    yield one.data
+
+
 class FirstGraph:
     """The graph of the first evaluation, and the memory that it takes.
+
+    It is measured when it is there: hooks of saved tensors would see it grow, but `torch.func`
+    refuses to differentiate where there are any.
 
     Attributes:
         evaluation: the values, and the leaves made for them; `None` where the graph leads to leaves
@@ -147,44 +160,31 @@ class FirstGraph:
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None
         self.bytes = 0
-        # By the addresses of their memory; `None` for what has none, inside of torch's transforms.
-        self._sizes: dict[int | None, int] = {}
 
-    def measured(self, evaluate: Evaluate) -> Evaluation:
-        """The evaluation, with a look at what its graph saves."""
-        # The graph holds on to the function and to what it returns: neither may lead back to it.
-        sizes = self._sizes
-
-        def pack(x: Tensor) -> Tensor:
-            _count(x, sizes)
-            return x.detach()
-
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-                return evaluate()
-        except RuntimeError as error:
-            # The derivatives of torch.func refuse to be looked at in this way.
-            if "saved tensor" not in str(error):
-                raise
-        sizes[None] = 0
-        return evaluate()
-
-    def keep(self, evaluation: Evaluation, nodes: int, outside: Sequence[Tensor]) -> None:
+    def keep(self, evaluation: Evaluation, nodes: Collection[Any], outside: list[Tensor]) -> None:
         """Keep an evaluation, where its graph can be measured.
 
         Args:
             evaluation: the values, and the leaves made for them.
-            nodes: how many its graph has.
+            nodes: those of its graph.
             outside: tensors that live with and without it.
         """
-        if None in self._sizes:
+        # By the addresses of their memory; `None` for what has none, such as sparse tensors.
+        sizes: dict[int | None, int] = {}
+        outer: dict[int | None, int] = {}
+        try:
+            for x in (*evaluation[0], *evaluation[1], *chain.from_iterable(map(_saved_by, nodes))):
+                _count(x, sizes)
+        except (RuntimeError, AttributeError):
+            # What was saved has been freed, or this version of torch does not show it.
             return
-        for x in (*evaluation[0], *evaluation[1]):
-            _count(x, self._sizes)
+        if None in sizes:
+            return
         for x in outside:
-            self._sizes.pop(x.untyped_storage().data_ptr(), None)
+            _count(x, outer)
         self.evaluation = evaluation
-        self.bytes = sum(self._sizes.values()) + self.NODE * nodes
+        self.bytes = sum(sizes[address] for address in sizes.keys() - outer.keys())
+        self.bytes += self.NODE * len(nodes)
 
     @staticmethod
     def possible() -> bool:
@@ -193,8 +193,7 @@ class FirstGraph:
         Inside a checkpoint, or torch's `save_on_cpu`, they do not.
         """
         top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-        return top is not None and refused is None and top(False) is None
+        return top is not None and top(False) is None
 
 
 class Inputs:
@@ -236,14 +235,14 @@ class Inputs:
         edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
         with surroundings.undisturbed():
-            values, fresh = evaluate() if graph is None else graph.measured(evaluate)
+            values, fresh = evaluate()
         fresh_ids, nodes = {id(x) for x in fresh}, set[Any]()
         leaves = graph_leaves(values, edges, reached, nodes)
         strangers = [x for x in leaves if id(x) not in fresh_ids]
         self.first = tuple(x.detach() for x in values)
         references = [weakref.ref(x) for x in strangers]
         if graph is not None and not strangers:
-            graph.keep((values, fresh), len(nodes), surroundings.tensors)
+            graph.keep((values, fresh), nodes, surroundings.tensors)
         del values, fresh, strangers, leaves, nodes
         # Strangers that are still alive belong to somebody, but to no place that was found.
         hidden = [x for x in (reference() for reference in references) if x is not None]

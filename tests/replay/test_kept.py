@@ -303,6 +303,46 @@ def test_modules_that_keep_or_show_values_do_not_meet_graphs() -> None:
     assert not any(out.requires_grad for out in shown[1:])
 
 
+class Potential(Field):
+    """Minus the gradient of a potential, by `torch.func`."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = -torch.func.grad(lambda x: super(Potential, self).forward(t, x).cos().sum())(
+            u
+        )
+        return out
+
+
+class Recomputing(Field):
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = checkpoint(super().forward, t, u, use_reentrant=False)
+        return out
+
+
+class Sparse(Field):
+    """Has matrices that have no storage: one that is used, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(3, dtype=D).to_sparse())
+        self.register_buffer("other", torch.eye(3, dtype=D).to_sparse_csr())
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return super().forward(t, u @ self.matrix.to_dense())
+
+
+@pytest.mark.parametrize("kind", [Potential, Recomputing, Sparse])
+def test_graphs_are_kept_of_fields_that_differentiate_recompute_or_have_sparse_parts(
+    kind: type[Field],
+) -> None:
+    field = kind()
+    kept, stats = gradients(field, KEPT)
+    replayed, again = gradients(field, REPLAYED)
+    assert stats.nfe_backward < again.nfe_backward
+    for one, other in zip(kept, replayed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
 HIDDEN = threading.local()
 
 
@@ -342,8 +382,8 @@ def test_callers_that_look_at_saved_tensors_get_a_replay(where: str) -> None:
 
 
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "jvp"])
-def test_fields_that_take_derivatives_with_torch_func_get_a_replay(transform: str) -> None:
-    # Most of its derivatives refuse that anybody looks at saved tensors.
+def test_fields_that_take_derivatives_with_torch_func(transform: str) -> None:
+    # Most of its derivatives refuse hooks of saved tensors.
     weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=D))
 
     def potential(x: Tensor) -> Tensor:
