@@ -217,7 +217,8 @@ def discrete_sweep(
     totals = Totals(field)
     pullbacks = [_pullback_for(field, method, backward, totals) for method in methods]
     graphs = [] if kept is None else kept.take(field.captured)[: len(record.sizes)]
-    from_graph, count = KeptPullback(field, methods[0], graphs, totals), len(graphs)
+    from_graph = KeptPullback(field, methods[0], record.marks, graphs, totals)
+    count = len(graphs)
     cotangent = torch.zeros_like(states[0])
     times = None
     if backward.with_times:

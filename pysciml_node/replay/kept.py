@@ -172,20 +172,30 @@ class KeptPullback:
     Args:
         field: the field prepared for gradients.
         method: the method of the forward solve.
+        marks: start, stops and end of the solve.
         steps: the first steps of the solve.
-        totals: receives what is pulled back to the field's inputs.
+        totals: receives what is pulled back to the field's inputs, and compares the last step.
     """
 
     def __init__(
-        self, field: DifferentiableField, method: Method, steps: list[KeptStep], totals: Totals
+        self,
+        field: DifferentiableField,
+        method: Method,
+        marks: tuple[float, ...],
+        steps: list[KeptStep],
+        totals: Totals,
     ) -> None:
         self.field, self.method, self.steps, self.totals = field, method, steps, totals
+        self._stages = Stages(method, field.field, marks, RecordedVectors())
+        self._looked = False
         # The cotangent of the first stage of the step behind, which is the last one's stage.
         self._behind: Tensor | None = None
 
     def __call__(self, step: StepBack) -> StepCotangents:
         """Pull the last of the steps back, and let go of its graph."""
         kept, behind = self.steps.pop(), self._behind
+        if not self._looked:
+            self._look_behind(step, kept)
         method, h, inside = self.method, step.h, step.inside
         outputs, cotangents = [kept.end], [step.end]
         if inside is not None:
@@ -211,6 +221,18 @@ class KeptPullback:
         if not self.steps:
             self._expect_same(step)
         return StepCotangents(u_bar)
+
+    def _look_behind(self, step: StepBack, kept: KeptStep) -> None:
+        """Evaluate the field at the last step again, where it may depend on more than at the start.
+
+        What it adds to the state is compared, as of a step that is replayed.
+        """
+        self._looked = True
+        end = self.method.end_stage
+        i, u = (0, step.u) if end is None or end >= len(kept.stages) else (end, step.u1)
+        with torch.no_grad():
+            again = self.field.field(self._stages.times(step.t, step.h)[i], u)
+            self.totals.comparison.add(u + step.h * again, u + step.h * kept.stages[i], u)
 
     def _expect_same(self, step: StepBack) -> None:
         """Evaluate the field at the start again: it must be as it was."""
