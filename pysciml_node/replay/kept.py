@@ -7,6 +7,9 @@ graph was not kept is taken again by the sweep.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,26 @@ from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.cotangents import StepBack, StepCotangents
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.inputs import Evaluation, Inputs, pull_back_all
+
+_solves = threading.local()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """A context for a solve whose graphs are kept: solves inside of its field keep none.
+
+    Theirs would live in its own, as many times as it evaluates the field.
+    """
+    _solves.keeping = True
+    try:
+        yield
+    finally:
+        _solves.keeping = False
+
+
+def may_keep() -> bool:
+    """Whether no solve around this one keeps graphs, in this thread."""
+    return not getattr(_solves, "keeping", False)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.implicit import stages_for
-from pysciml_node.replay.kept import KeptStages, KeptSteps
+from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, may_keep
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
@@ -222,8 +223,22 @@ class ODESolve(Solve):
         self.refuse_transforms()
         t_start = self.method.nodes.new_tensor(problem.t0)
         memory = self._memory()
+        with keeping() if memory else nullcontext():
+            field, kept, outcome = self._forward(memory, t_start)
+        field.field.watch = None
+        field.captured.settle()
+        self.surroundings, self.stats.nfe = field.surroundings, field.nfe
+        outcome.record.fixed = not options.adjoint.discrete or self._fixed()
+        times = (*problem.tspan, options.saveat_tensor)
+        sweep = partial(self._sweep, field, kept)
+        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times)
+
+    def _forward(
+        self, memory: int, t_start: Tensor
+    ) -> tuple[DifferentiableField, KeptSteps | None, Outcome]:
+        """Solve forward: the field, the steps that are kept in `memory` bytes, and the outcome."""
         graph = FirstGraph() if memory else None
-        field = DifferentiableField(problem, t_start, self.u0, graph)
+        field = DifferentiableField(self.problem, t_start, self.u0, graph)
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
         kept = None
@@ -233,13 +248,7 @@ class ODESolve(Solve):
             parts = [KeptStages(parts[0], field, graph.evaluation, kept)]
         with torch.no_grad():
             outcome = self.march(parts, self.u0.detach(), field.k0, None)
-        field.field.watch = None
-        field.captured.settle()
-        self.surroundings, self.stats.nfe = field.surroundings, field.nfe
-        outcome.record.fixed = not options.adjoint.discrete or self._fixed()
-        times = (*problem.tspan, options.saveat_tensor)
-        sweep = partial(self._sweep, field, kept)
-        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times)
+        return field, kept, outcome
 
     def _memory(self) -> int:
         """The bytes that graphs of steps may take, as far as the arguments tell."""
@@ -250,6 +259,7 @@ class ODESolve(Solve):
             or isinstance(self.method.tableau, ImplicitTableau)
             or _wants_time_gradient(self.problem, self.options)
             or not FirstGraph.possible()
+            or not may_keep()
         ):
             return 0
         return adjoint.memory

@@ -235,6 +235,25 @@ def test_memory_bounds_what_is_kept() -> None:
         assert alive(field) <= most
 
 
+def test_solves_inside_of_a_field_keep_no_graphs_of_their_own() -> None:
+    """Beside those of the solve around them, whose number of evaluations would multiply them."""
+    inner = Counting()
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return solve(inner, u, KEPT).u1 - u
+
+    u0 = start()
+    solution = solve(field, u0, KEPT)
+    assert alive(inner) <= solution.stats.nfe
+    found = torch.autograd.grad(solution.u1.sum(), (u0, inner.weight))
+    # The inner solve is a factor, which makes the outer one an exponential.
+    factor = math.exp(3 * (1 - math.cos(20)) / 20)
+    growth = math.exp(factor - 1)
+    torch.testing.assert_close(found[0], torch.full_like(found[0], growth), rtol=1e-2, atol=0)
+    # A solve of its own keeps them.
+    assert gradients(Field(), KEPT)[1].nfe_backward == 2
+
+
 def test_a_changed_parameter_is_refused_in_the_words_of_a_replay() -> None:
     field = Field()
     solution = solve(field, start(), KEPT)
