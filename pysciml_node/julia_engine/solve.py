@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from pysciml_node.julia_engine.fields import (
 )
 from pysciml_node.julia_engine.forward import Forward, moving_ends, place, run
 from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.julia_engine.sweeps import KeptSolutions, continuous_sweep, replayed_sweep
 from pysciml_node.julia_engine.trajectory import SciMLTrajectory
 from pysciml_node.julia_engine.watching import Watcher, last_step
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import ReturnCode, Trajectory
@@ -84,6 +86,24 @@ class ODESolve(Solve):
     def field(self, field: Field) -> None:
         self._field = field
 
+    @cached_property
+    def fixed(self) -> bool:
+        """Whether the ends receive gradients that explicit steps do not have."""
+        if (
+            not self.explicit
+            or not torch.is_grad_enabled()
+            or isinstance(self.problem.f, JuliaField)
+        ):
+            return False
+        return lacks_ends(self.problem, self._methods[0], self.u0)
+
+    @property
+    def _methods(self) -> tuple[Method, ...]:
+        """Those of explicit steps."""
+        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        spec = self.problem.spec
+        return Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
+
     @override
     def run(self) -> Outcome:
         field = self.field
@@ -94,17 +114,18 @@ class ODESolve(Solve):
             outcome = self.forward(field, self.u0)
             self._field = None
             return outcome
+        # Looked at here: a node's forward pass has no gradients.
+        _ = self.fixed
         return self.node(partial(self.forward, field), field, self.options)
 
     @override
     def trajectory(self, outcome: Outcome) -> Trajectory:
-        kept, spec = Kept(outcome.record, outcome.states), self.problem.spec
+        kept = Kept(outcome.record, outcome.states)
         if not isinstance(self.algorithm, ExplicitRungeKutta):
             return SciMLTrajectory(self.problem, kept, self.stats, self.options, self)
-        methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
             self.problem,
-            methods,
+            self._methods,
             kept,
             self.stats,
             self.options,
@@ -117,6 +138,7 @@ class ODESolve(Solve):
         forward = self._forward(field, u0)
         self.solution_in_julia = forward.solution
         self.stats.nfe += forward.nfe
+        forward.record.fixed = self.fixed
         return Outcome(forward.record, forward.states, forward.saved)
 
     def _forward(self, field: Field, u0: Tensor) -> Forward:
@@ -218,11 +240,16 @@ class ODESolve(Solve):
                 not field.calls_python,
             )
             return continuous_sweep(kept, field, backward, self.stats)
+        gradients = self._replayed(field, options, backward)
+        if backward.with_times and backward.record.fixed:
+            complete_times(gradients, self.problem, FlatField(self.problem), backward, ends=True)
+        return gradients
+
+    def _replayed(self, field: Field, options: SolveOptions, backward: BackwardPass) -> Gradients:
+        """The sweep over explicit steps."""
         assert isinstance(self.algorithm, ExplicitRungeKutta)
-        spec = self.problem.spec
         forward = isinstance(options.adjoint, ForwardDiffSensitivity)
         if isinstance(field, CallbackField) and not forward:
-            methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
-            return discrete_sweep(field.linearizer, methods, backward, self.stats)
+            return discrete_sweep(field.linearizer, self._methods, backward, self.stats)
         tableau = plans.tableau(self.algorithm.tableau)
         return replayed_sweep(field, tableau, backward, self.stats, forward)

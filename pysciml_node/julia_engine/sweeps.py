@@ -340,6 +340,8 @@ def _times_along(
 
 def _moving_with_start(record: Record) -> set[float]:
     """Ends of steps that move with `t0`: free steps keep their sizes, until a stop fixes an end."""
+    if record.fixed:
+        return set()
     fixed = next((n for n, stop in enumerate(record.stops) if stop is not None), len(record.stops))
     return set(record.times[1 : fixed + 1])
 

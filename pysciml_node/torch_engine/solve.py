@@ -19,6 +19,11 @@ from pysciml_node.algorithms.switching import OneStepMethod, linsolve_of
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
+from pysciml_node.replay.end_times import (
+    at_moving_ends,
+    complete_times,
+    lacks_ends,
+)
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, may_keep
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
@@ -38,11 +43,6 @@ from pysciml_node.steps.saver import Saver, follow
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
-from pysciml_node.torch_engine.end_times import (
-    at_moving_ends,
-    complete_times,
-    lacks_ends,
-)
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.switching import march_of
 

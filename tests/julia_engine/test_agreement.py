@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -229,3 +230,37 @@ def test_faulty_source_says_what_is_wrong(source: str) -> None:
     problem = psn.ODEProblem(psn.JuliaField(source), torch.ones(3), (0.0, 1.0))
     with pytest.raises(psn.JuliaError, match=r"source|no|size"):
         psn.solve(problem, engine="julia")
+
+
+class HidesTime(nn.Module):
+    """`u' = cos(t) u`, of whose time autograd sees nothing."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return torch.cos(t.detach()) * u
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), psn.BacksolveAdjoint()], ids=lambda a: type(a).__name__
+)
+def test_the_ends_where_the_field_hides_its_time(adjoint: psn.Adjoint) -> None:
+    """`f(t1, u1)` and `-(du/du0) f(t0, u0)`: at the end, inside, and of members."""
+    spans = torch.tensor([[0.1, 0.7], [0.2, 0.6]], dtype=torch.float64, requires_grad=True)
+    u0 = torch.ones(1, dtype=torch.float64)
+    options: dict[str, Any] = {"adjoint": adjoint, "engine": "julia", "rtol": 1e-9, "atol": 1e-9}
+    problem = psn.ODEProblem(HidesTime(), u0, (spans[0, 0], spans[0, 1]))
+    solution = psn.solve(problem, psn.Vern9(), **options)
+
+    def growth(t: float) -> float:
+        return math.exp(math.sin(t) - math.sin(0.1))
+
+    for value, t in ((solution.u1, 0.7), (solution(0.101), 0.101), (solution(0.5), 0.5)):
+        (found,) = torch.autograd.grad(value.sum(), spans, retain_graph=True)
+        end = math.cos(0.7) * growth(0.7) if t == 0.7 else 0.0
+        assert found[0].tolist() == pytest.approx([-math.cos(0.1) * growth(t), end], abs=1e-7)
+    many = psn.EnsembleProblem(
+        psn.ODEProblem(HidesTime(), u0, (0.0, 1.0)), torch.stack((u0, u0)), tspan=spans
+    )
+    (found,) = torch.autograd.grad(psn.solve(many, psn.Vern9(), **options).u1.sum(), spans)
+    ends = torch.exp(torch.sin(spans[:, 1]) - torch.sin(spans[:, 0]))
+    (expected,) = torch.autograd.grad(ends.sum(), spans)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)

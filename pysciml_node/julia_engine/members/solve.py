@@ -43,7 +43,7 @@ def solve_together(
     if not isinstance(problem, ODEProblem) or options.rtol is not None or options.atol is not None:
         return None
     first = ODESolve(problem, algorithm, options.of(0), engine)
-    if first.watcher.needed:
+    if first.watcher.needed or first.fixed:
         return None
     field = field_in_julia(problem, torch.is_grad_enabled(), implicit=not first.explicit)
     if field is None:

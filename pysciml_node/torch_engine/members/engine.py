@@ -18,6 +18,7 @@ from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves, recording
+from pysciml_node.replay.end_times import hides_time
 from pysciml_node.replay.members.field import MembersField, differing
 from pysciml_node.replay.members.implicit import member_stages_for
 from pysciml_node.replay.members.node import Sweep
@@ -25,7 +26,6 @@ from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
-from pysciml_node.torch_engine.end_times import hides_time
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
 from pysciml_node.torch_engine.members.continuous import Solved, continuous_sweep_of_members
 from pysciml_node.torch_engine.members.crossings import Crossings

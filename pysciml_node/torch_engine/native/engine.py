@@ -16,6 +16,7 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
 from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
@@ -27,7 +28,6 @@ from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
-from pysciml_node.torch_engine.end_times import complete_times, lacks_ends
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
