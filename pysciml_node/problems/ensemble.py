@@ -180,10 +180,10 @@ class EnsembleProblem(checks.Configured):
         return single
 
     def starts(self) -> Tensor:
-        """The flat initial states, `(M, N)`."""
+        """The flat initial states, `(M, N)`: a copy, which later changes in place do not reach."""
         spec = self.problem.spec
         if self.u0 is None:
-            return spec.flatten(self.problem.u0).expand(self.size, -1)
+            return spec.flatten(self.problem.u0).clone().expand(self.size, -1)
         return torch.cat([part.reshape(self.size, -1) for part in spec.parts(self.u0)], dim=1)
 
     def spans(self) -> tuple[Array, Array]:

@@ -149,6 +149,13 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def with_graph(device: torch.device) -> Iterator[None]:
+    """For what is made once and kept: it has its graph, whatever the modes are it is read in."""
+    with ordinary_modes(device), torch.enable_grad():
+        yield
+
+
 def _exporting() -> bool:
     """Whether this thread is recording an export; torch's own flag is up for all of them."""
     return torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.modes import with_graph
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.solutions.elsewhere import NoTensor
 from pysciml_node.solutions.members import Members
@@ -52,10 +54,18 @@ class EnsembleSolution(NoTensor):
         m = operator.index(index)
         if not -len(self) <= m < len(self):
             raise IndexError(f"there are {len(self)} members, and no solution[{m}].")
-        return self.members.solution(m % len(self))
+        return self._member(m % len(self))
 
     def __iter__(self) -> Iterator[Solution]:
-        return (self.members.solution(m) for m in range(len(self)))
+        return map(self._member, range(len(self)))
+
+    def _member(self, m: int) -> Solution:
+        with self._with_graph():
+            return self.members.solution(m)
+
+    def _with_graph(self) -> AbstractContextManager[None]:
+        """What is made on demand is kept: see `with_graph`."""
+        return with_graph(self.problem.problem.spec.device)
 
     @property
     def solutions(self) -> tuple[Solution, ...]:
@@ -65,11 +75,12 @@ class EnsembleSolution(NoTensor):
     @cached_property
     def u1(self) -> Any:
         """States at the end, shape `(M, *u0.shape)`; NaN for members that did not get there."""
-        final = self.members.final()
-        if not self.success:
-            failed = torch.tensor([not code.successful for code in self.retcodes])
-            final = torch.where(failed.to(final.device).unsqueeze(1), torch.nan, final)
-        return self.problem.problem.spec.unflatten(final)
+        with self._with_graph():
+            final = self.members.final()
+            if not self.success:
+                failed = torch.tensor([not code.successful for code in self.retcodes])
+                final = torch.where(failed.to(final.device).unsqueeze(1), torch.nan, final)
+            return self.problem.problem.spec.unflatten(final)
 
     @cached_property
     def u(self) -> Any:
@@ -78,13 +89,14 @@ class EnsembleSolution(NoTensor):
         Raises:
             ValueError: there was no `saveat`, so that the members have times of their own.
         """
-        saved = self.members.saved()
-        if saved is None:
-            raise ValueError(
-                "the members of an ensemble take steps of their own: u needs saveat.\n"
-                "  Give saveat=..., or take solution[m].u."
-            )
-        return self.problem.problem.spec.unflatten(saved)
+        with self._with_graph():
+            saved = self.members.saved()
+            if saved is None:
+                raise ValueError(
+                    "the members of an ensemble take steps of their own: u needs saveat.\n"
+                    "  Give saveat=..., or take solution[m].u."
+                )
+            return self.problem.problem.spec.unflatten(saved)
 
     def detach(self) -> EnsembleSolution:
         """The same solutions without their graph."""

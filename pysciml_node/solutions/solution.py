@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from pysciml_node import checks, plot
-from pysciml_node.problems.modes import ordinary_modes, uncompiled
+from pysciml_node.problems.modes import ordinary_modes, uncompiled, with_graph
 from pysciml_node.problems.state import map_tensors, refuse_batched
 from pysciml_node.solutions.elsewhere import ELSEWHERE, NoTensor
 from pysciml_node.solutions.jump import Jump
@@ -211,7 +211,7 @@ class Solution(NoTensor, InParts):
     @uncompiled
     def _stack(self) -> Any:
         # Stacking copies the steps' states, so it waits until somebody reads them.
-        with self._computing():
+        with with_graph(self.problem.spec.device):
             return self.problem.spec.unflatten(self.trajectory.states())
 
     @property

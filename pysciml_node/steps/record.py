@@ -106,7 +106,9 @@ class Recorded:
 
     @cached_property
     def _loaded(self) -> tuple[Record, list[Tensor]]:
-        return self.load()
+        # Kept, so that it must not lack the graph where it is first read without gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.load()
 
     @property
     def record(self) -> Record:

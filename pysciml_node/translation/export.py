@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from pysciml_node.translation.graph import ConditionWalk, GraphWalk, label
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
+from pysciml_node.translation.watch import have_same
 
 
 class TranslatedModule(NamedTuple):
@@ -104,6 +105,12 @@ class _Outcome:
     contents: tuple[tuple[int, Tensor], ...]
     result: _Translation | tuple[str, str | None, bool]
     silent: bool
+
+    @property
+    def numbers(self) -> list[int]:
+        """Those of the tensors that the program reads, in the snapshots."""
+        sources = self.result.sources if isinstance(self.result, _Translation) else ()
+        return [i for i in sources if isinstance(i, int)]
 
     def holds(self, kind: Any, now: Snapshot) -> bool:
         """Whether the field is still what it was."""
@@ -291,9 +298,13 @@ def _translated(
         if outcome is None and len(outcomes) >= often:
             raise UnsupportedModule(f"{label(f)} is another function at each solve.")
         if outcome is None:
-            outcome = _outcome(f, spec, p, walk, kind, now)
-            outcomes.appendleft(outcome)
+            before, outcome = now, _outcome(f, spec, p, walk, kind, now)
             now = Snapshot.of(f)
+            if not have_same(before.tensors, now.tensors, outcome.numbers):
+                raise UnsupportedModule(
+                    f"{label(f)} reaches other tensors than when its translation began."
+                )
+            outcomes.appendleft(outcome)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
@@ -340,7 +351,10 @@ def _outcome(
     passing = before.changes(after)
     silent = len(before.tokens) == len(after.tokens) and not passing and not after.sealed
     silent = silent and isinstance(result, _Translation) and not result.prints
-    return _Outcome(kind, after.tokens, passing, contents, result, silent)
+    outcome = _Outcome(kind, after.tokens, passing, contents, result, silent)
+    # With other tensors at its numbers it serves once: those tokens are not of this translation.
+    same = have_same(before.tensors, after.tensors, [*outcome.numbers, *used])
+    return outcome if same else replace(outcome, kind=None)
 
 
 def _is_source(i: int, x: Tensor, result: Any) -> bool:

@@ -116,3 +116,13 @@ def describe(x: Tensor) -> tuple[Any, ...]:
     kind = type(x)
     needs_gradient = None if kind is nn.Parameter else x.requires_grad
     return kind, x.dtype, x.shape, x.device, needs_gradient
+
+
+def have_same(before: list[Tensor], after: list[Tensor], numbers: list[int]) -> bool:
+    """Whether two snapshots number some tensors alike; tensors of `p` are behind theirs.
+
+    They do not where an evaluation, or another thread, has changed what the field can reach.
+    """
+    if len(before) == len(after):
+        return all(i >= len(after) or before[i] is after[i] for i in numbers)
+    return all(i < min(len(before), len(after)) and before[i] is after[i] for i in numbers)

@@ -68,7 +68,9 @@ class FlownSolve(Solve):
         self.surroundings = surroundings
         spec = problem.spec
         u0: Any = problem.u0
-        self.u0: Tensor = u0 if spec.keys is None else spec.flatten(u0)
+        # A copy: the state that was given may be changed in place before this one is read.
+        own: Tensor = u0 if spec.keys is None else spec.flatten(u0)
+        self.u0 = own.clone(memory_format=torch.contiguous_format)
 
     def record(self, flight: Flight) -> Record:
         """Its steps as the rest of the package reads them."""
@@ -169,7 +171,7 @@ class NativeSolve(FlownSolve):
     @override
     def flown(self) -> tuple[Flight, States]:
         if not torch.is_grad_enabled():
-            return self.fly(self.library.lying(self.u0))
+            return self.fly(self.u0)
         t0, t1 = self.problem.tspan
         keep: list[tuple[Flight, Tensor]] = []
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
@@ -201,8 +203,7 @@ class _Node(torch.autograd.Function):
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        # An alias could be changed in place before it is replayed.
-        flight, states = solve.fly(u0.clone(memory_format=torch.contiguous_format))
+        flight, states = solve.fly(u0.detach())
         keep.append((flight, states.saved))
         ctx.solve, ctx.flight = solve, flight
         times = (t if isinstance(t, Tensor) else None for t in (t0, t1))

@@ -161,7 +161,7 @@ class NativeMembers:
         engine: name of the engine.
         flights: what the loop left.
         tensors: the same saved states, states at the ends of the steps and last states as
-            `flights` has, with their graph.
+            `flights` has, and the initial states, with their graph.
         surroundings: the field as the solve saw it.
     """
 
@@ -169,7 +169,7 @@ class NativeMembers:
     algorithm: ExplicitRungeKutta
     engine: str
     flights: Flights
-    tensors: tuple[Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     surroundings: Surroundings
     detached: bool = False
     made: dict[int, Solution] = field(default_factory=dict)
@@ -204,7 +204,7 @@ class NativeMembers:
 
     def _make(self, m: int) -> Solution:
         flights, counts = self.flights, self.flights.counts[m]
-        saved, ends, last = self.tensors
+        saved, ends, last, starts = self.tensors
         first, behind = flights.offsets[m : m + 2].tolist()
         reached = int(counts[REACHED])
         problem = cast(ODEProblem, self.solve.ensemble.member(m))
@@ -230,7 +230,7 @@ class NativeMembers:
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
         member = _Member(problem, self.algorithm, options, self.engine, lambda: seen)
-        member.stats, member.flight = stats, flight
+        member.stats, member.flight, member.u0 = stats, flight, starts[m]
         member.states = States(saved[m, :reached], ends[first:behind], last[m])
         return member.solution()
 
@@ -240,8 +240,8 @@ class NativeMembers:
 
     def replaced(self, children: list[Any]) -> NativeMembers:
         """The same with other tensors."""
-        saved, ends, last = children
-        return dataclasses.replace(self, tensors=(saved, ends, last), made={})
+        saved, ends, last, starts = children
+        return dataclasses.replace(self, tensors=(saved, ends, last, starts), made={})
 
     def detach(self) -> NativeMembers:
         """The same without the graph."""
@@ -291,14 +291,15 @@ def solve_native_members(
     solve = _Solve(ensemble, options, library, algorithm.tableau.error_order, own, swept)
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
+    starts = ensemble.starts()
     if torch.is_grad_enabled():
         keep: list[Flights] = []
-        tensors = _Node.apply(solve, keep, ensemble.starts(), *parameters)  # type: ignore[no-untyped-call]
+        tensors = _Node.apply(solve, keep, starts, *parameters)  # type: ignore[no-untyped-call]
         flights = keep[0]
     else:
-        flights = solve.run(ensemble.starts(), parameters)
+        flights = solve.run(starts, parameters)
         tensors = flights.saved, flights.ends, flights.last
-    return NativeMembers(solve, algorithm, engine, flights, tensors, surroundings)
+    return NativeMembers(solve, algorithm, engine, flights, (*tensors, starts), surroundings)
 
 
 def attempt_native_members(

@@ -17,6 +17,7 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.watch import have_same
 
 
 @dataclass(eq=False)
@@ -125,6 +126,10 @@ def pulled_program(problem: ODEProblem, translated: TranslatedModule) -> PulledP
     field = PulledField(problem.f, problem.spec)
     pulled = translate(field, field.whole, problem.p)
     places = {x: i for i, x in enumerate(translated.sources) if isinstance(x, int)}
+    numbers = [x for x in pulled.sources if isinstance(x, int)]
+    same = have_same(translated.snapshot.tensors, pulled.snapshot.tensors, numbers)
+    if not (same and places.keys() >= set(numbers)):
+        raise UnsupportedModule("the field's derivative reads other tensors than the field itself.")
     sources = tuple(x if isinstance(x, Tensor) else places[x] for x in pulled.sources)
     known = PulledProgram(pulled.program, pulled.json, translated.program, sources)
     _KNOWN[id(translated.program)] = known

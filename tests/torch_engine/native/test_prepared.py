@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import pickle
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import prepared
+from pysciml_node.translation.snapshot import Snapshot
 
 D = torch.float64
 
@@ -246,3 +251,94 @@ def test_implicit_steps_are_prepared_with_the_derivatives_that_they_need() -> No
     given = psn.ODEProblem(f, u0, (0.0, 1.0), jac=lambda t, u: -torch.diag(f.rate))
     with pytest.raises(psn.CompileError, match="jac"):
         end(given)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("p", [None, torch.ones(2, 1, dtype=D)])
+def test_starts_that_change_in_place_after_a_solve_are_as_they_were(
+    compile: bool, grad: bool, p: Tensor | None
+) -> None:
+    """`du/dt = -u` by one step; states and dense output are read off after the change."""
+
+    def f(t: Tensor, u: Tensor, p: Tensor | None = None) -> Tensor:
+        return -u if p is None else -p * u
+
+    u0 = torch.tensor([2.0], dtype=D)
+    one = psn.ODEProblem(f, u0, (0.0, 1.0), p=None if p is None else p[0])
+    problem = one if p is None else psn.EnsembleProblem(one, p=p)
+    with torch.set_grad_enabled(grad):
+        solution = psn.solve(problem, rtol=1e-9, atol=1e-9, compile=compile)
+    u0.zero_()
+    for member in [solution] if p is None else solution:
+        assert member.u[0].item() == 2.0
+        assert member(1e-3).item() == pytest.approx(2 * math.exp(-1e-3), rel=1e-9)
+        assert member.u1.item() == pytest.approx(2 * math.exp(-1), rel=1e-7)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_start_that_changes_in_place_leaves_its_gradient(compile: bool) -> None:
+    k = torch.ones(1, dtype=D, requires_grad=True)
+    u0 = 2 * k
+    solution = psn.solve(
+        psn.ODEProblem(lambda t, u: -u, u0, (0.0, 1.0)), rtol=1e-9, atol=1e-9, compile=compile
+    )
+    with torch.no_grad():
+        u0.zero_()
+    (gradient,) = torch.autograd.grad(solution.u[0].sum() + solution.u1.sum(), k)
+    assert gradient.item() == pytest.approx(2 + 2 * math.exp(-1), rel=1e-7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("members", [0, 2])
+def test_what_is_first_read_without_gradients_has_them_afterwards(
+    mode: Callable[[], Any], compile: bool, members: int
+) -> None:
+    """`u1 = exp(-k)`, and states at three times, of which the first has no gradient."""
+    k = torch.full((1,), 0.5, dtype=D, requires_grad=True)
+    one = psn.ODEProblem(lambda t, u, k: -k * u, torch.ones(1, dtype=D), (0.0, 1.0), p=k)
+    problem = psn.EnsembleProblem(one, p=k.expand(members, 1)) if members else one
+    steps: Any = {"controller": psn.FixedStep(), "dt0": 0.5, "saveat": None}
+    whole = psn.solve(problem, compile=compile, **steps)
+    saved = psn.solve(problem, compile=compile, **{**steps, "saveat": [0.0, 0.5, 1.0]})
+    with mode():
+        for solution in (whole, saved):
+            shown = [x.u[-1] for x in solution] if members else [solution.u[-1]]
+            assert all(x.item() == pytest.approx(math.exp(-0.5), rel=1e-4) for x in shown)
+            assert solution.u1.numel() == max(members, 1)
+        assert saved.u.numel() == 3 * max(members, 1)
+    expected = max(members, 1) * (-0.5 * math.exp(-0.25) - math.exp(-0.5))
+    for solution in (whole, saved):
+        every = [x.u for x in solution] if members else [solution.u]
+        (gradient,) = torch.autograd.grad(sum(x.sum() for x in every), k, retain_graph=True)
+        assert gradient.item() == pytest.approx(expected, rel=1e-3)
+        (gradient,) = torch.autograd.grad(solution.u1.sum(), k, retain_graph=True)
+        assert gradient.item() == pytest.approx(-max(members, 1) * math.exp(-0.5), rel=1e-3)
+    (gradient,) = torch.autograd.grad(saved.u.sum(), k)
+    assert gradient.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_thread_that_adds_tensors_during_a_translation_does_not_exchange_them() -> None:
+    held: list[Tensor] = []
+    rate = torch.ones(1, dtype=D)
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return held[0] if len(held) > 9 else -rate * u
+
+    looks, look = [0], Snapshot.of
+
+    def of(x: Any) -> Snapshot:
+        looks[0] += 1
+        if looks[0] == 3:  # when the field has been translated
+            held.append(torch.full((1,), 7.0, dtype=D))
+        return look(x)
+
+    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0))
+    with (
+        mock.patch.object(Snapshot, "of", of),
+        pytest.raises(psn.CompileError, match="other tensors than when"),
+    ):
+        psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True)
+    end = psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1
+    assert end.item() == pytest.approx(math.exp(-1), rel=1e-7)
