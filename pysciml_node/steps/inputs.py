@@ -329,7 +329,13 @@ class Inputs:
         if constants and not replayed:
             raise RuntimeError(changed_message(self.suspects[0]))
         stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
-        if any(self._needs_stand_in(x) for x, _ in self._hidden.values()):
+        hidden = [x for x, _ in self._hidden.values()]
+        if not all(x.requires_grad for x in hidden):
+            raise RuntimeError(
+                "the field uses a tensor that needed gradients in the solve and does not any more, "
+                "and that is in no place that can be found.\n  Pass it as p=, or go backward first."
+            )
+        if any(map(self._needs_stand_in, hidden)):
             raise RuntimeError(
                 "the field uses a tensor with hooks that is in no place that can be found: they "
                 "would run at every evaluation.\n  Pass it as p=."
@@ -350,7 +356,8 @@ class Inputs:
 
     @staticmethod
     def _needs_stand_in(x: Tensor) -> bool:
-        return not x.is_leaf or bool(x._backward_hooks)
+        # A parameter may have been frozen since the solve, which it was a part of.
+        return not x.is_leaf or bool(x._backward_hooks) or not x.requires_grad
 
     def unknown_leaves(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The leaves beside the inputs that values of the solve depend on, in a sweep."""

@@ -302,6 +302,22 @@ def test_what_the_field_does_not_use_may_change_and_parts_may_be_replaced() -> N
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("adjoint", [KEPT, REPLAYED, psn.InterpolatingAdjoint()])
+def test_parameters_may_be_frozen_behind_the_solve(adjoint: Any) -> None:
+    """`u1 = u0 exp(a b)`: what is frozen still has its part in the others' gradients."""
+    field, u0 = nn.Linear(1, 1, bias=False, dtype=D), torch.ones(1, dtype=D, requires_grad=True)
+    rate = nn.Parameter(torch.tensor(0.7, dtype=D))
+    solution = solve(lambda t, u: rate * field(u), u0, adjoint, rtol=1e-9, atol=1e-9)
+    field.weight.requires_grad_(False)
+    solution.u1.sum().backward()
+    weight = field.weight.item()
+    growth = math.exp(0.7 * weight)
+    assert u0.grad is not None
+    assert rate.grad is not None
+    assert u0.grad.item() == pytest.approx(growth, rel=1e-7)
+    assert rate.grad.item() == pytest.approx(weight * growth, rel=1e-7)
+
+
 def test_hooks_of_parameters_run_once() -> None:
     field, seen = Field(), list[Tensor]()
     solution = solve(field, start(), KEPT)
