@@ -124,7 +124,14 @@ def pulled_program(problem: ODEProblem, translated: TranslatedModule) -> PulledP
             "a field with integrals of regularizers beside it has no second derivatives."
         )
     field = PulledField(problem.f, problem.spec)
-    pulled = translate(field, field.whole, problem.p)
+    try:
+        pulled = translate(field, field.whole, problem.p)
+    except UnsupportedModule as error:
+        raise UnsupportedModule(
+            f"gradients of a Rosenbrock step take its second derivatives, and {error.message}",
+            error.operation,
+            error.captured,
+        ) from error
     places = {x: i for i, x in enumerate(translated.sources) if isinstance(x, int)}
     numbers = [x for x in pulled.sources if isinstance(x, int)]
     same = have_same(translated.snapshot.tensors, pulled.snapshot.tensors, numbers)
