@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import pysciml_node as psn
 from pysciml_node.julia_engine import sweeps
 from pysciml_node.julia_engine.members import sweep as members_sweep
+from pysciml_node.julia_engine.members.stacked import JuliaMembers
 
 pytestmark = pytest.mark.julia
 
@@ -198,3 +200,28 @@ def test_dense_output_of_a_member_has_its_gradient_and_pickles_without_it() -> N
         assert not ensemble.detach()[2](0.4).requires_grad
         again = pickle.loads(pickle.dumps(ensemble.detach()))
         torch.testing.assert_close(again[1].u1, ensemble[1].u1.detach(), **NEAR)
+
+
+class Swell(nn.Module):
+    """`u' = cos(t) u`."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return torch.cos(t) * u
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [psn.DiscreteAdjoint(), psn.GaussAdjoint(), psn.ForwardDiffSensitivity()],
+    ids=lambda a: type(a).__name__,
+)
+def test_dense_output_moves_with_a_members_own_start(adjoint: psn.Adjoint) -> None:
+    spans = torch.tensor([[0.1, 0.7], [0.2, 0.7]], dtype=torch.float64, requires_grad=True)
+    u0 = torch.ones(2, 1, dtype=torch.float64)
+    many = psn.EnsembleProblem(psn.ODEProblem(Swell(), u0[0], (0.0, 1.0)), u0, tspan=spans)
+    options: dict[str, Any] = {"adjoint": adjoint, "engine": "julia", "rtol": 1e-8, "atol": 1e-8}
+    solution = psn.solve(many, psn.Tsit5(), **options)
+    assert isinstance(solution.members, JuliaMembers)
+    for t in (0.3, 0.6):
+        (found,) = torch.autograd.grad(solution.solutions[1](t).sum(), spans, retain_graph=True)
+        rate = -math.cos(0.2) * math.exp(math.sin(t) - math.sin(0.2))
+        assert found.tolist()[1] == pytest.approx([rate, 0.0], abs=1e-6)

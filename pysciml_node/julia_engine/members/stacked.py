@@ -43,6 +43,8 @@ class JuliaMembers(StackedMembers):
         options: SolveOptions,
         surroundings: Surroundings,
     ) -> Trajectory:
+        # Free steps move with the start in Julia's sweeps, whatever the adjoint is.
+        kept.record.fixed = False
         if isinstance(self.algorithm, ExplicitRungeKutta):
             return super().trajectory(m, problem, kept, stats, options, surroundings)
         assert isinstance(problem, ODEProblem)
