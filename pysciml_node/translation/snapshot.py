@@ -165,6 +165,10 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Settled:
+    """An object that does the same as long as it is itself, with memory that is its own affair."""
+
+
 class _Walk:
     """Walks through everything that can be reached, each object once."""
 
@@ -459,6 +463,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (contextvars.ContextVar, _Walk._variable),
     (weakref.ref, _Walk._reference),
     ((argparse.Namespace, threading.local), _Walk._object),
+    (Settled, lambda walk, x: walk._tokens.append(_Same(x))),
 )
 
 

@@ -21,6 +21,7 @@ from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.text import contiguous, padded
 from pysciml_node.translation.program import Parameter, Program
+from pysciml_node.translation.snapshot import Settled
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
@@ -107,7 +108,7 @@ def header(dtype: torch.dtype, abreast: int = 0) -> str:
     return "\n".join(lines)
 
 
-class Code:
+class Code(Settled):
     """Emitted code that is compiled when it is first called, with memory that is used again.
 
     Args:

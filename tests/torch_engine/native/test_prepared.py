@@ -342,3 +342,23 @@ def test_a_thread_that_adds_tensors_during_a_translation_does_not_exchange_them(
         psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True)
     end = psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1
     assert end.item() == pytest.approx(math.exp(-1), rel=1e-7)
+
+
+def test_memory_of_native_code_is_not_among_what_a_field_reaches() -> None:
+    # Other threads take it and give it back while the field is looked at.
+    weight = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def solved(length: float) -> psn.Solution:
+        problem = psn.ODEProblem(
+            lambda t, u: -u * weight, torch.ones(2, dtype=torch.float64), (0, length)
+        )
+        return psn.solve(problem, psn.Tsit5(), compile=True, engine="torch")
+
+    reference = solved(1.0)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return reference.u1 - u
+
+    before = len(Snapshot.of(field).tensors)
+    solved(30.0)
+    assert len(Snapshot.of(field).tensors) == before
