@@ -23,6 +23,7 @@ class Comparison:
         self._differences: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._start: Tensor | None = None
+        self._relative: list[Tensor] = []
 
     def add(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
         """Compare the end of a replayed step with the solve's.
@@ -36,6 +37,16 @@ class Comparison:
         self._sizes.append(_size(recorded))
         self._start = start
 
+    def add_value(self, again: Tensor, first: Tensor) -> None:
+        """Compare what is no state, relative to itself.
+
+        Args:
+            again: its value now.
+            first: that in the solve.
+        """
+        difference = torch.dist(again, first, math.inf)
+        self._relative.append(difference / _size(first).clamp_min(_rounding(difference)))
+
     def expect_equal(self, suspects: Sequence[str]) -> None:
         """Read the comparison.
 
@@ -45,14 +56,15 @@ class Comparison:
         Raises:
             RuntimeError: a step was not reproduced.
         """
-        if self._start is None:
-            return
-        sizes = torch.stack([*self._sizes, _size(self._start)])
-        rounding = torch.finfo(sizes.dtype).eps ** 0.5
-        # Entries that ought to be zero may come out as rounding errors.
-        scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(rounding)
-        worst = torch.nan_to_num(torch.stack(self._differences) / scale, nan=0.0).max()
-        expect_reproduced(worst, suspects)
+        relative = [torch.stack(self._relative)] if self._relative else []
+        if self._start is not None:
+            sizes = torch.stack([*self._sizes, _size(self._start)])
+            # Entries that ought to be zero may come out as rounding errors.
+            scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(_rounding(sizes))
+            relative.append(torch.stack(self._differences) / scale)
+        if relative:
+            worst = torch.nan_to_num(torch.cat(relative), nan=0.0).max()
+            expect_reproduced(worst, suspects)
 
 
 def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
@@ -66,7 +78,7 @@ def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
         RuntimeError: it is more than rounding.
     """
     gap = worst.item()
-    if gap <= torch.finfo(worst.dtype).eps ** 0.5:
+    if gap <= _rounding(worst):
         return
     if suspects:
         raise RuntimeError(changed_message(suspects[0]))
@@ -92,10 +104,16 @@ def expect_same(again: Sequence[Tensor], first: Sequence[Tensor], suspects: Sequ
     """
     comparison = Comparison()
     for now, then in zip(again, first, strict=True):
-        comparison.add(now.detach(), then, then)
+        comparison.add_value(now.detach(), then)
     comparison.expect_equal(suspects)
 
 
 def _size(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, ord=math.inf)
     return norm
+
+
+def _rounding(x: Tensor) -> float:
+    """The square root of the precision of a tensor's type."""
+    rounding: float = torch.finfo(x.dtype).eps ** 0.5
+    return rounding
