@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from bouncing import (
+    TIGHT,
+    assert_both_sides_of_a_jump,
+    assert_twenty_bounces,
+    bounces,
+    bouncing,
+    fall,
+    leaf,
+)
 from torch import Tensor
 
 import pysciml_node as psn
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 ADJOINTS = [
     psn.DiscreteAdjoint(),
     psn.DirectAdjoint(),
@@ -22,61 +30,16 @@ ADJOINTS = [
 every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
 
 
-def leaf(value: float | list[float]) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
-
-
-def fall(t: Tensor, u: Tensor, g: Tensor) -> Tensor:
-    """Height and velocity under gravity."""
-    return torch.stack((u[1], -g))
-
-
-def bouncing(h: Tensor, g: Tensor, e: Tensor, end: float, **options: Any) -> psn.Solution:
-    bounce = psn.Event(
-        lambda t, u: u[0], direction=-1, affect=lambda t, u, p: torch.stack((u[0], -e * u[1]))
-    )
-    start = torch.stack((h, torch.zeros_like(h)))
-    return psn.solve(
-        psn.ODEProblem(fall, start, (0.0, end), p=g), events=bounce, **TIGHT, **options
-    )
-
-
-def bounces(h: Tensor, g: Tensor, e: Tensor, n: int) -> tuple[list[Tensor], Tensor]:
-    """Times of `n` bounces, and the velocity after the last."""
-    times, speed = [torch.sqrt(2 * h / g)], torch.sqrt(2 * g * h) * e
-    for _ in range(n - 1):
-        times.append(times[-1] + 2 * speed / g)
-        speed = speed * e
-    return times, speed
-
-
 @every_adjoint
 def test_twenty_bounces_with_their_gradients(adjoint: psn.DiscreteAdjoint) -> None:
-    h, g, e = leaf(2.0), leaf(9.81), leaf(0.9)
-    solution = bouncing(h, g, e, 10.65, adjoint=adjoint)
-    times, speed = bounces(h, g, e, 20)
-    assert [jump.event for jump in solution.jumps] == [0] * 20
-    found = torch.stack([jump.t for jump in solution.jumps])
-    torch.testing.assert_close(found, torch.stack(times), rtol=1e-10, atol=0)
-    rest = 10.65 - times[-1]
-    end = torch.stack((speed * rest - g * rest**2 / 2, speed - g * rest))
-    torch.testing.assert_close(solution.u1, end, rtol=1e-8, atol=1e-9)
-    weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    one = torch.autograd.grad(found.sum() + solution.u1 @ weights, (h, g, e))
-    other = torch.autograd.grad(torch.stack(times).sum() + end @ weights, (h, g, e))
-    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    assert_twenty_bounces(adjoint=adjoint)
 
 
 def test_both_sides_of_a_jump_are_kept_and_the_later_one_counts() -> None:
     h, g, e = (x.detach() for x in (leaf(2.0), leaf(9.81), leaf(0.9)))
     solution = bouncing(h, g, e, 1.5)
     (first, *_) = solution.jumps
-    at = (solution.t == first.t).nonzero().flatten()
-    assert len(at) == 2
-    torch.testing.assert_close(solution.u[at[0]], first.before)
-    torch.testing.assert_close(solution.u[at[1]], first.after)
-    torch.testing.assert_close(solution(first.t), first.after, rtol=0, atol=1e-12)
-    torch.testing.assert_close(solution(first.t - 1e-9)[1], first.before[1], rtol=1e-7, atol=0)
+    assert_both_sides_of_a_jump(solution)
     torch.testing.assert_close(first.after[1], -0.9 * first.before[1])
     times = torch.tensor([1.4, 0.1, 0.9, 0.3], dtype=torch.float64)
     rows = torch.stack([solution(t) for t in times])
@@ -119,7 +82,7 @@ def test_doses_against_their_closed_form(adjoint: psn.DiscreteAdjoint) -> None:
 
 @every_adjoint
 def test_times_of_doses_receive_gradients(adjoint: psn.DiscreteAdjoint) -> None:
-    times, rate = leaf([0.5, 2.0]), leaf(RATE)
+    times, rate = leaf(0.5, 2.0), leaf(RATE)
     problem = psn.ODEProblem(
         lambda t, u, p: -p * u, torch.ones(1, dtype=torch.float64), (0.0, 3.0), p=rate
     )
@@ -233,7 +196,7 @@ def test_members_have_events_of_their_own() -> None:
 def test_stages_of_dense_output_keep_their_graph() -> None:
     # The search reads dense output, whose last stage is the first one of the step that follows.
     def gradient(adjoint: psn.DiscreteAdjoint) -> Tensor:
-        start = leaf([1.0, 0.0])
+        start = leaf(1.0, 0.0)
         problem = psn.ODEProblem(lambda t, u: torch.stack((u[1], -u[0])) + t, start, (0.0, 3.0))
         event = psn.Event(lambda t, u: u[0] - 1.5, affect=lambda t, u: 0.9 * u)
         solution = psn.solve(problem, psn.Vern7(), events=event, adjoint=adjoint, **TIGHT)
@@ -337,7 +300,7 @@ def test_the_bounces_of_a_ball_pile_up_at_a_time_of_their_own() -> None:
     found = torch.stack([jump.t for jump in solution.jumps])
     times, _ = bounces(h, g, e, len(found))
     assert len(found) > 40
-    torch.testing.assert_close(found, torch.stack(times), rtol=1e-13, atol=0)
+    torch.testing.assert_close(found, times, rtol=1e-13, atol=0)
     torch.testing.assert_close(solution.t[-1], 3 * torch.sqrt(2 * h / g), rtol=1e-13, atol=0)
     assert float(solution.u[:, 0].min()) > -1e-12
 
