@@ -264,3 +264,22 @@ def test_the_ends_where_the_field_hides_its_time(adjoint: psn.Adjoint) -> None:
     ends = torch.exp(torch.sin(spans[:, 1]) - torch.sin(spans[:, 0]))
     (expected,) = torch.autograd.grad(ends.sum(), spans)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [psn.GaussAdjoint(), psn.InterpolatingAdjoint(), psn.BacksolveAdjoint()],
+    ids=lambda a: type(a).__name__,
+)
+def test_adjoint_solves_end_where_rounding_ends_them(adjoint: psn.Adjoint) -> None:
+    """Their last step may be an ulp beside the start of the interval."""
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return torch.cos(t) * u
+
+    u0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(field, u0, (0.1, 0.7))
+    options: dict[str, Any] = {"adjoint": adjoint, "engine": "julia", "rtol": 1e-8, "atol": 1e-8}
+    solution = psn.solve(problem, psn.Vern9(), **options)
+    (found,) = torch.autograd.grad(solution(0.6).sum(), u0)
+    assert found.item() == pytest.approx(math.exp(math.sin(0.6) - math.sin(0.1)), rel=1e-6)
