@@ -70,15 +70,21 @@ def robertson(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
     return torch.stack((back - slow, slow - fast - back, fast))
 
 
-def ours(p: Tensor, algorithm: psn.Algorithm, rtol: float = RTOL, atol: float = ATOL) -> Candidate:
-    """A method of this package, the members in one batch."""
+def ours(
+    p: Tensor,
+    algorithm: psn.Algorithm,
+    rtol: float = RTOL,
+    atol: float = ATOL,
+    compile: bool = False,
+) -> Candidate:
+    """A method of this package: the members in one batch, or in native code."""
     p = p.clone().requires_grad_()
     u0 = torch.tensor([1.0, 0.0, 0.0], dtype=D)
     one = psn.ODEProblem(robertson, u0, (0.0, END), p=p[0].detach())
 
     def solve() -> psn.EnsembleSolution:
         ensemble = psn.EnsembleProblem(one, p=p)
-        return psn.solve(ensemble, algorithm, rtol=rtol, atol=atol, engine="torch")
+        return psn.solve(ensemble, algorithm, rtol=rtol, atol=atol, engine="torch", compile=compile)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -88,6 +94,32 @@ def ours(p: Tensor, algorithm: psn.Algorithm, rtol: float = RTOL, atol: float = 
     with torch.no_grad():
         steps = solve().stats.naccept
     return Candidate(steps, forward, lambda: torch.autograd.grad(solve().u1[:, 0].sum(), p)[0])
+
+
+def one_by_one(p: Tensor, algorithm: psn.Algorithm) -> Candidate:
+    """A method of this package, native solves one after the other."""
+    p = p.clone().requires_grad_()
+    u0 = torch.tensor([1.0, 0.0, 0.0], dtype=D)
+
+    def solve() -> list[psn.Solution]:
+        problems = [psn.ODEProblem(robertson, u0, (0.0, END), p=own) for own in p.unbind()]
+        return [
+            psn.solve(x, algorithm, rtol=RTOL, atol=ATOL, engine="torch", compile=True)
+            for x in problems
+        ]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([x.u1 for x in solve()])
+
+    with torch.no_grad():
+        steps = sum(x.stats.naccept for x in solve())
+
+    def gradient() -> Tensor:
+        ends = torch.stack([x.u1 for x in solve()])
+        return torch.autograd.grad(ends[:, 0].sum(), p)[0]
+
+    return Candidate(steps, forward, gradient)
 
 
 def diffrax(rates: Tensor) -> Candidate:
@@ -119,6 +151,9 @@ def diffrax(rates: Tensor) -> Candidate:
 
 
 CANDIDATES: dict[str, Callable[[Tensor], Candidate]] = {
+    "Rodas5P, native": lambda p: ours(p, psn.Rodas5P(), compile=True),
+    "Rosenbrock23, native": lambda p: ours(p, psn.Rosenbrock23(), compile=True),
+    "Rodas5P, native, one by one": lambda p: one_by_one(p, psn.Rodas5P()),
     "Rodas5P": lambda p: ours(p, psn.Rodas5P()),
     "KenCarp4": lambda p: ours(p, psn.KenCarp4()),
     "Rosenbrock23": lambda p: ours(p, psn.Rosenbrock23()),

@@ -150,7 +150,8 @@ class Emitter(Layout):
         if self.abreast:
             inputs = "const REAL *restrict time, const REAL *restrict u, const REAL *restrict P, "
             inputs += "const REAL *restrict Q, {0}REAL *restrict k, {0}REAL *restrict w"
-            bars = "".join(f", REAL *restrict {x}" for x in ("k_bar", "u_bar", "D", "R", "z"))
+            names = ("k_bar", "u_bar", "time_bar", "D", "R", "z")
+            bars = "".join(f", REAL *restrict {x}" for x in names)
             start = []
         else:
             inputs = "REAL t, const REAL *u, const REAL *P, {0}REAL *k, {0}REAL *w"

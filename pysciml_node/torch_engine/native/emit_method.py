@@ -43,6 +43,11 @@ class _Abreast(Single):
         )
 
 
+def style_of(abreast: int) -> type[Single]:
+    """Loops for so many members at once; for a single solve with 0."""
+    return _Abreast if abreast else Single
+
+
 def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     """The tableau's part of the emitted code.
 
@@ -52,7 +57,7 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
         abreast: members that step at once, of an ensemble; 0 for a single solve.
     """
     tableau = method.tableau
-    style = _Abreast if abreast else Single
+    style = style_of(abreast)
     restrict = "restrict " if abreast else ""
     rows = [*method.host_rows, tableau.b]
     lines = [

@@ -8,31 +8,32 @@ from torch import Tensor
 
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import RosenbrockTableau
-from pysciml_node.torch_engine.native.emit_method import Single, emit_method, weighted_sum
+from pysciml_node.torch_engine.native.emit_method import emit_method, style_of, weighted_sum
 from pysciml_node.torch_engine.native.text import number, padded
 
 
-def emit_rosenbrock(method: Method, size: int, mass: Tensor | None) -> str:
+def emit_rosenbrock(method: Method, size: int, mass: Tensor | None, abreast: int = 0) -> str:
     """The tableau's part of the emitted code.
 
     Args:
         method: the method; its tableau is a `RosenbrockTableau`.
         size: entries of the flat state.
         mass: the mass matrix, `(size, size)`; `None` stands for the identity.
+        abreast: members that step at once, of an ensemble; 0 for a single solve.
     """
     tableau = method.tableau
     assert isinstance(tableau, RosenbrockTableau)
     weights = ", ".join(map(repr, tableau.time_weights))
     lines = [
-        emit_method(method, size),
-        f"enum {{ MATRIX = {padded(size * size)} }};",
+        emit_method(method, size, abreast),
+        f"enum {{ MATRIX = {padded(size * size * max(abreast, 1))} }};",
         f"static const REAL GAMMA = {number(tableau.gamma)};",
         f"static const double TIME_WEIGHTS[] = {{{weights}}};",
         *([] if mass is None else _mass(mass)),
         "",
         "/* What earlier slopes add to the right side of a stage's linear system. */",
         "static void couple(int stage, const REAL *k, REAL *x) {",
-        *_sums("x", "k", {i: (row, 0) for i, row in enumerate(tableau.couplings)}),
+        *_sums("x", "k", {i: (row, 0) for i, row in enumerate(tableau.couplings)}, abreast),
         "}",
         "",
         "/* What the right sides of later stages add to the cotangent of a stage's slope. */",
@@ -42,7 +43,7 @@ def emit_rosenbrock(method: Method, size: int, mass: Tensor | None) -> str:
         i: (tuple(row[i] for row in tableau.couplings[i + 1 :]), i + 1)
         for i in range(method.stages)
     }
-    return "\n".join([*lines, *_sums("x", "y", columns), "}", ""])
+    return "\n".join([*lines, *_sums("x", "y", columns, abreast), "}", ""])
 
 
 def _mass(mass: Tensor) -> list[str]:
@@ -51,10 +52,12 @@ def _mass(mass: Tensor) -> list[str]:
     return ["#define WITH_MASS", f"static const REAL MASS[] = {{{entries}}};"]
 
 
-def _sums(into: str, base: str, rows: Mapping[int, tuple[Sequence[float], int]]) -> list[str]:
+def _sums(
+    into: str, base: str, rows: Mapping[int, tuple[Sequence[float], int]], abreast: int
+) -> list[str]:
     """Of each stage the sum of vectors from one on, by their weights."""
-    lines = ["  switch (stage) {"]
+    style, lines = style_of(abreast), ["  switch (stage) {"]
     for stage, (row, first) in rows.items():
         body = f"{into}[i] = {weighted_sum(row, base, first)};"
-        lines += [f"  case {stage}:", "    " + Single.loop(body), "    break;"]
+        lines += [f"  case {stage}:", "    " + style.loop(body), "    break;"]
     return [*lines, "  }"]

@@ -90,8 +90,7 @@ class Layout:
         self.place[program.time], self.sizes[program.time] = "time", max(self.abreast, 1)
         self.bar[program.time] = "time_bar"
         self.summed.add(program.time)
-        if not self.abreast:  # the members' times have no gradients
-            self.active.add(program.time)
+        self.active.add(program.time)
         offset = 0
         for id, shape in program.state:
             self.sizes[id] = math.prod(shape)

@@ -29,6 +29,11 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 LOOP = ("steps.h", "solve.h", "events.h")
 """Files of src/ that the loop of every method is made of."""
 
+ALONE_PACKED = """enum { ALL_PACKED = PACKED };
+#define pack_all pack
+#define unpack_all unpack"""
+"""The packing of the parameters where there is one program."""
+
 _MOST_KEPT = 2
 """Memories of a library that are kept for later solves."""
 
@@ -218,9 +223,7 @@ def write_explicit(program: Program, method: Method) -> Written:
     text = (
         emit_method(method, size),
         emitted.source,
-        "enum { ALL_PACKED = PACKED };",
-        "#define pack_all pack",
-        "#define unpack_all unpack",
+        ALONE_PACKED,
         *map(source, (*LOOP, "explicit.h", "sweep.h", "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)

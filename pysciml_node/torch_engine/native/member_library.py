@@ -1,40 +1,33 @@
-"""The code of an ensemble: a field and a method for members abreast."""
+"""The code of an ensemble as a loaded library."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-import math
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from pysciml_node.replay.stages import Method
-from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
-from pysciml_node.torch_engine.native.emit import Emitted, Emitter
-from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.library import (
     _DOUBLE,
     _INTEGER,
     _POINTER,
     Code,
     _fields,
-    header,
-    source,
-    turns,
 )
-from pysciml_node.torch_engine.native.text import padded
-from pysciml_node.translation.export import TranslatedModule
-from pysciml_node.translation.program import Program
+from pysciml_node.torch_engine.native.member_code import (
+    MemberMethod,
+    MemberProgram,
+    WrittenMembers,
+)
 
 COUNTS = 7
 """Numbers that the loop leaves of each member: `ACCEPTED` to `FIRST` of src/members.h."""
 
-# The bytes of a sweep's memory with which members still go abreast: about what a core keeps near.
-_MOST_MEMORY = 1 << 20
-_VECTOR = 64
 # The bytes of steps that the workers of a library keep for the next solve.
 _MOST_RESTING = 1 << 24
 
@@ -46,7 +39,7 @@ class MembersRequest(ctypes.Structure):
         *_fields(_POINTER, "t0 t1 shift factor stops marks saves rtol atol u0 packed own"),
         *_fields(_INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
         *_fields(_INTEGER, "members stop_count mark_count save_count control max_steps driven"),
-        ("threads", _INTEGER),
+        *_fields(_INTEGER, "free threads"),
         *_fields(_DOUBLE, "dt0 dtmin dtmax"),
         ("beta", _DOUBLE * 3),
         *_fields(_DOUBLE, "gamma qmin qmax seconds"),
@@ -61,7 +54,8 @@ class MembersSweepRequest(ctypes.Structure):
 
     _fields_ = (
         *_fields(_POINTER, "t0 t1 marks steps places u0 packed ends own offsets counts"),
-        *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar costs"),
+        *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar"),
+        *_fields(_POINTER, "t_bar h_bar theta_bar costs"),
         *_fields(_INTEGER, "span_stride start_stride mark_count save_count members chunk threads"),
         ("seconds", _DOUBLE),
         ("memory", _POINTER),
@@ -71,12 +65,12 @@ class MembersSweepRequest(ctypes.Structure):
 
 
 class MemberLibrary(Code):
-    """Native code of a program and a method for the members of an ensemble.
+    """Native code of a field and a method for the members of an ensemble.
 
     Args:
-        program: the field of one member.
-        own: the parameters that each member has for itself.
-        method: the Runge-Kutta method; its dtype is that of the state.
+        written: both.
+        pulled: of each parameter, whether a gradient goes to it.
+        sweeps: whether there is code for gradients.
         dtype: of the state.
 
     Attributes:
@@ -89,29 +83,14 @@ class MemberLibrary(Code):
     """
 
     def __init__(
-        self, program: Program, own: frozenset[int], method: Method, dtype: torch.dtype
+        self, written: WrittenMembers, pulled: tuple[bool, ...], sweeps: bool, dtype: torch.dtype
     ) -> None:
-        self.size = sum(math.prod(shape) for _, shape in program.state)
-        self._method, self.steps = method, 16
+        self.size, self.abreast, self.cost = written.size, written.abreast, written.cost
+        self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
+        self.pulled, self.places, self.steps = pulled, written.places, 16
         self.resting: dict[int, list[int]] = {}
-        width = _VECTOR // dtype.itemsize
-        wide = abreast(program, own, width)
-        emitter: Emitter | None = None if wide is None else WideEmitter(wide, own, width)
-        emitted = None if emitter is None else emitter.emit()
-        if emitter is None or self._memory(emitter)[1] * dtype.itemsize > _MOST_MEMORY:
-            emitter = Emitter(program, own, 1)
-            emitted = emitter.emit()
-        assert emitted is not None
-        self.abreast = emitter.abreast
-        self.cost = emitted.cost // self.abreast
-        self.march_memory, self.sweep_memory = self._memory(emitter)
-        self.scratch = padded(emitter.bars.size)
-        self.pulled = program.pulled
-        shared = [p for p in program.parameters if p.id not in own]
-        self.places = [
-            (offset, math.prod(p.shape)) for p, offset in zip(shared, emitted.offsets, strict=True)
-        ]
-        super().__init__(dtype, self._text(emitter, emitted, dtype), emitted.packed, _CALLS)
+        calls = _CALLS | (_SWEEP_CALLS if sweeps else {})
+        super().__init__(dtype, written.text, written.packed, calls)
 
     @contextmanager
     def workers(self, request: MembersRequest) -> Iterator[None]:
@@ -129,61 +108,44 @@ class MemberLibrary(Code):
         finally:
             self.loaded.members_release(ctypes.byref(request))
 
-    def _memory(self, emitter: Emitter) -> tuple[int, int]:
-        """Entries of a worker's memory, of the loop and of the sweep."""
-        stages, width = self._method.all_stages, emitter.abreast
-        row, time_row = padded(self.size * width), padded(width)
-        own, work = padded(emitter.mine.size), padded(emitter.work.size)
-        march = (stages + 4) * row + (stages + 1) * time_row + own + work
-        sweep = (2 * stages + 3) * row + stages * time_row + 2 * own + padded(emitter.bars.size)
-        return march, sweep + stages * (2 * row + work)
 
-    def _text(self, emitter: Emitter, emitted: Emitted, dtype: torch.dtype) -> str:
-        program, own, width = emitter.program, emitter.own, emitter.abreast
-        timed = any(program.time in step.inputs for step in program.operations)
-        sizes = [math.prod(p.shape) // width for p in program.parameters if p.id in own]
-        cost = emitted.cost + (10 * self.size + 50) * width
-        places = emitter.own_offsets
-        parts = (
-            *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),
-            header(dtype, width),
-            f"enum {{ TURNS = {turns(cost, self._method.all_stages)}, OWN = {len(sizes)}, "
-            f"OWN_ROOM = {padded(emitter.mine.size)}, "
-            f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
-            f"static const int OWN_SIZES[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
-            f"static const int OWN_PLACES[] = {{{', '.join(map(str, [*places, 0]))}}};",
-            emit_method(self._method, self.size, width),
-            emitted.source,
-            *map(source, ("steps.h", "members.h", "members_sweep.h")),
-        )
-        return "\n".join(parts)
-
-
-_CALLS = {
+_CALLS: dict[str, tuple[Any, ...]] = {
     "members_march": (_INTEGER, ctypes.POINTER(MembersRequest)),
     "members_gather": (None, ctypes.POINTER(MembersRequest), _POINTER, _POINTER, _POINTER),
     "members_release": (None, ctypes.POINTER(MembersRequest)),
     "members_rest": (None, ctypes.POINTER(MembersRequest), _INTEGER),
+    "prepare": (None, _POINTER, _POINTER),
+}
+_SWEEP_CALLS: dict[str, tuple[Any, ...]] = {
     "members_sweep": (_INTEGER, ctypes.POINTER(MembersSweepRequest)),
     "members_finish": (None, ctypes.POINTER(MembersSweepRequest), _POINTER),
     "members_let_go": (None, ctypes.POINTER(MembersSweepRequest)),
-    "prepare": (None, _POINTER, _POINTER),
 }
 
 
 @functools.lru_cache(maxsize=256)
 def _library(
-    json: str, own: frozenset[int], tableau: int, dtype: torch.dtype
+    json: str, own: tuple[frozenset[int], ...], tableau: int, dtype: torch.dtype
 ) -> list[MemberLibrary]:
     """Room for a library, found by what it is made of."""
     return []
 
 
 def member_library(
-    translated: TranslatedModule, own: frozenset[int], method: Method, dtype: torch.dtype
+    json: str, field: MemberProgram, how: MemberMethod, dtype: torch.dtype
 ) -> MemberLibrary:
-    """The library of a translated field for the members of an ensemble, made once in a process."""
-    place = _library(translated.json, own, id(method.tableau), dtype)
+    """The library of a field and a method for the members of an ensemble, made once in a process.
+
+    Args:
+        json: all programs and the mass matrix as text.
+        field: the field.
+        how: the method.
+        dtype: of the state.
+    """
+    programs = (field,) if how.pulled is None else (field, how.pulled)
+    place = _library(json, tuple(one.own for one in programs), id(how.method.tableau), dtype)
     if not place:
-        place.append(MemberLibrary(translated.program, own, method, dtype))
+        pulled = tuple(itertools.chain(*(one.program.pulled for one in programs)))
+        written = WrittenMembers(field, how, dtype)
+        place.append(MemberLibrary(written, pulled, how.sweeps, dtype))
     return place[0]

@@ -6,12 +6,15 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import Array, SolveOptions
+from pysciml_node.replay.members.moving import StepMoves
+from pysciml_node.replay.members.stacked import MemberSteps
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
@@ -89,6 +92,7 @@ class Passengers:
         saveat: times to be saved, `(M, T)`, `(1, T)` where they share them, or `None`.
         scales: their tolerances.
         own: the parameters that are their own, each `(M, ...)`.
+        free: whether the ends of their intervals receive gradients.
     """
 
     u0: Tensor
@@ -97,6 +101,8 @@ class Passengers:
     saveat: Array | None
     scales: Scales
     own: Sequence[Tensor]
+
+    free: bool = False
 
     @property
     def times(self) -> int:
@@ -131,6 +137,16 @@ class Flights:
     places: Tensor
     counts: Array
     last: Tensor
+
+    @cached_property
+    def accepted(self) -> MemberSteps:
+        """The steps as the rest of the package reads them."""
+        ends, sizes, errors, stops = self.steps.numpy().T
+        t0 = np.broadcast_to(self.passengers.t0, len(self.counts))
+        starts, counts = np.roll(ends, 1), np.diff(self.offsets)
+        moved = counts > 0
+        starts[self.offsets[:-1][moved]] = t0[moved]
+        return MemberSteps(self.offsets, starts, sizes, ends, errors, stops.astype(np.int64))
 
 
 def _address(x: Array | Tensor | None) -> int | None:
@@ -190,6 +206,7 @@ def fly_members(
         save_count=times,
         max_steps=options.max_steps,
         driven=options.tolerances.driven,
+        free=passengers.free,
         threads=threads,
         dt0=math.nan if options.dt0 is None else options.dt0,
         dtmin=options.dtmin,
@@ -238,12 +255,14 @@ class SweptMembers:
         u0: cotangents of the initial states `(M, N)`.
         own: of the members' own parameters, flat, each `(M, n)`.
         shared: of the shared parameters, flat.
+        spans: of the intervals, `(M, 2)` in float64; `None` where they need none.
         costs: evaluations and replayed steps of each member, `(M, 2)`.
     """
 
     u0: Tensor
     own: list[Tensor]
     shared: list[Tensor]
+    spans: Tensor | None
     costs: Array
 
 
@@ -272,6 +291,8 @@ def sweep_members(
     start_bar = torch.empty_like(u0)
     own_bars = [u0.new_empty((members, x.numel() // members)) for x in passengers.own]
     costs = np.zeros((members, 2), dtype=np.int64)
+    steps = len(flights.steps)
+    moves = [np.zeros(n) for n in (steps, steps, members * passengers.times)]
     own, own_places = addresses(passengers.own), addresses(own_bars)
     threads = min(_threads(library, members), len(packed_bar))
     request = MembersSweepRequest(
@@ -296,6 +317,9 @@ def sweep_members(
         *(("packed_bar", packed_bar), ("costs", costs)),
     ):
         setattr(request, name, _address(value))
+    if passengers.free:
+        for name, places in zip(("t_bar", "h_bar", "theta_bar"), moves, strict=True):
+            setattr(request, name, _address(places))
     loaded = library.loaded
     memory = library.take_memory(library.sweep_memory * threads)
     request.memory = memory.data_ptr()
@@ -312,4 +336,31 @@ def sweep_members(
     library.give_memory(memory)
     total = packed_bar[0]
     shared = [total[start : start + length] for start, length in library.places]
-    return SweptMembers(start_bar, own_bars, shared, costs)
+    spans = _spans_bar(flights, *moves) if passengers.free else None
+    return SweptMembers(start_bar, own_bars, shared, spans, costs)
+
+
+def _spans_bar(flights: Flights, t_bar: Array, h_bar: Array, theta_bar: Array) -> Tensor:
+    """Cotangents of the intervals, `(M, 2)`, from those of steps and of places in them.
+
+    Args:
+        flights: the solve.
+        t_bar: of the starts of the steps, `(P,)`.
+        h_bar: of their sizes, `(P,)`.
+        theta_bar: of the places of saved states, `(M T,)`.
+    """
+    steps, members = flights.accepted, len(flights.counts)
+    places = flights.places.numpy().reshape(-1, 2)
+    inside = np.flatnonzero((theta_bar != 0) & ~np.isnan(places[:, 1]))
+    if len(inside):
+        theta = places[inside, 1]
+        of = steps.offsets[inside // flights.passengers.times] + places[inside, 0].astype(np.int64)
+        # theta = (s - t) / h
+        along = theta_bar[inside] / steps.sizes[of]
+        np.subtract.at(t_bar, of, along)
+        np.subtract.at(h_bar, of, along * theta)
+    moves = StepMoves.of(steps, np.broadcast_to(flights.passengers.t1, members))
+    start = np.where(moves.free, t_bar - np.where(moves.lands, h_bar, 0.0), 0.0)
+    columns = start, np.where(moves.last, h_bar, 0.0)
+    sums = [np.bincount(moves.rows, column, members) for column in columns]
+    return torch.from_numpy(np.stack(sums, axis=1))

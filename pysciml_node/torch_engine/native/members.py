@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import Array, MemberOptions
+from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
+from pysciml_node.replay.end_times import hides_time
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.native.engine import FlownSolve, say_why_not
+from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
     ACCEPTED,
@@ -39,6 +43,7 @@ from pysciml_node.torch_engine.native.member_run import (
     sweep_members,
 )
 from pysciml_node.torch_engine.native.prepared import check, no_code, refusal
+from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES, Flight, States
 from pysciml_node.translation.export import translate
 
@@ -49,12 +54,10 @@ _SWEPT = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
-    if not isinstance(algorithm, ExplicitRungeKutta):
-        raise refusal(f"ensembles for {algorithm!r}", "Tsit5() or compile=False")
     check(problem, algorithm, options.common)
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
-    times = (*problem.tspan, ensemble.tspan, options.saveat_tensor, options.common.saveat_tensor)
+    times = (*problem.tspan, options.saveat_tensor, options.common.saveat_tensor)
     if torch.is_grad_enabled() and any(x is not None and moves(x) for x in times):
         raise refusal("gradients of times for members")
     if options.common.progress:
@@ -69,7 +72,8 @@ class _Solve:
     options: MemberOptions
     library: MemberLibrary
     error_order: float
-    own: list[bool]  # of each parameter of the program, whether it is each member's own
+    own: list[bool]  # of each parameter of the programs, whether it is each member's own
+    free: bool  # whether the ends of the intervals receive gradients
     swept: Array  # evaluations and steps of sweeps, of each member
 
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
@@ -92,7 +96,7 @@ class _Solve:
         elif saveat is not None:
             saveat = np.ascontiguousarray(saveat)
         scales = Scales.of(common, options.rtol, options.atol, start)
-        passengers = Passengers(start, *spans, saveat, scales, mine)
+        passengers = Passengers(start, *spans, saveat, scales, mine, self.free)
         return fly_members(library, passengers, common, self.error_order, library.pack(shared))
 
 
@@ -102,7 +106,12 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, solve: _Solve, keep: list[Flights], u0: Tensor, *parameters: Tensor
+        ctx: Any,
+        solve: _Solve,
+        keep: list[Flights],
+        u0: Tensor,
+        tspan: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         flights = solve.run(u0, parameters)
         keep.append(flights)
@@ -110,7 +119,7 @@ class _Node(torch.autograd.Function):
         nothing = u0.new_empty(0)
         ctx.solve = solve
         ctx.flights = dataclasses.replace(flights, ends=nothing, saved=nothing, last=nothing)
-        ctx.save_for_backward(flights.ends, u0, *parameters)
+        ctx.save_for_backward(flights.ends, u0, tspan, *parameters)
         ctx.set_materialize_grads(False)
         return flights.saved, flights.ends, flights.last
 
@@ -128,10 +137,13 @@ class _Node(torch.autograd.Function):
             swept = sweep_members(solve.library, flights, *arriving)
             solve.swept += swept.costs
             own, shared = iter(swept.own), iter(swept.shared)
-            bars = [swept.u0, *(next(own if mine else shared) for mine in solve.own)]
-            reached = (True, *solve.library.pulled)
+            rest = (next(own if mine else shared) for mine in solve.own)
+            bars = [swept.u0, swept.spans, *rest]
+            reached = (True, True, *solve.library.pulled)
             return tuple(
-                bar.to(source).reshape(source.shape) if needed and is_reached else None
+                bar.to(source).reshape(source.shape)
+                if needed and is_reached and bar is not None
+                else None
                 for bar, source, needed, is_reached in zip(
                     bars, sources, wanted, reached, strict=True
                 )
@@ -166,7 +178,7 @@ class NativeMembers:
     """
 
     solve: _Solve
-    algorithm: ExplicitRungeKutta
+    algorithm: OneStepMethod
     engine: str
     flights: Flights
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -254,24 +266,66 @@ class NativeMembers:
         return ListedMembers, (every, self.solve.options.times)
 
 
-def _prepare(
-    ensemble: EnsembleProblem, method: Method
-) -> tuple[MemberLibrary, list[Tensor], list[bool]]:
-    """The native code, the tensors that the field reads, and which are each member's own."""
-    problem, stacked = ensemble.problem, list(tensors_of(ensemble.p))
+@dataclass
+class _Prepared:
+    """What a solve of members needs beside its numbers.
+
+    Attributes:
+        library: the native code.
+        parameters: the tensors that it reads.
+        own: which of them are each member's own.
+        jumps: whether operations without a derivative may hide the time.
+    """
+
+    library: MemberLibrary
+    parameters: list[Tensor]
+    own: list[bool]
+    jumps: bool
+
+
+def _prepare(ensemble: EnsembleProblem, method: Method) -> _Prepared:
+    """The native code and what it reads."""
+    problem, stacked = cast(ODEProblem, ensemble.problem), list(tensors_of(ensemble.p))
     first = map_tensors(lambda x: x[0], ensemble.p) if stacked else problem.p
     leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
+    json, mass, pulled = "", problem.mass, None
     try:
-        translated = translate(cast(ODEProblem, problem).f, problem.spec, first)
-        places = [leaves.get(id(x)) for x in translated.parameters]
-        pairs = zip(translated.program.parameters, places, strict=True)
-        own = frozenset(p.id for p, place in pairs if place is not None)
-        library = member_library(translated, own, method, problem.spec.dtype)
+        translated = translate(problem.f, problem.spec, first)
+        read, json = translated.parameters, translated.json
+        programs = [translated.program]
+        inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *read)
+        is_rosenbrock = isinstance(method.tableau, RosenbrockTableau)
+        if is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs)):
+            back = pulled_program(problem.f, problem.spec, first, translated)
+            read, json = [*read, *back.parameters(read)], json + back.json
+            programs.append(back.program)
+        places = [leaves.get(id(x)) for x in read]
+        rest = iter(places)
+        own = [
+            MemberProgram(
+                program, frozenset(p.id for p in program.parameters if next(rest) is not None)
+            )
+            for program in programs
+        ]
+        json += "" if mass is None else repr(mass.tolist())
+        pulled = own[1] if len(own) > 1 else None
+        how = MemberMethod(method, mass, pulled)
+        library = member_library(json, own[0], how, problem.spec.dtype)
     except UnsupportedModule as error:
         raise no_code(error) from error
-    pairs_of_tensors = zip(translated.parameters, places, strict=True)
-    tensors = [x if place is None else stacked[place] for x, place in pairs_of_tensors]
-    return library, tensors, [place is not None for place in places]
+    parameters = [
+        x if place is None else stacked[place] for x, place in zip(read, places, strict=True)
+    ]
+    return _Prepared(
+        library, parameters, [place is not None for place in places], translated.program.jumps
+    )
+
+
+def _check_times(ensemble: EnsembleProblem, method: Method, starts: Tensor) -> None:
+    """Refuse gradients of the ends of intervals that the steps of a field lack."""
+    for m in {0, len(ensemble) - 1}:
+        if hides_time(cast(ODEProblem, ensemble.member(m)), method, starts[m]):
+            raise refusal("gradients of times for members whose field hides the time")
 
 
 def solve_native_members(
@@ -283,18 +337,24 @@ def solve_native_members(
         CompileError: an option or the field has no native code, or there is no compiler.
     """
     _check(ensemble, algorithm, options)
-    assert isinstance(algorithm, ExplicitRungeKutta)
+    assert isinstance(algorithm, OneStepMethod)
     problem = cast(ODEProblem, ensemble.problem)
-    method = Method.of(algorithm.tableau, problem.spec.dtype, problem.spec.device)
-    library, parameters, own = _prepare(ensemble, method)
+    (tableau,) = algorithm.tableaus
+    method = Method.of(tableau, problem.spec.dtype, problem.spec.device)
+    prepared, starts = _prepare(ensemble, method), ensemble.starts()
+    free = torch.is_grad_enabled() and moves(ensemble.tspan)
+    if prepared.jumps and free:
+        _check_times(ensemble, method, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
-    solve = _Solve(ensemble, options, library, algorithm.tableau.error_order, own, swept)
+    library, parameters = prepared.library, prepared.parameters
+    solve = _Solve(ensemble, options, library, tableau.error_order, prepared.own, free, swept)
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
-    starts = ensemble.starts()
     if torch.is_grad_enabled():
         keep: list[Flights] = []
-        tensors = _Node.apply(solve, keep, starts, *parameters)  # type: ignore[no-untyped-call]
+        tensors = _Node.apply(  # type: ignore[no-untyped-call]
+            solve, keep, starts, ensemble.tspan, *parameters
+        )
         flights = keep[0]
     else:
         flights = solve.run(starts, parameters)

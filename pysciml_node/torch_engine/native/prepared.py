@@ -236,7 +236,7 @@ def _library(
             json, method, dtype, lambda: write_rosenbrock(program, None, method, mass)
         )
         return library, translated.parameters
-    pulled = pulled_program(problem, translated)
+    pulled = pulled_program(problem.f, problem.spec, problem.p, translated)
     library = library_of(
         json + pulled.json,
         method,

@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
-from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.export import TranslatedModule, translate
@@ -106,12 +105,16 @@ class PulledProgram:
 _KNOWN: Recent[int, PulledProgram] = Recent(64)
 
 
-def pulled_program(problem: ODEProblem, translated: TranslatedModule) -> PulledProgram:
-    """The program of the pullback of a problem's field, made once for each of the field.
+def pulled_program(
+    f: Callable[..., Any], spec: StateSpec, p: Any, translated: TranslatedModule
+) -> PulledProgram:
+    """The program of the pullback of a field, made once for each of the field.
 
     Args:
-        problem: gives the field and its state.
-        translated: the field.
+        f: the field.
+        spec: structure of its state.
+        p: its parameters, or `None`.
+        translated: the field as a program.
 
     Raises:
         UnsupportedModule: the pullback cannot be translated.
@@ -119,13 +122,13 @@ def pulled_program(problem: ODEProblem, translated: TranslatedModule) -> PulledP
     known = _KNOWN.get(id(translated.program))
     if known is not None and known.of is translated.program:
         return known
-    if isinstance(problem.f, DerivedField):
+    if isinstance(f, DerivedField):
         raise UnsupportedModule(
             "a field with integrals of regularizers beside it has no second derivatives."
         )
-    field = PulledField(problem.f, problem.spec)
+    field = PulledField(f, spec)
     try:
-        pulled = translate(field, field.whole, problem.p)
+        pulled = translate(field, field.whole, p)
     except UnsupportedModule as error:
         raise UnsupportedModule(
             f"gradients of a Rosenbrock step take its second derivatives, and {error.message}",

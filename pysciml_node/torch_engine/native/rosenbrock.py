@@ -44,7 +44,7 @@ def write_rosenbrock(
         point = padded(2 * size + 1)
         sweep += 2 * method.stages * row + linear
         sweep += 4 * point + padded(second.work.size) + padded(second.bars.size)
-        text += [more.source, _both(len(parameters), point)]
+        text += [more.source, both_packed(len(parameters), point)]
         text += map(source, [*loop, "sweep.h", "rosenbrock_sweep.h"])
         offsets = [packed + offset for offset in more.offsets]
         parameters += zip(pulled.parameters, offsets, pulled.pulled, strict=True)
@@ -55,8 +55,13 @@ def write_rosenbrock(
     )  # fmt: skip
 
 
-def _both(parameters: int, point: int) -> str:
-    """The packing of the parameters of both programs, one after the other."""
+def both_packed(parameters: int, point: int) -> str:
+    """The packing of the parameters of a field and its pullback, one after the other.
+
+    Args:
+        parameters: how many the field packs.
+        point: entries of a row of the pullback's states.
+    """
     return f"""
 enum {{ ALL_PACKED = PACKED + PACKED_pulled, POINT_ROW = {point} }};
 

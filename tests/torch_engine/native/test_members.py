@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.native import member_library, member_run
+from pysciml_node.torch_engine.native import member_code, member_library, member_run
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -491,7 +491,7 @@ def test_memory_runs_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_widths_follow_the_memory_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large fields go one by one; the results are the same."""
     wide = solve(net_problem(), controller=psn.FixedStep(), dt0=0.1)
-    monkeypatch.setattr(member_library, "_MOST_MEMORY", 1)
+    monkeypatch.setattr(member_code, "_MOST_MEMORY", 1)
     member_library._library.cache_clear()
     narrow = solve(net_problem(), controller=psn.FixedStep(), dt0=0.1)
     member_library._library.cache_clear()

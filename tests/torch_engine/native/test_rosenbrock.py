@@ -541,13 +541,6 @@ def test_gradients_that_are_asked_for_later_have_their_code() -> None:
         torch.testing.assert_close(end, ends[0], rtol=1e-12, atol=0)
 
 
-def test_members_are_refused_by_name() -> None:
-    problem = psn.ODEProblem(decay, torch.ones(1), (0.0, 1.0))
-    members = psn.EnsembleProblem(problem, u0=torch.ones(3, 1))
-    with pytest.raises(psn.CompileError, match=r"ensembles for Rodas5P"):
-        psn.solve(members, psn.Rodas5P(), compile=True)
-
-
 class Ranked(nn.Module):
     """Its second derivative needs the place of the greatest entry, which programs do not have."""
 

@@ -32,7 +32,8 @@ typedef struct {
   const REAL *rtol, *atol, *u0, *packed;
   const REAL *const *own;
   int64_t span_stride, scale_stride, tolerance_stride, save_stride, start_stride;
-  int64_t members, stop_count, mark_count, save_count, control, max_steps, driven, threads;
+  int64_t members, stop_count, mark_count, save_count, control, max_steps, driven;
+  int64_t free, threads; /* free: whether ends of the intervals receive gradients */
   double dt0, dtmin, dtmax, beta[3], gamma, qmin, qmax, seconds;
   /* Where results go: of each member the state that it got to, the saved states, the numbers of its
      accepted and rejected steps, evaluations and saved times, how it ended, and where its steps are:
@@ -79,15 +80,15 @@ static void psn_lanes_evaluate(const Many *m, Worker *w, int stage, const REAL *
   field(TIMES + stage * TIME_ROW, u, m->packed, OWN_VALUES, k, VALUES);
 }
 
-/* The first stage of those who have none, and are asked for, at times that have been formed. */
-static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
-  int missing = 0, takes[ABREAST];
-  LANES_ALL missing |= takes[l] = w->member[l] >= 0 && !w->known[l] && (!asked || asked[l]);
-  if (!missing) return;
-  psn_lanes_evaluate(m, w, 0, U, EXTRA);
-  FOR_ENTRIES LANES_ALL AT(K(0), i, l) = takes[l] ? AT(EXTRA, i, l) : AT(K(0), i, l);
-  LANES_ALL if (takes[l]) w->known[l] = 1, w->evaluations[l]++;
+static int psn_lacks_first(const Worker *w, int l, const int *asked) {
+  return w->member[l] >= 0 && !w->known[l] && (!asked || asked[l]);
 }
+
+/* The method's: the first stages of those who have none, and are asked for, at times that have been
+   formed; and all stages of an attempt up to `upto`. An explicit method with an error estimate whose
+   last stage is the end of the step leaves that one's argument in LAST. */
+static void psn_lanes_first(const Many *m, Worker *w, const int *asked);
+static void psn_lanes_stages(const Many *m, Worker *w, int upto);
 
 /* Norms of x in units of the tolerance, one for each member. */
 static void psn_lane_norms(const Many *m, const Worker *w, const REAL *x, const REAL *u,
@@ -246,11 +247,7 @@ static void psn_attempt(const Many *m, Worker *w, int upto) {
   LANES_ALL w->real_size[l] = (REAL)w->size[l];
   psn_lane_times(m, w, w->size);
   psn_lanes_first(m, w, 0);
-  for (int i = 1; i < upto; i++) {
-    REAL *g = FSAL && adaptive && i == STAGES - 1 ? LAST : G;
-    combine(i, w->real_size, U, K(0), g);
-    psn_lanes_evaluate(m, w, i, g, K(i));
-  }
+  psn_lanes_stages(m, w, upto);
   if (!(FSAL && adaptive)) combine(END, w->real_size, U, K(0), LAST);
   LANES_ALL w->evaluations[l] += upto - 1;
   if (!adaptive) {
@@ -331,10 +328,12 @@ static void psn_control(const Many *m, Worker *w) {
   }
 }
 
-/* Whether a time that is to be saved lies inside a step that has been accepted. */
+/* Whether a time that is to be saved lies inside a step that has been accepted. So does the end of a
+   step that moves with its start. */
 static int psn_is_passed(const Many *m, const Worker *w, int l, double end) {
   if (w->reached[l] == m->save_count) return 0;
   double at = psn_save_time(m, w, l);
+  if (at == end) return m->free && !w->lands[l];
   return w->direction[l] > 0 ? at < end : at > end;
 }
 

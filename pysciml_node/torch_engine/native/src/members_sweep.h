@@ -4,7 +4,7 @@
    the sum of the shared parameters' cotangents is the same for any number of workers. */
 
 typedef struct {
-  double t0[ABREAST], t1[ABREAST], t[ABREAST], h[ABREAST];
+  double t0[ABREAST], t1[ABREAST], t[ABREAST], h[ABREAST], t_bar[ABREAST], h_bar[ABREAST];
   REAL size[ABREAST];
   int64_t member[ABREAST], n[ABREAST], q[ABREAST], inside[ABREAST], live[ABREAST];
   int64_t chunk, next, last, started, status;
@@ -21,6 +21,8 @@ typedef struct {
   const REAL *saved_bar, *ends_bar, *last_bar;
   REAL *start_bar, *packed_bar;
   REAL *const *own_bar;
+  /* Likewise of each step's start and size, and of each saved time's place in its step, or 0. */
+  double *t_bar, *h_bar, *theta_bar;
   int64_t *costs; /* (members, 2): evaluations, steps */
   int64_t span_stride, start_stride, mark_count, save_count, members, chunk, threads;
   double seconds;
@@ -43,14 +45,14 @@ typedef struct {
 #define STAGE(i) (SCRATCH + BARS + (i) * (2 * ROW + WORK)) /* argument, cotangent, values */
 #define STAGE_BAR(i) (STAGE(i) + ROW)
 
-static const double *psn_place(const Back *b, const Sweeper *w, int l) {
+static const double *psn_place_of(const Back *b, const Sweeper *w, int l) {
   return b->places + 2 * (w->member[l] * b->save_count + w->q[l]);
 }
 
 /* Whether the last saved time that is left lies inside a step, and a cotangent arrives at it. */
 static int psn_lies_inside(const Back *b, const Sweeper *w, int l, int64_t n) {
   if (!b->saved_bar || w->q[l] < 0) return 0;
-  const double *place = psn_place(b, w, l);
+  const double *place = psn_place_of(b, w, l);
   return place[0] == n && !isnan(place[1]);
 }
 
@@ -75,8 +77,8 @@ static void psn_arrive_at(const Back *b, Sweeper *w, int l, int64_t state) {
     psn_add(w, l, row);
     FOR_ENTRIES w->live[l] |= row[i] != 0;
   }
-  while (b->saved_bar && w->q[l] >= 0 && psn_place(b, w, l)[0] == state &&
-         isnan(psn_place(b, w, l)[1])) {
+  while (b->saved_bar && w->q[l] >= 0 && psn_place_of(b, w, l)[0] == state &&
+         isnan(psn_place_of(b, w, l)[1])) {
     psn_add(w, l, psn_saved_bar(b, w, l));
     w->live[l] = 1;
     w->q[l]--;
@@ -166,18 +168,30 @@ static int psn_position(const Back *b, Sweeper *w) {
 static void psn_dense_bars(const Back *b, Sweeper *w, int l) {
   for (; psn_lies_inside(b, w, l, w->n[l]); w->q[l]--) {
     const REAL *v = psn_saved_bar(b, w, l);
+    double theta = psn_place_of(b, w, l)[1];
     REAL weights[ALL_STAGES];
-    psn_dense_weights(psn_place(b, w, l)[1], 0, weights);
+    psn_dense_weights(theta, 0, weights);
     for (int i = 0; i < ALL_STAGES; i++)
       for (int e = 0; e < N; e++) AT(STAGE_BAR(i), e, l) += weights[i] * v[e];
     for (int e = 0; e < N; e++) AT(SUM, e, l) += v[e];
+    if (!b->theta_bar) continue;
+    psn_dense_weights(theta, 1, weights);
+    double along = 0;
+    for (int e = 0; e < N; e++) {
+      REAL total = 0;
+      for (int i = 0; i < ALL_STAGES; i++) total += weights[i] * AT(K(i), e, l);
+      along += (double)v[e] * (w->size[l] * total);
+    }
+    b->theta_bar[w->member[l] * b->save_count + w->q[l]] = along;
   }
 }
 
-static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar) {
-  int usual = FSAL ? STAGES - 1 : STAGES, count = usual;
+/* Get ready for the steps that the lanes are at; returns how many stages they need. */
+static int psn_lanes_prepare(const Back *b, Sweeper *w) {
+  int count = FSAL ? STAGES - 1 : STAGES;
   LANES_ALL {
     w->size[l] = (REAL)w->h[l];
+    w->t_bar[l] = w->h_bar[l] = 0;
     w->inside[l] = w->member[l] >= 0 && psn_lies_inside(b, w, l, w->n[l]);
     if (w->inside[l]) count = ALL_STAGES;
   }
@@ -186,26 +200,44 @@ static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar) {
     psn_times(b->marks, b->mark_count, w->t0[l], w->t1[l], w->t[l], w->h[l], times);
     for (int i = 0; i < ALL_STAGES; i++) TIMES[i * TIME_ROW + l] = times[i];
   }
-  for (int i = 0; i < count; i++) {
-    combine(i, w->size, U, K(0), STAGE(i));
-    field(TIMES + i * TIME_ROW, STAGE(i), b->packed, OWN_VALUES, K(i), STAGE(i) + 2 * ROW);
-    memset(STAGE_BAR(i), 0, N * ABREAST * sizeof(REAL));
-  }
+  return count;
+}
+
+/* The cotangents that arrive at steps whose stages are known. */
+static void psn_lanes_arrive(const Back *b, Sweeper *w, int count) {
+  for (int i = 0; i < count; i++) memset(STAGE_BAR(i), 0, N * ABREAST * sizeof(REAL));
   memcpy(SUM, BAR, N * ABREAST * sizeof(REAL));
   LANES_ALL {
     if (w->member[l] < 0) continue;
     int64_t *costs = b->costs + 2 * w->member[l];
-    costs[0] += w->inside[l] ? ALL_STAGES : usual, costs[1]++;
+    costs[0] += w->inside[l] ? ALL_STAGES : FSAL ? STAGES - 1 : STAGES, costs[1]++;
     if (w->inside[l]) psn_dense_bars(b, w, l);
   }
-  for (int i = count - 1; i >= 0; i--) {
-    combine_bars(i, count, w->size, BAR, BAR_OF(0), STAGE_BAR(i));
-    pull(TIMES + i * TIME_ROW, STAGE(i), b->packed, OWN_VALUES, K(i), STAGE(i) + 2 * ROW,
-         STAGE_BAR(i), BAR_OF(i), packed_bar, OWN_BARS, SCRATCH);
+}
+
+/* What a stage adds to the cotangents of the step's start and size, by that of its argument's time
+   and, over h, by that of what it adds to the step. */
+static void psn_lanes_move(const Back *b, Sweeper *w, int i, const REAL *time_bar,
+                           const REAL *k_bar) {
+  if (!b->t_bar) return;
+  LANES_ALL {
+    double along = 0;
+    for (int e = 0; e < N; e++) along += (double)AT(k_bar, e, l) * AT(K(i), e, l);
+    w->h_bar[l] += along / w->h[l] + NODES[i] * time_bar[l];
+    w->t_bar[l] += time_bar[l];
   }
-  for (int i = 0; i < count; i++)
-    for (int e = 0; e < N * ABREAST; e++) SUM[e] += BAR_OF(i)[e];
-  memcpy(BAR, SUM, N * ABREAST * sizeof(REAL));
+}
+
+/* The method's: pull the cotangents of the steps' ends, in BAR, back to their starts. */
+static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar);
+
+/* Write down what moves the steps that have been pulled back. */
+static void psn_lanes_note(const Back *b, Sweeper *w) {
+  if (!b->t_bar) return;
+  LANES_ALL if (w->member[l] >= 0) {
+    int64_t step = b->offsets[w->member[l]] + w->n[l];
+    b->t_bar[step] = w->t_bar[l], b->h_bar[step] = w->h_bar[l];
+  }
 }
 
 static int psn_next_chunk(Back *b, Sweeper *w) {
@@ -226,49 +258,12 @@ static int64_t psn_members_sweep(Back *b, Sweeper *w) {
   }
   for (int64_t turn = 1;; turn++) {
     if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
-    if (psn_position(b, w))
-      psn_lanes_replay(b, w, b->packed_bar + w->chunk * PACKED);
-    else if (!psn_next_chunk(b, w))
+    if (psn_position(b, w)) {
+      psn_lanes_replay(b, w, b->packed_bar + w->chunk * ALL_PACKED);
+      psn_lanes_note(b, w);
+    } else if (!psn_next_chunk(b, w))
       return SUCCESS;
   }
-}
-
-/* Threads. */
-typedef struct {
-  void *job;
-  int64_t (*run)(void *, int64_t);
-  int64_t index, status;
-} Task;
-
-static void *psn_thread(void *x) {
-  Task *task = x;
-  task->status = task->run(task->job, task->index);
-  return 0;
-}
-
-enum { MOST_THREADS = 256 };
-
-static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_t threads) {
-  Task tasks[MOST_THREADS];
-  pthread_t ids[MOST_THREADS];
-  int made[MOST_THREADS] = {0};
-  for (int64_t i = 0; i < threads; i++) tasks[i] = (Task){job, run, i, RUNNING};
-  for (int64_t i = 1; i < threads; i++)
-    made[i] = !pthread_create(&ids[i], 0, psn_thread, &tasks[i]);
-  psn_thread(&tasks[0]);
-  int64_t status = tasks[0].status;
-  for (int64_t i = 1; i < threads; i++) {
-    if (made[i]) pthread_join(ids[i], 0);
-    else psn_thread(&tasks[i]);
-    if (tasks[i].status == RUNNING) status = RUNNING;
-  }
-  return status;
-}
-
-static int64_t psn_march_worker(void *job, int64_t i) {
-  Many *m = job;
-  Worker *w = m->workers + i;
-  return w->status == SUCCESS ? SUCCESS : (w->status = psn_members_march(m, w));
 }
 
 static int64_t psn_sweep_worker(void *job, int64_t i) {
@@ -278,47 +273,6 @@ static int64_t psn_sweep_worker(void *job, int64_t i) {
 }
 
 /* What Python calls. */
-int64_t members_march(Many *m) {
-  if (!m->workers && !(m->workers = calloc(m->threads, sizeof(Worker)))) return OUT_OF_MEMORY;
-  for (int64_t i = 0; i < m->threads; i++) m->workers[i].memory = m->memory + i * m->memory_stride;
-  return psn_in_threads(m, psn_march_worker, m->threads);
-}
-
-/* The steps of all members, one after the other. */
-void members_gather(const Many *m, const int64_t *offsets, REAL *ends, double *steps) {
-  for (int64_t i = 0; i < m->members; i++) {
-    const int64_t *counts = m->counts + i * COUNTS;
-    const Worker *w = m->workers + counts[LANE] / ABREAST;
-    int64_t l = counts[LANE] % ABREAST, from = counts[FIRST], n = offsets[i + 1] - offsets[i];
-    if (!n) continue;
-    memcpy(ends + offsets[i] * N, w->ends[l] + from * N, n * N * sizeof(REAL));
-    memcpy(steps + offsets[i] * 4, w->steps[l] + from * 4, n * 4 * sizeof(double));
-  }
-}
-
-void members_release(Many *m) {
-  if (!m->workers) return;
-  for (int64_t i = 0; i < m->threads; i++)
-    LANES_ALL free(m->workers[i].ends[l]), free(m->workers[i].steps[l]);
-  free(m->workers);
-  m->workers = 0;
-}
-
-/* Make the workers ready for another solve; where their steps take more than `most` bytes a lane,
-   let go of these. */
-void members_rest(Many *m, int64_t most) {
-  for (int64_t i = 0; i < m->threads; i++) {
-    Worker *w = m->workers + i;
-    w->started = w->status = 0;
-    LANES_ALL {
-      w->used[l] = 0;
-      if (w->room[l] * (int64_t)(N * sizeof(REAL) + 4 * sizeof(double)) <= most) continue;
-      free(w->ends[l]), free(w->steps[l]);
-      w->ends[l] = 0, w->steps[l] = 0, w->room[l] = 0;
-    }
-  }
-}
-
 int64_t members_sweep(Back *b) {
   if (!b->workers) {
     b->workers = calloc(b->threads, sizeof(Sweeper));
@@ -332,13 +286,11 @@ int64_t members_sweep(Back *b) {
 void members_finish(Back *b, REAL *scratch) {
   int64_t chunks = (b->members + b->chunk - 1) / b->chunk;
   for (int64_t c = 1; c < chunks; c++)
-    for (int64_t i = 0; i < PACKED; i++) b->packed_bar[i] += b->packed_bar[c * PACKED + i];
-  unpack(b->packed, b->packed_bar, scratch);
+    for (int64_t i = 0; i < ALL_PACKED; i++) b->packed_bar[i] += b->packed_bar[c * ALL_PACKED + i];
+  unpack_all(b->packed, b->packed_bar, scratch);
 }
 
 void members_let_go(Back *b) {
   free(b->workers);
   b->workers = 0;
 }
-
-void prepare(const REAL *const *tensors, REAL *packed) { pack(tensors, packed); }

@@ -1,0 +1,203 @@
+"""The code of an ensemble: a field and a method for members abreast, as C."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysciml_node.replay.stages import Method
+from pysciml_node.tableaus import RosenbrockTableau
+from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
+from pysciml_node.torch_engine.native.emit import Emitted, Emitter
+from pysciml_node.torch_engine.native.emit_method import emit_method
+from pysciml_node.torch_engine.native.emit_rosenbrock import emit_rosenbrock
+from pysciml_node.torch_engine.native.library import ALONE_PACKED, header, size_of, source, turns
+from pysciml_node.torch_engine.native.rosenbrock import both_packed
+from pysciml_node.torch_engine.native.text import padded
+from pysciml_node.translation.program import Program
+
+# The bytes of a sweep's memory with which members still go abreast: about what a core keeps near.
+_MOST_MEMORY = 1 << 20
+_VECTOR = 64
+
+
+@dataclass(frozen=True)
+class MemberProgram:
+    """A program of one member.
+
+    Attributes:
+        program: the program.
+        own: its parameters that each member has for itself.
+    """
+
+    program: Program
+    own: frozenset[int]
+
+
+@dataclass(frozen=True)
+class MemberMethod:
+    """How members step.
+
+    Attributes:
+        method: the method.
+        mass: the mass matrix; `None` stands for the identity.
+        pulled: the field's pullback, for gradients of a Rosenbrock method; `None` for others, and
+            for the loop alone.
+    """
+
+    method: Method
+    mass: Tensor | None = None
+    pulled: MemberProgram | None = None
+
+    @property
+    def is_rosenbrock(self) -> bool:
+        """Whether its steps solve linear systems."""
+        return isinstance(self.method.tableau, RosenbrockTableau)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether there is code for gradients."""
+        return not self.is_rosenbrock or self.pulled is not None
+
+
+@dataclass
+class _Emission:
+    """A program for members abreast, as C."""
+
+    emitter: Emitter
+    emitted: Emitted
+
+    @property
+    def own_sizes(self) -> list[int]:
+        """Entries of each parameter that a member has for itself."""
+        program, own = self.emitter.program, self.emitter.own
+        width = self.emitter.abreast
+        return [math.prod(p.shape) // width for p in program.parameters if p.id in own]
+
+    def places(self, start: int) -> list[tuple[int, int]]:
+        """Where each shared parameter begins in the packed ones, and its length.
+
+        Args:
+            start: where those of this program begin.
+        """
+        shared = [p for p in self.emitter.program.parameters if p.id not in self.emitter.own]
+        rows = zip(shared, self.emitted.offsets, strict=True)
+        return [(start + offset, math.prod(p.shape)) for p, offset in rows]
+
+
+class WrittenMembers:
+    """A field and a method for members abreast, as C.
+
+    Args:
+        field: the field.
+        how: the method.
+        dtype: of the state.
+
+    Attributes:
+        text: the code.
+        size: entries of a member's state.
+        abreast: how many members step at once.
+        cost: multiplications of an evaluation of one member.
+        packed: length of the packed parameters.
+        march_memory: entries of a worker's memory in the loop.
+        sweep_memory: likewise in the sweep; 0 where there is none.
+        places: where each shared parameter begins in the packed ones, and its length.
+    """
+
+    def __init__(self, field: MemberProgram, how: MemberMethod, dtype: torch.dtype) -> None:
+        self._how, self.size = how, size_of(field.program)
+        programs = [field, *([] if how.pulled is None else [how.pulled])]
+        wide = self._emit(programs, _VECTOR // dtype.itemsize)
+        if wide is None or max(self._memory(wide)) * dtype.itemsize > _MOST_MEMORY:
+            wide = self._emit(programs, 1)
+        assert wide is not None
+        first = wide[0]
+        self.abreast = first.emitter.abreast
+        self.cost = first.emitted.cost // self.abreast
+        self.march_memory, self.sweep_memory = self._memory(wide)
+        self.packed, self.places = 0, list[tuple[int, int]]()
+        for one in wide:
+            self.places += one.places(self.packed)
+            self.packed += one.emitted.packed
+        self.text = "\n".join((header(dtype, self.abreast), *self._parts(wide)))
+
+    def _emit(self, programs: list[MemberProgram], width: int) -> list[_Emission] | None:
+        """The programs as C; `None` where they have no such form."""
+        emissions = []
+        for one, suffix in zip(programs, ("", "_pulled"), strict=False):
+            emitter = Emitter(one.program, one.own, width, suffix)
+            if width > 1:
+                program = abreast(one.program, one.own, width)
+                if program is None:
+                    return None
+                emitter = WideEmitter(program, one.own, width, suffix)
+            state_alone = self._how.is_rosenbrock and not suffix
+            emissions.append(_Emission(emitter, emitter.emit(state_alone)))
+        return emissions
+
+    def _memory(self, emissions: list[_Emission]) -> tuple[int, int]:
+        """Entries of a worker's memory, of the loop and of the sweep."""
+        emitter, *others = (one.emitter for one in emissions)
+        size, width, stages = self.size, emitter.abreast, self._how.method.all_stages
+        row, time_row = padded(size * width), padded(width)
+        own = sum(padded(one.emitter.mine.size) for one in emissions)
+        work, bars = padded(emitter.work.size), padded(emitter.bars.size)
+        march = (stages + 4) * row + (stages + 1) * time_row + own + work
+        sweep = (2 * stages + 3) * row + stages * time_row + 2 * own + bars
+        sweep += stages * (2 * row + work)
+        if self._how.is_rosenbrock:
+            linear = 2 * padded(size * size * width) + 5 * row
+            march += bars + linear
+            sweep += 2 * stages * row + linear
+        for other in others:
+            sweep += 4 * self._point(width) + padded(other.work.size) + padded(other.bars.size)
+        return march, sweep if self._how.sweeps else 0
+
+    def _point(self, width: int) -> int:
+        return padded((2 * self.size + 1) * width)
+
+    def _parts(self, emissions: list[_Emission]) -> list[str]:
+        how, width = self._how, self.abreast
+        first, *others = emissions
+        program = first.emitter.program
+        timed = any(program.time in step.inputs for step in program.operations)
+        cost = first.emitted.cost + (10 * self.size + 50) * width
+        loop = ["steps.h", "members.h"]
+        sweep = ["members_sweep.h"] if how.sweeps else []
+        method = emit_method(how.method, self.size, width)
+        if how.is_rosenbrock:
+            cost += self.size * first.emitted.cost + self.size**3 // 3 * width
+            method = emit_rosenbrock(how.method, self.size, how.mass, width)
+        kind = "rosenbrock" if how.is_rosenbrock else "explicit"
+        loop += [f"members_{kind}.h", "members_calls.h"]
+        sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []
+        return [
+            *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),
+            f"enum {{ TURNS = {turns(cost, how.method.all_stages)}, "
+            f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
+            *_own(emissions),
+            method,
+            first.emitted.source,
+            *(one.emitted.source for one in others),
+            both_packed(len(first.places(0)), self._point(width)) if others else ALONE_PACKED,
+            *map(source, [*loop, *sweep]),
+        ]
+
+
+def _own(emissions: list[_Emission]) -> list[str]:
+    """Where the parameters lie that are each member's own, those of all programs."""
+    sizes: list[int] = []
+    places: list[int] = []
+    starts = [0]
+    for one in emissions:
+        sizes += one.own_sizes
+        places += [starts[-1] + place for place in one.emitter.own_offsets]
+        starts.append(starts[-1] + padded(one.emitter.mine.size))
+    return [
+        f"enum {{ OWN = {len(sizes)}, OWN_ROOM = {starts[-1]}, OWN_FIRST = {starts[1]} }};",
+        f"static const int OWN_SIZES[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
+        f"static const int OWN_PLACES[] = {{{', '.join(map(str, [*places, 0]))}}};",
+    ]

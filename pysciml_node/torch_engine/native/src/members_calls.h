@@ -1,0 +1,81 @@
+/* Threads. */
+typedef struct {
+  void *job;
+  int64_t (*run)(void *, int64_t);
+  int64_t index, status;
+} Task;
+
+static void *psn_thread(void *x) {
+  Task *task = x;
+  task->status = task->run(task->job, task->index);
+  return 0;
+}
+
+enum { MOST_THREADS = 256 };
+
+static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_t threads) {
+  Task tasks[MOST_THREADS];
+  pthread_t ids[MOST_THREADS];
+  int made[MOST_THREADS] = {0};
+  for (int64_t i = 0; i < threads; i++) tasks[i] = (Task){job, run, i, RUNNING};
+  for (int64_t i = 1; i < threads; i++)
+    made[i] = !pthread_create(&ids[i], 0, psn_thread, &tasks[i]);
+  psn_thread(&tasks[0]);
+  int64_t status = tasks[0].status;
+  for (int64_t i = 1; i < threads; i++) {
+    if (made[i]) pthread_join(ids[i], 0);
+    else psn_thread(&tasks[i]);
+    if (tasks[i].status == RUNNING) status = RUNNING;
+  }
+  return status;
+}
+
+static int64_t psn_march_worker(void *job, int64_t i) {
+  Many *m = job;
+  Worker *w = m->workers + i;
+  return w->status == SUCCESS ? SUCCESS : (w->status = psn_members_march(m, w));
+}
+
+/* What Python calls. */
+int64_t members_march(Many *m) {
+  if (!m->workers && !(m->workers = calloc(m->threads, sizeof(Worker)))) return OUT_OF_MEMORY;
+  for (int64_t i = 0; i < m->threads; i++) m->workers[i].memory = m->memory + i * m->memory_stride;
+  return psn_in_threads(m, psn_march_worker, m->threads);
+}
+
+/* The steps of all members, one after the other. */
+void members_gather(const Many *m, const int64_t *offsets, REAL *ends, double *steps) {
+  for (int64_t i = 0; i < m->members; i++) {
+    const int64_t *counts = m->counts + i * COUNTS;
+    const Worker *w = m->workers + counts[LANE] / ABREAST;
+    int64_t l = counts[LANE] % ABREAST, from = counts[FIRST], n = offsets[i + 1] - offsets[i];
+    if (!n) continue;
+    memcpy(ends + offsets[i] * N, w->ends[l] + from * N, n * N * sizeof(REAL));
+    memcpy(steps + offsets[i] * 4, w->steps[l] + from * 4, n * 4 * sizeof(double));
+  }
+}
+
+void members_release(Many *m) {
+  if (!m->workers) return;
+  for (int64_t i = 0; i < m->threads; i++)
+    LANES_ALL free(m->workers[i].ends[l]), free(m->workers[i].steps[l]);
+  free(m->workers);
+  m->workers = 0;
+}
+
+/* Make the workers ready for another solve; where their steps take more than `most` bytes a lane,
+   let go of these. */
+void members_rest(Many *m, int64_t most) {
+  for (int64_t i = 0; i < m->threads; i++) {
+    Worker *w = m->workers + i;
+    w->started = w->status = 0;
+    LANES_ALL {
+      w->used[l] = 0;
+      if (w->room[l] * (int64_t)(N * sizeof(REAL) + 4 * sizeof(double)) <= most) continue;
+      free(w->ends[l]), free(w->steps[l]);
+      w->ends[l] = 0, w->steps[l] = 0, w->room[l] = 0;
+    }
+  }
+}
+
+void prepare(const REAL *const *tensors, REAL *packed) { pack_all(tensors, packed); }

@@ -1,0 +1,19 @@
+/* The stages of explicit steps of members abreast; for src/members.h. */
+
+static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
+  int missing = 0, takes[ABREAST];
+  LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);
+  if (!missing) return;
+  psn_lanes_evaluate(m, w, 0, U, EXTRA);
+  FOR_ENTRIES LANES_ALL AT(K(0), i, l) = takes[l] ? AT(EXTRA, i, l) : AT(K(0), i, l);
+  LANES_ALL if (takes[l]) w->known[l] = 1, w->evaluations[l]++;
+}
+
+static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
+  int adaptive = m->control != FIXED;
+  for (int i = 1; i < upto; i++) {
+    REAL *g = FSAL && adaptive && i == STAGES - 1 ? LAST : G;
+    combine(i, w->real_size, U, K(0), g);
+    psn_lanes_evaluate(m, w, i, g, K(i));
+  }
+}
