@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.torch_engine.native.layout import Layout
 from pysciml_node.torch_engine.native.operations import OPERATIONS
-from pysciml_node.torch_engine.native.text import PAD, padded
+from pysciml_node.torch_engine.native.row_loop import RowLoop
+from pysciml_node.torch_engine.native.rows import by_rows, without_repetitions
+from pysciml_node.torch_engine.native.text import COTANGENT, PAD, fused, padded
+from pysciml_node.translation.program import Operation, Program
 
 
 @dataclass
@@ -29,6 +35,12 @@ class Emitted:
     cost: int
 
 
+# Bytes of values and cotangents that the nearest cache holds; those of weights that stay there
+# beside them, more or less; and the rows that are taken at once.
+_NEAR, _MOST_WEIGHTS = 1 << 15, 1 << 16
+_FEWEST_ROWS, _MOST_ROWS = 6, 16
+
+
 class Emitter(Layout):
     """Goes through a program once forward and once backward."""
 
@@ -40,25 +52,63 @@ class Emitter(Layout):
         Args:
             state_alone: also a pullback to the state and the time alone, `pull_state`.
         """
-        program = self.program
-        body: list[str] = []
-        once: list[str] = []
-        for step in program.operations:
+        lines: dict[int, list[str]] = {}
+        for step in self.program.operations:
             if step.op not in self.operations:
                 raise UnsupportedModule(
                     f"the operation {step.op!r} has no native code.", operation=step.op
                 )
-            lines = self.operations[step.op].forward(self, step)
-            (once if step.out in self.fixed else body).extend(lines)
-        _, back = outputs = self._outputs()
-        pullbacks = {"pull": [*back, *self._backward(body_only=True), *self._state_bars()]}
-        early = self._backward(body_only=False)
+            lines[step.out] = self.operations[step.op].forward(self, step)
+        outputs, back = self._outputs()
+        pullbacks = {"pull": self._pullback(back)}
+        early = self._backward(self._is_early)
         if state_alone:
             self._follow_state()
-            lines = [*back, *self._backward(body_only=True), *self._state_bars()]
-            pullbacks["pull_state"] = lines
-        source = self._text(body + outputs[0], once, pullbacks, early)
+            pullbacks["pull_state"] = self._pullback(back)
+        once, before, within = (
+            [line for step in self.program.operations if kind(step) for line in lines[step.out]]
+            for kind in (self._is_early, self._is_shared, self._has_rows)
+        )
+        within += outputs
+        if self.rows is not None:
+            loop = RowLoop(self, lines, [line for part in pullbacks.values() for line in part[1]])
+            within = loop.field(within)
+            pullbacks = {
+                name: (first, loop.pullback(inner), last)
+                for name, (first, inner, last) in pullbacks.items()
+            }
+            self.cost *= self.rows.total // self.rows.count
+        else:
+            within = fused(within, ())
+            pullbacks = {
+                name: (first, fused(inner, [COTANGENT]), last)
+                for name, (first, inner, last) in pullbacks.items()
+            }
+        joined = {name: [*a, *b, *c] for name, (a, b, c) in pullbacks.items()}
+        source = self._text([*before, *within], once, joined, early)
         return Emitted(source, self.offsets, self.packed_size, self.cost)
+
+    def _is_early(self, step: Operation) -> bool:
+        """Whether an operation depends on parameters alone, and is evaluated once a solve."""
+        return step.out in self.fixed
+
+    def _has_rows(self, step: Operation) -> bool:
+        """Whether it is evaluated in the loop through the rows, where there is one."""
+        return not self._is_early(step) and (self.rows is None or step.out in self.wide)
+
+    def _is_shared(self, step: Operation) -> bool:
+        """Whether it is evaluated before that loop, for all rows."""
+        return not (self._is_early(step) or self._has_rows(step))
+
+    def _pullback(self, back: list[str]) -> tuple[list[str], list[str], list[str]]:
+        """What a pullback does before the loop through the rows, in it, and afterwards."""
+        shared = [
+            x.out for x in self.program.operations if self._is_shared(x) and self.wants(x.out)
+        ]
+        zeros = [f"memset({self.bar[id]}, 0, {self.sizes[id]} * sizeof(REAL));" for id in shared]
+        self.started |= {*self.program.outputs, *shared}
+        within = [*back, *self._backward(self._has_rows), *self._state_bars()]
+        return zeros, within, self._backward(self._is_shared)
 
     def _follow_state(self) -> None:
         """Begin a pullback without the cotangents of parameters."""
@@ -72,16 +122,13 @@ class Emitter(Layout):
         """Length of the packed vector."""
         return max(self.packed.size, 1)
 
-    def _backward(self, body_only: bool) -> list[str]:
-        program = self.program
-        self.started |= set(program.outputs)
+    def _backward(self, of: Callable[[Operation], bool]) -> list[str]:
+        """The pullbacks of some operations, the last first, as far as cotangents get to them."""
         lines: list[str] = []
-        for step in reversed(program.operations):
-            if (step.out in self.fixed) == body_only or not self.wants(step.out):
-                continue
-            if body_only and step.out not in self.started:
-                continue
-            lines += self.operations[step.op].pullback(self, step)
+        for step in reversed(self.program.operations):
+            reached = self._is_early(step) or step.out in self.started
+            if of(step) and self.wants(step.out) and reached:
+                lines += self.operations[step.op].pullback(self, step)
         return lines
 
     def _outputs(self) -> tuple[list[str], list[str]]:
@@ -89,21 +136,22 @@ class Emitter(Layout):
         if self.single:
             return [], []
         out, back, offset = [], [], 0
-        for id, size in ((id, self.sizes[id]) for id in self.program.outputs):
-            out.append(f"memcpy(k + {offset}, {self.place[id]}, {size} * sizeof(REAL));")
-            back.append(f"memcpy({self.bar[id]}, k_bar + {offset}, {size} * sizeof(REAL));")
-            offset += size
+        for id in self.program.outputs:
+            start, size = f"{offset}{self.by_row(id)}", self.sizes[id]
+            out.append(f"memcpy(k + {start}, {self.place[id]}, {size} * sizeof(REAL));")
+            back.append(f"memcpy({self.bar[id]}, k_bar + {start}, {size} * sizeof(REAL));")
+            offset += self.whole_size(id)
         return out, back
 
     def _state_bars(self) -> list[str]:
         lines, offset = [], 0
         for id, _ in self.program.state:
-            size = self.sizes[id]
+            start, size = f"{offset}{self.by_row(id)}", self.sizes[id]
             if id not in self.started:
-                lines.append(f"memset(u_bar + {offset}, 0, {size} * sizeof(REAL));")
+                lines.append(f"memset(u_bar + {start}, 0, {size} * sizeof(REAL));")
             elif not self.single:
-                lines.append(f"memcpy(u_bar + {offset}, {self.bar[id]}, {size} * sizeof(REAL));")
-            offset += size
+                lines.append(f"memcpy(u_bar + {start}, {self.bar[id]}, {size} * sizeof(REAL));")
+            offset += self.whole_size(id)
         return lines
 
     def _text(
@@ -127,14 +175,16 @@ class Emitter(Layout):
         ]
         x = self.suffix
         field, pull, start = self._heads()
+        # What is read by rows in the loop is made whole, from the first one on.
+        first = ["enum { row = 0 };"] if self.rows else []
         functions = [
             (field, [*start, *body]),
             *((pull.format(name), [*start, *lines]) for name, lines in pullbacks.items()),
             (
                 f"static void pack{x}(const REAL *const *tensors, REAL *P)",
-                [f"memset(P, 0, PACKED{x} * sizeof(REAL));", *tensors, *once, *packs],
+                [*first, f"memset(P, 0, PACKED{x} * sizeof(REAL));", *tensors, *once, *packs],
             ),
-            (f"static void unpack{x}(const REAL *P, REAL *D, REAL *z)", [*unpacks, *early]),
+            (f"static void unpack{x}(const REAL *P, REAL *D, REAL *z)", [*first, *unpacks, *early]),
         ]
         text = [
             f"enum {{ WORK{x} = {padded(self.work.size)}, BARS{x} = {padded(self.bars.size)}, "
@@ -162,3 +212,29 @@ class Emitter(Layout):
             f"static void {{}}{self.suffix}({inputs.format('const ')}{bars})",
             start,
         )
+
+
+def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emitted]:
+    """A field's code, which goes through its batch by some rows where that is of use.
+
+    Rows that depend on each other are taken at once, as are values and cotangents that the nearest
+    cache holds anyway. Large weights would be fetched again for each of the parts.
+
+    Args:
+        program: the field.
+        dtype: of its state.
+    """
+    program = without_repetitions(program)
+    emitter = Emitter(program)
+    emitted = emitter.emit()
+    used = (emitter.work.size + emitter.bars.size) * dtype.itemsize
+    weights = sum(p.rows * p.columns for p in emitter.packings.values()) * dtype.itemsize
+    rows = by_rows(program)
+    if used <= _NEAR or weights > _MOST_WEIGHTS or rows is None:
+        return emitter, emitted
+    counts = [n for n in range(_FEWEST_ROWS, _MOST_ROWS + 1) if rows.total % n == 0]
+    cut = by_rows(program, counts[-1]) if counts else None
+    if cut is None:
+        return emitter, emitted
+    emitter = Emitter(cut.program, rows=cut)
+    return emitter, emitter.emit()

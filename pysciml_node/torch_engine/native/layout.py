@@ -5,6 +5,9 @@ field's own memory `w`, kept for the pullback, and the packed parameters `P`, wh
 depends on nothing but parameters and so is computed once a solve. Cotangents have places of the
 same names: `u_bar`, `k_bar`, `z`, `D`. Parameters that each member of an ensemble has for itself
 lie in `Q`, with cotangents in `R`.
+
+Where a field goes through its batch by some rows at a time, `row` is the first of them. The values
+of these rows have names, and find their places when it is known which of them the pullback reads.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pysciml_node.torch_engine.native.rows import Rows
 from pysciml_node.torch_engine.native.text import PAD, number, padded, whole
 from pysciml_node.translation.program import FLAT, Operation, Program
 
@@ -53,12 +57,14 @@ class Layout:
         own: parameters that are each member's own.
         abreast: members that are evaluated at once, of an ensemble; 0 for a single solve.
         suffix: of all names in the emitted code, where a second program stands beside another.
+        rows: what the program is cut to, where it is that of some rows of a batch.
     """
 
     program: Program
     own: frozenset[int] = frozenset()
     abreast: int = 0
     suffix: str = ""
+    rows: Rows | None = None
     work: Region = field(default_factory=lambda: Region("w"))
     bars: Region = field(default_factory=lambda: Region("z"))
     packed: Region = field(default_factory=lambda: Region("P"))
@@ -76,6 +82,8 @@ class Layout:
         self.summed: set[int] = set()  # cotangents that are added to through a whole sweep
         self.packings: dict[tuple[int, bool, bool], Packing] = {}
         self.extra: dict[int, str] = {}  # what an operation keeps besides its result
+        self.named: dict[str, int] = {}  # values of some rows, with their sizes
+        self.wide: frozenset[int] = self.rows.wide if self.rows else frozenset()
         self.constants: list[str] = []
         self.offsets: list[int] = []
         self.own_offsets: list[int] = []
@@ -94,10 +102,11 @@ class Layout:
         offset = 0
         for id, shape in program.state:
             self.sizes[id] = math.prod(shape)
-            self.place[id] = f"(u + {offset})"
+            self.place[id] = f"(u + {offset}{self.by_row(id)})"
             # Parts lie without room between them: their cotangents are gathered elsewhere.
-            self.bar[id] = "u_bar" if len(program.state) == 1 else self.bars.take(self.sizes[id])
-            offset += self.sizes[id]
+            alone = len(program.state) == 1
+            self.bar[id] = self._of_rows("u_bar", id) if alone else self.bars.take(self.sizes[id])
+            offset += self.whole_size(id)
             self.active.add(id)
         for parameter in program.parameters:
             self.sizes[parameter.id] = math.prod(parameter.shape)
@@ -113,6 +122,8 @@ class Layout:
                 self.fixed.add(parameter.id)
             if parameter.trained:
                 self.active.add(parameter.id)
+            if self.rows and parameter.id in self.rows.held:
+                self._hold(parameter.id)
         for id, value in program.constants:
             self.sizes[id] = 1
             self.place[id] = f"c{id}{self.suffix}"
@@ -129,11 +140,44 @@ class Layout:
             self.summed.add(step.out)
             self.place[step.out] = self.packed.take(size)
             self.bar[step.out] = self.place[step.out].replace("P", "D")
+            if self.rows and step.out in self.rows.held:
+                self._hold(step.out)
         elif step.out in self.program.outputs and self.single:
-            self.place[step.out], self.bar[step.out] = "k", "k_bar"
+            self.place[step.out] = self._of_rows("k", step.out)
+            self.bar[step.out] = self._of_rows("k_bar", step.out)
         else:
-            self.place[step.out] = self.work.take(size)
+            self.place[step.out] = self.room(step, size, "v")
             self.bar[step.out] = self.bars.take(size)
+            if self.rows and step.out not in self.wide:
+                self.summed.add(step.out)
+
+    def room(self, step: Operation, size: int, prefix: str) -> str:
+        """Where an operation keeps its result, or something beside it."""
+        if step.out in self.fixed:
+            return self.packed.take(size)
+        if step.out not in self.wide:
+            return self.work.take(size)
+        name = f"{prefix}{step.out}"
+        self.named[name] = padded(size)
+        return name
+
+    def whole_size(self, id: int) -> int:
+        """Entries of a value of all rows."""
+        return self.sizes[id] * (self.rows.total // self.rows.count if self.rows else 1)
+
+    def by_row(self, id: int) -> str:
+        """What is added to the place of a value of all rows."""
+        return f" + {self.sizes[id] // self.rows.count} * row" if self.rows else ""
+
+    def _of_rows(self, place: str, id: int) -> str:
+        return f"({place}{self.by_row(id)})" if self.rows else place
+
+    def _hold(self, id: int) -> None:
+        """Have a value that is known before the first evaluation read by rows."""
+        assert self.rows is not None
+        run = f" + {self.sizes[id] // self.rows.total} * row)"
+        self.place[id] = f"{self.place[id][:-1]}{run}"
+        self.bar[id] = f"{self.bar[id][:-1]}{run}"
 
     def _activate(self) -> None:
         """Add the values that depend on active ones, and are followed by gradients."""

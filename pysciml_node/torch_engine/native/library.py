@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.compiler import build
-from pysciml_node.torch_engine.native.emit import Emitter
+from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.text import contiguous, padded
 from pysciml_node.translation.program import Parameter, Program
@@ -216,8 +216,7 @@ class Written:
 
 def write_explicit(program: Program, method: Method) -> Written:
     """The code of a field for an explicit method."""
-    emitter = Emitter(program)
-    emitted = emitter.emit()
+    emitter, emitted = whole_or_by_rows(program, method.nodes.dtype)
     size = size_of(program)
     march, sweep = memory_of(method, size, emitter)
     text = (

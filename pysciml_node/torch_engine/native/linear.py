@@ -82,7 +82,7 @@ def _input(e: Layout, m: _Linear, step: Operation) -> tuple[str, list[str]]:
     """The whole input of a product, put together where it has several parts."""
     if m.plain:
         return e.place[m.pieces[0][0]], []
-    x = e.extra[step.out] = e.work.take(m.rows * m.inner)
+    x = e.extra[step.out] = e.room(step, m.rows * m.inner, "x")
     lines: list[str] = []
     for id, start, width in m.pieces:
         lines += loops(

@@ -115,7 +115,7 @@ def _pair_pull(e: Layout, step: Operation) -> list[str]:
         if step.in_shapes[0] == step.in_shapes[1]:
             lines += e.add_to(
                 id,
-                e.sizes[id],
+                e.sizes[step.out],
                 lambda i, slope=slope: slope(f"{g}[{i}]", f"{a}[{i}]", f"{b}[{i}]", f"{y}[{i}]"),  # type: ignore[misc]
                 step.op in elementwise.LIBRARY_PAIRS,
             )
@@ -381,8 +381,7 @@ def _norm_operands(step: Operation) -> tuple[str, int, int | None, int | None]:
 
 def _norm(e: Layout, step: Operation) -> list[str]:
     sizes, blocks, weight, bias = _norm_operands(step)
-    region = e.packed if step.out in e.fixed else e.work
-    kept = e.extra[step.out] = region.take(2 * blocks)
+    kept = e.extra[step.out] = e.room(step, 2 * blocks, "x")
     w, b = ("0" if id is None else e.place[id] for id in (weight, bias))
     eps = number(step.attributes["eps"])
     x, y = e.place[step.inputs[0]], e.place[step.out]

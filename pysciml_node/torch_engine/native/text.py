@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 
 Shape = tuple[int, ...]
+
+_SIMD = "#pragma omp simd"
 
 PAD = 16
 """Entries to a multiple of which buffers are padded: the widest vector's, in single precision."""
@@ -108,6 +112,56 @@ def loops(
     sign = "+=" if accumulate else "="
     return [
         *lines[:-1],
-        "#pragma omp simd",
+        _SIMD,
         f"{lines[-1]} {target}[{indices[0]}] {sign} {value(indices)};",
     ]
+
+
+_ENTRIES = re.compile(r"for \(int i = 0; i < (\d+); i\+\+\) (.*)")
+
+
+COTANGENT = r"\(z \+ \d+\)"
+"""The places of the cotangents of values: none is read after its pullback."""
+
+
+def fused(lines: Sequence[str], passing: Collection[str]) -> list[str]:
+    """Loops over as many entries `i`, one after the other, as one: they read each other's at `i`.
+
+    Args:
+        lines: of a function.
+        passing: patterns of the names of arrays that nothing reads after these lines. Where one
+            loop alone does, the entries need no array.
+    """
+    names = re.compile("|".join(passing) or "(?!)")
+    loops: list[tuple[str, list[str]]] = []  # entries and statements; or a line alone
+    for line in lines:
+        this = _ENTRIES.fullmatch(line)
+        simd = this and loops and loops[-1] == (_SIMD, [])
+        if not (this and simd):
+            loops.append((line, []))
+            continue
+        loops.pop()
+        if loops and loops[-1][0] == this[1]:
+            loops[-1][1].append(this[2])
+        else:
+            loops.append((this[1], [this[2]]))
+    used = Counter(names.findall("\n".join(lines)))
+    out: list[str] = []
+    for head, statements in loops:
+        if statements:
+            body = " ".join(_without_arrays(statements, names, used))
+            out += [_SIMD, f"for (int i = 0; i < {head}; i++) {{ {body} }}"]
+        else:
+            out.append(head)
+    return out
+
+
+def _without_arrays(statements: list[str], names: re.Pattern[str], used: Counter[str]) -> list[str]:
+    """The statements of a loop, in which entries that no other reads are variables."""
+    text = "\n".join(statements)
+    for number, (name, count) in enumerate(Counter(names.findall(text)).items()):
+        first = re.search(rf"^{re.escape(name)}\[i\] = ", text, re.MULTILINE)
+        if first and count == used[name] and text.find(name) == first.start():
+            text = text.replace(f"{name}[i]", f"x{number}_")
+            text = text.replace(f"x{number}_ = ", f"REAL x{number}_ = ", 1)
+    return text.split("\n")

@@ -24,6 +24,36 @@ PSN_INLINE REAL psn_sum_of_lanes(vec v) {
   return u.x[0];
 }
 
+/* The products of two rows by lanes: their whole vectors. */
+PSN_INLINE vec psn_products(int inner, const REAL *a, const REAL *b) {
+  vec sum = {0};
+  for (int i = 0; i + LANES <= inner; i += LANES) sum += LOAD(a + i) * LOAD(b + i);
+  return sum;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+#ifdef SHUFFLES
+typedef REAL quad __attribute__((vector_size(4 * sizeof(REAL))));
+
+PSN_INLINE quad psn_quarter(vec v) {
+  union { vec v; quad q[VECTOR_BYTES < sizeof(quad) ? 1 : VECTOR_BYTES / sizeof(quad)]; } u = {v};
+  quad sum = u.q[0];
+  for (int i = 1; i < (int)(VECTOR_BYTES / sizeof(quad)); i++) sum += u.q[i];
+  return sum;
+}
+
+/* Four sums of lanes at once. */
+PSN_INLINE quad psn_four_sums(quad a, quad b, quad c, quad d) {
+  quad p = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  quad q = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+}
+#endif
+
 /* rows (at most 4) times vectors (at most 4) of y = start + x w; start is a row, or 0. */
 PSN_INLINE void psn_tile(int rows, int vectors, int inner, const REAL *x, int x_stride,
                          const REAL *w, int w_stride, const REAL *start, REAL *y, int y_stride) {
@@ -76,17 +106,28 @@ PSN_INLINE void psn_by_columns(int rows, int inner, int columns, const REAL *x, 
 PSN_INLINE void psn_by_inner(int rows, int inner, int columns, const REAL *x, int x_stride,
                              const REAL *w, int w_stride, const REAL *start, REAL *y,
                              int y_stride) {
-  for (int r = 0; r < rows; r++)
+  int whole = inner / LANES * LANES, r = 0;
+#ifdef SHUFFLES
+  if (whole && VECTOR_BYTES >= sizeof(quad))
+    for (; r + 4 <= rows; r += 4)
+      for (int c = 0; c < columns; c++) {
+        const REAL *a = x + r * x_stride, *b = w + c * w_stride;
+        quad part[4];
+        for (int j = 0; j < 4; j++) part[j] = psn_quarter(psn_products(inner, a + j * x_stride, b));
+        quad sums = psn_four_sums(part[0], part[1], part[2], part[3]);
+        for (int j = 0; j < 4; j++) {
+          REAL total = start ? start[c] + sums[j] : sums[j];
+          for (int i = whole; i < inner; i++) total += a[j * x_stride + i] * b[i];
+          y[(r + j) * y_stride + c] = total;
+        }
+      }
+#endif
+  for (; r < rows; r++)
     for (int c = 0; c < columns; c++) {
       const REAL *a = x + r * x_stride, *b = w + c * w_stride;
       REAL total = start ? start[c] : 0;
-      int i = 0;
-      if (inner >= LANES) {
-        vec sum = {0};
-        for (; i + LANES <= inner; i += LANES) sum += LOAD(a + i) * LOAD(b + i);
-        total += psn_sum_of_lanes(sum);
-      }
-      for (; i < inner; i++) total += a[i] * b[i];
+      if (whole) total += psn_sum_of_lanes(psn_products(inner, a, b));
+      for (int i = whole; i < inner; i++) total += a[i] * b[i];
       y[r * y_stride + c] = total;
     }
 }
