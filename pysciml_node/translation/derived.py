@@ -98,7 +98,10 @@ def differentiated(
 
     examples = [_example(node.meta["val"]) for node in inputs]
     further = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes[count:]]
-    trace = functools.partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+    # Without a table of its own, torch 2.14 and later write an alias for each detach.
+    trace = functools.partial(
+        make_fx, decomposition_table={}, tracing_mode="fake", _allow_non_fake_inputs=True
+    )
     module = trace(derivative)(*examples, *further)
     held = _lifted(module)
     if any(changes_argument(node) for node in module.graph.nodes):
