@@ -54,19 +54,17 @@ class KeptStep:
         first: the leaf that stands for its first stage, where that was known.
         end: the state at its end.
         stages: the stages that were evaluated, `(N,)` each.
-        time: the leaf that stands for the time at its start, where there is one.
     """
 
     state: Tensor
     first: Tensor | None
     end: Tensor
     stages: list[Tensor]
-    time: Tensor | None
 
     def known_to(self, captured: Inputs) -> bool:
         """Whether its graph leads to nothing but its start and the field's inputs."""
         leaves = captured.unknown_leaves((self.end, *self.stages))
-        return all(any(leaf is x for x in (self.state, self.first, self.time)) for leaf in leaves)
+        return all(any(leaf is x for x in (self.state, self.first)) for leaf in leaves)
 
 
 class KeptSteps:
@@ -125,13 +123,12 @@ class KeptStages(Stages):
         self._state: Tensor | None = None
         self._first: Tensor | None = None
         self._end: Tensor | None = None
-        self._time: Tensor | None = None
         self._recording = True
         self._go_on()
 
     def _go_on(self) -> None:
         """Begin another step: without its graph, if there is no room for it."""
-        self._state = self._first = self._end = self._time = None
+        self._state = self._first = self._end = None
         if self._recording and self._kept.room < self.method.all_stages:
             self._recording = False
             self.field, self.vectors = self._plain.field, self._plain.vectors
@@ -154,7 +151,7 @@ class KeptStages(Stages):
     @override
     def begin(self, k1: Tensor) -> None:
         if self._recording and self._begun is not None:
-            ((value,), (self._state, self._time)), self._begun = self._begun, None
+            ((value,), (self._state,)), self._begun = self._begun, None
             with torch.enable_grad():
                 k1 = value.clone()
         elif self._recording:
@@ -182,7 +179,7 @@ class KeptStages(Stages):
             assert self._state is not None
             assert self._end is not None
             stages = [self.vectors.get(i) for i in range(self.count)]
-            self._kept.add(KeptStep(self._state, self._first, self._end, stages, self._time))
+            self._kept.add(KeptStep(self._state, self._first, self._end, stages))
         k = super().leave(goes_on)
         self._go_on()
         return None if k is None else k.detach()

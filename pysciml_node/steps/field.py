@@ -193,8 +193,9 @@ class DifferentiableField:
             self.surroundings = Surroundings(field.given)
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            start, time = u0.detach().requires_grad_(), t0.detach().requires_grad_()
-            return (field(time, start),), (start, time)
+            # A time without a gradient may be a number in NumPy or `math`, as in every later step.
+            start = u0.detach().requires_grad_()
+            return (field(t0.detach(), start),), (start,)
 
         with torch.enable_grad():
             self.captured = Inputs(

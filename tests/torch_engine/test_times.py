@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +58,25 @@ def test_saved_times_that_an_event_keeps_from_being_reached(adjoint: psn.Discret
     (found,) = torch.autograd.grad(solution.u.sum(), saveat)
     expected = [-math.exp(-0.2), -math.exp(-0.4), 0.0]
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@every_adjoint
+@pytest.mark.parametrize(
+    "forcing",
+    [lambda t: math.cos(t), lambda t: float(np.interp(t.numpy(), [0.0, 1.0], [0.5, 1.5]))],
+    ids=["math", "numpy"],
+)
+@pytest.mark.filterwarnings("error")
+def test_the_time_is_a_number_where_nobody_asks_for_its_gradient(
+    adjoint: psn.DiscreteAdjoint, forcing: Callable[[Tensor], float]
+) -> None:
+    """`u' = k a(t) u`: `u(1) = exp(k A)` with the integral `A`, and its derivative is `A u(1)`."""
+    k, integral = time(1.0), math.sin(1.0) if forcing(torch.zeros(())) == 1.0 else 1.0
+    problem = psn.ODEProblem(lambda t, u: k * forcing(t) * u, ones(), (0.0, 1.0))
+    u1 = psn.solve(problem, adjoint=adjoint, **TIGHT).u1
+    (found,) = torch.autograd.grad(u1.sum(), k)
+    assert u1.item() == pytest.approx(math.exp(integral), rel=1e-8)
+    assert found.item() == pytest.approx(integral * math.exp(integral), rel=1e-8)
 
 
 @pytest.mark.parametrize("saveat", [None, [0.5, 1.0]])
