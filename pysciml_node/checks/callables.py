@@ -25,7 +25,8 @@ def function(name: str, value: Any, *places: str, hint: str = "") -> Callable[..
         hint: what to do where it is refused.
 
     Raises:
-        TypeError: not callable, a class in place of its instance, or another number of arguments.
+        TypeError: not callable, a class in place of its instance, another number of arguments, or
+            the time not first where `places` begin with it.
 
     Examples:
         >>> function("f", lambda t: -t, "t", "u")
@@ -43,8 +44,38 @@ def function(name: str, value: Any, *places: str, hint: str = "") -> Callable[..
     if not takes(value, len(places)):
         taken = parameters(value)
         raise TypeError(f"{name} must be callable as {call}, but takes {taken}.\n  {hint}")
+    if places[:1] == ("t",):
+        expect_time_first(name, value)
     checked: Callable[..., Any] = value
     return checked
+
+
+# Names of the state in functions for other packages, where it comes before the time.
+_STATES = frozenset({"u", "y", "x", "z", "h", "state"})
+_TIMES = frozenset({"t", "time"})
+
+
+def expect_time_first(name: str, value: Callable[..., Any]) -> None:
+    """Refuse a function of a state and perhaps of parameters, and of the time behind them.
+
+    SciML calls `f(u, p, t)`, and SciPy's `odeint` `f(y, t)`. Where it is called as `f(t, u, p)`
+    such a function often computes something, which is wrong.
+
+    Args:
+        name: of the argument.
+        value: the function.
+
+    Raises:
+        TypeError: the names of its arguments say so.
+    """
+    first, *others = arguments(value).names
+    late = next((other for other in others if other in _TIMES), None)
+    if first in _STATES and late is not None:
+        order = ", ".join([late, first, *(other for other in others if other and other != late)])
+        raise TypeError(
+            f"{name} is called as {name}(t, u), the time first, but takes {parameters(value)}.\n"
+            f"  Swap its arguments: {name}({order})."
+        )
 
 
 class Arguments:
@@ -52,7 +83,7 @@ class Arguments:
 
     Attributes:
         shown: its signature; `None` where there is none to read, as for many built-ins.
-        first: names of the first two, empty where there are none.
+        names: of the first three, empty where there are none.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -61,8 +92,7 @@ class Arguments:
             signature = inspect.signature(forward)
             self.shown = signature.replace(return_annotation=inspect.Signature.empty)
         names = [] if self.shown is None else list(self.shown.parameters)
-        first, second = (*names, "", "")[:2]
-        self.first = first, second
+        self.names = (*names, "", "", "")[:3]
         self._taken: dict[int, bool] = {}
 
     def takes(self, count: int) -> bool:

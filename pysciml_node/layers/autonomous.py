@@ -37,7 +37,7 @@ def _without_time(inner: Callable[[Any], Any], t: Tensor, u: Any, p: Any = None)
     if p is not None:
         raise ValueError(
             "p was given, but the field takes one argument, the state.\n"
-            "  Write it as field(t, u, p), or leave p out."
+            "  Write it as field(t, u, p), or leave p out. Times are saveat=."
         )
     return inner(u)
 

@@ -14,16 +14,17 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import TypeVar
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint
-from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.checks import choice, function
 from pysciml_node.errors import PsnWarning
 from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.modes import solvable
-from pysciml_node.problems.ode import Problem, Time
+from pysciml_node.problems.ode import Problem, Time, check_span
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
+from pysciml_node.solving.checks import chosen
 from pysciml_node.solving.solve import solve
 
 Out = TypeVar("Out", default=Solution)
@@ -46,7 +47,8 @@ class NeuralDE(nn.Module, Generic[Out]):
         penalty: its penalty; reading it raises an `AttributeError` where the layer has none.
 
     Raises:
-        TypeError: an unknown option, a regularizer of another kind.
+        TypeError: an unknown option, an algorithm, an adjoint or a regularizer of another kind, an
+            interval that is no pair.
         ValueError: two regularizers of one name.
     """
 
@@ -67,7 +69,10 @@ class NeuralDE(nn.Module, Generic[Out]):
         self.last: Solution | EnsembleSolution | None = None
         self._functions: dict[str, tuple[Any, Callable[..., Any]]] = {}
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
+        if algorithm is not None:
+            chosen("algorithm", algorithm, Algorithm, Tsit5)
         self.algorithm = algorithm
+        check_span(tspan)
         self.tspan = tspan
         remaining: dict[str, Any] = dict(options)
         self.rtol = remaining.pop("rtol", self.usual_tolerance)

@@ -9,11 +9,12 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.algorithms.adjoints import Adjoint
-from pysciml_node.algorithms.controllers import Controller
+from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint
+from pysciml_node.algorithms.controllers import Controller, PIController
 from pysciml_node.checks import keywords
 from pysciml_node.problems.event import Event
 from pysciml_node.regularizers.base import Regularizer
+from pysciml_node.solving.checks import ELSEWHERE, chosen
 
 Tolerance = float | Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -69,12 +70,15 @@ def check_options(layer: type, options: Mapping[str, Any], without: Iterable[str
         without: options that this layer sets itself.
 
     Raises:
-        TypeError: an unknown option; the message says which was probably meant.
+        TypeError: an unknown option, or one of another kind; the message says what was probably
+            meant.
     """
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     own = {p.name for p in inspect.signature(layer).parameters.values() if p.kind in kinds}
     known = set(SolverOptions.__annotations__).difference(without)
-    keywords(layer.__name__, options, sorted(known | own))
+    keywords(layer.__name__, options, sorted(known | own), ELSEWHERE)
+    chosen("adjoint", options.get("adjoint"), Adjoint, DiscreteAdjoint)
+    chosen("controller", options.get("controller"), Controller, PIController)
     for name in ("rtol", "atol"):
         value = options.get(name, 1.0)
         if not isinstance(value, tuple | list | Mapping):

@@ -126,9 +126,12 @@ class EnsembleProblem(checks.Configured):
             checks.settle(self, tspan=_intervals(self.tspan, self.problem.spec))
             given.append(("tspan", self.tspan, torch.Size((2,))))
         if not given:
+            got, hint = "got none of them", "One solve: solve(problem)."
+            if self.p is not None:
+                got, hint = "p holds no tensor", "Convert it: p=torch.as_tensor(p)."
             raise TypeError(
-                "an EnsembleProblem needs u0, p or tspan with a leading size M, and got neither.\n"
-                "  One solve: solve(problem)."
+                f"an EnsembleProblem needs u0, p or tspan with a leading size M, and {got}.\n"
+                f"  {hint}"
             )
         checks.settle(self, size=_common_size(given))
 

@@ -84,10 +84,11 @@ class Event(checks.Configured):
         else:
             checks.function("condition", self.condition, "t", "u")
         given: Any = self.affect
-        if given is not None and not (callable(given) and checks.takes(given, 3)):
-            checks.function(
-                "affect", given, "t", "u", hint="Write affect(t, u) or affect(t, u, p)."
-            )
+        if callable(given) and checks.takes(given, 3):
+            checks.expect_time_first("affect", given)
+        elif given is not None:
+            hint = "Write affect(t, u) or affect(t, u, p)."
+            checks.function("affect", given, "t", "u", hint=hint)
         terminal = self.affect is None and self.at is None
         if self.terminal is not None:
             terminal = checks.flag("terminal", self.terminal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -42,11 +42,6 @@ def _check_time(name: str, value: Any) -> float:
     return checks.number(name, value)
 
 
-# Names of the state in functions for other packages, where it comes before the time.
-_STATES = frozenset({"u", "y", "x", "z", "h", "state"})
-_TIMES = frozenset({"t", "time"})
-
-
 def check_field(name: str, field: Any, hint: str) -> None:
     """Check a function of time and state, and perhaps of `p`, which an ensemble may bring.
 
@@ -63,13 +58,10 @@ def check_field(name: str, field: Any, hint: str) -> None:
     if not (whole and (taken.takes(2) or taken.takes(3))):
         if whole and taken.takes(1):
             hint = f"A function of the state alone is lambda t, u: {name}(u)."
+        elif whole and taken.names[:2] == ("du", "u"):
+            hint = f"It returns the derivative: {name}(t, u) or {name}(t, u, p)."
         checks.function(name, field, "t", "u", hint=hint)
-    first, second = taken.first
-    if first in _STATES and second in _TIMES:
-        raise TypeError(
-            f"{name} is called as {name}(t, u), the time first, but takes {taken.shown}.\n"
-            f"  Swap its arguments: {name}({second}, {first})."
-        )
+    checks.expect_time_first(name, field)
 
 
 def _check_called(name: str, field: Any, p: Any) -> None:
@@ -88,6 +80,23 @@ def time_number(time: Time) -> float:
 
 
 _ARRAYS, _ROWS = (Tensor, np.ndarray), (tuple, list)
+
+
+def check_span(tspan: Any) -> Sequence[Any]:
+    """The ends of an interval, which may be anything yet.
+
+    Raises:
+        TypeError: it is no pair.
+    """
+    span = tspan
+    if isinstance(span, _ARRAYS):
+        span = tuple(span) if span.ndim else (span,)
+    if not isinstance(span, _ROWS) or len(span) != 2:
+        listed = hasattr(span, "__len__")
+        hint = "Saved times are saveat= of solve." if listed else "Write (0.0, 1.0)."
+        checks.refuse("tspan", "a pair (t0, t1)", tspan, hint)
+    return span
+
 
 CONTAINS_ITSELF = "p must not contain itself.\n  Put a copy in, or leave the reference out."
 # An interval has at least so many times of the state's dtype.
@@ -142,13 +151,7 @@ class Problem(checks.Configured):
                 "u0 must have values, but is on the meta device.\n"
                 "  Make it on a device that computes, such as cpu."
             )
-        span: Any = self.tspan
-        if isinstance(span, _ARRAYS):
-            span = tuple(span) if span.ndim else (span,)
-        if not isinstance(span, _ROWS) or len(span) != 2:
-            listed = hasattr(span, "__len__")
-            hint = "Saved times are saveat= of solve." if listed else "Write (0.0, 1.0)."
-            checks.refuse("tspan", "a pair (t0, t1)", self.tspan, hint)
+        span = check_span(self.tspan)
         t0, t1 = _check_time("tspan[0]", span[0]), _check_time("tspan[1]", span[1])
         if t0 == t1:
             raise ValueError(
@@ -222,7 +225,8 @@ class ODEProblem(Problem):
             returns its derivative in the same structure, shapes and dtype. It is any callable. The
             parameters of an `nn.Module` receive gradients, and so does every tensor that `f` uses.
         u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
-            one dtype and device; float32, float64, complex64 or complex128.
+            one dtype and device; float32, float64, complex64 or complex128. NumPy's arrays, a
+            number and a list of numbers become a tensor, the latter two of torch's default dtype.
         tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
             `t1 < t0` integrates backward in time.
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
@@ -237,7 +241,8 @@ class ODEProblem(Problem):
             that share no entry are then taken together.
 
     Raises:
-        TypeError: `f` is not callable, `u0` is no tensor, or `tspan` is no pair.
+        TypeError: `f` is not callable or takes the time behind the state, `u0` cannot be a tensor,
+            or `tspan` is no pair.
         ValueError: `u0` is empty or mixed, the ends of `tspan` are equal or not finite, or the mass
             matrix or the sparsity has another shape.
 

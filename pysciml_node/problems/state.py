@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,11 @@ def map_tensors(fn: Any, tree: Any) -> Any:
 
 
 def as_state(u0: Any) -> Any:
-    """A state whose parts are tensors: those that speak DLPack are lent to torch, others stay."""
+    """A state whose parts are tensors, as far as they can be made some.
+
+    Arrays that speak DLPack are lent to torch. A number alone, or a list of numbers, has no dtype
+    of its own and gets torch's default one.
+    """
     if isinstance(u0, Tensor):
         return u0
     if isinstance(u0, tuple | Mapping):
@@ -56,12 +61,23 @@ def as_state(u0: Any) -> Any:
         return (
             dict(zip(u0, converted, strict=True)) if isinstance(u0, Mapping) else tuple(converted)
         )
+    if _of_numbers(u0):
+        with contextlib.suppress(ValueError):  # rows of different lengths
+            tensor = torch.tensor(u0)
+            return tensor if tensor.is_complex() else tensor.to(torch.get_default_dtype())
     return _as_part(u0)
 
 
 def _as_part(part: Any) -> Any:
     tensor = checks.as_tensor(part)
     return part if tensor is None else tensor
+
+
+def _of_numbers(x: Any) -> bool:
+    """Whether it is a number, or a list of numbers, which may be nested."""
+    if isinstance(x, list):
+        return all(map(_of_numbers, x))
+    return isinstance(x, int | float | complex) and not isinstance(x, bool)
 
 
 def recording() -> bool:
@@ -193,9 +209,10 @@ class StateSpec:
                     "  Use names, or a tuple of the parts."
                 )
         else:
+            stacked = isinstance(u0, list) and any(isinstance(x, Tensor) for x in u0)
             raise TypeError(
                 f"u0 must be a tensor, or a tuple or dict of tensors, but is {type(u0).__name__}.\n"
-                "  Convert it: torch.as_tensor(u0)."
+                f"  Convert it: torch.{'stack' if stacked else 'as_tensor'}(u0)."
             )
         for key, part in zip(keys, parts, strict=True):
             _check_part(f"u0[{key!r}]", part)

@@ -55,8 +55,8 @@ class _Usual:
 USUAL: Any = _Usual()
 
 
-# What other packages call the arguments of a solve.
-_ELSEWHERE = {
+# What other packages call the arguments of a solve, and of layers.
+ELSEWHERE = {
     "method": "algorithm=Tsit5()",
     "solver": "algorithm=Tsit5()",
     "reltol": "rtol",
@@ -65,11 +65,13 @@ _ELSEWHERE = {
     "t": "saveat",
     "ts": "saveat",
     "t_eval": "saveat",
+    "t_span": "saveat",
     "dt": "dt0, with controller=FixedStep() for steps of one size",
     "step_size": "dt0, with controller=FixedStep()",
     "maxiters": "max_steps",
     "max_num_steps": "max_steps",
     "sensealg": "adjoint",
+    "sensitivity": "adjoint=BacksolveAdjoint()",
     "callback": "events",
     "event_fn": "events=Event(condition)",
     "stepsize_controller": "controller",
@@ -93,7 +95,7 @@ def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
                 "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
             )
         if not options.keys() <= names:
-            checks.keywords("solve", options, known, _ELSEWHERE)
+            checks.keywords("solve", options, known, ELSEWHERE)
         if not arguments and "problem" not in options:
             raise TypeError(
                 "solve needs a problem, but got none.\n  Write solve(ODEProblem(f, u0, (t0, t1)))."
@@ -129,9 +131,9 @@ def check_algorithm(problem: Problem, algorithm: Algorithm | None) -> Algorithm:
         ValueError: it is for another kind of problem.
     """
     default = partial(default_algorithm, problem) if isinstance(problem, SDEProblem) else Tsit5
-    chosen: Algorithm = _instance("algorithm", algorithm, Algorithm, default)
-    _check_kind(problem, chosen)
-    return chosen
+    method: Algorithm = chosen("algorithm", algorithm, Algorithm, default)
+    _check_kind(problem, method)
+    return method
 
 
 _KNOWN: OrderedDict[Any, tuple[SolveOptions, StateSpec]] = OrderedDict()
@@ -214,8 +216,8 @@ def _options(
     generator: torch.Generator | None,
 ) -> SolveOptions:
     given = {"adjoint": adjoint, "controller": controller}
-    adjoint = _instance("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
-    controller = _instance("controller", controller, Controller, algorithm.default_controller)
+    adjoint = chosen("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
+    controller = chosen("controller", controller, Controller, algorithm.default_controller)
     events = _check_events(events)
     length = abs(problem.t1 - problem.t0)
     if isinstance(controller, FixedStep):
@@ -290,7 +292,18 @@ def _tell_that_steps_adapt(algorithm: Algorithm, dt0: float, *, unsaid: bool) ->
 _told: set[type[Algorithm]] = set()
 
 
-def _instance(name: str, value: Any, kind: type[Any], default: Any) -> Any:
+def chosen(name: str, value: Any, kind: type[Any], default: Any) -> Any:
+    """An object of one of this package's kinds, or the usual one.
+
+    Args:
+        name: of the argument.
+        value: what was given; `None` asks for the usual one.
+        kind: the base of what may be given.
+        default: makes the usual one.
+
+    Raises:
+        TypeError: a class in place of its instance, a name, or anything else.
+    """
     if value is None:
         return default()
     if isinstance(value, type) and issubclass(value, kind):

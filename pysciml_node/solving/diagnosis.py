@@ -33,7 +33,13 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
     else:
         explanation = solution.trajectory.explain(options)
         lines += explanation.lines
-        lines += _remedies(solution, options, explanation.stiff)
+        grown = solution.retcode is ReturnCode.DtLessThanMin and _growth(solution) > _BLOW_UP
+        if grown:
+            lines.append(
+                f"  The state has grown {_growth(solution):.1g}-fold: the solution of the equation "
+                "may become infinite there."
+            )
+        lines += _remedies(solution, options, explanation.stiff, grown)
     lines.append(f"  The solution up to t={t:.6g} is in .solution.")
     return "\n".join(lines)
 
@@ -48,8 +54,29 @@ def _piled_up(solution: Solution) -> bool:
     return before.event == last.event and apart <= 1000 * eps * abs(float(last.t.detach()))
 
 
-def _remedies(solution: Solution, options: SolveOptions, stiff: bool) -> list[str]:
+# Growth at which a vanishing step is taken for the pole of a solution.
+_BLOW_UP = 1e6
+
+
+def _growth(solution: Solution) -> float:
+    """The largest entry of the last state, in units of the largest of the first."""
+    states = solution.trajectory.flat_states
+    first, last = (float(u.detach().abs().max()) for u in (states[0], states[-1]))
+    return last / (first or 1.0)
+
+
+def _remedies(solution: Solution, options: SolveOptions, stiff: bool, grown: bool) -> list[str]:
+    """What to try.
+
+    Args:
+        solution: the failed one.
+        options: of the solve.
+        stiff: whether its steps were bound by stability.
+        grown: whether the state goes to infinity.
+    """
     tries: list[str] = []
+    if grown:
+        tries.append("a tspan that ends before, or a look at the signs of f")
     if solution.retcode is ReturnCode.Unstable:
         tries += [
             "check f for divisions by zero, logarithms and roots at the state named above",

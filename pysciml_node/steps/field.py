@@ -135,10 +135,13 @@ class FlatField:
             else isinstance(out, dict) and set(out) == set(spec.keys)
         )
         if not same_kind:
+            hint = "Return the derivative of each part of the state, in the same structure."
+            if spec.keys is None and isinstance(out, tuple | list):
+                hint = "Return its entries as one tensor: torch.stack([...])."
             raise TypeError(
                 f"the field must return {expected} like u0, but returned {type(out).__name__}"
                 + (f" of {len(out)}" if isinstance(out, tuple | list | dict) else "")
-                + ".\n  Return the derivative of each part of the state, in the same structure."
+                + f".\n  {hint}"
             )
         parts = list(spec.parts(out))
         for key, part, shape in zip(spec.keys or ("",), parts, spec.shapes, strict=True):

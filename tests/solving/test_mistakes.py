@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,29 @@ def solve(*arguments: Any, **options: Any) -> psn.Solution:
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "f(u, t)": (lambda: make(lambda u, t: -u), r"time first, but takes \(u, t\)(.*\n)+.*f\(t, u\)"),
     "f(y, t)": (lambda: make(lambda y, t: -y), r"Swap its arguments: f\(t, y\)"),
+    "f(u, p, t)": (lambda: make(lambda u, p, t: -p * u, p=one), r"Swap its arg.*f\(t, u, p\)"),
+    "f(du, u, p, t)": (lambda: make(lambda du, u, p, t: None), "It returns the derivative"),
+    "drift(u, p, t)": (
+        lambda: psn.SDEProblem(lambda u, p, t: -p * u, scaled, one, (0.0, 1.0), p=one),
+        r"drift is called as drift\(t, u\).*Swap its arguments: drift\(t, u, p\)",
+    ),
+    "condition(u, t)": (lambda: psn.Event(lambda u, t: u[0]), r"condition\(t, u\), the time first"),
+    "affect(u, p, t)": (
+        lambda: psn.Event(decay, affect=lambda u, p, t: u),
+        r"Swap its arguments: affect\(t, u, p\)",
+    ),
+    "a list from f": (
+        lambda: psn.solve(make(lambda t, u: [-u[0], -u[1]])),
+        r"returned list of 2\.\n  .*torch\.stack",
+    ),
+    "a list of tensors for u0": (
+        lambda: psn.ODEProblem(decay, [one, one], (0.0, 1.0)),  # type: ignore[arg-type]
+        r"but is list\.\n  Convert it: torch\.stack",
+    ),
+    "numbers for many p": (
+        lambda: psn.EnsembleProblem(make(scaled), p=[1.0, 2.0]),
+        r"p holds no tensor\.\n  Convert it: p=torch\.as_tensor",
+    ),
     "f(u)": (lambda: make(lambda u: -u), r"takes \(u\)\.\n  .*lambda t, u: f\(u\)"),
     "f()": (lambda: make(lambda: one), r"f must be callable as f\(t, u\), but takes \(\)"),
     "a class for f": (lambda: make(nn.Linear), "f must be callable.*the class Linear"),
@@ -84,6 +108,26 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "noize of a layer": (
         lambda: psn.NeuralSDE(nn.Linear(2, 2), nn.Linear(2, 2), noize="diagonal"),  # type: ignore[call-overload]
         "NeuralSDE takes no argument 'noize'.\n  Did you mean 'noise'",
+    ),
+    "solver of a layer": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2), solver="dopri5"),  # type: ignore[call-overload]
+        r"NeuralODE takes no argument 'solver'.\n  Did you mean algorithm=Tsit5\(\)",
+    ),
+    "a layer's algorithm by its name": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2), "dopri5"),  # type: ignore[call-overload]
+        r"Did you mean DP5\(\)",
+    ),
+    "a layer's adjoint by its name": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2), adjoint="backsolve"),  # type: ignore[call-overload]
+        r"Did you mean BacksolveAdjoint\(\)",
+    ),
+    "a layer's end alone": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2), tspan=1.0),  # type: ignore[call-overload]
+        r"tspan must be a pair \(t0, t1\)",
+    ),
+    "times behind the input of a layer": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2))(one, torch.linspace(0, 1, 5)),
+        "Times are saveat=",
     ),
     "event_shap of a flow": (
         lambda: psn.CNF(nn.Linear(2, 2), event_shap=2),  # type: ignore[call-arg]
@@ -192,3 +236,13 @@ def test_a_first_size_that_may_have_been_meant_for_all_steps_is_told_once(monkey
     psn.solve(problem, psn.Heun(), dt0=0.125, rtol=1e-3)
     psn.solve(problem, psn.Heun(), dt0=0.125, controller=psn.PIController())
     psn.solve(problem, psn.Tsit5(), dt0=0.125)
+
+
+@pytest.mark.parametrize("u0", [1.0, 2, [1.0, 2.0], [[1, 2], [3, 4]], 1j, [1.0, 2j]])
+def test_numbers_and_lists_of_them_are_states_of_the_default_dtype(u0: Any) -> None:
+    solution = psn.solve(psn.ODEProblem(decay, u0, (0.0, 1.0)), rtol=1e-5)
+    start = torch.as_tensor(u0, dtype=torch.complex64 if "j" in str(u0) else torch.float32)
+    assert solution.u1.dtype == start.dtype
+    torch.testing.assert_close(solution.u1, start * math.exp(-1), rtol=1e-4, atol=0)
+    many = psn.EnsembleProblem(psn.ODEProblem(decay, u0, (0.0, 1.0)), u0=[u0, u0])
+    torch.testing.assert_close(psn.solve(many, rtol=1e-5).u1[0], solution.u1)
