@@ -29,7 +29,7 @@ FIXED: dict[str, Any] = {"dt0": 0.25, "controller": psn.FixedStep()}
 PROBLEMS = [
     (TypeError, ("drift", "callable"), {"drift": ones()}),
     (TypeError, ("diffusion", "callable"), {"diffusion": 0.1}),
-    (TypeError, ("u0", "list"), {"u0": [1.0]}),
+    (TypeError, ("u0", "list"), {"u0": [ones()]}),
     (TypeError, ("real", "complex128", "two entries"), {"u0": ones().to(torch.complex128)}),
     (ValueError, ("noise", "diagonal", "'white'"), {"noise": "white"}),
     (ValueError, ("interpretation", "stratonovich", "'Ito'"), {"interpretation": "Ito"}),
