@@ -228,7 +228,8 @@ class Surroundings:
                     back()
                 with torch.no_grad():
                     for x, value in written:
-                        x.copy_(value)
+                        # Not counted as a change: it is what it was.
+                        x.data.copy_(value)
 
     def put_back(self) -> None:
         """Put back what has changed since, for good."""

@@ -174,6 +174,22 @@ def test_constants_that_the_field_does_not_use_may_change() -> None:
 
 
 @any_adjoint
+def test_statistics_that_the_field_does_not_use_are_left_by_dense_output(
+    adjoint: psn.DiscreteAdjoint,
+) -> None:
+    """Putting them back behind a replay is no change, which a later sweep would refuse."""
+    model = nn.ModuleDict({"field": nn.Linear(1, 1, bias=False), "norm": nn.BatchNorm1d(2)}).to(D)
+    weight = model["field"].weight
+    problem = psn.ODEProblem(lambda t, u: model["field"](u), torch.ones(1, dtype=D), (0.0, 1.0))
+    solution = psn.solve(problem, adjoint=adjoint, **TIGHT)
+    half = solution(0.5)
+    (found,) = torch.autograd.grad(solution.u1.sum(), weight)
+    w = weight.item()
+    assert half.item() == pytest.approx(math.exp(w / 2), rel=1e-6)
+    assert found.item() == pytest.approx(math.exp(w), rel=1e-6)
+
+
+@any_adjoint
 def test_training_and_evaluation_mode(adjoint: psn.DiscreteAdjoint) -> None:
     """The mode of the solve is that of its replay; running statistics are updated once."""
     torch.manual_seed(0)
