@@ -88,14 +88,26 @@ def choose(
         MethodUnavailable: the engine has no such method.
     """
     wanted = get_engine() if name is None else _check(name, "engine")
+    against_torch = None
     if wanted != "julia":
-        reason = torch_engine.refusal(problem, algorithm, options)
-        if wanted == "torch" or reason is None:
-            return _expect(torch_engine, reason, algorithm, options), options
+        against_torch = torch_engine.refusal(problem, algorithm, options)
+        if wanted == "torch" or against_torch is None:
+            return _expect(torch_engine, against_torch, algorithm, options), options
     julia = named("julia")
     options = algorithm.options_on(julia.NAME, options)
-    reason = julia.refusal(problem, algorithm, options)
-    return _expect(julia, reason, algorithm, options), options
+    chosen = _expect(julia, julia.refusal(problem, algorithm, options), algorithm, options)
+    if against_torch is not None:
+        _expect_julia(against_torch)
+    return chosen, options
+
+
+def _expect_julia(against_torch: str) -> None:
+    """Say why Julia is needed where nobody has asked for it, and it cannot start."""
+    from pysciml_node.julia_engine.process import runtime
+
+    missing = runtime.unavailable_reason()
+    if missing is not None:
+        raise EngineUnavailable(f"{against_torch}\n  Julia cannot run here: {missing}")
 
 
 def _expect(

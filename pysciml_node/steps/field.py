@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,6 +139,10 @@ class FlatField:
             hint = "Return the derivative of each part of the state, in the same structure."
             if spec.keys is None and isinstance(out, tuple | list):
                 hint = "Return its entries as one tensor: torch.stack([...])."
+            elif spec.keys is None and isinstance(out, int | float):
+                hint = "Return one entry for each of u: torch.full_like(u, 1.0)."
+            elif isinstance(out, np.ndarray):
+                hint = "Compute with torch: gradients do not go through NumPy."
             raise TypeError(
                 f"the field must return {expected} like u0, but returned {type(out).__name__}"
                 + (f" of {len(out)}" if isinstance(out, tuple | list | dict) else "")

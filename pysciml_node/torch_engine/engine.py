@@ -47,7 +47,7 @@ def refusal(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> st
     if not supports(algorithm, options):
         return (
             f"{algorithm!r} is not an algorithm of the torch engine.\n"
-            '  Use engine="julia", or an explicit Runge-Kutta method such as Tsit5().'
+            '  Use engine="julia", or Tsit5(), and Rodas5P() for stiff problems.'
         )
     if isinstance(algorithm, _IMPLICIT):
         return _refusal_implicit(problem, algorithm, options)

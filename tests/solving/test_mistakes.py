@@ -54,6 +54,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: psn.solve(make(lambda t, u: [-u[0], -u[1]])),
         r"returned list of 2\.\n  .*torch\.stack",
     ),
+    "a number from f": (lambda: psn.solve(make(lambda t, u: 1.0)), "returned float.*full_like"),
+    "an array from f": (
+        lambda: psn.solve(make(lambda t, u: -u.detach().numpy())),
+        "returned ndarray.*Compute with torch",
+    ),
     "a list of tensors for u0": (
         lambda: psn.ODEProblem(decay, [one, one], (0.0, 1.0)),  # type: ignore[arg-type]
         r"but is list\.\n  Convert it: torch\.stack",

@@ -105,6 +105,25 @@ def test_a_solve_installs_nothing(monkeypatch):
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        (
+            {"algorithm": psn.FBDF()},
+            r"^FBDF\(\) is not an algorithm of the torch(.|\n)*Rodas5P",
+        ),
+        ({"adjoint": psn.QuadratureAdjoint()}, "^QuadratureAdjoint is an adjoint of the Julia"),
+    ],
+    ids=["algorithm", "adjoint"],
+)
+def test_what_only_julia_has_is_named_where_nobody_asked_for_julia(chosen, why):
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1), (0.0, 1.0))
+    many = psn.EnsembleProblem(problem, torch.ones(2, 1))
+    for asked in (problem, many):
+        with pytest.raises(EngineUnavailable, match=rf"{why}(.|\n)*pysciml_node install"):
+            psn.solve(asked, **chosen)
+
+
 def test_an_existing_julia_is_remembered_with_its_own_project(julia, capsys):
     assert install.run(options(julia=julia)) == 0
     record = env.read_record()
