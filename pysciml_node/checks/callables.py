@@ -116,6 +116,10 @@ _SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, Arguments]
 def arguments(value: Callable[..., Any]) -> Arguments:
     """The arguments that a callable takes; those of `forward` for a module."""
     forward = value.forward if isinstance(value, nn.Module) else value
+    call = type(forward).__dict__.get("__call__")
+    says = hasattr(forward, "__signature__") or hasattr(forward, "__wrapped__")
+    if type(call) is types.FunctionType and not says:
+        forward = call.__get__(forward)  # an object whose class says how it is called
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):
         return Arguments(forward)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, without_graph
 from pysciml_node.regularizers.probes import batch_of
 from pysciml_node.regularizers.rates import FieldPoint, Rate
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import (
     Explanation,
     Solution,
@@ -28,6 +31,8 @@ from pysciml_node.solutions.solution import (
 )
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.inputs import pull_back
+from pysciml_node.translation.snapshot import Snapshot
+from pysciml_node.translation.surrounded import surroundings_of
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
@@ -49,6 +54,17 @@ class AugmentedField(DerivedField):
     spec: StateSpec
     with_p: bool
     rates: dict[str, Rate]
+
+    def is_same(self, other: AugmentedField) -> bool:
+        """Whether another one has the same field and the same rates."""
+        mine, theirs = self.rates, other.rates
+        return (
+            self.inner is other.inner
+            and self.spec == other.spec
+            and self.with_p == other.with_p
+            and list(mine) == list(theirs)
+            and all(map(is_, mine.values(), theirs.values()))
+        )
 
     def __call__(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
         """Derivative of the augmented state."""
@@ -144,6 +160,7 @@ def augment(
     atol: Any,
     driven: dict[str, Rate] | None = None,
     batch: int | None = None,
+    known: AugmentedField | None = None,
 ) -> tuple[ODEProblem, Any, Any]:
     """A problem that integrates rates too, each one number a sample, shape `(B,)`.
 
@@ -154,6 +171,7 @@ def augment(
         atol: the state's absolute tolerance.
         driven: rates that have the state's tolerances (the tightest of them).
         batch: how many samples the state holds; default what its shape says.
+        known: the field of an earlier solve, which serves again where it is the same.
 
     Returns:
         The bigger problem and its tolerances.
@@ -180,11 +198,15 @@ def augment(
         }
 
     field = AugmentedField(problem.f, spec, problem.p is not None, {**beside, **extra})
+    if known is not None and known.is_same(field):
+        field = known
     bigger = dataclasses.replace(problem, f=field, u0=u0)
+    if not extra and type(rtol) is type(atol) is float:
+        return bigger, rtol, atol
     return bigger, spread(rtol), spread(atol, math.inf)
 
 
-def augmented_events(events: Sequence[Event], spec: StateSpec) -> list[Event]:
+def augmented_events(events: Sequence[Event], spec: StateSpec) -> tuple[Event, ...]:
     """Events that see the problem's own state, for an augmented problem; integrals do not jump."""
 
     def own(state: dict[str, Tensor]) -> Any:
@@ -205,7 +227,7 @@ def augmented_events(events: Sequence[Event], spec: StateSpec) -> list[Event]:
             changes["affect"] = jump
         return dataclasses.replace(event, **changes)
 
-    return [seen(event) for event in events]
+    return tuple(seen(event) for event in events)
 
 
 def integrals(solution: Solution) -> dict[str, Tensor]:
@@ -282,7 +304,9 @@ class DrivenTrajectory:
 
 
 def _driving(augmented: ODEProblem) -> ODEProblem | None:
-    """An augmented problem with the driven rates alone; `None` where it has none."""
+    """An augmented problem with the driven rates alone; `None` where it has none.
+
+    It is the problem itself where these are all."""
     field, u0 = augmented.f, augmented.u0
     if isinstance(field, InModes):
         field = field.function
@@ -291,6 +315,8 @@ def _driving(augmented: ODEProblem) -> ODEProblem | None:
     rates = {key: rate for key, rate in field.rates.items() if key.startswith(f"{_DRIVEN} ")}
     if not rates:
         return None
+    if len(rates) == len(field.rates):
+        return augmented
     parts = {key: part for key, part in u0.items() if key.startswith(_OWN) or key in rates}
     return dataclasses.replace(augmented, f=dataclasses.replace(field, rates=rates), u0=parts)
 
@@ -305,19 +331,41 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
     def state_of(state: dict[str, Tensor]) -> Any:
         return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
 
-    trajectory = solution.trajectory.restrict(problem)
     assert isinstance(solution.problem, ODEProblem)
     driving = _driving(solution.problem)
-    if driving is not None:
-        trajectory = DrivenTrajectory(trajectory, solution.trajectory.restrict(driving))
-    return dataclasses.replace(
-        solution,
-        problem=problem,
-        u1=state_of(solution.u1),
-        trajectory=trajectory,
-        saved=None if solution.saved is None else state_of(solution.saved),
-        jumps=tuple(
+    changed = {
+        "problem": problem,
+        "u1": state_of(solution.u1),
+        "saved": None if solution.saved is None else state_of(solution.saved),
+        "jumps": tuple(
             jump._replace(before=state_of(jump.before), after=state_of(jump.after))
             for jump in solution.jumps
         ),
-    )
+    }
+
+    apart = driving is not None and driving is not solution.problem
+
+    def trajectory() -> Trajectory:
+        whole = solution.trajectory
+        alone = whole.restrict(problem)
+        if driving is None:
+            return alone
+        return DrivenTrajectory(alone, whole.restrict(driving) if apart else whole)
+
+    if apart or not solution._is_later("trajectory"):
+        return dataclasses.replace(solution, trajectory=trajectory(), **changed)
+    # Later, as if now: the field may have changed by then.
+    see = surroundings_of(problem.f, problem.p, Snapshot.of(problem.f))
+
+    def part(name: str) -> Any:
+        if name != "trajectory":
+            return getattr(solution, name)
+        made = trajectory()
+        alone = made.alone if isinstance(made, DrivenTrajectory) else made
+        if isinstance(alone, TorchTrajectory):
+            alone.surroundings = see()
+        return made
+
+    fields = {field.name for field in dataclasses.fields(solution) if field.init}
+    held = {name: x for name, x in vars(solution).items() if name in fields}
+    return in_parts(Solution, part, **{**held, **changed})

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, Unpack, overload
+from typing import Any, Generic, Literal, Unpack, cast, overload
 
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
-from pysciml_node.layers.augmented import augment, augmented_events, integrals, without_extra
+from pysciml_node.layers.augmented import (
+    AugmentedField,
+    augment,
+    augmented_events,
+    integrals,
+    without_extra,
+)
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
 from pysciml_node.layers.rows import OfRow, attach_row_penalties, refuse_rates, rows_of
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Time
-from pysciml_node.problems.state import State
+from pysciml_node.problems.state import State, StateSpec
 from pysciml_node.regularizers.base import Regularizer, Times
 from pysciml_node.regularizers.probes import Probes, batch_of
 from pysciml_node.regularizers.rates import Rate
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.solve import solve
+from pysciml_node.translation.recent import Recent
 
 MakeRate = Callable[[ODEProblem, Probes | None], Rate]
+
+KINDS = 8
+"""Kinds of states of which a layer knows what it has made for an earlier solve."""
 
 
 class NeuralODE(NeuralDE[Out], Generic[Out]):
@@ -118,6 +129,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         if not callable(field):
             checks.refuse("field", "callable as field(t, u)", field, hint)
         self.field = field
+        self._augmented: Recent[StateSpec, AugmentedField] = Recent(KINDS)
         self.independent = checks.flag("independent", independent)
         if self.independent:
             refuse_rates(list(self.regularizers))  # type: ignore[arg-type]
@@ -143,6 +155,10 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         run = self._by_rows if self.independent else self.integrate
         returned: Out = self.give(run(u0, p, tspan, saveat))
         return returned
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_augmented": Recent(KINDS)}
 
     @uncompiled
     def _by_rows(
@@ -235,7 +251,12 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             )
         if not (rates or beside):
             return self.solve(problem, saveat=saveat)
-        bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch)
+        # One field for one kind of state: native code knows it again.
+        known = self._augmented.get(problem.spec)
+        bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch, known)
+        lasting = not rates and all(getattr(rate, "lasting", False) for rate in beside.values())
+        if lasting and bigger.f is not known:
+            self._augmented[problem.spec] = cast(AugmentedField, bigger.f)
         given = checks.sequence("events", self.options.get("events", ()), Event, example="Event(f)")
         events = augmented_events(given, problem.spec)
         solution = self.solve(bigger, rtol=rtol, atol=atol, saveat=saveat, events=events)

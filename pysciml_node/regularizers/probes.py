@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ Distribution = Literal["rademacher", "gaussian"]
 
 # Up to this many dimensions the exact Jacobian costs little more than a probe.
 _SMALL = 4
+# Entries of unit vectors that are kept for later solves.
+_MOST_ENTRIES = 1 << 16
 
 
 def batch_of(state: State) -> int:
@@ -93,7 +96,8 @@ class Probes:
         small = self.dimensions <= _SMALL
         if small if exact is None else exact:
             if self._basis is None:
-                self._basis = basis_probes(self.like, self.batch)
+                kept = kept_basis(self.like, self.batch)
+                self._basis = basis_probes(self.like, self.batch) if kept is None else kept
             return self._basis
         drawn = [probe for key, probe in self._random.items() if key[0] == distribution]
         if generator is None and drawn:
@@ -116,6 +120,26 @@ def draw_probe(
         return torch.view_as_complex(signs.to(like.dtype.to_real()) / math.sqrt(2))
     signs = torch.randint(0, 2, like.shape, **options)
     return (2 * signs - 1).to(like.dtype)
+
+
+def kept_basis(like: Tensor, batch: int) -> list[Tensor] | None:
+    """`basis_probes`, the same tensors for all states of a kind; `None` where they are large."""
+    ordinary = not (
+        like.is_inference()
+        or torch.is_inference_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+    if not ordinary or like.numel() ** 2 // batch > _MOST_ENTRIES:
+        return None
+    return [*_known_basis(like.shape, like.dtype, like.device, batch)]
+
+
+@functools.lru_cache(maxsize=16)
+def _known_basis(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, batch: int
+) -> tuple[Tensor, ...]:
+    return tuple(basis_probes(torch.empty(shape, dtype=dtype, device=device), batch))
 
 
 def basis_probes(like: Tensor, batch: int) -> list[Tensor]:

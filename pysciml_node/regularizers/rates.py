@@ -37,8 +37,14 @@ class FieldPoint:
         self._pull = pull
         self._pulled: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def pullback(self, vector: Tensor) -> Tensor:
-        """`vector^T df/du` for a single-tensor state, in the state's shape; computed once."""
+    def pullback(self, vector: Tensor, alike: bool = False) -> Tensor:
+        """`vector^T df/du` for a single-tensor state, in the state's shape; computed once.
+
+        Args:
+            vector: in the state's shape.
+            alike: whether it is the same for all samples, so that products with it alone need be
+                formed for one of them.
+        """
         pulled = self._pulled.get(id(vector))
         if pulled is None:
             if not isinstance(self.f, Tensor):
@@ -47,7 +53,8 @@ class FieldPoint:
                     "  Stack them into one tensor."
                 )
             # The vector is kept, so that its id stays its own.
-            pulled = self._pulled[id(vector)] = (vector, self._pull(vector))
+            given = vector[:1].expand_as(vector) if alike else vector
+            pulled = self._pulled[id(vector)] = (vector, self._pull(given))
         return pulled[1]
 
 

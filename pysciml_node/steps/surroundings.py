@@ -54,28 +54,30 @@ class Surroundings:
         self._lent = False
 
     def lasting(self) -> Surroundings:
-        """What a later solve can begin `again` with; it does not hold the module `f`."""
+        """What a later solve can begin `again` with; it does not hold the field `f`."""
         kept, self._lent = copy.copy(self), True
-        # The walk has begun with the roots, and the modules with `f`.
-        kept.roots, kept._places, kept._modules = {}, self._places[1:], self._modules[1:]
+        # The walk has begun with the roots, and the modules with `f`, where it is one.
+        modules = self._modules[isinstance(self.roots["f"], nn.Module) :]
+        kept.roots, kept._places, kept._modules = {}, self._places[1:], modules
         return kept
 
     def versions(self) -> list[int | None]:
         """How often each tensor has been changed in place up to now."""
         return _versions(self.tensors)
 
-    def again(self, f: nn.Module, versions: list[int | None]) -> Surroundings:
-        """The surroundings of a later solve with a module, in which nothing else had changed.
+    def again(self, f: Any, versions: list[int | None]) -> Surroundings:
+        """The surroundings of a later solve with a field, in which nothing else had changed.
 
         Args:
-            f: the module.
+            f: the field: a module, or what is derived from one.
             versions: as they were when that solve began.
         """
         later = Surroundings.__new__(Surroundings)
         later.__dict__.update(self.__dict__)
         later.roots = {"f": f, "p": None}
         later._places = [Names(later.roots, later.roots.copy(), ""), *self._places]
-        later._modules = [("f", f), *self._modules]
+        first = [("f", f)] if isinstance(f, nn.Module) else []
+        later._modules = [*first, *self._modules]
         later._written = self._written.copy()
         later._versions = versions
         later._lent = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pysciml_node.translation.builder import Builder, Joined, Shape, Traced, View
@@ -40,10 +41,19 @@ def _pieces(
     return views, columns, singles, places
 
 
+def _rows(x: View) -> list[tuple[int, int]]:
+    """Strides and lengths of the dimensions before the last one."""
+    return list(zip(x.stride[:-1], x.shape[:-1], strict=True))
+
+
 @handles("linear")
 def linear(g: Builder, input: Traced, weight: Traced, bias: Traced | None) -> View:
-    """`input @ weight.mT + bias`."""
+    """`input @ weight.mT + bias`; of rows that are one and the same, once."""
     *lead, inputs = input.shape
+    if isinstance(input, View) and any(s == 0 and n > 1 for s, n in _rows(input)):
+        once = tuple(1 if s == 0 else n for s, n in _rows(input))
+        product = linear(g, replace(input, shape=(*once, inputs)), weight, bias)
+        return product.expand((*lead, weight.shape[0]))
     stored, by_input = _stored(g, weight if isinstance(weight, View) else g.whole(weight))
     outputs = weight.shape[0]
     views, columns, singles, places = _pieces(g, input, math.prod(lead))

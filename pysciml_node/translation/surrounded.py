@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot, reference
@@ -22,13 +23,13 @@ _SMALL = 1024
 
 @dataclass(frozen=True)
 class Walked:
-    """The surroundings of a module as a snapshot has seen them.
+    """The surroundings of a module, or of what is derived from it, as a snapshot has seen them.
 
     Attributes:
-        owner: gives the module.
+        owner: gives the field.
         watch: of the snapshot; a second look that finds nothing new has the same.
         tensors: of the snapshot.
-        surroundings: without the module itself.
+        surroundings: without the field itself.
     """
 
     owner: Callable[[], Any]
@@ -103,4 +104,5 @@ def _lasts(x: Tensor) -> bool:
 
 def _is_whole(f: Any, p: Any, now: Snapshot) -> bool:
     """Whether all that a field depends on is in a module, and can be looked at."""
-    return isinstance(f, nn.Module) and p is None and not now.sealed
+    module = f.inner if isinstance(f, DerivedField) else f
+    return isinstance(module, nn.Module) and p is None and not now.sealed

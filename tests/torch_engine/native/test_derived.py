@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native import prepared
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.translation import export
 
@@ -124,6 +125,63 @@ def test_each_solve_has_a_probe_of_its_own_and_the_program_of_the_first() -> Non
         second = outcome(field, True, points(), rates(), seed=1, **flow_options)
     assert (first[1] - second[1]).abs().max() > 1e-3
     expect_equal(second, outcome(field, False, points(), rates(), seed=1, **flow_options))
+
+
+def test_exact_traces_are_prepared_once_for_a_kind_of_state() -> None:
+    """A second solve looks at what the field can reach, and at nothing else."""
+    field = tanh()
+    flow, eager = (
+        psn.CNF(field, event_shape=4, compile=compile, exact=True, **STEPS)
+        for compile in (True, False)
+    )
+    for batch in (3, 5):
+        flow.log_prob(points(batch))
+    with mock.patch.object(prepared, "translate", side_effect=AssertionError("looked again")):
+        again = [flow.log_prob(points(batch, seed=2)) for batch in (3, 5)]
+    expect_equal(again, [eager.log_prob(points(batch, seed=2)) for batch in (3, 5)])
+
+
+def test_a_flow_that_has_changed_is_prepared_again() -> None:
+    field, x = tanh(), points()
+    flow, eager = (
+        psn.CNF(field, event_shape=4, compile=compile, exact=True, **STEPS)
+        for compile in (True, False)
+    )
+    flow.log_prob(x)
+    found, expected = [], []
+
+    def compare() -> None:
+        found.append(flow.log_prob(x))
+        expected.append(eager.log_prob(x))
+
+    field.between = lambda t, h: torch.sin(h) * t
+    compare()
+    field.inner = nn.Parameter(field.inner.detach() * 2)
+    compare()
+    with torch.no_grad():
+        field.outer.mul_(0.5)
+    compare()
+    for layer in (flow.node, eager.node):
+        layer.tspan = (0.25, 1.25)
+    compare()
+    for layer in (flow.node, eager.node):
+        layer.rtol = layer.atol = 1e-3
+        layer.options["controller"] = psn.PIController()
+    compare()
+    assert len({round(float(y.detach().sum()), 6) for y in expected}) == len(expected)
+    expect_equal(found, expected)
+
+
+def test_dense_output_of_a_flow_is_that_of_the_field_as_it_was() -> None:
+    """It is made when it is asked for, and then as if at the end of the solve."""
+    field, x, seen = tanh(), points(), []
+    for compile in (True, False):
+        flow = psn.CNF(field, event_shape=4, compile=compile, exact=True, **STEPS)
+        flow.node.register_solve_hook(lambda layer, solution: seen.append(solution))
+        flow.log_prob(x)
+    expected = seen[1](0.3).detach(), seen[1].step_estimates()[0].error.detach()
+    field.between = lambda t, h: torch.sin(h) * t
+    expect_equal([seen[0](0.3), seen[0].step_estimates()[0].error], list(expected))
 
 
 def test_the_density_of_a_linear_flow_is_exact() -> None:
