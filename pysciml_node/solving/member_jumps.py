@@ -24,14 +24,17 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves
 from pysciml_node.replay.members.events import affected, condition_of
 from pysciml_node.replay.members.field import GraphWatch, MembersField
-from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
+from pysciml_node.replay.members.stacked import MemberEvents, MembersUpToEvents
 from pysciml_node.solutions.joined_members import JoinedMembers, JumpsOfMembers, Round
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.event_gradient import root_shift
 from pysciml_node.steps.surroundings import Surroundings
 
-Batch = Callable[[EnsembleProblem, Algorithm, MemberOptions], StackedMembers | None]
+# Of all members at once, which a property of each is slow for.
+_SUCCESSFUL = frozenset(id(code) for code in ReturnCode if code.successful)
+
+Batch = Callable[[EnsembleProblem, Algorithm, MemberOptions], MembersUpToEvents | None]
 
 
 class OneByOne(Exception):
@@ -49,9 +52,8 @@ def run_with_events(
         algorithm: how.
         options: of all, and of each.
     """
-    common = options.common
     directions = np.sign(options.spans[1] - options.spans[0])
-    if len(ensemble) == 1 or common.compile or not isinstance(ensemble.problem, ODEProblem):
+    if len(ensemble) == 1 or not isinstance(ensemble.problem, ODEProblem):
         return None
     if (directions != directions[0]).any() or options.saveat_tensor is not None:
         return None
@@ -230,7 +232,7 @@ class _Rounds:
         last = np.append(steps.ends, np.nan)[steps.offsets[1:] - 1]
         reached = np.where(steps.counts > 0, last, start)
         first = events.first
-        good = np.array([code.successful for code in stacked.codes])
+        good = np.array([id(code) in _SUCCESSFUL for code in stacked.codes])
         self.now[rows] = np.where(good & (first < 0), end, reached)
         self.u = self.u.index_copy(0, self._index(rows), stacked.final())
         begin = self.shift[torch.from_numpy(rows)]
@@ -246,7 +248,7 @@ class _Rounds:
         if self.only_stops:
             self.stopped[rows], self.over[rows] = first, True
             self.stop_times = self._time(rows)
-        self._fail(rows, start, stacked.codes, fired, happening)
+        self._fail(rows, start, stacked.codes, good, fired, happening)
         going = np.flatnonzero(~self.over[rows])
         self._happen(rows[going], fired[going])
 
@@ -292,7 +294,7 @@ class _Rounds:
         return wanted
 
     def _meet(
-        self, rows: Array, hit: Array, begin: Tensor, stacked: StackedMembers, first: Array
+        self, rows: Array, hit: Array, begin: Tensor, stacked: MembersUpToEvents, first: Array
     ) -> None:
         """Let the times of events move, and the states there with them.
 
@@ -339,6 +341,7 @@ class _Rounds:
         rows: Array,
         start: Array,
         codes: Sequence[ReturnCode],
+        good: Array,
         fired: Array,
         happening: Array,
     ) -> None:
@@ -348,14 +351,11 @@ class _Rounds:
         again = (self.fired[rows] & fired).any(1) & ~_distinct(start, now)
         tried = happening & (now != self.t1[rows])
         tried &= self.spent[rows] >= self.options.common.max_steps
-        for i, m in enumerate(rows.tolist()):
-            code = codes[i]
-            if code.successful and again[i]:
-                code = ReturnCode.DtLessThanMin
-            elif code.successful and tried[i]:
-                code = ReturnCode.MaxIters
-            if not code.successful:
-                self.codes[m], self.over[m], self.changed[m] = code, True, False
+        for i in np.flatnonzero(~good | again | tried).tolist():
+            code, m = codes[i], rows[i]
+            if good[i]:
+                code = ReturnCode.DtLessThanMin if again[i] else ReturnCode.MaxIters
+            self.codes[m], self.over[m], self.changed[m] = code, True, False
 
     def _due(self, rows: Array) -> Array:
         """Which members are where the next event of the schedule happens, `(L,)`."""
@@ -418,7 +418,7 @@ class _Rounds:
         self.reach.put_back()
         raise OneByOne from error
 
-    def _save(self, rows: Array, stacked: StackedMembers, happening: Array) -> None:
+    def _save(self, rows: Array, stacked: MembersUpToEvents, happening: Array) -> None:
         """Take what the pieces have saved; at a jump the state after it counts."""
         states, wanted, end = stacked.saved(), self._wanted(rows), self.now[rows][:, None]
         assert states is not None

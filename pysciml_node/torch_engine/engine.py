@@ -15,10 +15,11 @@ from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod, linsolve_of
+from pysciml_node.errors import CompileError
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.replay.members.stacked import StackedMembers
+from pysciml_node.replay.members.stacked import MembersUpToEvents, StackedMembers
 from pysciml_node.solutions.members import ListedMembers, Members
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.stochastic.solve import SDESolve
@@ -152,7 +153,7 @@ def solve_members(
     # A chunk of one goes back, and counts its evaluations, as it would among others.
     several = len(ensemble) > 1 or not options.common.adjoint.discrete
     if options.common.compile is not True and several:
-        batch = solve_in_batch(ensemble, algorithm, options)
+        batch = _in_batch(ensemble, algorithm, options)
         if batch is not None:
             return batch
     solutions = [
@@ -163,8 +164,27 @@ def solve_members(
 
 def solve_in_batch(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
+) -> MembersUpToEvents | None:
+    """Run the members at once, each up to its first event; `None` where that cannot be.
+
+    With `compile` they are native. What has no native code for members is left to solves of one
+    member each, which have it or say what it is.
+    """
+    if options.common.compile:
+        from pysciml_node.torch_engine.native.members import attempt_native_members
+
+        try:
+            native = attempt_native_members(ensemble, algorithm, options, NAME)
+        except CompileError:
+            return None
+        if native is not None:
+            return native
+    return _in_batch(ensemble, algorithm, options)
+
+
+def _in_batch(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions
 ) -> StackedMembers | None:
-    """Run the members in one batch, each up to its first event; `None` where that cannot be."""
     if not batches(ensemble, algorithm, options):
         return None
     return solve_batch(ensemble, algorithm, options)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.steps.record import Kept, Record
@@ -103,6 +104,25 @@ class MemberEvents:
 
     first: Array
     fired: Array
+
+
+class MembersUpToEvents(Members, Protocol):
+    """Members that have been solved at once, each up to its first event."""
+
+    @property
+    def events(self) -> MemberEvents | None:
+        """The events that have ended them, where any are watched."""
+
+    @property
+    def steps(self) -> MemberSteps:
+        """Their accepted steps."""
+
+    @property
+    def reached(self) -> Array:
+        """How many of the times at `saveat` each got to, `(M,)`."""
+
+    def add(self, name: str, counts: Array) -> None:
+        """Add to a field of `Stats` of each member."""
 
 
 @dataclass

@@ -48,6 +48,8 @@ class Crossings:
         u0: flat states at the starts, `(M, N)`.
 
     Attributes:
+        before: the conditions at the starts of the next steps, `(M, E)`.
+        unsettled: those of which the signs there are not known, `(M, E)`.
         first: the event that has ended each member, or -1, `(M,)`.
         fired: all conditions that cross zero there, `(M, E)`.
     """
@@ -58,10 +60,10 @@ class Crossings:
         self._explicit = ensemble.problem.mass is None
         self.first = np.full(len(ensemble), -1)
         self.fired = np.zeros((len(ensemble), len(self.events)), dtype=bool)
-        self._before = self._values(options.spans[0], u0)
-        self._unsettled = self._before == 0
+        self.before = self._values(options.spans[0], u0)
+        self.unsettled = self.before == 0
         if options.fired is not None:
-            self._unsettled |= options.fired
+            self.unsettled |= options.fired
         eps = torch.finfo(self.spec.real_dtype).eps
         self._rounding = eps**0.75
         self._widths = np.array([max(event.xtol or 0.0, 4 * eps) for event in self.events])
@@ -81,8 +83,8 @@ class Crossings:
         device = u1.device
         after = self._values(steps.end, u1[torch.from_numpy(steps.places).to(device)])
         self._settle(stages, k, steps)
-        before = self._before[steps.rows]
-        self._before[steps.rows] = after
+        before = self.before[steps.rows]
+        self.before[steps.rows] = after
         crossed = crossings(self.events, before, after)
         hit = np.flatnonzero(crossed.any(1))
         if not len(hit):
@@ -112,12 +114,12 @@ class Crossings:
 
     def _settle(self, stages: MemberStages, k: Tensor, steps: Steps) -> None:
         """Say with which signs conditions that are zero at the start leave it."""
-        open_ = self._unsettled[steps.rows]
+        open_ = self.unsettled[steps.rows]
         some = np.flatnonzero(open_.any(1))
         if not len(some):
             return
         open_, steps = open_[some], steps.at(some)
-        self._unsettled[steps.rows] = False
+        self.unsettled[steps.rows] = False
         every = np.arange(len(some))
         later = _Inside(self, stages, steps).values(every, np.full(len(some), AFTER))
         # What is back at zero before it is looked at, and leaves with the other sign, has crossed.
@@ -129,7 +131,7 @@ class Crossings:
         turned = crossings(self.events, -later, later) & (early * later > 0) & (late * later < 0)
         turned &= self._explicit
         leaving = np.where(turned, -later, later)
-        self._before[steps.rows] = np.where(open_, leaving, self._before[steps.rows])
+        self.before[steps.rows] = np.where(open_, leaving, self.before[steps.rows])
 
     @property
     def widths(self) -> Array:

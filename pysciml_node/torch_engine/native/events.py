@@ -6,7 +6,9 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.event_search import Signs
+from pysciml_node.torch_engine.members.crossings import Crossings
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.library import Code, header, source
 from pysciml_node.torch_engine.native.text import padded
@@ -92,6 +95,26 @@ class Watched:
     condition: Condition
     parameters: list[Tensor]
 
+    def request(self, packed: Tensor, memory: Tensor, eps: float) -> EventRequest:
+        """What C is told of it.
+
+        Args:
+            packed: its parameters.
+            memory: for its evaluations.
+            eps: of the state's dtype.
+        """
+        return EventRequest(
+            condition=self.condition.address,
+            packed=packed.data_ptr(),
+            memory=memory.data_ptr(),
+            width=max(self.event.xtol or 0.0, 4 * eps),
+            direction=self.event.direction,
+        )
+
+    def memory(self) -> Tensor:
+        """Memory for evaluations in one thread."""
+        return torch.zeros(self.condition.memory, dtype=self.condition.dtype, device="cpu")
+
 
 def watched(event: Event, spec: StateSpec) -> Watched:
     """An event of a solve of states of some structure.
@@ -127,21 +150,52 @@ class Search:
         self._requests = (EventRequest * self.count)()
         self._kept: list[Tensor] = []
         for i, one in enumerate(events):
-            condition, event = one.condition, one.event
-            packed = condition.pack(one.parameters)
-            memory = torch.zeros(condition.memory, dtype=condition.dtype, device="cpu")
+            packed, memory = one.condition.pack(one.parameters), one.memory()
             self._kept += [packed, memory]
-            self._requests[i] = EventRequest(
-                condition=condition.address,
-                packed=packed.data_ptr(),
-                memory=memory.data_ptr(),
-                width=max(event.xtol or 0.0, 4 * eps),
-                direction=event.direction,
-                open=i in signs.unsettled,
-                before=signs.before[i],
-            )
+            request = one.request(packed, memory, eps)
+            request.open, request.before = i in signs.unsettled, signs.before[i]
+            self._requests[i] = request
 
     @property
     def address(self) -> int:
         """Where C finds them."""
         return ctypes.addressof(self._requests)
+
+
+class MembersSearch:
+    """What a loop over members in C is told of the events that it looks for.
+
+    Args:
+        events: the events.
+        crossings: their signs at the starts; they are told which events have ended members.
+
+    Attributes:
+        count: how many there are.
+        before: the conditions at the starts, `(M, E)`.
+        open: whether it is not known with which signs they leave them, `(M, E)`.
+        found: the event that has ended each member, or -1, `(M,)`.
+    """
+
+    def __init__(self, events: Sequence[Watched], crossings: Crossings) -> None:
+        self._events, self.count = events, len(events)
+        self.crossings = crossings
+        self.before = np.ascontiguousarray(crossings.before)
+        self.open = crossings.unsettled.astype(np.int64)
+        self.found = crossings.first
+        self._kept: list[Any] = []
+
+    def requests(self, threads: int, lanes: int) -> int:
+        """Where C finds the events of every lane of every thread; they are kept alive."""
+        eps = torch.finfo(self.crossings.spec.real_dtype).eps
+        requests = (EventRequest * (threads * lanes * self.count))()
+        packed = [one.condition.pack(one.parameters) for one in self._events]
+        self._kept = [requests, packed]
+        for thread in range(threads):
+            for i, one in enumerate(self._events):
+                memory = one.memory()
+                self._kept.append(memory)
+                request = one.request(packed[i], memory, eps)
+                first = thread * lanes * self.count + i
+                for at in range(first, first + lanes * self.count, self.count):
+                    requests[at] = request
+        return ctypes.addressof(requests)

@@ -26,7 +26,7 @@ from pysciml_node.translation.snapshot import Settled
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
 
-LOOP = ("steps.h", "solve.h", "events.h")
+LOOP = ("steps.h", "event.h", "solve.h", "events.h")
 """Files of src/ that the loop of every method is made of."""
 
 ALONE_PACKED = """enum { ALL_PACKED = PACKED };

@@ -165,14 +165,14 @@ class WrittenMembers:
         program = first.emitter.program
         timed = any(program.time in step.inputs for step in program.operations)
         cost = first.emitted.cost + (10 * self.size + 50) * width
-        loop = ["steps.h", "members.h"]
+        loop = ["steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
         method = emit_method(how.method, self.size, width)
         if how.is_rosenbrock:
             cost += self.size * first.emitted.cost + self.size**3 // 3 * width
             method = emit_rosenbrock(how.method, self.size, how.mass, width)
         kind = "rosenbrock" if how.is_rosenbrock else "explicit"
-        loop += [f"members_{kind}.h", "members_calls.h"]
+        loop += [f"members_{kind}.h", "members_events.h", "members_calls.h"]
         sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []
         return [
             *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),

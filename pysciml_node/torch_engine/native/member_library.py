@@ -40,6 +40,8 @@ class MembersRequest(ctypes.Structure):
         *_fields(_INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
         *_fields(_INTEGER, "members stop_count mark_count save_count control max_steps driven"),
         *_fields(_INTEGER, "free threads"),
+        *_fields(_POINTER, "events before open spent found"),
+        ("event_count", _INTEGER),
         *_fields(_DOUBLE, "dt0 dtmin dtmax"),
         ("beta", _DOUBLE * 3),
         *_fields(_DOUBLE, "gamma qmin qmax seconds"),

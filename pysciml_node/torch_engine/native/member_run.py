@@ -16,6 +16,7 @@ from pysciml_node.algorithms.options import Array, SolveOptions
 from pysciml_node.replay.members.moving import StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps
 from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.torch_engine.native.events import MembersSearch
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
     COUNTS,
@@ -93,6 +94,7 @@ class Passengers:
         scales: their tolerances.
         own: the parameters that are their own, each `(M, ...)`.
         free: whether the ends of their intervals receive gradients.
+        spent: attempts that each has made before, `(M,)`, or `None`.
     """
 
     u0: Tensor
@@ -103,6 +105,7 @@ class Passengers:
     own: Sequence[Tensor]
 
     free: bool = False
+    spent: Array | None = None
 
     @property
     def times(self) -> int:
@@ -173,6 +176,7 @@ def fly_members(
     options: SolveOptions,
     error_order: float,
     packed: Tensor,
+    search: MembersSearch | None = None,
 ) -> Flights:
     """Solve forward.
 
@@ -182,6 +186,7 @@ def fly_members(
         options: what they share.
         error_order: of the method, for the controller.
         packed: the shared parameters.
+        search: the events that are looked for in the steps.
 
     Raises:
         MemoryError: there is none left for the steps.
@@ -221,9 +226,14 @@ def fly_members(
         *(("shift", scales.shift), ("factor", scales.factor)),
         *(("rtol", scales.rtol), ("atol", scales.atol), ("stops", stops), ("marks", marks)),
         *(("u0", u0), ("packed", packed), ("last", last), ("saved", saved)),
-        *(("places", places), ("counts", counts)),
+        *(("places", places), ("counts", counts), ("spent", passengers.spent)),
     ):
         setattr(request, name, _address(value))
+    if search is not None:
+        request.event_count = search.count
+        request.events = search.requests(threads, library.abreast)
+        for name in ("before", "open", "found"):
+            setattr(request, name, _address(getattr(search, name)))
     set_control(request, options.controller, error_order)
     loaded = library.loaded
     memory = library.take_memory(library.march_memory * threads)

@@ -21,13 +21,16 @@ from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.end_times import hides_time
+from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import RosenbrockTableau
+from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.native.engine import FlownSolve, say_why_not
+from pysciml_node.torch_engine.native.events import MembersSearch, watched
 from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
@@ -74,6 +77,7 @@ class _Solve:
     error_order: float
     own: list[bool]  # of each parameter of the programs, whether it is each member's own
     free: bool  # whether the ends of the intervals receive gradients
+    search: MembersSearch | None  # the events that are watched
     swept: Array  # evaluations and steps of sweeps, of each member
 
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
@@ -96,8 +100,9 @@ class _Solve:
         elif saveat is not None:
             saveat = np.ascontiguousarray(saveat)
         scales = Scales.of(common, options.rtol, options.atol, start)
-        passengers = Passengers(start, *spans, saveat, scales, mine, self.free)
-        return fly_members(library, passengers, common, self.error_order, library.pack(shared))
+        passengers = Passengers(start, *spans, saveat, scales, mine, self.free, options.spent)
+        packed = library.pack(shared)
+        return fly_members(library, passengers, common, self.error_order, packed, self.search)
 
 
 class _Node(torch.autograd.Function):
@@ -185,6 +190,25 @@ class NativeMembers:
     surroundings: Surroundings
     detached: bool = False
     made: dict[int, Solution] = field(default_factory=dict)
+    added: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> MemberSteps:
+        """The accepted steps."""
+        return self.flights.accepted
+
+    @property
+    def reached(self) -> Array:
+        """How many of the times at `saveat` each got to, `(M,)`."""
+        return self.flights.counts[:, REACHED]
+
+    @property
+    def events(self) -> MemberEvents | None:
+        """The events that have ended members, where any are watched."""
+        search = self.solve.search
+        if search is None:
+            return None
+        return MemberEvents(search.crossings.first, search.crossings.fired)
 
     @property
     def codes(self) -> Sequence[ReturnCode]:
@@ -201,11 +225,16 @@ class NativeMembers:
 
     def count(self, name: str) -> Array:
         """A field of `Stats` for each member, `(M,)`, as it stands now."""
+        counts: Array = np.zeros(len(self.flights.counts), dtype=np.int64)
         if name in _COLUMNS:
-            return self.flights.counts[:, _COLUMNS[name]]
-        if name in _SWEPT:
-            return self.solve.swept[:, _SWEPT[name]]
-        return np.zeros(len(self.flights.counts), dtype=np.int64)
+            counts = self.flights.counts[:, _COLUMNS[name]]
+        elif name in _SWEPT:
+            counts = self.solve.swept[:, _SWEPT[name]]
+        return counts + self.added[name] if name in self.added else counts
+
+    def add(self, name: str, counts: Array) -> None:
+        """Add to a field of `Stats` of each member."""
+        self.added[name] = self.added.get(name, 0) + counts
 
     def solution(self, m: int) -> Solution:
         """The solution of one member, made when it is asked for and kept."""
@@ -233,6 +262,7 @@ class NativeMembers:
             nreject=int(counts[REJECTED]),
             attempt=None,
             finite=bool(torch.isfinite(last[m]).all()),
+            event=None if self.events is None else _event(self.events.first[m]),
         )
         stats = Stats(
             **{name: int(self.count(name)[m]) for name in (*_COLUMNS, *_SWEPT)},
@@ -264,6 +294,10 @@ class NativeMembers:
     def __reduce__(self) -> Any:
         every = tuple(self.solution(m) for m in range(len(self.flights.counts)))
         return ListedMembers, (every, self.solve.options.times)
+
+
+def _event(index: int) -> int | None:
+    return None if index < 0 else int(index)
 
 
 @dataclass
@@ -328,6 +362,29 @@ def _check_times(ensemble: EnsembleProblem, method: Method, starts: Tensor) -> N
             raise refusal("gradients of times for members whose field hides the time")
 
 
+def _search(
+    ensemble: EnsembleProblem, options: MemberOptions, starts: Tensor
+) -> MembersSearch | None:
+    """The events that members are watched for.
+
+    Raises:
+        CompileError: a condition has no native code.
+    """
+    events = options.common.events
+    if not events:
+        return None
+    spec = ensemble.problem.spec
+    try:
+        every = [watched(event, spec) for event in events]
+    except UnsupportedModule as error:
+        raise no_code(error, "an event's condition") from error
+    try:
+        return MembersSearch(every, Crossings(ensemble, options, starts.detach()))
+    except Exception as error:
+        # Whatever vmap cannot do; what a condition itself raises, one member raises again.
+        raise refusal("conditions of events that torch.vmap cannot map over members") from error
+
+
 def solve_native_members(
     ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions, engine: str
 ) -> NativeMembers:
@@ -345,9 +402,12 @@ def solve_native_members(
     free = torch.is_grad_enabled() and moves(ensemble.tspan)
     if prepared.jumps and free:
         _check_times(ensemble, method, starts)
+    search = _search(ensemble, options, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
     library, parameters = prepared.library, prepared.parameters
-    solve = _Solve(ensemble, options, library, tableau.error_order, prepared.own, free, swept)
+    solve = _Solve(
+        ensemble, options, library, tableau.error_order, prepared.own, free, search, swept
+    )
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
     if torch.is_grad_enabled():
@@ -359,7 +419,24 @@ def solve_native_members(
     else:
         flights = solve.run(starts, parameters)
         tensors = flights.saved, flights.ends, flights.last
+    if search is not None:
+        _note(search.crossings, flights)
     return NativeMembers(solve, algorithm, engine, flights, (*tensors, starts), surroundings)
+
+
+def _note(crossings: Crossings, flights: Flights) -> None:
+    """See which other conditions cross zero in the last steps of members that events have ended."""
+    rows = np.flatnonzero(crossings.first >= 0)
+    if not len(rows):
+        return
+    steps, last = flights.accepted, flights.offsets[1:][rows] - 1
+    t, h, end = (column[last] for column in (steps.starts, steps.sizes, steps.ends))
+    index, before = torch.from_numpy(rows), torch.from_numpy(np.maximum(last - 1, 0))
+    # Those of one step begin where the member does.
+    single = torch.from_numpy(steps.counts[rows] == 1).unsqueeze(1)
+    u = torch.where(single, flights.passengers.u0[index], flights.ends.detach()[before])
+    u1 = flights.last.detach()[index]
+    crossings.note(Steps(rows, np.arange(len(rows)), t, h, end), u, u1)
 
 
 def attempt_native_members(

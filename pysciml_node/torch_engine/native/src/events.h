@@ -1,17 +1,6 @@
 /* Where conditions cross zero in accepted steps: steps/event_search.py and
-   torch_engine/event_search.py, line by line. Whoever changes one changes the other. */
-
-#define AFTER 0.01   /* the share of the first step at which a condition that begins at zero has a sign */
-#define BESIDE 0.001 /* where a line along the field is looked at on both sides of such a start */
-
-static double psn_condition(const Event *e, double t, const REAL *u) {
-  return e->condition(t, u, e->packed, e->memory);
-}
-
-static int psn_crosses(const Event *e, double before, double after) {
-  int rising = before < 0 && 0 <= after, falling = before > 0 && 0 >= after;
-  return (rising && e->direction >= 0) || (falling && e->direction <= 0);
-}
+   torch_engine/event_search.py, line by line, with members_events.h. Whoever changes one changes the
+   others. */
 
 /* A condition at a place in a step. */
 static double psn_inside(Solve *s, const Event *e, double t, double h, double theta) {

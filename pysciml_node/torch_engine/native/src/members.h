@@ -13,11 +13,14 @@
 typedef struct {
   double t[ABREAST], h[ABREAST], proposed[ABREAST], size[ABREAST], stop[ABREAST], error[ABREAST];
   double t0[ABREAST], t1[ABREAST], direction[ABREAST], history[2][ABREAST], shift[ABREAST],
-      factor[ABREAST];
+      factor[ABREAST], whole_error[ABREAST];
   REAL real_size[ABREAST], take[ABREAST], follow[ABREAST];
   int64_t member[ABREAST], known[ABREAST], lands[ABREAST], code[ABREAST];
   int64_t next_stop[ABREAST], first_stop[ABREAST], stop_count[ABREAST];
   int64_t accepted[ABREAST], rejected[ABREAST], evaluations[ABREAST], reached[ABREAST];
+  /* How many attempts it may make; whether its step is taken again up to an event, and which one. */
+  int64_t most[ABREAST], cut[ABREAST], found[ABREAST];
+  int have; /* stages of the attempt that all lanes have */
   /* Steps of the members of each lane, one member after the other. */
   REAL *ends[ABREAST];
   double *steps[ABREAST];
@@ -34,6 +37,14 @@ typedef struct {
   int64_t span_stride, scale_stride, tolerance_stride, save_stride, start_stride;
   int64_t members, stop_count, mark_count, save_count, control, max_steps, driven;
   int64_t free, threads; /* free: whether ends of the intervals receive gradients */
+  /* Events of every lane of every worker, one after the other; of each member the values of their
+     conditions at its start, whether it is not known with which sign they leave it, the attempts that
+     it has made before, and which event has ended it, or -1. */
+  Event *events;
+  const double *before;
+  const int64_t *open, *spent;
+  int64_t *found;
+  int64_t event_count;
   double dt0, dtmin, dtmax, beta[3], gamma, qmin, qmax, seconds;
   /* Where results go: of each member the state that it got to, the saved states, the numbers of its
      accepted and rejected steps, evaluations and saved times, how it ended, and where its steps are:
@@ -158,6 +169,17 @@ static double psn_save_time(const Many *m, const Worker *w, int l) {
   return m->saves[w->member[l] * m->save_stride + w->reached[l]];
 }
 
+static Event *psn_events_of(const Many *m, const Worker *w, int l) {
+  return m->events + ((w - m->workers) * ABREAST + l) * m->event_count;
+}
+
+static void psn_watch_events(const Many *m, const Worker *w, int l) {
+  if (!m->event_count) return;
+  Event *events = psn_events_of(m, w, l);
+  for (int64_t i = 0, at = w->member[l] * m->event_count; i < m->event_count; i++, at++)
+    events[i].before = m->before[at], events[i].open = m->open[at];
+}
+
 /* Give a lane to a member. */
 static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   double t0 = m->t0[member * m->span_stride], t1 = m->t1[member * m->span_stride];
@@ -176,6 +198,9 @@ static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   w->stop_count[l] = last - first;
   w->first_stop[l] = t1 > t0 ? first : last - 1;
   w->accepted[l] = w->rejected[l] = w->evaluations[l] = w->reached[l] = 0;
+  w->cut[l] = 0, w->found[l] = -1;
+  w->most[l] = m->max_steps - (m->spent ? m->spent[member] : 0);
+  psn_watch_events(m, w, l);
   psn_aim(m, w, l);
   FOR_ENTRIES AT(U, i, l) = m->u0[member * m->start_stride + i];
   for (int j = 0; j < OWN; j++)
@@ -210,6 +235,7 @@ static void psn_end(Many *m, Worker *w, int l, int64_t code) {
   counts[CODE] = code;
   counts[LANE] = (w - m->workers) * ABREAST + l;
   counts[FIRST] = w->used[l] - w->accepted[l];
+  if (m->found) m->found[member] = code == STOPPED ? w->found[l] : -1;
   FOR_ENTRIES m->last[member * N + i] = AT(U, i, l);
   for (int64_t i = w->reached[l] * N; i < m->save_count * N; i++)
     m->saved[member * m->save_count * N + i] = (REAL)NAN;
@@ -223,10 +249,11 @@ static int psn_propose(Many *m, Worker *w) {
   LANES_ALL {
     double h = w->h[l], proposed = copysign(psn_smaller(fabs(h), m->dtmax), w->direction[l]);
     double smallest = psn_larger(m->dtmin, 4 * psn_unit(w->t[l]));
-    int lands = fabs(w->stop[l] - w->t[l]) <= fabs(proposed) * (1 + SLIVER);
+    int cut = w->cut[l] != 0;
+    int lands = fabs(w->stop[l] - w->t[l]) <= fabs(proposed) * (1 + SLIVER) && !cut;
     int finite = fabs(h) <= 1.7976931348623157e308;
-    int late = w->accepted[l] + w->rejected[l] >= m->max_steps;
-    int small = adaptive && fabs(proposed) < smallest && !lands;
+    int late = w->accepted[l] + w->rejected[l] >= w->most[l] && !cut;
+    int small = adaptive && fabs(proposed) < smallest && !lands && !cut;
     w->proposed[l] = w->size[l] = proposed;
     w->lands[l] = lands;
     w->code[l] = !finite ? UNSTABLE : late ? OUT_OF_STEPS : small ? TOO_SMALL : RUNNING;
@@ -249,7 +276,10 @@ static void psn_attempt(const Many *m, Worker *w, int upto) {
   psn_lanes_first(m, w, 0);
   psn_lanes_stages(m, w, upto);
   if (!(FSAL && adaptive)) combine(END, w->real_size, U, K(0), LAST);
-  LANES_ALL w->evaluations[l] += upto - 1;
+  /* A step that is taken again has no error estimate. */
+  int again = FSAL ? STAGES - 1 : STAGES;
+  LANES_ALL w->evaluations[l] += (w->cut[l] ? again : upto) - 1, w->known[l] = upto;
+  w->have = upto;
   if (!adaptive) {
     LANES_ALL w->error[l] = NAN;
     return;
@@ -268,65 +298,8 @@ static void psn_attempt(const Many *m, Worker *w, int upto) {
   LANES_ALL w->error[l] *= fabs(w->size[l]);
 }
 
-static double psn_derivative_size(const Many *m, Worker *w, int l, int accepted) {
-  double last = psn_larger(w->error[l], 1e-10), product = 1;
-  double errors[3] = {last, w->history[0][l], w->history[1][l]};
-  for (int i = 0; i < 3; i++) product *= pow(errors[i] / m->gamma, -m->beta[i]);
-  double factor = 1 + atan(product - 1);
-  if (!accepted) return w->size[l] * (isfinite(w->error[l]) ? psn_smaller(factor, 0.9) : 0.2);
-  w->history[1][l] = w->history[0][l];
-  w->history[0][l] = last;
-  return w->size[l] * factor;
-}
-
-static void psn_proportional_sizes(const Many *m, Worker *w, double *next) {
-  REAL first = (REAL)m->beta[0], second = (REAL)m->beta[1], power[ABREAST], before[ABREAST] = {0};
-  double widest = 1 / m->qmin, tightest = 1 / m->qmax, safety = 1 / m->gamma, qmin = m->qmin;
-  double *error = w->error, *size = w->size, *history = w->history[0];
-#pragma omp simd
-  LANES_ALL power[l] = psn_log(error[l] > 0 ? (REAL)error[l] : (REAL)1);
-  if (second != 0)
-#pragma omp simd
-    LANES_ALL before[l] = second * psn_log((REAL)history[l]);
-#pragma omp simd
-  LANES_ALL {
-    REAL accepted_power = first * power[l] - before[l], rejected_power = first * power[l];
-    power[l] = psn_exp(error[l] <= 1 ? accepted_power : rejected_power);
-  }
-#pragma omp simd
-  LANES_ALL {
-    double e = error[l], q = e > 0 ? (double)power[l] * safety : 0, least = e <= 1 ? tightest : 1;
-    q = q > least ? q : least;
-    q = q < widest ? q : widest;
-    double sized = size[l] / q, cut = size[l] * qmin, kept = e > 1e-4 ? e : 1e-4;
-    next[l] = __builtin_fabs(e) <= 1.7976931348623157e308 ? sized : cut;
-    history[l] = e <= 1 ? kept : history[l];
-    w->take[l] = e <= 1 ? (REAL)1 : (REAL)0;
-  }
-}
-
-/* The sizes that follow from the errors; `take` says who has been accepted. */
-static void psn_control(const Many *m, Worker *w) {
-  if (m->control == FIXED) {
-    LANES_ALL w->take[l] = 1, w->h[l] = w->proposed[l];
-    return;
-  }
-  double next[ABREAST];
-  if (m->control == DERIVATIVE) {
-    LANES_ALL {
-      w->take[l] = w->error[l] <= 1;
-      next[l] = psn_derivative_size(m, w, l, w->error[l] <= 1);
-    }
-  } else
-    psn_proportional_sizes(m, w, next);
-  /* A step cut short by a stop says little: keep the size that was proposed. */
-#pragma omp simd
-  LANES_ALL {
-    int cut = w->take[l] != 0 && fabs(w->size[l]) < 0.9 * fabs(w->proposed[l]) &&
-              fabs(w->proposed[l]) >= fabs(next[l]);
-    w->h[l] = cut ? w->proposed[l] : next[l];
-  }
-}
+/* In members_control.h: the sizes that follow from the errors; `take` says who has been accepted. */
+static void psn_control(const Many *m, Worker *w);
 
 /* Whether a time that is to be saved lies inside a step that has been accepted. So does the end of a
    step that moves with its start. */
@@ -341,21 +314,28 @@ static double psn_step_end(const Worker *w, int l) {
   return w->lands[l] ? w->stop[l] : w->t[l] + w->size[l];
 }
 
+/* The stages of the dense output too, for lanes that ask for them. */
+static void psn_lanes_complete(const Many *m, Worker *w, const int *asked) {
+  for (; w->have < ALL_STAGES; w->have++) {
+    combine(w->have, w->real_size, U, K(0), G);
+    psn_lanes_evaluate(m, w, w->have, G, K(w->have));
+  }
+  LANES_ALL if (asked[l] && w->known[l] < ALL_STAGES) {
+    w->evaluations[l] += ALL_STAGES - w->known[l];
+    w->known[l] = ALL_STAGES;
+  }
+}
+
 /* Save what lies in the accepted steps (saver.py). */
-static void psn_lanes_save(const Many *m, Worker *w, int have) {
+static void psn_lanes_save(const Many *m, Worker *w) {
   int any = 0, passed[ABREAST];
   LANES_ALL {
     passed[l] = w->member[l] >= 0 && w->take[l] != 0 && psn_is_passed(m, w, l, psn_step_end(w, l));
     any |= passed[l];
   }
   if (any) {
-    for (int i = have; i < ALL_STAGES; i++) {
-      combine(i, w->real_size, U, K(0), G);
-      psn_lanes_evaluate(m, w, i, G, K(i));
-    }
+    psn_lanes_complete(m, w, passed);
     LANES_ALL if (passed[l]) {
-      w->evaluations[l] += ALL_STAGES - have;
-      w->known[l] = ALL_STAGES;
       double end = psn_step_end(w, l);
       while (psn_is_passed(m, w, l, end)) {
         int64_t place = w->member[l] * m->save_count + w->reached[l];
@@ -400,16 +380,15 @@ static void psn_watch(const Many *m, Worker *w) {
 }
 
 /* Write down the accepted steps and go on from their ends. */
-static void psn_advance(Many *m, Worker *w, int upto) {
-  LANES_ALL w->known[l] = upto;
+static void psn_advance(Many *m, Worker *w) {
   psn_watch(m, w);
-  if (m->save_count) psn_lanes_save(m, w, upto);
+  if (m->save_count) psn_lanes_save(m, w);
   LANES_ALL {
     int taken = w->member[l] >= 0 && w->take[l] != 0;
     w->take[l] = taken;
     w->follow[l] = taken && END_STAGE >= 0 && w->known[l] > END_STAGE && !w->lands[l];
     w->known[l] = !taken || w->follow[l] != 0;
-    w->rejected[l] += !taken && w->code[l] == RUNNING;
+    w->rejected[l] += !taken && !w->cut[l] && w->code[l] == RUNNING;
     w->accepted[l] += taken;
   }
   LANES_ALL if (w->take[l] != 0) {
@@ -425,6 +404,7 @@ static void psn_advance(Many *m, Worker *w, int upto) {
       if (w->next_stop[l]++ == w->stop_count[l]) w->code[l] = SUCCESS;
       else psn_aim(m, w, l);
     }
+    if (w->cut[l]) w->code[l] = STOPPED;
     row[0] = end, row[1] = w->size[l], row[2] = w->error[l], row[3] = stop;
     REAL *into = w->ends[l] + place * N;
     FOR_ENTRIES into[i] = AT(LAST, i, l);
@@ -442,6 +422,9 @@ static void psn_advance(Many *m, Worker *w, int upto) {
   LANES_ALL if (w->member[l] >= 0 && w->code[l] != RUNNING) psn_end(m, w, l, w->code[l]);
 }
 
+/* In members_events.h. */
+static void psn_lanes_cut(const Many *m, Worker *w);
+
 /* Step until all members are done, or for a while. */
 static int64_t psn_members_march(Many *m, Worker *w) {
   double until = psn_seconds() + m->seconds;
@@ -455,7 +438,8 @@ static int64_t psn_members_march(Many *m, Worker *w) {
     if (psn_propose(m, w)) continue;
     psn_attempt(m, w, upto);
     psn_control(m, w);
-    psn_advance(m, w, upto);
+    if (m->event_count) psn_lanes_cut(m, w);
+    psn_advance(m, w);
   }
   return SUCCESS;
 }

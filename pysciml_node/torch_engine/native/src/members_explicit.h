@@ -1,5 +1,8 @@
 /* The stages of explicit steps of members abreast; for src/members.h. */
 
+/* The field at the start of a step. */
+#define START_RATE(w) K(0)
+
 static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
   int missing = 0, takes[ABREAST];
   LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);

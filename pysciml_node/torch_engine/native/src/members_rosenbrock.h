@@ -130,6 +130,8 @@ static void psn_slope(const Linear *at, int stage, const REAL *h, const REAL *ra
 }
 
 #define LINEAR(w, l) psn_place(l, VALUES + WORK + BARS, VALUES + WORK)
+/* The field at the start of a step. */
+#define START_RATE(w) (VALUES + WORK + BARS + 2 * MATRIX)
 
 /* The derivatives at the starts of the steps belong to the first stage. */
 static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {

@@ -7,16 +7,6 @@
    pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
    whoever changes one changes the other. */
 
-/* An event: its condition, as it is called, and the values of it at the ends of a step. */
-typedef struct {
-  double (*condition)(double t, const REAL *u, const REAL *packed, REAL *memory);
-  const REAL *packed;
-  REAL *memory;
-  double width;            /* of the bracket at which a search for it ends, in steps */
-  int64_t direction, open; /* open: with which sign it leaves its start is not known */
-  double before, after;
-} Event;
-
 typedef struct {
   /* The problem. */
   double t0, t1, dt0, dtmin, dtmax;
