@@ -63,7 +63,7 @@ def test_errors_are_small(name: str, dtype: torch.dtype) -> None:
             for at, found, unit in zip(x.tolist(), y.tolist(), units.tolist(), strict=True)
         ]
     # Two units; the hyperbolic tangent in double precision comes to a tenth more at its worst.
-    assert max(errors) < (2.2 if name == "tanh" else 2.0)
+    assert max(errors) < (2.2 if name == "tanh" and dtype is torch.float64 else 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])

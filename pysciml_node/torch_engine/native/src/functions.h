@@ -91,6 +91,7 @@ PSN_INLINE REAL psn_expm1(REAL x) {
   return x == 0 ? x : out; /* -0 stays */
 }
 
+#ifdef PSN_DOUBLE
 PSN_INLINE REAL psn_tanh(REAL x) {
   REAL y = (REAL)-2 * F(__builtin_fabs)(x);
   y = y < -TANH_FLAT ? -TANH_FLAT : y;
@@ -106,6 +107,34 @@ PSN_INLINE REAL psn_tanh(REAL x) {
   q -= q * (lost * (REAL)0.61); /* what rounding took from d, over d, which is about 1.6 */
   return F(__builtin_copysign)(flat ? (REAL)1 - q : q, x);
 }
+#else
+/* Near 0 by the series of Cephes (S. L. Moshier, freely distributable); beyond, as
+   1 - 2 / (1 + 2^n 2^f), where 2^f is a minimax polynomial. Over all numbers the error is at most 1.6
+   units in the last place. */
+PSN_INLINE REAL psn_tanh(REAL x) {
+  REAL y = F(__builtin_fabs)(x);
+  y = y > 9.1f ? 9.1f : y;
+  REAL s = y * y;
+  REAL near = -5.70498872745e-3f;
+  near = near * s + 2.06390887954e-2f;
+  near = near * s - 5.37397155531e-2f;
+  near = near * s + 1.33314422036e-1f;
+  near = near * s - 3.33332819422e-1f;
+  near = y + y * s * near;
+  REAL rounded = y * (2 * LOG2E) + ROUND;
+  REAL f = y * (2 * LOG2E) - (rounded - ROUND);
+  REAL p = 1.5345812e-4f;
+  p = p * f + 1.33999313e-3f;
+  p = p * f + 9.61848896e-3f;
+  p = p * f + 5.55032878e-2f;
+  p = p * f + 2.40226469e-1f;
+  p = p * f + 6.93147206e-1f;
+  p = p * f + 1;
+  REAL power = psn_real((INT)((UINT)psn_bits(p) + ((UINT)psn_bits(rounded) << MANTISSA)));
+  REAL far = 1 - 2 / (1 + power);
+  return F(__builtin_copysign)(y < 0.625f ? near : far, x);
+}
+#endif
 
 PSN_INLINE REAL psn_sigmoid(REAL x) {
   /* From exp(-|x|), which never overflows. */
