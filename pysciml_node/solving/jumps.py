@@ -258,9 +258,8 @@ class _Solve:
             return
         sign, end = self.problem.direction, piece.trajectory.times[-1]
         count = sum(sign * t < sign * end or (whole and t == end) for t in self.given)
-        if count:
-            self.rows.append((piece.t[:count], map_tensors(lambda x: x[:count], piece.u)))
-            del self.given[:count]
+        self.rows.append((piece.t[:count], map_tensors(lambda x: x[:count], piece.u)))
+        del self.given[:count]
 
     def _keep(self, now: Time, u: Any) -> None:
         """Keep a state that no piece has saved: one side of a jump at an end of the interval."""

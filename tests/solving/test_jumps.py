@@ -124,6 +124,28 @@ def test_terminal_events_end_after_their_effect() -> None:
     assert solution.t.tolist() == [0.5]
 
 
+@pytest.mark.parametrize("members", [False, True])
+@pytest.mark.parametrize(
+    "event",
+    [
+        psn.Event(lambda t, u: u[0] - 0.5, affect=lambda t, u: 2 * u, terminal=True),
+        psn.Event(at=[0.5], terminal=True),
+    ],
+    ids=["condition", "time"],
+)
+def test_an_end_before_all_output_times_saves_nothing(event: psn.Event, members: bool) -> None:
+    problem: Any = psn.ODEProblem(lambda t, u: -u, torch.ones(1, dtype=torch.float64), (0.0, 2.0))
+    if members:
+        problem = psn.EnsembleProblem(problem, torch.ones(2, 1, dtype=torch.float64))
+    solution = psn.solve(problem, events=event, saveat=[1.5, 2.0], **TIGHT)
+    one = solution[0] if members else solution
+    assert one.retcode is psn.ReturnCode.Terminated
+    assert one.u.shape == (0, 1)
+    assert one.t.shape == (0,)
+    end = 1.0 if event.affect else torch.exp(torch.tensor(-0.5))
+    assert float(one.u1) == pytest.approx(float(end), rel=1e-7)
+
+
 def test_events_that_are_only_noted_change_nothing() -> None:
     def swing(t: Tensor, u: Tensor) -> Tensor:
         return torch.stack((u[1], -u[0]))

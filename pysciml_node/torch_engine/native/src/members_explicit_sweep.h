@@ -7,8 +7,8 @@ static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar) {
     field(TIMES + i * TIME_ROW, STAGE(i), b->packed, OWN_VALUES, K(i), STAGE(i) + 2 * ROW);
   }
   psn_lanes_arrive(b, w, count);
+  REAL time_bar[TIME_ROW] = {0};
   for (int i = count - 1; i >= 0; i--) {
-    REAL time_bar[TIME_ROW] = {0};
     combine_bars(i, count, w->size, BAR, BAR_OF(0), STAGE_BAR(i));
     pull(TIMES + i * TIME_ROW, STAGE(i), b->packed, OWN_VALUES, K(i), STAGE(i) + 2 * ROW,
          STAGE_BAR(i), BAR_OF(i), time_bar, packed_bar, OWN_BARS, SCRATCH);

@@ -95,8 +95,8 @@ static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar) {
   psn_lanes_prepare(b, w);
   psn_replay_stages(b, w, &at);
   psn_lanes_arrive(b, w, STAGES);
+  REAL time_bar[TIME_ROW] = {0};
   for (int i = STAGES - 1; i >= 0; i--) {
-    REAL time_bar[TIME_ROW] = {0};
     combine_bars(i, STAGES, w->size, BAR, BAR_OF(0), STAGE_BAR(i));
     couple_bars(i, Y(0), at.row);
     psn_weigh(at.row, 1, Y(i));

@@ -215,16 +215,16 @@ static void psn_lanes_arrive(const Back *b, Sweeper *w, int count) {
   }
 }
 
-/* What a stage adds to the cotangents of the step's start and size, by that of its argument's time
-   and, over h, by that of what it adds to the step. */
-static void psn_lanes_move(const Back *b, Sweeper *w, int i, const REAL *time_bar,
-                           const REAL *k_bar) {
+/* What a stage adds to the cotangents of the step's start and size, by that of its argument's time,
+   which begins anew, and, over h, by that of what it adds to the step. */
+static void psn_lanes_move(const Back *b, Sweeper *w, int i, REAL *time_bar, const REAL *k_bar) {
   if (!b->t_bar) return;
   LANES_ALL {
     double along = 0;
     for (int e = 0; e < N; e++) along += (double)AT(k_bar, e, l) * AT(K(i), e, l);
     w->h_bar[l] += along / w->h[l] + NODES[i] * time_bar[l];
     w->t_bar[l] += time_bar[l];
+    time_bar[l] = 0;
   }
 }
 
