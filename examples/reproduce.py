@@ -24,7 +24,7 @@ from pysciml_node.experiments.published.multiscale import CIFAR10_MULTI_SCALE
 from pysciml_node.experiments.published.physionet import PHYSIONET
 from pysciml_node.experiments.reporting.published import compare
 from pysciml_node.experiments.reporting.results import format_table, load_results, summarize
-from pysciml_node.experiments.trainer.command import NAMES, Place, make_runs, run_all
+from pysciml_node.experiments.trainer.command import NAMES, Place, load, make_runs, run_all
 from pysciml_node.experiments.trainer.experiment import BUDGETS, Experiment
 
 ALL = (MNIST_ODE, MNIST_SDE, PHYSIONET, CIFAR10, CIFAR10_MULTI_SCALE)
@@ -82,7 +82,7 @@ def reproduce(experiment: Experiment, arguments: argparse.Namespace) -> None:
     planned = make_runs(experiment, arguments.budget, runnable, arguments.seed)
     runs = [run for run in planned if (run.variant, run.seed) not in done]
     if runs:
-        data = experiment.data(arguments.budget, place.data_dir, place.download, settings)
+        data = load(experiment, arguments.budget, place, settings)
         held = run_all(experiment, data, settings, runs, place)
     summary = summarize(held)
     used = {run.variant: run.settings["weight"] for run in held if run.settings["weight"]}

@@ -262,6 +262,9 @@ def test_reproduce_prints_both_tables_and_trains_nothing_twice(monkeypatch, tmp_
     assert "cifar10-multi-scale" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run_example(monkeypatch, "reproduce", "imagenet")
+    nowhere = ("--no-download", "--data-dir", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match="mnist"):
+        run_example(monkeypatch, "reproduce", "mnist", *nowhere, "--output-dir", str(tmp_path))
 
 
 def test_the_comparison_gives_ratios_to_vanilla_on_both_sides():

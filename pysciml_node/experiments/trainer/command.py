@@ -213,6 +213,19 @@ def make_runs(
     ]
 
 
+def load(experiment: Experiment, budget: BudgetName, place: Place, settings: Any) -> Any:
+    """The data of an experiment.
+
+    Raises:
+        SystemExit: they are not there, and cannot be fetched.
+    """
+    try:
+        return experiment.data(budget, place.data_dir, place.download, settings)
+    except (ImportError, OSError) as error:
+        # No connection, no such folder, a package that is not there: the message says it all.
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+
 def main(experiment: Experiment, description: str, words: Sequence[str] | None = None) -> None:
     """Run an experiment as its command line says, and print its table.
 
@@ -243,11 +256,7 @@ def main(experiment: Experiment, description: str, words: Sequence[str] | None =
         resume=arguments.resume,
         checkpoint_every=arguments.checkpoint_every,
     )
-    try:
-        data = experiment.data(arguments.budget, place.data_dir, place.download, settings)
-    except (ImportError, OSError) as error:
-        # No connection, no such folder, a package that is not there: the message says it all.
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    data = load(experiment, arguments.budget, place, settings)
     held = run_all(experiment, data, settings, runs, place)
     print(format_table(summarize(held)))
     print(f"written: {place.output_dir / 'results.json'}, {place.output_dir / 'training.png'}")
