@@ -187,8 +187,11 @@ def _make(solver: _Solver, options: SolveOptions, dtype: torch.dtype, size: int)
     rtol, atol = (_full(value, size, real) for value in (tolerances.rtol, tolerances.atol))
     vectors: list[Tensor] = []
     if isinstance(rtol, Tensor) or isinstance(atol, Tensor):
+        # SciML divides by them in fast arithmetic, where infinity makes NaN of vectors in single
+        # precision. By this number an error becomes as good as zero.
+        largest = torch.finfo(real).max / 1024
         vectors = [
-            value.repeat_interleave(parts)
+            value.clamp(max=largest).repeat_interleave(parts)
             if isinstance(value, Tensor)
             else torch.full((size * parts,), value, dtype=real)
             for value in (rtol, atol)

@@ -220,6 +220,23 @@ def test_parts_of_infinite_tolerance_do_not_drive_the_steps(
     torch.testing.assert_close(solution.t, expected.t, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, 8, 64])
+def test_infinite_tolerances_in_states_of_whole_vector_registers(
+    size: int, dtype: torch.dtype, engine: str
+) -> None:
+    """Processors divide eight numbers at a time, and by an infinite one in a way of their own."""
+
+    def f(t: Tensor, state: Any) -> Any:
+        return {"u": -state["u"], "path": state["u"]}
+
+    start = {"u": torch.ones(size, dtype=dtype), "path": torch.zeros(size, dtype=dtype)}
+    options: dict[str, Any] = {"rtol": 1e-5, "atol": {"u": 1e-5, "path": math.inf}}
+    u1 = psn.solve(psn.ODEProblem(f, start, (0.0, 1.0)), engine=engine, **options).u1
+    torch.testing.assert_close(u1["u"], start["u"] * math.exp(-1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(u1["path"], start["u"] * (1 - math.exp(-1)), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("which", ["rtol", "atol"])
 def test_tolerances_as_tensors(which: str, engine: str) -> None:
     """A constant tensor is the number; a looser entry takes fewer steps."""
