@@ -56,25 +56,32 @@ _TIMES = frozenset({"t", "time"})
 
 
 def expect_time_first(name: str, value: Callable[..., Any]) -> None:
-    """Refuse a function of a state and perhaps of parameters, and of the time behind them.
+    """Refuse a function of a state, and perhaps of other things, and of the time behind it or not.
 
-    SciML calls `f(u, p, t)`, and SciPy's `odeint` `f(y, t)`. Where it is called as `f(t, u, p)`
-    such a function often computes something, which is wrong.
+    SciML calls `f(u, p, t)`, SciPy's `odeint` `f(y, t)`, and `f(u, rate=1.0)` has an option. Where
+    it is called as `f(t, u, p)` such a function often computes something, which is wrong.
 
     Args:
         name: of the argument.
         value: the function.
 
     Raises:
-        TypeError: the names of its arguments say so.
+        TypeError: its signature says so.
     """
-    first, *others = arguments(value).names
+    taken = arguments(value)
+    first, *others = taken.names
     late = next((other for other in others if other in _TIMES), None)
     if first in _STATES and late is not None:
         order = ", ".join([late, first, *(other for other in others if other and other != late)])
         raise TypeError(
-            f"{name} is called as {name}(t, u), the time first, but takes {parameters(value)}.\n"
+            f"{name} is called as {name}(t, u), the time first, but takes {taken.shown}.\n"
             f"  Swap its arguments: {name}({order})."
+        )
+    if taken.settles_second and first not in _TIMES:
+        raise TypeError(
+            f"{name} is called as {name}(t, u), the time first, but takes {taken.shown}, whose "
+            f"second argument has a default.\n  A function of the state alone is "
+            f"lambda t, {first}: {name}({first}), and one of both has no default for the second."
         )
 
 
@@ -84,6 +91,7 @@ class Arguments:
     Attributes:
         shown: its signature; `None` where there is none to read, as for many built-ins.
         names: of the first three, empty where there are none.
+        settles_second: whether the second has a default.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -93,6 +101,10 @@ class Arguments:
             self.shown = signature.replace(return_annotation=inspect.Signature.empty)
         names = [] if self.shown is None else list(self.shown.parameters)
         self.names = (*names, "", "", "")[:3]
+        second = [] if self.shown is None else [*self.shown.parameters.values()][1:2]
+        self.settles_second = any(
+            x.kind is x.POSITIONAL_OR_KEYWORD and x.default is not x.empty for x in second
+        )
         self._taken: dict[int, bool] = {}
 
     def takes(self, count: int) -> bool:

@@ -41,6 +41,14 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "f(y, t)": (lambda: make(lambda y, t: -y), r"Swap its arguments: f\(t, y\)"),
     "f(u, p, t)": (lambda: make(lambda u, p, t: -p * u, p=one), r"Swap its arg.*f\(t, u, p\)"),
     "f(du, u, p, t)": (lambda: make(lambda du, u, p, t: None), "It returns the derivative"),
+    "f(u, rate=1.0)": (
+        lambda: make(lambda u, rate=1.0: -rate * u),
+        r"takes \(u, rate=1\.0\), whose second argument.*lambda t, u: f\(u\)",
+    ),
+    "a cell for a field": (
+        lambda: psn.NeuralODE(nn.GRUCell(2, 2))(torch.ones(3, 2)),
+        r"second argument has a default.*lambda t, input: f\(input\)",
+    ),
     "drift(u, p, t)": (
         lambda: psn.SDEProblem(lambda u, p, t: -p * u, scaled, one, (0.0, 1.0), p=one),
         r"drift is called as drift\(t, u\).*Swap its arguments: drift\(t, u, p\)",
