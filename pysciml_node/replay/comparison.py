@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ class Comparison:
             first: that in the solve.
         """
         difference = torch.dist(again, first, math.inf)
-        self._relative.append(difference / _size(first).clamp_min(_rounding(difference)))
+        self._relative.append(difference / _size(first).clamp_min(rounding(difference.dtype)))
 
     def expect_equal(self, suspects: Sequence[str]) -> None:
         """Read the comparison.
@@ -60,7 +61,7 @@ class Comparison:
         if self._start is not None:
             sizes = torch.stack([*self._sizes, _size(self._start)])
             # Entries that ought to be zero may come out as rounding errors.
-            scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(_rounding(sizes))
+            scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(rounding(sizes.dtype))
             relative.append(torch.stack(self._differences) / scale)
         if relative:
             worst = torch.nan_to_num(torch.cat(relative), nan=0.0).max()
@@ -78,7 +79,7 @@ def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
         RuntimeError: it is more than rounding.
     """
     gap = worst.item()
-    if gap <= _rounding(worst):
+    if gap <= rounding(worst.dtype):
         return
     if suspects:
         raise RuntimeError(changed_message(suspects[0]))
@@ -113,7 +114,8 @@ def _size(x: Tensor) -> Tensor:
     return norm
 
 
-def _rounding(x: Tensor) -> float:
-    """The square root of the precision of a tensor's type."""
-    rounding: float = torch.finfo(x.dtype).eps ** 0.5
-    return rounding
+@functools.cache
+def rounding(dtype: torch.dtype) -> float:
+    """The relative difference up to which states of a type count as equal."""
+    bound: float = torch.finfo(dtype).eps ** 0.5
+    return bound

@@ -25,7 +25,7 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.options import Array
 from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.problems.state import map_tensors
-from pysciml_node.replay.comparison import expect_reproduced
+from pysciml_node.replay.comparison import expect_reproduced, rounding
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.chunks import BACKWARD, COUNTS, Chunk, ChunkResult
 from pysciml_node.steps.autograd import pulled
@@ -294,8 +294,7 @@ def _pull(
 
 def _expect_same(again: Tensor, then: Tensor) -> None:
     """The second solve of a chunk has to end where the first one did."""
-    rounding = torch.finfo(then.dtype).eps ** 0.5
-    off = (again - then).abs() / then.abs().amax(1, keepdim=True).clamp_min(rounding)
+    off = (again - then).abs() / then.abs().amax(1, keepdim=True).clamp_min(rounding(then.dtype))
     expect_reproduced(torch.nan_to_num(off, nan=0.0).max(), ())
 
 

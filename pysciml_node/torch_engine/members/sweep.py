@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
-from pysciml_node.replay.comparison import expect_reproduced
+from pysciml_node.replay.comparison import expect_reproduced, rounding
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.implicit import MakeStages
 from pysciml_node.replay.members.limits import StepLimits
@@ -400,8 +400,7 @@ class _Sweep:
     def _compare(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
         """Remember how far replayed steps end from where they ended."""
         size = _largest(torch.maximum(recorded.abs(), start.abs()))
-        rounding = torch.finfo(size.dtype).eps ** 0.5
-        off = _largest((again - recorded).abs()) / size.clamp_min(rounding)
+        off = _largest((again - recorded).abs()) / size.clamp_min(rounding(size.dtype))
         self._differences.append(torch.nan_to_num(off, nan=0.0).max())
 
     def _expect_reproduced(self) -> None:
