@@ -11,6 +11,7 @@ cotangents stand in one buffer, so that each sum is a single fused call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -215,10 +216,18 @@ def discrete_sweep(
     start_nfe = field.nfe
     record, states = backward.record, backward.states
     totals = Totals(field)
-    pullbacks = [_pullback_for(field, method, backward, totals) for method in methods]
     graphs = [] if kept is None else kept.take(field.captured)[: len(record.sizes)]
-    from_graph = KeptPullback(field, methods[0], record.marks, graphs, totals)
     count = len(graphs)
+
+    # Each has buffers of its own, and most sweeps need only one.
+    @functools.cache
+    def from_graph() -> KeptPullback:
+        return KeptPullback(field, methods[0], record.marks, graphs, totals)
+
+    @functools.cache
+    def again(method: int) -> _StepPullback | RecordedPullback:
+        return _pullback_for(field, methods[method], backward, totals)
+
     cotangent = torch.zeros_like(states[0])
     times = None
     if backward.with_times:
@@ -237,7 +246,7 @@ def discrete_sweep(
         live = True
         joined = before is not None and n > count and _joined(backward, methods, n)
         step = _step_back(backward, n, cotangent, inside, joined)
-        pulled = from_graph(step) if n < count else pullbacks[record.method_of(n)](step)
+        pulled = from_graph()(step) if n < count else again(record.method_of(n))(step)
         cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:

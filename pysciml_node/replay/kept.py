@@ -160,7 +160,7 @@ class KeptStages(Stages):
 
     @override
     def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
-        if not self._recording:
+        if not self._recording or u is self._state:  # which is of a solution
             return super().evaluate(t, h, u, upto)
         with torch.enable_grad():
             return super().evaluate(t, h, self._leaf(u), upto)
@@ -249,6 +249,8 @@ class KeptPullback:
         self._looked = True
         end = self.method.end_stage
         i, u = (0, step.u) if end is None or end >= len(kept.stages) else (end, step.u1)
+        if not (i or self.steps):
+            return  # at the start, where it will be evaluated
         with torch.no_grad():
             again = self.field.field(self._stages.times(step.t, step.h)[i], u)
             self.totals.comparison.add(u + step.h * again, u + step.h * kept.stages[i], u)

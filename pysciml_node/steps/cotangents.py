@@ -35,14 +35,21 @@ class BackwardPass:
             entering.append(direct)
         indices = self.record.at_end.get(n)
         if indices and self.saved is not None:
-            entering.append(self.saved[indices].sum(0))
+            rows = self._rows(indices)
+            entering.append(rows[0] if len(indices) == 1 else rows.sum(0))
         return entering
 
     def inside(self, n: int) -> Tensor | None:
         """The cotangents of the states saved inside step `n`, `(m, N)`."""
         if self.saved is None or n not in self.record.inside:
             return None
-        return self.saved[self.record.inside[n][0]]
+        return self._rows(self.record.inside[n][0])
+
+    def _rows(self, indices: list[int]) -> Tensor:
+        """Cotangents of some of the saved states, mostly of neighbours."""
+        assert self.saved is not None
+        first, last = indices[0], indices[-1] + 1
+        return self.saved[first:last] if last - first == len(indices) else self.saved[indices]
 
     def saved_inside(self, n: int) -> Iterator[tuple[float, Tensor]]:
         """The times saved inside step `n`, and the cotangents of the states there, `(N,)` each."""

@@ -8,6 +8,7 @@ when their sum leaves the solve.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
@@ -33,10 +34,14 @@ Evaluate = Callable[[], Evaluation]
 
 def edge_of(x: Tensor) -> Edge:
     """The edge by which a tensor's gradient enters the graph: a quicker `get_gradient_edge`."""
-    if x.grad_fn is not None:
-        return x.grad_fn, x.output_nr
-    with torch.enable_grad():
+    node = x.grad_fn
+    if node is not None:
+        return node, x.output_nr
+    if torch.is_grad_enabled():
         view = x.view_as(x).grad_fn
+    else:
+        with torch.enable_grad():
+            view = x.view_as(x).grad_fn
     assert view is not None
     edge: Edge = view.next_functions[0]
     return edge
@@ -128,17 +133,22 @@ def _count(x: Tensor, sizes: dict[int | None, int]) -> None:
         sizes[None] = 0
 
 
+@functools.lru_cache(maxsize=1024)
+def _saving(kind: type) -> tuple[str, ...]:
+    """The attributes in which nodes of a kind show what they have saved for backward."""
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
 def _saved_by(node: Any) -> Iterator[Tensor]:
     """The tensors that a node of the graph has saved for backward.
 
     They are looked at as they were saved: unpacking those of a checkpoint would run it.
     """
-    for name in dir(node):
-        if name.startswith("_raw_saved_"):
-            saved = getattr(node, name)
-            for one in saved if isinstance(saved, list | tuple) else (saved,):
-                if isinstance(one.data, Tensor):
-                    yield one.data
+    for name in _saving(node.__class__):
+        saved = getattr(node, name)
+        for one in saved if isinstance(saved, list | tuple) else (saved,):
+            if isinstance(one.data, Tensor):
+                yield one.data
 
 
 class FirstGraph:
@@ -344,8 +354,10 @@ class Inputs:
         leaves = [stand_ins.get(id(x), x) for x in self.inputs]
         pairs = list(zip(self.inputs, leaves, strict=True))
         self._refused = {id(leaf): x for x, leaf in pairs if id(x) in changed}
-        self._stops = {edge_of(leaf) for x, leaf in pairs if id(x) not in changed}
-        self._stops |= {edge_of(stand_ins.get(id(x), x)) for x in self._constants}
+        stops = [leaf for x, leaf in pairs if id(x) not in changed]
+        stops += [stand_ins.get(id(x), x) for x in self._constants]
+        with torch.enable_grad():
+            self._stops = {edge_of(x) for x in stops}
         self.leaves = leaves
         try:
             with surroundings.as_seen(stand_ins):

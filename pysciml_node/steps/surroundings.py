@@ -228,10 +228,11 @@ class Surroundings:
             finally:
                 for back in reversed(undo):
                     back()
-                with torch.no_grad():
-                    for x, value in written:
-                        # Not counted as a change: it is what it was.
-                        x.data.copy_(value)
+                if written:
+                    with torch.no_grad():
+                        for x, value in written:
+                            # Not counted as a change: it is what it was.
+                            x.data.copy_(value)
 
     def put_back(self) -> None:
         """Put back what has changed since, for good."""
