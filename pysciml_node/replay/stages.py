@@ -46,6 +46,7 @@ class Method:
         self.b_error_low = None if low is None else Weights.of(low, like)
         # Polynomials of theta cancel: their weights are formed in float64 on the host.
         self.dense = torch.tensor(extra.weights, dtype=torch.float64)
+        self._powers = torch.arange(1, self.dense.shape[1] + 1, dtype=torch.float64)
         self.couplings = [Weights.of(row, like) for row in getattr(tableau, "couplings", ())]
         self.end_stage = _end_stage(tableau)
 
@@ -77,7 +78,7 @@ class Method:
 
     def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:
         """`b_i(theta)`, or its derivative, for `theta` of shape `(m,)`; shape `(m, all_stages)`."""
-        power = torch.arange(1, self.dense.shape[1] + 1, dtype=torch.float64)
+        power = self._powers
         theta = theta.to(device="cpu", dtype=torch.float64).unsqueeze(1)
         basis = power * theta ** (power - 1) if derivative else theta**power
         return (basis @ self.dense.T).to(self.b.tensor)
@@ -137,7 +138,9 @@ class Stages:
         low, high = self._limits(start, size) if self._stops else (self.low, self.high)
         nodes = self.method.nodes
         numbers = [start + c * size for c in self.method.host_nodes]
-        if not (low <= min(numbers) and max(numbers) <= high):
+        # Rounding keeps their order.
+        ends = (start, start + size) if self.method.nodes_inside else numbers
+        if not (low <= min(ends) and max(ends) <= high):
             numbers = [min(max(t, low), high) for t in numbers]
         inside = torch.tensor(numbers, dtype=nodes.dtype)
         if nodes.device.type != "cpu":

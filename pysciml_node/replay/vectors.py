@@ -110,7 +110,8 @@ class StackedVectors(Vectors):
         count = len(weights.numbers)
         columns = self._heads.get(count)
         if columns is None:
-            columns = self._heads[count] = self._buffer[:count].T
+            size = self._buffer.shape[1]
+            columns = self._heads[count] = self._buffer.as_strided((size, count), (1, size))
         if base is None:
             return torch.addmv(self._rows[0], columns, weights.tensor, beta=0, alpha=h)
         return torch.addmv(base, columns, weights.tensor, alpha=h)
@@ -240,13 +241,18 @@ class RecordedVectors(Vectors):
 
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
-        if base is not None and len(weights.numbers) == 1:
-            return base + self._vectors[0] * (h * weights.numbers[0])
-        columns = torch.stack(self._vectors[: len(weights.numbers)]).T
+        count = len(weights.numbers)
         if base is not None and not isinstance(h, Tensor):
-            # Few nodes in the graph: backward costs as much as the nodes it visits.
-            return torch.addmv(base, columns, weights.tensor, alpha=h)
-        increment = h * torch.mv(columns, weights.tensor)
+            if count > 1 and not _is_long(base):
+                # Few nodes in the graph: backward costs as much as the nodes it visits.
+                columns = torch.stack(self._vectors[:count]).T
+                return torch.addmv(base, columns, weights.tensor, alpha=h)
+            # Without copies, as blocks are combined: backward costs as much as the memory it moves.
+            for vector, weight in zip(self._vectors, weights.numbers, strict=False):
+                if weight != 0.0:
+                    base = torch.add(base, vector, alpha=h * weight)
+            return base
+        increment = h * torch.mv(torch.stack(self._vectors[:count]).T, weights.tensor)
         return increment if base is None else base + increment
 
     @override
@@ -255,8 +261,13 @@ class RecordedVectors(Vectors):
         return increment if base is None else base + increment
 
 
+def _is_long(like: Tensor) -> bool:
+    """Whether copies of a vector would take longer than the sums."""
+    return like.device.type == "cpu" and like.numel() > _LONG and not like.is_complex()
+
+
 def vectors_like(like: Tensor, count: int) -> Vectors:
     """The cheapest holder of `count` vectors like this one, without a graph for autograd."""
-    if like.device.type == "cpu" and like.numel() > _LONG and not like.is_complex():
+    if _is_long(like):
         return BlockedVectors(like)
     return StackedVectors(count, like)
