@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem
+from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.steps.record import Outcome, check_finite
 
@@ -86,19 +87,22 @@ class Solve(ABC):
     def finish(self, ending: Ending, trajectory: Trajectory) -> Solution:
         """The solution, once the solve has run."""
         problem, options, spec = self.problem, self.options, self.problem.spec
-        t = self.times(ending.saved.shape[0], ending.times)
-        return Solution(
-            problem=problem,
-            algorithm=self.algorithm,
-            engine=self.engine,
-            retcode=ending.retcode,
-            stats=self.stats,
-            t=t,
-            u1=spec.unflatten(ending.u1),
-            trajectory=trajectory,
-            saved=None if options.saveat is None else spec.unflatten(ending.saved),
-            event=ending.event,
-        )
+        parts: dict[str, Any] = {
+            "problem": problem,
+            "algorithm": self.algorithm,
+            "engine": self.engine,
+            "retcode": ending.retcode,
+            "stats": self.stats,
+            "u1": spec.unflatten(ending.u1),
+            "trajectory": trajectory,
+            "event": ending.event,
+        }
+        if options.saveat is not None:
+            parts["saved"] = spec.unflatten(ending.saved)
+        reached, ends = ending.saved.shape[0], ending.times
+        if options.saveat_tensor is not None:
+            parts["t"] = self.times(reached, ends)
+        return in_parts(Solution, lambda _: self.times(reached, ends), **parts)
 
     def times(self, reached: int, ends: Sequence[float]) -> Tensor:
         """The times of the states that a solution holds.

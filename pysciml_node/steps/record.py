@@ -182,7 +182,7 @@ def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:
     code = record.retcode
     if watched or not (code.successful or code is ReturnCode.Unstable):
         return
-    if math.isfinite(float(states[-1].detach().abs().sum())):
+    if math.isfinite(torch.linalg.vector_norm(states[-1].detach(), 1).item()):
         return
     # u0 stays, whatever it is.
     good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)

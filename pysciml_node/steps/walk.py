@@ -284,8 +284,8 @@ class Walk:
 
     def _class(self, kind: type, name: str) -> None:
         """The attributes of a class, and the globals that its methods name."""
-        for ancestor in kind.__mro__:
-            if is_library(ancestor.__module__) or id(ancestor) in self._visited:
+        for ancestor in _own_classes(kind):
+            if id(ancestor) in self._visited:
                 continue
             self._visited[id(ancestor)] = ancestor
             for key, held in list(ancestor.__dict__.items()):
@@ -316,6 +316,12 @@ class Walk:
 # Dicts of a module whose entries read as attributes in its code.
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
+
+
+@functools.lru_cache(maxsize=1024)
+def _own_classes(kind: type) -> tuple[type, ...]:
+    """A class and those that it inherits from, without the ones of libraries."""
+    return tuple(x for x in kind.__mro__ if not is_library(x.__module__))
 
 
 _Visit = Callable[[Walk, Any, str], None]
