@@ -158,7 +158,9 @@ def collect(
         handle.forget()
     record = _record(problem, options, list(ends), list(errors))
     record.nreject, record.saved, record.retcode = rejected, count, RETCODES[code]
-    states = [from_real(row.to(spec.device), spec.dtype) for row in rows]
+    states = rows
+    if spec.dtype.is_complex or saved.device != spec.device:
+        states = [from_real(row.to(spec.device), spec.dtype) for row in rows]
     states[0] = u0
     return Forward(
         record,

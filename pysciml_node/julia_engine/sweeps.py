@@ -107,7 +107,7 @@ def _dense_outputs(
     outputs: list[Tensor] = []
     steps, thetas = integers(), doubles()
     if backward.saved is not None:
-        saved = [to_real(row).to(where) for row in backward.saved]
+        saved = to_real(backward.saved).to(where).unbind()
         for n, (indices, _) in sorted(backward.record.inside.items()):
             outputs.extend(saved[i] for i in indices)
             steps.extend([n + 1] * len(indices))
