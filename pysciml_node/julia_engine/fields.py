@@ -73,7 +73,7 @@ def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | N
     """The parts of a flat gradient, like the tensors."""
     parts = torch.split(gradient, [real_length(x) for x in tensors])
     if all(x.dtype is gradient.dtype and x.device == gradient.device for x in tensors):
-        return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+        return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
     return [
         from_real(part.to(x.device, x.dtype.to_real()), x.dtype).reshape(x.shape)
         for part, x in zip(parts, tensors, strict=True)
