@@ -125,12 +125,15 @@ _SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, Arguments]
 )
 
 
+_OWN_WORDS = ("__signature__", "__wrapped__")
+"""Attributes by which an object says itself how it is called."""
+
+
 def arguments(value: Callable[..., Any]) -> Arguments:
     """The arguments that a callable takes; those of `forward` for a module."""
     forward = value.forward if isinstance(value, nn.Module) else value
     call = type(forward).__dict__.get("__call__")
-    says = hasattr(forward, "__signature__") or hasattr(forward, "__wrapped__")
-    if type(call) is types.FunctionType and not says:
+    if type(call) is types.FunctionType and not any(hasattr(forward, x) for x in _OWN_WORDS):
         forward = call.__get__(forward)  # an object whose class says how it is called
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):

@@ -36,9 +36,10 @@ class Emitted:
 
 
 # Bytes of values and cotangents that the nearest cache holds; those of weights that stay there
-# beside them, more or less; and the rows that are taken at once.
+# beside them, more or less; the rows that are taken at once, and bytes of their values, which lie
+# on the stack.
 _NEAR, _MOST_WEIGHTS = 1 << 15, 1 << 16
-_FEWEST_ROWS, _MOST_ROWS = 6, 16
+_FEWEST_ROWS, _MOST_ROWS, _MOST_STACK = 6, 16, 1 << 17
 
 
 class Emitter(Layout):
@@ -218,7 +219,8 @@ def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emi
     """A field's code, which goes through its batch by some rows where that is of use.
 
     Rows that depend on each other are taken at once, as are values and cotangents that the nearest
-    cache holds anyway. Large weights would be fetched again for each of the parts.
+    cache holds anyway, and rows that are long. Large weights would be fetched again for each of the
+    parts.
 
     Args:
         program: the field.
@@ -232,7 +234,8 @@ def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emi
     rows = by_rows(program)
     if used <= _NEAR or weights > _MOST_WEIGHTS or rows is None:
         return emitter, emitted
-    counts = [n for n in range(_FEWEST_ROWS, _MOST_ROWS + 1) if rows.total % n == 0]
+    most = min(_MOST_ROWS, _MOST_STACK * rows.total // used)
+    counts = [n for n in range(_FEWEST_ROWS, most + 1) if rows.total % n == 0]
     cut = by_rows(program, counts[-1]) if counts else None
     if cut is None:
         return emitter, emitted

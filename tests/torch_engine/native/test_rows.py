@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -188,6 +189,21 @@ def test_a_batch_of_a_prime_number_of_rows_is_taken_at_once() -> None:
     field, u0 = Field(net), start(net, 13)
     for native, eager in zip(outcome(field, u0, True), outcome(field, u0, False), strict=True):
         torch.testing.assert_close(native, eager, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [20, 200, 2_000])
+def test_values_of_some_rows_take_little_room_on_the_stack(width: int) -> None:
+    """Threads have half a megabyte of it on some systems; longer rows are taken at once."""
+
+    def wide(m: Any, t: Tensor, u: Tensor) -> Tensor:
+        x = torch.tanh(u) * u
+        return torch.sin(x) + torch.sigmoid(x * t)
+
+    program = translate(Field(wide), StateSpec.of(torch.ones(BATCH, width, dtype=D))).program
+    emitter, emitted = emit.whole_or_by_rows(program, D)
+    assert (emitter.rows is not None) == (width < 2_000)
+    rooms = [int(n) for n in re.findall(r"REAL s\[(\d+)\]", emitted.source)]
+    assert 8 * max(rooms, default=0) <= 1.1 * 2**17
 
 
 def test_what_is_computed_twice_is_computed_once() -> None:
