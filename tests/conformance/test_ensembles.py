@@ -184,7 +184,7 @@ def test_stochastic_members_draw_in_turn() -> None:
 @pytest.mark.parametrize(
     ("u0", "p", "words"),
     [
-        (None, None, "neither"),
+        (None, None, "none of them"),
         (torch.zeros(3).double(), None, r"\(M, 2\), but has \(3,\)"),
         (torch.zeros(3, 2), None, "float64"),
         (torch.zeros(3, 2).double(), torch.zeros(4, 1).double(), r"\[3, 4\]"),
