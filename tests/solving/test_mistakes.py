@@ -259,3 +259,12 @@ def test_numbers_and_lists_of_them_are_states_of_the_default_dtype(u0: Any) -> N
     torch.testing.assert_close(solution.u1, start * math.exp(-1), rtol=1e-4, atol=0)
     many = psn.EnsembleProblem(psn.ODEProblem(decay, u0, (0.0, 1.0)), u0=[u0, u0])
     torch.testing.assert_close(psn.solve(many, rtol=1e-5).u1[0], solution.u1)
+
+
+def test_a_field_that_cuts_the_graph_is_told_of() -> None:
+    k = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    problem = make(lambda t, u: torch.tensor([-k.item() * x for x in u.tolist()], dtype=u.dtype))
+    u1 = psn.solve(problem).u1
+    with pytest.warns(psn.PsnWarning, match=r"cuts the graph(.|\n)*torch\.stack"):
+        u1.sum().backward()
+    assert k.grad is None
