@@ -210,24 +210,24 @@ class _Walk:
             self.watch.expect_item(container, key, x)
             self.add(x)
         elif id(x) in self._indices:
-            self.watch.repeated.append((container, key, self._indices[id(x)]))
+            self.watch.expect_again(container, key, self._indices[id(x)])
             self._tokens.append(self._indices[id(x)])
         else:
             self._seen[id(x)] = (len(self._seen), x)
-            self._tensor(x)
-            self.watch.places.append((container, key, self._tokens[-1]))
+            self._tensor(x, container, key)
 
-    def _tensor(self, x: Tensor) -> None:
+    def _tensor(self, x: Tensor, container: Any, key: Any) -> None:
         self._indices[id(x)] = len(self.tensors)
         self.tensors.append(x)
+        self._tokens.append(describe(x))
+        # Before what the tensor holds itself: a second look finds them in the same order.
+        self.watch.expect_tensor(container, key, x)
         if x.__dict__:
             self._dict(x.__dict__)
-        self._tokens.append(describe(x))
 
     def _loose_tensor(self, x: Tensor) -> None:
         """A tensor at a place that cannot change: a set's, or a key."""
-        self._tensor(x)
-        self.watch.places.append(((x,), 0, self._tokens[-1]))
+        self._tensor(x, (x,), 0)
 
     def _kind(self, x: Any) -> None:
         """Note the class of an object, which can be exchanged."""

@@ -39,17 +39,12 @@ class Walked:
 
     def holds(self, f: Any, now: Snapshot) -> bool:
         """Whether a module and all that it reaches are what they were, numbers aside."""
-        return self.owner() is f and self.watch is now.watch and self._are_same(now.tensors)
+        same = len(self.tensors) == len(now.tensors) and all(map(is_, self.tensors, now.tensors))
+        return self.owner() is f and self.watch is now.watch and same
 
     def stands(self, f: Any) -> bool:
         """The same, by another look."""
-        if self.owner() is not f:
-            return False
-        tensors = self.watch.tensors()
-        return tensors is not None and self._are_same(tensors)
-
-    def _are_same(self, tensors: list[Tensor]) -> bool:
-        return len(self.tensors) == len(tensors) and all(map(is_, self.tensors, tensors))
+        return self.owner() is f and self.watch.stands(self.tensors)
 
     def see(self, f: Any) -> Callable[[], Surroundings]:
         """A function that gives the surroundings of a solve that begins now.

@@ -27,8 +27,8 @@ class Watch:
         absent: modules and names that they lack, likewise.
         sized: containers whose number of entries matters.
         sizes: these numbers.
-        places: container and key of each tensor, and the token that describes it.
-        repeated: container and key of a tensor's further places, and its number.
+        places: containers, keys and the tokens that describe the tensors there, likewise.
+        repeated: containers and keys of tensors' further places, and their numbers, likewise.
         default: torch's default dtype.
         sealed: whether there are objects whose inside is not looked at.
         fickle: what code does that may come out differently at each solve, in words.
@@ -44,8 +44,8 @@ class Watch:
     absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
     sized: list[Any] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    places: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    repeated: list[tuple[Any, Any, int]] = field(default_factory=list)
+    places: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
+    repeated: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     sealed: bool = False
     fickle: str | None = None
@@ -74,35 +74,54 @@ class Watch:
         self.sized.append(container)
         self.sizes.append(len(container))
 
+    def expect_tensor(self, container: Any, key: Any, x: Tensor) -> None:
+        """Look later which tensor is in a place."""
+        for column, entry in zip(self.places, (container, key, describe(x)), strict=True):
+            column.append(entry)
+
+    def expect_again(self, container: Any, key: Any, number: int) -> None:
+        """Look later whether a place has the same tensor as another one."""
+        for column, entry in zip(self.repeated, (container, key, number), strict=True):
+            column.append(entry)
+
     def tensors(self) -> list[Tensor] | None:
         """The tensors that are there now; `None` where anything else has changed."""
+        containers, keys, _ = self.places
         try:
-            # Most places are looked at by C code that loops over them.
-            containers, keys, values = self.items
-            if not all(map(is_, map(getitem, containers, keys), values)):
-                return None
-            owners, names, held = self.attributes
-            if not all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held)):
-                return None
-            if any(map(contains, *self.absent)):
-                return None
-            if list(map(len, self.sized)) != self.sizes:
-                return None
-            tensors: list[Tensor] = []
-            for container, key, token in self.places:
-                tensor = container[key]
-                if not isinstance(tensor, Tensor) or describe(tensor) != token:
-                    return None
-                tensors.append(tensor)
-            for container, key, index in self.repeated:
-                if container[key] is not tensors[index]:
-                    return None
+            found: list[Any] = list(map(getitem, containers, keys))
         except (LookupError, ValueError):
             return None
-        if self.free is not None and self.free != freedom(tensors):
-            return None
-        distinct = len(set(map(id, tensors))) == len(tensors)
-        return tensors if distinct and torch.get_default_dtype() is self.default else None
+        distinct = len(set(map(id, found))) == len(found)
+        return found if distinct and self.stands(found) else None
+
+    def stands(self, tensors: list[Tensor]) -> bool:
+        """Whether everything is as it was, but for the tensors in it, which are these."""
+        # Everything is looked at by C code that loops over the places.
+        containers, keys, tokens = self.places
+        again, their_keys, numbers = self.repeated
+        held = map(tensors.__getitem__, numbers)
+        try:
+            return (
+                self._holds()
+                and all(map(is_, map(getitem, containers, keys), tensors))
+                and all(map(is_, map(getitem, again, their_keys), held))
+                and list(map(describe, tensors)) == tokens
+                and (self.free is None or self.free == freedom(tensors))
+            )
+        except (LookupError, ValueError, AttributeError):  # also of what is no tensor
+            return False
+
+    def _holds(self) -> bool:
+        """Whether everything but the tensors is as it was."""
+        containers, keys, values = self.items
+        owners, names, held = self.attributes
+        return (
+            all(map(is_, map(getitem, containers, keys), values))
+            and all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held))
+            and not any(map(contains, *self.absent))
+            and list(map(len, self.sized)) == self.sizes
+            and torch.get_default_dtype() is self.default
+        )
 
 
 def freedom(tensors: list[Tensor]) -> list[bool]:

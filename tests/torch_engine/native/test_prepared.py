@@ -362,3 +362,13 @@ def test_memory_of_native_code_is_not_among_what_a_field_reaches() -> None:
     before = len(Snapshot.of(field).tensors)
     solved(30.0)
     assert len(Snapshot.of(field).tensors) == before
+
+
+def test_a_parameter_that_has_a_tensor_for_an_attribute() -> None:
+    f = Scaled()
+    f.rate.mask = torch.full((2,), 7.0, dtype=D)  # type: ignore[attr-defined]
+    for _ in range(3):
+        torch.testing.assert_close(solved(f).u1.detach(), decay(1.0), rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        f.rate.fill_(2.0)
+    torch.testing.assert_close(solved(f).u1.detach(), decay(1.0, 2.0), rtol=1e-7, atol=1e-9)
