@@ -92,7 +92,10 @@ class Arguments:
         shown: its signature; `None` where there is none to read, as for many built-ins.
         names: of the first three, empty where there are none.
         settles_second: whether the second has a default.
+        known_as_field: whether they have been found to be those of a function of time and state.
     """
+
+    known_as_field = False
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.shown: inspect.Signature | None = None
@@ -119,10 +122,8 @@ class Arguments:
         return self._taken[count]
 
 
-# The signatures of a function: as itself, and as a bound method.
-_SIGNATURES: weakref.WeakKeyDictionary[types.FunctionType, dict[bool, Arguments]] = (
-    weakref.WeakKeyDictionary()
-)
+# The signatures of a function, by its identity: as itself, and as a bound method.
+_SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[types.FunctionType], Arguments]] = {}
 
 
 _OWN_WORDS = ("__signature__", "__wrapped__")
@@ -138,13 +139,12 @@ def arguments(value: Callable[..., Any]) -> Arguments:
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):
         return Arguments(forward)
-    known = _SIGNATURES.get(function)
-    if known is None:
-        known = _SIGNATURES.setdefault(function, {})
-    bound = forward is not function
-    if bound not in known:
-        known[bound] = Arguments(forward)
-    return known[bound]
+    key = id(function), function is not forward
+    known = _SIGNATURES.get(key)
+    if known is None or known[0]() is not function:
+        gone = weakref.ref(function, lambda _: _SIGNATURES.pop(key, None))
+        known = _SIGNATURES[key] = gone, Arguments(forward)
+    return known[1]
 
 
 def parameters(value: Callable[..., Any]) -> inspect.Signature | None:

@@ -148,15 +148,15 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     def settings(self, **arguments: Any) -> dict[str, Any]:
         """The module's options of a solve, which `arguments` can replace."""
-        own = {
+        return {
             "rtol": self.rtol,
             "atol": self.atol,
             "saveat": self.saveat,
             "engine": self.engine,
             "adjoint": self.adjoint,
             **self.options,
+            **arguments,
         }
-        return {**own, **arguments}
 
     def solve(self, problem: Problem, **arguments: Any) -> Solution:
         """Solve a problem with the module's settings, which `arguments` can replace."""
@@ -167,7 +167,8 @@ class NeuralDE(nn.Module, Generic[Out]):
         if not solution._is_later("penalty"):  # which is then the same zero
             spec = solution.problem.spec
             solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
-        attach_penalties(solution, regularizers)
+        if regularizers:
+            attach_penalties(solution, regularizers)
         self.show(solution)
         return solution
 
@@ -202,8 +203,9 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     def show(self, solution: Solution | EnsembleSolution) -> None:
         """Show a solution to the hooks."""
-        for hook in list(self._solve_hooks.values()):
-            hook(self, solution)
+        if self._solve_hooks:
+            for hook in list(self._solve_hooks.values()):
+                hook(self, solution)
 
     def step_schedules(self) -> None:
         """Count one training step of every regularizer's weight schedule."""

@@ -23,7 +23,13 @@ from torch.autograd import forward_ad
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import Problem
-from pysciml_node.problems.state import map_tensors, refuse_batched, refuse_vmap, tensors_of
+from pysciml_node.problems.state import (
+    kind_of,
+    map_tensors,
+    refuse_batched,
+    refuse_vmap,
+    tensors_of,
+)
 
 P = TypeVar("P", bound=Problem | EnsembleProblem)
 R = TypeVar("R")
@@ -123,7 +129,7 @@ def are_ordinary(device: torch.device) -> bool:
     """Whether the modes are those of `ordinary_modes` already."""
     return not (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device.type)
+        or torch.is_autocast_enabled(kind_of(device))
         or _default_device() is not None
     )
 
@@ -194,13 +200,15 @@ def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     if isinstance(problem, EnsembleProblem):
         return False
     for value in (problem.u0, problem.tspan, problem.p):
-        for x in _tensors_in(value):
-            if x.is_inference():
+        if isinstance(value, Tensor):
+            if value.is_inference():
                 return False
+        elif value is not None and any(map(Tensor.is_inference, _tensors_in(value))):
+            return False
     c = torch._C
     return not (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(problem.spec.device.type)
+        or torch.is_autocast_enabled(kind_of(problem.spec.device))
         or forward_ad._current_level >= 0
         or c._are_functorch_transforms_active()
         or c._len_torch_function_stack()
@@ -216,7 +224,7 @@ def _tensors_in(value: Any) -> tuple[Tensor, ...]:
     """The tensors of an input of a problem."""
     if isinstance(value, Tensor):
         return (value,)
-    if value is None or (type(value) is tuple and _NUMBERS.issuperset(map(type, value))):
+    if type(value) is tuple and _NUMBERS.issuperset(map(type, value)):
         return ()
     return tuple(tensors_of(value))
 
@@ -251,6 +259,8 @@ def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -
         problem: as it was given.
         forward_mode: whether derivatives in forward mode can pass through.
     """
+    if nothing_is_special(problem):
+        return solve(problem)
     device, surrounding, check = _outside(problem, forward_mode)
     if surrounding is None and not torch.is_inference_mode_enabled():
         return solve(_in_modes(problem, None, check))

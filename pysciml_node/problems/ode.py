@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,10 +16,12 @@ from typing_extensions import override
 
 from pysciml_node import checks
 from pysciml_node.problems.state import (
+    HALVED,
     State,
     StateSpec,
     as_state,
     full_precision,
+    kind_of,
     refuse_batched,
     tensors_of,
 )
@@ -54,6 +57,8 @@ def check_field(name: str, field: Any, hint: str) -> None:
         TypeError: it is not callable, or takes other arguments, or these in another order.
     """
     taken = checks.arguments(field)
+    if taken.known_as_field:
+        return
     whole = callable(field) and not isinstance(field, type)
     if not (whole and (taken.takes(2) or taken.takes(3))):
         if whole and taken.takes(1):
@@ -62,6 +67,7 @@ def check_field(name: str, field: Any, hint: str) -> None:
             hint = f"It returns the derivative: {name}(t, u) or {name}(t, u, p)."
         checks.function(name, field, "t", "u", hint=hint)
     checks.expect_time_first(name, field)
+    taken.known_as_field = True
 
 
 def _check_called(name: str, field: Any, p: Any) -> None:
@@ -118,6 +124,28 @@ def checked_parameters(p: Any, spec: StateSpec) -> list[Tensor]:
     return tensors
 
 
+@lru_cache(maxsize=256)
+def _check_interval(t0: float, t1: float, dtype: torch.dtype) -> None:
+    """Refuse an interval whose ends are equal, or whose times a dtype cannot tell apart."""
+    for i, t in enumerate((t0, t1)):
+        _check_time(f"tspan[{i}]", t)
+    if t0 == t1:
+        raise ValueError(
+            f"tspan must have two different ends, but both are {t0}.\n"
+            "  The state at t0 is u0 itself: no solve is needed."
+        )
+    # A number in single precision has 29 bits fewer.
+    spacing = math.ulp(max(abs(t0), abs(t1))) * (1 if dtype == torch.float64 else 2**29)
+    if abs(t1 - t0) < FEWEST_TIMES * spacing:
+        raise ValueError(
+            f"tspan ({t0}, {t1}) must have at least {FEWEST_TIMES} different times in "
+            f"{dtype}, that of u0, but has {abs(t1 - t0) / spacing:.0f}: the field could not "
+            "tell them apart.\n"
+            "  Solve in float64, or count time from the start: f(t0 + s, u) over "
+            "(0, t1 - t0)."
+        )
+
+
 class Problem(checks.Configured):
     """The base of initial value problems: a state, an interval, an extra argument."""
 
@@ -143,41 +171,38 @@ class Problem(checks.Configured):
 
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""
-        u0 = full_precision(as_state(self.u0))
+        u0 = self.u0
+        if not isinstance(u0, Tensor) or u0.dtype in HALVED:
+            u0 = full_precision(as_state(u0))
+            checks.settle(self, u0=u0)
         spec = StateSpec.of(u0)
-        checks.settle(self, u0=u0, spec=spec)
-        if spec.device.type == "meta":
+        object.__setattr__(self, "spec", spec)
+        if kind_of(spec.device) == "meta":
             raise ValueError(
                 "u0 must have values, but is on the meta device.\n"
                 "  Make it on a device that computes, such as cpu."
             )
-        span = check_span(self.tspan)
-        t0, t1 = _check_time("tspan[0]", span[0]), _check_time("tspan[1]", span[1])
-        if t0 == t1:
-            raise ValueError(
-                f"tspan must have two different ends, but both are {t0}.\n"
-                "  The state at t0 is u0 itself: no solve is needed."
-            )
-        self._check_resolution(t0, t1)
-        if not (type(self.tspan) is tuple and type(span[0]) is type(span[1]) is float):
-            ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
-            checks.settle(self, tspan=ends)
+        span: Any = self.tspan
+        numbers = type(span) is tuple and len(span) == 2 and type(span[0]) is type(span[1]) is float
+        if not numbers:
+            span = self._checked_span()
+        _check_interval(*span, spec.real_dtype)
         if self.p is not None:
             checked_parameters(self.p, self.spec)
 
-    def _check_resolution(self, t0: float, t1: float) -> None:
-        """Refuse an interval whose times the state's real dtype cannot tell apart."""
-        dtype = self.spec.real_dtype
-        # A number in single precision has 29 bits fewer.
-        spacing = math.ulp(max(abs(t0), abs(t1))) * (1 if dtype == torch.float64 else 2**29)
-        if abs(t1 - t0) < FEWEST_TIMES * spacing:
-            raise ValueError(
-                f"tspan ({t0}, {t1}) must have at least {FEWEST_TIMES} different times in "
-                f"{dtype}, that of u0, but has {abs(t1 - t0) / spacing:.0f}: the field could not "
-                "tell them apart.\n"
-                "  Solve in float64, or count time from the start: f(t0 + s, u) over "
-                "(0, t1 - t0)."
-            )
+    def _checked_span(self) -> tuple[float, float]:
+        """The ends of the interval as numbers; `tspan` is set to a pair of numbers and tensors."""
+        span = check_span(self.tspan)
+        times = _check_time("tspan[0]", span[0]), _check_time("tspan[1]", span[1])
+        ends = tuple(t if isinstance(t, Tensor) else float(t) for t in span)
+        checks.settle(self, tspan=ends)
+        return times
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of the interval as numbers."""
+        t0, t1 = self.tspan
+        return time_number(t0), time_number(t1)
 
     @property
     def t0(self) -> float:
@@ -273,6 +298,8 @@ class ODEProblem(Problem):
     def __post_init__(self) -> None:
         check_field("f", self.f, "The order is ODEProblem(f, u0, (t0, t1), p=None).")
         self._check()
+        if self.jac is None and self.jac_sparsity is None and self.mass_matrix is None:
+            return
         size = sum(self.spec.sizes)
         if self.jac is not None:
             check_field("jac", self.jac, "It takes what f takes: jac(t, u), or jac(t, u, p).")

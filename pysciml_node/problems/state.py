@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -107,14 +107,24 @@ def without_graph(x: Tensor) -> Tensor:
     return dual
 
 
+@cache
+def kind_of(device: torch.device) -> str:
+    """The kind of a device, such as `"cpu"`, for which the device itself makes a text each time."""
+    return device.type
+
+
 def full_precision(state: Any) -> Any:
     """A state in single precision, where autocast has halved its precision."""
+    return map_tensors(_unhalved, state)
 
-    def cast(x: Tensor) -> Tensor:
-        halved = x.dtype in (torch.float16, torch.bfloat16)
-        return x.float() if halved and torch.is_autocast_enabled(x.device.type) else x
 
-    return map_tensors(cast, state)
+def _unhalved(x: Tensor) -> Tensor:
+    halved = x.dtype in HALVED
+    return x.float() if halved and torch.is_autocast_enabled(x.device.type) else x
+
+
+HALVED = frozenset((torch.float16, torch.bfloat16))
+"""What autocast makes of floating-point numbers."""
 
 
 def refuse_batched(x: Tensor) -> None:
@@ -135,7 +145,7 @@ def refuse_vmap() -> NoReturn:
     )
 
 
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.complex64, torch.complex128))
 
 
 def _check_part(name: str, part: Any) -> None:
@@ -195,9 +205,11 @@ class StateSpec:
         """
         keys: tuple[Any, ...] | None
         if isinstance(u0, Tensor):
-            _check_part("u0", u0)
-            _check_filled(u0.numel())
-            return _spec(None, (u0.shape,), u0.dtype, u0.device)
+            shape = u0.shape
+            if u0.dtype not in _DTYPES or u0.layout is not torch.strided or 0 in shape:
+                _check_part("u0", u0)
+                _check_filled(u0.numel())
+            return _spec(None, (shape,), u0.dtype, u0.device)
         if isinstance(u0, tuple):
             keys, parts = tuple(range(len(u0))), u0
         elif isinstance(u0, Mapping):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -38,7 +36,7 @@ from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import StateSpec, moves
+from pysciml_node.problems.state import moves
 from pysciml_node.solving.tolerances import check_both_zero, check_tolerance
 
 T = TypeVar("T")
@@ -136,66 +134,7 @@ def check_algorithm(problem: Problem, algorithm: Algorithm | None) -> Algorithm:
     return method
 
 
-_KNOWN: OrderedDict[Any, tuple[SolveOptions, StateSpec]] = OrderedDict()
-"""Options that have been checked, by what was given and for which problem: see `_key`."""
-
-_MOST_KNOWN = 256
-
-_FLOAT, _LISTS = frozenset((float,)), (list, tuple)
-
-_PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
-"""Kinds of values that options may be found by; those of controllers and adjoints join them."""
-
-
-def _are_plain(kinds: Sequence[type]) -> bool:
-    """Whether values of these kinds say all that options depend on."""
-    if not _PLAIN.issuperset(kinds):
-        if not all(kind in _PLAIN or issubclass(kind, Controller | Adjoint) for kind in kinds):
-            return False
-        _PLAIN.update(kinds)
-    return True
-
-
-def _key(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> Any:
-    """What options depend on; `None` where it is more than the values themselves."""
-    if type(problem) is not ODEProblem:
-        return None
-    for name in ("rtol", "atol", "saveat", "tstops", "events"):
-        listed = given[name]
-        if type(listed) in _LISTS and listed:
-            if not _FLOAT.issuperset(map(type, listed)):
-                return None
-            given = {**given, name: (len(listed), *listed)}
-    # 1 and True are equal, and only one of them is a number of steps.
-    values = tuple(given.values())
-    kinds = tuple(map(type, values))
-    return (kinds, id(problem.spec), problem.t0, problem.t1, type(algorithm), algorithm, values)
-
-
-def check_options(problem: Problem, algorithm: Algorithm, given: dict[str, Any]) -> SolveOptions:
-    """The options of a solve, as they were given to it; checked once for equal ones.
-
-    Raises:
-        TypeError: one is of the wrong kind.
-        ValueError: one is out of range, or does not go with another.
-    """
-    key = _key(problem, algorithm, given)
-    try:
-        known = None if key is None else _KNOWN.get(key)
-    except TypeError:  # one of them has no hash
-        key = known = None
-    if known is None:
-        # The structure is kept, so that its identity is not given out again.
-        known = _options(problem, algorithm, **given), problem.spec
-        if key is not None and _are_plain(key[0]):
-            _KNOWN[key] = known
-            while len(_KNOWN) > _MOST_KNOWN:
-                with contextlib.suppress(KeyError):
-                    _KNOWN.popitem(last=False)
-    return known[0]
-
-
-def _options(
+def check_options(
     problem: Problem,
     algorithm: Algorithm,
     *,
@@ -215,6 +154,12 @@ def _options(
     compile: bool | Literal["auto"],
     generator: torch.Generator | None,
 ) -> SolveOptions:
+    """The options of a solve, as they were given to it.
+
+    Raises:
+        TypeError: one is of the wrong kind.
+        ValueError: one is out of range, or does not go with another.
+    """
     given = {"adjoint": adjoint, "controller": controller}
     adjoint = chosen("adjoint", adjoint, Adjoint, algorithm.default_adjoint)
     controller = chosen("controller", controller, Controller, algorithm.default_controller)
@@ -285,7 +230,7 @@ def _tell_that_steps_adapt(algorithm: Algorithm, dt0: float, *, unsaid: bool) ->
             "size.\n  For steps of one size write controller=FixedStep(); to adapt them without "
             "this warning, name rtol or atol.",
             PsnWarning,
-            stacklevel=8,
+            stacklevel=9,
         )
 
 

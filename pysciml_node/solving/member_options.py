@@ -44,7 +44,7 @@ def check_members(
         differing["saveat"], differing["saveat_tensor"] = _own_times(saveat, ensemble, spans)
         # The first member's times stand for all, over an interval that may be another's.
         given["saveat"] = sorted(differing["saveat"][0].tolist(), reverse=problem.direction < 0)
-    options = check_options(problem, algorithm, given)
+    options = check_options(problem, algorithm, **given)
     if ensemble.tspan is not None and "saveat" not in differing and options.saveat is not None:
         _expect_inside(np.array([options.saveat]), spans)
     return problem, algorithm, MemberOptions(options, spans, **differing)

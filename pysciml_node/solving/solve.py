@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, overload
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,39 +19,18 @@ from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.modes import in_ordinary_modes, nothing_is_special, uncompiled
+from pysciml_node.problems.modes import in_ordinary_modes, uncompiled
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving import engines
-from pysciml_node.solving.checks import (
-    USUAL,
-    check_algorithm,
-    check_options,
-    check_problem,
-    explain_calls,
-)
+from pysciml_node.solving.checks import USUAL, check_problem, explain_calls
 from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.jumps import run
 from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
-
-R = TypeVar("R")
-_PROBLEMS = (Problem, EnsembleProblem)
-
-
-def outside_modes(run: Callable[..., R]) -> Callable[..., R]:
-    """A function like `solve`, run in ordinary modes whatever those of its caller are."""
-
-    @functools.wraps(run)
-    def ordinary(problem: Any, *arguments: Any, **options: Any) -> R:
-        if not isinstance(problem, _PROBLEMS) or nothing_is_special(problem):
-            return run(problem, *arguments, **options)
-        direct = isinstance(options.get("adjoint"), DirectAdjoint)
-        return in_ordinary_modes(lambda ready: run(ready, *arguments, **options), problem, direct)
-
-    return ordinary
+from pysciml_node.solving.plans import plan_of
 
 
 @overload
@@ -87,7 +66,6 @@ def solve(
 # The options of an ensemble are those of a single problem.
 @uncompiled
 @explain_calls
-@outside_modes
 def solve(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
@@ -180,29 +158,38 @@ def solve(
         "compile": compile,
         "generator": generator,
     }
+    begin: Callable[[Any], Any]
     if isinstance(problem, EnsembleProblem):
-        return _solve_ensemble(problem, algorithm, engine, given, members)
-    if members is not None:
-        raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
-    problem = check_problem(problem)
-    algorithm = check_algorithm(problem, algorithm)
-    options = check_options(problem, algorithm, given)
-    options = dataclasses.replace(options, seed=_seed(generator)) if _random(problem) else options
-    chosen, options = engines.choose(engine, problem, algorithm, options)
+        begin = partial(_solve_ensemble, algorithm, engine, given, members)
+    else:
+        begin = partial(_solve_one, algorithm, engine, given)
+        check_problem(problem)
+        if members is not None:
+            raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
+    solution: Any = in_ordinary_modes(begin, problem, isinstance(adjoint, DirectAdjoint))
+    return solution  # type: ignore[no-any-return]
+
+
+def _solve_one(
+    algorithm: Algorithm | None, engine: str | None, given: dict[str, Any], problem: Problem
+) -> Solution:
+    algorithm, options, chosen, _ = plan_of(problem, algorithm, engine, given)
+    if _random(problem):
+        options = dataclasses.replace(options, seed=_seed(given["generator"]))
     begun = time.perf_counter()
     solution = run(chosen, problem, algorithm, options)
     solution.seconds = time.perf_counter() - begun
-    if throw and not solution.success:
+    if given["throw"] and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution
 
 
 def _solve_ensemble(
-    ensemble: EnsembleProblem,
     algorithm: Algorithm | None,
     engine: str | None,
     given: dict[str, Any],
     parallel: Parallel | None,
+    ensemble: EnsembleProblem,
 ) -> EnsembleSolution:
     if parallel is not None:
         checks.instance("members", parallel, Parallel, example="members=Parallel()")

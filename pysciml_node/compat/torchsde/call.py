@@ -7,13 +7,14 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.algorithms.adjoints import Adjoint
+from pysciml_node.algorithms.adjoints import Adjoint, DirectAdjoint
 from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.stochastic import (
     EM,
@@ -31,12 +32,11 @@ from pysciml_node.compat.torchsde.settings import METHOD_OPTIONS, METHODS
 from pysciml_node.compat.torchsde.solver import GivenParts, GivenPath
 from pysciml_node.compat.torchsde.words import in_torchsde_words
 from pysciml_node.errors import SolverFailure
-from pysciml_node.problems.modes import uncompiled
+from pysciml_node.problems.modes import in_ordinary_modes, uncompiled
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.solving.checks import check_options
 from pysciml_node.solving.diagnosis import failure_message
-from pysciml_node.solving.solve import outside_modes
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.stochastic.brownian import BrownianPath, Path
 from pysciml_node.stochastic.grid import GridPath
@@ -187,9 +187,7 @@ class Call:
         )
         given = self._control(problem, **control)
         with in_torchsde_words():
-            solution, carried = _solve(
-                problem, given.pop("algorithm"), self, begin, adjoint=adjoint, **given
-            )
+            solution, carried = _solve(problem, adjoint, call=self, begin=begin, **given)
         ys = solution.u
         found: list[Any] = [ys]
         if self.logqp:
@@ -282,15 +280,19 @@ class Call:
 
 
 @uncompiled
-@outside_modes
-def _solve(
+def _solve(problem: SDEProblem, adjoint: Adjoint, **given: Any) -> tuple[Solution, Tensor | None]:
+    """The solution, and what was carried beside the state at its end."""
+    run = partial(_solve_in_modes, adjoint=adjoint, **given)
+    return in_ordinary_modes(run, problem, isinstance(adjoint, DirectAdjoint))
+
+
+def _solve_in_modes(
     problem: SDEProblem,
     algorithm: StochasticRungeKutta,
     call: Call,
     begin: Sequence[Tensor] | None,
     **given: Any,
 ) -> tuple[Solution, Tensor | None]:
-    """The solution, and what was carried beside the state at its end."""
     usual = {
         "dtmin": None,
         "dtmax": None,
@@ -304,7 +306,7 @@ def _solve(
         "generator": None,
         "saveat": call.times,
     }
-    options = check_options(problem, algorithm, usual | given)
+    options = check_options(problem, algorithm, **(usual | given))
     options = dataclasses.replace(options, seed=0)
     levy = call.method == "log_ode"
     parts = GivenParts(call.path, call.begin(begin), levy, call.shortest, call.reversing)
