@@ -105,8 +105,8 @@ def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.zeros_like(like) if row is None else row for row in rows])
 
 
-def _is_legacy_batch(x: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+def _is_legacy_batch(x: Tensor | None) -> bool:
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -117,7 +117,7 @@ def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Te
     dims: list[int | None] = []
     size = 0
     for x in cotangents:
-        batched = x is not None and _is_legacy_batch(x)
+        batched = _is_legacy_batch(x)
         if x is not None and batched:
             x = torch._remove_batch_dim(x, level, 0, 0)
             size = x.shape[0]
@@ -140,20 +140,23 @@ def pulled(
         inputs: what they depend on, the first on the device of the solve.
         cotangents: as `backward` was given them.
     """
-    place = next(x.device for x in inputs if x is not None)
+    first = inputs[0]
+    assert first is not None
+    place = first.device
+    transformed = torch._C._are_functorch_transforms_active()
+    batched = any(map(_is_legacy_batch, cotangents))
+    if not (transformed or batched or torch.is_grad_enabled()) and are_ordinary(place):
+        return pull(*cotangents)
 
     def sweep(*row: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled() and are_ordinary(place):
-            return pull(*row)
         with torch.no_grad(), ordinary_modes(place):
             return pull(*row)
 
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         return first_derivative(_Pulled.apply(sweep, *cotangents), inputs)  # type: ignore[no-untyped-call]
-    for x in cotangents:
-        if x is not None and _is_legacy_batch(x):
-            # The graph of these batches is that of the tensors inside.
-            return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
+    if batched:
+        # The graph of these batches is that of the tensors inside.
+        return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
     return first_derivative(sweep(*cotangents), inputs)
 
 

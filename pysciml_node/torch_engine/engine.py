@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -131,13 +134,18 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, OneStepMethod)
     if options.compile:
-        # Emitters and translation are imported when a solve asks for them.
-        from pysciml_node.torch_engine.native.engine import attempt_native
-
-        solution = attempt_native(problem, algorithm, options, NAME)
+        solution = _native()(problem, algorithm, options, NAME)
         if solution is not None:
             return solution
     return ODESolve(problem, algorithm, options, NAME).solution()
+
+
+@cache
+def _native() -> Callable[[ODEProblem, Algorithm, SolveOptions, str], Solution | None]:
+    """Native solves: emitters and translation are imported when a solve asks for them."""
+    from pysciml_node.torch_engine.native.engine import attempt_native
+
+    return attempt_native
 
 
 def solve_members(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,11 @@ class FlownSolve(Solve):
     @override
     def run(self) -> Outcome:
         flight, states = self.flown()
-        return Outcome(*_Steps(self, flight, states)(), states.saved)
+        return self._outcome(_Steps(self, flight, states))
+
+    def _outcome(self, steps: _Steps) -> Outcome:
+        saved = steps.states.saved
+        return Outcome(*steps(), saved.reshape(len(saved), self.u0.numel()))
 
     @override
     def trajectory(self, outcome: Outcome) -> TorchTrajectory:
@@ -109,25 +114,30 @@ class FlownSolve(Solve):
         flight, states = self.flown()
         steps = _Steps(self, flight, states)
         if not (flight.finite or self.watched):
-            return self.looked_through(Outcome(*steps(), states.saved))
+            return self.looked_through(self._outcome(steps))
         # Where nothing looks at the steps they stay as they are.
         self.stats.naccept, self.stats.nreject = flight.count, flight.nreject
-        spec, u1 = self.problem.spec, states.last
-        whole = spec.keys is None and u1.shape == spec.shapes[0]
         parts: dict[str, Any] = {
             "problem": self.problem,
             "algorithm": self.algorithm,
             "engine": self.engine,
             "retcode": flight.retcode,
             "stats": self.stats,
-            "u1": u1 if whole else spec.unflatten(u1),
+            "u1": self._shaped(states.last),
             "event": flight.event,
         }
         if self.options.saveat is not None:
-            parts["saved"] = spec.unflatten(states.saved)
+            parts["saved"] = self._shaped(states.saved, 1)
         if self.options.saveat_tensor is not None:
             parts["t"] = self.times(flight.reached, ())
         return in_parts(Solution, steps.part, **parts)
+
+    def _shaped(self, x: Tensor, leading: int = 0) -> Any:
+        """States, flat or as the initial one was given, in its structure."""
+        spec = self.problem.spec
+        if spec.keys is None and x.shape[leading:] == spec.shapes[0]:
+            return x
+        return spec.unflatten(x)
 
 
 class NativeSolve(FlownSolve):
@@ -145,40 +155,41 @@ class NativeSolve(FlownSolve):
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure
         self.parameters = prepared.parameters
+        # What has been flown.
+        self.flight: Flight
         # Only an operation without a derivative hides the time.
         if torch.is_grad_enabled() and prepared.translated.program.jumps:
             method = Method.of(prepared.tableau, self.u0.dtype, self.u0.device)
             self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
+        self.search = self._search() if options.events else None
+
+    def _search(self) -> Search:
         try:
-            self.events = [watched(event, problem.spec) for event in options.events]
+            events = [watched(event, self.problem.spec) for event in self.options.events]
         except UnsupportedModule as error:
             raise no_code(error, "an event's condition") from error
+        return Search(events, self.problem, self.options.fired)
 
-    def fly(self, u0: Tensor) -> tuple[Flight, States]:
+    def fly(self, u0: Tensor) -> States:
         """Solve forward from a state, contiguous and the solve's own."""
-        library, departure = self.library, self.departure
-        packed, search = library.pack(self.parameters), None
-        if self.events:
-            search = Search(self.events, self.problem, self.options.fired)
+        how = self.library, self.departure, u0, self.parameters, self.search
         if self.options.progress:
             with step_listener(True, self.problem) as on_step:
-                flight, states = fly(library, departure, u0, packed, search, _turns(on_step))
+                flight, states = fly(*how, _turns(on_step))
         else:
-            flight, states = fly(library, departure, u0, packed, search, None)
-        self.stats.nfe = flight.nfe
-        return flight, states
+            flight, states = fly(*how, None)
+        self.flight, self.stats.nfe = flight, flight.nfe
+        return states
 
     @override
     def flown(self) -> tuple[Flight, States]:
         if not torch.is_grad_enabled():
-            return self.fly(self.u0)
-        t0, t1 = self.problem.tspan
-        keep: list[tuple[Flight, Tensor]] = []
+            states = self.fly(self.u0)
+            return self.flight, states
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
-            self, keep, self.u0, t0, t1, self.options.saveat_tensor, *self.parameters
+            self, self.u0, *self.problem.tspan, self.options.saveat_tensor, *self.parameters
         )
-        flight, nothing = keep[0]
-        return flight, States(nothing if saved is None else saved, ends, last)
+        return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
 
 
 def _turns(on_step: Any) -> Any:
@@ -196,48 +207,45 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any,
         solve: NativeSolve,
-        keep: list[tuple[Flight, Tensor]],
         u0: Tensor,
         t0: Time,
         t1: Time,
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        flight, states = solve.fly(u0.detach())
-        keep.append((flight, states.saved))
-        ctx.solve, ctx.flight = solve, flight
-        times = (t if isinstance(t, Tensor) else None for t in (t0, t1))
-        ctx.save_for_backward(states.ends, u0, *times, saveat, *parameters)
+        states = solve.fly(u0.detach())
+        ctx.solve = solve
+        start = t0 if isinstance(t0, Tensor) else None
+        end = t1 if isinstance(t1, Tensor) else None
+        ctx.save_for_backward(states.ends, u0, start, end, saveat, *parameters)
         ctx.set_materialize_grads(False)
-        return (states.saved if flight.reached else None), states.ends, states.last
+        return (states.saved if solve.flight.reached else None), states.ends, states.last
 
     @staticmethod
     @override
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, saved: Tensor | None, ends: Tensor | None, last: Tensor | None
+    ) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        if all(cotangent is None for cotangent in cotangents):
+        if saved is ends is last is None:
             return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
-
-        def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            return _pull(ctx.solve, ctx.flight, kept, arriving, needed[2:])
-
-        return (None, None, *pulled(pull, kept, *cotangents))
+        pull = partial(_pull, ctx.solve, kept, needed[1:])
+        return (None, *pulled(pull, kept, saved, ends, last))
 
 
 def _pull(
     solve: NativeSolve,
-    flight: Flight,
     kept: tuple[Tensor | None, ...],
-    arriving: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
+    *arriving: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
     ends, *sources = kept
     assert ends is not None
-    with_times = any(wanted[1:4])
-    library, stats = solve.library, solve.stats
+    with_times = wanted[1] or wanted[2] or wanted[3]
+    library, stats, flight = solve.library, solve.stats, solve.flight
     swept = sweep_back(library, flight, ends, arriving, with_times)
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nfe
@@ -265,6 +273,8 @@ def _time_gradients(
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     problem, record, (saved, at_steps, last) = solve.problem, solve.record(flight), arriving
     t, h, thetas = swept.times
+    if saved is not None:
+        saved = saved.reshape(len(saved), ends.shape[1])
     times = TimeCotangents(record, flight.reached, t.new_zeros(()))
     for n in reversed(range(len(record.sizes))):
         places = record.inside.get(n)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-_LYING, _COUNTS, _SWEPT = map(struct.Struct, ("8Pq", "5q", "14P3q"))
+_LYING, _COUNTS, _SWEPT = map(struct.Struct, ("9Pq", "5q", "14P3q"))
 
 
 class SolveRequest(ctypes.Structure):
@@ -57,7 +58,7 @@ class SolveRequest(ctypes.Structure):
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
         *_fields(_POINTER, "marks stops saves rtol atol"),
-        *_fields(_POINTER, "u0 packed ends saved final steps places memory"),
+        *_fields(_POINTER, "u0 tensors packed ends saved final steps places memory"),
         ("room", _INTEGER),
         ("events", _POINTER),
         *_fields(_INTEGER, "event_count found"),
@@ -128,7 +129,7 @@ class Code(Settled):
     ) -> None:
         self.dtype, self.text, self.packed_size = dtype, text, packed_size
         self._calls = calls
-        self._pools: dict[int, list[Tensor]] = {}
+        self._pools: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     @cached_property
     def loaded(self) -> ctypes.CDLL:
@@ -148,30 +149,34 @@ class Code(Settled):
 
     def give_memory(self, block: Tensor) -> None:
         """Give it back; a solve that was interrupted leaves its memory to the collector."""
-        pool = self._pools.setdefault(block.numel(), [])
+        pool = self._pools[block.numel()]
         if len(pool) < _MOST_KEPT:
             pool.append(block)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
-        dtype = self.dtype
-        packed = torch.empty(self.packed_size, dtype=dtype)
-        lies = [x.dtype is dtype and x.is_contiguous() and not x.is_neg() for x in tensors]
-        lying = tensors if all(lies) else [self.lying(x) for x in tensors]
-        places = struct.pack(f"{len(lying)}P", *[x.data_ptr() for x in lying])
-        self.loaded.prepare(places, packed.data_ptr())
+        packed = torch.empty(self.packed_size, dtype=self.dtype)
+        self.loaded.prepare(addresses(self.all_lying(tensors)), packed.data_ptr())
         return packed
+
+    def all_lying(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors as C reads them; themselves, where they are."""
+        dtype = self.dtype
+        for x in tensors:
+            if x.dtype is not dtype or not x.is_contiguous() or x.is_neg():
+                return [self.lying(x) for x in tensors]
+        return tensors
 
     def lying(self, x: Tensor) -> Tensor:
         """A tensor as C reads it."""
         if x.dtype is self.dtype and not x.is_neg():
-            return x.contiguous()  # itself, where it is
+            return x if x.is_contiguous() else x.contiguous()
         return x.detach().to(self.dtype).resolve_neg().contiguous()
 
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
     """Where tensors lie, as an array of C."""
-    return _pointers(len(tensors))(*[x.data_ptr() for x in tensors])
+    return _pointers(len(tensors))(*map(Tensor.data_ptr, tensors))
 
 
 @functools.cache
@@ -270,10 +275,7 @@ class Library(Code):
         ]
         cost = turns(written.cost + 10 * written.size + 50, written.stages)
         text = "\n".join((header(dtype), f"enum {{ TURNS = {cost} }};", written.text))
-        calls: dict[str, tuple[Any, ...]] = {
-            "march": (_INTEGER, ctypes.POINTER(SolveRequest)),
-            "prepare": (None, _POINTER, _POINTER),
-        }
+        calls: dict[str, tuple[Any, ...]] = {"march": (_INTEGER, ctypes.POINTER(SolveRequest))}
         if written.sweep_memory:
             calls["sweep"] = (_INTEGER, ctypes.POINTER(SweepRequest))
         super().__init__(dtype, text, written.packed, calls)
@@ -303,15 +305,14 @@ class Library(Code):
             of: the parameters.
             wanted: which of them.
         """
-        found: list[Tensor | None] = []
-        rows = zip(of, wanted, self._places, strict=True)
-        for x, needed, (pulled, shape, strides, offset) in rows:
-            if x is None or not (needed and pulled):
-                found.append(None)
-                continue
-            bar = packed_bar.as_strided(shape, strides, offset)
-            found.append(bar if x.dtype is self.dtype else bar.to(x))
-        return found
+        bars: list[Tensor | None] = [
+            packed_bar.as_strided(shape, strides, offset) if needed and pulled else None
+            for needed, (pulled, shape, strides, offset) in zip(wanted, self._places, strict=True)
+        ]
+        for i, (bar, x) in enumerate(zip(bars, of, strict=True)):
+            if bar is not None and (x is None or x.dtype is not self.dtype):
+                bars[i] = None if x is None else bar.to(x)
+        return bars
 
 
 @functools.lru_cache(maxsize=256)

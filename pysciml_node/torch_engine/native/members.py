@@ -47,7 +47,7 @@ from pysciml_node.torch_engine.native.member_run import (
 )
 from pysciml_node.torch_engine.native.prepared import check, no_code, refusal
 from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.run import RETCODES, Flight, States
+from pysciml_node.torch_engine.native.run import RETCODES, Flight, Notes, States
 from pysciml_node.translation.export import translate
 
 _COLUMNS = {"nfe": EVALUATIONS, "naccept": ACCEPTED, "nreject": REJECTED}
@@ -251,9 +251,7 @@ class NativeMembers:
         problem = cast(ODEProblem, self.solve.ensemble.member(m))
         flight = Flight(
             u0=flights.passengers.u0[m],
-            packed=flights.packed,
-            steps=flights.steps[first:behind],
-            places=flights.places[m, :reached],
+            log=Notes(flights.steps[first:behind], flights.places[m, :reached]),
             count=behind - first,
             reached=reached,
             departure=None,

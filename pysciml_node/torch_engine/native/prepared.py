@@ -144,8 +144,7 @@ class Prepared:
         walked = self.walked
         return (
             walked is not None
-            and problem.p is None
-            and problem.mass_matrix is None
+            and problem.p is problem.mass_matrix is None
             and self.departure.serves(problem, options)
             and self.recorded == _records(problem, self.tableau, options, self.translated)
             and walked.stands(problem.f)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,12 @@ from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.events import Search
-from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
+from pysciml_node.torch_engine.native.library import (
+    Library,
+    SolveRequest,
+    SweepRequest,
+    addresses,
+)
 
 RUNNING, FULL, SUCCESS = 0, 1, 2
 RETCODES = {
@@ -42,22 +47,72 @@ _FIRST_ROOM = 1 << 16
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
-_NOWHERE = torch.empty((0, 2), dtype=torch.float64, device="cpu")
-"""The places of no saved times."""
+_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
+"""What logs are made like."""
 
 
 class States(NamedTuple):
     """The states that a native solve leaves, with their graph where there is one.
 
     Attributes:
-        saved: at the saved times that were reached, `(saved, N)`.
+        saved: at the saved times that were reached, `(saved, N)` or as the initial one was given.
         ends: at the ends of the accepted steps, `(n, N)`.
-        last: the one that it got to, `(N,)` or as the initial one was given.
+        last: the one that it got to, likewise `(N,)`.
     """
 
     saved: Tensor
     ends: Tensor
     last: Tensor
+
+
+class Notes(NamedTuple):
+    """What a solve notes of its steps.
+
+    Attributes:
+        steps: end, size, error, and the stop or -1 of each.
+        places: of each saved time its step and its place in it, or the state that it is and NaN.
+    """
+
+    steps: Tensor
+    places: Tensor
+
+
+class Log:
+    """The same in one block of memory, behind the packed parameters as the solve reads them.
+
+    Args:
+        departure: how the solve begins.
+
+    Attributes:
+        block: in float64, whatever the parameters are.
+    """
+
+    __slots__ = ("_places_at", "_steps_at", "block")
+
+    def __init__(self, departure: Departure) -> None:
+        self._places_at, self._steps_at = departure.places_at, departure.steps_at
+        self.block = _DOUBLE.new_empty(self._steps_at + 4 * departure.room)
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the packed parameters, the steps and the places lie."""
+        start = self.block.data_ptr()
+        return start, start + 8 * self._steps_at, start + 8 * self._places_at
+
+    def grow(self, room: int) -> None:
+        """Make room for more steps."""
+        kept = self.block
+        self.block = kept.new_empty(self._steps_at + 4 * room)
+        self.block[: len(kept)] = kept
+
+    @property
+    def steps(self) -> Tensor:
+        """As those of `Notes`; what is behind the accepted ones is not set."""
+        return self.block[self._steps_at :]
+
+    @property
+    def places(self) -> Tensor:
+        """As those of `Notes`; what is behind the reached ones is not set."""
+        return self.block[self._places_at : self._steps_at].view(-1, 2)
 
 
 @dataclass
@@ -66,10 +121,7 @@ class Flight:
 
     Attributes:
         u0: initial state.
-        packed: the field's parameters as it read them.
-        steps: end, size, error, and the stop or -1 of each: the first `count` rows of four.
-        places: of each saved time that was reached its step and its place in it, or the state that
-            it is and NaN, `(saved, 2)`.
+        log: its steps, and the places of its saved times.
         count: accepted steps.
         reached: saved times that were reached.
         departure: how it began; `None` for a member of an ensemble.
@@ -82,9 +134,7 @@ class Flight:
     """
 
     u0: Tensor
-    packed: Tensor
-    steps: Tensor
-    places: Tensor
+    log: Log | Notes
     count: int
     reached: int
     departure: Departure | None
@@ -100,7 +150,7 @@ class Flight:
         return [t0, *(row[0] for row in self._rows())]
 
     def _rows(self) -> list[list[float]]:
-        rows: list[list[float]] = self.steps.reshape(-1, 4)[: self.count].tolist()
+        rows: list[list[float]] = self.log.steps.reshape(-1, 4)[: self.count].tolist()
         return rows
 
     def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
@@ -120,8 +170,8 @@ class Flight:
             marks=(problem.t0, *options.tstops, problem.t1),
             t1_stop=len(options.landings(problem.direction)),
         )
-        asked = options.saveat or ()
-        for i, (t, (place, theta)) in enumerate(zip(asked, self.places.tolist(), strict=False)):
+        asked, places = options.saveat or (), self.log.places[: self.reached].tolist()
+        for i, (t, (place, theta)) in enumerate(zip(asked, places, strict=False)):
             if math.isnan(theta):
                 record.at_end.setdefault(int(place), []).append(i)
             else:
@@ -170,23 +220,26 @@ class Departure:
     Attributes:
         marks: tstops, for C.
         room: steps that room is made for at first.
-        size: entries of the state.
         save_count: saved times.
         nothing: the saved states of a solve that saves none, `(0, N)`.
+        places_at: where the places of saved times begin in a log.
+        steps_at: where the steps do.
     """
 
     def __init__(
         self, library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
     ) -> None:
         self.options, self.free = options, _ends_move(problem)
-        t0, t1 = self.interval = problem.t0, problem.t1
+        t0, t1 = self.interval = problem.ends
         landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
         self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = max(4, min(64, _FIRST_ROOM // library.size))
-        self.size, self.save_count = library.size, len(times)
+        self.save_count = len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
+        self.places_at = -(-library.packed_size * library.dtype.itemsize // 8)
+        self.steps_at = self.places_at + 2 * len(times)
         self._request = request = SolveRequest(
             t0=t0,
             t1=t1,
@@ -236,11 +289,12 @@ class Departure:
 
     def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
         """Whether it is how a solve departs."""
-        return (
-            self.options is options
-            and self.interval == (problem.t0, problem.t1)
-            and self.free == _ends_move(problem)
-        )
+        if self.options is not options:
+            return False
+        t0, t1 = problem.tspan
+        if type(t0) is type(t1) is float:
+            return self.interval == (t0, t1) and not self.free
+        return self.interval == problem.ends and self.free == _ends_move(problem)
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""
@@ -278,7 +332,7 @@ def fly(
     library: Library,
     departure: Departure,
     u0: Tensor,
-    packed: Tensor,
+    parameters: Sequence[Tensor],
     search: Search | None,
     on_turn: Callable[[float, float, int], None] | None,
 ) -> tuple[Flight, States]:
@@ -288,56 +342,59 @@ def fly(
         library: the field and the method.
         departure: what to solve, and how.
         u0: the state, detached and contiguous.
-        packed: the field's parameters.
+        parameters: of the field.
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
     """
-    request, size = departure.request(), library.size
-    room, count = departure.room, departure.save_count
+    request, room, count = departure.request(), departure.room, departure.save_count
     # Torch takes a number faster than a shape; there are rows of them in the end.
-    ends, last = u0.new_empty(room * size), torch.empty_like(u0)
-    steps = _NOWHERE.new_empty(room * 4)
-    saved, places = departure.nothing, _NOWHERE
-    if count:
-        saved = u0.new_empty((count, size))
-        places = _NOWHERE.new_empty((count, 2))
-    memory = library.take_memory(library.march_memory)
-    lying = (u0, packed, ends, saved, last, steps, places, memory)
-    request.put(*[x.data_ptr() for x in lying], room)
+    ends, last = u0.new_empty(room * library.size), torch.empty_like(u0)
+    saved = u0.new_empty((count, *u0.shape)) if count else departure.nothing
+    log, memory = Log(departure), library.take_memory(library.march_memory)
+    lying = library.all_lying(parameters)
+    tensors = addresses(lying)
+    start, states = u0.data_ptr(), (saved.data_ptr(), last.data_ptr())
+
+    def lay() -> None:
+        packed, steps, places = log.addresses()
+        there = ctypes.addressof(tensors), packed, ends.data_ptr(), *states, steps, places
+        request.put(start, *there, memory.data_ptr(), room)
+
+    lay()
     if search is not None:
         request.events, request.event_count = search.address, search.count
     status = RUNNING
     while status in (RUNNING, FULL):
         if status == FULL:
             room *= 2
-            ends, steps = _doubled(ends), _doubled(steps)
-            request.ends, request.steps, request.room = ends.data_ptr(), steps.data_ptr(), room
+            log.grow(room)
+            ends = _doubled(ends)
+            lay()
         status = library.march(request)
         if on_turn is not None:
             on_turn(request.t, request.last_h, request.accepted)
-    attempt = None
-    if not RETCODES[status].successful and request.last_h:
+    retcode, attempt = RETCODES[status], None
+    if not retcode.successful and request.last_h:
         attempt = _last_attempt(library, request, memory)
     library.give_memory(memory)
     accepted, rejected, evaluations, reached, finite = request.counts()
     # In place: a view would keep what is not needed of the room in sight.
-    ends.resize_(accepted, size)
+    ends.resize_(accepted, library.size)
     if reached < count:
-        saved, places = saved.resize_(reached, size), places.resize_(reached, 2)
+        saved.resize_(reached, *u0.shape)
+    event = request.found if retcode is ReturnCode.Terminated else None
     flight = Flight(
         u0,
-        packed,
-        steps,
-        places,
+        log,
         accepted,
         reached,
         departure,
-        RETCODES[status],
+        retcode,
         evaluations,
         rejected,
         attempt,
         bool(finite),
-        request.found if RETCODES[status] is ReturnCode.Terminated else None,
+        event,
     )
     return flight, States(saved, ends, last)
 
@@ -390,18 +447,24 @@ def sweep_back(
         with_times: whether the cotangents of times are wanted.
     """
     assert flight.departure is not None
+    assert isinstance(flight.log, Log)
     request, count, reached = flight.departure.request_back(), flight.count, flight.reached
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
-    start_bar, packed_bar = torch.empty_like(flight.u0), torch.empty_like(flight.packed)
+    start_bar, packed_bar = torch.empty_like(flight.u0), ends.new_empty(library.packed_size)
     times: list[Tensor] = []
     if with_times:
-        times = [flight.steps.new_zeros(n) for n in (count, count, reached)]
+        times = [_DOUBLE.new_zeros(n) for n in (count, count, reached)]
     memory = library.take_memory(library.sweep_memory)
-    read = (flight.u0, ends, flight.packed, flight.steps, flight.places)
+    packed, rows, places = flight.log.addresses()
     arrived = (saved if reached else None, steps if count else None, last)
     moving = times or (None, None, None)
-    lying = (*read, *arrived, start_bar, packed_bar, *moving, memory)
+    lying = (*arrived, start_bar, packed_bar, *moving, memory)
     request.put(
+        flight.u0.data_ptr(),
+        ends.data_ptr(),
+        packed,
+        rows,
+        places,
         *[0 if x is None else x.data_ptr() for x in lying],
         count,
         count,

@@ -16,7 +16,8 @@ typedef struct {
   int64_t mark_count;
   const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
   const REAL *rtol, *atol;                /* by entries, or 0 */
-  const REAL *u0, *packed;
+  const REAL *u0, *const *tensors;        /* the field's parameters, and where they are packed */
+  REAL *packed;
   /* Where results go: for `room` steps rows of N, and of end, size, error, and stop or -1; for each
      saved time its step and its place in it, or the state that it is and NaN; and the last state. */
   REAL *ends, *saved, *final;
@@ -241,10 +242,10 @@ static int64_t psn_march(Solve *s) {
 
 /* What Python calls. */
 int64_t march(Solve *s) {
+  if (!s->started) pack_all(s->tensors, s->packed);
   s->status = psn_march(s);
   s->finite = 1;
   for (int i = 0; i < N; i++) s->finite &= isfinite(U(s)[i]) != 0;
   memcpy(s->final, U(s), N * sizeof(REAL));
   return s->status;
 }
-void prepare(const REAL *const *tensors, REAL *packed) { pack_all(tensors, packed); }
