@@ -199,12 +199,6 @@ class Problem(checks.Configured):
         return times
 
     @property
-    def ends(self) -> tuple[float, float]:
-        """Both ends of the interval as numbers."""
-        t0, t1 = self.tspan
-        return time_number(t0), time_number(t1)
-
-    @property
     def t0(self) -> float:
         """Start time as a number."""
         return time_number(self.tspan[0])
@@ -239,6 +233,12 @@ class Problem(checks.Configured):
     def time_tensor(self, times: list[float]) -> Tensor:
         """Times as a tensor of the state's real dtype on its device."""
         return torch.tensor(times, dtype=self.spec.real_dtype, device=self.spec.device)
+
+
+def ends_of(problem: Problem) -> tuple[float, float]:
+    """Both ends of a problem's interval as numbers."""
+    t0, t1 = problem.tspan
+    return time_number(t0), time_number(t1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.solving import engines
 from pysciml_node.solving.checks import USUAL, check_algorithm, check_options
@@ -69,7 +69,7 @@ def _key(
     # 1 and True are equal, and only one of them is a number of steps.
     values = algorithm, engines.get_engine() if engine is None else engine, *given.values()
     kinds = tuple(map(type, values))
-    return (kinds, id(problem.spec), *problem.ends, values)
+    return (kinds, id(problem.spec), *ends_of(problem), values)
 
 
 def plan_of(

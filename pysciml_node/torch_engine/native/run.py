@@ -19,7 +19,7 @@ from pysciml_node.algorithms.controllers import (
     PIDController,
 )
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Record
@@ -230,7 +230,7 @@ class Departure:
         self, library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
     ) -> None:
         self.options, self.free = options, _ends_move(problem)
-        t0, t1 = self.interval = problem.ends
+        t0, t1 = self.interval = ends_of(problem)
         landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
         self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
         self._stops = (ctypes.c_double * len(landings))(*landings)
@@ -294,7 +294,7 @@ class Departure:
         t0, t1 = problem.tspan
         if type(t0) is type(t1) is float:
             return self.interval == (t0, t1) and not self.free
-        return self.interval == problem.ends and self.free == _ends_move(problem)
+        return self.interval == ends_of(problem) and self.free == _ends_move(problem)
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""
