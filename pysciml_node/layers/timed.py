@@ -241,7 +241,7 @@ class TimedField(nn.Module):
     Examples:
         >>> import torch
         >>> field = TimedField.mlp(2, (16, 16))
-        >>> float(field(torch.tensor(0.5), torch.ones(3, 2)).abs().max())
+        >>> field(torch.tensor(0.5), torch.ones(3, 2)).abs().max().item()
         0.0
     """
 

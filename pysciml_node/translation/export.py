@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import threading
@@ -29,8 +28,8 @@ from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, changes_argument, differentiated
 from pysciml_node.translation.graph import ConditionWalk, GraphWalk, label
 from pysciml_node.translation.program import Program
-from pysciml_node.translation.recent import Recent
-from pysciml_node.translation.snapshot import Snapshot, reference
+from pysciml_node.translation.recent import RecentOf
+from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watch import have_same
 
 
@@ -150,8 +149,7 @@ _SMALL = 1024
 _FIELDS = 256
 """Fields whose translations are kept."""
 
-_CACHE: Recent[int, tuple[Any, deque[_Outcome]]] = Recent(_FIELDS)
-"""By identity, for equal fields are not the same one; a field is not kept alive."""
+_CACHE: RecentOf[deque[_Outcome]] = RecentOf(_FIELDS)
 
 # torch.export, and the silence around it, are the process's own: one thread at a time.
 _lock = threading.RLock()
@@ -184,16 +182,10 @@ def _anchor(f: Callable[..., Any]) -> Any:
 def kept(f: Callable[..., Any]) -> deque[_Outcome]:
     """What is kept of a field, the newest first; empty for one that is new."""
     anchor = _anchor(f)
-    entry = _CACHE.get(id(anchor))
-    if entry is None or entry[0]() is not anchor:
-        forget = functools.partial(_forget, id(anchor))
-        entry = _CACHE[id(anchor)] = (reference(anchor, forget), deque(maxlen=_MOST))
-    return entry[1]
-
-
-def _forget(key: int, gone: object) -> None:
-    del gone
-    _CACHE.pop(key)
+    outcomes = _CACHE.get(anchor)
+    if outcomes is None:
+        outcomes = _CACHE[anchor] = deque(maxlen=_MOST)
+    return outcomes
 
 
 def _leaves(p: Any) -> tuple[list[Tensor], Any]:

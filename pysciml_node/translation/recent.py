@@ -1,10 +1,12 @@
-"""A memory that forgets: it keeps the entries used last, up to a number."""
+"""Memories that forget: they keep the entries used last, up to a number."""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -55,3 +57,54 @@ class Recent(Generic[K, V]):
     def pop(self, key: K) -> V | None:
         """Take an entry out; `None` where there is none."""
         return self._entries.pop(key, None)
+
+
+class RecentOf(Generic[V]):
+    """What is kept of the objects that were used last, by identity: equal ones are not the same.
+
+    An object is not kept alive, and what was kept of it goes with it. One whose class has been
+    exchanged is another one.
+
+    Args:
+        size: the number of objects.
+
+    Examples:
+        >>> class Field: ...
+        >>> field, recent = Field(), RecentOf(2)
+        >>> recent[field] = "a program"
+        >>> recent.get(field), recent.get(Field())
+        ('a program', None)
+        >>> del field
+        >>> len(recent)
+        0
+    """
+
+    def __init__(self, size: int) -> None:
+        self._entries: Recent[int, tuple[Callable[[], Any], type, V]] = Recent(size)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, x: Any) -> V | None:
+        """What is kept of an object, which counts as used last from now on."""
+        entry = self._entries.get(id(x))
+        if entry is None or entry[0]() is not x or entry[1] is not type(x):
+            return None
+        return entry[2]
+
+    def __setitem__(self, x: Any, value: V) -> None:
+        # A method has what it needs at the end of a process too, when a module's names are gone.
+        gone = functools.partial(self._forget, id(x))
+        self._entries[id(x)] = reference(x, gone), type(x), value
+
+    def _forget(self, key: int, gone: object) -> None:
+        del gone
+        self._entries.pop(key)
+
+
+def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
+    """A function that gives an object; it keeps the object alive only where it must."""
+    try:
+        return weakref.ref(x, gone)
+    except TypeError:
+        return lambda: x

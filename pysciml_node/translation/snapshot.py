@@ -23,7 +23,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from pysciml_node.steps.anatomy import names_in, slots_of
 from pysciml_node.translation.entries import ABSENT, Attributes, Calls, Value, bytes_of
-from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.recent import RecentOf, reference
 from pysciml_node.translation.watch import Watch, describe, freedom
 
 _PLAIN = frozenset(
@@ -73,14 +73,6 @@ _GLOBAL_HOOKS = (
 )
 
 
-def reference(x: Any, gone: Callable[[Any], None] | None = None) -> Callable[[], Any]:
-    """A function that gives an object; it keeps the object alive only where it must."""
-    try:
-        return weakref.ref(x, gone)
-    except TypeError:
-        return lambda: x
-
-
 class Snapshot(NamedTuple):
     """Everything that a callable can reach.
 
@@ -116,18 +108,18 @@ class Snapshot(NamedTuple):
 
         The walk is skipped where nothing has changed since the last one.
         """
-        known = _watched.get(id(f))
-        if known is not None and known.owner() is f and known.kind is type(f):
+        known = _watched.get(f)
+        if known is not None:
             tensors = known.tensors()
             if tensors is not None:
                 return Snapshot(known, tensors)
-        walk = _Walk(reference(f, functools.partial(_forget, id(f))))
+        walk = _Walk(f)
         walk.add(f)
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
         walk.finish()
-        _watched[id(f)] = walk.watch
+        _watched[f] = walk.watch
         return Snapshot(walk.watch, walk.tensors)
 
     def changes(self, later: Snapshot) -> frozenset[int]:
@@ -142,12 +134,7 @@ class Snapshot(NamedTuple):
         return frozenset(i for i in changed if not isinstance(later.tokens[i], Calls))
 
 
-_watched: Recent[int, Watch] = Recent(64)
-
-
-def _forget(key: int, owner: object) -> None:
-    del owner
-    _watched.pop(key)
+_watched: RecentOf[Watch] = RecentOf(64)
 
 
 class _Same:
@@ -172,8 +159,9 @@ class Settled:
 class _Walk:
     """Walks through everything that can be reached, each object once."""
 
-    def __init__(self, owner: Callable[[], Any]) -> None:
-        self.watch = Watch(owner, type(owner()))
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self.watch = Watch()
         self.tensors: list[Tensor] = []
         self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
@@ -231,7 +219,7 @@ class _Walk:
 
     def _kind(self, x: Any) -> None:
         """Note the class of an object, which can be exchanged."""
-        if self.watch.owner() is not x:  # it is not kept alive
+        if self._root is not x:  # a watch does not keep it alive
             self.watch.expect_item(Attributes(x), "__class__", type(x))
         self.add(type(x))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.translation.recent import Recent
-from pysciml_node.translation.snapshot import Snapshot, reference
+from pysciml_node.translation.recent import RecentOf
+from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watch import Watch
 
 # Entries of a tensor that is kept although the field may hold another one by now.
@@ -26,25 +25,23 @@ class Walked:
     """The surroundings of a module, or of what is derived from it, as a snapshot has seen them.
 
     Attributes:
-        owner: gives the field.
         watch: of the snapshot; a second look that finds nothing new has the same.
         tensors: of the snapshot.
         surroundings: without the field itself.
     """
 
-    owner: Callable[[], Any]
     watch: Watch
     tensors: list[Tensor]
     surroundings: Surroundings
 
-    def holds(self, f: Any, now: Snapshot) -> bool:
-        """Whether a module and all that it reaches are what they were, numbers aside."""
+    def holds(self, now: Snapshot) -> bool:
+        """Whether all that the field reaches is what it was, numbers aside."""
         same = len(self.tensors) == len(now.tensors) and all(map(is_, self.tensors, now.tensors))
-        return self.owner() is f and self.watch is now.watch and same
+        return self.watch is now.watch and same
 
-    def stands(self, f: Any) -> bool:
+    def stands(self) -> bool:
         """The same, by another look."""
-        return self.owner() is f and self.watch.stands(self.tensors)
+        return self.watch.stands(self.tensors)
 
     def see(self, f: Any) -> Callable[[], Surroundings]:
         """A function that gives the surroundings of a solve that begins now.
@@ -54,14 +51,7 @@ class Walked:
         return functools.partial(self.surroundings.again, f, self.surroundings.versions())
 
 
-_known: Recent[int, Walked] = Recent(64)
-_lock = threading.RLock()
-
-
-def _forget(key: int, gone: object) -> None:
-    del gone
-    with _lock:
-        _known.pop(key)
+_known: RecentOf[Walked] = RecentOf(64)
 
 
 def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[], Surroundings]:
@@ -78,9 +68,7 @@ def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[]
     seen = Surroundings({"f": f, "p": p})
     # Large tensors that come and go, and graphs, are not kept beyond their time.
     if _is_whole(f, p, now) and all(map(_lasts, now.tensors)):
-        owner = reference(f, functools.partial(_forget, id(f)))
-        with _lock:
-            _known[id(f)] = Walked(owner, now.watch, now.tensors, seen.lasting())
+        _known[f] = Walked(now.watch, now.tensors, seen.lasting())
     return lambda: seen
 
 
@@ -88,9 +76,8 @@ def walked_of(f: Any, p: Any, now: Snapshot) -> Walked | None:
     """What is kept of a field's surroundings, where nothing has changed in them."""
     if not _is_whole(f, p, now):
         return None
-    with _lock:
-        known = _known.get(id(f))
-    return known if known is not None and known.holds(f, now) else None
+    known = _known.get(f)
+    return known if known is not None and known.holds(now) else None
 
 
 def _lasts(x: Tensor) -> bool:

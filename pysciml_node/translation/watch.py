@@ -19,8 +19,6 @@ class Watch:
     """The places that were looked at, so that a second look is a quick one.
 
     Attributes:
-        owner: gives the callable.
-        kind: its class.
         tokens: structure and plain values.
         items: containers, keys and the values at them, in lists of the same length.
         attributes: objects, names of their attributes and the values of these, likewise.
@@ -36,8 +34,6 @@ class Watch:
         free: of each tensor whether it requires gradients, where code mentions that.
     """
 
-    owner: Callable[[], Any]
-    kind: type
     tokens: list[Any] = field(default_factory=list)
     items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))

@@ -18,7 +18,7 @@ from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.translation import export
 from pysciml_node.translation.export import translate
-from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.recent import Recent, RecentOf
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of, walked_of
 
@@ -141,7 +141,7 @@ def test_what_was_walked_stands_only_for_the_same_program(field, name):
     assert walked is not None
 
     def stands() -> bool:
-        return walked.stands(field) and translated.holds(walked.tensors)
+        return walked.stands() and translated.holds(walked.tensors)
 
     assert stands()
     CHANGES[name](field)
@@ -289,6 +289,28 @@ def test_equal_snapshots_mean_equal_places(field):
     assert len(before.changes(changed)) == 1
     field.parts["new"] = 1
     assert Snapshot.of(field).tokens != changed.tokens
+
+
+def test_what_is_kept_of_an_object_goes_with_it_or_with_its_class():
+    class Other:
+        __slots__ = ("__weakref__",)
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    class Another(Other):
+        __slots__ = ()
+
+    first, second, kept = Other(), Other(), RecentOf(8)
+    kept[first] = "first"
+    assert (kept.get(first), kept.get(second)) == ("first", None)
+    first.__class__ = Another
+    assert kept.get(first) is None
+    del first
+    gc.collect()
+    assert len(kept) == 0
 
 
 def test_what_was_used_last_is_kept():

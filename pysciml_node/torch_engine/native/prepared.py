@@ -7,7 +7,6 @@ everything that the field can reach finds nothing changed but the numbers in its
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +42,7 @@ from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.rosenbrock import LARGEST, write_rosenbrock
 from pysciml_node.torch_engine.native.run import Departure, departure_of
 from pysciml_node.translation.export import TranslatedModule, translate
-from pysciml_node.translation.recent import Recent
-from pysciml_node.translation.snapshot import reference
+from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.surrounded import Walked, surroundings_of, walked_of
 
 See = Callable[[], Surroundings]
@@ -147,30 +145,21 @@ class Prepared:
             and problem.p is problem.mass_matrix is None
             and self.departure.serves(problem, options)
             and self.recorded == _records(problem, self.tableau, options, self.translated)
-            and walked.stands(problem.f)
+            and walked.stands()
             and self.translated.holds(walked.tensors)
         )
 
 
 _Way = tuple[int, int, int]
-_Ways = tuple[Callable[[], Any], dict[_Way, Prepared]]
-_prepared: Recent[int, _Ways] = Recent(_MOST_FIELDS)
-"""By the identity of the field, which is not kept alive; and then by those that `prepare` takes."""
-
-_NOTHING: _Ways = (lambda: None), {}
-
-
-def _forget(key: int, gone: object) -> None:
-    del gone
-    _prepared.pop(key)
+_prepared: RecentOf[dict[_Way, Prepared]] = RecentOf(_MOST_FIELDS)
+"""Of a field, by the identities of those that `prepare` takes."""
 
 
 def _keep(f: Any, way: _Way, made: Prepared) -> None:
     """Keep what has been prepared for a field."""
-    owner, ways = _prepared.get(id(f)) or _NOTHING
-    if owner() is not f:
-        ways = {}
-        _prepared[id(f)] = reference(f, functools.partial(_forget, id(f))), ways
+    ways = _prepared.get(f)
+    if ways is None:
+        ways = _prepared[f] = {}
     if len(ways) >= _MOST_WAYS:
         ways.clear()
     ways[way] = made
@@ -185,8 +174,8 @@ def prepare(
         CompileError: an option or the field has no native code, or there is no compiler.
     """
     way = id(problem.spec), id(getattr(algorithm, "tableau", None)), id(options)
-    owner, ways = _prepared.get(id(problem.f)) or _NOTHING
-    known = ways.get(way) if owner() is problem.f else None
+    ways = _prepared.get(problem.f)
+    known = None if ways is None else ways.get(way)
     if known is not None and known.serves(problem, options):
         _check_call(problem, algorithm, options)
         assert known.walked is not None

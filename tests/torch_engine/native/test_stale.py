@@ -290,7 +290,8 @@ def test_a_field_whose_class_is_exchanged() -> None:
             return u
 
     f = Decay()
-    assert end(f) == pytest.approx(math.exp(-1), rel=1e-7)
+    for _ in range(3):  # the later ones find what the first has prepared
+        assert end(f) == pytest.approx(math.exp(-1), rel=1e-7)
     f.__class__ = Growth
     assert end(f) == pytest.approx(math.e, rel=1e-7)
 
