@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+from typing_extensions import override
+
 import pysciml_node
 from pysciml_node.errors import EngineUnavailable, SolverFailure
 
@@ -49,6 +51,15 @@ COMMANDS = (
 )
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what is taken where nothing is given, but of flags and of what has no default."""
+
+    @override
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        named = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if named else action.help
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
@@ -73,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command.name,
                 help=command.help,
                 description=command.help[0].upper() + command.help[1:] + ".",
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                formatter_class=_Help,
             )
             if words[:1] == [command.name]:
                 chosen[command.name] = _module(command)
