@@ -85,6 +85,18 @@ def expect_time_first(name: str, value: Callable[..., Any]) -> None:
         )
 
 
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """How a callable is called: what it wraps is asked only where it hands on what it is given.
+
+    `functools.wraps` would show the function inside, which an adapter calls in a way of its own.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        own = inspect.signature(forward, follow_wrapped=False)
+        if not any(x.kind is x.VAR_POSITIONAL for x in own.parameters.values()):
+            return own
+    return inspect.signature(forward)
+
+
 class Arguments:
     """The arguments that a callable takes, worked out once: every problem and solve asks.
 
@@ -100,7 +112,7 @@ class Arguments:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.shown: inspect.Signature | None = None
         with contextlib.suppress(TypeError, ValueError):
-            signature = inspect.signature(forward)
+            signature = _signature(forward)
             self.shown = signature.replace(return_annotation=inspect.Signature.empty)
         names = [] if self.shown is None else list(self.shown.parameters)
         self.names = (*names, "", "", "")[:3]
@@ -126,13 +138,22 @@ class Arguments:
 _SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[types.FunctionType], Arguments]] = {}
 
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
 _OWN_WORDS = ("__signature__", "__wrapped__")
 """Attributes by which an object says itself how it is called."""
 
 
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """`forward` of a module, or of the one that a compiled or parallel module stands for."""
+    name = "module" if isinstance(module, _PARALLEL) else "_orig_mod"
+    inner = module._modules.get(name)
+    return module.forward if inner is None else _forward_of(inner)
+
+
 def arguments(value: Callable[..., Any]) -> Arguments:
     """The arguments that a callable takes; those of `forward` for a module."""
-    forward = value.forward if isinstance(value, nn.Module) else value
+    forward = _forward_of(value) if isinstance(value, nn.Module) else value
     call = type(forward).__dict__.get("__call__")
     if type(call) is types.FunctionType and not any(hasattr(forward, x) for x in _OWN_WORDS):
         forward = call.__get__(forward)  # an object whose class says how it is called

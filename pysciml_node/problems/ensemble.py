@@ -155,11 +155,13 @@ class EnsembleProblem(checks.Configured):
         # One node of the graph for each tensor, not one for each member.
         rows = {
             name: _unbind(tree, self.size)
-            for name in ("u0", "p", "tspan")
+            for name in ("u0", "p")
             if (tree := getattr(self, name)) is not None
         }
-        if self.tspan is not None and not moves(self.tspan):
-            rows["tspan"] = self.tspan.tolist()
+        if self.tspan is not None:
+            # An optimizer may go on and change what was given.
+            ends = self.tspan
+            rows["tspan"] = [*ends.clone()] if moves(ends) else ends.tolist()
         return [
             self._single({name: each[m] for name, each in rows.items()}) for m in range(self.size)
         ]

@@ -135,13 +135,12 @@ class TorchTrajectory(Recorded):
         field = self.make_field(self.problem)
         assert self.surroundings is not None
         field.given = self.surroundings.roots
-        marks = (self.problem.t0, *self.options.tstops, self.problem.t1)
         vectors = (
             RecordedVectors()
             if recording()
             else vectors_like(self.flat_states[0], method.all_stages)
         )
-        return stages_for(method, field, marks, vectors, self.problem.mass, 2), field
+        return stages_for(method, field, self.record.marks, vectors, self.problem.mass, 2), field
 
     def step_of(self, t: float) -> int:
         """Index of the accepted step that contains `t` (the later one at a boundary)."""

@@ -64,4 +64,5 @@ def _times(ensemble: EnsembleProblem, options: MemberOptions) -> Tensor | None:
     if given is None:
         listed = common.saveat if options.saveat is None else options.saveat
         given = torch.from_numpy(np.array(listed))
-    return given.to(ensemble.problem.spec.device, ensemble.problem.spec.real_dtype)
+    times = given.to(ensemble.problem.spec.device, ensemble.problem.spec.real_dtype)
+    return times.clone()  # the caller may go on and change what was given

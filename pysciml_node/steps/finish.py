@@ -113,7 +113,8 @@ class Solve(ABC):
         """
         problem, options, spec = self.problem, self.options, self.problem.spec
         if options.saveat_tensor is not None:
-            return options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
+            times = options.saveat_tensor[:reached].to(spec.device, spec.real_dtype)
+            return times.clone()  # the caller may go on and change what was given
         saved = ends if options.saveat is None else options.saveat[:reached]
         return problem.time_tensor(list(saved))
 

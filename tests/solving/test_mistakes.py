@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -25,6 +26,11 @@ def scaled(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
     return -p * u
 
 
+class Backward(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return -x
+
+
 one = torch.ones(2, dtype=torch.float64)
 
 
@@ -44,6 +50,10 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "f(u, rate=1.0)": (
         lambda: make(lambda u, rate=1.0: -rate * u),
         r"takes \(u, rate=1\.0\), whose second argument.*lambda t, u: f\(u\)",
+    ),
+    "a module of (x, t) that is compiled": (
+        lambda: make(torch.compile(Backward(), backend="eager")),
+        r"takes \(x: .*, t: .*\)\.\n  Swap",
     ),
     "a cell for a field": (
         lambda: psn.NeuralODE(nn.GRUCell(2, 2))(torch.ones(3, 2)),
@@ -221,6 +231,43 @@ def test_numbers_of_numpy_and_tensors_without_axes_are_numbers() -> None:
         throw=np.bool_(True),
     )
     assert torch.equal(plain.u, same.u)
+
+
+def inside_out(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(f)
+    def adapted(t: Tensor, u: Tensor) -> Tensor:
+        return f(u, 1.0, t)
+
+    return adapted
+
+
+class InsideOut:
+    def __init__(self, f: Callable[..., Tensor]) -> None:
+        functools.update_wrapper(self, f)
+
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.__wrapped__(u, 1.0, t)  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("adapter", [inside_out, InsideOut])
+def test_an_adapter_that_looks_like_what_it_wraps_is_called_as_itself(adapter: Any) -> None:
+    def elsewhere(u: Tensor, p: float, t: Tensor) -> Tensor:
+        return -p * u * t
+
+    u1 = psn.solve(make(adapter(elsewhere)), psn.Tsit5(), rtol=1e-9, atol=1e-9).u1
+    torch.testing.assert_close(u1, one * math.exp(-0.5), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda m: torch.compile(m, backend="eager"), nn.DataParallel],
+    ids=["compile", "data"],
+)
+def test_modules_that_stand_for_others_take_what_those_take(around: Any) -> None:
+    net = nn.Sequential(nn.Linear(2, 2, bias=False, dtype=torch.float64))
+    net[0].weight.data = -torch.eye(2, dtype=torch.float64)
+    u1 = psn.NeuralODE(around(net), tspan=(0.0, 1.0), rtol=1e-9, atol=1e-9)(one.expand(3, 2)).u1
+    torch.testing.assert_close(u1, one.expand(3, 2) * math.exp(-1), rtol=1e-7, atol=0)
 
 
 def test_an_optimizer_for_a_field_that_is_a_function() -> None:

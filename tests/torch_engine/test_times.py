@@ -229,3 +229,29 @@ def test_the_event_of_a_field_that_hides_its_time(adjoint: psn.DiscreteAdjoint) 
     assert solution.event_t.item() == pytest.approx(at, rel=1e-7)
     (found,) = torch.autograd.grad(solution.event_t, t0)
     assert found.item() == pytest.approx(math.cos(0.1) / math.cos(at), rel=1e-5)
+
+
+@pytest.mark.parametrize("members", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_times_that_change_after_a_solve_were_what_they_were(members: bool, learned: bool) -> None:
+    """As an optimizer changes them, in place."""
+    span = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    saveat = torch.tensor([0.4, 0.9], dtype=torch.float64)
+    problem: Any = psn.ODEProblem(lambda t, u: t * u, ones(), tuple(span.unbind()))
+    if members:
+        saveat = torch.stack((saveat, saveat))
+        span = torch.stack((span, span)).requires_grad_(learned)
+        problem = psn.EnsembleProblem(problem, torch.ones(2, 1, dtype=torch.float64), tspan=span)
+    saveat.requires_grad_(learned)
+    solution = psn.solve(problem, saveat=saveat, adjoint=psn.DirectAdjoint(), **TIGHT)
+    with torch.no_grad():
+        span *= 0.5
+        saveat *= 0.5
+    one = solution[1] if members else solution
+    assert solution.t.tolist() == ([[0.4, 0.9]] * 2 if members else [0.4, 0.9])
+    assert one.t.tolist() == [0.4, 0.9]
+    times = torch.tensor([0.2, 0.75, 0.95], dtype=torch.float64)
+    expected = ((times**2 - 0.01) / 2).exp()[:, None]
+    torch.testing.assert_close(one(times).detach(), expected, rtol=1e-7, atol=0)
+    assert one.step_times[0] == 0.1
+    assert one.step_times[-1] == 1.0

@@ -217,8 +217,9 @@ class StackedMembers:
         spec, own = problem.spec, steps.of(m)
         stats = Stats(**{name: int(column[m]) for name, column in self.columns.items()})
         landings = options.landings(problem.direction)
+        t0, t1 = (float(ends[m]) for ends in self.options.spans)
         record = Record(
-            times=[problem.t0, *steps.ends[own].tolist()],
+            times=[t0, *steps.ends[own].tolist()],
             sizes=steps.sizes[own].tolist(),
             errors=steps.errors[own].tolist(),
             stops=[None if stop < 0 else stop for stop in steps.stops[own].tolist()],
@@ -227,7 +228,7 @@ class StackedMembers:
             nreject=stats.nreject,
             retcode=self.codes[m],
             last=self.failures.get(m),
-            marks=(problem.t0, *options.tstops, problem.t1),
+            marks=(t0, *options.tstops, t1),
             t1_stop=len(landings),
             thinned=self.thinned and len(steps.sizes[own]) > 1,
             # In the continuous equation no step moves with the ends of the interval.
