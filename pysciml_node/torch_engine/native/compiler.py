@@ -22,6 +22,7 @@ from pysciml_node.errors import CompileError
 
 # Nothing here lets the compiler assume that numbers are finite or sums may be reordered at will:
 # the loop's checks for NaN have to hold. Sums that may be are marked in the code (omp simd).
+# Vectors are made of loops and not of neighbouring statements, of which gcc 12 has mixed some up.
 FLAGS = (
     "-O3",
     "-std=gnu11",
@@ -31,6 +32,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",
+    "-fno-tree-slp-vectorize",
     "-w",
 )
 _NATIVE = ("-march=native",)

@@ -206,6 +206,23 @@ def test_values_of_some_rows_take_little_room_on_the_stack(width: int) -> None:
     assert 8 * max(rooms, default=0) <= 1.1 * 2**17
 
 
+def test_products_of_two_rows_are_not_taken_apart_by_the_compiler() -> None:
+    """A compiler that makes vectors of neighbouring statements (gcc 12) has mixed these up."""
+    weight = nn.Parameter(torch.tensor([[0.3, 0.6, 0.3, -0.3], [-0.3, 0.3, 0.4, -0.2]], dtype=D))
+
+    def pooled(m: Any, t: Tensor, u: Tensor) -> Tensor:
+        shares = torch.softmax(u, 1)[..., None]
+        products = weight @ (shares.detach() * shares)
+        return -0.5 * u - torch.tanh(products.flatten(1).mean(1, keepdim=True))
+
+    u0 = torch.randn(34, 4, dtype=D, generator=torch.Generator().manual_seed(2))
+    field = Field(pooled)
+    with mock.patch.object(emit, "_MOST_ROWS", 2):
+        native = outcome(field, u0, True)
+    for one, other in zip(native, outcome(field, u0, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_computed_twice_is_computed_once() -> None:
     def twice(m: Any, t: Tensor, u: Tensor) -> Tensor:
         return torch.tanh(u @ m.w.T) @ m.v.T + (torch.tanh(u @ m.w.T) @ m.v.T).sin()
