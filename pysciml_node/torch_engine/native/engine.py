@@ -16,7 +16,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
-from pysciml_node.problems.ode import ODEProblem, Time
+from pysciml_node.problems.ode import ODEProblem, Time, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -67,6 +67,8 @@ class FlownSolve(Solve):
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         self.surroundings = surroundings
+        # As they are now: an optimizer may go on and change tensors that gave them.
+        self.interval = ends_of(problem)
         spec = problem.spec
         u0: Any = problem.u0
         # A copy: the state that was given may be changed in place before this one is read.
@@ -75,7 +77,7 @@ class FlownSolve(Solve):
 
     def record(self, flight: Flight) -> Record:
         """Its steps as the rest of the package reads them."""
-        record = flight.record(self.problem, self.options)
+        record = flight.record(self.interval, self.options)
         record.fixed = self.fixed
         return record
 
@@ -317,7 +319,7 @@ class _Steps:
         solve, flight = self.solve, self.flight
         if name == "trajectory":
             return solve.trajectory_of(self)
-        ends = flight.times(solve.problem.t0) if solve.options.saveat is None else ()
+        ends = flight.times(solve.interval[0]) if solve.options.saveat is None else ()
         return solve.times(flight.reached, ends)
 
 

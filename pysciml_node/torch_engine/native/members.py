@@ -270,6 +270,8 @@ class NativeMembers:
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
         member = _Member(problem, self.algorithm, options, self.engine, lambda: seen)
+        t0, t1 = self.solve.options.spans
+        member.interval = float(t0[m]), float(t1[m])
         member.stats, member.flight, member.u0 = stats, flight, starts[m]
         member.states = States(saved[m, :reached], ends[first:behind], last[m])
         return member.solution()

@@ -153,11 +153,11 @@ class Flight:
         rows: list[list[float]] = self.log.steps.reshape(-1, 4)[: self.count].tolist()
         return rows
 
-    def record(self, problem: ODEProblem, options: SolveOptions) -> Record:
+    def record(self, interval: tuple[float, float], options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
-        rows = self._rows()
+        rows, (t0, t1) = self._rows(), interval
         record = Record(
-            times=[problem.t0, *(row[0] for row in rows)],
+            times=[t0, *(row[0] for row in rows)],
             sizes=[row[1] for row in rows],
             errors=[row[2] for row in rows],
             stops=[None if row[3] < 0 else int(row[3]) for row in rows],
@@ -167,8 +167,8 @@ class Flight:
             retcode=self.retcode,
             last=self.attempt,
             event=self.event,
-            marks=(problem.t0, *options.tstops, problem.t1),
-            t1_stop=len(options.landings(problem.direction)),
+            marks=(t0, *options.tstops, t1),
+            t1_stop=len(options.landings(1 if t1 > t0 else -1)),
         )
         asked, places = options.saveat or (), self.log.places[: self.reached].tolist()
         for i, (t, (place, theta)) in enumerate(zip(asked, places, strict=False)):
