@@ -29,6 +29,7 @@ from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.engines import Engine
 from pysciml_node.steps.event_gradient import differentiable_event
 from pysciml_node.steps.event_search import condition_value
+from pysciml_node.steps.field import FlatField
 
 Run = Callable[[ODEProblem, SolveOptions], Solution]
 
@@ -269,7 +270,20 @@ class _Solve:
             here = [time_number(now)]
         if here:
             rows = map_tensors(lambda x: x.expand(len(here), *x.shape), u)
-            self.rows.append((self.problem.time_tensor(here), rows))
+            times, moving = self.problem.time_tensor(here), self.options.saveat_tensor
+            if moving is not None:
+                first = len(moving) - len(self.given)
+                moving = moving[first : first + len(here)].to(times)
+                rows = self._along(rows, now, u, moving - moving.detach())
+            self.rows.append((times, rows))
+
+    def _along(self, rows: Any, now: Time, u: Any, moves: Tensor) -> Any:
+        """States at a jump, which move along the field with the times that asked for them."""
+        spec = self.problem.spec
+        with torch.no_grad():
+            rate = FlatField(self.problem)(self._time(now), spec.flatten(u))
+        flat = torch.cat([x.reshape(len(moves), -1) for x in spec.parts(rows)], dim=1)
+        return spec.unflatten(flat + moves[:, None] * rate)
 
     def _join(self, u: Any) -> Solution:
         last = self.pieces[-1]

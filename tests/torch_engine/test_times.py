@@ -265,3 +265,19 @@ def test_times_that_change_after_a_solve_were_what_they_were(
         torch.testing.assert_close(one(times), expected, rtol=1e-7, atol=0)
     assert one.step_times[0] == 0.1
     assert one.step_times[-1] == 1.0
+
+
+@every_adjoint
+@pytest.mark.parametrize("effect", [None, lambda t, u: 3 * u])
+@pytest.mark.parametrize("end", [0.5, 1.0])
+def test_a_saved_time_on_an_event_that_ends_the_solve(
+    adjoint: psn.Adjoint, effect: Any, end: float
+) -> None:
+    """It moves along the field, as on any end of the interval."""
+    saveat = torch.tensor([0.25, end], dtype=torch.float64, requires_grad=True)
+    event = psn.Event(at=[end], affect=effect, terminal=True)
+    problem = psn.ODEProblem(lambda t, u: -u, ones(), (0.0, 1.0))
+    solution = psn.solve(problem, saveat=saveat, adjoint=adjoint, events=event, **TIGHT)
+    (found,) = torch.autograd.grad(solution.u.sum(), saveat)
+    after = math.exp(-end) * (3 if effect else 1)
+    assert found.tolist() == pytest.approx([-math.exp(-0.25), -after], rel=1e-6)
