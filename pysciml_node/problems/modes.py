@@ -20,6 +20,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import Problem
@@ -83,6 +86,18 @@ class Surrounding:
             if self.default_device is not None:
                 stack.enter_context(self.default_device)
             yield
+
+
+def foreign_mode() -> str | None:
+    """The name of a mode of the user's that gets to see each operation, and may change it.
+
+    They are those of `TorchFunctionMode` and `TorchDispatchMode`; a default device is none.
+    """
+    if not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
+        return None
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = *functions, *_get_current_dispatch_mode_stack()
+    return next((type(x).__name__ for x in modes if not isinstance(x, DeviceContext)), None)
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,19 @@ _PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
 def _are_plain(kinds: Sequence[type]) -> bool:
     """Whether values of these kinds say all that a plan depends on."""
     if not _PLAIN.issuperset(kinds):
-        parts = Controller | Adjoint | Algorithm
-        if not all(kind in _PLAIN or issubclass(kind, parts) for kind in kinds):
+        if not all(kind in _PLAIN or _is_own(kind) for kind in kinds):
             return False
         _PLAIN.update(kinds)
     return True
+
+
+def _is_own(kind: type) -> bool:
+    """Whether it is one of this package's algorithms, or of their parts.
+
+    A class that is derived from one may hold more than what it is compared by.
+    """
+    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return own and issubclass(kind, Controller | Adjoint | Algorithm)
 
 
 def _key(

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
-from pysciml_node.problems.modes import InModes
+from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
@@ -281,6 +281,9 @@ def _translated(
         silent: refuse one that counts, records or prints when it is evaluated.
         often: translations after which it is refused as another one at each solve.
     """
+    mode = foreign_mode()
+    if mode is not None:
+        raise UnsupportedModule(f"{label(f)} is evaluated where {mode} may change its operations.")
     tensors, structure = ([], None) if p is None else _leaves(p)
     kind = (walk, spec, structure)
     with _lock:

@@ -237,7 +237,7 @@ class _Walk:
     def _dict(self, x: Any) -> None:
         self._tokens.append(len(x))
         self._has_gradients |= "grad" in x
-        self.watch.expect_size(x)
+        self.watch.expect_order(x)
         for key, value in x.items():
             if type(key) in _PLAIN:
                 self._tokens.append(key)
@@ -362,8 +362,11 @@ class _Walk:
                     self._at(held, name, value)
 
     def _array(self, x: Any) -> None:
-        self._tokens.append((str(x.dtype), x.shape, x.tobytes()))
-        self.watch.expect_equal(lambda: bytes_of(x))
+        def all_of() -> tuple[str, tuple[int, ...], bytes]:
+            return str(x.dtype), x.shape, x.tobytes()
+
+        self._tokens.append(all_of())
+        self.watch.expect_equal(all_of)
 
     def _buffer(self, x: Any) -> None:
         """Numbers in a row of Python's own."""

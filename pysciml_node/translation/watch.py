@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain, repeat
 from operator import contains, getitem, is_
 from typing import Any
 
@@ -25,6 +25,8 @@ class Watch:
         absent: modules and names that they lack, likewise.
         sized: containers whose number of entries matters.
         sizes: these numbers.
+        ordered: mappings whose order matters.
+        order: their keys, one after another.
         places: containers, keys and the tokens that describe the tensors there, likewise.
         repeated: containers and keys of tensors' further places, and their numbers, likewise.
         default: torch's default dtype.
@@ -40,6 +42,8 @@ class Watch:
     absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
     sized: list[Any] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    ordered: list[Any] = field(default_factory=list)
+    order: list[Any] = field(default_factory=list)
     places: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     repeated: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
@@ -69,6 +73,12 @@ class Watch:
         """Look later whether a container still has as many entries."""
         self.sized.append(container)
         self.sizes.append(len(container))
+
+    def expect_order(self, mapping: Any) -> None:
+        """Look later whether a mapping still has as many entries, in the same order."""
+        self.expect_size(mapping)
+        self.ordered.append(mapping)
+        self.order.extend(mapping)
 
     def expect_tensor(self, container: Any, key: Any, x: Tensor) -> None:
         """Look later which tensor is in a place."""
@@ -104,7 +114,8 @@ class Watch:
                 and list(map(describe, tensors)) == tokens
                 and (self.free is None or self.free == freedom(tensors))
             )
-        except (LookupError, ValueError, AttributeError):  # also of what is no tensor
+        # Also of what is no tensor, or is changed by another thread.
+        except (LookupError, ValueError, AttributeError, RuntimeError):
             return False
 
     def _holds(self) -> bool:
@@ -116,6 +127,7 @@ class Watch:
             and all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held))
             and not any(map(contains, *self.absent))
             and list(map(len, self.sized)) == self.sizes
+            and all(map(is_, chain.from_iterable(self.ordered), self.order))
             and torch.get_default_dtype() is self.default
         )
 

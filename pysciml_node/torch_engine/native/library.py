@@ -156,7 +156,8 @@ class Code(Settled):
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What the field reads of its parameters."""
         packed = torch.empty(self.packed_size, dtype=self.dtype)
-        self.loaded.prepare(addresses(self.all_lying(tensors)), packed.data_ptr())
+        lying = self.all_lying(tensors)  # C reads those that are made here too
+        self.loaded.prepare(addresses(lying), packed.data_ptr())
         return packed
 
     def all_lying(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -25,7 +25,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
-from pysciml_node.problems.modes import InModes
+from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, moves, tensors_of
 from pysciml_node.replay.stages import Method
@@ -88,6 +88,9 @@ def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
         raise refusal("transforms of torch.func")
     if torch.autograd.forward_ad._current_level >= 0:
         raise refusal("forward-mode derivatives")
+    mode = foreign_mode()
+    if mode is not None:
+        raise refusal(f"operations that {mode} would see")
 
 
 def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
@@ -158,7 +161,8 @@ _prepared: RecentOf[dict[_Way, Prepared]] = RecentOf(_MOST_FIELDS)
 def _keep(f: Any, way: _Way, made: Prepared) -> None:
     """Keep what has been prepared for a field."""
     ways = _prepared.get(f)
-    if ways is None:
+    # What has been made for other tensors would keep them alive.
+    if ways is None or any(way.walked is not made.walked for way in ways.values()):
         ways = _prepared[f] = {}
     if len(ways) >= _MOST_WAYS:
         ways.clear()

@@ -47,3 +47,31 @@ def test_parameters_of_another_dtype_are_trained_and_detached_ones_are_not(
     # Export hands out another tensor for a captured parameter; a dtype alone told it apart.
     with pytest.raises(psn.CompileError, match="can require gradients"):
         solved(lambda t, u: -u * module.rate.to(u))
+
+
+class _Mixed(nn.Module):
+    """`du/dt = W u + h`, with a transposed weight and a vector in single precision."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn(size, size, generator=generator, dtype=torch.float64) / size
+        self.weight = nn.Parameter(weight.t())
+        self.shift = nn.Parameter(torch.randn(size, generator=generator))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.weight @ u + self.shift.to(u.dtype)
+
+
+@pytest.mark.parametrize("size", [3, 150])
+def test_members_read_parameters_that_lie_otherwise_or_are_of_another_dtype(size: int) -> None:
+    f, u0 = _Mixed(size), torch.eye(3, size, dtype=torch.float64)
+    ensemble = psn.EnsembleProblem(psn.ODEProblem(f, u0[0], (0.0, 1.0)), u0=u0)
+    u1 = psn.solve(ensemble, psn.Tsit5(), rtol=1e-9, atol=1e-9, compile=True).u1
+    # Of (u, 1) the equation is linear.
+    with torch.no_grad():
+        whole = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        whole[:size, :size], whole[:size, size] = f.weight, f.shift
+        start = torch.cat((u0, u0.new_ones(3, 1)), 1)
+        expected = (start @ torch.linalg.matrix_exp(whole).T)[:, :size]
+    torch.testing.assert_close(u1.detach(), expected, rtol=1e-6, atol=1e-7)

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import prepared
@@ -372,3 +374,114 @@ def test_a_parameter_that_has_a_tensor_for_an_attribute() -> None:
     with torch.no_grad():
         f.rate.fill_(2.0)
     torch.testing.assert_close(solved(f).u1.detach(), decay(1.0, 2.0), rtol=1e-7, atol=1e-9)
+
+
+class _Doubled(Scaled):
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return 2 * super().forward(t, u)
+
+
+def test_an_object_that_becomes_one_of_another_class_is_another_field() -> None:
+    f = Scaled()
+    for _ in range(2):
+        torch.testing.assert_close(solved(f).u1.detach(), decay(1.0), rtol=1e-7, atol=1e-9)
+    f.__class__ = _Doubled
+    torch.testing.assert_close(solved(f).u1.detach(), decay(1.0, 2.0), rtol=1e-7, atol=1e-9)
+
+
+class _Ordered(nn.Module):
+    """`du/dt` is what is left of 0, after `x + 1` and `2 x` or the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[str, tuple[float, float]] = {"shift": (1.0, 1.0), "scale": (2.0, 0.0)}
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        x = 0 * u
+        for scale, shift in self.steps.values():
+            x = scale * x + shift
+        return x
+
+
+def test_the_order_of_a_dict_matters() -> None:
+    f = _Ordered()
+    for _ in range(2):
+        assert solved(f).u1.tolist() == pytest.approx([3.0, 3.0])
+    f.steps["shift"] = f.steps.pop("shift")
+    assert solved(f).u1.tolist() == pytest.approx([2.0, 2.0])
+
+
+class _Rows(nn.Module):
+    """`du/dt` is the number of rows of an array, as its sum over them tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = np.ones((1, 3))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return 0 * u + torch.from_numpy(self.array).sum(0)[0]
+
+
+def test_an_array_that_gets_another_shape_in_place() -> None:
+    f = _Rows()
+    for _ in range(2):
+        assert solved(f).u1.tolist() == pytest.approx([2.0, 2.0])
+    f.array.shape = (3, 1)
+    assert solved(f).u1.tolist() == pytest.approx([4.0, 4.0])
+
+
+class _Negative(TorchFunctionMode):
+    """`relu` comes out negative."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return -out if getattr(func, "__name__", "") == "relu" else out
+
+
+class _Growing(nn.Module):
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return torch.relu(u)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_mode_that_changes_operations_is_refused(known: bool) -> None:
+    f = _Growing()
+    if known:
+        solved(f)
+    with _Negative():
+        with pytest.raises(psn.CompileError, match="_Negative"):
+            solved(f)
+        problem = psn.ODEProblem(f, torch.ones(2, dtype=D), (0.0, 1.0))
+        slow = psn.solve(problem, rtol=1e-9, atol=1e-9, engine="torch").u1
+    torch.testing.assert_close(slow, decay(1.0), rtol=1e-7, atol=1e-9)
+    # Nothing of it is left afterwards.
+    torch.testing.assert_close(solved(f).u1, decay(1.0, -1.0), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_times_are_those_of_the_solve_whatever_becomes_of_its_ends(compiled: bool) -> None:
+    start, end = (torch.tensor(t, dtype=D) for t in (0.0, 1.0))
+    asked = torch.tensor([0.25, 0.75], dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(Scaled(), torch.ones(2, dtype=D), (start, end))
+    how: Any = {"rtol": 1e-9, "atol": 1e-9, "compile": compiled, "engine": "torch"}
+    every, some = psn.solve(problem, **how), psn.solve(problem, saveat=asked, **how)
+    with torch.no_grad():
+        start.fill_(0.5)
+        end.fill_(3.0)
+        asked.fill_(0.125)
+    assert every.t[[0, -1]].tolist() == [0.0, 1.0]
+    assert some.t.tolist() == [0.25, 0.75]
+    torch.testing.assert_close(every(0.25).detach(), decay(0.25), rtol=1e-7, atol=1e-9)
+
+
+def test_parameters_that_were_exchanged_are_not_kept() -> None:
+    f, gone = Scaled(), []
+    for i in range(4):
+        f.rate = nn.Parameter(torch.ones(2, dtype=D))
+        gone.append(weakref.ref(f.rate))
+        solved(f, dtmax=0.5 + 0.1 * i)
+    gc.collect()
+    # What has made the program keeps the first, and the last is there.
+    assert gone[1]() is gone[2]() is None

@@ -1,0 +1,63 @@
+"""What is worked out once for equal solves is worked out again for those that only look equal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pysciml_node as psn
+from pysciml_node import tableaus
+from pysciml_node.algorithms.controllers import StepSizes
+from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.tableaus import Tableau
+
+
+class _Own(ExplicitRungeKutta):
+    """A method by a tableau of its object, which the base's comparison does not see."""
+
+    def __init__(self, tableau: Tableau) -> None:
+        self.__dict__["tableau"] = tableau
+
+
+class _Cautious(psn.PIController):
+    """A controller with more than what the base compares."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.__dict__["factor"] = factor
+
+    def start(self, error_order: float) -> StepSizes:
+        return psn.PIController(gamma=self.__dict__["factor"]).start(error_order)
+
+
+def _problem() -> psn.ODEProblem:
+    return psn.ODEProblem(lambda t, u: -u, torch.ones(1, dtype=torch.float64), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_algorithms_of_a_users_class_are_themselves(compiled: bool) -> None:
+    ends = [
+        psn.solve(
+            _problem(),
+            _Own(tableau),
+            controller=psn.FixedStep(),
+            dt0=0.5,
+            engine="torch",
+            compile=compiled,
+        ).u1.item()
+        for tableau in (tableaus.EULER, tableaus.RK4, tableaus.EULER)
+    ]
+    # Of each step the factor is the method's Taylor polynomial of exp(-1/2).
+    euler, fourth = 0.5, sum((-0.5) ** n / math.factorial(n) for n in range(5))
+    assert ends == pytest.approx([euler**2, fourth**2, euler**2], rel=1e-14)
+
+
+def test_controllers_of_a_users_class_are_themselves() -> None:
+    def steps(controller: psn.PIController) -> int:
+        return psn.solve(_problem(), controller=controller, engine="torch").stats.naccept
+
+    expected = [steps(psn.PIController(gamma=x)) for x in (0.9, 0.3)]
+    assert [steps(_Cautious(x)) for x in (0.9, 0.3)] == expected
+    assert expected[0] < expected[1]
