@@ -366,7 +366,7 @@ def _translate(
         raise UnsupportedModule("modules of complex states cannot be translated.")
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
-    with torch.inference_mode(False), _full_precision(spec.device), _unpacked():
+    with torch.inference_mode(False), _full_precision(spec.device), _unpacked(_as_it_is):
         walk, prints = _walk(f, spec, p, kind, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
@@ -377,7 +377,8 @@ def _translate(
         def flat(t: Tensor, u: Any) -> Tensor:
             return walk.flat(f(t, u, *further))
 
-        check_program(flat, label(f), spec, program, parameters)
+        with _unpacked(_without_graph):
+            check_program(flat, label(f), spec, program, parameters)
     return translation, walk.fixed
 
 
@@ -418,16 +419,25 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _unpacked() -> AbstractContextManager[None]:
-    """What is saved for derivatives stays as it is: a checkpoint around the solve counts it."""
-    return torch.autograd.graph.saved_tensors_hooks(_saved, _unchanged)
+_Saved = tuple[Tensor, int | None]
 
 
-def _saved(x: Tensor) -> tuple[Tensor, int | None]:
+def _unpacked(saved: Callable[[Tensor], _Saved]) -> AbstractContextManager[None]:
+    """What is saved for derivatives stays here: a checkpoint around the solve counts it."""
+    return torch.autograd.graph.saved_tensors_hooks(saved, _unchanged)
+
+
+def _as_it_is(x: Tensor) -> _Saved:
+    """What is traced: a graph would show a `detach`."""
     return x, None if x.is_inference() else x._version
 
 
-def _unchanged(saved: tuple[Tensor, int | None]) -> Tensor:
+def _without_graph(x: Tensor) -> _Saved:
+    """What is computed: torch puts the graph back, and an output with its own would never go."""
+    return _as_it_is(x.detach())
+
+
+def _unchanged(saved: _Saved) -> Tensor:
     """What was saved; hooks do without the check of it that autograd makes otherwise."""
     x, version = saved
     if version is not None and version != x._version:

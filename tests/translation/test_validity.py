@@ -291,6 +291,23 @@ def test_equal_snapshots_mean_equal_places(field):
     assert Snapshot.of(field).tokens != changed.tokens
 
 
+def test_a_field_is_not_kept_alive_by_its_translation():
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, dtype=D)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return torch.tanh(self.layer(u))  # its derivative is computed from what it returns
+
+    field = Field()
+    translate(field, StateSpec.of(U))
+    weight = weakref.ref(field.layer.weight)
+    del field
+    gc.collect()
+    assert weight() is None
+
+
 def test_what_is_kept_of_an_object_goes_with_it_or_with_its_class():
     class Other:
         __slots__ = ("__weakref__",)
