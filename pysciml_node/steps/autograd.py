@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.modes import are_ordinary, ordinary_modes
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Outcome, Record
@@ -180,17 +178,6 @@ def first_derivative(
     return tuple(None if gradient is None else next(marked) for gradient in gradients)
 
 
-def _tell_of_cut_graph() -> None:
-    """Nothing receives a gradient, where torch itself would raise an error."""
-    warnings.warn(
-        "no evaluation of the field depends on a tensor that needs a gradient, so that none gets "
-        "one.\n  If the field uses them, something in it cuts the graph: torch.tensor([...]) "
-        "does, torch.stack([...]) does not.",
-        PsnWarning,
-        stacklevel=2,
-    )
-
-
 class SolveNode(torch.autograd.Function):
     """Runs a forward solve and, in backward, the sweep of its adjoint.
 
@@ -247,10 +234,6 @@ class SolveNode(torch.autograd.Function):
                 with_times=any(wanted),
             )
             gradients = ctx.sweep(backward)
-            if not any(ctx.needs_input_grad[3:7]) and not any(
-                gradient is not None for gradient in gradients.inputs
-            ):
-                _tell_of_cut_graph()
             if gradients.saveat is not None and len(gradients.saveat) < ctx.asked:
                 # Times that the solve did not reach.
                 missing = ctx.asked - len(gradients.saveat)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -227,6 +229,7 @@ class Inputs:
         leaves: the tensors that stand for them inside a sweep.
         doubtful: tensors that have not been used so far, by their edges.
         first: the values of the first evaluation, detached.
+        cut: whether these depend on nothing that has a gradient, not even on the state.
         suspects: in a sweep, the names of constants that have been changed in place. The comparison
             of the steps will tell whether the field uses them.
         unchanged: in a sweep, whether graphs of the solve itself are those of a replay: nothing has
@@ -250,6 +253,7 @@ class Inputs:
         leaves = graph_leaves(values, edges, reached, nodes)
         strangers = [x for x in leaves if id(x) not in fresh_ids]
         self.first = tuple(x.detach() for x in values)
+        self.cut = not any(x.requires_grad for x in values)
         references = [weakref.ref(x) for x in strangers]
         if graph is not None and not strangers:
             graph.keep((values, fresh), nodes, surroundings.tensors)
@@ -293,6 +297,17 @@ class Inputs:
             self._surroundings.forget(unused)
             self._trainable = [x for x in self._trainable if id(x) in used]
         self.doubtful = {}
+
+    def tell_of_cut_graph(self, gradients: Sequence[Tensor | None]) -> None:
+        """Warn where no input receives a gradient, which torch itself would raise an error for."""
+        if self.cut and all(gradient is None for gradient in gradients):
+            warnings.warn(
+                "no evaluation of the field depends on a tensor that needs a gradient, so that "
+                "none gets one.\n  If the field uses them, something in it cuts the graph: "
+                "torch.tensor([...]) does, torch.stack([...]) does not.",
+                PsnWarning,
+                stacklevel=2,
+            )
 
     @property
     def steady(self) -> bool:

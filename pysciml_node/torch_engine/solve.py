@@ -282,6 +282,8 @@ class ODESolve(Solve):
             if backward.with_times:
                 ends = backward.record.fixed and adjoint.discrete
                 complete_times(gradients, problem, field.field, backward, ends)
+        if not (self.u0.requires_grad or backward.with_times):
+            field.captured.tell_of_cut_graph(gradients.inputs)
         return gradients
 
 

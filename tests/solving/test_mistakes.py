@@ -315,3 +315,18 @@ def test_a_field_that_cuts_the_graph_is_told_of() -> None:
     with pytest.warns(psn.PsnWarning, match=r"cuts the graph(.|\n)*torch\.stack"):
         u1.sum().backward()
     assert k.grad is None
+
+
+def test_a_field_that_uses_its_inputs_late_has_not_cut_its_graph() -> None:
+    """The first of two solves gives no gradient, and nothing is amiss."""
+    late = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    start = torch.ones(1, dtype=torch.float64)
+
+    def field(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return late * u if t > 0.5 else u
+
+    for span in ((0.0, 0.5), (0.5 + 1e-9, 1.0)):
+        start = psn.solve(psn.ODEProblem(field, start, span), rtol=1e-8, atol=1e-8).u1
+    start.sum().backward()
+    expected = 0.5 * torch.exp(torch.tensor(1.5, dtype=torch.float64))
+    torch.testing.assert_close(late.grad, expected, rtol=1e-6, atol=0)
