@@ -1,11 +1,11 @@
-"""A ball that bounces, and the closed form of its bounces."""
+"""What tests of events share: a ball that bounces, its closed form, a condition with weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pysciml_node as psn
 
@@ -15,6 +15,22 @@ TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 def leaf(*values: float) -> Tensor:
     return torch.tensor(values if len(values) > 1 else values[0], dtype=D, requires_grad=True)
+
+
+class Level(nn.Module):
+    """A neural condition of time and state: a level of a network."""
+
+    def __init__(self, level: float) -> None:
+        super().__init__()
+        self.level = level
+        generator = torch.Generator().manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        for x in self.net.parameters():
+            x.data = torch.randn(x.shape, dtype=D, generator=generator)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = self.net(torch.cat((t.reshape(1) / 3, u))) - self.level
+        return out
 
 
 def fall(t: Tensor, u: Tensor, g: Tensor) -> Tensor:

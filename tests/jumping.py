@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bouncing import TIGHT, D, leaf
 from torch import Tensor
 
 import pysciml_node as psn
 from pysciml_node.solutions.joined_members import JoinedMembers
-
-D = torch.float64
-TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def leaf(*values: float) -> Tensor:
-    return torch.tensor(values if len(values) > 1 else values[0], dtype=D, requires_grad=True)
 
 
 def fall(t: Tensor, u: Tensor, p: Tensor) -> Tensor:

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from bouncing import D, leaf
 from jumping import (
     BOUNCE,
     OPTIONS,
     RISING,
     SEVERAL,
-    D,
     assert_ten_doses_of_each,
     assert_twenty_bounces_of_each,
     balls,
     compare,
     kick,
-    leaf,
     pendulums,
 )
 from torch import Tensor

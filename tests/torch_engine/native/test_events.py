@@ -11,6 +11,7 @@ import torch
 from bouncing import (
     TIGHT,
     D,
+    Level,
     assert_both_sides_of_a_jump,
     assert_twenty_bounces,
     bouncing,
@@ -47,22 +48,7 @@ def test_bounces_that_pile_up_fail_as_those_of_the_loop_do() -> None:
 # Equal steps -----------------------------------------------------------------------------------
 
 
-class Level(nn.Module):
-    """A neural condition of time and state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-        for x in self.net.parameters():
-            x.data = torch.randn(x.shape, dtype=D, generator=generator)
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        out: Tensor = self.net(torch.cat((t.reshape(1) / 3, u))) - 1.5
-        return out
-
-
-LEVEL = Level()
+LEVEL = Level(1.5)
 P = {"rate": leaf(2.0), "level": leaf(0.4)}
 BESIDE, KICK = leaf(0.3), leaf(0.8)
 

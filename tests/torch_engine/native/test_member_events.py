@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from bouncing import D, Level, leaf
 from jumping import (
     BOUNCE,
     OPTIONS,
     RISING,
     SEVERAL,
-    D,
     assert_ten_doses_of_each,
     assert_twenty_bounces_of_each,
     balls,
     compare,
     kick,
-    leaf,
     pendulums,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import gradcheck
 
 import pysciml_node as psn
@@ -92,24 +91,9 @@ def test_own_intervals_that_move_and_backward_in_time() -> None:
     assert_native(compare(pendulums((3.0, 0.0)), backward, saveat=[2.0, 0.1], compile=True))
 
 
-class Level(nn.Module):
-    """A neural condition that several threads evaluate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-        for x in self.net.parameters():
-            x.data = torch.randn(x.shape, dtype=D, generator=generator)
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        out: Tensor = self.net(torch.cat((t.reshape(1) / 3, u))) - 0.5
-        return out
-
-
 def test_neural_conditions_in_several_threads() -> None:
     """Gradients of the condition's weights too, and the same bits in any number of threads."""
-    level = Level()
+    level = Level(0.5)
     event, results = psn.Event(level, affect=kick), []
     compare(pendulums(), event, compile=True)
     generator = torch.Generator().manual_seed(0)
