@@ -13,12 +13,12 @@ all rows taken in turn. diffrax has no row: its events end a solve, and do not c
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
-from timing import pin, processor, table, versions
+from timing import pin, processor, show_members, versions
 
 CORE = pin(None)
 
@@ -29,6 +29,7 @@ import pysciml_node as psn  # noqa: E402
 
 D = torch.float64
 END, GRAVITY, TOLERANCE = 4.0, 9.81, 1e-8
+OPTIONS: dict[str, Any] = {"rtol": TOLERANCE, "atol": TOLERANCE, "engine": "torch"}
 PACKAGES = ("torch", "pysciml_node")
 Solve = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,10 +55,8 @@ def at_once(compile: bool) -> Solve:
             many,
             psn.Tsit5(),
             events=BOUNCE,
-            rtol=TOLERANCE,
-            atol=TOLERANCE,
-            engine="torch",
             compile=compile,
+            **OPTIONS,
         )
         return solution.u1[:, 0]
 
@@ -74,10 +73,8 @@ def one_by_one(heights: Tensor, restitutions: Tensor) -> Tensor:
             problem,
             psn.Tsit5(),
             events=BOUNCE,
-            rtol=TOLERANCE,
-            atol=TOLERANCE,
-            engine="torch",
             compile=True,
+            **OPTIONS,
         )
         ends.append(solution.u1[0])
     return torch.stack(ends)
@@ -145,16 +142,9 @@ def rows(size: int, names: list[str], repeats: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--only", nargs="+", default=list(CANDIDATES))
-    parser.add_argument("--repeats", type=int, default=3)
-    asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = [row for size in asked.sizes for row in rows(size, asked.only, asked.repeats)]
-    print(f"{processor()}, core {CORE}; {versions(PACKAGES)}\n")
-    header = ["", "members", "bounces", "error", "of the gradient", "forward", "with gradient"]
-    print(table(header, found))
+    show_members(__doc__, list(CANDIDATES), rows, "bounces")
+    print(f"{processor()}, core {CORE}; {versions(PACKAGES)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ at rtol 1e-9.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from timing import pin, processor, table, versions
+from timing import pin, processor, show_members, versions
 
 CORE = pin(None)
 
@@ -202,16 +201,9 @@ def rows(size: int, names: list[str], repeats: int) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--only", nargs="+", default=list(CANDIDATES))
-    parser.add_argument("--repeats", type=int, default=3)
-    asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = [row for size in asked.sizes for row in rows(size, asked.only, asked.repeats)]
-    print(f"{processor()}, core {CORE}; {versions(PACKAGES)}\n")
-    header = ["", "members", "steps", "error", "of the gradient", "forward", "with gradient"]
-    print(table(header, found))
+    show_members(__doc__, list(CANDIDATES), rows, "steps")
+    print(f"{processor()}, core {CORE}; {versions(PACKAGES)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -117,3 +118,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def show_members(
+    description: str | None,
+    names: list[str],
+    rows: Callable[[int, list[str], int], list[list[str]]],
+    counted: str,
+) -> None:
+    """Run a comparison of ensembles as its command line says, and print its table.
+
+    Args:
+        description: of the script.
+        names: of all candidates.
+        rows: those of a number of members, for some candidates and repeats.
+        counted: what the third column counts.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 1000])
+    parser.add_argument("--only", nargs="+", default=names)
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    found = [row for size in asked.sizes for row in rows(size, asked.only, asked.repeats)]
+    header = ["", "members", counted, "error", "of the gradient", "forward", "with gradient"]
+    print(f"{table(header, found)}\n")
