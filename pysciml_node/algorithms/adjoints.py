@@ -47,8 +47,9 @@ class DiscreteAdjoint(Adjoint):
     sizes themselves is dropped.
 
     Args:
-        memory: bytes that graphs of stages may take, of explicit steps that the torch engine takes
-            in Python; about as many of the first steps are kept. With 0 every step is recomputed.
+        memory: bytes that graphs of stages may take, or their values in native code, of explicit
+            steps of the torch engine; about as many of the first steps are kept. With 0 every step
+            is recomputed.
     """
 
     memory: int = 2**26

@@ -172,14 +172,14 @@ class NativeSolve(FlownSolve):
             raise no_code(error, "an event's condition") from error
         return Search(events, self.problem, self.options.fired)
 
-    def fly(self, u0: Tensor) -> States:
+    def fly(self, u0: Tensor, sweeps: bool = False) -> States:
         """Solve forward from a state, contiguous and the solve's own."""
         how = self.library, self.departure, u0, self.parameters, self.search
         if self.options.progress:
             with step_listener(True, self.problem) as on_step:
-                flight, states = fly(*how, _turns(on_step))
+                flight, states = fly(*how, _turns(on_step), sweeps)
         else:
-            flight, states = fly(*how, None)
+            flight, states = fly(*how, None, sweeps)
         self.flight, self.stats.nfe = flight, flight.nfe
         return states
 
@@ -215,7 +215,7 @@ class _Node(torch.autograd.Function):
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        states = solve.fly(u0.detach())
+        states = solve.fly(u0.detach(), any(ctx.needs_input_grad))
         ctx.solve = solve
         start = t0 if isinstance(t0, Tensor) else None
         end = t1 if isinstance(t1, Tensor) else None
@@ -250,7 +250,7 @@ def _pull(
     library, stats, flight = solve.library, solve.stats, solve.flight
     swept = sweep_back(library, flight, ends, arriving, with_times)
     stats.nfe_backward += swept.nfe
-    stats.nvjp += swept.nfe
+    stats.nvjp += swept.nvjp
     stats.naccept_backward += swept.steps
     times: list[Tensor | None] = [None, None, None]
     if with_times:

@@ -45,7 +45,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-_LYING, _COUNTS, _SWEPT = map(struct.Struct, ("9Pq", "5q", "14P3q"))
+_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "15P4q", "3q"))
 
 
 class SolveRequest(ctypes.Structure):
@@ -58,8 +58,8 @@ class SolveRequest(ctypes.Structure):
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
         *_fields(_POINTER, "marks stops saves rtol atol"),
-        *_fields(_POINTER, "u0 tensors packed ends saved final steps places memory"),
-        ("room", _INTEGER),
+        *_fields(_POINTER, "u0 tensors packed ends saved final steps places memory kept"),
+        *_fields(_INTEGER, "room kept_room"),
         ("events", _POINTER),
         *_fields(_INTEGER, "event_count found"),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
@@ -67,10 +67,11 @@ class SolveRequest(ctypes.Structure):
         ("seconds", _DOUBLE),
         *_fields(_INTEGER, "status started known next_stop"),
         *_fields(_INTEGER, "accepted rejected evaluations reached finite"),
+        ("k", _POINTER),
     )
 
     def put(self, *places: int) -> None:
-        """Set the fields from `u0` to `room`; all at once, for each takes its time."""
+        """Set the fields from `u0` to `kept_room`; all at once, for each takes its time."""
         _LYING.pack_into(self, SolveRequest.u0.offset, *places)
 
     def counts(self) -> tuple[int, ...]:
@@ -87,13 +88,18 @@ class SweepRequest(ctypes.Structure):
         ("marks", _POINTER),
         *_fields(_POINTER, "u0 ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
-        *_fields(_POINTER, "t_bar h_bar theta_bar memory"),
-        *_fields(_INTEGER, "n count q started live shared evaluations replayed status"),
+        *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),
+        *_fields(_INTEGER, "n count q kept_count started live shared"),
+        *_fields(_INTEGER, "evaluations pulls replayed status"),
     )
 
     def put(self, *places: int) -> None:
-        """Set the fields from `u0` to `q`."""
+        """Set the fields from `u0` to `kept_count`."""
         _SWEPT.pack_into(self, SweepRequest.u0.offset, *places)
+
+    def counts(self) -> tuple[int, ...]:
+        """The fields from `evaluations` to `replayed`."""
+        return _SWEPT_COUNTS.unpack_from(self, SweepRequest.evaluations.offset)
 
 
 def source(name: str) -> str:
@@ -207,6 +213,7 @@ class Written:
         packed: length of the packed parameters.
         march_memory: entries of the loop's memory.
         sweep_memory: of the sweep's; 0 where there is none.
+        slot: of a step whose stages are kept for the sweep; 0 where they are not.
         parameters: each with its offset in the packed ones, and whether a gradient goes to it.
     """
 
@@ -217,6 +224,7 @@ class Written:
     packed: int
     march_memory: int
     sweep_memory: int
+    slot: int
     parameters: list[tuple[Parameter, int, bool]]
 
 
@@ -225,6 +233,7 @@ def write_explicit(program: Program, method: Method) -> Written:
     emitter, emitted = whole_or_by_rows(program, method.nodes.dtype)
     size = size_of(program)
     march, sweep = memory_of(method, size, emitter)
+    slot = method.all_stages * (2 * padded(size) + padded(emitter.work.size))
     text = (
         emit_method(method, size),
         emitted.source,
@@ -234,7 +243,7 @@ def write_explicit(program: Program, method: Method) -> Written:
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(
         "\n".join(text), size, emitted.cost, method.all_stages, emitted.packed, march, sweep,
-        list(rows),
+        slot, list(rows),
     )  # fmt: skip
 
 
@@ -260,15 +269,19 @@ class Library(Code):
     Attributes:
         size: entries of the state.
         cost: multiplications of an evaluation.
+        slot: entries of a step whose stages are kept for the sweep.
         pulled: of each parameter, whether a gradient goes to it.
         departures: how solves of it begin, by their options.
+        lately: accepted steps of the last one.
     """
 
     def __init__(self, written: Written, dtype: torch.dtype) -> None:
         self.cost, self.size = written.cost, written.size
         self._stages, self._row = written.stages, padded(written.size)
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
+        self.slot = written.slot
         self.departures: dict[int, Any] = {}
+        self.lately = 0
         self.pulled = tuple(pulled for *_, pulled in written.parameters)
         self._places = [
             (pulled, parameter.shape, contiguous(parameter.shape), offset)

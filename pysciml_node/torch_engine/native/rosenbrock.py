@@ -51,7 +51,7 @@ def write_rosenbrock(
         packed += more.packed
     return Written(
         "\n".join(text), size, cost, method.stages, packed,
-        march + padded(emitter.bars.size) + linear, sweep, parameters,
+        march + padded(emitter.bars.size) + linear, sweep, 0, parameters,
     )  # fmt: skip
 
 

@@ -131,6 +131,7 @@ class Flight:
         attempt: of a failed solve, the last attempt.
         finite: whether the last state is, and so all of them are.
         event: which one has ended it, or `None`.
+        kept: the stages of its first steps, which the sweep need not take again.
     """
 
     u0: Tensor
@@ -144,6 +145,7 @@ class Flight:
     attempt: Attempt | None
     finite: bool
     event: int | None = None
+    kept: Tensor | None = None
 
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
@@ -220,6 +222,7 @@ class Departure:
     Attributes:
         marks: tstops, for C.
         room: steps that room is made for at first.
+        most_kept: steps whose stages may be kept for the sweep.
         save_count: saved times.
         nothing: the saved states of a solve that saves none, `(0, N)`.
         places_at: where the places of saved times begin in a log.
@@ -236,6 +239,7 @@ class Departure:
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self.most_kept = _most_kept(library, options)
         self.save_count = len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
         self.places_at = -(-library.packed_size * library.dtype.itemsize // 8)
@@ -305,6 +309,12 @@ class Departure:
         return SweepRequest.from_buffer_copy(self._way_back)
 
 
+def _most_kept(library: Library, options: SolveOptions) -> int:
+    """Steps whose stages may be kept for the sweep."""
+    allowed = getattr(options.adjoint, "memory", 0)
+    return allowed // (library.slot * library.dtype.itemsize) if library.slot else 0
+
+
 def _ends_move(problem: ODEProblem) -> bool:
     """Whether an end of the interval receives a gradient."""
     t0, t1 = problem.tspan
@@ -335,6 +345,7 @@ def fly(
     parameters: Sequence[Tensor],
     search: Search | None,
     on_turn: Callable[[float, float, int], None] | None,
+    sweeps: bool,
 ) -> tuple[Flight, States]:
     """Solve forward.
 
@@ -345,12 +356,17 @@ def fly(
         parameters: of the field.
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
+        sweeps: whether a sweep is to follow.
     """
     request, room, count = departure.request(), departure.room, departure.save_count
     # Torch takes a number faster than a shape; there are rows of them in the end.
     ends, last = u0.new_empty(room * library.size), torch.empty_like(u0)
     saved = u0.new_empty((count, *u0.shape)) if count else departure.nothing
     log, memory = Log(departure), library.take_memory(library.march_memory)
+    # As many as lately, and some more: memory that is not touched again and again costs its pages.
+    lately = library.lately
+    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if sweeps else 0
+    kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     lying = library.all_lying(parameters)
     tensors = addresses(lying)
     start, states = u0.data_ptr(), (saved.data_ptr(), last.data_ptr())
@@ -358,7 +374,8 @@ def fly(
     def lay() -> None:
         packed, steps, places = log.addresses()
         there = ctypes.addressof(tensors), packed, ends.data_ptr(), *states, steps, places
-        request.put(start, *there, memory.data_ptr(), room)
+        slots = 0 if kept is None else kept.data_ptr()
+        request.put(start, *there, memory.data_ptr(), slots, room, kept_room)
 
     lay()
     if search is not None:
@@ -383,6 +400,7 @@ def fly(
     if reached < count:
         saved.resize_(reached, *u0.shape)
     event = request.found if retcode is ReturnCode.Terminated else None
+    library.lately = accepted
     flight = Flight(
         u0,
         log,
@@ -395,6 +413,7 @@ def fly(
         attempt,
         bool(finite),
         event,
+        kept,
     )
     return flight, States(saved, ends, last)
 
@@ -420,6 +439,7 @@ class Swept:
         times: of the steps' starts, of their sizes, and of the saved times' places; empty where
             times need none.
         nfe: evaluations.
+        nvjp: pullbacks.
         steps: replayed steps.
     """
 
@@ -427,6 +447,7 @@ class Swept:
     packed: Tensor
     times: list[Tensor]
     nfe: int
+    nvjp: int
     steps: int
 
 
@@ -458,7 +479,7 @@ def sweep_back(
     packed, rows, places = flight.log.addresses()
     arrived = (saved if reached else None, steps if count else None, last)
     moving = times or (None, None, None)
-    lying = (*arrived, start_bar, packed_bar, *moving, memory)
+    lying = (*arrived, start_bar, packed_bar, *moving, memory, flight.kept)
     request.put(
         flight.u0.data_ptr(),
         ends.data_ptr(),
@@ -469,8 +490,10 @@ def sweep_back(
         count,
         count,
         reached - 1,
+        0 if flight.kept is None else min(count, len(flight.kept) // library.slot),
     )
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)
-    return Swept(start_bar, packed_bar, times, request.evaluations, request.replayed)
+    evaluations, pulls, replayed = request.counts()
+    return Swept(start_bar, packed_bar, times, evaluations, pulls, replayed)

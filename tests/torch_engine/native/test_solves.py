@@ -59,7 +59,7 @@ def run(compile: Any, algorithm: Any = None, span: Any = (0.0, 2.5), **options: 
     """A solution and its gradients to all inputs, of a loss of all that a solution has."""
     u0, p = inputs()
     problem = psn.ODEProblem(ROTOR, u0, span, p=p)
-    # Native code takes every step again backward, so the loop is to do it too.
+    # Neither keeps the stages of a step, so both count the same evaluations backward.
     options = {"adjoint": psn.DiscreteAdjoint(memory=0), "engine": "torch"} | options
     options = {"rtol": 1e-6, "atol": 1e-8} | options
     solution = psn.solve(problem, algorithm or psn.Tsit5(), compile=compile, **options)

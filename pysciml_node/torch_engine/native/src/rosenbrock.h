@@ -130,7 +130,7 @@ static void psn_stages(Solve *s, double t, double h, int upto) {
   psn_slope(&l, 0, (REAL)h, l.rate, K(s, 0));
   for (int i = 1; i < STAGES; i++) {
     combine(i, (REAL)h, U(s), K(s, 0), G(s));
-    psn_evaluate(s, times[i], G(s), EXTRA(s));
+    psn_evaluate(s, times[i], G(s), EXTRA(s), W(s));
     psn_slope(&l, i, (REAL)h, EXTRA(s), K(s, 0));
   }
   s->known = STAGES;

@@ -95,6 +95,7 @@ static void psn_replay_stages(Sweep *s, Linear *l, const REAL *times, REAL h, co
     psn_slope(l, i, h, rate, k);
   }
   s->evaluations += STAGES;
+  s->pulls += STAGES;
   s->replayed++;
 }
 
@@ -108,7 +109,7 @@ static void psn_replay(Sweep *s, int64_t n) {
   memcpy(u, n ? s->ends + (n - 1) * N : s->u0, N * sizeof(REAL));
   psn_replay_stages(s, &l, times, (REAL)h, u);
   memcpy(sum, bar, N * sizeof(REAL));
-  psn_pull_outputs(s, psn_count_inside(s, n), STAGES, h, sum);
+  psn_pull_outputs(s, k, psn_count_inside(s, n), STAGES, h, sum);
   double t_bar = 0, h_bar = 0;
   for (int i = STAGES - 1; i >= 0; i--) {
     REAL *g = STAGE_OF(s, i), *k_bar = g + ROW, *y = YS(s) + i * ROW, time[LANES] = {0};

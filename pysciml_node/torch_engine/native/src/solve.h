@@ -22,21 +22,47 @@ typedef struct {
      saved time its step and its place in it, or the state that it is and NaN; and the last state. */
   REAL *ends, *saved, *final;
   double *steps, *places;
-  REAL *memory;
-  int64_t room;
+  REAL *memory, *kept; /* kept: room for the stages of the first kept_room steps, or 0 */
+  int64_t room, kept_room;
   Event *events;
   int64_t event_count, found; /* the event that has ended the solve */
   /* The state of the loop. */
   double t, h, last_t, last_h, last_error, history[2], seconds;
   int64_t status, started, known, next_stop, accepted, rejected, evaluations, reached, finite;
+  REAL *k; /* the derivatives of the step that is tried, in memory or in a slot of kept */
 } Solve;
 
-#define K(s, i) (s->memory + (i) * ROW)
+#define K(s, i) (s->k + (i) * ROW)
 #define U(s) (s->memory + ALL_STAGES * ROW)
 #define G(s) (s->memory + (ALL_STAGES + 1) * ROW)
 #define LAST(s) (s->memory + (ALL_STAGES + 2) * ROW)
 #define EXTRA(s) (s->memory + (ALL_STAGES + 3) * ROW)
 #define W(s) (s->memory + (ALL_STAGES + 4) * ROW)
+/* The stages of a step that are kept for the sweep: derivatives, arguments, values of the field. */
+#define SLOT (ALL_STAGES * (2 * ROW + WORK))
+#define ARGUMENT(slot, i) ((slot) + (ALL_STAGES + (i)) * ROW)
+#define VALUES(slot, i) ((slot) + 2 * ALL_STAGES * ROW + (i) * WORK)
+
+/* Where the argument of a stage goes, and the values of the field there. */
+static REAL *psn_argument(const Solve *s, int i) {
+  return s->k == s->memory ? G(s) : ARGUMENT(s->k, i);
+}
+
+static REAL *psn_values(const Solve *s, int i) {
+  return s->k == s->memory ? W(s) : VALUES(s->k, i);
+}
+
+/* Go on to the stages of another step. `same`: its first is the END_STAGE of the one before. */
+static void psn_next_stages(Solve *s, int same) {
+  const REAL *last = s->k;
+  s->k = s->accepted < s->kept_room ? s->kept + s->accepted * SLOT : s->memory;
+  s->known = same;
+  if (!same) return;
+  memcpy(K(s, 0), last + END_STAGE * ROW, N * sizeof(REAL));
+  if (s->k == s->memory) return;
+  memcpy(ARGUMENT(s->k, 0), ARGUMENT(last, END_STAGE), N * sizeof(REAL));
+  memcpy(VALUES(s->k, 0), VALUES(last, END_STAGE), WORK * sizeof(REAL));
+}
 
 static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
   REAL sum = 0;
@@ -78,13 +104,13 @@ static double psn_step_error(Solve *s, const REAL *u, const REAL *u1, double h) 
   return norm * s->factor * fabs(h);
 }
 
-static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k) {
-  field(t, u, s->packed, k, W(s));
+static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k, REAL *values) {
+  field(t, u, s->packed, k, values);
   s->evaluations++;
 }
 
 /* The method's: the first stage of a step, and the missing ones up to `upto`, of which an explicit
-   method leaves the last one's argument in G. */
+   method leaves the last one's argument in its place. */
 static void psn_first_stage(Solve *s, double t, double h);
 static void psn_stages(Solve *s, double t, double h, int upto);
 
@@ -100,7 +126,7 @@ static double psn_first_size(Solve *s, double direction) {
   h0 = copysign(psn_smaller(h0, length), span);
   REAL *g = G(s), *change = EXTRA(s);
   for (int i = 0; i < N; i++) g[i] = u[i] + (REAL)h0 * k[i];
-  psn_evaluate(s, (REAL)(s->t0 + h0), g, change);
+  psn_evaluate(s, (REAL)(s->t0 + h0), g, change, W(s));
   for (int i = 0; i < N; i++) change[i] -= k[i];
   double d2 = psn_norm_of(s, change, u, u) * s->factor / fabs(h0);
   double largest = d2 > d1 ? d2 : d1;
@@ -181,6 +207,7 @@ static int64_t psn_march(Solve *s) {
   double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
   if (!s->started) {
     memcpy(U(s), s->u0, N * sizeof(REAL));
+    psn_next_stages(s, 0);
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
     s->t = s->t0;
     s->h = psn_first_size(s, direction);
@@ -205,7 +232,7 @@ static int64_t psn_march(Solve *s) {
     psn_stages(s, t, h, FSAL && !adaptive ? STAGES - 1 : STAGES);
     REAL *u = U(s), *u1 = LAST(s);
     if (FSAL && adaptive)
-      memcpy(u1, G(s), N * sizeof(REAL));
+      memcpy(u1, psn_argument(s, STAGES - 1), N * sizeof(REAL));
     else
       combine(END, (REAL)h, u, K(s, 0), u1);
     double error = adaptive ? psn_step_error(s, u, u1, h) : NAN;
@@ -224,9 +251,7 @@ static int64_t psn_march(Solve *s) {
     row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
     memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
     s->accepted++;
-    int next = END_STAGE >= 0 && s->known > END_STAGE && !lands;
-    if (next) memcpy(K(s, 0), K(s, END_STAGE), N * sizeof(REAL));
-    s->known = next;
+    psn_next_stages(s, END_STAGE >= 0 && s->known > END_STAGE && !lands);
     memcpy(u, u1, N * sizeof(REAL));
     s->t = end;
     if (cut) return STOPPED;

@@ -12,7 +12,8 @@ typedef struct {
   REAL *start_bar, *packed_bar;
   double *t_bar, *h_bar, *theta_bar;
   REAL *memory;
-  int64_t n, count, q, started, live, shared, evaluations, replayed, status;
+  const REAL *kept; /* the stages of the first kept_count steps */
+  int64_t n, count, q, kept_count, started, live, shared, evaluations, pulls, replayed, status;
 } Sweep;
 
 #define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
@@ -40,8 +41,8 @@ static int64_t psn_count_inside(const Sweep *s, int64_t n) {
 }
 
 /* What dense outputs add to the cotangents of `count` stages, over h, and to that of the start. */
-static void psn_pull_outputs(Sweep *s, int64_t inside, int count, double h, REAL *sum) {
-  const REAL *k = s->memory;
+static void psn_pull_outputs(Sweep *s, const REAL *k, int64_t inside, int count, double h,
+                             REAL *sum) {
   for (int i = 0; i < count; i++) memset(STAGE_OF(s, i) + ROW, 0, N * sizeof(REAL));
   for (int64_t m = s->q; m > s->q - inside; m--) {
     const REAL *v = s->saved_bar + m * N;
