@@ -155,6 +155,7 @@ def test_tensors() -> None:
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         ([1.0], {}, TypeError, "as_tensor"),
         (np.array(["a"]), {}, TypeError, "tensor"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), {}, TypeError, "tensor"),
         (torch.arange(3), {"floating": True}, TypeError, "double"),
         (torch.ones(2, dtype=torch.complex64), {"real": True}, TypeError, "real"),
         (torch.ones(2), {"axes": 2}, ValueError, "2 axes"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from math import isnan
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -143,6 +144,8 @@ def as_tensor(value: Any) -> Tensor | None:
         return value
     if not hasattr(value, "__dlpack__") or isinstance(value, type):
         return None
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        return None  # torch has no masks, and would take the numbers below them
     try:
         lent: Tensor = from_dlpack(value)
         return lent

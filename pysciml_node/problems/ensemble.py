@@ -17,6 +17,7 @@ from pysciml_node.problems.ode import FEWEST_TIMES, ODEProblem, Problem, checked
 from pysciml_node.problems.state import (
     State,
     StateSpec,
+    as_parameters,
     as_state,
     map_tensors,
     moves,
@@ -121,6 +122,7 @@ class EnsembleProblem(checks.Configured):
             checks.settle(self, u0=as_state(self.u0))
             given += _states("u0", self.u0, self.problem.spec)
         if self.p is not None:
+            checks.settle(self, p=as_parameters(self.p))
             given += _parameters(self.p, self.problem)
         if self.tspan is not None:
             checks.settle(self, tspan=_intervals(self.tspan, self.problem.spec))

@@ -19,6 +19,7 @@ from pysciml_node.problems.state import (
     HALVED,
     State,
     StateSpec,
+    as_parameters,
     as_state,
     full_precision,
     kind_of,
@@ -188,6 +189,8 @@ class Problem(checks.Configured):
             span = self._checked_span()
         _check_interval(*span, spec.real_dtype)
         if self.p is not None:
+            if not isinstance(self.p, Tensor):
+                checks.settle(self, p=as_parameters(self.p))
             checked_parameters(self.p, self.spec)
 
     def _checked_span(self) -> tuple[float, float]:
@@ -255,7 +258,7 @@ class ODEProblem(Problem):
         tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
             `t1 < t0` integrates backward in time.
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives
-            gradients.
+            gradients. NumPy's arrays in it become tensors.
         mass_matrix: `M` of `M du/dt = f(t, u)`, real, shape `(N, N)` for a flat state of `N`
             entries, and singular for differential-algebraic equations. It is for implicit methods,
             and receives no gradients.

@@ -7,41 +7,51 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from pysciml_node import checks
 
+L = TypeVar("L")
 State = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of a tensor, or of a (nested) tuple, list or dict of them."""
-    if isinstance(tree, Tensor):
+    return _leaves_of(tree, Tensor)
+
+
+def _leaves_of(tree: Any, kind: type[L]) -> Iterator[L]:
+    if isinstance(tree, kind):
         yield tree
     elif tree is None or isinstance(tree, float):
         return
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from tensors_of(value)
+            yield from _leaves_of(value, kind)
     elif isinstance(tree, tuple | list):
         for value in tree:
-            yield from tensors_of(value)
+            yield from _leaves_of(value, kind)
 
 
 def map_tensors(fn: Any, tree: Any) -> Any:
     """Apply `fn` to the tensors of a (nested) tuple, list or dict; other leaves stay."""
-    if isinstance(tree, Tensor):
+    return _map_leaves(fn, tree, Tensor)
+
+
+def _map_leaves(fn: Any, tree: Any, kind: type) -> Any:
+    if isinstance(tree, kind):
         return fn(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(fn, value) for key, value in tree.items()}
+        return {key: _map_leaves(fn, value, kind) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(fn, value) for value in tree))
+        return type(tree)(*(_map_leaves(fn, value, kind) for value in tree))
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(fn, value) for value in tree)
+        return type(tree)(_map_leaves(fn, value, kind) for value in tree)
     return tree
 
 
@@ -71,6 +81,17 @@ def as_state(u0: Any) -> Any:
 def _as_part(part: Any) -> Any:
     tensor = checks.as_tensor(part)
     return part if tensor is None else tensor
+
+
+def as_parameters(p: Any) -> Any:
+    """An extra argument in which NumPy's arrays are tensors, as they are in a state.
+
+    One that contains itself is left to the check of its tensors.
+    """
+    with contextlib.suppress(RecursionError):
+        if next(_leaves_of(p, np.ndarray), None) is not None:
+            return _map_leaves(_as_part, p, np.ndarray)
+    return p
 
 
 def _of_numbers(x: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -68,16 +69,24 @@ def _key(
     """What a plan depends on; `None` where it is more than the values themselves."""
     if type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
+    ends = ends_of(problem)
+    if _has_negative_zero(ends):
+        return None
     for name in ("rtol", "atol", "saveat", "tstops", "events"):
         listed = given[name]
         if type(listed) in _LISTS and listed:
-            if not _FLOAT.issuperset(map(type, listed)):
+            if not _FLOAT.issuperset(map(type, listed)) or _has_negative_zero(listed):
                 return None
             given = {**given, name: (len(listed), *listed)}
     # 1 and True are equal, and only one of them is a number of steps.
     values = algorithm, engines.get_engine() if engine is None else engine, *given.values()
     kinds = tuple(map(type, values))
-    return (kinds, id(problem.spec), *ends_of(problem), values)
+    return (kinds, id(problem.spec), *ends, values)
+
+
+def _has_negative_zero(times: Sequence[float]) -> bool:
+    """Whether there is a zero that is equal to zero, and yet another time."""
+    return 0.0 in times and any(math.copysign(1.0, t) < 0 for t in times if t == 0)
 
 
 def plan_of(

@@ -36,6 +36,21 @@ def globals_in(code: types.CodeType) -> tuple[str, ...]:
     return _mentioned(code, _global_names)
 
 
+@functools.lru_cache(maxsize=4096)
+def imports_in(code: types.CodeType, package: str | None) -> tuple[str, ...]:
+    """The modules that a function, or a function inside it, may import, by their whole names.
+
+    Args:
+        code: of the function.
+        package: in which it stands: `from .part import x` names what is there, or further up.
+    """
+    # How far up is not looked at: a name too many does no harm.
+    parts = package.split(".") if package else []
+    above = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+    names = _mentioned(code, _imported_names)
+    return tuple({".".join(filter(None, (start, name))): None for name in names for start in above})
+
+
 def _mentioned(
     code: types.CodeType, names_of: Callable[[types.CodeType], Iterable[str]]
 ) -> tuple[str, ...]:
@@ -54,6 +69,12 @@ def _global_names(code: types.CodeType) -> Iterable[str]:
     for instruction in dis.get_instructions(code):
         # Class bodies look names up by LOAD_NAME.
         if "GLOBAL" in instruction.opname or instruction.opname == "LOAD_NAME":
+            yield str(instruction.argval)
+
+
+def _imported_names(code: types.CodeType) -> Iterable[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
             yield str(instruction.argval)
 
 

@@ -245,6 +245,13 @@ class Inputs:
     ) -> None:
         self._surroundings = surroundings
         trainable = [x for x in surroundings.tensors if x.requires_grad]
+        for x in trainable:
+            if x.is_inference():
+                raise RuntimeError(
+                    f"{surroundings.names[id(x)]} requires a gradient, but was made in "
+                    "torch.inference_mode, where tensors can have none.\n"
+                    "  Make the field outside of it, or solve inside of torch.no_grad()."
+                )
         edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
         with surroundings.undisturbed():

@@ -20,11 +20,37 @@ from typing_extensions import override
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.graph import GraphWalk, Values
+from pysciml_node.translation.operations import refuse
 from pysciml_node.translation.program import Program
 
 _library: Any = torch.library.Library("pysciml_node", "DEF")  # type: ignore[no-untyped-call]
 _library.define("stop(Tensor x) -> Tensor")
 _library.impl("stop", Tensor.clone, "CompositeExplicitAutograd")
+
+
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """Batch normalization by running statistics, which are constants.
+
+    Torch's own makes a buffer for its derivative, which programs do not have.
+    """
+    if training or running_mean is None or running_var is None:
+        raise refuse("batch normalization by the statistics of the batch", "aten.batch_norm")
+    scale = torch.rsqrt(running_var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shape = 1, -1, *[1] * (input.ndim - 2)
+    out = (input - running_mean.view(shape)) * scale.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 class _Stops(TorchFunctionMode):
@@ -38,6 +64,8 @@ class _Stops(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.batch_norm.default:
+            func = _batch_norm
         out = func(*args, **(kwargs or {}))
         stops = func in (Tensor.detach, torch.detach, torch.ops.aten.detach.default)
         if stops or not torch.is_grad_enabled():

@@ -293,6 +293,9 @@ def _translated(
         if outcome is None and len(outcomes) >= often:
             raise UnsupportedModule(f"{label(f)} is another function at each solve.")
         if outcome is None:
+            if any(map(Tensor.is_inference, now.tensors)):  # others may take their places
+                made = "tensors that were made in torch.inference_mode: make it outside of that"
+                raise UnsupportedModule(f"{label(f)} cannot be traced with its {made}.")
             before, outcome = now, _outcome(f, spec, p, walk, kind, now)
             now = Snapshot.of(f)
             if not have_same(before.tensors, now.tensors, outcome.numbers):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from pysciml_node.steps.anatomy import names_in, slots_of
-from pysciml_node.translation.entries import ABSENT, Attributes, Calls, Value, bytes_of
+from pysciml_node.steps.anatomy import imports_in, names_in, slots_of
+from pysciml_node.translation.entries import Attributes, Calls, Value, bytes_of
 from pysciml_node.translation.recent import RecentOf, reference
 from pysciml_node.translation.watch import Watch, describe, freedom
 
@@ -65,7 +65,7 @@ _DERIVATIVES = frozenset(("autograd", "func"))
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 
 # Kinds of globals whose inside matters only to code that names them.
-_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
@@ -167,7 +167,9 @@ class _Walk:
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._indices: dict[int, int] = {}
-        self._rounds: set[tuple[str, tuple[str, ...]]] = set()
+        # Modules of the user's, and all names in code: any code may be handed any module.
+        self._modules: list[types.ModuleType] = []
+        self._names: dict[str, None] = {"__getattr__": None}
         # Code mentions `grad`; something that it reaches has an attribute of that name.
         self._reads_gradients = self._has_gradients = False
 
@@ -185,12 +187,26 @@ class _Walk:
         _handler(kind)(self, x)
 
     def finish(self) -> None:
-        """At the end of a walk, note what code asks of tensors besides their values."""
+        """At the end of a walk, note what code takes from modules, and what it asks of tensors."""
+        self._look_into_modules()
+        self._has_gradients |= any("grad" in vars(module) for module in self._modules)
         if self.watch.asks_freedom:
             self.watch.free = freedom(self.tensors)
             self._tokens += self.watch.free
         if self._reads_gradients and not self._has_gradients:
             self.watch.fickle = "reads the gradients of tensors"
+
+    def _look_into_modules(self) -> None:
+        """Note the names in modules, some of which lead to more names and more modules."""
+        looked: set[tuple[int, str]] = set()
+        while True:
+            pairs = [(id(x), name) for x in self._modules for name in self._names]
+            new = [pair for pair in pairs if pair not in looked]
+            if not new:
+                return
+            looked.update(new)
+            for module, name in new:
+                self._entry(vars(self._seen[module][1]), name)
 
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
@@ -227,7 +243,7 @@ class _Walk:
         self._kind(x)
         values = x.__dict__
         self._has_gradients |= "grad" in values
-        self.watch.expect_size(values)
+        self.watch.expect_order(values)
         for key, value in values.items():
             if key not in _UNSEEN:
                 self._tokens.append(key)
@@ -265,7 +281,7 @@ class _Walk:
         names = names_in(f.__code__)
         if _is_library(f.__module__):
             # It does not change while a program runs, but what was handed to it may.
-            self._cells(f, names)
+            self._cells(f)
             return
         # The parts of a function can be exchanged, though hardly anybody does.
         parts = Attributes(f)
@@ -275,21 +291,22 @@ class _Walk:
         self.add(f.__kwdefaults__)
         self._dict(f.__dict__)
         self._asks(names, f.__globals__)
-        self._cells(f, names)
-        held = f.__globals__
-        for name in names:
-            value = held.get(name, ABSENT)
-            if isinstance(value, types.ModuleType):
-                self._names_of(value, names)
-            elif value is not ABSENT:
-                self._at(held, name, value)
-            else:
-                # The name of an attribute, of an import inside, or of what may be there later.
-                self.watch.expect_none(held, name)
-                if isinstance(sys.modules.get(name), types.ModuleType):
-                    self._names_of(sys.modules[name], names)
+        self._cells(f)
+        self._names.update(dict.fromkeys(names))
+        for name in names:  # of globals, and of attributes, which may become those of globals
+            self._entry(f.__globals__, name)
+        for name in imports_in(f.__code__, f.__globals__.get("__package__")):
+            self._entry(sys.modules, name)
 
-    def _cells(self, f: types.FunctionType, names: tuple[str, ...]) -> None:
+    def _entry(self, held: dict[str, Any], name: str) -> None:
+        """Note what a module has by a name, or that it has nothing."""
+        if name in held:
+            self._tokens.append(name)
+            self._at(held, name, held[name])
+        else:
+            self.watch.expect_none(held, name)
+
+    def _cells(self, f: types.FunctionType) -> None:
         """Note what a function captures."""
         for cell in f.__closure__ or ():
             try:
@@ -298,8 +315,6 @@ class _Walk:
                 self._tokens.append("unbound")
                 continue
             self._at(Attributes(cell), "cell_contents", content)
-            if isinstance(content, types.ModuleType):
-                self._names_of(content, names)
 
     def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
         """Note what code asks for that stands in no place."""
@@ -316,7 +331,7 @@ class _Walk:
 
     def _every_global(self, held: dict[str, Any]) -> None:
         """Note all that a module holds, for code that looks it up by words."""
-        self.watch.expect_size(held)
+        self.watch.expect_order(held)
         for name, value in list(held.items()):
             if name.startswith("__"):
                 continue
@@ -327,24 +342,10 @@ class _Walk:
             else:
                 self._at(held, name, value)
 
-    def _names_of(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
-        """Note the names in a user's module that the code mentions."""
-        self._tokens.append(module.__name__)
-        # Modules name one another: a round ends where it began.
-        round_ = (module.__name__, names)
-        if round_ in self._rounds or _is_library(module.__name__):
-            return
-        self._rounds.add(round_)
-        held = vars(module)
-        self._has_gradients |= "grad" in held
-        for name in names:
-            value = held.get(name, ABSENT)
-            if isinstance(value, types.ModuleType):
-                self._names_of(value, names)
-            elif value is not ABSENT:
-                self._at(held, name, value)
-            else:
-                self.watch.expect_none(held, name)
+    def _python_module(self, x: types.ModuleType) -> None:
+        self._tokens.append(_Same(x))
+        if not _is_library(x.__name__):
+            self._modules.append(x)
 
     def _class(self, x: type) -> None:
         self._tokens.append(_Same(x))
@@ -355,7 +356,7 @@ class _Walk:
                 continue
             held = vars(owner)
             self._has_gradients |= "grad" in held
-            self.watch.expect_size(held)
+            self.watch.expect_order(held)
             for name, value in held.items():
                 if isinstance(value, types.FunctionType) or not name.startswith("__"):
                     self._tokens.append(name)
@@ -367,6 +368,8 @@ class _Walk:
 
         self._tokens.append(all_of())
         self.watch.expect_equal(all_of)
+        if x.dtype.hasobject:  # whose bytes are addresses
+            self.add(tuple(x.ravel()))
 
     def _buffer(self, x: Any) -> None:
         """Numbers in a row of Python's own."""
@@ -443,6 +446,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     ((list, tuple, deque), _Walk._sequence),
     ((set, frozenset), _Walk._set),
     (types.FunctionType, _Walk._function),
+    (types.ModuleType, _Walk._python_module),
     (type, _Walk._class),
     (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
     (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
@@ -474,6 +478,7 @@ def _is_library(name: str | None) -> bool:
     top = str(name).partition(".")[0]
     if top in ("torch", "pysciml_node") or top in sys.stdlib_module_names:
         return top != "__main__"
-    file = getattr(sys.modules.get(str(name)), "__file__", None)
+    # What a module answers for names that it lacks is not asked.
+    file = getattr(sys.modules.get(str(name)), "__dict__", {}).get("__file__")
     places = (sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     return file is not None and any(file.startswith(place) for place in places)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native.compiler import available
 
 D = torch.float64
 
@@ -123,3 +124,40 @@ def test_nothing_is_left_that_breaks_training_later() -> None:
         [sys.executable, "-c", FIRST_INSIDE], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+class _Decaying(nn.Module):
+    """`du/dt = -k u`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.ones((), dtype=D))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.k * u
+
+
+def _end(field: nn.Module, **how: Any) -> float:
+    problem = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
+    return psn.solve(problem, rtol=1e-9, atol=1e-9, **how).u1.item()
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.GaussAdjoint()])
+def test_a_field_that_was_made_inside(adjoint: psn.Adjoint) -> None:
+    with torch.inference_mode():
+        field = _Decaying()
+    with pytest.raises(RuntimeError, match=r"f\.k .*inference_mode(.|\n)*  Make.*no_grad"):
+        _end(field, adjoint=adjoint)
+    with torch.no_grad():
+        assert _end(field, adjoint=adjoint) == pytest.approx(math.exp(-1), rel=1e-8)
+
+
+@pytest.mark.skipif(not available()[0], reason=available()[1])
+def test_a_field_that_was_made_inside_has_no_native_code() -> None:
+    with torch.inference_mode():
+        field = _Decaying()
+    with torch.no_grad(), pytest.raises(psn.CompileError, match="inference_mode"):
+        _end(field, compile=True)
+    # No refusal is left behind for what comes into its places.
+    field.k = nn.Parameter(torch.ones((), dtype=D))
+    assert _end(field, compile=True) == pytest.approx(math.exp(-1), rel=1e-8)

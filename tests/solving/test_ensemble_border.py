@@ -140,3 +140,25 @@ def test_members_are_made_when_they_are_asked_for() -> None:
     assert len(solution.solutions) == len(solution) == 50
     with pytest.raises(IndexError, match="50 members"):
         solution[50]
+
+
+@pytest.mark.parametrize("compiled", [False, "auto"])
+def test_arrays_in_the_extra_argument_become_tensors(compiled: Any) -> None:
+    """Alone, in containers, and stacked for members."""
+    rates = np.array([1.0, 2.0])
+    start, how = torch.ones(2, dtype=D), {"rtol": 1e-9, "atol": 1e-9, "compile": compiled}
+    expected = torch.exp(-torch.tensor(rates))
+    given: list[tuple[Any, Any]] = [
+        (lambda t, u, p: -p * u, rates),
+        (lambda t, u, p: -p["rates"][0] * u * p["one"], {"rates": (rates,), "one": 1.0}),
+    ]
+    for f, p in given:
+        solution = psn.solve(psn.ODEProblem(f, start, (0.0, 1.0), p=p), **how)
+        torch.testing.assert_close(solution.u1, expected, rtol=1e-8, atol=0)
+    one = psn.ODEProblem(given[0][0], start, (0.0, 1.0), p=rates)
+    many = psn.solve(psn.EnsembleProblem(one, p=np.stack([rates, 2 * rates])), **how)
+    torch.testing.assert_close(many.u1, torch.stack([expected, expected**2]), rtol=1e-8, atol=0)
+    held: list[Any] = [rates]
+    held.append(held)
+    with pytest.raises(ValueError, match="must not contain itself"):
+        psn.ODEProblem(lambda t, u, p: -u, start, (0.0, 1.0), p=held)

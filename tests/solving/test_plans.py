@@ -61,3 +61,12 @@ def test_controllers_of_a_users_class_are_themselves() -> None:
     expected = [steps(psn.PIController(gamma=x)) for x in (0.9, 0.3)]
     assert [steps(_Cautious(x)) for x in (0.9, 0.3)] == expected
     assert expected[0] < expected[1]
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_times_that_are_equal_and_not_the_same(zero: float) -> None:
+    """`1 / t` tells them apart."""
+    for t in (zero, -zero, zero):
+        problem = psn.ODEProblem(_problem().f, torch.ones(1, dtype=torch.float64), (t, 1.0))
+        solution = psn.solve(problem, saveat=[t, 0.5], engine="torch")
+        assert math.copysign(1.0, solution.t[0].item()) == math.copysign(1.0, t)

@@ -329,3 +329,19 @@ def test_taylor_derivatives_are_those_of_exponential_decay() -> None:
     )
     expected = (1 - math.exp(-2)) / 2
     assert float(node(torch.ones(2, 1, dtype=D)).penalty) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics_of_a_batch_normalization_are_constants(affine: bool) -> None:
+    layer = nn.BatchNorm1d(6, affine=affine, dtype=D).eval()
+    layer.running_mean, layer.running_var = points(1, 6)[0], points(1, 6)[0].square() + 0.5
+    field = Layered(lambda t, h: torch.tanh(layer(h + t)))
+    native, eager = (
+        outcome(field, compile, points(), rates(), exact=True) for compile in (True, False)
+    )
+    expect_equal(native, eager)
+    layer.running_mean += 1.0
+    expect_equal(*(outcome(field, compile, points(), exact=True) for compile in (True, False)))
+    layer.train()
+    with pytest.raises(psn.CompileError):
+        outcome(field, True, points())
