@@ -53,8 +53,14 @@ def newton_accuracy(known: Tensor, guess: Tensor, step: Real, power: float = 0.7
     """
     size: Any = abs(step)
     scale = known.abs().amax(-1, keepdim=True) + size * guess.abs().amax(-1, keepdim=True)
-    accuracy: Tensor = scale * torch.finfo(known.dtype).eps ** power / size
+    accuracy: Tensor = scale * newton_rounding(known.dtype, power) / size
     return accuracy.squeeze(-1)
+
+
+def newton_rounding(dtype: torch.dtype, power: float = 0.75) -> float:
+    """The relative accuracy of Newton's iteration, a power of the rounding."""
+    accuracy: float = torch.finfo(dtype).eps ** power
+    return accuracy
 
 
 class ImplicitStages(Stages):

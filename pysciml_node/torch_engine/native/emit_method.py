@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from pysciml_node.replay.stages import Method
+from pysciml_node.tableaus import DiagonallyImplicitTableau, Tableau
 from pysciml_node.torch_engine.native.text import number, padded
 
 
@@ -63,7 +64,7 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     lines = [
         f"enum {{ N = {size}, ROW = {padded(size * max(abreast, 1))}, STAGES = {method.stages}, "
         f"ALL_STAGES = {method.all_stages}, END = {method.all_stages}, "
-        f"FSAL = {int(tableau.fsal)}, ORDER = {tableau.order}, "
+        f"FSAL = {int(_ends_on_a_stage(tableau))}, ORDER = {tableau.order}, "
         f"END_STAGE = {-1 if method.end_stage is None else method.end_stage}, "
         f"POWERS = {method.dense.shape[1]} }};",
         f"static const double NODES[] = {{{', '.join(map(repr, method.host_nodes))}}};",
@@ -100,12 +101,17 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     return "\n".join([*lines, *_bars(method, style, restrict)])
 
 
+def _ends_on_a_stage(tableau: Tableau) -> bool:
+    """Whether the end of a step is its last stage's argument, but for that stage's own slope."""
+    return tableau.fsal and not isinstance(tableau, DiagonallyImplicitTableau)
+
+
 def _bars(method: Method, style: type[Single], restrict: str) -> list[str]:
     """The cotangent of a stage's derivative, from those of the end and of later arguments."""
     tableau, h = method.tableau, style.h
     rows = method.host_rows
     # The last stage of such a method serves the next step, which replays it as its first.
-    usual = method.stages - 1 if tableau.fsal else method.stages
+    usual = method.stages - 1 if _ends_on_a_stage(tableau) else method.stages
     lines = [
         f"static void combine_bars(int stage, int count, {style.size_of_step}, "
         f"const REAL *{restrict}bar, const REAL *{restrict}bars, REAL *{restrict}k_bar) {{",

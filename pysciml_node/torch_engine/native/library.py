@@ -65,7 +65,7 @@ class SolveRequest(ctypes.Structure):
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
-        *_fields(_INTEGER, "status started known next_stop"),
+        *_fields(_INTEGER, "status started known linearized next_stop"),
         *_fields(_INTEGER, "accepted rejected evaluations reached finite"),
         ("k", _POINTER),
     )

@@ -12,10 +12,10 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
 from pysciml_node.torch_engine.native.emit import Emitted, Emitter
+from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
 from pysciml_node.torch_engine.native.emit_method import emit_method
-from pysciml_node.torch_engine.native.emit_rosenbrock import emit_rosenbrock
+from pysciml_node.torch_engine.native.implicit import both_packed
 from pysciml_node.torch_engine.native.library import ALONE_PACKED, header, size_of, source, turns
-from pysciml_node.torch_engine.native.rosenbrock import both_packed
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.program import Program
 
@@ -170,7 +170,7 @@ class WrittenMembers:
         method = emit_method(how.method, self.size, width)
         if how.is_rosenbrock:
             cost += self.size * first.emitted.cost + self.size**3 // 3 * width
-            method = emit_rosenbrock(how.method, self.size, how.mass, width)
+            method = emit_implicit(how.method, self.size, how.mass, width)
         kind = "rosenbrock" if how.is_rosenbrock else "explicit"
         loop += [f"members_{kind}.h", "members_events.h", "members_calls.h"]
         sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []

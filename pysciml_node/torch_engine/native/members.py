@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod
 from pysciml_node.algorithms.options import Array, MemberOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
@@ -58,6 +59,8 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
+    if isinstance(algorithm, DiagonallyImplicitMethod):
+        raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
     times = (*problem.tspan, options.saveat_tensor, options.common.saveat_tensor)

@@ -22,6 +22,7 @@ from pysciml_node.algorithms.controllers import (
     PIDController,
 )
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod, ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
@@ -31,7 +32,8 @@ from pysciml_node.problems.state import StateSpec, moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.tableaus import RosenbrockTableau, Tableau
+from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau, Tableau
+from pysciml_node.torch_engine.native.implicit import LARGEST, write_implicit
 from pysciml_node.torch_engine.native.library import (
     REALS,
     Library,
@@ -39,7 +41,6 @@ from pysciml_node.torch_engine.native.library import (
     write_explicit,
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.rosenbrock import LARGEST, write_rosenbrock
 from pysciml_node.torch_engine.native.run import Departure, departure_of
 from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.recent import RecentOf
@@ -94,9 +95,11 @@ def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
 
 
 def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
-    """Refuse what is neither explicit nor a Rosenbrock method, and what is not for one."""
-    if not isinstance(getattr(algorithm, "tableau", None), RosenbrockTableau):
+    """Refuse what is no method of one tableau, and what is not for an implicit one."""
+    if not isinstance(algorithm, ImplicitMethod):
         raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
+    if isinstance(algorithm, DiagonallyImplicitMethod) and algorithm.linsolve is not None:
+        raise refusal("linsolve", f"{type(algorithm).__name__}(), or compile=False")
     for what in ("jac", "jac_sparsity"):
         if getattr(problem, what) is not None:
             raise refusal(what)
@@ -125,7 +128,7 @@ class Prepared:
         tableau: of the method.
         translated: the field.
         parameters: the tensors that the code reads.
-        recorded: whether the code has derivatives of an implicit method.
+        recorded: whether the code has the derivatives of a Rosenbrock method.
         walked: what the field can reach, where it is a module of which all can be seen.
         spec: structure of the state. Like the method and the options it is kept, so that no other
             one is given its identity.
@@ -206,7 +209,7 @@ def prepare(
 def _records(
     problem: ODEProblem, tableau: Tableau, options: SolveOptions, translated: TranslatedModule
 ) -> bool:
-    """Whether a solve needs the derivatives of an implicit method, a program of their own."""
+    """Whether a solve needs the derivatives of a Rosenbrock method, a program of their own."""
     if not (isinstance(tableau, RosenbrockTableau) and torch.is_grad_enabled()):
         return False
     inputs = (*tensors_of(problem.u0), *problem.tspan, options.saveat_tensor)
@@ -218,14 +221,14 @@ def _library(
 ) -> tuple[Library, list[Tensor]]:
     """The code of a translated field with a method, and the tensors that it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
-    if not isinstance(method.tableau, RosenbrockTableau):
+    if not isinstance(method.tableau, ImplicitTableau):
         library = library_of(json, method, dtype, lambda: write_explicit(program, method))
         return library, translated.parameters
     mass = problem.mass
     json += "" if mass is None else repr(mass.tolist())
     if not recorded:
         library = library_of(
-            json, method, dtype, lambda: write_rosenbrock(program, None, method, mass)
+            json, method, dtype, lambda: write_implicit(program, None, method, mass)
         )
         return library, translated.parameters
     pulled = pulled_program(problem.f, problem.spec, problem.p, translated)
@@ -233,6 +236,6 @@ def _library(
         json + pulled.json,
         method,
         dtype,
-        lambda: write_rosenbrock(program, pulled.program, method, mass),
+        lambda: write_implicit(program, pulled.program, method, mass),
     )
     return library, [*translated.parameters, *pulled.parameters(translated.parameters)]

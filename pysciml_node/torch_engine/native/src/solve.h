@@ -28,7 +28,8 @@ typedef struct {
   int64_t event_count, found; /* the event that has ended the solve */
   /* The state of the loop. */
   double t, h, last_t, last_h, last_error, history[2], seconds;
-  int64_t status, started, known, next_stop, accepted, rejected, evaluations, reached, finite;
+  int64_t status, started, known, linearized, next_stop;
+  int64_t accepted, rejected, evaluations, reached, finite;
   REAL *k; /* the derivatives of the step that is tried, in memory or in a slot of kept */
 } Solve;
 
@@ -56,7 +57,7 @@ static REAL *psn_values(const Solve *s, int i) {
 static void psn_next_stages(Solve *s, int same) {
   const REAL *last = s->k;
   s->k = s->accepted < s->kept_room ? s->kept + s->accepted * SLOT : s->memory;
-  s->known = same;
+  s->known = same, s->linearized = 0;
   if (!same) return;
   memcpy(K(s, 0), last + END_STAGE * ROW, N * sizeof(REAL));
   if (s->k == s->memory) return;

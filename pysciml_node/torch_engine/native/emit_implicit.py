@@ -1,4 +1,4 @@
-"""What a Rosenbrock method has beside its combinations of stages, as C."""
+"""What an implicit method has beside its combinations of stages, as C."""
 
 from __future__ import annotations
 
@@ -6,50 +6,66 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from pysciml_node.replay.implicit import ITERATIONS, newton_rounding
 from pysciml_node.replay.stages import Method
-from pysciml_node.tableaus import RosenbrockTableau
+from pysciml_node.tableaus import DiagonallyImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.emit_method import emit_method, style_of, weighted_sum
 from pysciml_node.torch_engine.native.text import number, padded
 
 
-def emit_rosenbrock(method: Method, size: int, mass: Tensor | None, abreast: int = 0) -> str:
+def emit_implicit(method: Method, size: int, mass: Tensor | None, abreast: int = 0) -> str:
     """The tableau's part of the emitted code.
 
     Args:
-        method: the method; its tableau is a `RosenbrockTableau`.
+        method: the method; its tableau is that of a Rosenbrock or a diagonally implicit method.
         size: entries of the flat state.
         mass: the mass matrix, `(size, size)`; `None` stands for the identity.
         abreast: members that step at once, of an ensemble; 0 for a single solve.
     """
     tableau = method.tableau
-    assert isinstance(tableau, RosenbrockTableau)
-    weights = ", ".join(map(repr, tableau.time_weights))
+    assert isinstance(tableau, RosenbrockTableau | DiagonallyImplicitTableau)
     lines = [
         emit_method(method, size, abreast),
         f"enum {{ MATRIX = {padded(size * size * max(abreast, 1))} }};",
         f"static const REAL GAMMA = {number(tableau.gamma)};",
-        f"static const double TIME_WEIGHTS[] = {{{weights}}};",
         *([] if mass is None else _mass(mass)),
-        "",
-        "/* What earlier slopes add to the right side of a stage's linear system. */",
-        "static void couple(int stage, const REAL *k, REAL *x) {",
-        *_sums("x", "k", {i: (row, 0) for i, row in enumerate(tableau.couplings)}, abreast),
-        "}",
-        "",
-        "/* What the right sides of later stages add to the cotangent of a stage's slope. */",
-        "static void couple_bars(int stage, const REAL *y, REAL *x) {",
     ]
-    columns = {
-        i: (tuple(row[i] for row in tableau.couplings[i + 1 :]), i + 1)
-        for i in range(method.stages)
-    }
-    return "\n".join([*lines, *_sums("x", "y", columns, abreast), "}", ""])
+    if isinstance(tableau, RosenbrockTableau):
+        return "\n".join([*lines, *_couplings(method, tableau, abreast), ""])
+    accuracy = number(newton_rounding(method.nodes.dtype))
+    lines += [
+        f"enum {{ ITERATIONS = {ITERATIONS} }};",
+        f"static const REAL NEWTON_ACCURACY = {accuracy};",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def _mass(mass: Tensor) -> list[str]:
     """The mass matrix, by rows."""
     entries = ", ".join(map(number, mass.reshape(-1).tolist()))
     return ["#define WITH_MASS", f"static const REAL MASS[] = {{{entries}}};"]
+
+
+def _couplings(method: Method, tableau: RosenbrockTableau, abreast: int) -> list[str]:
+    """How the stages of a Rosenbrock method enter one another's equations."""
+    rows = {i: (row, 0) for i, row in enumerate(tableau.couplings)}
+    columns = {
+        i: (tuple(row[i] for row in tableau.couplings[i + 1 :]), i + 1)
+        for i in range(method.stages)
+    }
+    return [
+        f"static const double TIME_WEIGHTS[] = {{{', '.join(map(repr, tableau.time_weights))}}};",
+        "",
+        "/* What earlier slopes add to the right side of a stage's linear system. */",
+        "static void couple(int stage, const REAL *k, REAL *x) {",
+        *_sums("x", "k", rows, abreast),
+        "}",
+        "",
+        "/* What the right sides of later stages add to the cotangent of a stage's slope. */",
+        "static void couple_bars(int stage, const REAL *y, REAL *x) {",
+        *_sums("x", "y", columns, abreast),
+        "}",
+    ]
 
 
 def _sums(
