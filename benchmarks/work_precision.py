@@ -177,6 +177,7 @@ def solvers(problem: Problem, sciml: bool) -> dict[str, Solve]:
         "Rodas5P": ours(problem, psn.Rodas5P()),
         "Rodas5P, native": ours(problem, psn.Rodas5P(), compile=True),
         "KenCarp4": ours(problem, psn.KenCarp4()),
+        "KenCarp4, native": ours(problem, psn.KenCarp4(), compile=True),
     }
     if importlib.util.find_spec("scipy"):
         found |= {f"SciPy {x}": scipy(problem, x) for x in ("Radau", "BDF")}

@@ -374,7 +374,7 @@ def test_a_member_that_fails_leaves_its_neighbours_alone() -> None:
 
 def test_what_members_do_not_have_is_refused_by_name() -> None:
     ensemble = robertsons()
-    with pytest.raises(psn.EngineUnavailable, match=r"compile=True is for explicit and Rosenbrock"):
+    with pytest.raises(psn.CompileError, match=r"KenCarp4[\s\S]*members[\s\S]*Rodas5P"):
         solve(ensemble, psn.KenCarp4())
     one = ensemble.problem
     given = psn.ODEProblem(
