@@ -124,7 +124,7 @@ def test_orders_of_solution_and_dense_output(algorithm: Any, case: str) -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "order"),
-    zip(ALGORITHMS, (2, 3, 2, 2), strict=True),
+    list(zip(ALGORITHMS, (2, 3, 2, 2), strict=True)),
     ids=lambda x: type(x).__name__,
 )
 def test_order_that_stiffness_leaves(algorithm: Any, order: int) -> None:
