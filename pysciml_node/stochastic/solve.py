@@ -233,6 +233,9 @@ class SDESolve(Solve):
         def sweep(backward: BackwardPass) -> Gradients:
             backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
             with prepared.captured.sweep(replayed=not backsolve):
-                return self.parts.sweep(self, prepared, backward)
+                gradients = self.parts.sweep(self, prepared, backward)
+            if not start.requires_grad:
+                prepared.captured.tell_of_cut_graph(gradients.inputs)
+            return gradients
 
         return as_node(lambda _: outcome, sweep, start, prepared.inputs)

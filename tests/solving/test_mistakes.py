@@ -317,6 +317,25 @@ def test_a_field_that_cuts_the_graph_is_told_of() -> None:
     assert k.grad is None
 
 
+def test_a_drift_and_a_diffusion_that_cut_the_graph_are_told_of() -> None:
+    k = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def cut(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([-k.item() * x for x in u.tolist()], dtype=u.dtype)
+
+    def whole(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return 0.1 * k * u
+
+    start = torch.ones(2, dtype=torch.float64)
+    how: Any = {"controller": psn.FixedStep(), "dt0": 0.25}
+    u1 = psn.solve(psn.SDEProblem(cut, cut, start, (0.0, 1.0)), psn.EM(), **how).u1
+    with pytest.warns(psn.PsnWarning, match=r"cuts the graph(.|\n)*torch\.stack"):
+        u1.sum().backward()
+    assert k.grad is None
+    psn.solve(psn.SDEProblem(cut, whole, start, (0.0, 1.0)), psn.EM(), **how).u1.sum().backward()
+    assert k.grad is not None  # and no warning, which would be an error here
+
+
 def test_a_field_that_uses_its_inputs_late_has_not_cut_its_graph() -> None:
     """The first of two solves gives no gradient, and nothing is amiss."""
     late = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
