@@ -76,6 +76,11 @@ class Start:
 
     def first_size(self) -> tuple[float, Slope | None]:
         """The size that the first step should have; drift and diffusion at the start, if known."""
+        size, slope = self._guess()
+        # The first size is a guess: only the error of a step asks for less than the limit.
+        return max(size, self.options.dtmin) if math.isfinite(size) else size, slope
+
+    def _guess(self) -> tuple[float, Slope | None]:
         options, problem, slope = self.options, self.problem, self.slope
         if options.dt0 is not None:
             return options.dt0, slope

@@ -298,3 +298,19 @@ def test_a_time_that_a_step_ends_at_but_for_rounding(several: bool) -> None:
 
     shape = (3,) if several else ()
     assert torch.autograd.gradcheck(value, torch.ones(shape, dtype=torch.float64).requires_grad_())
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_the_first_size_is_no_reason_to_fail(members: bool) -> None:
+    """What Hairer's rule guesses is raised to `dtmin`: only an error asks for less."""
+    problem = psn.SDEProblem(
+        lambda t, u: -u, lambda t, u: 0.1 * u, torch.ones(2, dtype=torch.float64), (0.0, 1.0)
+    )
+    options: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4, "dtmin": 0.5, "throw": False}
+    if members:
+        many = psn.EnsembleProblem(problem, u0=torch.ones(3, 2, dtype=torch.float64))
+        solution = psn.solve(many, psn.SOSRI(), **options)[1]
+    else:
+        solution = psn.solve(problem, psn.SOSRI(), **options)
+    assert solution.retcode is psn.ReturnCode.DtLessThanMin
+    assert solution.stats.nreject == 1
