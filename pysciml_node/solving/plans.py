@@ -8,11 +8,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
+from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.solving import engines
 from pysciml_node.solving.checks import USUAL, check_algorithm, check_options
@@ -67,7 +70,13 @@ def _key(
     problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
 ) -> Any:
     """What a plan depends on; `None` where it is more than the values themselves."""
-    if type(problem) is not ODEProblem or problem.mass_matrix is not None:
+    kind = None
+    if type(problem) is SDEProblem:
+        kind = problem.noise, problem.interpretation
+        generator = given["generator"]
+        if generator is None or isinstance(generator, torch.Generator):
+            given = {**given, "generator": None}  # it gives each solve another seed
+    elif type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
     ends = ends_of(problem)
     if _has_negative_zero(ends):
@@ -81,7 +90,7 @@ def _key(
     # 1 and True are equal, and only one of them is a number of steps.
     values = algorithm, engines.get_engine() if engine is None else engine, *given.values()
     kinds = tuple(map(type, values))
-    return (kinds, id(problem.spec), *ends, values)
+    return (kinds, kind, id(problem.spec), *ends, values)
 
 
 def _has_negative_zero(times: Sequence[float]) -> bool:

@@ -70,3 +70,22 @@ def test_times_that_are_equal_and_not_the_same(zero: float) -> None:
         problem = psn.ODEProblem(_problem().f, torch.ones(1, dtype=torch.float64), (t, 1.0))
         solution = psn.solve(problem, saveat=[t, 0.5], engine="torch")
         assert math.copysign(1.0, solution.t[0].item()) == math.copysign(1.0, t)
+
+
+def test_stochastic_solves_are_told_apart_by_their_noise_and_have_seeds_of_their_own() -> None:
+    def problem(**given: str) -> psn.SDEProblem:
+        u0 = torch.ones(2, 2, dtype=torch.float64)
+        return psn.SDEProblem(lambda t, u: -u, lambda t, u: 0.1 * u, u0, (0.0, 1.0), **given)
+
+    def solved(asked: psn.SDEProblem, seed: int = 1) -> psn.Solution:
+        generator = torch.Generator().manual_seed(seed)
+        return psn.solve(asked, psn.EM(), controller=psn.FixedStep(), dt0=0.25, generator=generator)
+
+    diagonal, scalar = solved(problem()), solved(problem(noise="scalar"))
+    assert not torch.equal(diagonal.u1, scalar.u1)
+    assert torch.equal(solved(problem()).u1, diagonal.u1)
+    assert not torch.equal(solved(problem(), seed=2).u1, diagonal.u1)
+    with pytest.raises(ValueError, match="stratonovich"):
+        solved(problem(interpretation="stratonovich"))
+    with pytest.raises(TypeError, match="generator"):
+        psn.solve(problem(), psn.EM(), controller=psn.FixedStep(), dt0=0.25, generator=3)
