@@ -1,14 +1,15 @@
-"""torchsde beside `compat.torchsde`, in one process: steps a second, forward and with gradients.
+"""torchsde beside `compat.torchsde` and native code, in one process: steps a second.
 
     pip install torchsde
     python benchmarks/against_torchsde.py
 
 Geometric Brownian motion (4096 x 8, and a small batch of 16 x 2), additive noise of three motions
 (1024 x 8), the generator of an SDE-GAN (1024 x 16, general noise of three motions, `f_and_g`), and
-a latent SDE (1024 x 4, `logqp`), in float32, by 64 steps on one core; each with a new Brownian
-motion a solve. Rates are of CPU time, medians over turns that alternate; with a ratio above one
-this package is faster. The last rows are queries of 12,288 entries: of a `BrownianTree` on 50
-falling levels, and of a `BrownianInterval` step by step.
+a latent SDE (1024 x 4, `logqp`), in float32, by 64 steps on one core, forward and with gradients;
+each with a new Brownian motion a solve. Rates are of CPU time, medians over turns that alternate;
+with a ratio above one this package is faster. The last columns are `solve(..., compile=True)` of
+the same equation by the same method. The last rows are queries of 12,288 entries: of a
+`BrownianTree` on 50 falling levels, and of a `BrownianInterval` step by step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torchsde as theirs
 from timing import interleave, pin, table
 from torch import Tensor, nn
 
+import pysciml_node as psn
 from pysciml_node.compat import torchsde as ours
 
 STEPS = 64
@@ -124,6 +126,42 @@ ROWS: list[tuple[type[Any], str, dict[str, Any]]] = [
 ]
 
 
+NATIVE: dict[tuple[str, str], Any] = {
+    ("diagonal", "euler"): psn.EM(),
+    ("diagonal", "milstein"): psn.RKMil(),
+    ("diagonal", "srk"): psn.SRIW1(),
+    ("additive", "srk"): psn.SRA1(),
+    ("general", "reversible_heun"): psn.ReversibleHeun(),
+    ("general", "midpoint"): psn.StratonovichMidpoint(),
+}
+
+
+def native(sde: Any, y0: Tensor, method: str, way: str) -> Callable[[], object]:
+    """The same solve as native code."""
+    if hasattr(sde, "f_and_g"):
+        problem = psn.SDEProblem(
+            lambda t, y: sde.f_and_g(t, y)[0],
+            lambda t, y: sde.f_and_g(t, y)[1],
+            y0,
+            (0.0, 1.0),
+            sde.noise_type,
+            sde.sde_type,
+        )
+    else:
+        problem = psn.SDEProblem(sde.f, sde.g, y0, (0.0, 1.0), sde.noise_type, sde.sde_type)
+    algorithm = NATIVE[sde.noise_type, method]
+    fixed: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 1 / STEPS, "compile": True}
+
+    def run() -> object:
+        if way == "forward":
+            with torch.no_grad():
+                return psn.solve(problem, algorithm, **fixed)
+        loss = psn.solve(problem, algorithm, **fixed).u1.square().mean()
+        return torch.autograd.grad(loss, list(sde.parameters()))
+
+    return run
+
+
 def solves(kind: type[Any], method: str, options: dict[str, Any], way: str) -> dict[str, Any]:
     """The same solve by both, ready to be timed."""
     torch.manual_seed(0)
@@ -145,7 +183,10 @@ def solves(kind: type[Any], method: str, options: dict[str, Any], way: str) -> d
 
         return run
 
-    return {"theirs": call(theirs), "ours": call(ours)}
+    calls = {"theirs": call(theirs), "ours": call(ours)}
+    if not options.get("logqp"):
+        calls["native"] = native(sde, y0, method, way)
+    return calls
 
 
 def brownian(package: Any, tree: bool) -> Callable[[], object]:
@@ -163,11 +204,15 @@ def brownian(package: Any, tree: bool) -> Callable[[], object]:
 
 
 def row(name: str, calls: dict[str, Callable[[], object]], count: int, repeats: int) -> list[str]:
-    """Rates of both, and their ratio."""
+    """Rates of all, and their ratios."""
     spread = interleave(calls, repeats)
     rates = {who: 1e3 * count / one.cpu for who, one in spread.items()}
-    ratio = rates["ours"] / rates["theirs"]
-    return [name, f"{rates['theirs']:.0f}", f"{rates['ours']:.0f}", f"{ratio:.2f}"]
+    cells = [name, f"{rates['theirs']:.0f}"]
+    for who in ("ours", "native"):
+        found = who in rates
+        cells += [f"{rates[who]:.0f}" if found else ""]
+        cells += [f"{rates[who] / rates['theirs']:.2f}" if found else ""]
+    return cells
 
 
 def main() -> None:
@@ -189,7 +234,11 @@ def main() -> None:
             continue
         calls = {"theirs": brownian(theirs, tree), "ours": brownian(ours, tree)}
         rows.append(row(name, calls, 50, repeats))
-    print(table(["steps or queries a CPU second", "torchsde", "here", "ratio"], rows))
+    print(
+        table(
+            ["steps or queries a CPU second", "torchsde", "here", "ratio", "native", "ratio"], rows
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -300,8 +300,6 @@ def _check_for_noise(
             "events are not found in stochastic solutions, which cross zero infinitely often.\n"
             "  Look for the crossing in solution.u, or in solution(t)."
         )
-    if options.compile is True:
-        raise ValueError("compile=True is for ODEProblems.\n  Leave it out.")
     if options.saveat_tensor is not None:
         raise ValueError(
             "saveat of an SDEProblem must not require gradients: Brownian motion has no "

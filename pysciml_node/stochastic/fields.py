@@ -41,14 +41,25 @@ class NoiseLayout:
             TypeError: the diffusion returns no tensor.
             ValueError: the diffusion has another shape than the noise asks for.
         """
-        entries = sum(problem.spec.sizes)
+        if problem.noise in ("diagonal", "scalar"):
+            return cls.seen(problem, None)
+        with torch.no_grad():
+            value = fields.raw_diffusion(problem.time_tensor([problem.t0])[0], problem.u0)
+        return cls.seen(problem, value)
+
+    @classmethod
+    def seen(cls, problem: SDEProblem, value: Any) -> NoiseLayout:
+        """The layout of a problem whose diffusion has returned a value.
+
+        Args:
+            problem: the problem.
+            value: what it was; not looked at for diagonal and scalar noise.
+        """
+        entries, shape = sum(problem.spec.sizes), problem.spec.shapes[0]
         if problem.noise == "diagonal":
             return cls(entries, None, entries, matrix=False)
         if problem.noise == "scalar":
             return cls(problem.samples, 1, entries, matrix=False)
-        with torch.no_grad():
-            value = fields.raw_diffusion(problem.time_tensor([problem.t0])[0], problem.u0)
-        shape = problem.spec.shapes[0]
         if problem.noise == "additive" and (problem.spec.keys is not None or value.shape == shape):
             return cls(entries, None, entries, matrix=False)
         if not isinstance(value, Tensor) or value.shape[:-1] != shape or value.ndim == 0:
@@ -177,17 +188,26 @@ class Fields:
                 f"the diffusion must return tensors, but returned {type(out).__name__}.\n"
                 "  A constant c is c * torch.ones_like(u)."
             )
-        if out.shape != shape:
-            raise ValueError(
-                f"the diffusion must have shape {tuple(shape)} for {self.problem.noise} noise, but "
-                f"has {tuple(out.shape)}.\n  A constant c is c * torch.ones_like(u)."
-            )
+        expect_shape(self.problem, out.shape, shape)
         if out.dtype != spec.dtype or out.device != spec.device:
             raise TypeError(
                 f"the diffusion must be {spec.dtype} on {spec.device} like u0, but is {out.dtype} "
                 f"on {out.device}.\n  Convert its parameters: module.to(u0)."
             )
         return out
+
+
+def expect_shape(problem: SDEProblem, found: torch.Size, wanted: torch.Size) -> None:
+    """Check the shape of a diffusion.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if found != wanted:
+        raise ValueError(
+            f"the diffusion must have shape {tuple(wanted)} for {problem.noise} noise, but "
+            f"has {tuple(found)}.\n  A constant c is c * torch.ones_like(u)."
+        )
 
 
 class DifferentiableFields:

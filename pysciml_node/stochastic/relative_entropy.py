@@ -29,6 +29,6 @@ def entropy_rate(difference: Tensor, g: Tensor, *, matrix: bool) -> Tensor:
         quotient = (torch.linalg.pinv(g) @ difference.unsqueeze(-1)).squeeze(-1)
     else:
         small = g.detach().abs() < _SMALLEST
-        quotient = difference / torch.where(small, torch.full_like(g, _SMALLEST).copysign(g), g)
+        quotient = difference / torch.where(small, _SMALLEST, g)  # whose sign does not matter
     rate: Tensor = quotient.square().sum(-1) / 2
     return rate

@@ -128,22 +128,22 @@ def _singular(mass: Tensor) -> bool:
 
 def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solution:
     """Run a checked problem; a failed solve is returned like any other."""
+    if options.compile:
+        solution = _native()(problem, algorithm, options, NAME)
+        if solution is not None:
+            return solution
     if isinstance(problem, SDEProblem):
         assert isinstance(algorithm, StochasticRungeKutta)
         return SDESolve(problem, algorithm, options, NAME).solution()
     assert isinstance(problem, ODEProblem)
     assert isinstance(algorithm, OneStepMethod)
-    if options.compile:
-        solution = _native()(problem, algorithm, options, NAME)
-        if solution is not None:
-            return solution
     return ODESolve(problem, algorithm, options, NAME).solution()
 
 
 @cache
-def _native() -> Callable[[ODEProblem, Algorithm, SolveOptions, str], Solution | None]:
+def _native() -> Callable[[Problem, Algorithm, SolveOptions, str], Solution | None]:
     """Native solves: emitters and translation are imported when a solve asks for them."""
-    from pysciml_node.torch_engine.native.engine import attempt_native
+    from pysciml_node.torch_engine.native.attempt import attempt_native
 
     return attempt_native
 

@@ -85,6 +85,8 @@ def _check_at(
         )
         try:
             bar = v[: len(expected)]
+            if len(expected) > len(v):  # of a diffusion, which has entries for each motion
+                bar = torch.randn(len(expected), generator=generator, dtype=u.dtype).to(u.device)
             pulled = [_pull(x, inputs, bar) for x in (value, disturbed, expected)]
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]

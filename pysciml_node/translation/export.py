@@ -26,7 +26,7 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, changes_argument, differentiated
-from pysciml_node.translation.graph import ConditionWalk, GraphWalk, label
+from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.snapshot import Snapshot
@@ -244,6 +244,24 @@ def translate(
         [(2, 3), (2,)]
     """
     return _translated(module, spec, p, GraphWalk, silent, _OFTEN if silent else math.inf)
+
+
+def translate_diffusion(
+    diffusion: Callable[..., Any], spec: StateSpec, p: Any = None
+) -> TranslatedModule:
+    """The diffusion of a stochastic equation as a program.
+
+    The shape of its result is whatever the diffusion returns: `program.shapes`.
+
+    Args:
+        diffusion: called with the time, a 0-d tensor, the state, and `p` if there is one.
+        spec: structure of the state.
+        p: extra argument.
+
+    Raises:
+        UnsupportedModule: as `translate`.
+    """
+    return _translated(diffusion, spec, p, DiffusionWalk, False, math.inf)
 
 
 def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> TranslatedModule:

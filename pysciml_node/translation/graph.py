@@ -333,6 +333,27 @@ class GraphWalk:
         return list(parts)
 
 
+class DiffusionWalk(GraphWalk):
+    """Goes through the graph of a diffusion, which may have an axis of motions behind the state's.
+
+    Which shape is right depends on the noise; the program has the one that the diffusion returns.
+    """
+
+    @override
+    def flat(self, out: Any) -> Tensor:
+        whole = self.spec.keys is None and isinstance(out, Tensor)
+        return out.reshape(-1) if whole else super().flat(out)
+
+    @override
+    def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
+        if self.spec.keys is not None:
+            return super()._outputs(outputs)
+        value: Any = self._trace(outputs[0]) if len(outputs) == 1 else None
+        if not is_traced(value):
+            raise UnsupportedModule(f"{self._name} must return one tensor.")
+        return [value]
+
+
 class ConditionWalk(GraphWalk):
     """Goes through the graph of an event's condition, which is one real number.
 

@@ -126,7 +126,6 @@ OPTIONS = [
     (ValueError, ("InterpolatingAdjoint", "Discrete"), {"adjoint": psn.InterpolatingAdjoint()}),
     (ValueError, ("Backsolve", "Stratonovich", "ito"), {"adjoint": psn.BacksolveAdjoint()}),
     (ValueError, ("events", "stochastic"), {"events": psn.Event(lambda t, u: u.sum())}),
-    (ValueError, ("compile", "ODEProblem"), {"compile": True}),
     (TypeError, ("generator", "torch.Generator"), {"generator": 3}),
     (ValueError, ("saveat", "detach"), {"saveat": torch.tensor([0.5, 1.0], requires_grad=True)}),
     (ValueError, ("saveat[0]",), {"saveat": [2.0]}),

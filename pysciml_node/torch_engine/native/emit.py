@@ -215,7 +215,9 @@ class Emitter(Layout):
         )
 
 
-def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emitted]:
+def whole_or_by_rows(
+    program: Program, dtype: torch.dtype, suffix: str = ""
+) -> tuple[Emitter, Emitted]:
     """A field's code, which goes through its batch by some rows where that is of use.
 
     Rows that depend on each other are taken at once, as are values and cotangents that the nearest
@@ -225,9 +227,10 @@ def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emi
     Args:
         program: the field.
         dtype: of its state.
+        suffix: of all names in the code.
     """
     program = without_repetitions(program)
-    emitter = Emitter(program)
+    emitter = Emitter(program, suffix=suffix)
     emitted = emitter.emit()
     used = (emitter.work.size + emitter.bars.size) * dtype.itemsize
     weights = sum(p.rows * p.columns for p in emitter.packings.values()) * dtype.itemsize
@@ -239,5 +242,5 @@ def whole_or_by_rows(program: Program, dtype: torch.dtype) -> tuple[Emitter, Emi
     cut = by_rows(program, counts[-1]) if counts else None
     if cut is None:
         return emitter, emitted
-    emitter = Emitter(cut.program, rows=cut)
+    emitter = Emitter(cut.program, suffix=suffix, rows=cut)
     return emitter, emitter.emit()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +14,13 @@ from typing_extensions import override
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
-from pysciml_node.errors import CompileError, PsnWarning, UnsupportedModule
-from pysciml_node.problems.ode import ODEProblem, Time, ends_of
+from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.ode import ODEProblem, Problem, Time, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
-from pysciml_node.solutions.solution import Solution
+from pysciml_node.solutions.solution import Solution, Trajectory
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
@@ -29,9 +28,12 @@ from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
+from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.events import Search, watched
+from pysciml_node.torch_engine.native.library import Library
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
+    Departure,
     Flight,
     States,
     Swept,
@@ -51,16 +53,13 @@ class FlownSolve(Solve):
         surroundings: gives the field as the solve saw it.
     """
 
-    problem: ODEProblem
-    algorithm: OneStepMethod
-
     # Whether the ends receive gradients that the steps do not have.
     fixed = False
 
     def __init__(
         self,
-        problem: ODEProblem,
-        algorithm: OneStepMethod,
+        problem: Problem,
+        algorithm: Algorithm,
         options: SolveOptions,
         engine: str,
         surroundings: See,
@@ -88,19 +87,21 @@ class FlownSolve(Solve):
     @override
     def run(self) -> Outcome:
         flight, states = self.flown()
-        return self._outcome(_Steps(self, flight, states))
+        return self._outcome(Steps(self, flight, states))
 
-    def _outcome(self, steps: _Steps) -> Outcome:
+    def _outcome(self, steps: Steps) -> Outcome:
         saved = steps.states.saved
         return Outcome(*steps(), saved.reshape(len(saved), self.u0.numel()))
 
     @override
-    def trajectory(self, outcome: Outcome) -> TorchTrajectory:
+    def trajectory(self, outcome: Outcome) -> Trajectory:
         return self.trajectory_of(Kept(outcome.record, outcome.states))
 
-    def trajectory_of(self, load: _Steps | Kept) -> TorchTrajectory:
+    def trajectory_of(self, load: Steps | Kept) -> Trajectory:
         """Dense output and local estimates of steps that are at hand, or made when needed."""
         spec = self.problem.spec
+        assert isinstance(self.problem, ODEProblem)
+        assert isinstance(self.algorithm, OneStepMethod)
         methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
         return TorchTrajectory(
             self.problem,
@@ -114,7 +115,7 @@ class FlownSolve(Solve):
     @override
     def solution(self) -> Solution:
         flight, states = self.flown()
-        steps = _Steps(self, flight, states)
+        steps = Steps(self, flight, states)
         if not (flight.finite or self.watched):
             return self.looked_through(self._outcome(steps))
         # Where nothing looks at the steps they stay as they are.
@@ -136,18 +137,66 @@ class FlownSolve(Solve):
 
     def _shaped(self, x: Tensor, leading: int = 0) -> Any:
         """States, flat or as the initial one was given, in its structure."""
-        spec = self.problem.spec
+        spec, x = self.problem.spec, self.state(x)
         if spec.keys is None and x.shape[leading:] == spec.shapes[0]:
             return x
         return spec.unflatten(x)
 
 
-class NativeSolve(FlownSolve):
-    """One native solve: run by `_Node`, or alone where no gradient is asked for.
+class SingleSolve(FlownSolve):
+    """One call of native code: run by `_Node`, or alone where no gradient is asked for.
+
+    Attributes:
+        library: its code.
+        departure: how it begins.
+        parameters: the tensors that the code reads.
+        search: the events that it looks for.
+        flight: what has been flown.
+    """
+
+    library: Library
+    departure: Departure
+    parameters: list[Tensor]
+    search: Search | None = None
+    flight: Flight
+
+    def noise(self) -> Noise | None:
+        """The Brownian motions of a stochastic equation."""
+        return None
+
+    def fly(self, u0: Tensor, sweeps: bool = False) -> States:
+        """Solve forward from a state, contiguous and the solve's own."""
+        how = self.library, self.departure, u0, self.parameters, self.search
+        noise = self.noise()
+        if self.options.progress:
+            with step_listener(True, self.problem) as on_step:
+                flight, states = fly(*how, _turns(on_step), sweeps, noise)
+        else:
+            flight, states = fly(*how, None, sweeps, noise)
+        self.flight, self.stats.nfe = flight, flight.nfe
+        if noise is not None:
+            self.stats.nfe_diffusion = noise.evaluations
+        return states
+
+    @override
+    def flown(self) -> tuple[Flight, States]:
+        if not torch.is_grad_enabled():
+            states = self.fly(self.u0)
+            return self.flight, states
+        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
+            self, self.u0, *self.problem.tspan, self.options.saveat_tensor, *self.parameters
+        )
+        return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
+
+
+class NativeSolve(SingleSolve):
+    """One native solve of an ordinary equation.
 
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
+
+    problem: ODEProblem
 
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
@@ -157,8 +206,6 @@ class NativeSolve(FlownSolve):
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure
         self.parameters = prepared.parameters
-        # What has been flown.
-        self.flight: Flight
         # Only an operation without a derivative hides the time.
         if torch.is_grad_enabled() and prepared.translated.program.jumps:
             method = Method.of(prepared.tableau, self.u0.dtype, self.u0.device)
@@ -171,27 +218,6 @@ class NativeSolve(FlownSolve):
         except UnsupportedModule as error:
             raise no_code(error, "an event's condition") from error
         return Search(events, self.problem, self.options.fired)
-
-    def fly(self, u0: Tensor, sweeps: bool = False) -> States:
-        """Solve forward from a state, contiguous and the solve's own."""
-        how = self.library, self.departure, u0, self.parameters, self.search
-        if self.options.progress:
-            with step_listener(True, self.problem) as on_step:
-                flight, states = fly(*how, _turns(on_step), sweeps)
-        else:
-            flight, states = fly(*how, None, sweeps)
-        self.flight, self.stats.nfe = flight, flight.nfe
-        return states
-
-    @override
-    def flown(self) -> tuple[Flight, States]:
-        if not torch.is_grad_enabled():
-            states = self.fly(self.u0)
-            return self.flight, states
-        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
-            self, self.u0, *self.problem.tspan, self.options.saveat_tensor, *self.parameters
-        )
-        return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
 
 
 def _turns(on_step: Any) -> Any:
@@ -208,7 +234,7 @@ class _Node(torch.autograd.Function):
     @override
     def forward(
         ctx: Any,
-        solve: NativeSolve,
+        solve: SingleSolve,
         u0: Tensor,
         t0: Time,
         t1: Time,
@@ -238,7 +264,7 @@ class _Node(torch.autograd.Function):
 
 
 def _pull(
-    solve: NativeSolve,
+    solve: SingleSolve,
     kept: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
     *arriving: Tensor | None,
@@ -248,7 +274,7 @@ def _pull(
     assert ends is not None
     with_times = wanted[1] or wanted[2] or wanted[3]
     library, stats, flight = solve.library, solve.stats, solve.flight
-    swept = sweep_back(library, flight, ends, arriving, with_times)
+    swept = sweep_back(library, flight, ends, arriving, with_times, solve.noise())
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nvjp
     stats.naccept_backward += swept.steps
@@ -266,7 +292,7 @@ def _pull(
 
 
 def _time_gradients(
-    solve: NativeSolve,
+    solve: SingleSolve,
     flight: Flight,
     ends: Tensor,
     swept: Swept,
@@ -274,6 +300,7 @@ def _time_gradients(
 ) -> list[Tensor | None]:
     """Cotangents of `t0`, `t1` and `saveat` from those of the steps."""
     problem, record, (saved, at_steps, last) = solve.problem, solve.record(flight), arriving
+    assert isinstance(problem, ODEProblem)
     t, h, thetas = swept.times
     if saved is not None:
         saved = saved.reshape(len(saved), ends.shape[1])
@@ -299,7 +326,7 @@ def _time_gradients(
 
 
 @dataclass
-class _Steps:
+class Steps:
     """The steps of a solve and the states at their ends, put together when something looks."""
 
     solve: FlownSolve
@@ -321,35 +348,3 @@ class _Steps:
             return solve.trajectory_of(self)
         ends = flight.times(solve.interval[0]) if solve.options.saveat is None else ()
         return solve.times(flight.reached, ends)
-
-
-_told: set[str] = set()
-
-
-def say_why_not(error: CompileError) -> None:
-    """With `compile="auto"`, say once why a solve has no native code; it goes on without."""
-    reason = str(error).partition("\n")[0]
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(
-            f"{reason}\n  The solve goes on without native code, as others like it will.",
-            PsnWarning,
-            stacklevel=6,
-        )
-
-
-def attempt_native(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
-) -> Solution | None:
-    """The solution of a `NativeSolve`; `None` where there is none, with `compile="auto"`.
-
-    Raises:
-        CompileError: with `compile=True`, as `NativeSolve`.
-    """
-    try:
-        return NativeSolve(problem, algorithm, options, engine).solution()
-    except CompileError as error:
-        if options.compile != "auto":
-            raise
-        say_why_not(error)
-    return None

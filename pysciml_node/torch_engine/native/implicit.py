@@ -11,8 +11,11 @@ from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
 from pysciml_node.torch_engine.native.library import (
     ALONE_PACKED,
     LOOP,
+    SWEEP,
     Written,
+    ends_of_attempt,
     memory_of,
+    packed_together,
     size_of,
     source,
 )
@@ -45,7 +48,7 @@ def write_implicit(
     march += padded(emitter.bars.size) + (1 if rosenbrock else 2) * linear
     sweep += 2 * method.stages * row + (1 if rosenbrock else method.stages) * linear
     kind = "rosenbrock" if rosenbrock else "diagonal"
-    back = ["sweep.h", "linear_sweep.h", f"{kind}_sweep.h"]
+    back = [*SWEEP, "linear_sweep.h", f"{kind}_sweep.h"]
     text = [emit_implicit(method, size, mass), emitted.source]
     parameters = list(zip(program.parameters, emitted.offsets, program.pulled, strict=True))
     packed, cost = emitted.packed, (size + 1) * emitted.cost + size**3 // 3
@@ -63,7 +66,10 @@ def write_implicit(
         if rosenbrock:
             back, sweep = [], 0
     text += map(source, [*LOOP, "linear.h", f"{kind}.h", *back])
-    return Written("\n".join(text), size, cost, method.stages, packed, march, sweep, 0, parameters)
+    return Written(
+        "\n".join(text), size, cost, method.stages, packed, march, sweep, 0,
+        ends_of_attempt(method, size), parameters,
+    )  # fmt: skip
 
 
 def both_packed(parameters: int, point: int) -> str:
@@ -73,16 +79,4 @@ def both_packed(parameters: int, point: int) -> str:
         parameters: how many the field packs.
         point: entries of a row of the pullback's states.
     """
-    return f"""
-enum {{ ALL_PACKED = PACKED + PACKED_pulled, POINT_ROW = {point} }};
-
-static void pack_all(const REAL *const *tensors, REAL *P) {{
-  pack(tensors, P);
-  pack_pulled(tensors + {parameters}, P + PACKED);
-}}
-
-static void unpack_all(const REAL *P, REAL *D, REAL *z) {{
-  unpack(P, D, z);
-  unpack_pulled(P + PACKED, D + PACKED, z);
-}}
-"""
+    return f"{packed_together(parameters, '_pulled')}enum {{ POINT_ROW = {point} }};\n"

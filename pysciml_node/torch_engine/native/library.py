@@ -7,7 +7,7 @@ import functools
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -27,13 +27,39 @@ from pysciml_node.translation.snapshot import Settled
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
 
-LOOP = ("steps.h", "event.h", "solve.h", "events.h")
-"""Files of src/ that the loop of every method is made of."""
+LOOP = ("codes.h", "steps.h", "event.h", "control.h", "solve.h", "events.h")
+"""Files of src/ that the loop of every method for ordinary equations is made of."""
+
+SWEEP = ("sweep.h", "dense_sweep.h")
+"""Those that its discrete adjoint is made of."""
 
 ALONE_PACKED = """enum { ALL_PACKED = PACKED };
 #define pack_all pack
 #define unpack_all unpack"""
 """The packing of the parameters where there is one program."""
+
+
+def packed_together(parameters: int, suffix: str) -> str:
+    """The packing of the parameters of two programs, one after the other.
+
+    Args:
+        parameters: how many the first one packs.
+        suffix: of the second one's names.
+    """
+    return f"""
+enum {{ ALL_PACKED = PACKED + PACKED{suffix} }};
+
+static void pack_all(const REAL *const *tensors, REAL *P) {{
+  pack(tensors, P);
+  pack{suffix}(tensors + {parameters}, P + PACKED);
+}}
+
+static void unpack_all(const REAL *P, REAL *D, REAL *z) {{
+  unpack(P, D, z);
+  unpack{suffix}(P + PACKED, D + PACKED, z);
+}}
+"""
+
 
 _MOST_KEPT = 2
 """Memories of a library that are kept for later solves."""
@@ -49,7 +75,7 @@ _LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "15P
 
 
 class SolveRequest(ctypes.Structure):
-    """`Solve` of src/solve.h."""
+    """`Solve` of src/control.h."""
 
     _fields_ = (
         *_fields(_DOUBLE, "t0 t1 dt0 dtmin dtmax shift factor"),
@@ -62,6 +88,7 @@ class SolveRequest(ctypes.Structure):
         *_fields(_INTEGER, "room kept_room"),
         ("events", _POINTER),
         *_fields(_INTEGER, "event_count found"),
+        ("noise", _POINTER),
         *_fields(_DOUBLE, "t h last_t last_h last_error"),
         ("history", _DOUBLE * 2),
         ("seconds", _DOUBLE),
@@ -85,7 +112,7 @@ class SweepRequest(ctypes.Structure):
     _fields_ = (
         *_fields(_DOUBLE, "t0 t1 seconds"),
         ("mark_count", _INTEGER),
-        ("marks", _POINTER),
+        *_fields(_POINTER, "marks noise"),
         *_fields(_POINTER, "u0 ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),
@@ -214,6 +241,7 @@ class Written:
         march_memory: entries of the loop's memory.
         sweep_memory: of the sweep's; 0 where there is none.
         slot: of a step whose stages are kept for the sweep; 0 where they are not.
+        ends: where start and end of the last attempt lie in the loop's memory.
         parameters: each with its offset in the packed ones, and whether a gradient goes to it.
     """
 
@@ -225,6 +253,7 @@ class Written:
     march_memory: int
     sweep_memory: int
     slot: int
+    ends: tuple[int, int]
     parameters: list[tuple[Parameter, int, bool]]
 
 
@@ -238,13 +267,19 @@ def write_explicit(program: Program, method: Method) -> Written:
         emit_method(method, size),
         emitted.source,
         ALONE_PACKED,
-        *map(source, (*LOOP, "explicit.h", "sweep.h", "explicit_sweep.h")),
+        *map(source, (*LOOP, "explicit.h", *SWEEP, "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(
         "\n".join(text), size, emitted.cost, method.all_stages, emitted.packed, march, sweep,
-        slot, list(rows),
+        slot, ends_of_attempt(method, size), list(rows),
     )  # fmt: skip
+
+
+def ends_of_attempt(method: Method, size: int) -> tuple[int, int]:
+    """Where src/solve.h has start and end of the last attempt."""
+    first = method.all_stages * padded(size)
+    return first, first + 2 * padded(size)
 
 
 def memory_of(method: Method, size: int, emitter: Emitter) -> tuple[int, int]:
@@ -277,7 +312,7 @@ class Library(Code):
 
     def __init__(self, written: Written, dtype: torch.dtype) -> None:
         self.cost, self.size = written.cost, written.size
-        self._stages, self._row = written.stages, padded(written.size)
+        self._ends = written.ends
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
         self.slot = written.slot
         self.departures: dict[int, Any] = {}
@@ -306,8 +341,8 @@ class Library(Code):
 
     def last_states(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Start and end of the last attempt, in the memory of a loop."""
-        start, row = self._stages * self._row, self._row
-        return memory[start : start + self.size], memory[start + 2 * row :][: self.size]
+        start, end = (memory[place : place + self.size] for place in self._ends)
+        return start, end
 
     def cotangents(
         self, packed_bar: Tensor, of: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -330,23 +365,23 @@ class Library(Code):
 
 
 @functools.lru_cache(maxsize=256)
-def _library(json: str, tableau: int, dtype: torch.dtype) -> list[Library]:
+def _library(made_of: Hashable, tableau: int, dtype: torch.dtype) -> list[Library]:
     """Room for a library, found by what it is made of."""
     return []
 
 
 def library_of(
-    json: str, method: Method, dtype: torch.dtype, write: Callable[[], Written]
+    made_of: Hashable, tableau: object, dtype: torch.dtype, write: Callable[[], Written]
 ) -> Library:
     """The library of programs and a method, made once in a process.
 
     Args:
-        json: the programs as text.
-        method: the method.
+        made_of: the programs as text, and what else the code depends on.
+        tableau: of the method; it lives as long as the process.
         dtype: of the state.
         write: emits them.
     """
-    place = _library(json, id(method.tableau), dtype)
+    place = _library(made_of, id(tableau), dtype)
     if not place:
         place.append(Library(write(), dtype))
     return place[0]

@@ -165,7 +165,7 @@ class WrittenMembers:
         program = first.emitter.program
         timed = any(program.time in step.inputs for step in program.operations)
         cost = first.emitted.cost + (10 * self.size + 50) * width
-        loop = ["steps.h", "event.h", "members.h", "members_control.h"]
+        loop = ["codes.h", "steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
         method = emit_method(how.method, self.size, width)
         if how.is_rosenbrock:

@@ -20,6 +20,7 @@ from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.end_times import hides_time
 from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps
@@ -30,7 +31,8 @@ from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
-from pysciml_node.torch_engine.native.engine import FlownSolve, say_why_not
+from pysciml_node.torch_engine.native.attempt import say_why_not
+from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
 from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
@@ -57,6 +59,8 @@ _SWEPT = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
 
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
     """Refuse what cannot be native whatever the field is, by name."""
+    if isinstance(ensemble.problem, SDEProblem):
+        raise refusal("ensembles of stochastic equations")
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
     if isinstance(algorithm, DiagonallyImplicitMethod):

@@ -63,17 +63,26 @@ def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> N
     Raises:
         CompileError: as said.
     """
-    spec = problem.spec
     _check_call(problem, algorithm, options)
+    check_kind(problem.spec, options, problem.f)
+
+
+def check_kind(spec: StateSpec, options: SolveOptions, *functions: Any) -> None:
+    """Refuse kinds of states, controllers and modes that native code does not have.
+
+    Raises:
+        CompileError: as said.
+    """
     if spec.device.type != "cpu":
         raise refusal(f"states on {spec.device}")
     if spec.dtype not in REALS:
         raise refusal(f"states of {spec.dtype}", "float32 or float64, or compile=False")
     if type(options.controller) not in _CONTROLS:
         raise refusal(f"{type(options.controller).__name__}", "PIController() or compile=False")
-    inner = problem.f.inner if isinstance(problem.f, DerivedField) else problem.f
-    if isinstance(inner, InModes):
-        raise refusal("autocast" if inner.autocast else "a default device")
+    for f in functions:
+        inner = f.inner if isinstance(f, DerivedField) else f
+        if isinstance(inner, InModes):
+            raise refusal("autocast" if inner.autocast else "a default device")
 
 
 def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:
@@ -82,6 +91,15 @@ def _check_call(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
         _check_implicit(problem, algorithm)
     if options.events and problem.mass_matrix is not None:
         raise refusal("events with mass_matrix")
+    check_surroundings(options)
+
+
+def check_surroundings(options: SolveOptions) -> None:
+    """Refuse ways to take derivatives, and to look at operations, that native code does not have.
+
+    Raises:
+        CompileError: as said.
+    """
     if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
         name = type(options.adjoint).__name__
         raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
@@ -222,19 +240,19 @@ def _library(
     """The code of a translated field with a method, and the tensors that it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
     if not isinstance(method.tableau, ImplicitTableau):
-        library = library_of(json, method, dtype, lambda: write_explicit(program, method))
+        library = library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
         return library, translated.parameters
     mass = problem.mass
     json += "" if mass is None else repr(mass.tolist())
     if not recorded:
         library = library_of(
-            json, method, dtype, lambda: write_implicit(program, None, method, mass)
+            json, method.tableau, dtype, lambda: write_implicit(program, None, method, mass)
         )
         return library, translated.parameters
     pulled = pulled_program(problem.f, problem.spec, problem.p, translated)
     library = library_of(
         json + pulled.json,
-        method,
+        method.tableau,
         dtype,
         lambda: write_implicit(program, pulled.program, method, mass),
     )

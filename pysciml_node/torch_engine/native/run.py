@@ -19,11 +19,12 @@ from pysciml_node.algorithms.controllers import (
     PIDController,
 )
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.problems.ode import ODEProblem, ends_of
+from pysciml_node.problems.ode import Problem, ends_of
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
+from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.events import Search
 from pysciml_node.torch_engine.native.library import (
     Library,
@@ -230,7 +231,7 @@ class Departure:
     """
 
     def __init__(
-        self, library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
+        self, library: Library, problem: Problem, options: SolveOptions, error_order: float
     ) -> None:
         self.options, self.free = options, _ends_move(problem)
         t0, t1 = self.interval = ends_of(problem)
@@ -291,7 +292,7 @@ class Departure:
         options = self.options
         return options.saveat_tensor is None and not options.events and not self._tolerances
 
-    def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
+    def serves(self, problem: Problem, options: SolveOptions) -> bool:
         """Whether it is how a solve departs."""
         if self.options is not options:
             return False
@@ -315,7 +316,7 @@ def _most_kept(library: Library, options: SolveOptions) -> int:
     return allowed // (library.slot * library.dtype.itemsize) if library.slot else 0
 
 
-def _ends_move(problem: ODEProblem) -> bool:
+def _ends_move(problem: Problem) -> bool:
     """Whether an end of the interval receives a gradient."""
     t0, t1 = problem.tspan
     return (isinstance(t0, Tensor) and t0.requires_grad) or (
@@ -324,7 +325,7 @@ def _ends_move(problem: ODEProblem) -> bool:
 
 
 def departure_of(
-    library: Library, problem: ODEProblem, options: SolveOptions, error_order: float
+    library: Library, problem: Problem, options: SolveOptions, error_order: float
 ) -> Departure:
     """How a solve departs, worked out once for options that are the same object."""
     known: dict[int, Departure] = library.departures
@@ -346,6 +347,7 @@ def fly(
     search: Search | None,
     on_turn: Callable[[float, float, int], None] | None,
     sweeps: bool,
+    noise: Noise | None = None,
 ) -> tuple[Flight, States]:
     """Solve forward.
 
@@ -357,6 +359,7 @@ def fly(
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
         sweeps: whether a sweep is to follow.
+        noise: the Brownian motions of a stochastic equation.
     """
     request, room, count = departure.request(), departure.room, departure.save_count
     # Torch takes a number faster than a shape; there are rows of them in the end.
@@ -380,6 +383,8 @@ def fly(
     lay()
     if search is not None:
         request.events, request.event_count = search.address, search.count
+    if noise is not None:
+        request.noise = ctypes.addressof(noise)
     status = RUNNING
     while status in (RUNNING, FULL):
         if status == FULL:
@@ -457,6 +462,7 @@ def sweep_back(
     ends: Tensor,
     arriving: tuple[Tensor | None, ...],
     with_times: bool,
+    noise: Noise | None = None,
 ) -> Swept:
     """Pull the cotangents of a solve back to its inputs.
 
@@ -466,6 +472,7 @@ def sweep_back(
         ends: the states at the ends of its steps.
         arriving: cotangents of its `States`.
         with_times: whether the cotangents of times are wanted.
+        noise: the Brownian motions of a stochastic equation, as new ones.
     """
     assert flight.departure is not None
     assert isinstance(flight.log, Log)
@@ -492,6 +499,8 @@ def sweep_back(
         reached - 1,
         0 if flight.kept is None else min(count, len(flight.kept) // library.slot),
     )
+    if noise is not None:
+        request.noise = ctypes.addressof(noise)
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -393,7 +393,7 @@ def test_conditions_without_native_code_are_named(name: str) -> None:
         psn.solve(problem, compile=True, events=event, **TIGHT)
     assert named in str(caught.value)
     assert "compile=False" in str(caught.value)
-    engine._told.clear()
+    attempt._told.clear()
     if name in ("two numbers", "a tuple"):
         with pytest.warns(psn.PsnWarning), pytest.raises(TypeError, match="one real number"):
             psn.solve(problem, compile="auto", events=event, **TIGHT)

@@ -26,7 +26,7 @@ from torch.autograd import gradcheck
 import pysciml_node as psn
 from pysciml_node.solutions.joined_members import JoinedMembers
 from pysciml_node.solutions.members import ListedMembers
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.torch_engine.native.members import NativeMembers
 
@@ -215,7 +215,7 @@ def test_what_members_do_not_have_goes_one_by_one() -> None:
 def test_what_compiles_by_itself_says_once_why_it_does_not() -> None:
     event = psn.Event(lambda t, u: torch.linalg.det(u.diag()) - 0.05, affect=kick)
     expected = psn.solve(pendulums(), events=event)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="an event's condition has no native code"):
         found = psn.solve(pendulums(), events=event, compile="auto")
     assert isinstance(found.members, JoinedMembers)

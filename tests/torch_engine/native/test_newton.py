@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.replay.implicit import ImplicitStages
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -106,7 +106,7 @@ def test_settings_of_gmres_are_refused_by_name_even_after_a_solve_without_them()
         psn.solve(problem, psn.KenCarp4(), compile=True)
     with pytest.raises(psn.CompileError, match=r"linsolve[\s\S]*KenCarp4\(\)[\s\S]*compile=False"):
         psn.solve(problem, given, compile=True)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="linsolve"):
         assert psn.solve(problem, given, compile="auto").success
 
@@ -124,7 +124,7 @@ def test_members_are_refused_by_name_and_solved_one_by_one_where_they_have_event
     many = psn.EnsembleProblem(one, torch.stack((torch.ones(2), 2 * torch.ones(2))))
     with pytest.raises(psn.CompileError, match=r"KenCarp4[\s\S]*members[\s\S]*Rodas5P"):
         psn.solve(many, psn.KenCarp4(), compile=True)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="members"):
         ends = psn.solve(many, psn.KenCarp4(), compile="auto").u1
     torch.testing.assert_close(ends, many.u0 * torch.exp(torch.tensor(-1.0)), rtol=1e-3, atol=1e-4)

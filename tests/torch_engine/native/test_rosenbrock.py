@@ -28,7 +28,7 @@ from stiff_fields import (
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.translation import export
 
@@ -124,7 +124,7 @@ def test_events_with_a_mass_matrix_are_refused_by_name() -> None:
     event = psn.Event(lambda t, u: u[0] - 0.5)
     with pytest.raises(psn.CompileError, match=r"events with mass_matrix[\s\S]*compile=False"):
         psn.solve(problem, psn.Rodas5P(), events=event, compile=True)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="events with mass_matrix"):
         assert psn.solve(problem, psn.Rodas5P(), events=event, compile="auto").success
 

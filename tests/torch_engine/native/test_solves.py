@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.torch_engine.native import engine, prepared
+from pysciml_node.torch_engine.native import attempt, prepared
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -369,7 +369,7 @@ def test_what_has_no_native_code_is_named(name: str) -> None:
         psn.solve(problem, compile=True, **options)
     assert "\n  " in str(caught.value)
     assert "compile=False" in str(caught.value)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match=named):
         found = psn.solve(problem, compile="auto", **options)
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.native import engine, member_code, member_library
+from pysciml_node.torch_engine.native import attempt, member_code, member_library
 from pysciml_node.torch_engine.native.compiler import available
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
@@ -403,7 +403,7 @@ def test_what_compiles_by_itself_says_once_why_it_does_not() -> None:
         expected = solve(ensemble, psn.Rodas5P()).u1
     with pytest.raises(psn.CompileError, match="second derivatives"):
         solve(ensemble, psn.Rodas5P())
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="second derivatives"):
         found = solve(ensemble, psn.Rodas5P(), "auto").u1
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)

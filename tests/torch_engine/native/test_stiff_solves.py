@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.native import engine
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.torch_engine.native.implicit import LARGEST
 
@@ -310,7 +310,7 @@ def test_what_has_no_native_code_is_named(algorithm: Any, name: str) -> None:
     with pytest.raises(psn.CompileError, match=named) as caught:
         psn.solve(problem, algorithm, compile=True, **options)
     assert "compile=False" in str(caught.value)
-    engine._told.clear()
+    attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match=named):
         assert psn.solve(problem, algorithm, compile="auto", **options).success
 

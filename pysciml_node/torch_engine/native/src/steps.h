@@ -1,18 +1,4 @@
-/* What every loop over steps needs: codes, times of the stages, sizes that end on a stop, weights of
-   the dense output. */
-
-enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE, OUT_OF_MEMORY, STOPPED };
-enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
-#define SLIVER 1e-8
-
-static double psn_seconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec + 1e-9 * now.tv_nsec;
-}
-
-static double psn_larger(double a, double b) { return a > b ? a : b; }
-static double psn_smaller(double a, double b) { return a < b ? a : b; }
+/* Times of the stages, sizes that end on a stop, weights of the dense output. */
 
 /* The times of the stages, kept inside the interval, and inside what jumps of the field leave of the
    step. They are formed in double precision and rounded once. */

@@ -3,6 +3,7 @@ typedef struct {
   double t0, t1, seconds;
   int64_t mark_count;
   const double *marks;
+  struct Noise *noise; /* of a stochastic equation */
   const REAL *u0, *ends, *packed;
   const double *steps, *places;
   /* Cotangents that arrive; 0 where there is none. */
@@ -15,12 +16,6 @@ typedef struct {
   const REAL *kept; /* the stages of the first kept_count steps */
   int64_t n, count, q, kept_count, started, live, shared, evaluations, pulls, replayed, status;
 } Sweep;
-
-#define STAGE_MEMORY (2 * ROW + WORK) /* argument, derivative's cotangent, values of the field */
-#define BARS_OF(s) (s->memory + ALL_STAGES * ROW)
-#define SHARED_BAR(s) (s->memory + (2 * ALL_STAGES + 2) * ROW)
-#define SCRATCH(s) (s->memory + (2 * ALL_STAGES + 3) * ROW)
-#define STAGE_OF(s, i) (SCRATCH(s) + BARS + (i) * STAGE_MEMORY)
 
 /* Whether a saved time lies inside a step, and a cotangent arrives at it. */
 static int psn_is_inside(const Sweep *s, int64_t saved, int64_t n) {
@@ -40,35 +35,10 @@ static int64_t psn_count_inside(const Sweep *s, int64_t n) {
   return inside;
 }
 
-/* What dense outputs add to the cotangents of `count` stages, over h, and to that of the start. */
-static void psn_pull_outputs(Sweep *s, const REAL *k, int64_t inside, int count, double h,
-                             REAL *sum) {
-  for (int i = 0; i < count; i++) memset(STAGE_OF(s, i) + ROW, 0, N * sizeof(REAL));
-  for (int64_t m = s->q; m > s->q - inside; m--) {
-    const REAL *v = s->saved_bar + m * N;
-    REAL weights[ALL_STAGES];
-    psn_dense_weights(s->places[2 * m + 1], 0, weights);
-    for (int i = 0; i < count; i++) {
-      REAL *into = STAGE_OF(s, i) + ROW;
-      for (int e = 0; e < N; e++) into[e] += weights[i] * v[e];
-    }
-    for (int e = 0; e < N; e++) sum[e] += v[e];
-    if (s->t_bar) {
-      psn_dense_weights(s->places[2 * m + 1], 1, weights);
-      double along = 0;
-      for (int e = 0; e < N; e++) {
-        REAL total = 0;
-        for (int i = 0; i < count; i++) total += weights[i] * k[i * ROW + e];
-        along += (double)v[e] * ((REAL)h * total);
-      }
-      s->theta_bar[m] = along;
-    }
-  }
-  s->q -= inside;
-}
-
-/* The method's: pull the cotangent of a step's end, in start_bar, back to its start. */
+/* The method's: pull the cotangent of a step's end, in start_bar, and those that arrive inside of it
+   back to its start; and memory for cotangents of a field's values. */
 static void psn_replay(Sweep *s, int64_t n);
+static REAL *psn_scratch(Sweep *s);
 
 static void psn_arrive(Sweep *s, int64_t state) {
   REAL *bar = s->start_bar;
@@ -98,8 +68,8 @@ static int64_t psn_sweep(Sweep *s) {
     psn_arrive(s, s->n);
     int64_t n = --s->n;
     if (s->live || psn_is_inside(s, s->q, n)) {
-      s->live = 1;
       psn_replay(s, n);
+      s->live = 1;
     } else if (s->t_bar)
       s->t_bar[n] = s->h_bar[n] = 0;
   }
@@ -116,6 +86,6 @@ int64_t sweep(Sweep *s) {
     s->started = 1;
   }
   s->status = psn_sweep(s);
-  if (s->status == SUCCESS) unpack_all(s->packed, s->packed_bar, SCRATCH(s));
+  if (s->status == SUCCESS) unpack_all(s->packed, s->packed_bar, psn_scratch(s));
   return s->status;
 }

@@ -1,0 +1,50 @@
+"""The engine's door: native code for a solve, or the reason why there is none."""
+
+from __future__ import annotations
+
+import warnings
+
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.stochastic import StochasticRungeKutta
+from pysciml_node.errors import CompileError, PsnWarning
+from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.torch_engine.native.engine import NativeSolve
+from pysciml_node.torch_engine.native.stochastic import NativeSDESolve
+
+_told: set[str] = set()
+
+
+def say_why_not(error: CompileError) -> None:
+    """With `compile="auto"`, say once why a solve has no native code; it goes on without."""
+    reason = str(error).partition("\n")[0]
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(
+            f"{reason}\n  The solve goes on without native code, as others like it will.",
+            PsnWarning,
+            stacklevel=6,
+        )
+
+
+def attempt_native(
+    problem: Problem, algorithm: Algorithm, options: SolveOptions, engine: str
+) -> Solution | None:
+    """The solution of native code; `None` where there is none, with `compile="auto"`.
+
+    Raises:
+        CompileError: with `compile=True`, as `NativeSolve`.
+    """
+    try:
+        if isinstance(problem, SDEProblem):
+            assert isinstance(algorithm, StochasticRungeKutta)
+            return NativeSDESolve(problem, algorithm, options, engine).solution()
+        assert isinstance(problem, ODEProblem)
+        return NativeSolve(problem, algorithm, options, engine).solution()
+    except CompileError as error:
+        if options.compile != "auto":
+            raise
+        say_why_not(error)
+    return None

@@ -1,0 +1,104 @@
+/* What the loop of one solve is asked, how it measures errors and chooses sizes, and where Python
+   calls it. */
+
+typedef struct {
+  /* The problem. */
+  double t0, t1, dt0, dtmin, dtmax;
+  double shift, factor;                   /* of the tolerance; shift < 0: by entries */
+  double beta[3], gamma, qmin, qmax;      /* of the controller; gamma is `safety` of PID */
+  int64_t control, max_steps, stop_count, save_count, moving, free, driven;
+  int64_t mark_count;
+  const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
+  const REAL *rtol, *atol;                /* by entries, or 0 */
+  const REAL *u0, *const *tensors;        /* the field's parameters, and where they are packed */
+  REAL *packed;
+  /* Where results go: for `room` steps rows of N, and of end, size, error, and stop or -1; for each
+     saved time its step and its place in it, or the state that it is and NaN; and the last state. */
+  REAL *ends, *saved, *final;
+  double *steps, *places;
+  REAL *memory, *kept; /* kept: room for the stages of the first kept_room steps, or 0 */
+  int64_t room, kept_room;
+  Event *events;
+  int64_t event_count, found; /* the event that has ended the solve */
+  struct Noise *noise;        /* of a stochastic equation */
+  /* The state of the loop. */
+  double t, h, last_t, last_h, last_error, history[2], seconds;
+  int64_t status, started, known, linearized, next_stop;
+  int64_t accepted, rejected, evaluations, reached, finite;
+  REAL *k; /* the derivatives of the step that is tried, in memory or in a slot of kept */
+} Solve;
+
+static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
+  REAL sum = 0;
+  if (s->shift >= 0) {
+    REAL shift = (REAL)s->shift;
+    if (s->driven == N) {
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < N; i++) {
+        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
+        sum += q * q;
+      }
+    } else
+      for (int64_t i = 0; i < s->driven; i++) {
+        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
+        sum += q * q;
+      }
+  } else
+    for (int64_t i = 0; i < s->driven; i++) {
+      REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+      REAL q = x[i] / (((a > b || a != a) ? a : b) * s->rtol[i] + s->atol[i]);
+      sum += q * q;
+    }
+  return F(__builtin_sqrt)(sum);
+}
+
+static double psn_pid(const Solve *s, double error) {
+  double errors[3] = {psn_larger(error, 1e-10), s->history[0], s->history[1]}, product = 1;
+  for (int i = 0; i < 3; i++) product *= pow(errors[i] / s->gamma, -s->beta[i]);
+  return 1 + atan(product - 1);
+}
+
+static double psn_size_after_accepted(Solve *s, double h, double error) {
+  if (s->control == FIXED) return h;
+  if (s->control == DERIVATIVE) {
+    double factor = psn_pid(s, error);
+    s->history[1] = s->history[0];
+    s->history[0] = psn_larger(error, 1e-10);
+    return h * factor;
+  }
+  double q = 0;
+  if (error > 0) q = pow(error, s->beta[0]) / pow(s->history[0], s->beta[1]) / s->gamma;
+  s->history[0] = psn_larger(error, 1e-4);
+  return h / psn_smaller(psn_larger(q, 1 / s->qmax), 1 / s->qmin);
+}
+
+static double psn_size_after_rejected(const Solve *s, double h, double error) {
+  if (s->control == DERIVATIVE)
+    return isfinite(error) ? h * psn_smaller(psn_pid(s, error), 0.9) : h * 0.2;
+  if (!isfinite(error)) return h * s->qmin;
+  return h / psn_smaller(1 / s->qmin, psn_larger(pow(error, s->beta[0]) / s->gamma, 1.0));
+}
+
+static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
+  memcpy(s->saved + s->reached * N, u, N * sizeof(REAL));
+  double *place = s->places + 2 * s->reached++;
+  place[0] = (double)state, place[1] = NAN;
+}
+
+/* In the file of the loop: step until the end or an event, until there is no room, or for a while;
+   and the present state. */
+static int64_t psn_march(Solve *s);
+static const REAL *psn_state(const Solve *s);
+
+/* What Python calls. */
+int64_t march(Solve *s) {
+  if (!s->started) pack_all(s->tensors, s->packed);
+  s->status = psn_march(s);
+  s->finite = 1;
+  const REAL *u = psn_state(s);
+  for (int i = 0; i < N; i++) s->finite &= isfinite(u[i]) != 0;
+  memcpy(s->final, u, N * sizeof(REAL));
+  return s->status;
+}
