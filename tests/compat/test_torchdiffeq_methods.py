@@ -203,3 +203,25 @@ def test_interp_between_the_times_of_the_grid():
         y = odeint(field, times(1.0), t, method="euler", options=options)
         torch.testing.assert_close(y[1], expected, rtol=1e-14, atol=0)
         torch.testing.assert_close(y[2], states[2], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "implicit_adams"])
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+def test_times_that_fall_on_ends_of_steps_have_their_gradients(method, interp):
+    """As beside the ends: a state moves along the steps, and not with where they end."""
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cos(t) * y
+
+    def gradients(shift: float) -> torch.Tensor:
+        t = times(0.0, 0.25 - shift, 0.5 + shift, 1.0).requires_grad_()
+        options = {"step_size": 0.0625, "interp": interp}
+        y = odeint(field, times(1.0), t, method=method, options=options)
+        found = torch.autograd.grad((y[:, 0] * times(0.0, 1.0, 2.0, 1.0)).sum(), t)
+        return found[0]
+
+    on, beside = gradients(0.0), gradients(1e-7)
+    # Steps on both sides of an end have other slopes, of which either is right.
+    torch.testing.assert_close(on, beside, rtol=0.1, atol=0)
+    exact = torch.exp(torch.sin(times(0.25, 0.5))) * torch.cos(times(0.25, 0.5)) * times(1.0, 2.0)
+    torch.testing.assert_close(on[1:3], exact, rtol=0.1, atol=0)

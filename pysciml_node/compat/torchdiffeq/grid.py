@@ -105,13 +105,15 @@ class FixedGridODESolver(ABC):
                 "  Begin with t[0] and end with t[-1]."
             )
         times, states = t.tolist(), [self.y0]
+        # Times at the end of a step move within it, where that end is not made of them.
+        moving = t.requires_grad and grid is not t
         for t0, t1, y, f0, y1 in self._walk(grid):
             passed, end = len(states), float(t1.detach())
             while passed < len(times) and times[passed] <= end:
                 passed += 1
             if passed == len(states):
                 continue
-            if times[passed - 1] == end and passed == len(states) + 1:
+            if times[passed - 1] == end and passed == len(states) + 1 and not moving:
                 states.append(y1)
                 continue
             between = self._interpolant(t0, y, f0, t1, y1)
@@ -177,7 +179,10 @@ class FixedGridODESolver(ABC):
 
         def between(t: Tensor) -> Tensor:
             if t.item() == t1.item():
-                return y1
+                if not t.requires_grad:
+                    return y1
+                slope = (y1 - y0) / dt.to(y0.dtype) if f1 is None else f1
+                return y1 + (t - t1).to(y0.dtype) * slope
             x = ((t - t0) / dt).to(y0.dtype)
             if f1 is None:
                 return y0 + x * (y1 - y0)
