@@ -74,7 +74,9 @@ class Translated:
         drift = translate(problem.drift, spec, problem.p)
         diffusion = translate_diffusion(problem.diffusion, spec, problem.p)
         shape = torch.Size(diffusion.program.shapes[0])
-        layout = NoiseLayout.seen(problem, torch.empty(shape, device="meta"))
+        looked_at = problem.noise in ("additive", "general")
+        value = torch.empty(shape, device="meta") if looked_at else None
+        layout = NoiseLayout.seen(problem, value)
         if spec.keys is None:
             expect_shape(problem, shape, layout.shape_of(spec.shapes[0]))
         return cls(drift, diffusion, layout)
@@ -119,8 +121,8 @@ def write_stochastic(
     evaluations = stages * (row + matrix_row) + emitted.integrals
     march = 2 * whole + 2 * row + matrix_row + evaluations + row + work + path
     slots = 2 * stages
-    sweep = evaluations + slots * (row + work) + (slots + 1) * row + matrix_row + whole
-    sweep += bars + path
+    slot = evaluations + slots * (row + work)
+    sweep = slot + (slots + 1) * row + matrix_row + whole + bars + path
     text = (
         emitted.emit(),
         one.source,
@@ -138,7 +140,7 @@ def write_stochastic(
     )
     return Written(
         "\n".join(text), emitted.whole, one.cost + two.cost + 20 * layout.size, stages,
-        one.packed + two.packed, march, sweep, 0, (0, whole), list(parameters),
+        one.packed + two.packed, march, sweep, slot, (0, whole), list(parameters),
     )  # fmt: skip
 
 

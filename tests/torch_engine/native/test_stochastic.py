@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import pysciml_node as psn
+from pysciml_node.stochastic.step import SDEMethod
 from pysciml_node.torch_engine.native import run
 from pysciml_node.torch_engine.native.compiler import available
+from pysciml_node.torch_engine.native.stochastic import Translated
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
@@ -151,7 +153,7 @@ def assert_alike(found: Any, expected: Any, values: float = 1e-12, bars: float =
     assert native.stats.naccept == eager.stats.naccept
     assert native.stats.nreject == eager.stats.nreject
     assert native.stats.naccept_backward == eager.stats.naccept_backward
-    assert native.stats.nfe_backward == eager.stats.nfe_backward
+    assert native.stats.nvjp == eager.stats.nvjp
     torch.testing.assert_close(native.t, eager.t, rtol=0, atol=1e-13)
     torch.testing.assert_close(flat(native.u), flat(eager.u), rtol=values, atol=values)
     torch.testing.assert_close(flat(native.u1), flat(eager.u1), rtol=values, atol=values)
@@ -233,6 +235,31 @@ def test_long_solves_come_back_to_python_and_go_on() -> None:
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [(psn.SRIW1(), diagonal), (psn.ReversibleHeun(), lambda: general("stratonovich"))],
+)
+def test_steps_whose_stages_are_kept_have_the_gradients_of_others(
+    method: Any, make: Callable[[], Made]
+) -> None:
+    """To the last bit, with none, some and all of them kept."""
+    made, saved = make(), [0.11, 0.35, 0.5, 1.0]
+    solved(made, method, True, **FIXED)  # as many are kept as the solve before has taken
+    by = SDEMethod.of(method.tableau_for(made[0]), method.delta, D, torch.device("cpu"))
+    slot = Translated.of(made[0]).library(by, D).slot * D.itemsize
+    found = [
+        solved(
+            made, method, True, **FIXED, saveat=saved, adjoint=psn.DiscreteAdjoint(memory=memory)
+        )
+        for memory in (2**26, 3 * slot, 0)
+    ]
+    for solution, gradients in found[1:]:
+        assert torch.equal(solution.u, found[0][0].u)
+        assert all(torch.equal(x, y) for x, y in zip(gradients, found[0][1], strict=True))
+    evaluations = [solution.stats.nfe_backward for solution, _ in found]
+    assert evaluations[0] < evaluations[1] < evaluations[2]
 
 
 def test_gradients_are_those_of_the_computation() -> None:

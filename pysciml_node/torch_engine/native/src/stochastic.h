@@ -4,21 +4,28 @@
 #define U(s) (s->memory)
 #define LAST(s) (s->memory + WHOLE)
 #define EXTRA(s) (s->memory + 2 * WHOLE)
-#define KEPT(s) (EXTRA(s) + ROW) /* drift and diffusion of one stage */
-#define LOOP_STAGES(s) (KEPT(s) + ROW + MATRIX_ROW)
+#define ASIDE(s) (EXTRA(s) + ROW) /* drift and diffusion of one stage */
+#define LOOP_STAGES(s) (ASIDE(s) + ROW + MATRIX_ROW)
 
-static Stages psn_stages(const Solve *s) {
+static Stages psn_compact(const Solve *s) {
   REAL *drifts = LOOP_STAGES(s), *diffusions = drifts + STAGES * ROW;
   REAL *integrals = diffusions + STAGES * MATRIX_ROW, *argument = integrals + INTEGRALS;
   return (Stages){drifts, diffusions, integrals, argument, argument + ROW, 0, 0};
 }
 
+/* Whether the step that is tried is kept for the sweep, and its stages. */
+static int psn_keeps(const Solve *s) { return s->accepted < s->kept_room; }
+
+static Stages psn_stages(const Solve *s) {
+  return psn_keeps(s) ? psn_apart(s->kept + s->accepted * SLOT) : psn_compact(s);
+}
+
 static const REAL *psn_state(const Solve *s) { return U(s); }
 
-static void psn_both(Solve *s, double t, const REAL *u, REAL *drift, REAL *diffusion) {
-  REAL *work = psn_stages(s).work;
-  field((REAL)t, u, s->packed, drift, work);
-  field_diffusion((REAL)t, u, PACKED_OF_DIFFUSION(s->packed), diffusion, work);
+static void psn_both(Solve *s, const Stages *k, double t, const REAL *u, int i) {
+  field((REAL)t, u, s->packed, DRIFT(k, i), WORK_OF(k, 2 * i));
+  field_diffusion((REAL)t, u, PACKED_OF_DIFFUSION(s->packed), DIFFUSION(k, i),
+                  WORK_OF(k, 2 * i + 1));
   s->evaluations++, s->noise->evaluations++;
 }
 
@@ -38,18 +45,18 @@ static double psn_first_size(Solve *s) {
   if (!isnan(s->dt0)) return s->dt0;
   Stages k = psn_stages(s);
   REAL *u = U(s), *f = DRIFT(&k, 0), *g = DIFFUSION(&k, 0), *f1 = DRIFT(&k, 1);
-  REAL *g1 = DIFFUSION(&k, 1), *x = ARGUMENT(&k, 0), *slope = EXTRA(s);
+  REAL *g1 = DIFFUSION(&k, 1), *x = ARGUMENT(&k, 0), *ahead = ARGUMENT(&k, 2), *slope = EXTRA(s);
   double span = s->t1 - s->t0;
   memcpy(x, u, ENTRIES * sizeof(REAL));
-  psn_both(s, s->t0, x, f, g);
+  psn_both(s, &k, s->t0, x, 0);
   s->known = STARTS_AT_START;
   for (int i = 0; i < ENTRIES; i++) slope[i] = F(__builtin_fabs)(f[i]) + psn_deviation(g, i);
   double d0 = psn_norm_of(s, u, u, u) * s->factor, d1 = psn_norm_of(s, slope, u, u) * s->factor;
   if (!isfinite(d1)) return NAN;
   double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
   h0 = psn_smaller(h0, span);
-  for (int i = 0; i < ENTRIES; i++) x[i] = u[i] + (REAL)h0 * f[i];
-  psn_both(s, s->t0 + h0, x, f1, g1);
+  for (int i = 0; i < ENTRIES; i++) ahead[i] = u[i] + (REAL)h0 * f[i];
+  psn_both(s, &k, s->t0 + h0, ahead, 1);
   for (int i = 0; i < ENTRIES; i++)
     slope[i] = F(__builtin_fabs)(f1[i] - f[i]) +
                F(__builtin_fabs)(psn_deviation(g1, i) - psn_deviation(g, i));
@@ -61,11 +68,10 @@ static double psn_first_size(Solve *s) {
 }
 
 /* A step over a motion, from the state; with the first stage, where the last attempt has left it. */
-static void psn_step(Solve *s, double t, Motion m, int with_error, REAL *end) {
-  Stages k = psn_stages(s);
+static void psn_step(Solve *s, const Stages *k, double t, Motion m, int with_error, REAL *end) {
   int drifts = with_error ? ERROR_DRIFTS : STEP_DRIFTS;
   int diffusions = with_error ? ERROR_DIFFUSIONS : STEP_DIFFUSIONS;
-  psn_take(&k, s->packed, t, U(s), m, drifts, diffusions, (int)s->known, end, &s->evaluations,
+  psn_take(k, s->packed, t, U(s), m, drifts, diffusions, (int)s->known, end, &s->evaluations,
            &s->noise->evaluations);
 }
 
@@ -79,12 +85,17 @@ static double psn_step_error(Solve *s, Motion m) {
 
 /* Save what lies in an accepted step: shorter steps from its start, on the same path. */
 static void psn_save(Solve *s, double t, double end, const REAL *u1) {
+  Stages k = psn_compact(s), kept = psn_stages(s);
+  if (STARTS_AT_START && psn_keeps(s)) {
+    memcpy(k.drifts, kept.drifts, ENTRIES * sizeof(REAL));
+    memcpy(k.diffusions, kept.diffusions, ENTRIES * MOTIONS * sizeof(REAL));
+  }
   while (s->reached < s->save_count && s->saves[s->reached] < end) {
     double at = s->saves[s->reached], *place = s->places + 2 * s->reached;
     REAL *row = s->saved + s->reached * N;
     Motion m = psn_motion(s->noise, t, at);
     if (m.h > 0)
-      psn_step(s, t, m, 0, row);
+      psn_step(s, &k, t, m, 0, row);
     else
       memcpy(row, U(s), N * sizeof(REAL));
     place[0] = (double)s->accepted, place[1] = at;
@@ -94,21 +105,29 @@ static void psn_save(Solve *s, double t, double end, const REAL *u1) {
     psn_keep_end(s, s->accepted + 1, u1);
 }
 
-/* Keep the last stage beside the others, or make it the first. */
-static void psn_pass_on(Solve *s, int first) {
+/* Put the last stage aside, which steps to saved times would overwrite. */
+static void psn_put_aside(Solve *s) {
   Stages k = psn_stages(s);
-  REAL *drift = KEPT(s), *diffusion = drift + ROW;
-  memcpy(first ? DRIFT(&k, 0) : drift, first ? drift : DRIFT(&k, STAGES - 1),
-         ENTRIES * sizeof(REAL));
-  memcpy(first ? DIFFUSION(&k, 0) : diffusion, first ? diffusion : DIFFUSION(&k, STAGES - 1),
-         ENTRIES * MOTIONS * sizeof(REAL));
+  memcpy(ASIDE(s), DRIFT(&k, STAGES - 1), ENTRIES * sizeof(REAL));
+  memcpy(ASIDE(s) + ROW, DIFFUSION(&k, STAGES - 1), ENTRIES * MOTIONS * sizeof(REAL));
+}
+
+/* Make it the first stage of the next step; with what a pullback reads of it, where both are kept. */
+static void psn_pass_on(Solve *s, const Stages *before) {
+  Stages k = psn_stages(s);
+  memcpy(DRIFT(&k, 0), ASIDE(s), ENTRIES * sizeof(REAL));
+  memcpy(DIFFUSION(&k, 0), ASIDE(s) + ROW, ENTRIES * MOTIONS * sizeof(REAL));
+  if (!psn_keeps(s)) return;
+  int slot = 2 * (STAGES - 1);
+  memcpy(ARGUMENT(&k, 0), ARGUMENT(before, slot), ENTRIES * sizeof(REAL));
+  memcpy(WORK_OF(&k, 0), WORK_OF(before, slot), 2 * SOME_WORK * sizeof(REAL));
 }
 
 static int64_t psn_march(Solve *s) {
   int adaptive = s->control != FIXED;
   double until = psn_seconds() + s->seconds;
   Noise *noise = s->noise;
-  noise->rows = psn_stages(s).work + SOME_WORK;
+  noise->rows = psn_compact(s).work + SOME_WORK;
   if (!s->started) {
     memcpy(U(s), s->u0, N * sizeof(REAL));
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
@@ -139,7 +158,8 @@ static int64_t psn_march(Solve *s) {
     }
     Motion m = psn_motion(noise, t, end);
     REAL *u = U(s), *u1 = LAST(s);
-    psn_step(s, t, m, adaptive, u1);
+    Stages k = psn_stages(s);
+    psn_step(s, &k, t, m, adaptive, u1);
     double error = adaptive ? psn_step_error(s, m) : NAN;
     s->last_t = t, s->last_h = m.h, s->last_error = error;
     /* Only now are the first stages those of this state. */
@@ -150,7 +170,7 @@ static int64_t psn_march(Solve *s) {
       s->h = psn_size_after_rejected(s, psn_smaller(proposed, 1.125 * (end - t)), error);
       continue;
     }
-    if (PASSES_ON) psn_pass_on(s, 0);
+    if (PASSES_ON) psn_put_aside(s);
     double size = m.h;
     psn_save(s, t, end, u1);
     double *row = s->steps + 4 * s->accepted;
@@ -160,7 +180,7 @@ static int64_t psn_march(Solve *s) {
     noise->rejecting = 0;
     /* The fields may jump at a stop: their values there belong to the next step. */
     s->known = PASSES_ON && !lands;
-    if (s->known) psn_pass_on(s, 1);
+    if (s->known) psn_pass_on(s, &k);
     memcpy(u, u1, N * sizeof(REAL));
     s->t = end;
     if (lands && ++s->next_stop == s->stop_count) return SUCCESS;

@@ -20,6 +20,16 @@ typedef struct {
 #define WORK_OF(k, slot) ((k)->work + (slot) * (k)->work_size)
 #define PACKED_OF_DIFFUSION(packed) ((packed) + PACKED)
 
+/* A step with slots of their own for all that a pullback reads: of one that is kept for the sweep, or
+   taken again in it. */
+#define SLOT (STAGES * (ROW + MATRIX_ROW) + INTEGRALS + 2 * STAGES * (ROW + SOME_WORK))
+
+static Stages psn_apart(REAL *rows) {
+  REAL *diffusions = rows + STAGES * ROW, *integrals = diffusions + STAGES * MATRIX_ROW;
+  REAL *arguments = integrals + INTEGRALS, *work = arguments + 2 * STAGES * ROW;
+  return (Stages){rows, diffusions, integrals, arguments, work, ROW, SOME_WORK};
+}
+
 /* Drift and diffusion of the first stages, where they are not known, and of the others; and the end
    of the step, where it is asked for. */
 static void psn_take(const Stages *k, const REAL *packed, double t, const REAL *u, Motion m,
