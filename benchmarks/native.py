@@ -3,14 +3,18 @@
 One step of a small field shows what a solve takes besides its steps.
 
     python benchmarks/native.py
+    python benchmarks/native.py --threads 1 2
 
 For each field: a whole solve and a solve with its gradient, by the loop and by native code, and of
 the latter the time that is spent inside the library. On a machine that does other work as well the
-fastest sample says most.
+fastest sample says most. With `--threads` a batch of 512 states of 784 entries takes
+the place of the small fields (`workloads.py`), on all cores, with each of these numbers of threads.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from timing import pin, processor, table
 from torch import Tensor, nn
+from workloads import mnist
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native.library import Library
@@ -127,7 +132,40 @@ def measure(case: Case, compile: bool, samples: int, spent: list[float]) -> list
     return cells
 
 
+def in_threads(numbers: list[int], spent: list[float]) -> None:
+    """A large batch with so many threads, in turns; print the table."""
+    work = mnist()
+    options = {"rtol": work.tolerance, "atol": work.tolerance}
+    u0 = work.u0.requires_grad_()
+    case = Case("", work.field, u0, work.times[-1], psn.Tsit5(), options)
+    kinds = [(compile, count) for compile in (False, True) for count in numbers]
+    best = dict.fromkeys(kinds, (float("inf"), float("inf")))
+    for _ in range(4):
+        for compile, count in kinds:
+            torch.set_num_threads(count)
+            times = [
+                fastest(partial(run, compile), 1, spent)[0] for run in (case.forward, case.gradient)
+            ]
+            best[compile, count] = tuple(map(min, times, best[compile, count]))
+    rows = [
+        ["native" if compile else "loop", str(count), *(f"{time:.0f}" for time in times)]
+        for (compile, count), times in best.items()
+    ]
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    print(f"{processor()}, {os.cpu_count()} cores, load {load}; {work.description}; ms.\n")
+    print(table(["", "threads", "forward", "with gradient"], rows))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, nargs="+")
+    threads = parser.parse_args().threads
+    spent = inside()
+    if threads:
+        in_threads(threads, spent)
+        return
     core = pin(None)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -140,7 +178,6 @@ def main() -> None:
         Case("spiral, one Euler step", spiral, u0, 1.0, psn.Euler(), one_step),
         Case("Lotka-Volterra", LotkaVolterra().double(), pair, 3.0, psn.Tsit5(), {"saveat": times}),
     ]
-    spent = inside()
     rows = [
         measure(case, compile, samples, spent)
         for case in cases

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.torch_engine.native.layout import Layout
 from pysciml_node.torch_engine.native.operations import OPERATIONS
+from pysciml_node.torch_engine.native.parts import Parts, split
 from pysciml_node.torch_engine.native.row_loop import RowLoop
-from pysciml_node.torch_engine.native.rows import by_rows, without_repetitions
+from pysciml_node.torch_engine.native.rows import Rows, by_rows, without_repetitions
 from pysciml_node.torch_engine.native.text import COTANGENT, PAD, fused, padded
 from pysciml_node.translation.program import Operation, Program
 
@@ -27,12 +28,14 @@ class Emitted:
         offsets: of the parameters in the packed vector.
         packed: its length.
         cost: multiplications of an evaluation.
+        shared: those among them that are not of any row, where the field goes through rows.
     """
 
     source: str
     offsets: list[int]
     packed: int
     cost: int
+    shared: int
 
 
 # Bytes of values and cotangents that the nearest cache holds; those of weights that stay there
@@ -40,6 +43,10 @@ class Emitted:
 # on the stack.
 _NEAR, _MOST_WEIGHTS = 1 << 15, 1 << 16
 _FEWEST_ROWS, _MOST_ROWS, _MOST_STACK = 6, 16, 1 << 17
+# Of parts of a batch: rows, at least, where the weights have more bytes than that; multiplications
+# that take as long as an entry of a value; and the share of an evaluation, at most, that is done
+# again for each.
+_LEAST_ROWS, _FEW_WEIGHTS, _ENTRY, _SHARE = 32, 1 << 13, 4, 50
 
 
 class Emitter(Layout):
@@ -54,12 +61,15 @@ class Emitter(Layout):
             state_alone: also a pullback to the state and the time alone, `pull_state`.
         """
         lines: dict[int, list[str]] = {}
+        shared = 0
         for step in self.program.operations:
+            spent = self.cost
             if step.op not in self.operations:
                 raise UnsupportedModule(
                     f"the operation {step.op!r} has no native code.", operation=step.op
                 )
             lines[step.out] = self.operations[step.op].forward(self, step)
+            shared += self._is_shared(step) * (self.cost - spent)
         outputs, back = self._outputs()
         pullbacks = {"pull": self._pullback(back)}
         early = self._backward(self._is_early)
@@ -78,7 +88,7 @@ class Emitter(Layout):
                 name: (first, loop.pullback(inner), last)
                 for name, (first, inner, last) in pullbacks.items()
             }
-            self.cost *= self.rows.total // self.rows.count
+            self.cost = shared + (self.cost - shared) * self.rows.total // self.rows.count
         else:
             within = fused(within, ())
             pullbacks = {
@@ -87,7 +97,7 @@ class Emitter(Layout):
             }
         joined = {name: [*a, *b, *c] for name, (a, b, c) in pullbacks.items()}
         source = self._text([*before, *within], once, joined, early)
-        return Emitted(source, self.offsets, self.packed_size, self.cost)
+        return Emitted(source, self.offsets, self.packed_size, self.cost, shared)
 
     def _is_early(self, step: Operation) -> bool:
         """Whether an operation depends on parameters alone, and is evaluated once a solve."""
@@ -177,7 +187,7 @@ class Emitter(Layout):
         x = self.suffix
         field, pull, start = self._heads()
         # What is read by rows in the loop is made whole, from the first one on.
-        first = ["enum { row = 0 };"] if self.rows else []
+        first = ["enum { row = 0, first = 0 };"] if self.rows else []
         functions = [
             (field, [*start, *body]),
             *((pull.format(name), [*start, *lines]) for name, lines in pullbacks.items()),
@@ -208,16 +218,33 @@ class Emitter(Layout):
             inputs = "REAL t, const REAL *u, const REAL *P, {0}REAL *k, {0}REAL *w"
             bars = "".join(f", REAL *{x}" for x in ("k_bar", "u_bar", "time_bar", "D", "z"))
             start = [f"REAL time[{PAD}] = {{t}};", "(void)time;"]
+        end = self.suffix
+        if self.rows and self.rows.in_parts:
+            end, inputs = "_in", f"int first, {inputs}"
         return (
-            f"static void field{self.suffix}({inputs.format('')})",
-            f"static void {{}}{self.suffix}({inputs.format('const ')}{bars})",
+            f"static void field{end}({inputs.format('')})",
+            f"static void {{}}{end}({inputs.format('const ')}{bars})",
             start,
         )
 
 
+class Chosen(NamedTuple):
+    """A field's code as it suits the field and its batch.
+
+    Attributes:
+        emitter: what it was made by.
+        emitted: the code.
+        parts: how the batch is taken in parts, where it is.
+    """
+
+    emitter: Emitter
+    emitted: Emitted
+    parts: Parts | None = None
+
+
 def whole_or_by_rows(
-    program: Program, dtype: torch.dtype, suffix: str = ""
-) -> tuple[Emitter, Emitted]:
+    program: Program, dtype: torch.dtype, stages: int = 0, suffix: str = ""
+) -> Chosen:
     """A field's code, which goes through its batch by some rows where that is of use.
 
     Rows that depend on each other are taken at once, as are values and cotangents that the nearest
@@ -227,20 +254,43 @@ def whole_or_by_rows(
     Args:
         program: the field.
         dtype: of its state.
+        stages: evaluations of a step, of a solve that may take its batch in parts; else 0.
         suffix: of all names in the code.
     """
     program = without_repetitions(program)
     emitter = Emitter(program, suffix=suffix)
-    emitted = emitter.emit()
-    used = (emitter.work.size + emitter.bars.size) * dtype.itemsize
-    weights = sum(p.rows * p.columns for p in emitter.packings.values()) * dtype.itemsize
+    whole = Chosen(emitter, emitter.emit())
     rows = by_rows(program)
-    if used <= _NEAR or weights > _MOST_WEIGHTS or rows is None:
-        return emitter, emitted
-    most = min(_MOST_ROWS, _MOST_STACK * rows.total // used)
-    counts = [n for n in range(_FEWEST_ROWS, most + 1) if rows.total % n == 0]
-    cut = by_rows(program, counts[-1]) if counts else None
-    if cut is None:
-        return emitter, emitted
-    emitter = Emitter(cut.program, suffix=suffix, rows=cut)
-    return emitter, emitter.emit()
+    used = (emitter.work.size + emitter.bars.size) * dtype.itemsize
+    if rows is None:
+        return whole
+    weights = sum(p.rows * p.columns for p in emitter.packings.values()) * dtype.itemsize
+    at_once = used <= _NEAR or weights > _MOST_WEIGHTS
+    most = 0 if at_once else min(_MOST_ROWS, _MOST_STACK * rows.total // used)
+    turns = range(_FEWEST_ROWS, most + 1)
+    work = stages * (whole.emitted.cost + _ENTRY * emitter.work.size)
+    least = 1 if weights <= _FEW_WEIGHTS else _LEAST_ROWS
+    # The cotangents of the parameters, which each part has, take no more room than all else.
+    room = stages * used // (emitter.packed_size * dtype.itemsize)
+    parts = split(_widths(program), rows.total, work, turns, min(rows.total // least, room))
+    if parts is not None:
+        chosen = _cut(by_rows(program, parts.turn, parts.rows), suffix, parts)
+        if chosen is not None:
+            return chosen
+    counts = [n for n in turns if rows.total % n == 0]
+    return _cut(by_rows(program, counts[-1]), suffix) or whole if counts else whole
+
+
+def _widths(program: Program) -> tuple[int, ...]:
+    return tuple(math.prod(shape[1:]) for _, shape in program.state)
+
+
+def _cut(rows: Rows | None, suffix: str, parts: Parts | None = None) -> Chosen | None:
+    """The code of some rows; `None` where each part would do too much again that is of no row."""
+    if rows is None:
+        return None
+    emitter = Emitter(rows.program, suffix=suffix, rows=rows)
+    emitted = emitter.emit()
+    if parts is not None and _SHARE * (parts.count - 1) * emitted.shared > emitted.cost:
+        return None
+    return Chosen(emitter, emitted, parts)

@@ -6,8 +6,9 @@ depends on nothing but parameters and so is computed once a solve. Cotangents ha
 same names: `u_bar`, `k_bar`, `z`, `D`. Parameters that each member of an ensemble has for itself
 lie in `Q`, with cotangents in `R`.
 
-Where a field goes through its batch by some rows at a time, `row` is the first of them. The values
-of these rows have names, and find their places when it is known which of them the pullback reads.
+Where a field goes through its batch by some rows at a time, `row` is the first of them, counted
+from the `first` row of a part where the batch is taken in parts. The values of these rows have
+names, and find their places when it is known which of them the pullback reads.
 """
 
 from __future__ import annotations
@@ -162,11 +163,11 @@ class Layout:
         return name
 
     def whole_size(self, id: int) -> int:
-        """Entries of a value of all rows."""
-        return self.sizes[id] * (self.rows.total // self.rows.count if self.rows else 1)
+        """Entries of a value of all rows that a call goes through."""
+        return self.sizes[id] * (self.rows.turns if self.rows else 1)
 
     def by_row(self, id: int) -> str:
-        """What is added to the place of a value of all rows."""
+        """What is added to the place of a value of all rows that a call goes through."""
         return f" + {self.sizes[id] // self.rows.count} * row" if self.rows else ""
 
     def _of_rows(self, place: str, id: int) -> str:
@@ -175,7 +176,8 @@ class Layout:
     def _hold(self, id: int) -> None:
         """Have a value that is known before the first evaluation read by rows."""
         assert self.rows is not None
-        run = f" + {self.sizes[id] // self.rows.total} * row)"
+        row = "(first + row)" if self.rows.in_parts else "row"
+        run = f" + {self.sizes[id] // self.rows.total} * {row})"
         self.place[id] = f"{self.place[id][:-1]}{run}"
         self.bar[id] = f"{self.bar[id][:-1]}{run}"
 

@@ -20,6 +20,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_method
+from pysciml_node.torch_engine.native.parts import Parts
 from pysciml_node.torch_engine.native.text import contiguous, padded
 from pysciml_node.translation.program import Parameter, Program
 from pysciml_node.translation.snapshot import Settled
@@ -27,11 +28,13 @@ from pysciml_node.translation.snapshot import Settled
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""
 
-LOOP = ("codes.h", "steps.h", "event.h", "control.h", "solve.h", "events.h")
+LOOP = ("codes.h", "parts.h", "steps.h", "event.h", "control.h", "solve.h", "events.h")
 """Files of src/ that the loop of every method for ordinary equations is made of."""
 
 SWEEP = ("sweep.h", "dense_sweep.h")
 """Those that its discrete adjoint is made of."""
+
+_LOOP_IN_PARTS = ("codes.h", "team.h", "parts.h", "steps.h", "event.h", "control.h", "solve.h")
 
 ALONE_PACKED = """enum { ALL_PACKED = PACKED };
 #define pack_all pack
@@ -95,6 +98,8 @@ class SolveRequest(ctypes.Structure):
         *_fields(_INTEGER, "status started known linearized next_stop"),
         *_fields(_INTEGER, "accepted rejected evaluations reached finite"),
         ("k", _POINTER),
+        ("threads", _INTEGER),
+        ("team", _POINTER),
     )
 
     def put(self, *places: int) -> None:
@@ -117,7 +122,8 @@ class SweepRequest(ctypes.Structure):
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),
         *_fields(_INTEGER, "n count q kept_count started live shared"),
-        *_fields(_INTEGER, "evaluations pulls replayed status"),
+        *_fields(_INTEGER, "evaluations pulls replayed status reached threads"),
+        ("team", _POINTER),
     )
 
     def put(self, *places: int) -> None:
@@ -243,6 +249,7 @@ class Written:
         slot: of a step whose stages are kept for the sweep; 0 where they are not.
         ends: where start and end of the last attempt lie in the loop's memory.
         parameters: each with its offset in the packed ones, and whether a gradient goes to it.
+        parts: how the batch is taken in parts, where it is.
     """
 
     text: str
@@ -255,24 +262,41 @@ class Written:
     slot: int
     ends: tuple[int, int]
     parameters: list[tuple[Parameter, int, bool]]
+    parts: Parts | None = None
 
 
-def write_explicit(program: Program, method: Method) -> Written:
-    """The code of a field for an explicit method."""
-    emitter, emitted = whole_or_by_rows(program, method.nodes.dtype)
-    size = size_of(program)
+def write_explicit(program: Program, method: Method, in_parts: bool = True) -> Written:
+    """The code of a field for an explicit method.
+
+    Args:
+        program: the field.
+        method: the method.
+        in_parts: whether a batch may be taken in parts; not in a loop that looks for events.
+    """
+    stages = method.all_stages
+    emitter, emitted, parts = whole_or_by_rows(
+        program, method.nodes.dtype, stages if in_parts else 0
+    )
+    size, loop = size_of(program), LOOP
     march, sweep = memory_of(method, size, emitter)
-    slot = method.all_stages * (2 * padded(size) + padded(emitter.work.size))
+    if parts is not None:
+        size, loop = parts.rows * sum(parts.widths), _LOOP_IN_PARTS
+        march, sweep = memory_of(method, size, emitter)
+        march *= parts.count
+        sweep = parts.count * (sweep + padded(size) + emitted.packed)
+    slot = stages * (2 * padded(size) + padded(emitter.work.size))
     text = (
         emit_method(method, size),
+        *([] if parts is None else [parts.definitions]),
         emitted.source,
         ALONE_PACKED,
-        *map(source, (*LOOP, "explicit.h", *SWEEP, "explicit_sweep.h")),
+        *map(source, (*loop, "explicit.h", *SWEEP, "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(
-        "\n".join(text), size, emitted.cost, method.all_stages, emitted.packed, march, sweep,
-        slot, ends_of_attempt(method, size), list(rows),
+        "\n".join(text), size_of(program), emitted.cost, stages, emitted.packed, march, sweep,
+        slot * (1 if parts is None else parts.count), ends_of_attempt(method, size), list(rows),
+        parts,
     )  # fmt: skip
 
 
@@ -306,12 +330,13 @@ class Library(Code):
         cost: multiplications of an evaluation.
         slot: entries of a step whose stages are kept for the sweep.
         pulled: of each parameter, whether a gradient goes to it.
+        parts: how the batch is taken in parts, where it is.
         departures: how solves of it begin, by their options.
         lately: accepted steps of the last one.
     """
 
     def __init__(self, written: Written, dtype: torch.dtype) -> None:
-        self.cost, self.size = written.cost, written.size
+        self.cost, self.size, self.parts = written.cost, written.size, written.parts
         self._ends = written.ends
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
         self.slot = written.slot
@@ -341,7 +366,12 @@ class Library(Code):
 
     def last_states(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Start and end of the last attempt, in the memory of a loop."""
-        start, end = (memory[place : place + self.size] for place in self._ends)
+        parts = self.parts
+        if parts is None:
+            start, end = (memory[place : place + self.size] for place in self._ends)
+            return start, end
+        size, blocks = parts.rows * sum(parts.widths), memory.view(parts.count, -1)
+        start, end = (parts.joined(blocks[:, place : place + size]) for place in self._ends)
         return start, end
 
     def cotangents(

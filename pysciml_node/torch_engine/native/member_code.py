@@ -165,7 +165,7 @@ class WrittenMembers:
         program = first.emitter.program
         timed = any(program.time in step.inputs for step in program.operations)
         cost = first.emitted.cost + (10 * self.size + 50) * width
-        loop = ["codes.h", "steps.h", "event.h", "members.h", "members_control.h"]
+        loop = ["codes.h", "team.h", "steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
         method = emit_method(how.method, self.size, width)
         if how.is_rosenbrock:
@@ -175,7 +175,7 @@ class WrittenMembers:
         loop += [f"members_{kind}.h", "members_events.h", "members_calls.h"]
         sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []
         return [
-            *(f"#include <{name}.h>" for name in ("stdlib", "pthread")),
+            "#include <stdlib.h>",
             f"enum {{ TURNS = {turns(cost, how.method.all_stages)}, "
             f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
             *_own(emissions),

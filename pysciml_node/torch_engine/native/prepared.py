@@ -212,7 +212,8 @@ def prepare(
     try:
         translated = translate(problem.f, spec, problem.p)
         recorded = _records(problem, tableau, options, translated)
-        library, parameters = _library(problem, translated, method, recorded)
+        watched = bool(options.events)
+        library, parameters = _library(problem, translated, method, recorded, watched)
     except UnsupportedModule as error:
         raise no_code(error) from error
     see = surroundings_of(problem.f, problem.p, translated.snapshot)
@@ -235,12 +236,21 @@ def _records(
 
 
 def _library(
-    problem: ODEProblem, translated: TranslatedModule, method: Method, recorded: bool
+    problem: ODEProblem,
+    translated: TranslatedModule,
+    method: Method,
+    recorded: bool,
+    watched: bool,
 ) -> tuple[Library, list[Tensor]]:
     """The code of a translated field with a method, and the tensors that it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
     if not isinstance(method.tableau, ImplicitTableau):
         library = library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
+        if watched and library.parts is not None:
+            whole = json, "whole"
+            library = library_of(
+                whole, method.tableau, dtype, lambda: write_explicit(program, method, False)
+            )
         return library, translated.parameters
     mass = problem.mass
     json += "" if mass is None else repr(mass.tolist())

@@ -22,7 +22,8 @@ class RowLoop:
     """Where the values of some rows lie while a field, or its pullback, is evaluated.
 
     What the pullback reads and cannot form at little cost lies in `w`, for each turn of the loop;
-    all else on the stack.
+    all else on the stack. A part of a batch that is taken in one turn has too many values for that:
+    all lie in `w`.
 
     Args:
         layout: of the program of these rows.
@@ -33,21 +34,22 @@ class RowLoop:
     def __init__(self, layout: Layout, lines: dict[int, list[str]], pullback: list[str]) -> None:
         assert layout.rows is not None
         self._layout, self._rows = layout, layout.rows
+        at_once = self._rows.in_parts and self._rows.turns == 1
         wanted = _names(pullback)
         kept: set[str] = set()
         again: list[list[str]] = []
         for step in reversed(layout.program.operations):
             own = {name for name in layout.named if name[1:] == str(step.out)} & wanted
-            if own and step.op in _CHEAP:
+            if own and step.op in _CHEAP and not at_once:
                 again.append(lines[step.out])
                 wanted |= _names(lines[step.out])
             else:
                 kept |= own
         self._again = [line for lines in reversed(again) for line in lines]
-        self._kept = [name for name in layout.named if name in kept]
+        self._kept = [name for name in layout.named if at_once or name in kept]
         self._first = layout.work.size
         self._room = sum(layout.named[name] for name in self._kept)
-        layout.work.size += self._rows.total // self._rows.count * self._room
+        layout.work.size += self._rows.turns * self._room
 
     def field(self, lines: list[str]) -> list[str]:
         """The loop of the field."""
@@ -58,7 +60,7 @@ class RowLoop:
         return self._loop([*self._again, *lines], "const REAL", [COTANGENT])
 
     def _loop(self, lines: list[str], kind: str, passing: list[str]) -> list[str]:
-        total, count = self._rows.total, self._rows.count
+        count = self._rows.count
         sizes = self._layout.named
         own = [rf"\b{name}\b" for name in sizes if name not in self._kept]
         lines = fused(lines, [*passing, *own])
@@ -67,7 +69,7 @@ class RowLoop:
         room = sum(sizes[name] for name in stacked)
         return [
             f"REAL s[{max(room, PAD)}] __attribute__((aligned(64)));",
-            f"for (int row = 0; row < {total}; row += {count}) {{",
+            f"for (int row = 0; row < {self._rows.part}; row += {count}) {{",
             f"{kind} *v = w + {self._first} + row / {count} * {self._room};",
             *_places(self._kept, sizes, f"{kind} *", "v"),
             *_places(stacked, sizes, "REAL *", "s"),

@@ -28,7 +28,9 @@ class Rows:
     Attributes:
         program: of `count` rows. What depends on no row, or on parameters alone, is as it was.
         total: rows of the batch.
-        count: rows of the program, a divisor of it.
+        count: rows of the program.
+        part: rows that one call of its code goes through, a multiple of these; all, or some of a
+            batch that is taken in parts.
         wide: values that have rows, all but those of `held`.
         held: values that depend on parameters alone and have a run of numbers for each row.
     """
@@ -36,23 +38,35 @@ class Rows:
     program: Program
     total: int
     count: int
+    part: int
     wide: frozenset[int]
     held: frozenset[int]
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether a call goes through a part of the batch alone."""
+        return self.part < self.total
 
-def by_rows(program: Program, count: int | None = None) -> Rows | None:
+    @property
+    def turns(self) -> int:
+        """How many times the program is gone through in a call."""
+        return self.part // self.count
+
+
+def by_rows(program: Program, count: int | None = None, part: int | None = None) -> Rows | None:
     """The program of `count` rows, or `None` where rows depend on each other.
 
     Args:
         program: of the batch, along the first axis of all parts of the state.
-        count: a divisor of the batch; default all rows, which shows what depends on them.
+        count: rows; default all, which shows what depends on them.
+        part: rows of a part, a multiple of these; default all rows.
     """
     shapes = [shape for _, shape in program.state]
     total = shapes[0][0] if shapes[0] else 1
     if total == 1 or any(shape[:1] != (total,) for shape in shapes):
         return None
     try:
-        return _Cut(program, total, total if count is None else count).run()
+        return _Cut(program, total, count or total, part or total).run()
     except _Mixed:
         return None
 
@@ -64,6 +78,7 @@ class _Cut:
     program: Program
     total: int
     count: int
+    part: int
     wide: dict[int, int] = field(default_factory=dict)  # blocks of each value that has rows
     fixed: set[int] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
@@ -98,7 +113,8 @@ class _Cut:
         state = tuple((id, (self.count, *shape[1:])) for id, shape in program.state)
         shapes = tuple(shape for _, shape in state)
         cut = replace(program, state=state, operations=tuple(self.steps), shapes=shapes)
-        return Rows(cut, self.total, self.count, frozenset(self.wide), frozenset(self.held))
+        sets = frozenset(self.wide), frozenset(self.held)
+        return Rows(cut, self.total, self.count, self.part, *sets)
 
     def axis(self, shape: Shape, blocks: int) -> int:
         """The axis of the rows, which others may be joined to."""

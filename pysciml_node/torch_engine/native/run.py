@@ -381,6 +381,8 @@ def fly(
         request.put(start, *there, memory.data_ptr(), slots, room, kept_room)
 
     lay()
+    if library.parts is not None:
+        request.threads = torch.get_num_threads()
     if search is not None:
         request.events, request.event_count = search.address, search.count
     if noise is not None:
@@ -397,7 +399,7 @@ def fly(
             on_turn(request.t, request.last_h, request.accepted)
     retcode, attempt = RETCODES[status], None
     if not retcode.successful and request.last_h:
-        attempt = _last_attempt(library, request, memory)
+        attempt = _last_attempt(library, request, memory, u0, ends)
     library.give_memory(memory)
     accepted, rejected, evaluations, reached, finite = request.counts()
     # In place: a view would keep what is not needed of the room in sight.
@@ -429,8 +431,13 @@ def _doubled(rows: Tensor) -> Tensor:
     return grown
 
 
-def _last_attempt(library: Library, request: SolveRequest, memory: Tensor) -> Attempt:
+def _last_attempt(
+    library: Library, request: SolveRequest, memory: Tensor, u0: Tensor, ends: Tensor
+) -> Attempt:
     u, u1 = library.last_states(memory)
+    if request.t != request.last_t:  # It was accepted, and the loop stands at its end.
+        before, size = request.accepted - 2, library.size
+        u = u0.reshape(-1) if before < 0 else ends[before * size :][:size]
     return Attempt(request.last_t, request.last_h, u.clone(), u1.clone(), request.last_error)
 
 
@@ -480,8 +487,11 @@ def sweep_back(
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
     start_bar, packed_bar = torch.empty_like(flight.u0), ends.new_empty(library.packed_size)
     times: list[Tensor] = []
+    parts = 1 if library.parts is None else library.parts.count
+    if parts > 1:
+        request.threads, request.reached = torch.get_num_threads(), reached
     if with_times:
-        times = [_DOUBLE.new_zeros(n) for n in (count, count, reached)]
+        times = [_DOUBLE.new_zeros(parts * n) for n in (count, count, reached)]
     memory = library.take_memory(library.sweep_memory)
     packed, rows, places = flight.log.addresses()
     arrived = (saved if reached else None, steps if count else None, last)
@@ -504,5 +514,6 @@ def sweep_back(
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)
+    times = [x[: len(x) // parts] for x in times]
     evaluations, pulls, replayed = request.counts()
     return Swept(start_bar, packed_bar, times, evaluations, pulls, replayed)

@@ -41,7 +41,15 @@ from pysciml_node.translation.export import TranslatedModule, translate, transla
 from pysciml_node.translation.program import Program
 
 _FILES = (
-    *("codes.h", "event.h", "control.h", "brownian.h", "stochastic_step.h", "stochastic.h"),
+    *(
+        "codes.h",
+        "parts.h",
+        "event.h",
+        "control.h",
+        "brownian.h",
+        "stochastic_step.h",
+        "stochastic.h",
+    ),
     *("sweep.h", "stochastic_sweep.h"),
 )
 # Rows of a path in src/brownian.h.
@@ -109,8 +117,8 @@ def write_stochastic(
         layout: how the motions act on the state.
     """
     dtype = method.like.dtype
-    first, one = whole_or_by_rows(drift, dtype)
-    second, two = whole_or_by_rows(diffusion, dtype, "_diffusion")
+    first, one, _ = whole_or_by_rows(drift, dtype)
+    second, two, _ = whole_or_by_rows(diffusion, dtype, suffix="_diffusion")
     emitted, stages = MethodText(method, layout), method.tableau.stages
     row, matrix_row, whole = emitted.row, emitted.matrix_row, padded(emitted.whole)
     work, bars = (

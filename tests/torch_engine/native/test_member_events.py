@@ -22,6 +22,7 @@ from jumping import (
 )
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch_threads import threads
 
 import pysciml_node as psn
 from pysciml_node.solutions.joined_members import JoinedMembers
@@ -100,16 +101,12 @@ def test_neural_conditions_in_several_threads() -> None:
     u0 = torch.randn(200, 2, dtype=D, generator=generator).requires_grad_()
     p = (1 + torch.rand(200, 2, dtype=D, generator=generator)).requires_grad_()
     many = psn.EnsembleProblem(pendulums().problem, u0, p)
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
+    for count in (1, 3):
+        with threads(count):
             solution = psn.solve(many, events=event, compile=True)
             assert_native(solution)
             inputs = [u0, p, *level.parameters()]
             results.append([solution.u1, *torch.autograd.grad(solution.u1.sum(), inputs)])
-    finally:
-        torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert torch.equal(results[0][0], results[1][0])

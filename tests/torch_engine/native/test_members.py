@@ -7,13 +7,12 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_threads import threads
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import member_code, member_library, member_run
@@ -301,16 +300,6 @@ def test_a_member_is_that_of_a_single_native_solve() -> None:
         )
         assert single.stats.nfe == together.member_stats[m].nfe
         torch.testing.assert_close(together.u[m], single.u, rtol=1e-12, atol=1e-12)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:

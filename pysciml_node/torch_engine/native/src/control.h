@@ -12,7 +12,7 @@ typedef struct {
   const REAL *rtol, *atol;                /* by entries, or 0 */
   const REAL *u0, *const *tensors;        /* the field's parameters, and where they are packed */
   REAL *packed;
-  /* Where results go: for `room` steps rows of N, and of end, size, error, and stop or -1; for each
+  /* Where results go: for `room` steps rows of ENTIRE, and of end, size, error, and stop or -1; for each
      saved time its step and its place in it, or the state that it is and NaN; and the last state. */
   REAL *ends, *saved, *final;
   double *steps, *places;
@@ -26,32 +26,45 @@ typedef struct {
   int64_t status, started, known, linearized, next_stop;
   int64_t accepted, rejected, evaluations, reached, finite;
   REAL *k; /* the derivatives of the step that is tried, in memory or in a slot of kept */
+  int64_t threads; /* that may take parts, and their team */
+  void *team;
 } Solve;
 
-static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
+/* Sums of squares of entries of a part's x, in units of the tolerance. */
+PSN_INLINE REAL psn_squares(const Solve *s, int from, int to, int64_t shift, const REAL *x,
+                            const REAL *u, const REAL *u1) {
   REAL sum = 0;
   if (s->shift >= 0) {
-    REAL shift = (REAL)s->shift;
-    if (s->driven == N) {
+    REAL atol = (REAL)s->shift;
 #pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < N; i++) {
-        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
-        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
-        sum += q * q;
-      }
-    } else
-      for (int64_t i = 0; i < s->driven; i++) {
-        REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
-        REAL q = x[i] / (((a > b || a != a) ? a : b) + shift);
-        sum += q * q;
-      }
-  } else
-    for (int64_t i = 0; i < s->driven; i++) {
+    for (int i = from; i < to; i++) {
       REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
-      REAL q = x[i] / (((a > b || a != a) ? a : b) * s->rtol[i] + s->atol[i]);
+      REAL q = x[i] / (((a > b || a != a) ? a : b) + atol);
       sum += q * q;
     }
-  return F(__builtin_sqrt)(sum);
+  } else
+    for (int i = from; i < to; i++) {
+      REAL a = F(__builtin_fabs)(u[i]), b = F(__builtin_fabs)(u1[i]);
+      REAL unit = ((a > b || a != a) ? a : b) * s->rtol[shift + i] + s->atol[shift + i];
+      REAL q = x[i] / unit;
+      sum += q * q;
+    }
+  return sum;
+}
+
+static REAL psn_squares_of(const Solve *s, int part, const REAL *x, const REAL *u, const REAL *u1) {
+  REAL sum = 0;
+  FOR_RUNS(part, 0) {
+    int64_t driven = s->driven - run.shift; /* the later entries drive no steps */
+    if (driven >= run.to) sum += psn_squares(s, run.from, run.to, run.shift, x, u, u1);
+    else if (driven > run.from) sum += psn_squares(s, run.from, (int)driven, run.shift, x, u, u1);
+  }
+  return sum;
+}
+
+/* The norm of a whole state. */
+static double psn_norm_of(const Solve *s, const REAL *x, const REAL *u, const REAL *u1) {
+  return F(__builtin_sqrt)(psn_squares_of(s, 0, x, u, u1));
 }
 
 static double psn_pid(const Solve *s, double error) {
@@ -81,24 +94,26 @@ static double psn_size_after_rejected(const Solve *s, double h, double error) {
   return h / psn_smaller(1 / s->qmin, psn_larger(pow(error, s->beta[0]) / s->gamma, 1.0));
 }
 
+/* In the file of the loop: step until the end or an event, until there is no room, or for a while; the
+   present state, or its first part; and a state of which that is given, in one piece. */
+static int64_t psn_march(Solve *s);
+static const REAL *psn_state(const Solve *s);
+static void psn_put_all(Solve *s, const REAL *x, REAL *whole);
+
 static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
-  memcpy(s->saved + s->reached * N, u, N * sizeof(REAL));
+  psn_put_all(s, u, s->saved + s->reached * ENTIRE);
   double *place = s->places + 2 * s->reached++;
   place[0] = (double)state, place[1] = NAN;
 }
 
-/* In the file of the loop: step until the end or an event, until there is no room, or for a while;
-   and the present state. */
-static int64_t psn_march(Solve *s);
-static const REAL *psn_state(const Solve *s);
-
 /* What Python calls. */
 int64_t march(Solve *s) {
   if (!s->started) pack_all(s->tensors, s->packed);
-  s->status = psn_march(s);
+  WITH_TEAM(s, {
+    s->status = psn_march(s);
+    psn_put_all(s, psn_state(s), s->final);
+  });
   s->finite = 1;
-  const REAL *u = psn_state(s);
-  for (int i = 0; i < N; i++) s->finite &= isfinite(u[i]) != 0;
-  memcpy(s->final, u, N * sizeof(REAL));
+  for (int64_t i = 0; i < ENTIRE; i++) s->finite &= isfinite(s->final[i]) != 0;
   return s->status;
 }

@@ -1,21 +1,28 @@
 /* The stages of an explicit step; for src/solve.h. */
 
-static void psn_stages(Solve *s, double t, double h, int upto) {
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  for (int i = (int)s->known; i < upto; i++) {
-    REAL *g = psn_argument(s, i);
-    combine(i, (REAL)h, U(s), K(s, 0), g);
-    psn_evaluate(s, times[i], g, K(s, i), psn_values(s, i));
+typedef struct {
+  Solve *s;
+  REAL h, times[ALL_STAGES];
+  int from, upto;
+} Stages;
+
+static void psn_stages_in(void *job, int part) {
+  const Stages *a = job;
+  Part p = psn_part(a->s, part, a->s->k);
+  for (int i = a->from; i < a->upto; i++) {
+    REAL *g = psn_argument(&p, i);
+    combine(i, a->h, U(&p), K(&p, 0), g);
+    field_in(psn_first(part), a->times[i], g, a->s->packed, K(&p, i), psn_values(&p, i));
   }
-  if (s->known < upto) s->known = upto;
 }
 
-static void psn_first_stage(Solve *s, double t, double h) {
-  if (s->known) return;
-  REAL times[ALL_STAGES];
-  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  if (s->k != s->memory) memcpy(ARGUMENT(s->k, 0), U(s), N * sizeof(REAL));
-  psn_evaluate(s, times[0], U(s), K(s, 0), psn_values(s, 0));
-  s->known = 1;
+static void psn_stages(Solve *s, double t, double h, int upto) {
+  if (s->known >= upto) return;
+  Stages a = {s, (REAL)h, {0}, (int)s->known, upto};
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, a.times);
+  IN_PARTS(s->team, psn_stages_in, &a);
+  s->evaluations += upto - s->known;
+  s->known = upto;
 }
+
+static void psn_first_stage(Solve *s, double t, double h) { psn_stages(s, t, h, 1); }

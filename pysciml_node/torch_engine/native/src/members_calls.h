@@ -1,33 +1,22 @@
-/* Threads. */
+/* Workers, each in a thread. */
 typedef struct {
   void *job;
-  int64_t (*run)(void *, int64_t);
-  int64_t index, status;
-} Task;
+  int64_t (*run)(void *job, int64_t worker);
+  int running; /* whether one of them goes on in another call */
+} Workers;
 
-static void *psn_thread(void *x) {
-  Task *task = x;
-  task->status = task->run(task->job, task->index);
-  return 0;
+static void psn_work(void *x, int worker) {
+  Workers *w = x;
+  if (w->run(w->job, worker) == RUNNING) SHOW(w->running, 1);
 }
 
-enum { MOST_THREADS = 256 };
-
-static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_t threads) {
-  Task tasks[MOST_THREADS];
-  pthread_t ids[MOST_THREADS];
-  int made[MOST_THREADS] = {0};
-  for (int64_t i = 0; i < threads; i++) tasks[i] = (Task){job, run, i, RUNNING};
-  for (int64_t i = 1; i < threads; i++)
-    made[i] = !pthread_create(&ids[i], 0, psn_thread, &tasks[i]);
-  psn_thread(&tasks[0]);
-  int64_t status = tasks[0].status;
-  for (int64_t i = 1; i < threads; i++) {
-    if (made[i]) pthread_join(ids[i], 0);
-    else psn_thread(&tasks[i]);
-    if (tasks[i].status == RUNNING) status = RUNNING;
-  }
-  return status;
+static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_t workers) {
+  Workers w = {job, run, 0};
+  Team team;
+  psn_open(&team, (int)workers, workers);
+  psn_do(&team, psn_work, &w);
+  psn_close(&team);
+  return w.running ? RUNNING : SUCCESS;
 }
 
 static int64_t psn_march_worker(void *job, int64_t i) {

@@ -2,62 +2,98 @@
 
    The emitted code before this file gives the sizes (N entries of the state in rows of ROW, STAGES,
    ALL_STAGES with those of the dense output, WORK numbers of a field evaluation), the method
-   (combine, NODES, DENSE, ...) and the field (field, pull); the code after it says how the stages
-   of a step are found and pulled back. The loop is that of
+   (combine, NODES, DENSE, ...) and the field (field, pull), for the rows of a part (parts.h); the
+   code after it says how the stages of a step are found and pulled back. The loop is that of
    pysciml_node/torch_engine/march.py and the first step that of replay/norms.py, line by line:
    whoever changes one changes the other. */
 
-#define K(s, i) (s->k + (i) * ROW)
-#define U(s) (s->memory + ALL_STAGES * ROW)
-#define G(s) (s->memory + (ALL_STAGES + 1) * ROW)
-#define LAST(s) (s->memory + (ALL_STAGES + 2) * ROW)
-#define EXTRA(s) (s->memory + (ALL_STAGES + 3) * ROW)
-#define W(s) (s->memory + (ALL_STAGES + 4) * ROW)
-
-static const REAL *psn_state(const Solve *s) { return U(s); }
-
+/* What lies in the memory of a part, where s is a Part; with a Solve, of the first part. */
+#define K(s, i) ((s)->k + (i) * ROW)
+#define U(s) ((s)->memory + ALL_STAGES * ROW)
+#define G(s) ((s)->memory + (ALL_STAGES + 1) * ROW)
+#define LAST(s) ((s)->memory + (ALL_STAGES + 2) * ROW)
+#define EXTRA(s) ((s)->memory + (ALL_STAGES + 3) * ROW)
+#define W(s) ((s)->memory + (ALL_STAGES + 4) * ROW)
+#define MARCH_ROOM ((ALL_STAGES + 4) * ROW + WORK)
 /* The stages of a step that are kept for the sweep: derivatives, arguments, values of the field. */
 #define SLOT (ALL_STAGES * (2 * ROW + WORK))
 #define ARGUMENT(slot, i) ((slot) + (ALL_STAGES + (i)) * ROW)
 #define VALUES(slot, i) ((slot) + 2 * ALL_STAGES * ROW + (i) * WORK)
 
+/* A part, with the derivatives in memory or in a slot, of which those of the first part are k. */
+static inline Part psn_part(const Solve *s, int part, REAL *k) {
+  int64_t room = k == s->memory ? MARCH_ROOM : SLOT;
+  return (Part){s->memory + (int64_t)part * MARCH_ROOM, k + part * room, part};
+}
+
+#define FOR_PARTS                                                                                  \
+  for (Part p = psn_part(s, 0, s->k); p.part < PARTS; p = psn_part(s, p.part + 1, s->k))
+
+static const REAL *psn_state(const Solve *s) { return U(s); }
+
 /* Where the argument of a stage goes, and the values of the field there. */
-static REAL *psn_argument(const Solve *s, int i) {
-  return s->k == s->memory ? G(s) : ARGUMENT(s->k, i);
+static REAL *psn_argument(const Part *p, int i) {
+  return p->k == p->memory ? G(p) : ARGUMENT(p->k, i);
 }
 
-static REAL *psn_values(const Solve *s, int i) {
-  return s->k == s->memory ? W(s) : VALUES(s->k, i);
+static REAL *psn_values(const Part *p, int i) {
+  return p->k == p->memory ? W(p) : VALUES(p->k, i);
 }
 
-/* Go on to the stages of another step. `same`: its first is the END_STAGE of the one before. */
-static void psn_next_stages(Solve *s, int same) {
-  const REAL *last = s->k;
-  s->k = s->accepted < s->kept_room ? s->kept + s->accepted * SLOT : s->memory;
-  s->known = same, s->linearized = 0;
-  if (!same) return;
-  memcpy(K(s, 0), last + END_STAGE * ROW, N * sizeof(REAL));
-  if (s->k == s->memory) return;
-  memcpy(ARGUMENT(s->k, 0), ARGUMENT(last, END_STAGE), N * sizeof(REAL));
-  memcpy(VALUES(s->k, 0), VALUES(last, END_STAGE), WORK * sizeof(REAL));
-}
+/* The end of an attempt, and sums of squares of its errors by parts. */
+typedef struct {
+  Solve *s;
+  REAL h;
+  int adaptive;
+  REAL high[PARTS], low[PARTS];
+} Ending;
 
-static double psn_step_error(Solve *s, const REAL *u, const REAL *u1, double h) {
-  REAL *error = EXTRA(s);
-  error_of(K(s, 0), error);
-  double norm = psn_norm_of(s, error, u, u1);
+static void psn_end_in(void *job, int part) {
+  Ending *e = job;
+  Part p = psn_part(e->s, part, e->s->k);
+  REAL *u = U(&p), *u1 = LAST(&p), *error = EXTRA(&p);
+  if (FSAL && e->adaptive) memcpy(u1, psn_argument(&p, STAGES - 1), N * sizeof(REAL));
+  else combine(END, e->h, u, K(&p, 0), u1);
+  if (!e->adaptive) return;
+  error_of(K(&p, 0), error);
+  e->high[part] = psn_squares_of(e->s, part, error, u, u1);
 #ifdef TWO_ERRORS
-  if (norm != 0) {
-    error_low_of(K(s, 0), error);
-    REAL low = (REAL)psn_norm_of(s, error, u, u1), high = (REAL)norm;
-    norm = high * high / F(__builtin_sqrt)(high * high + (REAL)0.01 * low * low);
-  }
+  error_low_of(K(&p, 0), error);
+  e->low[part] = psn_squares_of(e->s, part, error, u, u1);
+#endif
+}
+
+/* The end of an attempt, into LAST, and its error; NaN for fixed steps. */
+static double psn_end(Solve *s, double h, int adaptive) {
+  Ending e = {s, (REAL)h, adaptive};
+  IN_PARTS(s->team, psn_end_in, &e);
+  if (!adaptive) return NAN;
+  REAL high = 0, low = 0;
+  for (int part = 0; part < PARTS; part++) high += e.high[part], low += e.low[part];
+  double norm = F(__builtin_sqrt)(high);
+#ifdef TWO_ERRORS
+  if (norm != 0) norm = high / F(__builtin_sqrt)(high + (REAL)0.01 * low);
 #endif
   return norm * s->factor * fabs(h);
 }
 
+/* The field at a state in memory, of which the first part is given. */
+typedef struct {
+  Solve *s;
+  REAL t;
+  const REAL *u;
+  REAL *k, *values;
+} Evaluation;
+
+static void psn_evaluate_in(void *job, int part) {
+  const Evaluation *e = job;
+  int64_t at = (int64_t)part * MARCH_ROOM;
+  field_in(psn_first(part), e->t, e->u + at, e->s->packed, e->k + at, e->values + at);
+}
+
 static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k, REAL *values) {
-  field(t, u, s->packed, k, values);
+  Evaluation e = {s, t, u, k, values};
+  IN_PARTS(s->team, psn_evaluate_in, &e);
   s->evaluations++;
 }
 
@@ -70,17 +106,23 @@ static void psn_stages(Solve *s, double t, double h, int upto);
 static double psn_first_size(Solve *s, double direction) {
   if (!isnan(s->dt0)) return copysign(s->dt0, direction);
   psn_first_stage(s, s->t0, 0.0);
-  const REAL *u = U(s), *k = K(s, 0);
   double span = s->t1 - s->t0, length = fabs(span);
-  double d0 = psn_norm_of(s, u, u, u) * s->factor, d1 = psn_norm_of(s, k, u, u) * s->factor;
+  REAL size = 0, slope = 0, bend = 0;
+  FOR_PARTS {
+    size += psn_squares_of(s, p.part, U(&p), U(&p), U(&p));
+    slope += psn_squares_of(s, p.part, K(&p, 0), U(&p), U(&p));
+  }
+  double d0 = F(__builtin_sqrt)(size) * s->factor, d1 = F(__builtin_sqrt)(slope) * s->factor;
   if (!isfinite(d1)) return NAN;
   double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
   h0 = copysign(psn_smaller(h0, length), span);
-  REAL *g = G(s), *change = EXTRA(s);
-  for (int i = 0; i < N; i++) g[i] = u[i] + (REAL)h0 * k[i];
-  psn_evaluate(s, (REAL)(s->t0 + h0), g, change, W(s));
-  for (int i = 0; i < N; i++) change[i] -= k[i];
-  double d2 = psn_norm_of(s, change, u, u) * s->factor / fabs(h0);
+  FOR_PARTS for (int i = 0; i < N; i++) G(&p)[i] = U(&p)[i] + (REAL)h0 * K(&p, 0)[i];
+  psn_evaluate(s, (REAL)(s->t0 + h0), G(s), EXTRA(s), W(s));
+  FOR_PARTS {
+    for (int i = 0; i < N; i++) EXTRA(&p)[i] -= K(&p, 0)[i];
+    bend += psn_squares_of(s, p.part, EXTRA(&p), U(&p), U(&p));
+  }
+  double d2 = F(__builtin_sqrt)(bend) * s->factor / fabs(h0);
   double largest = d2 > d1 ? d2 : d1;
   if (!isfinite(largest)) return h0;
   double h1 = largest <= 1e-15 ? psn_larger(1e-6, fabs(h0) * 1e-3)
@@ -88,17 +130,48 @@ static double psn_first_size(Solve *s, double direction) {
   return copysign(psn_smaller(psn_smaller(100 * fabs(h0), h1), length), span);
 }
 
+/* A state, of which the first part is given, in one piece. */
+typedef struct {
+  const REAL *x;
+  REAL *whole;
+} Putting;
+
+static void psn_put_in(void *job, int part) {
+  const Putting *p = job;
+  psn_put_part(part, p->x + (int64_t)part * MARCH_ROOM, p->whole);
+}
+
+static void psn_put_all(Solve *s, const REAL *x, REAL *whole) {
+  Putting p = {x, whole};
+  IN_PARTS(s->team, psn_put_in, &p);
+}
+
 /* The state at a place in a step. */
+typedef struct {
+  Solve *s;
+  REAL h, weights[ALL_STAGES];
+  REAL *out;
+} Place;
+
+static void psn_dense_in(void *job, int part) {
+  const Place *place = job;
+  Part p = psn_part(place->s, part, place->s->k);
+  const REAL *u = U(&p), *k = K(&p, 0);
+  FOR_RUNS(part, 0) {
+    REAL *out = place->out + run.shift;
+    for (int i = run.from; i < run.to; i++) {
+      REAL sum = 0;
+      for (int j = 0; j < ALL_STAGES; j++) sum += place->weights[j] * k[j * ROW + i];
+      out[i] = u[i] + place->h * sum;
+    }
+  }
+}
+
 static void psn_dense(Solve *s, double t, double h, double theta, REAL *out) {
   psn_stages(s, t, h, ALL_STAGES);
-  REAL weights[ALL_STAGES];
-  const REAL *u = U(s), *k = K(s, 0);
-  psn_dense_weights(theta, 0, weights);
-  for (int i = 0; i < N; i++) {
-    REAL sum = 0;
-    for (int j = 0; j < ALL_STAGES; j++) sum += weights[j] * k[j * ROW + i];
-    out[i] = u[i] + (REAL)h * sum;
-  }
+  Place place = {s, (REAL)h, {0}, out};
+  psn_dense_weights(theta, 0, place.weights);
+  IN_PARTS(s->team, psn_dense_in, &place);
 }
 
 /* Save what lies in an accepted step from U to u1 (saver.py). */
@@ -109,7 +182,7 @@ static void psn_save(Solve *s, double t, double h, double end, int lands, const 
     double at = s->saves[s->reached];
     if (!((forward ? at < end : at > end) || (closed && at == end))) break;
     double theta = (at - t) / h;
-    psn_dense(s, t, h, theta, s->saved + s->reached * N);
+    psn_dense(s, t, h, theta, s->saved + s->reached * ENTIRE);
     double *place = s->places + 2 * s->reached++;
     place[0] = (double)s->accepted, place[1] = theta;
   }
@@ -117,15 +190,52 @@ static void psn_save(Solve *s, double t, double h, double end, int lands, const 
     psn_keep_end(s, s->accepted + 1, u1);
 }
 
+/* Where the derivatives of the next step go. */
+static REAL *psn_next_k(const Solve *s) {
+  return s->accepted < s->kept_room ? s->kept + s->accepted * PARTS * SLOT : s->memory;
+}
+
+/* Write the end of an accepted step down, and go on from there to the stages of another one. */
+typedef struct {
+  Solve *s;
+  REAL *end, *k;
+  int same; /* whether its first stage is the END_STAGE of the one before */
+} Acceptance;
+
+static void psn_accept_in(void *job, int part) {
+  const Acceptance *a = job;
+  Part p = psn_part(a->s, part, a->s->k), next = psn_part(a->s, part, a->k);
+  psn_put_part(part, LAST(&p), a->end);
+  memcpy(U(&p), LAST(&p), N * sizeof(REAL));
+  if (!a->same) return;
+  memcpy(K(&next, 0), K(&p, END_STAGE), N * sizeof(REAL));
+  if (next.k == next.memory) return;
+  memcpy(ARGUMENT(next.k, 0), ARGUMENT(p.k, END_STAGE), N * sizeof(REAL));
+  memcpy(VALUES(next.k, 0), VALUES(p.k, END_STAGE), WORK * sizeof(REAL));
+}
+
+static void psn_accept(Solve *s, int same) {
+  REAL *end = s->ends + s->accepted++ * ENTIRE;
+  Acceptance a = {s, end, psn_next_k(s), same};
+  IN_PARTS(s->team, psn_accept_in, &a);
+  s->k = a.k;
+  s->known = same, s->linearized = 0;
+}
+
+#if PARTS == 1
 /* In events.h. */
 static int psn_cut(Solve *s, double t, double *h, double end);
+#else
+/* Events are looked for in the whole state. */
+static int psn_cut(Solve *s, double t, double *h, double end) { return 0; }
+#endif
 
 static int64_t psn_march(Solve *s) {
   int adaptive = s->control != FIXED;
   double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
   if (!s->started) {
-    memcpy(U(s), s->u0, N * sizeof(REAL));
-    psn_next_stages(s, 0);
+    s->k = psn_next_k(s);
+    FOR_PARTS psn_take_part(p.part, s->u0, U(&p));
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
     s->t = s->t0;
     s->h = psn_first_size(s, direction);
@@ -148,12 +258,7 @@ static int64_t psn_march(Solve *s) {
       return s->last_h != 0 && !isfinite(s->last_error) ? UNSTABLE : TOO_SMALL;
     psn_first_stage(s, t, h);
     psn_stages(s, t, h, FSAL && !adaptive ? STAGES - 1 : STAGES);
-    REAL *u = U(s), *u1 = LAST(s);
-    if (FSAL && adaptive)
-      memcpy(u1, psn_argument(s, STAGES - 1), N * sizeof(REAL));
-    else
-      combine(END, (REAL)h, u, K(s, 0), u1);
-    double error = adaptive ? psn_step_error(s, u, u1, h) : NAN;
+    double error = psn_end(s, h, adaptive);
     s->last_t = t, s->last_h = h, s->last_error = error;
     if (adaptive && !(error <= 1)) {
       s->rejected++;
@@ -164,13 +269,10 @@ static int64_t psn_march(Solve *s) {
     double end = lands ? stop : t + h;
     int cut = s->event_count && psn_cut(s, t, &h, end);
     if (cut) end = t + h, lands = 0;
-    psn_save(s, t, h, end, lands, u1);
+    psn_save(s, t, h, end, lands, LAST(s));
     double *row = s->steps + 4 * s->accepted;
     row[0] = end, row[1] = h, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
-    memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
-    s->accepted++;
-    psn_next_stages(s, END_STAGE >= 0 && s->known > END_STAGE && !lands);
-    memcpy(u, u1, N * sizeof(REAL));
+    psn_accept(s, END_STAGE >= 0 && s->known > END_STAGE && !lands);
     s->t = end;
     if (cut) return STOPPED;
     if (lands && ++s->next_stop == s->stop_count) return SUCCESS;

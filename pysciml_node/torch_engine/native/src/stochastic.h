@@ -40,6 +40,10 @@ static REAL psn_deviation(const REAL *diffusion, int entry) {
   return 3 * F(__builtin_sqrt)(sum);
 }
 
+static void psn_put_all(Solve *s, const REAL *x, REAL *whole) {
+  memcpy(whole, x, N * sizeof(REAL));
+}
+
 /* Hairer's first step, with the noise in the slope (stochastic/step.py). */
 static double psn_first_size(Solve *s) {
   if (!isnan(s->dt0)) return s->dt0;
