@@ -134,8 +134,9 @@ class Arguments:
         return self._taken[count]
 
 
-# The signatures of a function, by its identity: as itself, and as a bound method.
-_SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[types.FunctionType], Arguments]] = {}
+# The signatures of a function, by its identity: as itself, and as a bound method. All that have
+# nothing but their code have the same, as those that are made anew for each solve.
+_SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[Any], Arguments]] = {}
 
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -160,10 +161,12 @@ def arguments(value: Callable[..., Any]) -> Arguments:
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):
         return Arguments(forward)
-    key = id(function), function is not forward
+    more = function.__defaults__ or function.__kwdefaults__ or function.__dict__
+    says = function if more else function.__code__
+    key = id(says), function is not forward
     known = _SIGNATURES.get(key)
-    if known is None or known[0]() is not function:
-        gone = weakref.ref(function, lambda _: _SIGNATURES.pop(key, None))
+    if known is None or known[0]() is not says:
+        gone = weakref.ref(says, lambda _: _SIGNATURES.pop(key, None))
         known = _SIGNATURES[key] = gone, Arguments(forward)
     return known[1]
 

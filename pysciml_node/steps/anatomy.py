@@ -1,4 +1,4 @@
-"""The anatomy of functions and classes: the names in their code, their slots."""
+"""The anatomy of functions and classes: names in their code, slots, and what they were given."""
 
 from __future__ import annotations
 
@@ -88,3 +88,66 @@ def slots_of(kind: type) -> list[tuple[str, Any]]:
             if isinstance(slot, types.MemberDescriptorType):
                 slots.append((key, slot))
     return slots
+
+
+UNBOUND = object()
+"""Stands for the content of a cell that has none yet."""
+
+FIRST_OF_ITS_OWN = 2
+"""Where the parts of a function begin that it does not share with all functions of a module."""
+
+
+def function_of(f: Any) -> types.FunctionType | None:
+    """A function itself, or that of a method; `None` for other callables."""
+    function = f.__func__ if type(f) is types.MethodType else f
+    return function if type(function) is types.FunctionType else None
+
+
+def anchor_of(f: Any) -> Any:
+    """What tells a field from others: the code of a function or method, and any other by itself.
+
+    A function is often made again for each solve, from the same code.
+    """
+    function = function_of(f)
+    return f if function is None else function.__code__
+
+
+def parts_of(f: Any) -> tuple[Any, ...]:
+    """What a function or a method was given when it was made; empty for other callables.
+
+    Functions of the same code and the same parts do the same. The parts are its class, globals,
+    owner, keyword defaults and its dict, where these are not empty, default values, and what it
+    captures.
+    """
+    function = function_of(f)
+    if function is None:
+        return ()
+    owner = f.__self__ if function is not f else None
+    further = function.__kwdefaults__ or None, function.__dict__ or None
+    defaults = function.__defaults__ or ()
+    return (type(f), function.__globals__, owner, *further, *defaults, *captured_by(function))
+
+
+def cells_of(f: Any) -> tuple[types.CellType, ...]:
+    """The cells of a function or method, in the order of its code's `co_freevars`."""
+    function = function_of(f)
+    return () if function is None else function.__closure__ or ()
+
+
+def captured_by(f: types.FunctionType) -> list[Any]:
+    """What is in the cells of a function, in the order of its `co_freevars`."""
+    cells = f.__closure__
+    if cells is None:
+        return []
+    try:
+        return [cell.cell_contents for cell in cells]
+    except ValueError:
+        return [content_of(cell) for cell in cells]
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What is in a cell, or `UNBOUND`."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return UNBOUND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,10 +47,12 @@ class Place(ABC):
     Attributes:
         name: of the place.
         container: the list or dict that the place is, if any.
+        cell: the cell that it is, if any.
     """
 
     name: str
     container: Any = None
+    cell: types.CellType | None = None
 
     @abstractmethod
     def changed(self) -> bool:
@@ -240,6 +243,17 @@ class Single(Place):
     ) -> None:
         self._get, self._set, self.seen, self.name = get, put, seen, name
         self.left_alone = False
+
+    @classmethod
+    def of_cell(cls, cell: types.CellType, seen: Any, name: str) -> Single:
+        """The place of what a function captures under a name."""
+
+        def put(value: Any) -> None:
+            cell.cell_contents = value
+
+        single = cls(lambda: cell.cell_contents, put, seen, name)
+        single.cell = cell
+        return single
 
     @override
     def changed(self) -> bool:

@@ -14,16 +14,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.places import Names, StandIns, Test, holds
+from pysciml_node.steps.start import Start, version_of, versions_of
 from pysciml_node.steps.walk import APART, Walk
-
-_COUNT: Callable[[Tensor], int] = attrgetter("_version")
 
 # While a sweep has put other values into places, the solves of other threads wait.
 _lock = threading.RLock()
@@ -50,36 +49,35 @@ class Surroundings:
         if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, APART))
-        self._versions = _versions(self.tensors)
+        self._versions = versions_of(self.tensors)
         self._lent = False
 
     def lasting(self) -> Surroundings:
-        """What a later solve can begin `again` with; it does not hold the field `f`."""
+        """What a later solve can begin `again` with: without the field, and what it was given."""
         kept, self._lent = copy.copy(self), True
-        # The walk has begun with the roots, and the modules with `f`, where it is one.
-        modules = self._modules[isinstance(self.roots["f"], nn.Module) :]
-        kept.roots, kept._places, kept._modules = {}, self._places[1:], modules
+        f = self.roots["f"]
+        cells, own = set(map(id, cells_of(f))), {id(f), *map(id, parts_of(f))}
+        # The walk has begun with the roots.
+        kept.roots, kept._places = {}, [x for x in self._places[1:] if id(x.cell) not in cells]
+        kept._modules = [(name, x) for name, x in self._modules if id(x) not in own]
+        kept.tensors = [x for x in self.tensors if id(x) not in own]
+        kept.names = {i: name for i, name in self.names.items() if i not in own}
         return kept
 
-    def versions(self) -> list[int | None]:
-        """How often each tensor has been changed in place up to now."""
-        return _versions(self.tensors)
-
-    def again(self, f: Any, versions: list[int | None]) -> Surroundings:
-        """The surroundings of a later solve with a field, in which nothing else had changed.
-
-        Args:
-            f: the field: a module, or what is derived from one.
-            versions: as they were when that solve began.
-        """
+    def again(self, start: Start) -> Surroundings:
+        """The surroundings of a later solve, in which nothing had changed but what is its own."""
         later = Surroundings.__new__(Surroundings)
         later.__dict__.update(self.__dict__)
-        later.roots = {"f": f, "p": None}
-        later._places = [Names(later.roots, later.roots.copy(), ""), *self._places]
-        first = [("f", f)] if isinstance(f, nn.Module) else []
-        later._modules = [*first, *self._modules]
+        later.roots = roots = {"f": start.f, "p": start.p}
+        later._places = [Names(roots, roots.copy(), ""), *start.places(), *self._places]
+        own = [(name, x) for name, x in start.named() if id(x) not in self.names]
+        later._modules = [(name, x) for name, x in own if isinstance(x, nn.Module)] + self._modules
+        names = {id(x): name for name, x in own if isinstance(x, Tensor)}
+        tensors = {id(x): x for _, x in own if isinstance(x, Tensor)}
+        later.tensors, later.names = [*tensors.values(), *self.tensors], {**names, **self.names}
+        versions = start.versions()
+        later._versions = [versions[id(x)] for x in later.tensors]
         later._written = self._written.copy()
-        later._versions = versions
         later._lent = True
         return later
 
@@ -105,7 +103,7 @@ class Surroundings:
                 if place.changed():
                     place.settle()
         for i, x in enumerate(self.tensors):
-            version = _version(x)
+            version = version_of(x)
             if version != self._versions[i]:
                 self._versions[i] = None
                 self._written.append(x)
@@ -206,7 +204,7 @@ class Surroundings:
         return [
             x
             for x, version in zip(self.tensors, self._versions, strict=True)
-            if version is not None and version != _version(x)
+            if version is not None and version != version_of(x)
         ]
 
     @contextmanager
@@ -239,15 +237,3 @@ class Surroundings:
         with _lock:
             for place in self._places:
                 place.restore({})
-
-
-def _version(x: Tensor) -> int | None:
-    """The number of changes in place of a tensor; `None` where torch does not count them."""
-    return None if x.is_inference() else x._version
-
-
-def _versions(tensors: list[Tensor]) -> list[int | None]:
-    try:
-        return list(map(_COUNT, tensors))
-    except RuntimeError:  # torch refuses where it does not count
-        return [_version(x) for x in tensors]

@@ -21,7 +21,14 @@ from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
-from pysciml_node.steps.anatomy import globals_in, is_library, names_in, slots_of
+from pysciml_node.steps.anatomy import (
+    UNBOUND,
+    content_of,
+    globals_in,
+    is_library,
+    names_in,
+    slots_of,
+)
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
 from pysciml_node.steps.record import Recorded
@@ -206,19 +213,10 @@ class Walk:
         if id(cell) in self._visited:
             return
         self._visited[id(cell)] = cell
-        try:
-            seen = cell.cell_contents
-        except ValueError:  # not bound yet
-            return
-        self.places.append(
-            Single(
-                lambda: cell.cell_contents,
-                lambda value: setattr(cell, "cell_contents", value),
-                seen,
-                name,
-            )
-        )
-        self._see(seen, name)
+        seen = content_of(cell)
+        if seen is not UNBOUND:
+            self.places.append(Single.of_cell(cell, seen, name))
+            self._see(seen, name)
 
     def _single(self, owner: Any, key: str, name: str) -> None:
         """An attribute that is no entry of a dict."""

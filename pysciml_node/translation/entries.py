@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 ABSENT = object()
+
+PLAIN = frozenset(
+    (
+        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    )
+)
+"""Kinds of values that are compared as they are."""
 
 
 class Value:

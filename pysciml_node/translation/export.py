@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.steps.anatomy import anchor_of
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, changes_argument, differentiated
 from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
+from pysciml_node.translation.leaves import class_of_its_own, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.watch import have_same
+from pysciml_node.translation.watch import Contents, have_contents, have_same
 
 
 class TranslatedModule(NamedTuple):
@@ -53,11 +54,7 @@ class TranslatedModule(NamedTuple):
     program: Program
     snapshot: Snapshot
     sources: tuple[int | Tensor, ...]
-    contents: tuple[tuple[int, Tensor], ...]
-
-    def holds(self, tensors: list[Tensor]) -> bool:
-        """Whether the program is that of the module with other tensors in its places."""
-        return not self.contents or all(torch.equal(tensors[i], x) for i, x in self.contents)
+    contents: Contents
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class _Outcome:
     """What became of a field: a translation, or why there is none, and for which state of it.
 
     Attributes:
-        kind: what goes through the graph, and the structure of the state and of `p`.
+        kind: what goes through the graph, the structure of the state, and the form of `p`.
         tokens: of the snapshot that was taken.
         passing: places of the snapshot that an evaluation changes by itself, such as a count.
         contents: numbers of tensors whose entries are part of the program, with those entries.
@@ -101,7 +98,7 @@ class _Outcome:
     kind: Any
     tokens: list[Any]
     passing: frozenset[int]
-    contents: tuple[tuple[int, Tensor], ...]
+    contents: Contents
     result: _Translation | tuple[str, str | None, bool]
     silent: bool
 
@@ -113,9 +110,11 @@ class _Outcome:
 
     def holds(self, kind: Any, now: Snapshot) -> bool:
         """Whether the field is still what it was."""
-        if kind != self.kind or not self._same(now.tokens):
-            return False
-        return not self.contents or all(torch.equal(now.tensors[i], x) for i, x in self.contents)
+        return (
+            kind == self.kind
+            and self._same(now.tokens)
+            and have_contents(now.tensors, self.contents)
+        )
 
     def _same(self, tokens: list[Any]) -> bool:
         if tokens is self.tokens:  # a second look found nothing new
@@ -151,6 +150,9 @@ _FIELDS = 256
 
 _CACHE: RecentOf[deque[_Outcome]] = RecentOf(_FIELDS)
 
+_OF_CLASSES: RecentOf[deque[_Outcome]] = RecentOf(_FIELDS)
+"""The same of classes of modules: two that look the same are evaluated in the same way."""
+
 # torch.export, and the silence around it, are the process's own: one thread at a time.
 _lock = threading.RLock()
 
@@ -170,37 +172,27 @@ class _Called(nn.Module):
         return self.f(*inputs)
 
 
-def _anchor(f: Callable[..., Any]) -> Any:
-    """What translations are kept with: the code of a function, which may be made many times."""
-    if isinstance(f, DerivedField):
-        return _anchor(f.inner)
-    if isinstance(f, nn.Module):  # it has none, and looks for what it lacks at length
-        return f
-    return getattr(getattr(f, "__func__", f), "__code__", f)
-
-
 def kept(f: Callable[..., Any]) -> deque[_Outcome]:
     """What is kept of a field, the newest first; empty for one that is new."""
-    anchor = _anchor(f)
+    if isinstance(f, DerivedField):
+        return kept(f.inner)
+    anchor = anchor_of(f)
     outcomes = _CACHE.get(anchor)
     if outcomes is None:
         outcomes = _CACHE[anchor] = deque(maxlen=_MOST)
     return outcomes
 
 
-def _leaves(p: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of a field's extra argument, and all else that a program of it depends on."""
-    if p is None:
-        return [], None
-    leaves, structure = pytree.tree_flatten(p)
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    return tensors, (
-        structure,
-        [
-            (x.dtype, x.shape, x.device, x.requires_grad) if isinstance(x, Tensor) else (type(x), x)
-            for x in leaves
-        ],
-    )
+def _of_its_class(f: Callable[..., Any]) -> deque[_Outcome]:
+    """What is kept of all modules of a class; empty for what is none."""
+    if isinstance(f, DerivedField):
+        return _of_its_class(f.inner)
+    if not isinstance(f, nn.Module):
+        return deque()
+    outcomes = _OF_CLASSES.get(type(f))
+    if outcomes is None:
+        outcomes = _OF_CLASSES[type(f)] = deque(maxlen=_MOST)
+    return outcomes
 
 
 def translate(
@@ -302,12 +294,21 @@ def _translated(
     mode = foreign_mode()
     if mode is not None:
         raise UnsupportedModule(f"{label(f)} is evaluated where {mode} may change its operations.")
-    tensors, structure = ([], None) if p is None else _leaves(p)
-    kind = (walk, spec, structure)
+    tensors, form = leaves_of(p)
+    foreign = class_of_its_own(tensors)
+    if foreign is not None:
+        raise UnsupportedModule(
+            f"{label(f)} takes a p of the class {foreign}, which may change its operations."
+        )
+    kind = (walk, spec, form)
     with _lock:
         outcomes = kept(f)
         now = Snapshot.of(f)
         outcome = _still_holding(outcomes, kind, now)
+        relatives = _of_its_class(f)
+        if outcome is None:
+            outcome = _still_holding(relatives, kind, now)
+            outcomes.extendleft(() if outcome is None else (outcome,))
         if outcome is None and len(outcomes) >= often:
             raise UnsupportedModule(f"{label(f)} is another function at each solve.")
         if outcome is None:
@@ -321,6 +322,7 @@ def _translated(
                     f"{label(f)} reaches other tensors than when its translation began."
                 )
             outcomes.appendleft(outcome)
+            relatives.appendleft(outcome)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)
@@ -392,7 +394,7 @@ def _translate(
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints)
-        parameters = translation.parameters([*snapshot.tensors, *_leaves(p)[0]])
+        parameters = translation.parameters([*snapshot.tensors, *leaves_of(p)[0]])
         further = () if p is None else (p,)
 
         def flat(t: Tensor, u: Any) -> Tensor:

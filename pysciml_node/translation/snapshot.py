@@ -8,7 +8,6 @@ import contextvars
 import functools
 import os
 import sys
-import sysconfig
 import threading
 import types
 import weakref
@@ -21,17 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from pysciml_node.steps.anatomy import imports_in, names_in, slots_of
-from pysciml_node.translation.entries import Attributes, Calls, Value, bytes_of
-from pysciml_node.translation.recent import RecentOf, reference
-from pysciml_node.translation.watch import Watch, describe, freedom
-
-_PLAIN = frozenset(
-    (
-        *(int, float, bool, complex, str, bytes, type(None), type(...), slice, range),
-        *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
-    )
+from pysciml_node.steps.anatomy import (
+    FIRST_OF_ITS_OWN,
+    UNBOUND,
+    captured_by,
+    function_of,
+    imports_in,
+    names_in,
+    parts_of,
+    slots_of,
 )
+from pysciml_node.translation.entries import PLAIN, Attributes, Calls, Value, bytes_of
+from pysciml_node.translation.given import Given
+from pysciml_node.translation.leaves import as_it_is
+from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
+from pysciml_node.translation.recent import reference
+from pysciml_node.translation.watch import Watch, describe, freedom
+from pysciml_node.translation.watched import forgetting, keep, watches_on
 
 # Containers that hold nothing but their entries.
 _CONTAINERS = frozenset(
@@ -42,17 +47,6 @@ _CONTAINERS = frozenset(
 _UNSEEN = (
     *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-)
-
-# Libraries whose objects hold numbers that a field computes with.
-_WALKED = ("torch", "types", "pysciml_node")
-
-# Libraries whose objects an evaluation does not change.
-_SILENT = frozenset(
-    (
-        *("builtins", "numpy", "torch", "functools", "operator", "enum", "typing", "abc", "_abc"),
-        *("_thread", "weakref", "pathlib", "datetime", "fractions", "decimal", "re", "inspect"),
-    )
 )
 
 # Functions whose answer is that of the place where a solve is called.
@@ -79,10 +73,12 @@ class Snapshot(NamedTuple):
     Attributes:
         watch: the places that were looked at.
         tensors: the distinct tensors, in the order of the walk: equal tokens mean the same places.
+        parts: what a function was given, by `parts_of`.
     """
 
     watch: Watch
     tensors: list[Tensor]
+    parts: tuple[Any, ...]
 
     @property
     def tokens(self) -> list[Any]:
@@ -91,6 +87,12 @@ class Snapshot(NamedTuple):
         For a tensor they hold dtype, shape and device, and not its numbers.
         """
         return self.watch.tokens
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors but for those that a function was given."""
+        given = self.watch.given
+        return self.tensors if given is None else self.tensors[len(given.first) :]
 
     @property
     def sealed(self) -> bool:
@@ -103,24 +105,33 @@ class Snapshot(NamedTuple):
         return self.watch.fickle
 
     @staticmethod
+    def again(f: Any) -> Snapshot | None:
+        """A second look; `None` where there was no first one, or anything has changed since."""
+        function = function_of(f)
+        parts = () if function is None else parts_of(f)
+        for watch in watches_on(f if function is None else function.__code__):
+            tensors = watch.tensors(parts)
+            if tensors is not None:
+                return Snapshot(watch, tensors, parts)
+        return None
+
+    @staticmethod
     def of(f: Any) -> Snapshot:
         """Look at everything that `f` can reach: attributes, closures, globals, hooks.
 
         The walk is skipped where nothing has changed since the last one.
         """
-        known = _watched.get(f)
+        known = Snapshot.again(f)
         if known is not None:
-            tensors = known.tensors()
-            if tensors is not None:
-                return Snapshot(known, tensors)
+            return known
         walk = _Walk(f)
-        walk.add(f)
+        walk.begin()
         for name in _GLOBAL_HOOKS:
             walk.add(getattr(hooks_of_all, name))
         walk.add(torch.get_default_dtype())
         walk.finish()
-        _watched[f] = walk.watch
-        return Snapshot(walk.watch, walk.tensors)
+        keep(f, walk.watch)
+        return Snapshot(walk.watch, walk.tensors, parts_of(f))
 
     def changes(self, later: Snapshot) -> frozenset[int]:
         """Places at which a later snapshot differs, if both have the same structure.
@@ -132,9 +143,6 @@ class Snapshot(NamedTuple):
         pairs = zip(self.tokens, later.tokens, strict=True)
         changed = [i for i, (before, after) in enumerate(pairs) if before != after]
         return frozenset(i for i in changed if not isinstance(later.tokens[i], Calls))
-
-
-_watched: RecentOf[Watch] = RecentOf(64)
 
 
 class _Same:
@@ -161,6 +169,8 @@ class _Walk:
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        # What a watch does not keep alive: it is told, or told of, their classes otherwise.
+        self._let_go = {id(root)}
         self.watch = Watch()
         self.tensors: list[Tensor] = []
         self._tokens = self.watch.tokens
@@ -173,11 +183,43 @@ class _Walk:
         # Code mentions `grad`; something that it reaches has an attribute of that name.
         self._reads_gradients = self._has_gradients = False
 
+    def begin(self) -> None:
+        """Note the field, and what can be reached from it."""
+        f, parts = self._root, parts_of(self._root)
+        function = function_of(f)
+        if function is None:
+            self.add(f)
+            return
+        self._seen[id(f)] = (0, f)
+        self._given(parts)
+        self._code(function)
+
+    def _given(self, parts: tuple[Any, ...]) -> None:
+        """Note what a function was given: first all tensors, which may be others each time."""
+        given = self.watch.given = Given([type(part) for part in parts])
+        self._let_go.update(map(id, parts))
+        gone = forgetting(self.watch)
+        tensors = [(place, x) for place, x in enumerate(parts) if isinstance(x, Tensor)]
+        for place, x in tensors:
+            if id(x) not in self._indices:
+                self._number(x)
+            given.expect_tensor(place, self._indices[id(x)])
+        for place, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                given.expect(place, part, gone)
+                if place >= FIRST_OF_ITS_OWN:
+                    self.add(part)
+                continue
+            self._tokens.append(self._indices[id(part)])
+            if part.__dict__:  # another tensor may have other attributes
+                given.expect(place, part, gone)
+                self.add(part.__dict__)
+
     def add(self, x: Any) -> None:
         """Note an object, and what can be reached from it."""
         kind: Any = type(x)
-        if kind in _PLAIN:
-            self._tokens.append((kind, x))
+        if kind in PLAIN:
+            self._tokens.append(as_it_is(x))
             return
         seen = self._seen.get(id(x))
         if seen is not None:
@@ -217,16 +259,21 @@ class _Walk:
             self.watch.expect_again(container, key, self._indices[id(x)])
             self._tokens.append(self._indices[id(x)])
         else:
-            self._seen[id(x)] = (len(self._seen), x)
             self._tensor(x, container, key)
 
-    def _tensor(self, x: Tensor, container: Any, key: Any) -> None:
+    def _number(self, x: Tensor) -> None:
+        self._seen[id(x)] = (len(self._seen), x)
         self._indices[id(x)] = len(self.tensors)
         self.tensors.append(x)
         self._tokens.append(describe(x))
+        self.watch.described.append(describe(x))
+
+    def _tensor(self, x: Tensor, container: Any, key: Any) -> None:
+        self._number(x)
         # Before what the tensor holds itself: a second look finds them in the same order.
-        self.watch.expect_tensor(container, key, x)
-        if x.__dict__:
+        self.watch.expect_tensor(container, key)
+        if x.__dict__:  # another tensor may have other attributes
+            self.watch.expect_item(container, key, x)
             self._dict(x.__dict__)
 
     def _loose_tensor(self, x: Tensor) -> None:
@@ -235,7 +282,7 @@ class _Walk:
 
     def _kind(self, x: Any) -> None:
         """Note the class of an object, which can be exchanged."""
-        if self._root is not x:  # a watch does not keep it alive
+        if id(x) not in self._let_go:
             self.watch.expect_item(Attributes(x), "__class__", type(x))
         self.add(type(x))
 
@@ -255,7 +302,7 @@ class _Walk:
         self._has_gradients |= "grad" in x
         self.watch.expect_order(x)
         for key, value in x.items():
-            if type(key) in _PLAIN:
+            if type(key) in PLAIN:
                 self._tokens.append(key)
             else:
                 self.add(key)
@@ -269,29 +316,36 @@ class _Walk:
         self._further(x)
 
     def _set(self, x: Any) -> None:
-        self._tokens.append((type(x), frozenset(e for e in x if type(e) in _PLAIN)))
+        self._tokens.append((type(x), frozenset(e for e in x if type(e) in PLAIN)))
         self.watch.expect_equal(lambda: frozenset(map(id, x)))
         for value in x:
-            if type(value) not in _PLAIN:
+            if type(value) not in PLAIN:
                 self.add(value)
         self._further(x)
 
     def _function(self, f: types.FunctionType) -> None:
+        if not is_library(f.__module__):
+            # The parts of a function can be exchanged, though hardly anybody does.
+            parts = Attributes(f)
+            for name in ("__code__", "__defaults__", "__kwdefaults__"):
+                self.watch.expect_item(parts, name, getattr(f, name))
+            self.add(f.__defaults__)
+            self.add(f.__kwdefaults__)
+            self._dict(f.__dict__)
+        for cell, content in zip(f.__closure__ or (), captured_by(f), strict=True):
+            if content is UNBOUND:
+                self._tokens.append("unbound")
+            else:
+                self._at(Attributes(cell), "cell_contents", content)
+        self._code(f)
+
+    def _code(self, f: types.FunctionType) -> None:
+        """Note the code of a function, and what it names."""
         self._tokens.append(f.__code__)
+        if is_library(f.__module__):
+            return  # it does not change while a program runs, but what was handed to it may
         names = names_in(f.__code__)
-        if _is_library(f.__module__):
-            # It does not change while a program runs, but what was handed to it may.
-            self._cells(f)
-            return
-        # The parts of a function can be exchanged, though hardly anybody does.
-        parts = Attributes(f)
-        for name in ("__code__", "__defaults__", "__kwdefaults__"):
-            self.watch.expect_item(parts, name, getattr(f, name))
-        self.add(f.__defaults__)
-        self.add(f.__kwdefaults__)
-        self._dict(f.__dict__)
         self._asks(names, f.__globals__)
-        self._cells(f)
         self._names.update(dict.fromkeys(names))
         for name in names:  # of globals, and of attributes, which may become those of globals
             self._entry(f.__globals__, name)
@@ -305,16 +359,6 @@ class _Walk:
             self._at(held, name, held[name])
         else:
             self.watch.expect_none(held, name)
-
-    def _cells(self, f: types.FunctionType) -> None:
-        """Note what a function captures."""
-        for cell in f.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # the name is not bound yet
-                self._tokens.append("unbound")
-                continue
-            self._at(Attributes(cell), "cell_contents", content)
 
     def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
         """Note what code asks for that stands in no place."""
@@ -344,7 +388,7 @@ class _Walk:
 
     def _python_module(self, x: types.ModuleType) -> None:
         self._tokens.append(_Same(x))
-        if not _is_library(x.__name__):
+        if not is_library(x.__name__):
             self._modules.append(x)
 
     def _class(self, x: type) -> None:
@@ -352,7 +396,7 @@ class _Walk:
         if type(x) is not type:
             self.add(type(x))
         for owner in x.__mro__:
-            if _is_library(owner.__module__):
+            if is_library(owner.__module__):
                 continue
             held = vars(owner)
             self._has_gradients |= "grad" in held
@@ -391,7 +435,7 @@ class _Walk:
     def _keeping(self, x: Any) -> None:
         """A function that keeps its results."""
         self.add(x.__wrapped__)
-        if _is_library(x.__module__):
+        if is_library(x.__module__):
             return
         self._tokens.append(Calls(*x.cache_info()[:2]))
         self.watch.expect_equal(lambda: x.cache_info()[:2])
@@ -399,7 +443,7 @@ class _Walk:
     def _opaque(self, x: Any) -> None:
         """An object of another library: itself, and the numbers that it holds directly."""
         self._tokens.append(_Same(x))
-        if type(x).__module__.partition(".")[0] in _SILENT and not hasattr(x, "__next__"):
+        if is_silent(type(x)) and not hasattr(x, "__next__"):
             return
         self.watch.sealed = True
         held = getattr(x, "__dict__", None)
@@ -407,7 +451,7 @@ class _Walk:
             return
         self.watch.expect_size(held)
         for name, value in held.items():
-            if type(value) in _PLAIN or isinstance(value, Tensor | np.ndarray):
+            if type(value) in PLAIN or isinstance(value, Tensor | np.ndarray):
                 self._tokens.append(name)
                 self._at(held, name, value)
 
@@ -468,17 +512,4 @@ def _handler(kind: Any) -> Callable[[_Walk, Any], None]:
     for kinds, handler in _KINDS:
         if issubclass(kind, kinds):
             return handler
-    opaque = _is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
-    return _Walk._opaque if opaque else _Walk._object
-
-
-@functools.cache
-def _is_library(name: str | None) -> bool:
-    """Whether a module is installed, and so does not change while a program runs."""
-    top = str(name).partition(".")[0]
-    if top in ("torch", "pysciml_node") or top in sys.stdlib_module_names:
-        return top != "__main__"
-    # What a module answers for names that it lacks is not asked.
-    file = getattr(sys.modules.get(str(name)), "__dict__", {}).get("__file__")
-    places = (sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    return file is not None and any(file.startswith(place) for place in places)
+    return _Walk._opaque if is_opaque(kind) else _Walk._object

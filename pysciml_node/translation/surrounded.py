@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
@@ -10,48 +11,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pysciml_node.steps.anatomy import function_of
 from pysciml_node.steps.derived import DerivedField
+from pysciml_node.steps.start import Start
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.watch import Watch
 
 # Entries of a tensor that is kept although the field may hold another one by now.
 _SMALL = 1024
 
 
 @dataclass(frozen=True)
-class Walked:
-    """The surroundings of a module, or of what is derived from it, as a snapshot has seen them.
+class _Walked:
+    """The surroundings of a field as a snapshot has seen them.
 
     Attributes:
-        watch: of the snapshot; a second look that finds nothing new has the same.
-        tensors: of the snapshot.
-        surroundings: without the field itself.
+        tensors: of the snapshot, but for those that a function was given.
+        surroundings: without the field itself, and what it was given.
     """
 
-    watch: Watch
     tensors: list[Tensor]
     surroundings: Surroundings
-
-    def holds(self, now: Snapshot) -> bool:
-        """Whether all that the field reaches is what it was, numbers aside."""
-        same = len(self.tensors) == len(now.tensors) and all(map(is_, self.tensors, now.tensors))
-        return self.watch is now.watch and same
-
-    def stands(self) -> bool:
-        """The same, by another look."""
-        return self.watch.stands(self.tensors)
-
-    def see(self, f: Any) -> Callable[[], Surroundings]:
-        """A function that gives the surroundings of a solve that begins now.
-
-        It puts them together when it is called, which most solves do not come to.
-        """
-        return functools.partial(self.surroundings.again, f, self.surroundings.versions())
-
-
-_known: RecentOf[Walked] = RecentOf(64)
 
 
 def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[], Surroundings]:
@@ -62,29 +42,33 @@ def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[]
         p: its extra argument.
         now: what was seen of the field just now.
     """
-    known = walked_of(f, p, now)
-    if known is not None:
-        return known.see(f)
-    seen = Surroundings({"f": f, "p": p})
+    held, memory = now.held, now.watch.memory
+    known: _Walked | None = memory.get(_Walked)
     # Large tensors that come and go, and graphs, are not kept beyond their time.
-    if _is_whole(f, p, now) and all(map(_lasts, now.tensors)):
-        _known[f] = Walked(now.watch, now.tensors, seen.lasting())
+    if known is None or not all(map(is_, known.tensors, held)):
+        known = None
+        if _is_whole(f, now) and all(map(_lasts, held)):
+            walked = Surroundings({"f": f, "p": None}).lasting()
+            known = memory[_Walked] = _Walked(held, walked)
+    if known is not None:
+        start = Start(f, p, now.parts, known.tensors)
+        if start.is_plain:
+            # It is put together when it is called, which most solves do not come to.
+            return functools.partial(known.surroundings.again, start)
+    seen = Surroundings({"f": f, "p": p})
     return lambda: seen
 
 
-def walked_of(f: Any, p: Any, now: Snapshot) -> Walked | None:
-    """What is kept of a field's surroundings, where nothing has changed in them."""
-    if not _is_whole(f, p, now):
-        return None
-    known = _known.get(f)
-    return known if known is not None and known.holds(now) else None
-
-
 def _lasts(x: Tensor) -> bool:
-    return isinstance(x, nn.Parameter) or (x.is_leaf and x.numel() <= _SMALL)
+    return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= _SMALL))
 
 
-def _is_whole(f: Any, p: Any, now: Snapshot) -> bool:
-    """Whether all that a field depends on is in a module, and can be looked at."""
-    module = f.inner if isinstance(f, DerivedField) else f
-    return isinstance(module, nn.Module) and p is None and not now.sealed
+def _is_whole(f: Any, now: Snapshot) -> bool:
+    """Whether all that a field depends on can be looked at, but for what a function captures."""
+    given, function = now.watch.given, function_of(f)
+    if given is not None and function is not None:
+        # Default values, and given tensors that are elsewhere too, are not told apart.
+        apart = not (function.__defaults__ or given.repeat(now.watch.repeated[2]))
+        return apart and not now.sealed
+    inner = f.inner if isinstance(f, DerivedField) else f
+    return isinstance(inner, nn.Module | types.FunctionType) and not now.sealed

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.translation.entries import ABSENT, Attributes, Equal
+from pysciml_node.translation.given import Given
+
+Contents = tuple[tuple[int, Tensor], ...]
+"""Numbers of tensors whose entries are part of a program, with those entries."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """The places that were looked at, so that a second look is a quick one.
 
     Attributes:
         tokens: structure and plain values.
+        given: what a function was given; `None` where the field is none.
         items: containers, keys and the values at them, in lists of the same length.
         attributes: objects, names of their attributes and the values of these, likewise.
         absent: modules and names that they lack, likewise.
@@ -27,16 +32,21 @@ class Watch:
         sizes: these numbers.
         ordered: mappings whose order matters.
         order: their keys, one after another.
-        places: containers, keys and the tokens that describe the tensors there, likewise.
+        places: containers and keys of tensors, likewise; those that are given are before them.
+        described: all tensors, in words.
         repeated: containers and keys of tensors' further places, and their numbers, likewise.
         default: torch's default dtype.
         sealed: whether there are objects whose inside is not looked at.
         fickle: what code does that may come out differently at each solve, in words.
         asks_freedom: whether code mentions `requires_grad`.
         free: of each tensor whether it requires gradients, where code mentions that.
+        ends: a reference to the function that it goes with, where it keeps something alive.
+        code: a reference to the code of the function, with which the watch is kept.
+        memory: what others keep as long as nothing has changed, by keys of their own.
     """
 
     tokens: list[Any] = field(default_factory=list)
+    given: Given | None = None
     items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
@@ -44,13 +54,17 @@ class Watch:
     sizes: list[int] = field(default_factory=list)
     ordered: list[Any] = field(default_factory=list)
     order: list[Any] = field(default_factory=list)
-    places: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
+    places: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
+    described: list[Any] = field(default_factory=list)
     repeated: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     sealed: bool = False
     fickle: str | None = None
     asks_freedom: bool = False
     free: list[bool] | None = None
+    ends: Any = None
+    code: Any = None
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     def expect_item(self, container: Any, key: Any, value: Any) -> None:
         """Look later whether a value is still in its place."""
@@ -77,46 +91,45 @@ class Watch:
     def expect_order(self, mapping: Any) -> None:
         """Look later whether a mapping still has as many entries, in the same order."""
         self.expect_size(mapping)
-        self.ordered.append(mapping)
-        self.order.extend(mapping)
+        if len(mapping) > 1:
+            self.ordered.append(mapping)
+            self.order.extend(mapping)
 
-    def expect_tensor(self, container: Any, key: Any, x: Tensor) -> None:
+    def expect_tensor(self, container: Any, key: Any) -> None:
         """Look later which tensor is in a place."""
-        for column, entry in zip(self.places, (container, key, describe(x)), strict=True):
-            column.append(entry)
+        self.places[0].append(container)
+        self.places[1].append(key)
 
     def expect_again(self, container: Any, key: Any, number: int) -> None:
         """Look later whether a place has the same tensor as another one."""
         for column, entry in zip(self.repeated, (container, key, number), strict=True):
             column.append(entry)
 
-    def tensors(self) -> list[Tensor] | None:
-        """The tensors that are there now; `None` where anything else has changed."""
-        containers, keys, _ = self.places
-        try:
-            found: list[Any] = list(map(getitem, containers, keys))
-        except (LookupError, ValueError):
-            return None
-        distinct = len(set(map(id, found))) == len(found)
-        return found if distinct and self.stands(found) else None
+    def tensors(self, parts: tuple[Any, ...]) -> list[Tensor] | None:
+        """The tensors that are there now; `None` where anything else has changed.
 
-    def stands(self, tensors: list[Tensor]) -> bool:
-        """Whether everything is as it was, but for the tensors in it, which are these."""
+        Args:
+            parts: what the field was given.
+        """
         # Everything is looked at by C code that loops over the places.
-        containers, keys, tokens = self.places
-        again, their_keys, numbers = self.repeated
-        held = map(tensors.__getitem__, numbers)
+        given, (again, their_keys, numbers) = self.given, self.repeated
         try:
-            return (
-                self._holds()
-                and all(map(is_, map(getitem, containers, keys), tensors))
+            found: list[Any] = list(map(getitem, *self.places))
+            if given is not None:
+                found = [*map(parts.__getitem__, given.first), *found]
+            held = map(found.__getitem__, numbers)
+            stands = (
+                (given is None or given.holds(parts, found))
+                and self._holds()
                 and all(map(is_, map(getitem, again, their_keys), held))
-                and list(map(describe, tensors)) == tokens
-                and (self.free is None or self.free == freedom(tensors))
+                and list(map(describe, found)) == self.described
+                and len(set(map(id, found))) == len(found)
+                and (self.free is None or self.free == freedom(found))
             )
         # Also of what is no tensor, or is changed by another thread.
         except (LookupError, ValueError, AttributeError, RuntimeError):
-            return False
+            return None
+        return found if stands else None
 
     def _holds(self) -> bool:
         """Whether everything but the tensors is as it was."""
@@ -142,7 +155,7 @@ def describe(x: Tensor) -> tuple[Any, ...]:
     # A parameter that is frozen, or set free again, needs no new program.
     kind = type(x)
     needs_gradient = None if kind is nn.Parameter else x.requires_grad
-    return kind, x.dtype, x.shape, x.device, needs_gradient
+    return kind, x.dtype, x.shape, x.device, needs_gradient, not x.__dict__
 
 
 def have_same(before: list[Tensor], after: list[Tensor], numbers: list[int]) -> bool:
@@ -153,3 +166,8 @@ def have_same(before: list[Tensor], after: list[Tensor], numbers: list[int]) -> 
     if len(before) == len(after):
         return all(i >= len(after) or before[i] is after[i] for i in numbers)
     return all(i < min(len(before), len(after)) and before[i] is after[i] for i in numbers)
+
+
+def have_contents(tensors: list[Tensor], contents: Contents) -> bool:
+    """Whether tensors still have the entries that are part of a program."""
+    return not contents or all(torch.equal(tensors[i], x) for i, x in contents)

@@ -201,13 +201,12 @@ class NativeSolve(SingleSolve):
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
-        prepared, see = prepare(problem, algorithm, options)
+        prepared, self.parameters, see = prepare(problem, algorithm, options)
         assert isinstance(algorithm, OneStepMethod)
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure
-        self.parameters = prepared.parameters
         # Only an operation without a derivative hides the time.
-        if torch.is_grad_enabled() and prepared.translated.program.jumps:
+        if torch.is_grad_enabled() and prepared.program.jumps:
             method = Method.of(prepared.tableau, self.u0.dtype, self.u0.device)
             self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
         self.search = self._search() if options.events else None

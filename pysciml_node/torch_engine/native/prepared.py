@@ -1,15 +1,17 @@
 """What a native solve needs besides its state: checked and made once, and looked up afterwards.
 
-`prepare` finds what it has made by the identities of the field, of the kind of state, of the method
-and of the options, which `solve` looks up by their values. It serves again as long as a look at
-everything that the field can reach finds nothing changed but the numbers in its tensors.
+A look at everything that the field can reach gives the same watch again as long as nothing has
+changed there but the tensors of places, and the numbers in them. `prepare` finds what it has made
+by that watch, by the form of `p`, and by the identities of the kind of state, of the method and of
+the options, which `solve` looks up by their values.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,13 +45,16 @@ from pysciml_node.torch_engine.native.library import (
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import Departure, departure_of
 from pysciml_node.translation.export import TranslatedModule, translate
-from pysciml_node.translation.recent import RecentOf
-from pysciml_node.translation.surrounded import Walked, surroundings_of, walked_of
+from pysciml_node.translation.leaves import leaves_of
+from pysciml_node.translation.program import Program
+from pysciml_node.translation.snapshot import Snapshot
+from pysciml_node.translation.surrounded import surroundings_of
+from pysciml_node.translation.watch import Contents, Watch, have_contents
 
 See = Callable[[], Surroundings]
 _CONTROLS = (PIController, IController, PIDController, FixedStep)
-# Fields that are known, and ways to solve each of them.
-_MOST_FIELDS, _MOST_WAYS = 64, 16
+# Ways to solve a field that are known.
+_MOST_WAYS = 16
 
 
 def refusal(what: str, remedy: str = "compile=False") -> CompileError:
@@ -138,16 +143,17 @@ def no_code(error: UnsupportedModule, what: str = "the field") -> CompileError:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A native solve but for its state.
+    """A native solve but for its state and its parameters.
 
     Attributes:
         library: native code of the field and the method.
         departure: how it begins.
         tableau: of the method.
-        translated: the field.
-        parameters: the tensors that the code reads.
+        program: of the field.
+        sources: of each tensor that the code reads its number, the field's before those of `p`; the
+            tensor itself for a constant.
+        contents: numbers of tensors whose entries are part of the program, with those entries.
         recorded: whether the code has the derivatives of a Rosenbrock method.
-        walked: what the field can reach, where it is a module of which all can be seen.
         spec: structure of the state. Like the method and the options it is kept, so that no other
             one is given its identity.
     """
@@ -155,84 +161,119 @@ class Prepared:
     library: Library
     departure: Departure
     tableau: Tableau
-    translated: TranslatedModule
-    parameters: list[Tensor]
+    program: Program
+    sources: tuple[int | Tensor, ...]
+    contents: Contents
     recorded: bool
-    walked: Walked | None
     spec: StateSpec
 
-    def serves(self, problem: ODEProblem, options: SolveOptions) -> bool:
-        """Whether another solve needs nothing else."""
-        walked = self.walked
+    def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that the code reads, of those of the field and of `p`."""
+        return [tensors[x] if isinstance(x, int) else x for x in self.sources]
+
+    def serves(
+        self,
+        problem: ODEProblem,
+        options: SolveOptions,
+        tensors: list[Tensor],
+        parameters: list[Tensor],
+    ) -> bool:
+        """Whether another solve of a field that looks the same needs nothing else."""
         return (
-            walked is not None
-            and problem.p is problem.mass_matrix is None
-            and self.departure.serves(problem, options)
-            and self.recorded == _records(problem, self.tableau, options, self.translated)
-            and walked.stands()
-            and self.translated.holds(walked.tensors)
+            self.departure.serves(problem, options)
+            and self.recorded == _records(problem, self.tableau, options, parameters)
+            and have_contents(tensors, self.contents)
         )
 
 
-_Way = tuple[int, int, int]
-_prepared: RecentOf[dict[_Way, Prepared]] = RecentOf(_MOST_FIELDS)
-"""Of a field, by the identities of those that `prepare` takes."""
+class Ready(NamedTuple):
+    """What one solve needs.
+
+    Attributes:
+        prepared: what it shares with others.
+        parameters: the tensors that the code reads.
+        see: gives the surroundings of the field as they are now.
+    """
+
+    prepared: Prepared
+    parameters: list[Tensor]
+    see: See
 
 
-def _keep(f: Any, way: _Way, made: Prepared) -> None:
+_Way = tuple[int, int, int, Any]
+_Ways = dict[_Way, Prepared]
+"""What has been prepared for a field, by that by which `prepare` tells its solves apart."""
+
+
+def _keep(watch: Watch, way: _Way, made: Prepared) -> None:
     """Keep what has been prepared for a field."""
-    ways = _prepared.get(f)
-    # What has been made for other tensors would keep them alive.
-    if ways is None or any(way.walked is not made.walked for way in ways.values()):
-        ways = _prepared[f] = {}
+    ways: _Ways = watch.memory.setdefault(Prepared, {})
     if len(ways) >= _MOST_WAYS:
         ways.clear()
-    ways[way] = made
+    with contextlib.suppress(TypeError):  # something in `p` has no hash
+        ways[way] = made
 
 
-def prepare(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
-) -> tuple[Prepared, See]:
-    """What a solve needs, and a function that gives the field's surroundings as they are now.
+def _known(watch: Watch, way: _Way) -> Prepared | None:
+    """What has been kept."""
+    ways: _Ways | None = watch.memory.get(Prepared)
+    try:
+        return None if ways is None else ways.get(way)
+    except TypeError:
+        return None
+
+
+def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
+    """What a solve needs.
 
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
-    way = id(problem.spec), id(getattr(algorithm, "tableau", None)), id(options)
-    ways = _prepared.get(problem.f)
-    known = None if ways is None else ways.get(way)
-    if known is not None and known.serves(problem, options):
-        _check_call(problem, algorithm, options)
-        assert known.walked is not None
-        return known, known.walked.see(problem.f)
+    f, p, tableau = problem.f, problem.p, getattr(algorithm, "tableau", None)
+    further, form = leaves_of(p)
+    way = id(problem.spec), id(tableau), id(options), form
+    now = Snapshot.again(f) if problem.mass_matrix is None else None
+    known = None if now is None else _known(now.watch, way)
+    if now is not None and known is not None:
+        tensors = [*now.tensors, *further]
+        parameters = known.parameters(tensors)
+        if known.serves(problem, options, tensors, parameters):
+            _check_call(problem, algorithm, options)
+            return Ready(known, parameters, surroundings_of(f, p, now))
+    return _prepare(problem, algorithm, options, way)
+
+
+def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way) -> Ready:
+    """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
-    spec, (tableau,) = problem.spec, algorithm.tableaus
+    f, p, spec, (tableau,) = problem.f, problem.p, problem.spec, algorithm.tableaus
     method = Method.of(tableau, spec.dtype, spec.device)
     try:
-        translated = translate(problem.f, spec, problem.p)
-        recorded = _records(problem, tableau, options, translated)
-        watched = bool(options.events)
-        library, parameters = _library(problem, translated, method, recorded, watched)
+        translated = translate(f, spec, p)
+        recorded = _records(problem, tableau, options, translated.parameters)
+        library, sources = _library(problem, translated, method, recorded, bool(options.events))
     except UnsupportedModule as error:
         raise no_code(error) from error
-    see = surroundings_of(problem.f, problem.p, translated.snapshot)
-    walked = walked_of(problem.f, problem.p, translated.snapshot)
+    now, program = translated.snapshot, translated.program
     departure = departure_of(library, problem, options, tableau.error_order)
-    made = Prepared(library, departure, tableau, translated, parameters, recorded, walked, spec)
-    if walked is not None and departure.lasting and problem.mass_matrix is None:
-        _keep(problem.f, way, made)
-    return made, see
+    made = Prepared(
+        library, departure, tableau, program, sources, translated.contents, recorded, spec
+    )
+    if departure.lasting and problem.mass_matrix is None:
+        _keep(now.watch, way, made)
+    tensors = [*now.tensors, *leaves_of(p)[0]]
+    return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
 
 
 def _records(
-    problem: ODEProblem, tableau: Tableau, options: SolveOptions, translated: TranslatedModule
+    problem: ODEProblem, tableau: Tableau, options: SolveOptions, parameters: list[Tensor]
 ) -> bool:
     """Whether a solve needs the derivatives of a Rosenbrock method, a program of their own."""
     if not (isinstance(tableau, RosenbrockTableau) and torch.is_grad_enabled()):
         return False
     inputs = (*tensors_of(problem.u0), *problem.tspan, options.saveat_tensor)
-    return any(map(moves, (*inputs, *translated.parameters)))
+    return any(map(moves, (*inputs, *parameters)))
 
 
 def _library(
@@ -241,9 +282,10 @@ def _library(
     method: Method,
     recorded: bool,
     watched: bool,
-) -> tuple[Library, list[Tensor]]:
-    """The code of a translated field with a method, and the tensors that it reads."""
+) -> tuple[Library, tuple[int | Tensor, ...]]:
+    """The code of a translated field with a method, and the sources of the tensors it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
+    sources = translated.sources
     if not isinstance(method.tableau, ImplicitTableau):
         library = library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
         if watched and library.parts is not None:
@@ -251,14 +293,14 @@ def _library(
             library = library_of(
                 whole, method.tableau, dtype, lambda: write_explicit(program, method, False)
             )
-        return library, translated.parameters
+        return library, sources
     mass = problem.mass
     json += "" if mass is None else repr(mass.tolist())
     if not recorded:
         library = library_of(
             json, method.tableau, dtype, lambda: write_implicit(program, None, method, mass)
         )
-        return library, translated.parameters
+        return library, sources
     pulled = pulled_program(problem.f, problem.spec, problem.p, translated)
     library = library_of(
         json + pulled.json,
@@ -266,4 +308,4 @@ def _library(
         dtype,
         lambda: write_implicit(program, pulled.program, method, mass),
     )
-    return library, [*translated.parameters, *pulled.parameters(translated.parameters)]
+    return library, (*sources, *pulled.parameters(sources))

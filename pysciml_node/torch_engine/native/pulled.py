@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,6 +81,9 @@ class PulledField(DerivedField):
         )
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class PulledProgram:
     """The program of a `PulledField`.
@@ -97,9 +100,9 @@ class PulledProgram:
     of: Program
     sources: tuple[int | Tensor, ...]
 
-    def parameters(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors that it reads, of those that the field's program reads."""
-        return [x if isinstance(x, Tensor) else tensors[x] for x in self.sources]
+    def parameters(self, of: Sequence[T]) -> list[T | Tensor]:
+        """What it reads: of the tensors that the field's program reads, or of their sources."""
+        return [x if isinstance(x, Tensor) else of[x] for x in self.sources]
 
 
 _KNOWN: Recent[int, PulledProgram] = Recent(64)

@@ -1,0 +1,82 @@
+"""What a solve begins with that others with the same field do not share."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from pysciml_node.steps.anatomy import UNBOUND, cells_of, function_of
+from pysciml_node.steps.places import Place, Single
+from pysciml_node.steps.walk import Walk
+
+_COUNT: Callable[[Tensor], int] = attrgetter("_version")
+
+
+class Start:
+    """A field as it was made for one solve, and its extra argument.
+
+    Args:
+        f: the field: a module, a function or a method, or what is derived from one.
+        p: its extra argument.
+        parts: what the field was given, by `parts_of`.
+        shared: the tensors that other solves share.
+    """
+
+    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "p")
+
+    def __init__(self, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]) -> None:
+        self.f, self.p, self._parts, self._walk = f, p, parts, None
+        if parts:
+            shared = [*shared, *(x for x in parts if isinstance(x, Tensor))]
+        if p is not None:
+            self._walk = Walk({"p": p})
+            shared = [*shared, *self._walk.tensors]
+        self._tensors, self._versions = shared, versions_of(shared)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the extra argument holds nothing but tensors and numbers in containers."""
+        x = self._walk
+        return x is None or not (x.modules or x.generators or x.lazy or x.chosen or x.met_apart)
+
+    def versions(self) -> dict[int, int | None]:
+        """How often each tensor had been changed in place, by their ids."""
+        return dict(zip(map(id, self._tensors), self._versions, strict=True))
+
+    def places(self) -> list[Place]:
+        """The places that are its own: what the field captures, and the containers in `p`."""
+        pairs = zip(cells_of(self.f), self._captured(), strict=True)
+        cells = [Single.of_cell(cell, x, name) for cell, (name, x) in pairs if x is not UNBOUND]
+        return [*cells, *(() if self._walk is None else self._walk.places[1:])]
+
+    def named(self) -> list[tuple[str, Any]]:
+        """The modules and tensors that are its own, with their names."""
+        field = self.f.__self__ if isinstance(self.f, types.MethodType) else self.f
+        walk = self._walk
+        tensors = [] if walk is None else [(walk.names[id(x)], x) for x in walk.tensors]
+        every = [("f", field), *self._captured(), *tensors]
+        return [(name, x) for name, x in every if isinstance(x, nn.Module | Tensor)]
+
+    def _captured(self) -> list[tuple[str, Any]]:
+        """What the field captured when the solve began, by name."""
+        function = function_of(self.f)
+        names = () if function is None else function.__code__.co_freevars
+        contents = self._parts[len(self._parts) - len(names) :]
+        return list(zip(names, contents, strict=True))
+
+
+def version_of(x: Tensor) -> int | None:
+    """The number of changes in place of a tensor; `None` where torch does not count them."""
+    return None if x.is_inference() else x._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int | None]:
+    """The same of several."""
+    try:
+        return list(map(_COUNT, tensors))
+    except RuntimeError:  # torch refuses where it does not count
+        return [version_of(x) for x in tensors]

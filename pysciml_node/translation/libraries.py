@@ -1,0 +1,40 @@
+"""Which code belongs to libraries, and what is known of their objects."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import sysconfig
+
+# Libraries whose objects hold numbers that a field computes with.
+_WALKED = ("torch", "types", "pysciml_node")
+
+# Libraries whose objects an evaluation does not change.
+_SILENT = frozenset(
+    (
+        *("builtins", "numpy", "torch", "functools", "operator", "enum", "typing", "abc", "_abc"),
+        *("_thread", "weakref", "pathlib", "datetime", "fractions", "decimal", "re", "inspect"),
+    )
+)
+
+
+def is_opaque(kind: type) -> bool:
+    """Whether the inside of a class's objects is a library's own affair."""
+    return is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
+
+
+def is_silent(kind: type) -> bool:
+    """Whether an evaluation does not change objects of a library's class."""
+    return kind.__module__.partition(".")[0] in _SILENT
+
+
+@functools.cache
+def is_library(name: str | None) -> bool:
+    """Whether a module is installed, and so does not change while a program runs."""
+    top = str(name).partition(".")[0]
+    if top in ("torch", "pysciml_node") or top in sys.stdlib_module_names:
+        return top != "__main__"
+    # What a module answers for names that it lacks is not asked.
+    file = getattr(sys.modules.get(str(name)), "__dict__", {}).get("__file__")
+    places = (sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    return file is not None and any(file.startswith(place) for place in places)
