@@ -75,6 +75,7 @@ def test_robertson_by_the_method_of_second_order() -> None:
 
 def test_training_needs_no_new_code() -> None:
     f, u0, p, _ = driven(1, 2)
+    counts = []
     with mock.patch.object(export, "_translate", wraps=export._translate) as translated:
         for _ in range(3):
             solution = psn.solve(
@@ -84,7 +85,10 @@ def test_training_needs_no_new_code() -> None:
             with torch.no_grad():
                 for x, bar in zip(f.parameters(), gradients, strict=True):
                     x -= 0.01 * bar
-    assert translated.call_count == 2  # the field and its pullback
+            counts.append(translated.call_count)
+    # The field, unless one that looks the same was translated before, and its pullback.
+    assert counts[0] <= 2
+    assert counts == counts[:1] * 3
     expected = psn.solve(psn.ODEProblem(f, u0, (0.0, 0.5), p=p), psn.Rodas5P()).u1
     found = psn.solve(psn.ODEProblem(f, u0, (0.0, 0.5), p=p), psn.Rodas5P(), compile=True).u1
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
