@@ -132,6 +132,10 @@ FIELDS: dict[str, tuple[nn.Module, Any]] = {
         Field(lambda m, t, u: functional.hardsigmoid(u) + functional.celu(u, 1.3)),
         U,
     ),
+    "a parameter that lies by columns": (
+        Field(lambda m, t, u: torch.lerp(m.w, u, 0.3), w=nn.Parameter((2 * U).T.contiguous().T)),
+        U,
+    ),
     "timed": (
         TimedField.conv(2, [3], time="concatsquash", start_at_rest=False),
         U.reshape(1, 2, 2, 3),
