@@ -22,14 +22,14 @@ static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_
 static int64_t psn_march_worker(void *job, int64_t i) {
   Many *m = job;
   Worker *w = m->workers + i;
+  w->memory = m->memory + i * m->memory_stride;
   return w->status == SUCCESS ? SUCCESS : (w->status = psn_members_march(m, w));
 }
 
 /* What Python calls. */
 int64_t members_march(Many *m) {
-  if (!m->workers && !(m->workers = calloc(m->threads, sizeof(Worker)))) return OUT_OF_MEMORY;
-  for (int64_t i = 0; i < m->threads; i++) m->workers[i].memory = m->memory + i * m->memory_stride;
-  return psn_in_threads(m, psn_march_worker, m->threads);
+  if (!m->workers) m->workers = calloc(m->threads, sizeof(Worker));
+  return m->workers ? psn_in_threads(m, psn_march_worker, m->threads) : OUT_OF_MEMORY;
 }
 
 /* The steps of all members, one after the other. */

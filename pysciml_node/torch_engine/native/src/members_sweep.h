@@ -269,17 +269,14 @@ static int64_t psn_members_sweep(Back *b, Sweeper *w) {
 static int64_t psn_sweep_worker(void *job, int64_t i) {
   Back *b = job;
   Sweeper *w = b->workers + i;
+  w->memory = b->memory + i * b->memory_stride;
   return w->status == SUCCESS ? SUCCESS : (w->status = psn_members_sweep(b, w));
 }
 
 /* What Python calls. */
 int64_t members_sweep(Back *b) {
-  if (!b->workers) {
-    b->workers = calloc(b->threads, sizeof(Sweeper));
-    if (!b->workers) return OUT_OF_MEMORY;
-    for (int64_t i = 0; i < b->threads; i++) b->workers[i].memory = b->memory + i * b->memory_stride;
-  }
-  return psn_in_threads(b, psn_sweep_worker, b->threads);
+  if (!b->workers) b->workers = calloc(b->threads, sizeof(Sweeper));
+  return b->workers ? psn_in_threads(b, psn_sweep_worker, b->threads) : OUT_OF_MEMORY;
 }
 
 /* The shared parameters' cotangents: those of all chunks, in their order. */
