@@ -8,15 +8,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 INSTALLED := $(VENV)/.installed
+NATIVE_TESTS := tests/torch_engine/native tests/practice/test_native.py \
+  tests/properties/test_native_properties.py tests/properties/test_native_fuzz.py
 BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format typecheck bench docs clean
+.PHONY: help demo test sanitize coverage lint format typecheck bench docs clean
 
 help:
 	@echo "make demo       train the digits classifier with and without regularization (runs/demo)"
 	@echo "make test       run the tests"
+	@echo "make sanitize   run the tests of native code with gcc's checks of memory and arithmetic"
 	@echo "make coverage   run the tests and count what they run of the package"
 	@echo "make lint       check style; make format applies it"
 	@echo "make typecheck  check types"
@@ -50,6 +53,13 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The compiler itself runs without the library that its code needs.
+sanitize: $(INSTALLED)
+	PSN_NATIVE_SANITIZE=address,undefined PSN_NATIVE_CACHE=$(CURDIR)/build/sanitize \
+	  PSN_CC="env -u LD_PRELOAD gcc" ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest $(or $(ARGS),$(NATIVE_TESTS))
 
 coverage: $(INSTALLED)
 	$(PIP) install -q 'pytest-cov>=7'

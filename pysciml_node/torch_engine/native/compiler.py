@@ -108,11 +108,15 @@ def find_compiler() -> Compiler | str:
 
 
 def _sanitizers() -> tuple[str, ...]:
-    """Checks compiled into native code, for its tests: `PSN_NATIVE_SANITIZE=address,undefined`."""
+    """Checks compiled into native code, for its tests: `PSN_NATIVE_SANITIZE=address,undefined`.
+
+    Little is optimized around them, for that takes compilers many times as long.
+    """
     chosen = os.environ.get("PSN_NATIVE_SANITIZE")
     if not chosen:
         return ()
-    return (f"-fsanitize={chosen}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+    checks = (f"-fsanitize={chosen}", "-fno-sanitize-recover=all")
+    return (*checks, "-O1", "-fno-omit-frame-pointer", "-g1")
 
 
 def available() -> tuple[bool, str]:
