@@ -1,8 +1,6 @@
-"""Native solves of any shape, method and options are those of the loop in Python."""
+"""Native flows of any width are those of the loop in Python."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +20,6 @@ BETWEEN = [
     lambda h: torch.softmax(h, -1), lambda h: h / (1 + h * h), lambda h: h.cumsum(-1).cos(),
     lambda h: functional.layer_norm(h, h.shape[-1:]),
 ]  # fmt: skip
-ALGORITHMS = [
-    psn.Euler(), psn.Heun(), psn.BS3(), psn.RK4(), psn.Tsit5(), psn.DP5(), psn.DP8(), psn.Vern7(),
-]  # fmt: skip
-CONTROLLERS = [psn.PIController(), psn.IController(), psn.PIDController()]
 
 
 class Field(nn.Module):
@@ -45,41 +39,6 @@ class Field(nn.Module):
         return out
 
 
-axes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
-
-
-@st.composite
-def options(draw: st.DrawFn) -> dict[str, Any]:
-    """Interval, method, control, outputs; with an odd count of them all."""
-    end = draw(st.sampled_from([1.0, -0.7, 2.5]))
-    algorithm = draw(st.sampled_from(ALGORITHMS))
-    chosen: dict[str, Any] = {"tspan": (0.0, end), "algorithm": algorithm}
-    if draw(st.booleans()):
-        chosen |= {"controller": psn.FixedStep(), "dt0": draw(st.sampled_from([0.11, 0.25]))}
-    else:
-        chosen["controller"] = draw(st.sampled_from(CONTROLLERS))
-        tolerance = draw(st.sampled_from([1e-2, 1e-4]))
-        chosen |= {"rtol": tolerance, "atol": tolerance}
-    if draw(st.booleans()):
-        parts = draw(st.lists(st.integers(0, 8), min_size=1, max_size=5, unique=True))
-        chosen["saveat"] = [end * part / 8 for part in sorted(parts)]
-    if draw(st.booleans()):
-        chosen["tstops"] = [end * 0.37]
-    return chosen
-
-
-def solved(field: Field, u0: Tensor, compile: bool, chosen: dict[str, Any]) -> list[Tensor]:
-    """Everything of a solve that has a gradient, and the gradients."""
-    start = u0.clone().requires_grad_()
-    remaining = dict(chosen)
-    end = torch.tensor(remaining["tspan"][1], dtype=D, requires_grad=True)
-    problem = psn.ODEProblem(field, start, (remaining.pop("tspan")[0], end))
-    solution = psn.solve(problem, remaining.pop("algorithm"), compile=compile, **remaining)
-    loss = solution.u1.square().sum() + solution.u.cos().sum()
-    gradients = torch.autograd.grad(loss, [start, end, *field.parameters()])
-    return [solution.u1, solution.u, *gradients]
-
-
 def expect_close(first: list[Tensor], second: list[Tensor]) -> None:
     for a, b in zip(first, second, strict=True):
         scale = float(b.detach().abs().max()) if b.numel() else 0.0
@@ -87,16 +46,6 @@ def expect_close(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 fields = st.tuples(st.integers(1, 9), st.integers(0, len(BETWEEN) - 1), st.booleans())
-
-
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(shape=axes, made=fields, chosen=options())
-def test_a_native_solve_is_that_of_the_loop_in_python(
-    shape: list[int], made: tuple[int, int, bool], chosen: dict[str, Any]
-) -> None:
-    field = Field(shape[-1], *made)
-    u0 = torch.randn(shape, dtype=D, generator=torch.Generator().manual_seed(1))
-    expect_close(solved(field, u0, True, chosen), solved(field, u0, False, chosen))
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
