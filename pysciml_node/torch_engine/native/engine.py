@@ -29,11 +29,11 @@ from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
+from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.library import Library
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
-    Departure,
     Flight,
     States,
     Swept,

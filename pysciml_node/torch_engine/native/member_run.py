@@ -16,6 +16,7 @@ from pysciml_node.algorithms.options import Array, SolveOptions
 from pysciml_node.replay.members.moving import StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps
 from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.torch_engine.native.departure import TURN, set_control
 from pysciml_node.torch_engine.native.events import MembersSearch
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
@@ -24,7 +25,7 @@ from pysciml_node.torch_engine.native.member_library import (
     MembersRequest,
     MembersSweepRequest,
 )
-from pysciml_node.torch_engine.native.run import RUNNING, TURN, set_control
+from pysciml_node.torch_engine.native.run import RUNNING
 
 ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE = range(5)
 _OUT_OF_MEMORY = 6

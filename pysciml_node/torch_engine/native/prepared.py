@@ -35,6 +35,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau, Tableau
+from pysciml_node.torch_engine.native.departure import Departure, departure_of
 from pysciml_node.torch_engine.native.implicit import LARGEST, write_implicit
 from pysciml_node.torch_engine.native.library import (
     REALS,
@@ -43,7 +44,6 @@ from pysciml_node.torch_engine.native.library import (
     write_explicit,
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.run import Departure, departure_of
 from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.leaves import leaves_of
 from pysciml_node.translation.program import Program

@@ -20,6 +20,7 @@ from pysciml_node.stochastic.solve import check_additive
 from pysciml_node.stochastic.step import SDEMethod, Stepper
 from pysciml_node.stochastic.trajectory import SDETrajectory
 from pysciml_node.torch_engine.native.brownian import Noise, noise_of
+from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.emit import whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_stochastic import MethodText
 from pysciml_node.torch_engine.native.engine import SingleSolve, Steps
@@ -35,7 +36,6 @@ from pysciml_node.torch_engine.native.prepared import (
     check_surroundings,
     no_code,
 )
-from pysciml_node.torch_engine.native.run import Departure
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.export import TranslatedModule, translate, translate_diffusion
 from pysciml_node.translation.program import Program

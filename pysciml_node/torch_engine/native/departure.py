@@ -1,0 +1,184 @@
+"""How a native solve begins: what solves of the same options have in common, worked out once."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.controllers import (
+    Controller,
+    FixedStep,
+    IController,
+    PIController,
+    PIDController,
+)
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import Problem, ends_of
+from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
+
+# Seconds after which the loop comes back to Python, which looks for Ctrl-C then.
+TURN = 0.05
+# Entries of step states that room is made for at first.
+_FIRST_ROOM = 1 << 16
+# Departures that are kept of a library.
+_MOST_DEPARTURES = 16
+
+
+def set_control(request: Any, controller: Controller, error_order: float) -> tuple[float, float]:
+    """Put a controller into a request of one solve, or of members.
+
+    Returns:
+        The errors that it takes for those before the first step.
+    """
+    if isinstance(controller, PIController | IController):
+        request.control = 1
+        request.beta[0], request.beta[1] = controller.exponents(error_order)
+        request.gamma, request.qmin, request.qmax = (
+            controller.gamma,
+            controller.qmin,
+            controller.qmax,
+        )
+        return 1e-4, 1.0
+    if isinstance(controller, PIDController):
+        k = error_order + 1
+        request.control = 2
+        for i, beta in enumerate((controller.beta1, controller.beta2, controller.beta3)):
+            request.beta[i] = beta / k
+        request.gamma = controller.safety
+        return 1.0, 1.0
+    assert isinstance(controller, FixedStep)
+    request.control = 0
+    return 1.0, 1.0
+
+
+class Departure:
+    """What solves of the same options begin with: a request that lacks only its tensors.
+
+    Args:
+        library: the field and the method.
+        problem: for the interval.
+        options: of the solve.
+        error_order: of the method, for the controller.
+
+    Attributes:
+        marks: tstops, for C.
+        room: steps that room is made for at first.
+        most_kept: steps whose stages may be kept for the sweep.
+        save_count: saved times.
+        nothing: the saved states of a solve that saves none, `(0, N)`.
+        places_at: where the places of saved times begin in a log.
+        steps_at: where the steps do.
+    """
+
+    def __init__(
+        self, library: Library, problem: Problem, options: SolveOptions, error_order: float
+    ) -> None:
+        self.options, self.free = options, _ends_move(problem)
+        t0, t1 = self.interval = ends_of(problem)
+        landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
+        self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
+        self._stops = (ctypes.c_double * len(landings))(*landings)
+        self._saves = (ctypes.c_double * max(len(times), 1))(*times)
+        self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self.most_kept = _most_kept(library, options)
+        self.save_count = len(times)
+        self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
+        self.places_at = -(-library.packed_size * library.dtype.itemsize // 8)
+        self.steps_at = self.places_at + 2 * len(times)
+        self._request = request = SolveRequest(
+            t0=t0,
+            t1=t1,
+            dt0=math.nan if options.dt0 is None else options.dt0,
+            dtmin=options.dtmin,
+            dtmax=options.dtmax,
+            max_steps=options.max_steps,
+            mark_count=len(self.marks),
+            stop_count=len(landings),
+            save_count=len(times),
+            moving=options.saveat_tensor is not None,
+            free=self.free,
+            marks=ctypes.addressof(self.marks),
+            stops=ctypes.addressof(self._stops),
+            saves=ctypes.addressof(self._saves),
+            seconds=TURN,
+        )
+        request.history[:] = set_control(request, options.controller, error_order)
+        self._tolerances = self._set_tolerances(library.dtype)
+        self._way_back = SweepRequest(
+            t0=t0,
+            t1=t1,
+            seconds=TURN,
+            mark_count=len(self.marks),
+            marks=ctypes.addressof(self.marks),
+        )
+
+    def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Put the tolerances into the request; returns what has to be kept alive."""
+        norm, request = ErrorNorm(self.options.tolerances), self._request
+        request.driven, request.factor = norm.size, norm.factor
+        request.shift = -1.0 if norm.shift is None else norm.shift
+        if norm.shift is not None:
+            return ()
+        rows = tuple(
+            torch.as_tensor(x).detach().to("cpu", dtype).expand(norm.size).contiguous()
+            for x in (norm.rtol, norm.atol)
+        )
+        request.rtol, request.atol = (row.data_ptr() for row in rows)
+        return rows
+
+    @property
+    def lasting(self) -> bool:
+        """Whether other solves may depart in the same way: nothing of this one alone is in it."""
+        options = self.options
+        return options.saveat_tensor is None and not options.events and not self._tolerances
+
+    def serves(self, problem: Problem, options: SolveOptions) -> bool:
+        """Whether it is how a solve departs."""
+        if self.options is not options:
+            return False
+        t0, t1 = problem.tspan
+        if type(t0) is type(t1) is float:
+            return self.interval == (t0, t1) and not self.free
+        return self.interval == ends_of(problem) and self.free == _ends_move(problem)
+
+    def request(self) -> SolveRequest:
+        """A request of a solve's own."""
+        return SolveRequest.from_buffer_copy(self._request)
+
+    def request_back(self) -> SweepRequest:
+        """One of its backward sweep."""
+        return SweepRequest.from_buffer_copy(self._way_back)
+
+
+def _most_kept(library: Library, options: SolveOptions) -> int:
+    """Steps whose stages may be kept for the sweep."""
+    allowed = getattr(options.adjoint, "memory", 0)
+    return allowed // (library.slot * library.dtype.itemsize) if library.slot else 0
+
+
+def _ends_move(problem: Problem) -> bool:
+    """Whether an end of the interval receives a gradient."""
+    t0, t1 = problem.tspan
+    return (isinstance(t0, Tensor) and t0.requires_grad) or (
+        isinstance(t1, Tensor) and t1.requires_grad
+    )
+
+
+def departure_of(
+    library: Library, problem: Problem, options: SolveOptions, error_order: float
+) -> Departure:
+    """How a solve departs, worked out once for options that are the same object."""
+    known: dict[int, Departure] = library.departures
+    departure = known.get(id(options))
+    if departure is None or not departure.serves(problem, options):
+        departure = Departure(library, problem, options, error_order)
+        if departure.lasting:
+            if len(known) >= _MOST_DEPARTURES:
+                known.clear()
+            known[id(options)] = departure
+    return departure
