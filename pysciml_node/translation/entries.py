@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pysciml_node.translation.recent import reference
+
 ABSENT = object()
 
 PLAIN = frozenset(
@@ -62,3 +64,18 @@ def bytes_of(x: Any) -> bytes:
     # `bytes` of a whole number is that many zeros, also of numpy's.
     numbers: bytes = bytes(x) if isinstance(x, bytearray) else x.tobytes()
     return numbers
+
+
+class Same:
+    """Compares an object by its identity; keeps it alive only where it must."""
+
+    __slots__ = ("_get",)
+
+    def __init__(self, x: Any) -> None:
+        self._get = reference(x)
+
+    def __eq__(self, other: object) -> bool:
+        referent = self._get()
+        return isinstance(other, Same) and referent is not None and other._get() is referent
+
+    __hash__ = None  # type: ignore[assignment]

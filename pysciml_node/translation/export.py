@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWa
 from pysciml_node.translation.leaves import class_of_its_own, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
+from pysciml_node.translation.saved import as_it_is, saved_by, without_graph
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watch import Contents, have_contents, have_same
 
@@ -389,7 +390,7 @@ def _translate(
         raise UnsupportedModule("modules of complex states cannot be translated.")
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
-    with torch.inference_mode(False), _full_precision(spec.device), _unpacked(_as_it_is):
+    with torch.inference_mode(False), _full_precision(spec.device), saved_by(as_it_is):
         walk, prints = _walk(f, spec, p, kind, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
@@ -400,7 +401,7 @@ def _translate(
         def flat(t: Tensor, u: Any) -> Tensor:
             return walk.flat(f(t, u, *further))
 
-        with _unpacked(_without_graph):
+        with saved_by(without_graph):
             check_program(flat, label(f), spec, program, parameters)
     return translation, walk.fixed
 
@@ -440,34 +441,6 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     """Without autocast: programs compute in the state's dtype."""
     with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
         yield
-
-
-_Saved = tuple[Tensor, int | None]
-
-
-def _unpacked(saved: Callable[[Tensor], _Saved]) -> AbstractContextManager[None]:
-    """What is saved for derivatives stays here: a checkpoint around the solve counts it."""
-    return torch.autograd.graph.saved_tensors_hooks(saved, _unchanged)
-
-
-def _as_it_is(x: Tensor) -> _Saved:
-    """What is traced: a graph would show a `detach`."""
-    return x, None if x.is_inference() else x._version
-
-
-def _without_graph(x: Tensor) -> _Saved:
-    """What is computed: torch puts the graph back, and an output with its own would never go."""
-    return _as_it_is(x.detach())
-
-
-def _unchanged(saved: _Saved) -> Tensor:
-    """What was saved; hooks do without the check of it that autograd makes otherwise."""
-    x, version = saved
-    if version is not None and version != x._version:
-        raise RuntimeError(
-            "a value that its derivative needs was changed in place.\n  Change a clone of it."
-        )
-    return x
 
 
 def _export(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedProgram, bool]:

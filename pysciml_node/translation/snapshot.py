@@ -30,11 +30,10 @@ from pysciml_node.steps.anatomy import (
     parts_of,
     slots_of,
 )
-from pysciml_node.translation.entries import PLAIN, Attributes, Calls, Value, bytes_of
+from pysciml_node.translation.entries import PLAIN, Attributes, Calls, Same, Value, bytes_of
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.leaves import as_it_is
 from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
-from pysciml_node.translation.recent import reference
 from pysciml_node.translation.watch import Watch, describe, freedom
 from pysciml_node.translation.watched import forgetting, keep, watches_on
 
@@ -143,21 +142,6 @@ class Snapshot(NamedTuple):
         pairs = zip(self.tokens, later.tokens, strict=True)
         changed = [i for i, (before, after) in enumerate(pairs) if before != after]
         return frozenset(i for i in changed if not isinstance(later.tokens[i], Calls))
-
-
-class _Same:
-    """Compares an object by its identity; keeps it alive only where it must."""
-
-    __slots__ = ("_get",)
-
-    def __init__(self, x: Any) -> None:
-        self._get = reference(x)
-
-    def __eq__(self, other: object) -> bool:
-        referent = self._get()
-        return isinstance(other, _Same) and referent is not None and other._get() is referent
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class Settled:
@@ -381,18 +365,18 @@ class _Walk:
                 continue
             self._tokens.append(name)
             if isinstance(value, _DEFINED):
-                self._tokens.append(_Same(value))
+                self._tokens.append(Same(value))
                 self.watch.expect_item(held, name, value)
             else:
                 self._at(held, name, value)
 
     def _python_module(self, x: types.ModuleType) -> None:
-        self._tokens.append(_Same(x))
+        self._tokens.append(Same(x))
         if not is_library(x.__name__):
             self._modules.append(x)
 
     def _class(self, x: type) -> None:
-        self._tokens.append(_Same(x))
+        self._tokens.append(Same(x))
         if type(x) is not type:
             self.add(type(x))
         for owner in x.__mro__:
@@ -442,7 +426,7 @@ class _Walk:
 
     def _opaque(self, x: Any) -> None:
         """An object of another library: itself, and the numbers that it holds directly."""
-        self._tokens.append(_Same(x))
+        self._tokens.append(Same(x))
         if is_silent(type(x)) and not hasattr(x, "__next__"):
             return
         self.watch.sealed = True
@@ -459,7 +443,7 @@ class _Walk:
         self._kind(x)
         self._parts(x)
         if getattr(x, "__dict__", None) is None:
-            self._tokens.append(_Same(x))
+            self._tokens.append(Same(x))
 
     def _further(self, x: Any) -> None:
         """What a container of a user's class holds besides its entries."""
@@ -502,7 +486,7 @@ _KINDS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
     (contextvars.ContextVar, _Walk._variable),
     (weakref.ref, _Walk._reference),
     ((argparse.Namespace, threading.local), _Walk._object),
-    (Settled, lambda walk, x: walk._tokens.append(_Same(x))),
+    (Settled, lambda walk, x: walk._tokens.append(Same(x))),
 )
 
 
