@@ -77,8 +77,9 @@ class ListedMembers:
 
     @staticmethod
     def _filled(solution: Solution, times: int) -> Tensor:
-        parts = solution.problem.spec.parts(solution.u)
-        rows = torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
+        spec = solution.problem.spec
+        parts = zip(spec.parts(solution.u), spec.sizes, strict=True)
+        rows = torch.cat([part.reshape(len(part), size) for part, size in parts], dim=1)
         missing = times - len(rows)
         if not missing:
             return rows

@@ -89,7 +89,7 @@ def cases(draw: st.DrawFn, made: RandomField, algorithm: Any, dtype: torch.dtype
     return Case(made, u0, span, options, graded, dense, list(made.given))
 
 
-@examples(6)
+@examples(4)
 @given(data=st.data(), made=fields())
 def test_a_random_solve_is_that_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
@@ -225,7 +225,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@examples(3)
+@examples(2)
 @given(data=st.data(), made=fields(member=True))
 def test_random_members_are_those_of_the_loop_in_python(
     data: st.DataObject, made: RandomField

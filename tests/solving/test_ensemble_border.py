@@ -162,3 +162,12 @@ def test_arrays_in_the_extra_argument_become_tensors(compiled: Any) -> None:
     held.append(held)
     with pytest.raises(ValueError, match="must not contain itself"):
         psn.ODEProblem(lambda t, u, p: -u, start, (0.0, 1.0), p=held)
+
+
+def test_members_that_end_before_all_output_times_have_no_states_there() -> None:
+    many = psn.EnsembleProblem(problem(), torch.ones(3, 2, dtype=D))
+    # Reads the time as a number, so that members are solved one by one.
+    end = psn.Event(lambda t, u: torch.as_tensor(float(t) - 0.25))
+    solution = psn.solve(many, events=end, saveat=[0.5, 1.0], engine="torch")
+    assert solution.u.shape == (3, 2, 2)
+    assert solution.u.isnan().all()
