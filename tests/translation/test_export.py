@@ -220,12 +220,17 @@ def test_captured_parameters_of_another_dtype_are_refused_for_they_may_be_set_fr
 def test_parameters_that_stand_where_nothing_looks_are_not_taken_for_numbers():
     weight, held = nn.Parameter(torch.full((3,), 1.5).double()), queue.Queue()
     held.put(weight)
-    array = np.array([None])
+    with pytest.raises(UnsupportedModule, match="found in none of its attributes") as caught:
+        translate(lambda t, u: u * held.queue[0], StateSpec.of(U))
+    assert caught.value.captured
+
+
+def test_parameters_in_an_array_of_objects_are_found():
+    weight, array = nn.Parameter(torch.full((3,), 1.5).double()), np.array([None])
     array[0] = weight
-    for field in (lambda t, u: u * held.queue[0], lambda t, u: u * array[0]):
-        with pytest.raises(UnsupportedModule, match="found in none of its attributes") as caught:
-            translate(field, StateSpec.of(U))
-        assert caught.value.captured
+    translated = translate(lambda t, u: u * array[0], StateSpec.of(U))
+    assert translated.parameters[0] is weight
+    assert all(translated.program.pulled)
 
 
 def test_parameters_on_the_same_memory_are_told_apart():
