@@ -225,7 +225,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@examples(2)
+@examples(1)
 @given(data=st.data(), made=fields(member=True))
 def test_random_members_are_those_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
