@@ -8,7 +8,6 @@ A few fields are drawn for the tests, the same each time. More of them, and othe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -35,6 +34,7 @@ from properties.native_cases import (
 )
 from random_fields import RandomField, fields
 from torch import Tensor
+from torch_threads import threads
 
 import pysciml_node as psn
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
@@ -212,17 +212,6 @@ def ensembles(
     u0 = [strided(numbers(*shape), draw).to(dtype).requires_grad_() for shape in made.state]
     graded = draw(st.sampled_from([True, True, False]))
     return MembersCase(made, u0, (start, start + length), options, graded, None, p, own, spans)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads for workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @examples(1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from conformance import stiff_problems as known
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch_threads import threads
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import attempt, member_code, member_library
@@ -289,16 +289,6 @@ def test_gradients_agree_with_finite_differences(algorithm: Any) -> None:
 
 
 # Each as alone ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @by_algorithm
