@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 import pysciml_node as psn
 from pysciml_node.stochastic.step import SDEMethod
-from pysciml_node.torch_engine.native import run
+from pysciml_node.torch_engine.native import departure
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.torch_engine.native.stochastic import Translated
 
@@ -226,9 +226,10 @@ def test_evaluations_are_counted() -> None:
 
 def test_long_solves_come_back_to_python_and_go_on() -> None:
     made, options = diagonal(), {"controller": psn.FixedStep(), "dt0": 1e-4, "saveat": [0.5, 1.0]}
-    with mock.patch.object(run, "TURN", 0.0):
-        found = solved(made, psn.EM(), True, **options)
-    at_once = solved(made, psn.EM(), True, **options)
+    with mock.patch.object(departure, "TURN", 0.0):
+        found = solved(made, psn.EM(), True, max_steps=20_000, **options)
+    # Other options: how a solve departs is kept with them.
+    at_once = solved(made, psn.EM(), True, max_steps=20_001, **options)
     assert found[0].stats.naccept == 10_000
     assert torch.equal(found[0].u, at_once[0].u)
     for one, other in zip(found[1], at_once[1], strict=True):
