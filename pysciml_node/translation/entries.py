@@ -79,3 +79,7 @@ class Same:
         return isinstance(other, Same) and referent is not None and other._get() is referent
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class Settled:
+    """An object that does the same as long as it is itself, with memory that is its own affair."""

@@ -22,8 +22,8 @@ from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.parts import Parts
 from pysciml_node.torch_engine.native.text import contiguous, padded
+from pysciml_node.translation.entries import Settled
 from pysciml_node.translation.program import Parameter, Program
-from pysciml_node.translation.snapshot import Settled
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 """Dtypes of states that native code has."""

@@ -1,0 +1,439 @@
+"""Looks at everything that a callable can reach: what is there, and where to look again."""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextvars
+import functools
+import os
+import sys
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+
+from pysciml_node.steps.anatomy import (
+    FIRST_OF_ITS_OWN,
+    UNBOUND,
+    captured_by,
+    function_of,
+    imports_in,
+    names_in,
+    parts_of,
+    slots_of,
+)
+from pysciml_node.translation.entries import (
+    PLAIN,
+    Attributes,
+    Calls,
+    Same,
+    Settled,
+    Value,
+    bytes_of,
+)
+from pysciml_node.translation.given import Given
+from pysciml_node.translation.leaves import as_it_is
+from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
+from pysciml_node.translation.watch import Watch, describe, freedom
+from pysciml_node.translation.watched import forgetting
+
+# Containers that hold nothing but their entries.
+_CONTAINERS = frozenset(
+    (dict, OrderedDict, defaultdict, types.MappingProxyType, list, tuple, deque, set, frozenset)
+)
+
+# Attributes of a module that no evaluation looks at.
+_UNSEEN = (
+    *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+# Functions whose answer is that of the place where a solve is called.
+_MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
+
+# What derivatives that are taken inside a field are found by.
+_DERIVATIVES = frozenset(("autograd", "func"))
+
+# What reads the environment.
+_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
+
+# Kinds of globals whose inside matters only to code that names them.
+_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
+
+_GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+
+
+class Look:
+    """A look at everything that a callable can reach, each object once.
+
+    Args:
+        root: the callable.
+
+    Attributes:
+        watch: the places that were looked at.
+        tensors: the distinct tensors, in the order of the walk.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        # What a watch does not keep alive: it is told, or told of, their classes otherwise.
+        self._let_go = {id(root)}
+        self.watch = Watch()
+        self.tensors: list[Tensor] = []
+        self._tokens = self.watch.tokens
+        # The objects are kept, so that no identity is given out twice.
+        self._seen: dict[int, tuple[int, Any]] = {}
+        self._indices: dict[int, int] = {}
+        # Modules of the user's, and all names in code: any code may be handed any module.
+        self._modules: list[types.ModuleType] = []
+        self._names: dict[str, None] = {"__getattr__": None}
+        # Code mentions `grad`; something that it reaches has an attribute of that name.
+        self._reads_gradients = self._has_gradients = False
+
+        self._begin()
+        for name in _GLOBAL_HOOKS:
+            self.add(getattr(hooks_of_all, name))
+        self.add(torch.get_default_dtype())
+        self._finish()
+
+    def _begin(self) -> None:
+        """Note the field, and what can be reached from it."""
+        f, parts = self._root, parts_of(self._root)
+        function = function_of(f)
+        if function is None:
+            self.add(f)
+            return
+        self._seen[id(f)] = (0, f)
+        self._given(parts)
+        self._code(function)
+
+    def _given(self, parts: tuple[Any, ...]) -> None:
+        """Note what a function was given: first all tensors, which may be others each time."""
+        given = self.watch.given = Given([type(part) for part in parts])
+        self._let_go.update(map(id, parts))
+        gone = forgetting(self.watch)
+        tensors = [(place, x) for place, x in enumerate(parts) if isinstance(x, Tensor)]
+        for place, x in tensors:
+            if id(x) not in self._indices:
+                self._number(x)
+            given.expect_tensor(place, self._indices[id(x)])
+        for place, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                given.expect(place, part, gone)
+                if place >= FIRST_OF_ITS_OWN:
+                    self.add(part)
+                continue
+            self._tokens.append(self._indices[id(part)])
+            if part.__dict__:  # another tensor may have other attributes
+                given.expect(place, part, gone)
+                self.add(part.__dict__)
+
+    def add(self, x: Any) -> None:
+        """Note an object, and what can be reached from it."""
+        kind: Any = type(x)
+        if kind in PLAIN:
+            self._tokens.append(as_it_is(x))
+            return
+        seen = self._seen.get(id(x))
+        if seen is not None:
+            self._tokens.append(seen[0])
+            return
+        self._seen[id(x)] = (len(self._seen), x)
+        _handler(kind)(self, x)
+
+    def _finish(self) -> None:
+        """At the end of a walk, note what code takes from modules, and what it asks of tensors."""
+        self._look_into_modules()
+        self._has_gradients |= any("grad" in vars(module) for module in self._modules)
+        if self.watch.asks_freedom:
+            self.watch.free = freedom(self.tensors)
+            self._tokens += self.watch.free
+        if self._reads_gradients and not self._has_gradients:
+            self.watch.fickle = "reads the gradients of tensors"
+
+    def _look_into_modules(self) -> None:
+        """Note the names in modules, some of which lead to more names and more modules."""
+        looked: set[tuple[int, str]] = set()
+        while True:
+            pairs = [(id(x), name) for x in self._modules for name in self._names]
+            new = [pair for pair in pairs if pair not in looked]
+            if not new:
+                return
+            looked.update(new)
+            for module, name in new:
+                self._entry(vars(self._seen[module][1]), name)
+
+    def _at(self, container: Any, key: Any, x: Any) -> None:
+        """Note what stands at a place."""
+        if not isinstance(x, Tensor):
+            self.watch.expect_item(container, key, x)
+            self.add(x)
+        elif id(x) in self._indices:
+            self.watch.expect_again(container, key, self._indices[id(x)])
+            self._tokens.append(self._indices[id(x)])
+        else:
+            self._tensor(x, container, key)
+
+    def _number(self, x: Tensor) -> None:
+        self._seen[id(x)] = (len(self._seen), x)
+        self._indices[id(x)] = len(self.tensors)
+        self.tensors.append(x)
+        self._tokens.append(describe(x))
+        self.watch.described.append(describe(x))
+
+    def _tensor(self, x: Tensor, container: Any, key: Any) -> None:
+        self._number(x)
+        # Before what the tensor holds itself: a second look finds them in the same order.
+        self.watch.expect_tensor(container, key)
+        if x.__dict__:  # another tensor may have other attributes
+            self.watch.expect_item(container, key, x)
+            self._dict(x.__dict__)
+
+    def _loose_tensor(self, x: Tensor) -> None:
+        """A tensor at a place that cannot change: a set's, or a key."""
+        self._tensor(x, (x,), 0)
+
+    def _kind(self, x: Any) -> None:
+        """Note the class of an object, which can be exchanged."""
+        if id(x) not in self._let_go:
+            self.watch.expect_item(Attributes(x), "__class__", type(x))
+        self.add(type(x))
+
+    def _module(self, x: nn.Module) -> None:
+        self._kind(x)
+        values = x.__dict__
+        self._has_gradients |= "grad" in values
+        self.watch.expect_order(values)
+        for key, value in values.items():
+            if key not in _UNSEEN:
+                self._tokens.append(key)
+                self._at(values, key, value)
+        self._slots(x)
+
+    def _dict(self, x: Any) -> None:
+        self._tokens.append(len(x))
+        self._has_gradients |= "grad" in x
+        self.watch.expect_order(x)
+        for key, value in x.items():
+            if type(key) in PLAIN:
+                self._tokens.append(key)
+            else:
+                self.add(key)
+            self._at(x, key, value)
+
+    def _sequence(self, x: Any) -> None:
+        self._tokens.append((type(x), len(x)))
+        self.watch.expect_size(x)
+        for i, value in enumerate(x):
+            self._at(x, i, value)
+        self._further(x)
+
+    def _set(self, x: Any) -> None:
+        self._tokens.append((type(x), frozenset(e for e in x if type(e) in PLAIN)))
+        self.watch.expect_equal(lambda: frozenset(map(id, x)))
+        for value in x:
+            if type(value) not in PLAIN:
+                self.add(value)
+        self._further(x)
+
+    def _function(self, f: types.FunctionType) -> None:
+        if not is_library(f.__module__):
+            # The parts of a function can be exchanged, though hardly anybody does.
+            parts = Attributes(f)
+            for name in ("__code__", "__defaults__", "__kwdefaults__"):
+                self.watch.expect_item(parts, name, getattr(f, name))
+            self.add(f.__defaults__)
+            self.add(f.__kwdefaults__)
+            self._dict(f.__dict__)
+        for cell, content in zip(f.__closure__ or (), captured_by(f), strict=True):
+            if content is UNBOUND:
+                self._tokens.append("unbound")
+            else:
+                self._at(Attributes(cell), "cell_contents", content)
+        self._code(f)
+
+    def _code(self, f: types.FunctionType) -> None:
+        """Note the code of a function, and what it names."""
+        self._tokens.append(f.__code__)
+        if is_library(f.__module__):
+            return  # it does not change while a program runs, but what was handed to it may
+        names = names_in(f.__code__)
+        self._asks(names, f.__globals__)
+        self._names.update(dict.fromkeys(names))
+        for name in names:  # of globals, and of attributes, which may become those of globals
+            self._entry(f.__globals__, name)
+        for name in imports_in(f.__code__, f.__globals__.get("__package__")):
+            self._entry(sys.modules, name)
+
+    def _entry(self, held: dict[str, Any], name: str) -> None:
+        """Note what a module has by a name, or that it has nothing."""
+        if name in held:
+            self._tokens.append(name)
+            self._at(held, name, held[name])
+        else:
+            self.watch.expect_none(held, name)
+
+    def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
+        """Note what code asks for that stands in no place."""
+        if not _MODES.isdisjoint(names):
+            self.watch.fickle = "asks whether gradients are recorded"
+        self.watch.asks_freedom |= "requires_grad" in names
+        derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
+        self._reads_gradients |= "grad" in names and not derivatives
+        if not _ENVIRONMENT.isdisjoint(names):
+            self._tokens.append(dict(os.environ))
+            self.watch.expect_equal(lambda: dict(os.environ))
+        if "globals" in names and "globals" not in held:
+            self._every_global(held)
+
+    def _every_global(self, held: dict[str, Any]) -> None:
+        """Note all that a module holds, for code that looks it up by words."""
+        self.watch.expect_order(held)
+        for name, value in list(held.items()):
+            if name.startswith("__"):
+                continue
+            self._tokens.append(name)
+            if isinstance(value, _DEFINED):
+                self._tokens.append(Same(value))
+                self.watch.expect_item(held, name, value)
+            else:
+                self._at(held, name, value)
+
+    def _python_module(self, x: types.ModuleType) -> None:
+        self._tokens.append(Same(x))
+        if not is_library(x.__name__):
+            self._modules.append(x)
+
+    def _class(self, x: type) -> None:
+        self._tokens.append(Same(x))
+        if type(x) is not type:
+            self.add(type(x))
+        for owner in x.__mro__:
+            if is_library(owner.__module__):
+                continue
+            held = vars(owner)
+            self._has_gradients |= "grad" in held
+            self.watch.expect_order(held)
+            for name, value in held.items():
+                if isinstance(value, types.FunctionType) or not name.startswith("__"):
+                    self._tokens.append(name)
+                    self._at(held, name, value)
+
+    def _array(self, x: Any) -> None:
+        def all_of() -> tuple[str, tuple[int, ...], bytes]:
+            return str(x.dtype), x.shape, x.tobytes()
+
+        self._tokens.append(all_of())
+        self.watch.expect_equal(all_of)
+        if x.dtype.hasobject:  # whose bytes are addresses
+            self.add(tuple(x.ravel()))
+
+    def _buffer(self, x: Any) -> None:
+        """Numbers in a row of Python's own."""
+        numbers = bytes_of(x)
+        self._tokens.append((type(x), getattr(x, "typecode", None), numbers))
+        self.watch.expect_equal(lambda: bytes_of(x))
+
+    def _mapping(self, x: Any) -> None:
+        """A dict, or a container like it: a wrapper of several, a configuration."""
+        self._dict(x)
+        self._further(x)
+
+    def _variable(self, x: Any) -> None:
+        self._at(Value(functools.partial(x.get, None)), "value", x.get(None))
+
+    def _reference(self, x: Any) -> None:
+        self._at(Value(x), "value", x())
+
+    def _keeping(self, x: Any) -> None:
+        """A function that keeps its results."""
+        self.add(x.__wrapped__)
+        if is_library(x.__module__):
+            return
+        self._tokens.append(Calls(*x.cache_info()[:2]))
+        self.watch.expect_equal(lambda: x.cache_info()[:2])
+
+    def _opaque(self, x: Any) -> None:
+        """An object of another library: itself, and the numbers that it holds directly."""
+        self._tokens.append(Same(x))
+        if is_silent(type(x)) and not hasattr(x, "__next__"):
+            return
+        self.watch.sealed = True
+        held = getattr(x, "__dict__", None)
+        if not isinstance(held, dict):
+            return
+        self.watch.expect_size(held)
+        for name, value in held.items():
+            if type(value) in PLAIN or isinstance(value, Tensor | np.ndarray):
+                self._tokens.append(name)
+                self._at(held, name, value)
+
+    def _object(self, x: Any) -> None:
+        self._kind(x)
+        self._parts(x)
+        if getattr(x, "__dict__", None) is None:
+            self._tokens.append(Same(x))
+
+    def _further(self, x: Any) -> None:
+        """What a container of a user's class holds besides its entries."""
+        held = hasattr(x, "__dict__") or slots_of(type(x))
+        if held and type(x) not in _CONTAINERS:
+            self._kind(x)
+            self._parts(x)
+
+    def _parts(self, x: Any) -> None:
+        """The attributes of an object: in its dict, and in slots."""
+        values = getattr(x, "__dict__", None)
+        if values is not None:
+            self._dict(values)
+        self._slots(x)
+
+    def _slots(self, x: Any) -> None:
+        parts = Attributes(x)
+        for name, _ in slots_of(type(x)):
+            if hasattr(x, name):
+                self._tokens.append(name)
+                self._at(parts, name, getattr(x, name))
+
+
+_KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
+    (Tensor, Look._loose_tensor),
+    (nn.Module, Look._module),
+    ((dict, Mapping), Look._mapping),
+    ((list, tuple, deque), Look._sequence),
+    ((set, frozenset), Look._set),
+    (types.FunctionType, Look._function),
+    (types.ModuleType, Look._python_module),
+    (type, Look._class),
+    (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
+    (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
+    ((staticmethod, classmethod), lambda walk, x: walk.add(x.__func__)),
+    (functools._lru_cache_wrapper, Look._keeping),
+    (property, lambda walk, x: walk.add((x.fget, x.fset))),
+    ((np.ndarray, np.generic), Look._array),
+    ((array.array, bytearray, memoryview), Look._buffer),
+    (contextvars.ContextVar, Look._variable),
+    (weakref.ref, Look._reference),
+    ((argparse.Namespace, threading.local), Look._object),
+    (Settled, lambda walk, x: walk._tokens.append(Same(x))),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _handler(kind: Any) -> Callable[[Look, Any], None]:
+    """The method that walks the objects of a class."""
+    for kinds, handler in _KINDS:
+        if issubclass(kind, kinds):
+            return handler
+    return Look._opaque if is_opaque(kind) else Look._object

@@ -1,0 +1,117 @@
+"""What `torch.export` makes of a field, and what is to be said where it makes nothing of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.translation.derived import changes_argument
+from pysciml_node.translation.graph import label
+
+_INSIDE = (
+    "fake tensor in the exported program constant's list",
+    "Cannot access data pointer of Tensor that doesn't have storage",
+    "Cannot access storage of TensorWrapper",
+    "'Tensor' object has no attribute 'constant'",
+    "don't yet support saved tensor hooks",
+)
+"""What torch.export says of derivatives that are taken while it traces."""
+
+_DERIVATIVES = "it takes derivatives inside (torch.autograd.grad, torch.func)"
+
+
+class _Called(nn.Module):
+    """A callable as the module that torch.export takes."""
+
+    f: Callable[..., Any]
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        super().__init__()
+        # Past `__setattr__`: what it holds are no parts of this module.
+        self.__dict__["f"] = f
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call it."""
+        return self.f(*inputs)
+
+
+@contextmanager
+def exporting(f: Callable[..., Any]) -> Iterator[StringIO]:
+    """Says of an error that a field cannot be exported; yields what the field prints."""
+    try:
+        with _quietly() as printed, torch.enable_grad():
+            yield printed
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        reason = _DERIVATIVES if any(words in reason for words in _INSIDE) else reason
+        raise UnsupportedModule(
+            f"{label(f)} cannot be exported by torch.export: {reason}"
+        ) from error
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast: programs compute in the state's dtype."""
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def exported_by(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedProgram, bool]:
+    """What torch makes of a field, and whether the field prints."""
+    parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
+    t = torch.zeros((), dtype=spec.dtype, device=spec.device)
+    with exporting(f) as printed:
+        further = () if p is None else (map_tensors(_leaf, p),)
+        module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
+        arguments = (t, spec.assemble(parts), *further)
+        exported = torch.export.export(module, arguments, strict=False)
+        if any(changes_argument(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
+    if _transforms(exported):
+        raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
+    return exported, bool(printed.getvalue())
+
+
+def _transforms(exported: ExportedProgram) -> bool:
+    """Whether there are transforms of `torch.func`, whose ends a graph does not keep.
+
+    They must not be evaluated: one that begins and does not end leaves torch unusable.
+    """
+    modules = exported.graph_module.modules()
+    graphs = [module.graph for module in modules if isinstance(module, GraphModule)]
+    targets = (node.target for graph in graphs for node in graph.nodes)
+    return any((getattr(x, "__module__", "") or "").startswith("torch._functorch") for x in targets)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether the parameters are its own, and not those that `functional_call` lends it."""
+    return all(isinstance(x, nn.Parameter) for x in module.parameters())
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+@contextmanager
+def _quietly() -> Iterator[StringIO]:
+    """Without what torch.export prints of a module that it cannot export; yields the output."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        printed = StringIO()
+        with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield printed
+    finally:
+        logger.disabled = before
