@@ -41,6 +41,16 @@ class Attributes:
         return getattr(self.owner, name, ABSENT)
 
 
+class LooseAttributes:
+    """The same of an object that is kept alive only where it must be."""
+
+    def __init__(self, owner: Any) -> None:
+        self._get = reference(owner)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._get(), name, ABSENT)
+
+
 class Equal:
     """Whether what a function gives is still equal to what it gave."""
 

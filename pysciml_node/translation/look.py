@@ -34,6 +34,7 @@ from pysciml_node.translation.entries import (
     PLAIN,
     Attributes,
     Calls,
+    LooseAttributes,
     Same,
     Settled,
     Value,
@@ -137,7 +138,7 @@ class Look:
             self._tokens.append(self._indices[id(part)])
             if part.__dict__:  # another tensor may have other attributes
                 given.expect(place, part, gone)
-                self.add(part.__dict__)
+                self.add(self._dict_of(part))
 
     def add(self, x: Any) -> None:
         """Note an object, and what can be reached from it."""
@@ -198,7 +199,7 @@ class Look:
         self.watch.expect_tensor(container, key)
         if x.__dict__:  # another tensor may have other attributes
             self.watch.expect_item(container, key, x)
-            self._dict(x.__dict__)
+            self._dict(self._dict_of(x))
 
     def _loose_tensor(self, x: Tensor) -> None:
         """A tensor at a place that cannot change: a set's, or a key."""
@@ -210,9 +211,15 @@ class Look:
             self.watch.expect_item(Attributes(x), "__class__", type(x))
         self.add(type(x))
 
+    def _dict_of(self, x: Any) -> Any:
+        """The attributes of an object; their dict can be exchanged."""
+        place = (LooseAttributes if id(x) in self._let_go else Attributes)(x)
+        self.watch.expect_item(place, "__dict__", x.__dict__)
+        return x.__dict__
+
     def _module(self, x: nn.Module) -> None:
         self._kind(x)
-        values = x.__dict__
+        values = self._dict_of(x)
         self._has_gradients |= "grad" in values
         self.watch.expect_order(values)
         for key, value in values.items():
@@ -251,7 +258,7 @@ class Look:
         if not is_library(f.__module__):
             # The parts of a function can be exchanged, though hardly anybody does.
             parts = Attributes(f)
-            for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            for name in ("__code__", "__defaults__", "__kwdefaults__", "__dict__"):
                 self.watch.expect_item(parts, name, getattr(f, name))
             self.add(f.__defaults__)
             self.add(f.__kwdefaults__)
@@ -373,6 +380,7 @@ class Look:
         held = getattr(x, "__dict__", None)
         if not isinstance(held, dict):
             return
+        self.watch.expect_item(LooseAttributes(x), "__dict__", held)
         self.watch.expect_size(held)
         for name, value in held.items():
             if type(value) in PLAIN or isinstance(value, Tensor | np.ndarray):
@@ -394,9 +402,8 @@ class Look:
 
     def _parts(self, x: Any) -> None:
         """The attributes of an object: in its dict, and in slots."""
-        values = getattr(x, "__dict__", None)
-        if values is not None:
-            self._dict(values)
+        if getattr(x, "__dict__", None) is not None:
+            self._dict(self._dict_of(x))
         self._slots(x)
 
     def _slots(self, x: Any) -> None:

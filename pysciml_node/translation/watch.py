@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -18,6 +19,71 @@ Contents = tuple[tuple[int, Tensor], ...]
 """Numbers of tensors whose entries are part of a program, with those entries."""
 
 
+_changes_of: Any = getattr(torch._C._dynamo.guards, "dict_version", None)
+"""A number that a dict has only until it is changed."""
+
+# Containers that are nothing but their entries: one that is empty is false.
+_BUILT_IN = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
+
+
+class Places:
+    """Places and what was found there, in columns, which C code loops over.
+
+    Attributes:
+        items: containers, keys and the values at them, in lists of the same length.
+        attributes: objects, names of their attributes and the values of these, likewise.
+        empty: containers without entries.
+        sized: others whose number of entries matters.
+        sizes: these numbers.
+        ordered: mappings whose order matters.
+        order: their keys, one after another.
+    """
+
+    def __init__(self) -> None:
+        self.items: tuple[list[Any], ...] = ([], [], [])
+        self.attributes: tuple[list[Any], ...] = ([], [], [])
+        self.empty: list[Any] = []
+        self.sized: list[Any] = []
+        self.sizes: list[int] = []
+        self.ordered: list[Any] = []
+        self.order: list[Any] = []
+
+    def expect_item(self, container: Any, key: Any, value: Any) -> None:
+        """Look later whether a value is still in its place."""
+        columns, entries = self.items, (container, key, value)
+        if type(container) is Attributes:
+            columns, entries = self.attributes, (container.owner, key, value)
+        for column, entry in zip(columns, entries, strict=True):
+            column.append(entry)
+
+    def expect_size(self, container: Any) -> None:
+        """Look later whether a container still has as many entries."""
+        if type(container) in _BUILT_IN and not container:
+            self.empty.append(container)
+            return
+        self.sized.append(container)
+        self.sizes.append(len(container))
+
+    def expect_order(self, mapping: Any) -> None:
+        """Look later whether a mapping still has as many entries, in the same order."""
+        self.expect_size(mapping)
+        if len(mapping) > 1:
+            self.ordered.append(mapping)
+            self.order.extend(mapping)
+
+    def hold(self) -> bool:
+        """Whether all is as it was."""
+        containers, keys, values = self.items
+        owners, names, held = self.attributes
+        return (
+            not any(self.empty)
+            and list(map(len, self.sized)) == self.sizes
+            and all(map(is_, map(getitem, containers, keys), values))
+            and all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held))
+            and all(map(is_, chain.from_iterable(self.ordered), self.order))
+        )
+
+
 @dataclass(eq=False)
 class Watch:
     """The places that were looked at, so that a second look is a quick one.
@@ -25,13 +91,11 @@ class Watch:
     Attributes:
         tokens: structure and plain values.
         given: what a function was given; `None` where the field is none.
-        items: containers, keys and the values at them, in lists of the same length.
-        attributes: objects, names of their attributes and the values of these, likewise.
-        absent: modules and names that they lack, likewise.
-        sized: containers whose number of entries matters.
-        sizes: these numbers.
-        ordered: mappings whose order matters.
-        order: their keys, one after another.
+        counted: by their ids, dicts whose entries all matter, and whose changes Python counts.
+        counts: of each, when what is inside was last seen to be as it was.
+        inside: the places in them.
+        others: all others.
+        absent: modules and names that they lack, in lists of the same length.
         places: containers and keys of tensors, likewise; those that are given are before them.
         described: all tensors, in words.
         repeated: containers and keys of tensors' further places, and their numbers, likewise.
@@ -47,13 +111,11 @@ class Watch:
 
     tokens: list[Any] = field(default_factory=list)
     given: Given | None = None
-    items: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
-    attributes: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
+    counted: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    counts: list[int] | None = None
+    inside: Places = field(default_factory=Places)
+    others: Places = field(default_factory=Places)
     absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
-    sized: list[Any] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    ordered: list[Any] = field(default_factory=list)
-    order: list[Any] = field(default_factory=list)
     places: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
     described: list[Any] = field(default_factory=list)
     repeated: tuple[list[Any], ...] = field(default_factory=lambda: ([], [], []))
@@ -66,13 +128,13 @@ class Watch:
     code: Any = None
     memory: dict[Any, Any] = field(default_factory=dict)
 
+    def _around(self, container: Any) -> Places:
+        """The places that those of a container are among."""
+        return self.inside if id(container) in self.counted else self.others
+
     def expect_item(self, container: Any, key: Any, value: Any) -> None:
         """Look later whether a value is still in its place."""
-        columns, entries = self.items, (container, key, value)
-        if type(container) is Attributes:
-            columns, entries = self.attributes, (container.owner, key, value)
-        for column, entry in zip(columns, entries, strict=True):
-            column.append(entry)
+        self._around(container).expect_item(container, key, value)
 
     def expect_equal(self, get: Callable[[], Any]) -> None:
         """Look later whether a function gives what it gives now."""
@@ -85,15 +147,17 @@ class Watch:
 
     def expect_size(self, container: Any) -> None:
         """Look later whether a container still has as many entries."""
-        self.sized.append(container)
-        self.sizes.append(len(container))
+        self.others.expect_size(container)
 
     def expect_order(self, mapping: Any) -> None:
-        """Look later whether a mapping still has as many entries, in the same order."""
-        self.expect_size(mapping)
-        if len(mapping) > 1:
-            self.ordered.append(mapping)
-            self.order.extend(mapping)
+        """Look later whether a mapping still has as many entries, in the same order.
+
+        Its entries are to follow.
+        """
+        # An empty one is looked at even faster. Other kinds have an order of their own.
+        if mapping and type(mapping) is dict and _changes_of is not None:
+            self.counted[id(mapping)] = mapping
+        self._around(mapping).expect_order(mapping)
 
     def expect_tensor(self, container: Any, key: Any) -> None:
         """Look later which tensor is in a place."""
@@ -111,7 +175,6 @@ class Watch:
         Args:
             parts: what the field was given.
         """
-        # Everything is looked at by C code that loops over the places.
         given, (again, their_keys, numbers) = self.given, self.repeated
         try:
             found: list[Any] = list(map(getitem, *self.places))
@@ -133,14 +196,15 @@ class Watch:
 
     def _holds(self) -> bool:
         """Whether everything but the tensors is as it was."""
-        containers, keys, values = self.items
-        owners, names, held = self.attributes
+        # They are read first: what changes meanwhile is looked at again.
+        counts = list(map(_changes_of, self.counted.values()))
+        if counts != self.counts:
+            if not self.inside.hold():
+                return False
+            self.counts = counts
         return (
-            all(map(is_, map(getitem, containers, keys), values))
-            and all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held))
+            self.others.hold()
             and not any(map(contains, *self.absent))
-            and list(map(len, self.sized)) == self.sizes
-            and all(map(is_, chain.from_iterable(self.ordered), self.order))
             and torch.get_default_dtype() is self.default
         )
 
