@@ -8,11 +8,14 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from pysciml_node import checks
-from pysciml_node.problems.ode import Problem, Time, VectorField, check_field
+from pysciml_node.problems.ode import Problem, Time, VectorField, check_field, ends_of
 from pysciml_node.problems.state import State, StateSpec
 
 Noise = Literal["diagonal", "scalar", "additive", "general"]
 Interpretation = Literal["ito", "stratonovich"]
+
+_SHORTEST = 1e-290
+"""Billionths of a shorter interval, which Brownian paths are looked at in, are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class SDEProblem(Problem):
         u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
             one dtype and device (diagonal noise, and additive noise of the state's structure);
             float32 or float64.
-        tspan: `(t0, t1)`, numbers with `t0 < t1`.
+        tspan: `(t0, t1)`, numbers with `t0 < t1`; tensors are read now.
         noise: the structure of `g`.
         interpretation: of the integral: `"ito"`, or `"stratonovich"`.
         p: extra argument of both: a tensor, or a tuple, list or dict of tensors; receives
@@ -90,6 +93,12 @@ class SDEProblem(Problem):
             raise ValueError(
                 "the ends of an SDEProblem's tspan must not require gradients: Brownian motion "
                 "has no derivative in time.\n  Give numbers: (float(t0), float(t1))."
+            )
+        checks.settle(self, tspan=ends_of(self))
+        if self.t1 - self.t0 < _SHORTEST:
+            raise ValueError(
+                f"the interval of an SDEProblem must be {_SHORTEST} long or longer, but tspan is "
+                f"({self.t0}, {self.t1}).\n  Take another unit of time."
             )
         if self.spec.keys is not None and self.noise in ("scalar", "general"):
             raise ValueError(

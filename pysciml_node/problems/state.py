@@ -277,6 +277,14 @@ class StateSpec:
             return (state,)
         return tuple(state[key] for key in self.keys)
 
+    def matches(self, value: Any) -> bool:
+        """Whether a value has the parts of a state, and no others."""
+        if self.keys is None:
+            return not isinstance(value, tuple | list | dict)
+        if isinstance(self.keys[0], int):
+            return isinstance(value, tuple | list) and len(value) == len(self.keys)
+        return isinstance(value, dict) and set(value) == set(self.keys)
+
     def assemble(self, parts: list[Tensor]) -> Any:
         """The inverse of `parts`."""
         if self.keys is None:

@@ -39,6 +39,34 @@ def without_gradients(
     return value.detach() if value.requires_grad else value
 
 
+def version_of(u: Tensor) -> int | None:
+    """How often a state has been changed in place, where that is counted."""
+    return None if u.is_inference() else u._version
+
+
+def expect_untouched(u: Tensor, version: int | None, what: str) -> None:
+    """Check that a function has left its input as it was.
+
+    Args:
+        u: the input.
+        version: its `version_of` before the call.
+        what: the function, in messages.
+
+    Raises:
+        RuntimeError: it has changed it.
+    """
+    if version is not None and version != u._version:
+        raise RuntimeError(
+            f"{what} has changed its input in place, which is the solver's own.\n"
+            "  Work on a copy, for example u.neg() instead of u.neg_()."
+        )
+
+
+def own_value(value: Tensor) -> Tensor:
+    """A value apart from what was written in place, which may be a buffer that is used again."""
+    return value if value.is_inference() or not value._version else value.clone()
+
+
 class FlatField:
     """`f` on flat states `(N,)`, with its evaluations counted and its output checked.
 
@@ -79,14 +107,10 @@ class FlatField:
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
-        before = None if u.is_inference() else u._version
+        version = version_of(u)
         state = spec.unflatten(u)
         out = f(t, state) if p is None else f(t, state, p)
-        if before is not None and before != u._version:
-            raise RuntimeError(
-                "the field has changed its input in place, which is the solver's own.\n"
-                "  Work on a copy, for example u.neg() instead of u.neg_()."
-            )
+        expect_untouched(u, version, "the field")
         if spec.keys is None:
             if (
                 type(out) is not Tensor
@@ -95,9 +119,7 @@ class FlatField:
                 or out.device != spec.device
             ):
                 out = self._checked(out)[0]
-            flat: Tensor = out.reshape(-1)
-            # What was written in place may be a buffer that the next evaluation writes to.
-            return flat if flat.is_inference() or not flat._version else flat.clone()
+            return own_value(out.reshape(-1))
         return torch.cat([part.reshape(-1) for part in self._checked(out)])
 
     def jacobian(self, t: Tensor, u: Tensor) -> Tensor:
@@ -128,14 +150,7 @@ class FlatField:
         expected = {None: "a tensor", int: "a tuple", str: "a dict"}[
             None if spec.keys is None else (int if isinstance(spec.keys[0], int) else str)
         ]
-        same_kind = (
-            isinstance(out, Tensor)
-            if spec.keys is None
-            else isinstance(out, tuple | list) and len(out) == len(spec.keys)
-            if isinstance(spec.keys[0], int)
-            else isinstance(out, dict) and set(out) == set(spec.keys)
-        )
-        if not same_kind:
+        if not spec.matches(out) or (spec.keys is None and not isinstance(out, Tensor)):
             hint = "Return the derivative of each part of the state, in the same structure."
             if spec.keys is None and isinstance(out, tuple | list):
                 hint = "Return its entries as one tensor: torch.stack([...])."

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.steps.field import FlatField, without_gradients
+from pysciml_node.steps.field import (
+    FlatField,
+    expect_untouched,
+    own_value,
+    version_of,
+    without_gradients,
+)
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
@@ -60,15 +66,16 @@ class NoiseLayout:
             return cls(entries, None, entries, matrix=False)
         if problem.noise == "scalar":
             return cls(problem.samples, 1, entries, matrix=False)
-        if problem.noise == "additive" and (problem.spec.keys is not None or value.shape == shape):
+        returned = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if problem.noise == "additive" and (problem.spec.keys is not None or returned == shape):
             return cls(entries, None, entries, matrix=False)
-        if not isinstance(value, Tensor) or value.shape[:-1] != shape or value.ndim == 0:
-            returned = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        shaped = isinstance(value, Tensor) and value.ndim and value.shape[:-1] == shape
+        if not shaped or not value.shape[-1]:
             wanted = f"({', '.join(str(n) for n in (*shape, 'm'))})"
             also = f"{tuple(shape)} or " if problem.noise == "additive" else ""
             raise ValueError(
                 f"the diffusion must have shape {also}{wanted} for {problem.noise} noise, but "
-                f"returned {returned}.\n  The last axis is over the m Brownian motions."
+                f"returned {returned}.\n  The last axis is over one or more Brownian motions, m."
             )
         return cls(problem.samples, value.shape[-1], entries, matrix=True)
 
@@ -163,23 +170,19 @@ class Fields:
         return without_gradients(self._diffusion, t, u, self.drift.watch)
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
+        version = version_of(u)
         out = self.raw_diffusion(t, self.spec.unflatten(u))
+        expect_untouched(u, version, "the diffusion")
         if self.spec.keys is not None:
-            parts = self.spec.parts(out) if self._same_structure(out) else None
-            if parts is None:
+            if not self.spec.matches(out):
                 raise TypeError(
                     f"the diffusion must return the structure of u0, but returned "
                     f"{type(out).__name__}.\n  Return a diffusion for each part of the state."
                 )
-            pieces = zip(parts, self.spec.shapes, strict=True)
+            pieces = zip(self.spec.parts(out), self.spec.shapes, strict=True)
             return torch.cat([self._checked(part, shape).reshape(-1) for part, shape in pieces])
-        return self._checked(out, self.layout.shape_of(self.spec.shapes[0])).reshape(-1)
-
-    def _same_structure(self, out: Any) -> bool:
-        keys = self.spec.keys or ()
-        if keys and isinstance(keys[0], int):
-            return isinstance(out, tuple | list) and len(out) == len(keys)
-        return isinstance(out, dict) and set(out) == set(keys)
+        shape = self.layout.shape_of(self.spec.shapes[0])
+        return own_value(self._checked(out, shape).reshape(-1))
 
     def _checked(self, out: Any, shape: torch.Size) -> Tensor:
         spec = self.spec

@@ -333,7 +333,8 @@ class Stepper:
         """Scaled root-mean-square error estimate of a step taken `with_error`; 0-d."""
         vector = self.error_vector(taken, start, motion)
         raw = norm.raw(vector, norm.scale(self.state(start), self.state(end)))
-        per_root = self.method.tableau.per_root
+        # Between two stops that the path does not tell apart there is no time, and no error.
+        per_root = self.method.tableau.per_root and motion.h > 0
         return norm.complete(raw, math.sqrt(self.span / motion.h) if per_root else 1.0)
 
     def error_vector(self, taken: Taken, start: Tensor, motion: Motion) -> Tensor:

@@ -112,6 +112,11 @@ class GraphWalk:
             raise UnsupportedModule(
                 f"{self._name} changes its buffers ({names}) when it is evaluated."
             )
+        if signature.user_inputs_to_mutate:
+            raise UnsupportedModule(
+                f"{self._name} changes its input in place, which is the solver's own: it needs a "
+                "copy, for example u.neg() instead of u.neg_()."
+            )
         parts = [self.builder.state_part(tuple(shape)) for shape in self.spec.shapes]
         order = pytree.tree_leaves(self.spec.assemble(list(range(len(parts)))))  # type: ignore[arg-type]
         arguments = iter([self.builder.time_view(), *(parts[i] for i in order), *self._further()])
@@ -312,23 +317,33 @@ class GraphWalk:
         raise self._refusal(node)
 
     def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
-        results = [self._trace(x) for x in outputs]
-        structure = self.exported.call_spec.out_spec
-        assert structure is not None
-        derivative = pytree.tree_unflatten(results, structure)
-        try:
-            parts = self.spec.parts(derivative)
-        except (KeyError, IndexError, TypeError) as error:
-            raise UnsupportedModule(
-                f"{self._name} must return the parts of the state, {self.spec.keys}, but returned "
-                f"{type(derivative).__name__}."
-            ) from error
+        parts = self._parts(outputs)
         for part, shape in zip(parts, self.spec.shapes, strict=True):
-            if not is_traced(part) or part.shape != tuple(shape):
+            if part.shape != tuple(shape):
                 raise ValueError(
                     f"{self._name} must return a derivative of the state's shape {tuple(shape)}, "
-                    f"but returned {getattr(part, 'shape', part)}.\n"
-                    "  Return du/dt, one entry for each of u."
+                    f"but returned {part.shape}.\n  Return du/dt, one entry for each of u."
+                )
+        return parts
+
+    def _parts(self, outputs: Sequence[Any]) -> list[Traced]:
+        """What is returned, by the parts of the state: tensors of its dtype."""
+        structure, spec = self.exported.call_spec.out_spec, self.spec
+        assert structure is not None
+        returned = pytree.tree_unflatten([self._trace(x) for x in outputs], structure)
+        parts = spec.parts(returned) if spec.matches(returned) else ()
+        if not parts or not all(map(is_traced, parts)):
+            kind = "a tensor" if spec.keys is None else f"tensors by {spec.keys}, the parts of u0"
+            raise TypeError(
+                f"{self._name} must return {kind}, but returned {_kind(returned)}.\n"
+                "  A constant c is c * torch.ones_like(u)."
+            )
+        for node in pytree.tree_leaves(self.exported.graph.output_node().args):
+            dtype = node.meta["val"].dtype
+            if dtype != spec.dtype:
+                raise TypeError(
+                    f"{self._name} must return the state's dtype {spec.dtype}, but returned "
+                    f"{dtype}.\n  Convert its parameters: module.to(u0.dtype)."
                 )
         return list(parts)
 
@@ -346,12 +361,7 @@ class DiffusionWalk(GraphWalk):
 
     @override
     def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
-        if self.spec.keys is not None:
-            return super()._outputs(outputs)
-        value: Any = self._trace(outputs[0]) if len(outputs) == 1 else None
-        if not is_traced(value):
-            raise UnsupportedModule(f"{self._name} must return one tensor.")
-        return [value]
+        return self._parts(outputs) if self.spec.keys is None else super()._outputs(outputs)
 
 
 class ConditionWalk(GraphWalk):
@@ -376,6 +386,13 @@ class ConditionWalk(GraphWalk):
         value = self._trace(outputs[0])
         truth = kinds[0].dtype == torch.bool
         return [self.builder.affine(value, 2.0, -1.0) if truth else value]
+
+
+def _kind(returned: Any) -> str:
+    """What a field has returned, in messages."""
+    if isinstance(returned, dict):
+        return f"a dict of {list(returned)}"
+    return "a tensor" if is_traced(returned) else type(returned).__name__
 
 
 def _counts(x: Tensor) -> bool:

@@ -15,7 +15,14 @@ from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.jacobians import Expectation
-from pysciml_node.steps.field import FlatField, Watch, without_gradients
+from pysciml_node.steps.field import (
+    FlatField,
+    Watch,
+    expect_untouched,
+    own_value,
+    version_of,
+    without_gradients,
+)
 
 _functorch = torch._C._functorch
 
@@ -191,15 +198,11 @@ class MembersField:
 
     def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """By one call of a field that takes batches."""
-        f, before = self.given["f"], u._version
+        f, version = self.given["f"], version_of(u)
         state = u if self._flat else u.view(self._shape)
         times = t.view(self._beside)
         out = f(times, state) if p is None else f(times, state, p)
-        if u._version != before:
-            raise RuntimeError(
-                "the field has changed its input in place, which is the solver's own.\n"
-                "  Work on a copy, for example u.neg() instead of u.neg_()."
-            )
+        expect_untouched(u, version, "the field")
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"the field must return a tensor like u0, but returned {type(out).__name__}.\n"
@@ -211,9 +214,7 @@ class MembersField:
                 f"{u.device}, but is {tuple(out.shape)}, {out.dtype} on {out.device}.\n"
                 "  With batched=True it is given the states of all members that are under way."
             )
-        flat = out if self._flat else out.reshape(u.shape)
-        # What was written in place may be a buffer that the next evaluation writes to.
-        return flat.clone() if flat._version else flat
+        return own_value(out if self._flat else out.reshape(u.shape))
 
 
 def differing(field: MembersField, ensemble: EnsembleProblem, k: Tensor) -> int | None:

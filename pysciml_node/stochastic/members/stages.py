@@ -76,7 +76,9 @@ class StochasticStages:
         scaled = norm(self._taken.error, self.u.detach(), u1)
         if not self.fields.stepper.method.tableau.per_root:
             return scaled
-        share = np.sqrt(self.paths.span[self.rows] / self.motions.h)
+        # Between two stops that the path does not tell apart there is no time, and no error.
+        span, h = self.paths.span[self.rows], self.motions.h
+        share = np.sqrt(np.divide(span, h, out=np.ones_like(h), where=h > 0))
         return scaled * torch.from_numpy(share).to(scaled)
 
     def inside(
