@@ -28,6 +28,12 @@ def names_in(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
+def words_in(code: types.CodeType) -> tuple[str, ...]:
+    """The strings in a function's code, and in the functions inside it."""
+    return _mentioned(code, _every_word)
+
+
+@functools.lru_cache(maxsize=4096)
 def globals_in(code: types.CodeType) -> tuple[str, ...]:
     """The names that a function, or a function inside it, looks up as globals.
 
@@ -63,6 +69,16 @@ def _mentioned(
 
 def _every_name(code: types.CodeType) -> Iterable[str]:
     return code.co_names
+
+
+def _every_word(code: types.CodeType) -> Iterable[str]:
+    constants = list(code.co_consts)
+    while constants:
+        x = constants.pop()
+        if isinstance(x, str):
+            yield x
+        elif isinstance(x, tuple | frozenset):
+            constants += x
 
 
 def _global_names(code: types.CodeType) -> Iterable[str]:

@@ -111,7 +111,7 @@ def _check_at(
 def _expect_trained(name: str, out: Tensor, known: list[Tensor]) -> None:
     """Refuse a field that trains a tensor which its program does not read, and holds for numbers.
 
-    Such tensors stand where they are not seen: in a queue, in an array of objects, behind `eval`.
+    Such tensors stand where they are not seen: in an iterator, in an object of another library.
     """
     seen: set[Any] = {None, *(x.grad_fn for x in known)}
     waiting: list[Any] = [out.grad_fn]

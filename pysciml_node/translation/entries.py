@@ -70,10 +70,8 @@ class Calls:
 
 
 def bytes_of(x: Any) -> bytes:
-    """The numbers in a row of Python's or numpy's own."""
-    # `bytes` of a whole number is that many zeros, also of numpy's.
-    numbers: bytes = bytes(x) if isinstance(x, bytearray) else x.tobytes()
-    return numbers
+    """The numbers in a row of Python's own or of C's."""
+    return memoryview(x).tobytes()
 
 
 class Same:

@@ -26,7 +26,7 @@ from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.saved import as_it_is, saved_by, without_graph
 from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.tracing import exported_by, exporting, full_precision
+from pysciml_node.translation.tracing import exporting, full_precision, trace
 from pysciml_node.translation.watch import Contents, have_contents, have_same
 
 
@@ -380,12 +380,16 @@ def _walk(
 ) -> tuple[GraphWalk, bool]:
     """What goes through the graph of a field, and whether the field prints."""
     if not isinstance(f, DerivedField):
-        exported, prints = exported_by(f, spec, p)
-        return kind(f, spec, exported, snapshot, p), prints
+        traced = trace(f, spec, p)
+        walk = kind(f, spec, traced.exported, snapshot, p)
+        walk.fix(traced.read)
+        return walk, traced.prints
     if isinstance(f.inner, InModes):
         raise UnsupportedModule(f"{label(f)} is evaluated in autocast, or with a default device.")
-    exported, prints = exported_by(f.inner, f.spec, p)
+    traced = trace(f.inner, f.spec, p)
     with exporting(f) as printed:
-        derived = differentiated(exported, f, spec)
-    walk = DerivedWalk(f.inner, f.spec, exported, snapshot, p, whole=spec, derived=derived)
-    return walk, prints or bool(printed.getvalue())
+        derived = differentiated(traced.exported, f, spec)
+    inner = f.inner, f.spec, traced.exported, snapshot, p
+    walk = DerivedWalk(*inner, whole=spec, derived=derived)
+    walk.fix(traced.read)
+    return walk, traced.prints or bool(printed.getvalue())

@@ -23,6 +23,7 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.builder import Builder, Joined, Traced, View
 from pysciml_node.translation.choices import cast
 from pysciml_node.translation.decompose import decomposed
+from pysciml_node.translation.entries import PLAIN
 from pysciml_node.translation.layers import HANDLERS
 from pysciml_node.translation.moves import (
     ADDITIONS,
@@ -82,6 +83,10 @@ class GraphWalk:
         # A tensor is known now, whatever the state; other values are traced.
         self.values: Values = {}
 
+    def fix(self, read: list[Tensor]) -> None:
+        """Note tensors whose numbers Python has read: they are part of the program."""
+        self.fixed |= {self.places[id(x)] for x in read if id(x) in self.places}
+
     def flat(self, out: Any) -> Tensor:
         """What the field returns, as the program has it: one row of numbers."""
         return self.spec.flatten(out)
@@ -139,6 +144,11 @@ class GraphWalk:
         place = len(self.tensors)
         for i, leaf in enumerate([] if self.p is None else pytree.tree_leaves(self.p)):
             if not isinstance(leaf, Tensor):
+                if type(leaf) not in PLAIN:
+                    raise UnsupportedModule(
+                        f"{self._name} takes a p with an object of the class "
+                        f"{type(leaf).__name__}, which is no tensor and no number."
+                    )
                 yield leaf
                 continue
             if leaf.dtype != self.spec.dtype:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import _C, Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pysciml_node.translation.entries import PLAIN, Same
+
 Leaves = tuple[list[Tensor], Any]
 
 
@@ -25,7 +27,9 @@ def _form(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         # A parameter is used as any other tensor; a class of the user's may not be.
-        own = None if kind is Tensor or kind is nn.Parameter else kind
+        own: Any = None if kind is Tensor or kind is nn.Parameter else kind
+        if x.__dict__:
+            own = kind, *[(name, _attribute(value)) for name, value in x.__dict__.items()]
         return x.dtype, x.shape, x.device, x.requires_grad, own
     if kind is tuple or kind is list:
         return kind, *[_form(part, tensors) for part in x]
@@ -35,6 +39,10 @@ def _form(x: Any, tensors: list[Tensor]) -> Any:
     if len(leaves) == 1 and leaves[0] is x:
         return as_it_is(x)
     return structure, [_form(leaf, tensors) for leaf in leaves]
+
+
+def _attribute(x: Any) -> Any:
+    return as_it_is(x) if type(x) in PLAIN else Same(x)
 
 
 def as_it_is(x: Any) -> Any:

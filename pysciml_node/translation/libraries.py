@@ -6,14 +6,17 @@ import functools
 import sys
 import sysconfig
 
-# Libraries whose objects hold numbers that a field computes with.
-_WALKED = ("torch", "types", "pysciml_node")
+# Libraries whose objects hold numbers that a field computes with, or functions that do.
+_WALKED = (
+    *("torch", "types", "pysciml_node", "numpy", "collections", "functools"),
+    *("weakref", "_weakrefset"),
+)
 
 # Libraries whose objects an evaluation does not change.
 _SILENT = frozenset(
     (
-        *("builtins", "numpy", "torch", "functools", "operator", "enum", "typing", "abc", "_abc"),
-        *("_thread", "weakref", "pathlib", "datetime", "fractions", "decimal", "re", "inspect"),
+        *("builtins", "operator", "enum", "typing", "abc", "_abc", "_thread", "pathlib"),
+        *("datetime", "fractions", "decimal", "re", "inspect"),
     )
 )
 

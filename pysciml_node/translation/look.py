@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import array
 import contextvars
+import ctypes
 import functools
 import os
 import sys
@@ -13,6 +14,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,8 @@ from pysciml_node.translation.entries import (
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.leaves import as_it_is
 from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
-from pysciml_node.translation.watch import Watch, describe, freedom
+from pysciml_node.translation.mentions import Mentions, looks_up_globals
+from pysciml_node.translation.watch import Watch, answers, describe
 from pysciml_node.translation.watched import forgetting
 
 # Containers that hold nothing but their entries.
@@ -51,17 +54,26 @@ _CONTAINERS = frozenset(
     (dict, OrderedDict, defaultdict, types.MappingProxyType, list, tuple, deque, set, frozenset)
 )
 
+# Numbers in a row, of Python's own and of C's.
+_ROWS = (array.array, bytearray, memoryview, ctypes.Structure.__mro__[1])
+
+# The bit in the flags of a class that was made while the program runs.
+_MADE = 1 << 9
+
 # Attributes of a module that no evaluation looks at.
 _UNSEEN = (
     *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
-# Functions whose answer is that of the place where a solve is called.
-_MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
-
-# What derivatives that are taken inside a field are found by.
-_DERIVATIVES = frozenset(("autograd", "func"))
+# What programs of tensors do not depend on, and the code of a field may.
+_ANSWERS: dict[str, Callable[[Tensor], Any]] = {
+    "requires_grad": attrgetter("requires_grad"),
+    "is_leaf": attrgetter("is_leaf"),
+    "is_contiguous": Tensor.stride,
+    "stride": Tensor.stride,
+    "storage_offset": Tensor.storage_offset,
+}
 
 # What reads the environment.
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
@@ -96,12 +108,9 @@ class Look:
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._indices: dict[int, int] = {}
-        # Modules of the user's, and all names in code: any code may be handed any module.
+        self._mentions = Mentions()
+        # Modules of the user's.
         self._modules: list[types.ModuleType] = []
-        self._names: dict[str, None] = {"__getattr__": None}
-        # Code mentions `grad`; something that it reaches has an attribute of that name.
-        self._reads_gradients = self._has_gradients = False
-
         self._begin()
         for name in _GLOBAL_HOOKS:
             self.add(getattr(hooks_of_all, name))
@@ -145,6 +154,8 @@ class Look:
         kind: Any = type(x)
         if kind in PLAIN:
             self._tokens.append(as_it_is(x))
+            if kind is str:
+                self._mentions.words[x] = None
             return
         seen = self._seen.get(id(x))
         if seen is not None:
@@ -156,24 +167,29 @@ class Look:
     def _finish(self) -> None:
         """At the end of a walk, note what code takes from modules, and what it asks of tensors."""
         self._look_into_modules()
-        self._has_gradients |= any("grad" in vars(module) for module in self._modules)
-        if self.watch.asks_freedom:
-            self.watch.free = freedom(self.tensors)
-            self._tokens += self.watch.free
-        if self._reads_gradients and not self._has_gradients:
-            self.watch.fickle = "reads the gradients of tensors"
+        mentions, watch = self._mentions, self.watch
+        mentions.has_gradients |= any("grad" in vars(module) for module in self._modules)
+        watch.fickle = mentions.fickle
+        watch.asked = [_ANSWERS[name] for name in mentions.asked(_ANSWERS)]
+        watch.answers = answers(watch.asked, self.tensors)
+        self._tokens += watch.answers
+        if mentions.reads_gradients and not mentions.has_gradients:
+            watch.fickle = "reads the gradients of tensors"
 
     def _look_into_modules(self) -> None:
         """Note the names in modules, some of which lead to more names and more modules."""
         looked: set[tuple[int, str]] = set()
         while True:
-            pairs = [(id(x), name) for x in self._modules for name in self._names]
-            new = [pair for pair in pairs if pair not in looked]
+            entries = self._mentions.spoken()
+            entries += [
+                entry for module in self._modules for entry in self._mentions.within(module)
+            ]
+            new = [entry for entry in entries if (id(entry[0]), entry[1]) not in looked]
             if not new:
                 return
-            looked.update(new)
-            for module, name in new:
-                self._entry(vars(self._seen[module][1]), name)
+            for held, name in new:
+                looked.add((id(held), name))
+                self._entry(held, name)
 
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
@@ -220,7 +236,7 @@ class Look:
     def _module(self, x: nn.Module) -> None:
         self._kind(x)
         values = self._dict_of(x)
-        self._has_gradients |= "grad" in values
+        self._mentions.has_gradients |= "grad" in values
         self.watch.expect_order(values)
         for key, value in values.items():
             if key not in _UNSEEN:
@@ -230,11 +246,11 @@ class Look:
 
     def _dict(self, x: Any) -> None:
         self._tokens.append(len(x))
-        self._has_gradients |= "grad" in x
+        self._mentions.has_gradients |= "grad" in x
         self.watch.expect_order(x)
         for key, value in x.items():
             if type(key) in PLAIN:
-                self._tokens.append(key)
+                self._tokens.append(as_it_is(key))
             else:
                 self.add(key)
             self._at(x, key, value)
@@ -247,7 +263,7 @@ class Look:
         self._further(x)
 
     def _set(self, x: Any) -> None:
-        self._tokens.append((type(x), frozenset(e for e in x if type(e) in PLAIN)))
+        self._tokens.append((type(x), frozenset(as_it_is(e) for e in x if type(e) in PLAIN)))
         self.watch.expect_equal(lambda: frozenset(map(id, x)))
         for value in x:
             if type(value) not in PLAIN:
@@ -272,16 +288,26 @@ class Look:
 
     def _code(self, f: types.FunctionType) -> None:
         """Note the code of a function, and what it names."""
-        self._tokens.append(f.__code__)
         if is_library(f.__module__):
+            self._tokens.append(f.__code__)
             return  # it does not change while a program runs, but what was handed to it may
-        names = names_in(f.__code__)
-        self._asks(names, f.__globals__)
-        self._names.update(dict.fromkeys(names))
+        names, held = names_in(f.__code__), f.__globals__
+        self._tokens.append(f.__code__)
+        self._mentions.add(f.__code__, held)
+        if not _ENVIRONMENT.isdisjoint(names):
+            self._tokens.append(dict(os.environ))
+            self.watch.expect_equal(lambda: dict(os.environ))
+        if looks_up_globals(f.__code__, held):
+            self._every_global(held)
         for name in names:  # of globals, and of attributes, which may become those of globals
-            self._entry(f.__globals__, name)
-        for name in imports_in(f.__code__, f.__globals__.get("__package__")):
+            self._entry(held, name)
+        for name in imports_in(f.__code__, held.get("__package__")):
             self._entry(sys.modules, name)
+
+    def _text(self, code: types.CodeType) -> None:
+        """Note code that is evaluated by words, or not at all."""
+        self._tokens.append(code)
+        self._mentions.add(code)
 
     def _entry(self, held: dict[str, Any], name: str) -> None:
         """Note what a module has by a name, or that it has nothing."""
@@ -290,19 +316,6 @@ class Look:
             self._at(held, name, held[name])
         else:
             self.watch.expect_none(held, name)
-
-    def _asks(self, names: tuple[str, ...], held: dict[str, Any]) -> None:
-        """Note what code asks for that stands in no place."""
-        if not _MODES.isdisjoint(names):
-            self.watch.fickle = "asks whether gradients are recorded"
-        self.watch.asks_freedom |= "requires_grad" in names
-        derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
-        self._reads_gradients |= "grad" in names and not derivatives
-        if not _ENVIRONMENT.isdisjoint(names):
-            self._tokens.append(dict(os.environ))
-            self.watch.expect_equal(lambda: dict(os.environ))
-        if "globals" in names and "globals" not in held:
-            self._every_global(held)
 
     def _every_global(self, held: dict[str, Any]) -> None:
         """Note all that a module holds, for code that looks it up by words."""
@@ -326,11 +339,13 @@ class Look:
         self._tokens.append(Same(x))
         if type(x) is not type:
             self.add(type(x))
+        self.watch.expect_item(Attributes(x), "__mro__", x.__mro__)
         for owner in x.__mro__:
             if is_library(owner.__module__):
                 continue
+            self._tokens.append(Same(owner))
             held = vars(owner)
-            self._has_gradients |= "grad" in held
+            self._mentions.has_gradients |= "grad" in held
             self.watch.expect_order(held)
             for name, value in held.items():
                 if isinstance(value, types.FunctionType) or not name.startswith("__"):
@@ -345,9 +360,10 @@ class Look:
         self.watch.expect_equal(all_of)
         if x.dtype.hasobject:  # whose bytes are addresses
             self.add(tuple(x.ravel()))
+        self._further(x)
 
     def _buffer(self, x: Any) -> None:
-        """Numbers in a row of Python's own."""
+        """Numbers in a row of Python's own, or of C's."""
         numbers = bytes_of(x)
         self._tokens.append((type(x), getattr(x, "typecode", None), numbers))
         self.watch.expect_equal(lambda: bytes_of(x))
@@ -359,6 +375,14 @@ class Look:
 
     def _variable(self, x: Any) -> None:
         self._at(Value(functools.partial(x.get, None)), "value", x.get(None))
+
+    def _local(self, x: threading.local) -> None:
+        """What a thread has for itself: another one looks at its own."""
+        self._kind(x)
+        self._tokens.append(list(vars(x)))
+        self.watch.expect_equal(lambda: list(vars(x)))
+        for name, value in vars(x).items():
+            self._at(Attributes(x), name, value)
 
     def _reference(self, x: Any) -> None:
         self._at(Value(x), "value", x())
@@ -372,7 +396,7 @@ class Look:
         self.watch.expect_equal(lambda: x.cache_info()[:2])
 
     def _opaque(self, x: Any) -> None:
-        """An object of another library: itself, and the numbers that it holds directly."""
+        """An object of another library: itself, and the numbers that it holds."""
         self._tokens.append(Same(x))
         if is_silent(type(x)) and not hasattr(x, "__next__"):
             return
@@ -383,15 +407,21 @@ class Look:
         self.watch.expect_item(LooseAttributes(x), "__dict__", held)
         self.watch.expect_size(held)
         for name, value in held.items():
-            if type(value) in PLAIN or isinstance(value, Tensor | np.ndarray):
+            if type(value) is type(x) or _has_numbers(value):
                 self._tokens.append(name)
                 self._at(held, name, value)
 
     def _object(self, x: Any) -> None:
         self._kind(x)
         self._parts(x)
-        if getattr(x, "__dict__", None) is None:
+        kind: Any = type(x)
+        if getattr(x, "__dict__", None) is None or _is_a_value(kind):
             self._tokens.append(Same(x))
+
+    def _proxy(self, x: Any) -> None:
+        """A weak reference that stands for its object."""
+        self.add(x.__class__)
+        self._parts(x)
 
     def _further(self, x: Any) -> None:
         """What a container of a user's class holds besides its entries."""
@@ -421,6 +451,7 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     ((list, tuple, deque), Look._sequence),
     ((set, frozenset), Look._set),
     (types.FunctionType, Look._function),
+    (types.CodeType, Look._text),
     (types.ModuleType, Look._python_module),
     (type, Look._class),
     (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
@@ -429,12 +460,27 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     (functools._lru_cache_wrapper, Look._keeping),
     (property, lambda walk, x: walk.add((x.fget, x.fset))),
     ((np.ndarray, np.generic), Look._array),
-    ((array.array, bytearray, memoryview), Look._buffer),
+    (_ROWS, Look._buffer),
     (contextvars.ContextVar, Look._variable),
     (weakref.ref, Look._reference),
-    ((argparse.Namespace, threading.local), Look._object),
+    (weakref.ProxyTypes, Look._proxy),
+    (argparse.Namespace, Look._object),
+    (threading.local, Look._local),
     (Settled, lambda walk, x: walk._tokens.append(Same(x))),
 )
+
+
+def _has_numbers(x: Any) -> bool:
+    """Whether an evaluation may take numbers from what an object of a library holds."""
+    if type(x) in _CONTAINERS:
+        return any(map(_has_numbers, x.values() if isinstance(x, Mapping) else x))
+    return type(x) in PLAIN or isinstance(x, (Tensor, np.ndarray, types.FunctionType, *_ROWS))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_a_value(kind: Any) -> bool:
+    """Whether objects of a class are numbers, words or the like, besides what they hold."""
+    return any(not base.__flags__ & _MADE for base in kind.__mro__ if base is not object)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
@@ -29,6 +31,48 @@ _INSIDE = (
 """What torch.export says of derivatives that are taken while it traces."""
 
 _DERIVATIVES = "it takes derivatives inside (torch.autograd.grad, torch.func)"
+
+
+_READING = frozenset(
+    (
+        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
+        *(f"__{kind}__" for kind in ("float", "int", "bool", "index", "complex", "contains")),
+        *("__array__", "__format__", "__repr__"),
+    )
+)
+"""What gives the numbers of tensors to Python."""
+
+
+class _Reading(TorchFunctionMode):
+    """Notes of which tensors Python is given the numbers.
+
+    Attributes:
+        seen: these tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in _READING:
+            self.seen += [x for x in args if isinstance(x, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+class Traced(NamedTuple):
+    """A field as torch sees it.
+
+    Attributes:
+        exported: its graph.
+        prints: whether it prints.
+        read: tensors whose numbers it has given to Python.
+    """
+
+    exported: ExportedProgram
+    prints: bool
+    read: list[Tensor]
 
 
 class _Called(nn.Module):
@@ -67,20 +111,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def exported_by(f: Callable[..., Any], spec: StateSpec, p: Any) -> tuple[ExportedProgram, bool]:
-    """What torch makes of a field, and whether the field prints."""
+def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
+    """What torch makes of a field."""
     parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
     t = torch.zeros((), dtype=spec.dtype, device=spec.device)
     with exporting(f) as printed:
         further = () if p is None else (map_tensors(_leaf, p),)
         module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
         arguments = (t, spec.assemble(parts), *further)
-        exported = torch.export.export(module, arguments, strict=False)
+        with _Reading() as reading:
+            exported = torch.export.export(module, arguments, strict=False)
         if any(changes_argument(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
     if _transforms(exported):
         raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
-    return exported, bool(printed.getvalue())
+    return Traced(exported, bool(printed.getvalue()), reading.seen)
 
 
 def _transforms(exported: ExportedProgram) -> bool:

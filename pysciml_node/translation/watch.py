@@ -102,8 +102,8 @@ class Watch:
         default: torch's default dtype.
         sealed: whether there are objects whose inside is not looked at.
         fickle: what code does that may come out differently at each solve, in words.
-        asks_freedom: whether code mentions `requires_grad`.
-        free: of each tensor whether it requires gradients, where code mentions that.
+        asked: what code asks of tensors besides, such as whether they require gradients.
+        answers: what they answer.
         ends: a reference to the function that it goes with, where it keeps something alive.
         code: a reference to the code of the function, with which the watch is kept.
         memory: what others keep as long as nothing has changed, by keys of their own.
@@ -122,8 +122,8 @@ class Watch:
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     sealed: bool = False
     fickle: str | None = None
-    asks_freedom: bool = False
-    free: list[bool] | None = None
+    asked: list[Callable[[Tensor], Any]] = field(default_factory=list)
+    answers: list[Any] = field(default_factory=list)
     ends: Any = None
     code: Any = None
     memory: dict[Any, Any] = field(default_factory=dict)
@@ -187,7 +187,7 @@ class Watch:
                 and all(map(is_, map(getitem, again, their_keys), held))
                 and list(map(describe, found)) == self.described
                 and len(set(map(id, found))) == len(found)
-                and (self.free is None or self.free == freedom(found))
+                and (not self.asked or answers(self.asked, found) == self.answers)
             )
         # Also of what is no tensor, or is changed by another thread.
         except (LookupError, ValueError, AttributeError, RuntimeError):
@@ -209,9 +209,9 @@ class Watch:
         )
 
 
-def freedom(tensors: list[Tensor]) -> list[bool]:
-    """Which tensors require gradients."""
-    return [x.requires_grad for x in tensors]
+def answers(asked: list[Callable[[Tensor], Any]], tensors: list[Tensor]) -> list[Any]:
+    """What tensors answer when they are asked."""
+    return [ask(x) for ask in asked for x in tensors]
 
 
 def describe(x: Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import queue
 import weakref
@@ -232,19 +233,21 @@ def test_captured_parameters_of_another_dtype_are_refused_for_they_may_be_set_fr
 
 
 def test_parameters_that_stand_where_nothing_looks_are_not_taken_for_numbers():
-    weight, held = nn.Parameter(torch.full((3,), 1.5).double()), queue.Queue()
-    held.put(weight)
+    weight = nn.Parameter(torch.full((3,), 1.5).double())
+    held = itertools.repeat(weight)
     with pytest.raises(UnsupportedModule, match="found in none of its attributes") as caught:
-        translate(lambda t, u: u * held.queue[0], StateSpec.of(U))
+        translate(lambda t, u: u * next(held), StateSpec.of(U))
     assert caught.value.captured
 
 
-def test_parameters_in_an_array_of_objects_are_found():
+def test_parameters_in_an_array_of_objects_or_a_queue_are_found():
     weight, array = nn.Parameter(torch.full((3,), 1.5).double()), np.array([None])
-    array[0] = weight
-    translated = translate(lambda t, u: u * array[0], StateSpec.of(U))
-    assert translated.parameters[0] is weight
-    assert all(translated.program.pulled)
+    array[0], held = weight, queue.Queue()
+    held.put(weight)
+    for f in (lambda t, u: u * array[0], lambda t, u: u * held.queue[0]):
+        translated = translate(f, StateSpec.of(U))
+        assert translated.parameters[0] is weight
+        assert all(translated.program.pulled)
 
 
 def test_parameters_on_the_same_memory_are_told_apart():

@@ -198,7 +198,7 @@ def test_tensors_that_require_gradients_receive_them(field, place):
 
 def test_a_context_and_a_count_cost_no_translation(field, monkeypatch):
     run(field)
-    monkeypatch.setattr(export, "_export", None)
+    monkeypatch.setattr(export, "trace", None)
     for i in range(3):
         field.context = ones(2, 3) * i
         field.calls = 0
@@ -213,7 +213,7 @@ def test_a_refusal_is_kept(field, monkeypatch):
     module = Refused()
     with pytest.raises(UnsupportedModule) as first:
         run(module)
-    monkeypatch.setattr(export, "_export", None)
+    monkeypatch.setattr(export, "trace", None)
     with pytest.raises(UnsupportedModule) as second:
         run(module)
     assert str(first.value) == str(second.value)

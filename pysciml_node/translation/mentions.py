@@ -1,0 +1,79 @@
+"""What the code that a callable reaches mentions."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pysciml_node.steps.anatomy import names_in, words_in
+
+# Functions whose answer is that of the place where a solve is called.
+_MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
+
+# What derivatives that are taken inside a field are found by.
+_DERIVATIVES = frozenset(("autograd", "func"))
+
+# What reaches modules by words, and what makes code of words.
+_IMPORTS = frozenset(("import_module", "__import__", "modules"))
+_SPEAKS = ("eval", "exec")
+
+_NAME = re.compile(r"[^\W\d]\w*")
+
+
+@dataclass
+class Mentions:
+    """What the code that a callable reaches mentions.
+
+    Attributes:
+        names: of globals, attributes and modules, all together: any code may be handed any module.
+        words: strings in code and in data, any of which may be the name of an attribute.
+        fickle: what code does that may come out differently at each solve, in words.
+        reads_gradients: it mentions `grad`.
+        has_gradients: something that it reaches has an attribute of that name.
+    """
+
+    names: dict[str, None] = field(default_factory=lambda: {"__getattr__": None})
+    words: dict[str, None] = field(default_factory=dict)
+    fickle: str | None = None
+    reads_gradients: bool = False
+    has_gradients: bool = False
+    _imports: bool = False
+    _speaks: bool = False
+
+    def add(self, code: types.CodeType, held: dict[str, Any] | None = None) -> None:
+        """Note what code mentions, and the globals that it sees, where they are known."""
+        names, words, held = names_in(code), words_in(code), held or {}
+        self.names.update(dict.fromkeys((*names, *filter(str.isidentifier, words))))
+        self.words.update(dict.fromkeys(words))
+        if not _MODES.isdisjoint(names):
+            self.fickle = "asks whether gradients are recorded"
+        derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
+        self.reads_gradients |= "grad" in names and not derivatives
+        self._imports |= not _IMPORTS.isdisjoint(names)
+        self._speaks |= any(name in names and name not in held for name in _SPEAKS)
+
+    def asked(self, names: Iterable[str]) -> list[str]:
+        """Those of some names that are mentioned."""
+        return [name for name in names if name in self.names]
+
+    def spoken(self) -> list[tuple[dict[str, Any], str]]:
+        """Modules that may be reached by words, as entries of the dict that has them."""
+        if self._speaks:
+            self.names.update(dict.fromkeys(_NAME.findall(" ".join(self.words))))
+        words = list(self.words) if self._imports else []
+        return [(sys.modules, word) for word in words if word in sys.modules]
+
+    def within(self, module: types.ModuleType) -> list[tuple[dict[str, Any], str]]:
+        """What code may take from a module, as entries of its dict, also where it lacks them."""
+        held = vars(module)
+        return [(held, name) for name in (*self.names, *(x for x in self.words if x in held))]
+
+
+def looks_up_globals(code: types.CodeType, held: dict[str, Any]) -> bool:
+    """Whether code may look up any of its globals, by words."""
+    names = names_in(code)
+    return any(name in names and name not in held for name in ("globals", *_SPEAKS))
