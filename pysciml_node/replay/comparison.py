@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from pysciml_node.steps.inputs import changed_message
+from pysciml_node.steps.surroundings import Surroundings
 
 
 class Comparison:
@@ -66,6 +68,33 @@ class Comparison:
         if relative:
             worst = torch.nan_to_num(torch.cat(relative), nan=0.0).max()
             expect_reproduced(worst, suspects)
+
+
+@contextmanager
+def as_solved(
+    surroundings: Surroundings, compare: Callable[[Comparison, int], None]
+) -> Iterator[Callable[[int], None]]:
+    """Everything that a solve could reach, as it saw it.
+
+    Yields a check of a step: where tensors have been changed in place since, it is taken again,
+    and refused if it does not come out as it did.
+
+    Args:
+        surroundings: of the solve.
+        compare: takes a step again, and adds its end to a comparison.
+    """
+    changed = surroundings.changed_in_place()
+    names = [surroundings.names[id(x)] for x in changed]
+
+    def check(n: int) -> None:
+        if names:
+            comparison = Comparison()
+            with torch.no_grad():
+                compare(comparison, n)
+            comparison.expect_equal(names)
+
+    with surroundings.as_seen():
+        yield check
 
 
 def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
-from pysciml_node.replay.comparison import Comparison
+from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
@@ -77,26 +77,17 @@ class TorchTrajectory(Recorded):
         """The first of the methods, for the kind of its numbers."""
         return self.methods[0]
 
-    @contextmanager
-    def _as_seen(self) -> Iterator[Callable[[int], None]]:
-        """Everything that the field can reach as the solve saw it.
-
-        Yields a check of a step: where tensors have been changed in place since, it is taken again,
-        and refused if it does not come out as it did.
-        """
+    def _as_seen(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Everything that the field can reach as the solve saw it, and a check of steps."""
         assert self.surroundings is not None
-        changed = self.surroundings.changed_in_place()
-        names = [self.surroundings.names[id(x)] for x in changed]
-        with self.surroundings.as_seen():
-            yield (lambda n: self._expect_step(n, names)) if changed else (lambda n: None)
+        return as_solved(self.surroundings, self._compare)
 
-    def _expect_step(self, n: int, suspects: list[str]) -> None:
-        comparison, u = Comparison(), self.flat_states[n]
-        with torch.no_grad():
-            stages, _ = self._stages(self._method_of(n))
-            end = stages.solution(self.record.times[n], self.record.sizes[n], u, with_error=False)
+    def _compare(self, comparison: Comparison, n: int) -> None:
+        """Take a step again."""
+        u = self.flat_states[n]
+        stages, _ = self._stages(self._method_of(n))
+        end = stages.solution(self.record.times[n], self.record.sizes[n], u, with_error=False)
         comparison.add(end, self.flat_states[n + 1], u)
-        comparison.expect_equal(suspects)
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
@@ -290,12 +281,12 @@ class TorchTrajectory(Recorded):
         if not sizes:
             return []
         starts = self.every_state[: len(sizes)]
+        with self._as_seen() as check:
+            for n in range(len(sizes)):
+                check(n)
         if not torch.is_grad_enabled():
-            with self._as_seen() as check:
-                estimates = []
-                for n, u in enumerate(starts):
-                    check(n)
-                    estimates.append(self._replay(n, u))
+            with self._as_seen():
+                estimates = [self._replay(n, u) for n, u in enumerate(starts)]
         elif isinstance(self.options.adjoint, DirectAdjoint):
             estimates = [
                 checkpoint(self._replay_as_seen, n, u, use_reentrant=False)

@@ -17,6 +17,7 @@ from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
@@ -56,10 +57,17 @@ class SDETrajectory(Recorded):
         if self.surroundings is None:
             self.surroundings = Surroundings(Fields(self.problem).given)
 
-    def _as_seen(self) -> AbstractContextManager[None]:
-        """Everything that the fields can reach, as the solve saw it."""
+    def _as_seen(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Everything that the fields can reach as the solve saw it, and a check of steps."""
         assert self.surroundings is not None
-        return self.surroundings.as_seen()
+        return as_solved(self.surroundings, self._compare)
+
+    def _compare(self, comparison: Comparison, n: int) -> None:
+        """Take a step again."""
+        start, (t, end) = self.vectors[n], self.record.times[n : n + 2]
+        stepper = Stepper(self.stepper.method, self._fields())
+        again, _ = stepper.take(t, start, self.path.increment(t, end))
+        comparison.add(again, self.vectors[n + 1], start)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "surroundings": None}
@@ -94,6 +102,12 @@ class SDETrajectory(Recorded):
         layout = self.stepper.fields.layout
         return layout.shaped(self.path.increment(start, end).w, self.problem)
 
+    def _check_all(self) -> None:
+        """Check all steps."""
+        with self._as_seen() as check:
+            for n in range(len(self.record.sizes)):
+                check(n)
+
     def _step_of(self, t: float) -> int:
         n = bisect_right(self.record.times, t) - 1
         return min(max(n, 0), len(self.record.sizes) - 1)
@@ -125,7 +139,8 @@ class SDETrajectory(Recorded):
                 motion = self.path.increment(start, t)
                 vector = self.vectors[n]
                 if motion.h > 0:
-                    with self._as_seen():
+                    with self._as_seen() as check:
+                        check(n)
                         vector, _ = stepper.take(start, vector, motion)
             rows.append(stepper.state(vector))
         self._count(fields)
@@ -133,6 +148,7 @@ class SDETrajectory(Recorded):
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
+        self._check_all()
         with torch.no_grad():
             estimates = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
         return torch.stack(estimates) if estimates else self.stepper.method.like.new_empty(0)
@@ -163,7 +179,9 @@ class SDETrajectory(Recorded):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
         norm = ErrorNorm(self.options.tolerances)
         span = self.problem.t1 - t
-        with self._as_seen():
+        with self._as_seen() as check:
+            if self.record.sizes:
+                check(self._step_of(t))
             if dt is None:
                 with torch.no_grad():
                     start = u.detach()
@@ -190,6 +208,7 @@ class SDETrajectory(Recorded):
             ValueError: the solve's adjoint is a continuous one.
         """
         check_discrete(self.options.adjoint)
+        self._check_all()
         estimates = []
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]

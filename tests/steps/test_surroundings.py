@@ -362,6 +362,21 @@ def test_dense_output_after_a_step_of_the_optimizer_is_refused(
         torch.testing.assert_close(solution(times), solution.u)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("adjoint", [ADJOINTS["discrete"], ADJOINTS["direct"]])
+def test_estimates_after_a_step_of_the_optimizer_are_refused(
+    adjoint: psn.DiscreteAdjoint, recorded: bool
+) -> None:
+    field = Remembering()
+    solution = psn.solve(psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0)), adjoint=adjoint)
+    with torch.no_grad():
+        field.k.mul_(2)
+    with torch.set_grad_enabled(recorded):
+        for look in (solution.step_estimates, lambda: solution.local_estimate(0.3)):
+            with pytest.raises(RuntimeError, match=r"has been changed in place"):
+                look()
+
+
 @pytest.mark.parametrize(
     "adjoint",
     [

@@ -136,6 +136,42 @@ def test_constants_changed_in_place_are_noticed(adjoint: psn.DirectAdjoint) -> N
         solution.u1.sum().backward()
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("compile", [False, "auto"])
+@pytest.mark.parametrize("which", ["drift", "diffusion"])
+def test_what_looks_between_the_steps_after_a_step_of_the_optimizer_is_refused(
+    which: str, compile: Any, recorded: bool
+) -> None:
+    """States of one equation and stages of another make no solution."""
+    fields = {name: nn.Linear(2, 2, dtype=D) for name in ("drift", "diffusion")}
+    problem = psn.SDEProblem(
+        lambda t, u: fields["drift"](u),
+        lambda t, u: fields["diffusion"](u),
+        torch.ones(3, 2, dtype=D),
+        (0.0, 1.0),
+    )
+    solution = psn.solve(
+        problem, psn.SOSRI2(), compile=compile, controller=psn.FixedStep(), dt0=0.25
+    )
+    middle, times = solution(0.3), solution.t
+    with torch.no_grad():
+        fields[which].weight.mul_(3)
+    with torch.set_grad_enabled(recorded):
+        for look in (
+            lambda: solution(0.3),
+            lambda: solution.local_estimate(0.3),
+            solution.step_estimates,
+            solution.trajectory.stiffness,
+        ):
+            with pytest.raises(RuntimeError, match=r"has been changed in place"):
+                look()
+        # What was stored needs no field.
+        torch.testing.assert_close(solution(times), solution.u)
+        with torch.no_grad():
+            fields[which].weight.div_(3)
+        torch.testing.assert_close(solution(0.3), middle)
+
+
 @any_adjoint
 @pytest.mark.parametrize("recorded", [True, False])
 def test_random_fields_are_refused(adjoint: psn.DirectAdjoint, recorded: bool) -> None:
