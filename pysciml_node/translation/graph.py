@@ -112,11 +112,6 @@ class GraphWalk:
 
     def _inputs(self) -> None:
         signature = self.exported.graph_signature
-        if signature.buffers_to_mutate:
-            names = ", ".join(signature.buffers_to_mutate.values())
-            raise UnsupportedModule(
-                f"{self._name} changes its buffers ({names}) when it is evaluated."
-            )
         if signature.user_inputs_to_mutate:
             raise UnsupportedModule(
                 f"{self._name} changes its input in place, which is the solver's own: it needs a "

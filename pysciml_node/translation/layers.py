@@ -1,4 +1,4 @@
-"""What products, convolutions and normalizations become in a program for Julia."""
+"""What products, convolutions and normalizations become in a program."""
 
 from __future__ import annotations
 

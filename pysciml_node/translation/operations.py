@@ -1,4 +1,4 @@
-"""What each torch operation becomes in a program for Julia."""
+"""What each torch operation becomes in a program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def handles(*names: str) -> Callable[[HandlerT], HandlerT]:
 
 def refuse(what: str, operation: str) -> UnsupportedModule:
     """The error for a use of an operation that programs do not have."""
-    return UnsupportedModule(f"{what} cannot be translated for Julia.", operation=operation)
+    return UnsupportedModule(f"{what} cannot be translated.", operation=operation)
 
 
 # Entry by entry ------------------------------------------------------------------------------
@@ -361,8 +361,7 @@ def _copy(g: Builder, self: Traced, src: Traced, **_: Any) -> Traced:
 def _dropout(g: Builder, input: Traced, p: float, train: bool) -> Traced:
     if train and p > 0:
         raise UnsupportedModule(
-            "dropout in training mode is random, and cannot be translated for Julia; "
-            "call .eval() on it.",
+            "dropout in training mode is random, and cannot be translated; call .eval() on it.",
             operation="aten.dropout",
         )
     return input

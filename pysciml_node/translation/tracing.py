@@ -96,6 +96,8 @@ def exporting(f: Callable[..., Any]) -> Iterator[StringIO]:
     try:
         with _quietly() as printed, torch.enable_grad():
             yield printed
+    except UnsupportedModule:
+        raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         reason = _DERIVATIVES if any(words in reason for words in _INSIDE) else reason
@@ -123,6 +125,10 @@ def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
             exported = torch.export.export(module, arguments, strict=False)
         if any(changes_argument(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
+    changed = exported.graph_signature.buffers_to_mutate
+    if changed:
+        names = ", ".join(changed.values())
+        raise UnsupportedModule(f"{label(f)} changes its buffers ({names}) when it is evaluated.")
     if _transforms(exported):
         raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
     return Traced(exported, bool(printed.getvalue()), reading.seen)

@@ -317,6 +317,24 @@ def test_a_field_that_cuts_the_graph_is_told_of() -> None:
     assert k.grad is None
 
 
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.InterpolatingAdjoint()])
+def test_members_of_a_field_that_cuts_the_graph_are_told_of(adjoint: Any) -> None:
+    k = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(
+        lambda t, u: -k.detach() * u.detach(), torch.ones(2, dtype=torch.float64), (0.0, 1.0)
+    )
+    starts = torch.ones(3, 2, dtype=torch.float64)
+    u1 = psn.solve(psn.EnsembleProblem(problem, starts), adjoint=adjoint).u1
+    with pytest.warns(psn.PsnWarning, match=r"cuts the graph(.|\n)*torch\.stack"):
+        u1.sum().backward()
+    assert k.grad is None
+    # Nothing is missing where the starts have gradients, and a warning would be an error here.
+    starts.requires_grad_()
+    psn.solve(psn.EnsembleProblem(problem, starts), adjoint=adjoint).u1.sum().backward()
+    assert starts.grad is not None
+    assert starts.grad.tolist() == [[1.0, 1.0]] * 3
+
+
 def test_a_drift_and_a_diffusion_that_cut_the_graph_are_told_of() -> None:
     k = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -254,8 +254,11 @@ class Batch(ABC):
         self.field.watch = None
         captured.settle()
         result, places = self._result(march, tape)
+        sweep = self.sweep(captured, result, places)
+        if not self.u0.requires_grad and self.moving is None:
+            sweep = _telling(sweep, captured)
         at_times, states = MembersNode.apply(  # type: ignore[no-untyped-call]
-            self.sweep(captured, result, places),
+            sweep,
             (result.at_times, result.states),
             True,
             self.u0,
@@ -278,3 +281,14 @@ class Batch(ABC):
             moves = StepMoves.of(result.steps, self.options.spans[1])
         replay = Replay(self.again(), self.field, captured, result.steps, places, moves)
         return lambda *given: members_sweep(replay, result, *given)
+
+
+def _telling(sweep: Sweep, captured: Inputs) -> Sweep:
+    """A sweep that warns where none of the field's inputs receives a gradient."""
+
+    def telling(*given: Any) -> tuple[Tensor | None, ...]:
+        start, ends, *of_inputs = sweep(*given)
+        captured.tell_of_cut_graph(of_inputs)
+        return (start, ends, *of_inputs)
+
+    return telling

@@ -345,3 +345,19 @@ def test_running_statistics_of_a_batch_normalization_are_constants(affine: bool)
     layer.train()
     with pytest.raises(psn.CompileError):
         outcome(field, True, points())
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_batch_normalization_in_training_is_refused_in_words_of_the_package(track: bool) -> None:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2, track_running_stats=track, dtype=D)
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return torch.tanh(self.norm(u))
+
+    flow = psn.CNF(Field(), event_shape=2, compile=True)
+    match = "changes its buffers .norm.running_mean" if track else "statistics of the batch"
+    with pytest.raises(psn.CompileError, match=match):
+        flow.log_prob(torch.ones(3, 2, dtype=D))
