@@ -24,6 +24,15 @@ def graph_is_retained() -> bool:
     return ask is None or bool(ask())
 
 
+def saved_tensors_stay() -> bool:
+    """Whether tensors saved for backward stay where they are.
+
+    Inside a checkpoint, or torch's `save_on_cpu`, they do not.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is None
+
+
 class _Refusing(torch.autograd.Function):
     """A function whose derivative is refused: gradients, which have none of their own."""
 

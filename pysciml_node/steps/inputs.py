@@ -198,15 +198,6 @@ class FirstGraph:
         self.bytes = sum(sizes[address] for address in sizes.keys() - outer.keys())
         self.bytes += self.NODE * len(nodes)
 
-    @staticmethod
-    def possible() -> bool:
-        """Whether tensors saved for backward stay where they are.
-
-        Inside a checkpoint, or torch's `save_on_cpu`, they do not.
-        """
-        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        return top is not None and top(False) is None
-
 
 class Inputs:
     """The tensors outside that receive gradients.

@@ -29,7 +29,7 @@ from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, may_keep
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
-from pysciml_node.steps.autograd import as_node
+from pysciml_node.steps.autograd import as_node, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
@@ -258,7 +258,7 @@ class ODESolve(Solve):
             or len(self.methods) > 1
             or isinstance(self.method.tableau, ImplicitTableau)
             or _wants_time_gradient(self.problem, self.options)
-            or not FirstGraph.possible()
+            or not saved_tensors_stay()
             or not may_keep()
         ):
             return 0

@@ -21,7 +21,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import Solution, Trajectory
-from pysciml_node.steps.autograd import pulled
+from pysciml_node.steps.autograd import graph_is_retained, pulled, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.finish import Solve
@@ -164,15 +164,15 @@ class SingleSolve(FlownSolve):
         """The Brownian motions of a stochastic equation."""
         return None
 
-    def fly(self, u0: Tensor, sweeps: bool = False) -> States:
+    def fly(self, u0: Tensor, keeps: bool = False) -> States:
         """Solve forward from a state, contiguous and the solve's own."""
         how = self.library, self.departure, u0, self.parameters, self.search
         noise = self.noise()
         if self.options.progress:
             with step_listener(True, self.problem) as on_step:
-                flight, states = fly(*how, _turns(on_step), sweeps, noise)
+                flight, states = fly(*how, _turns(on_step), keeps, noise)
         else:
-            flight, states = fly(*how, None, sweeps, noise)
+            flight, states = fly(*how, None, keeps, noise)
         self.flight, self.stats.nfe = flight, flight.nfe
         if noise is not None:
             self.stats.nfe_diffusion = noise.evaluations
@@ -240,7 +240,7 @@ class _Node(torch.autograd.Function):
         saveat: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        states = solve.fly(u0.detach(), any(ctx.needs_input_grad))
+        states = solve.fly(u0.detach(), any(ctx.needs_input_grad) and saved_tensors_stay())
         ctx.solve = solve
         start = t0 if isinstance(t0, Tensor) else None
         end = t1 if isinstance(t1, Tensor) else None
@@ -259,7 +259,10 @@ class _Node(torch.autograd.Function):
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
         pull = partial(_pull, ctx.solve, kept, needed[1:])
-        return (None, *pulled(pull, kept, saved, ends, last))
+        gradients = pulled(pull, kept, saved, ends, last)
+        if not graph_is_retained():
+            ctx.solve.flight.kept = None
+        return (None, *gradients)
 
 
 def _pull(

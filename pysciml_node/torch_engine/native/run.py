@@ -176,7 +176,7 @@ def fly(
     parameters: Sequence[Tensor],
     search: Search | None,
     on_turn: Callable[[float, float, int], None] | None,
-    sweeps: bool,
+    keeps: bool,
     noise: Noise | None = None,
 ) -> tuple[Flight, States]:
     """Solve forward.
@@ -188,7 +188,7 @@ def fly(
         parameters: of the field.
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
-        sweeps: whether a sweep is to follow.
+        keeps: whether the stages of steps are kept for a sweep.
         noise: the Brownian motions of a stochastic equation.
     """
     request, room, count = departure.request(), departure.room, departure.save_count
@@ -198,7 +198,7 @@ def fly(
     log, memory = Log(departure), library.take_memory(library.march_memory)
     # As many as lately, and some more: memory that is not touched again and again costs its pages.
     lately = library.lately
-    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if sweeps else 0
+    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if keeps else 0
     kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     lying = library.all_lying(parameters)
     tensors = addresses(lying)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native.compiler import available
@@ -109,6 +111,45 @@ def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
     torch.autograd.grad(other.u1.sum(), inputs)
     second = torch.autograd.grad(loss, inputs)
     assert_same(list(second), list(first))
+
+
+def in_memory() -> int:
+    """Bytes of all tensors."""
+    gc.collect()
+    found = [x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor]
+    return sum({x.data_ptr(): x.nbytes() for x in found}.values())
+
+
+def test_kept_stages_go_with_the_graph() -> None:
+    field, u0 = Field(64), start(96)
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+    solutions = [psn.solve(problem, psn.DP5(), compile=True, saveat=[1.0]) for _ in range(2)]
+    stages = solutions[1].stats.nfe * 96 * 64 * 8
+    loss = solutions[1].u1.sum()
+    before = in_memory()
+    torch.autograd.grad(loss, u0, retain_graph=True)
+    assert in_memory() > before - stages / 2
+    torch.autograd.grad(loss, u0)
+    assert in_memory() < before - stages / 2
+
+
+def test_stages_are_not_kept_where_saved_tensors_go_elsewhere() -> None:
+    field, u0 = Field(64), start(96)
+    _, expected = gradients(field, u0, psn.DP5(), AGAIN)
+    with torch.autograd.graph.save_on_cpu():
+        solution, found = gradients(field, u0, psn.DP5(), None)
+    assert_same(found, expected)
+    assert solution.stats.nfe_backward == solution.stats.nvjp > 0
+
+    def last(u0: Tensor) -> Tensor:
+        return psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), psn.DP5(), compile=True).u1
+
+    before = in_memory()
+    states = [checkpoint(last, u0, use_reentrant=False) for _ in range(3)]
+    assert in_memory() - before < solution.stats.nfe * 96 * 64 * 8
+    bars = [torch.autograd.grad(x.sum(), [u0, *field.parameters()]) for x in (*states, last(u0))]
+    for found in bars:
+        assert_same(list(found), list(bars[-1]))
 
 
 def test_events_cut_steps_whose_stages_are_kept() -> None:
