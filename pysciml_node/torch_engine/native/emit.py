@@ -15,7 +15,7 @@ from pysciml_node.torch_engine.native.operations import OPERATIONS
 from pysciml_node.torch_engine.native.parts import Parts, split
 from pysciml_node.torch_engine.native.row_loop import RowLoop
 from pysciml_node.torch_engine.native.rows import Rows, by_rows, without_repetitions
-from pysciml_node.torch_engine.native.text import COTANGENT, PAD, fused, padded
+from pysciml_node.torch_engine.native.text import COTANGENT, PAD, fused, padded, wide
 from pysciml_node.translation.program import Operation, Program
 
 
@@ -198,8 +198,9 @@ class Emitter(Layout):
             (f"static void unpack{x}(const REAL *P, REAL *D, REAL *z)", [*first, *unpacks, *early]),
         ]
         text = [
-            f"enum {{ WORK{x} = {padded(self.work.size)}, BARS{x} = {padded(self.bars.size)}, "
-            f"PACKED{x} = {self.packed_size} }};",
+            wide(f"WORK{x}", padded(self.work.size)),
+            wide(f"BARS{x}", padded(self.bars.size)),
+            f"enum {{ PACKED{x} = {self.packed_size} }};",
             *self.constants,
         ]
         for head, lines in functions:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import DiagonallyImplicitTableau, Tableau
-from pysciml_node.torch_engine.native.text import number, padded
+from pysciml_node.torch_engine.native.text import number, padded, wide
 
 
 def weighted_sum(weights: Sequence[float], base: str, first: int = 0) -> str:
@@ -62,7 +62,8 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     restrict = "restrict " if abreast else ""
     rows = [*method.host_rows, tableau.b]
     lines = [
-        f"enum {{ N = {size}, ROW = {padded(size * max(abreast, 1))}, STAGES = {method.stages}, "
+        wide("ROW", padded(size * max(abreast, 1))),
+        f"enum {{ N = {size}, STAGES = {method.stages}, "
         f"ALL_STAGES = {method.all_stages}, END = {method.all_stages}, "
         f"FSAL = {int(_ends_on_a_stage(tableau))}, ORDER = {tableau.order}, "
         f"END_STAGE = {-1 if method.end_stage is None else method.end_stage}, "

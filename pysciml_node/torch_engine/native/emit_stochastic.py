@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pysciml_node.stochastic.fields import NoiseLayout
 from pysciml_node.stochastic.step import SDEMethod, Terms
 from pysciml_node.tableaus.stochastic import Integral, Row, Stage
-from pysciml_node.torch_engine.native.text import number, padded
+from pysciml_node.torch_engine.native.text import number, padded, wide
 
 _FORMULAS: dict[Integral, str] = {
     "w": "x",
@@ -105,11 +105,8 @@ class MethodText:
         sizes = {
             "N": self.whole,
             "ENTRIES": layout.entries,
-            "ROW": self.row,
-            "WHOLE": padded(self.whole),
             "MATRIX": int(layout.matrix),
             "MOTIONS": self._columns,
-            "MATRIX_ROW": self.matrix_row,
             "PATHS": layout.size,
             "PATH_ROW": padded(layout.size),
             "SAMPLE": layout.entries // layout.samples,
@@ -129,6 +126,9 @@ class MethodText:
         drifts, diffusions = tableau.drift, tableau.diffusion
         assert all(stage is not None for stage in diffusions)
         return [
+            wide("ROW", self.row),
+            wide("WHOLE", padded(self.whole)),
+            wide("MATRIX_ROW", self.matrix_row),
             f"enum {{ {named} }};",
             f"static const double STRONG_ORDER = {tableau.strong_order!r};",
             _array("double", "DRIFT_NODES", map(_node, drifts)),

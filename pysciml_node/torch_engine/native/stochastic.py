@@ -36,7 +36,7 @@ from pysciml_node.torch_engine.native.prepared import (
     check_surroundings,
     no_code,
 )
-from pysciml_node.torch_engine.native.text import padded
+from pysciml_node.torch_engine.native.text import padded, wide
 from pysciml_node.translation.export import TranslatedModule, translate, translate_diffusion
 from pysciml_node.translation.program import Program
 
@@ -135,7 +135,8 @@ def write_stochastic(
         emitted.emit(),
         one.source,
         two.source,
-        f"enum {{ SOME_WORK = {work}, SOME_BARS = {bars} }};",
+        wide("SOME_WORK", work),
+        wide("SOME_BARS", bars),
         packed_together(len(drift.parameters), "_diffusion"),
         *map(source, _FILES),
     )

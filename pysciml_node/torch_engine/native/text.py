@@ -34,6 +34,11 @@ def number(value: float) -> str:
     return f"(REAL){float(value)!r}" if value >= 0 else f"(REAL)({float(value)!r})"
 
 
+def wide(name: str, count: int) -> str:
+    """The name of a number of entries; several times as many may be more than an `int` counts."""
+    return f"#define {name} INT64_C({count})"
+
+
 def contiguous(shape: Sequence[int]) -> Shape:
     """Strides of an array by rows."""
     strides, step = [], 1

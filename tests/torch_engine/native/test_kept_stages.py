@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
-from pysciml_node.torch_engine.native.compiler import available
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.replay.stages import Method
+from pysciml_node.torch_engine.native.compiler import available, build
+from pysciml_node.torch_engine.native.library import header, write_explicit
+from pysciml_node.translation.export import translate
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
@@ -150,6 +155,27 @@ def test_stages_are_not_kept_where_saved_tensors_go_elsewhere() -> None:
     bars = [torch.autograd.grad(x.sum(), [u0, *field.parameters()]) for x in (*states, last(u0))]
     for found in bars:
         assert_same(list(found), list(bars[-1]))
+
+
+PLACES = """
+int64_t end_of_stages(void) {
+  Sweep s = {0};
+  s.memory = (REAL *)&s;
+  return STAGE_OF(&s, ALL_STAGES - 1) + STAGE_MEMORY - s.memory;
+}
+int64_t slot(void) { return SLOT; }
+"""
+
+
+def test_stages_may_take_more_memory_than_an_int_counts() -> None:
+    spec = StateSpec.of(torch.empty(60_000_000))
+    program = translate(lambda t, u: u.mean() - torch.sin(u), spec).program
+    method = Method.of(psn.Vern9().tableau, spec.dtype, spec.device)
+    written = write_explicit(program, method)
+    code = build("\n".join((header(spec.dtype), "enum { TURNS = 1 };", written.text, PLACES)))
+    code.end_of_stages.restype = code.slot.restype = ctypes.c_int64
+    assert code.end_of_stages() == written.sweep_memory > 2**31
+    assert code.slot() == written.slot > 2**31
 
 
 def test_events_cut_steps_whose_stages_are_kept() -> None:
