@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import array
+import ctypes
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pysciml_node.translation.recent import reference
 
@@ -19,6 +25,18 @@ PLAIN = frozenset(
     )
 )
 """Kinds of values that are compared as they are."""
+
+
+CONTAINERS = frozenset(
+    (dict, OrderedDict, defaultdict, types.MappingProxyType, list, tuple, deque, set, frozenset)
+)
+"""Containers that hold nothing but their entries."""
+
+ROWS = (array.array, bytearray, memoryview, ctypes.Structure.__mro__[1])
+"""Numbers in a row, of Python's own and of C's."""
+
+
+_NUMBERS = (Tensor, np.ndarray, types.FunctionType, *ROWS)
 
 
 class Value:
@@ -72,6 +90,21 @@ class Calls:
 def bytes_of(x: Any) -> bytes:
     """The numbers in a row of Python's own or of C's."""
     return memoryview(x).tobytes()
+
+
+def has_numbers(x: Any, depth: int = 4) -> bool:
+    """Whether an evaluation may take numbers from what an object of a library holds.
+
+    Args:
+        x: what it holds.
+        depth: of containers inside containers; what lies deeper has them.
+    """
+    if type(x) in CONTAINERS:
+        entries = list(x.values() if isinstance(x, Mapping) else x)
+        return depth == 0 or any(has_numbers(entry, depth - 1) for entry in entries)
+    if type(x) in PLAIN or isinstance(x, _NUMBERS):
+        return True
+    return is_dataclass(x) and not isinstance(x, type)
 
 
 class Same:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import array
 import contextvars
-import ctypes
 import functools
 import os
 import sys
 import threading
 import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
-from operator import attrgetter
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,9 @@ from pysciml_node.steps.anatomy import (
     slots_of,
 )
 from pysciml_node.translation.entries import (
+    CONTAINERS,
     PLAIN,
+    ROWS,
     Attributes,
     Calls,
     LooseAttributes,
@@ -41,6 +41,7 @@ from pysciml_node.translation.entries import (
     Settled,
     Value,
     bytes_of,
+    has_numbers,
 )
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.leaves import as_it_is
@@ -48,14 +49,6 @@ from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
 from pysciml_node.translation.mentions import Mentions, looks_up_globals
 from pysciml_node.translation.watch import Watch, answers, describe
 from pysciml_node.translation.watched import forgetting
-
-# Containers that hold nothing but their entries.
-_CONTAINERS = frozenset(
-    (dict, OrderedDict, defaultdict, types.MappingProxyType, list, tuple, deque, set, frozenset)
-)
-
-# Numbers in a row, of Python's own and of C's.
-_ROWS = (array.array, bytearray, memoryview, ctypes.Structure.__mro__[1])
 
 # The bit in the flags of a class that was made while the program runs.
 _MADE = 1 << 9
@@ -80,6 +73,11 @@ _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 
 # Kinds of globals whose inside matters only to code that names them.
 _DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
+
+_METHODS = (
+    *(types.FunctionType, staticmethod, classmethod, property),
+    *(functools.partialmethod, functools.singledispatchmethod),
+)
 
 _GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
@@ -159,7 +157,7 @@ class Look:
             return
         seen = self._seen.get(id(x))
         if seen is not None:
-            self._tokens.append(seen[0])
+            self._tokens.append(("again", seen[0]))
             return
         self._seen[id(x)] = (len(self._seen), x)
         _handler(kind)(self, x)
@@ -181,15 +179,16 @@ class Look:
         looked: set[tuple[int, str]] = set()
         while True:
             entries = self._mentions.spoken()
-            entries += [
-                entry for module in self._modules for entry in self._mentions.within(module)
-            ]
+            for module in self._modules:
+                entries += self._mentions.within(module)
             new = [entry for entry in entries if (id(entry[0]), entry[1]) not in looked]
             if not new:
-                return
+                break
             for held, name in new:
                 looked.add((id(held), name))
                 self._entry(held, name)
+        for module in self._modules if self._mentions.computes else ():
+            self.watch.expect_size(vars(module))
 
     def _at(self, container: Any, key: Any, x: Any) -> None:
         """Note what stands at a place."""
@@ -198,7 +197,7 @@ class Look:
             self.add(x)
         elif id(x) in self._indices:
             self.watch.expect_again(container, key, self._indices[id(x)])
-            self._tokens.append(self._indices[id(x)])
+            self._tokens.append(("tensor", self._indices[id(x)]))
         else:
             self._tensor(x, container, key)
 
@@ -238,17 +237,17 @@ class Look:
         values = self._dict_of(x)
         self._mentions.has_gradients |= "grad" in values
         self.watch.expect_order(values)
-        for key, value in values.items():
+        for key, value in list(values.items()):
             if key not in _UNSEEN:
                 self._tokens.append(key)
                 self._at(values, key, value)
         self._slots(x)
 
     def _dict(self, x: Any) -> None:
-        self._tokens.append(len(x))
+        self._tokens.append((type(x), len(x)))
         self._mentions.has_gradients |= "grad" in x
         self.watch.expect_order(x)
-        for key, value in x.items():
+        for key, value in list(x.items()):  # which another thread may add to
             if type(key) in PLAIN:
                 self._tokens.append(as_it_is(key))
             else:
@@ -258,14 +257,19 @@ class Look:
     def _sequence(self, x: Any) -> None:
         self._tokens.append((type(x), len(x)))
         self.watch.expect_size(x)
-        for i, value in enumerate(x):
+        for i, value in enumerate(list(x)):
             self._at(x, i, value)
         self._further(x)
+
+    def _made_of(self, x: Any, *parts: Any) -> None:
+        """An object that does not change, of parts that may."""
+        self._tokens.append(type(x))
+        self.add(parts)
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(as_it_is(e) for e in x if type(e) in PLAIN)))
         self.watch.expect_equal(lambda: frozenset(map(id, x)))
-        for value in x:
+        for value in list(x):
             if type(value) not in PLAIN:
                 self.add(value)
         self._further(x)
@@ -347,8 +351,8 @@ class Look:
             held = vars(owner)
             self._mentions.has_gradients |= "grad" in held
             self.watch.expect_order(held)
-            for name, value in held.items():
-                if isinstance(value, types.FunctionType) or not name.startswith("__"):
+            for name, value in list(held.items()):
+                if isinstance(value, _METHODS) or not name.startswith("__"):
                     self._tokens.append(name)
                     self._at(held, name, value)
 
@@ -401,15 +405,21 @@ class Look:
         if is_silent(type(x)) and not hasattr(x, "__next__"):
             return
         self.watch.sealed = True
+        slots = [name for name, _ in slots_of(type(x)) if hasattr(x, name)]
+        self._numbers(x, Attributes(x), [(name, getattr(x, name)) for name in slots])
         held = getattr(x, "__dict__", None)
         if not isinstance(held, dict):
             return
         self.watch.expect_item(LooseAttributes(x), "__dict__", held)
         self.watch.expect_size(held)
-        for name, value in held.items():
-            if type(value) is type(x) or _has_numbers(value):
+        self._numbers(x, held, list(held.items()))
+
+    def _numbers(self, x: Any, place: Any, attributes: list[tuple[str, Any]]) -> None:
+        """Note the attributes of a library's object in which an evaluation may find numbers."""
+        for name, value in attributes:
+            if type(value) is type(x) or has_numbers(value):
                 self._tokens.append(name)
-                self._at(held, name, value)
+                self._at(place, name, value)
 
     def _object(self, x: Any) -> None:
         self._kind(x)
@@ -426,7 +436,7 @@ class Look:
     def _further(self, x: Any) -> None:
         """What a container of a user's class holds besides its entries."""
         held = hasattr(x, "__dict__") or slots_of(type(x))
-        if held and type(x) not in _CONTAINERS:
+        if held and type(x) not in CONTAINERS:
             self._kind(x)
             self._parts(x)
 
@@ -454,13 +464,14 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     (types.CodeType, Look._text),
     (types.ModuleType, Look._python_module),
     (type, Look._class),
-    (functools.partial, lambda walk, x: walk.add((x.func, x.args, x.keywords))),
-    (types.MethodType, lambda walk, x: walk.add((x.__func__, x.__self__))),
-    ((staticmethod, classmethod), lambda walk, x: walk.add(x.__func__)),
+    (functools.partial, lambda walk, x: walk._made_of(x, x.func, x.args, x.keywords)),
+    (types.MethodType, lambda walk, x: walk._made_of(x, x.__func__, x.__self__)),
+    ((staticmethod, classmethod), lambda walk, x: walk._made_of(x, x.__func__)),
+    ((attrgetter, itemgetter, methodcaller), lambda walk, x: walk._made_of(x, *x.__reduce__())),
     (functools._lru_cache_wrapper, Look._keeping),
-    (property, lambda walk, x: walk.add((x.fget, x.fset))),
+    (property, lambda walk, x: walk._made_of(x, x.fget, x.fset)),
     ((np.ndarray, np.generic), Look._array),
-    (_ROWS, Look._buffer),
+    (ROWS, Look._buffer),
     (contextvars.ContextVar, Look._variable),
     (weakref.ref, Look._reference),
     (weakref.ProxyTypes, Look._proxy),
@@ -468,13 +479,6 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     (threading.local, Look._local),
     (Settled, lambda walk, x: walk._tokens.append(Same(x))),
 )
-
-
-def _has_numbers(x: Any) -> bool:
-    """Whether an evaluation may take numbers from what an object of a library holds."""
-    if type(x) in _CONTAINERS:
-        return any(map(_has_numbers, x.values() if isinstance(x, Mapping) else x))
-    return type(x) in PLAIN or isinstance(x, (Tensor, np.ndarray, types.FunctionType, *_ROWS))
 
 
 @functools.lru_cache(maxsize=1024)

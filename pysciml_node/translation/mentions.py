@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pysciml_node.steps.anatomy import names_in, words_in
+from pysciml_node.translation.entries import has_numbers
 
 # Functions whose answer is that of the place where a solve is called.
 _MODES = frozenset(("is_grad_enabled", "is_inference_mode_enabled"))
@@ -20,6 +21,9 @@ _DERIVATIVES = frozenset(("autograd", "func"))
 # What reaches modules by words, and what makes code of words.
 _IMPORTS = frozenset(("import_module", "__import__", "modules"))
 _SPEAKS = ("eval", "exec")
+
+# What looks for attributes by words.
+_LOOKS_UP = frozenset(("getattr", "vars", "__dict__", "attrgetter"))
 
 _NAME = re.compile(r"[^\W\d]\w*")
 
@@ -34,6 +38,7 @@ class Mentions:
         fickle: what code does that may come out differently at each solve, in words.
         reads_gradients: it mentions `grad`.
         has_gradients: something that it reaches has an attribute of that name.
+        computes: it may look for attributes by words that it has computed.
     """
 
     names: dict[str, None] = field(default_factory=lambda: {"__getattr__": None})
@@ -41,6 +46,7 @@ class Mentions:
     fickle: str | None = None
     reads_gradients: bool = False
     has_gradients: bool = False
+    computes: bool = False
     _imports: bool = False
     _speaks: bool = False
 
@@ -53,6 +59,7 @@ class Mentions:
             self.fickle = "asks whether gradients are recorded"
         derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
         self.reads_gradients |= "grad" in names and not derivatives
+        self.computes |= not _LOOKS_UP.isdisjoint(names)
         self._imports |= not _IMPORTS.isdisjoint(names)
         self._speaks |= any(name in names and name not in held for name in _SPEAKS)
 
@@ -70,7 +77,10 @@ class Mentions:
     def within(self, module: types.ModuleType) -> list[tuple[dict[str, Any], str]]:
         """What code may take from a module, as entries of its dict, also where it lacks them."""
         held = vars(module)
-        return [(held, name) for name in (*self.names, *(x for x in self.words if x in held))]
+        names = [*self.names, *(word for word in self.words if word in held)]
+        if self.computes:
+            names += [x for x in held if not x.startswith("__") and has_numbers(held[x])]
+        return [(held, name) for name in names]
 
 
 def looks_up_globals(code: types.CodeType, held: dict[str, Any]) -> bool:

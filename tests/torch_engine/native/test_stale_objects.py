@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import dataclasses
 import functools
 import importlib
 import math
+import operator
 import queue
 import sys
 import threading
@@ -153,6 +155,56 @@ def by_name_in_a_capture() -> Way:
     return lambda t, u: -getattr(config, name) * u, lambda k: setattr(config, "K", k)
 
 
+def by_name_that_is_made() -> Way:
+    config = module()
+    config.K_1, i = 1.0, 1
+    return lambda t, u: -getattr(config, f"K_{i}") * u, lambda k: setattr(config, "K_1", k)
+
+
+def by_name_that_comes_later() -> Way:
+    config, i = module(), 2
+    return (
+        lambda t, u: -getattr(config, f"K_{i}", 1.0) * u,
+        lambda k: setattr(config, "K_2", k),
+    )
+
+
+def by_getter() -> Way:
+    config, get = module(), operator.attrgetter("K")
+    return lambda t, u: -get(config) * u, lambda k: setattr(config, "K", k)
+
+
+def library(**attributes: Any) -> Any:
+    """An object whose class is that of a library."""
+    return type("Settings", (), {"__module__": "queue", **attributes})()
+
+
+def by_slot_of_a_librarys_object() -> Way:
+    held = library(__slots__=("k",))
+    held.k = 1.0
+    return lambda t, u: -held.k * u, lambda k: setattr(held, "k", k)
+
+
+def by_configuration_in_a_librarys_object() -> Way:
+    held = library()
+    held.inner = dataclasses.make_dataclass("Inner", ["k"])(1.0)
+    held.inner.__class__.__module__ = "queue"
+    return lambda t, u: -held.inner.k * u, lambda k: setattr(held.inner, "k", k)
+
+
+def by_list_in_a_librarys_object() -> Way:
+    held = library()
+    held.inner = [[1.0], held]
+    return lambda t, u: -held.inner[0][0] * u, lambda k: held.inner[0].__setitem__(0, k)
+
+
+def by_what_a_class_is_called_by() -> Way:
+    class Field:
+        __call__ = functools.partialmethod(lambda self, t, u: -RATE * u)
+
+    return Field(), lambda k: globals().update(RATE=k)
+
+
 def by_dict_of_a_module() -> Way:
     config = module()
     return lambda t, u: -vars(config)["K"] * u, lambda k: setattr(config, "K", k)
@@ -210,6 +262,19 @@ def test_a_number_that_has_changed_is_seen(way: Any) -> None:
         change(rate)
         for _ in range(2):  # the second one is prepared
             assert end(f) == decay(rate)
+
+
+def test_an_object_that_is_met_again_is_not_taken_for_an_empty_one() -> None:
+    class Field(nn.Module):
+        held: Any = None
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -u * (1.0 if self.held == {} else 2.0)
+
+    f = Field()
+    for held, rate in (({}, 1.0), (f, 2.0), ({}, 1.0)):
+        f.__dict__["held"] = held
+        assert end(f) == decay(rate)
 
 
 def test_a_thread_sees_its_own() -> None:
