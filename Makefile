@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 INSTALLED := $(VENV)/.installed
 NATIVE_TESTS := tests/torch_engine/native tests/practice/test_native.py \
-  tests/properties/test_native_properties.py tests/properties/test_native_fuzz.py
+  tests/properties/test_native_properties.py tests/properties/test_native_fuzz.py \
+  tests/properties/test_stochastic_fuzz.py
 BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 
