@@ -121,7 +121,8 @@ class TimeCotangents:
         t = torch.zeros_like(self.start) if t_bar is None else t_bar
         size = torch.zeros_like(self.start) if h_bar is None else h_bar
         if theta_bar is not None:
-            # theta = (s - t) / h
+            # theta = (s - t) / h, and a recorded step has it in float64
+            theta_bar = theta_bar.to(self.saveat)
             theta = torch.tensor(self.record.fractions(n), dtype=torch.float64).to(theta_bar)
             self.saveat[self.record.inside[n][0]] = theta_bar / h
             t = t - theta_bar.sum() / h

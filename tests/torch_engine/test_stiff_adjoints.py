@@ -121,3 +121,15 @@ def test_refusals() -> None:
     problem = psn.ODEProblem(lambda t, u: -u, u0, (0.0, 1.0), mass_matrix=singular)
     with pytest.raises(psn.EngineUnavailable, match="singular mass matrix"):
         psn.solve(problem, psn.Rodas5P(), adjoint=psn.GaussAdjoint(), engine="torch")
+
+
+@pytest.mark.parametrize("algorithm", [psn.Rodas5P(), psn.TRBDF2(), psn.AutoTsit5()], ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_times_beside_states_in_single_precision(algorithm: Any, dtype: torch.dtype) -> None:
+    """Of `exp(-t^2 / 2)`, whose derivative in time is `-t exp(-t^2 / 2)`."""
+    saveat = torch.tensor([0.3, 0.5, 0.5, 0.7], dtype=dtype, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -t * u, torch.ones(3), (0.0, 1.0))
+    solution = psn.solve(problem, algorithm, saveat=saveat, rtol=1e-5, atol=1e-5, engine="torch")
+    (found,) = torch.autograd.grad(solution.u[..., 1].sum(), saveat)
+    expected = (-saveat * torch.exp(-(saveat**2) / 2)).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
