@@ -125,7 +125,7 @@ class Departure:
         if norm.shift is not None:
             return ()
         rows = tuple(
-            torch.as_tensor(x).detach().to("cpu", dtype).expand(norm.size).contiguous()
+            torch.as_tensor(x, dtype=dtype, device="cpu").detach().expand(norm.size).contiguous()
             for x in (norm.rtol, norm.atol)
         )
         request.rtol, request.atol = (row.data_ptr() for row in rows)

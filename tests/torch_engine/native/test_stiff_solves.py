@@ -324,3 +324,16 @@ def test_what_a_problem_brings_is_seen_after_solves_without_it(algorithm: Any, n
         psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), algorithm, compile=True)
     with pytest.raises(psn.CompileError, match=named):
         psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0), **given), algorithm, compile=True)
+
+
+@pytest.mark.parametrize("atol", [1e-2, 1e-60])
+def test_tolerances_that_are_numbers_are_those_of_every_entry(atol: float) -> None:
+    """To the last bit; and an entry that stays zero has no error, however small its tolerance."""
+    given = {"rtol": 0.0 if atol > 1e-9 else 1e-10, "atol": atol}
+    each = {name: torch.full((2,), x, dtype=D) for name, x in given.items()}
+    problem = psn.ODEProblem(lambda t, u: -u * (1 + t), tensor(1.0, 0.0), (0.0, 1.0))
+    for algorithm in (psn.Rodas5P(), psn.Tsit5()):
+        one, other = (psn.solve(problem, algorithm, compile=True, **x) for x in (given, each))
+        assert torch.equal(one.t, other.t)
+        assert torch.equal(one.u, other.u)
+        assert one.u1[0].item() == pytest.approx(math.exp(-1.5), rel=max(atol, 1e-8))
