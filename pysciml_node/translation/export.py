@@ -273,7 +273,11 @@ def _translated(
     kind = (walk, spec, form)
     with _lock:
         outcomes = kept(f)
-        now = Snapshot.of(f)
+        try:
+            now = Snapshot.of(f)
+        except RecursionError:
+            deep = "objects that are nested too deeply to be followed"
+            raise UnsupportedModule(f"{label(f)} reaches {deep}.") from None
         outcome = _still_holding(outcomes, kind, now)
         relatives = _of_its_class(f)
         if outcome is None:

@@ -484,7 +484,8 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
 @functools.lru_cache(maxsize=1024)
 def _is_a_value(kind: Any) -> bool:
     """Whether objects of a class are numbers, words or the like, besides what they hold."""
-    return any(not base.__flags__ & _MADE for base in kind.__mro__ if base is not object)
+    bases = [base for base in kind.__mro__ if base is not object and is_opaque(base)]
+    return any(not base.__flags__ & _MADE for base in bases)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import dataclasses
 import functools
+import gc
 import importlib
 import math
 import operator
@@ -275,6 +276,34 @@ def test_an_object_that_is_met_again_is_not_taken_for_an_empty_one() -> None:
     for held, rate in (({}, 1.0), (f, 2.0), ({}, 1.0)):
         f.__dict__["held"] = held
         assert end(f) == decay(rate)
+
+
+def test_objects_that_have_no_weak_references_go_with_the_field() -> None:
+    def run() -> weakref.ref[Any]:
+        f, inner = nn.Linear(1, 1, dtype=D), nn.Linear(1, 1, dtype=D)
+        f.forward = lambda t, u: -u  # type: ignore[method-assign]
+        f.beside = types.SimpleNamespace(inner=inner)  # type: ignore[assignment]
+        assert end(f) == decay(1.0)
+        return weakref.ref(inner)
+
+    run()  # torch.export keeps the last tensor that it has seen
+    gone = run()
+    gc.collect()
+    assert gone() is None
+
+
+def test_objects_that_are_nested_too_deeply_are_refused_in_words() -> None:
+    whole: list[Any] = []
+    inner = whole
+    for _ in range(3000):
+        inner.append([])
+        inner = inner[0]
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -u * len(whole)
+
+    with pytest.raises(psn.CompileError, match="nested too deeply"):
+        end(f)
 
 
 def test_a_thread_sees_its_own() -> None:
