@@ -23,7 +23,6 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.builder import Builder, Joined, Traced, View
 from pysciml_node.translation.choices import cast
 from pysciml_node.translation.decompose import decomposed
-from pysciml_node.translation.entries import PLAIN
 from pysciml_node.translation.layers import HANDLERS
 from pysciml_node.translation.moves import (
     ADDITIONS,
@@ -139,10 +138,10 @@ class GraphWalk:
         place = len(self.tensors)
         for i, leaf in enumerate([] if self.p is None else pytree.tree_leaves(self.p)):
             if not isinstance(leaf, Tensor):
-                if type(leaf) not in PLAIN:
+                if isinstance(leaf, nn.Module):
+                    kind = type(leaf).__name__
                     raise UnsupportedModule(
-                        f"{self._name} takes a p with an object of the class "
-                        f"{type(leaf).__name__}, which is no tensor and no number."
+                        f"{self._name} takes a p with a module, {kind}: it may hold its tensors."
                     )
                 yield leaf
                 continue

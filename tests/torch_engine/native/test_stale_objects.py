@@ -373,8 +373,14 @@ def test_an_argument_with_an_attribute() -> None:
 
 
 def test_a_module_for_an_argument_is_refused_by_name() -> None:
-    with pytest.raises(psn.CompileError, match="object of the class Linear"):
+    with pytest.raises(psn.CompileError, match="a p with a module, Linear"):
         end(lambda t, u, p: p(u), nn.Linear(1, 1, dtype=D))
+
+
+def test_numbers_of_other_classes_in_an_argument() -> None:
+    for kind in (np.float64, Real, float):
+        for rate in (1.0, 2.0, 1.0):
+            assert end(lambda t, u, p: -float(p[0]) * u, [kind(rate)]) == decay(rate)
 
 
 def test_a_field_that_asks_how_a_tensor_lies_in_memory() -> None:
