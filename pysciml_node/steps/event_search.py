@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.field import FlatField, expect_untouched
+from pysciml_node.steps.start import versions_of
 
 
 def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> float:
@@ -19,8 +20,10 @@ def condition_value(event: Event, problem: ODEProblem, t: float, u: Tensor) -> f
     Raises:
         TypeError: it is no single real number.
     """
+    versions = versions_of([u])
     with torch.no_grad():
         value = event.value(problem.time_tensor([t])[0], problem.spec.unflatten(u.detach()))
+    expect_untouched([u], versions, "an event's condition")
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(

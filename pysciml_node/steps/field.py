@@ -15,6 +15,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.inputs import FirstGraph, Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
 
 Watch = Callable[[Tensor], None]
@@ -39,23 +40,18 @@ def without_gradients(
     return value.detach() if value.requires_grad else value
 
 
-def version_of(u: Tensor) -> int | None:
-    """How often a state has been changed in place, where that is counted."""
-    return None if u.is_inference() else u._version
-
-
-def expect_untouched(u: Tensor, version: int | None, what: str) -> None:
-    """Check that a function has left its input as it was.
+def expect_untouched(given: list[Tensor], versions: list[int | None], what: str) -> None:
+    """Check that a function has left what it was given as it was.
 
     Args:
-        u: the input.
-        version: its `version_of` before the call.
+        given: time and state.
+        versions: their `versions_of` before the call.
         what: the function, in messages.
 
     Raises:
-        RuntimeError: it has changed it.
+        RuntimeError: it has changed one.
     """
-    if version is not None and version != u._version:
+    if versions != versions_of(given):
         raise RuntimeError(
             f"{what} has changed its input in place, which is the solver's own.\n"
             "  Work on a copy, for example u.neg() instead of u.neg_()."
@@ -107,10 +103,10 @@ class FlatField:
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
-        version = version_of(u)
+        versions = versions_of([t, u])
         state = spec.unflatten(u)
         out = f(t, state) if p is None else f(t, state, p)
-        expect_untouched(u, version, "the field")
+        expect_untouched([t, u], versions, "the field")
         if spec.keys is None:
             if (
                 type(out) is not Tensor

@@ -13,11 +13,11 @@ from pysciml_node.steps.field import (
     FlatField,
     expect_untouched,
     own_value,
-    version_of,
     without_gradients,
 )
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
 
 
@@ -170,9 +170,9 @@ class Fields:
         return without_gradients(self._diffusion, t, u, self.drift.watch)
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
-        version = version_of(u)
+        versions = versions_of([t, u])
         out = self.raw_diffusion(t, self.spec.unflatten(u))
-        expect_untouched(u, version, "the diffusion")
+        expect_untouched([t, u], versions, "the diffusion")
         if self.spec.keys is not None:
             if not self.spec.matches(out):
                 raise TypeError(

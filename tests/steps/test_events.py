@@ -273,6 +273,17 @@ def test_bad_directions(direction: Any) -> None:
         psn.Event(lambda t, u: u, direction)
 
 
+@pytest.mark.parametrize("members", [False, True])
+def test_a_condition_that_changes_the_state_is_refused(members: bool) -> None:
+    """It is given the solver's own."""
+    problem: Any = psn.ODEProblem(lambda t, u: -u, torch.ones(2, dtype=torch.float64), (0.0, 1.0))
+    if members:
+        problem = psn.EnsembleProblem(problem, u0=torch.ones(3, 2, dtype=torch.float64))
+    event = psn.Event(lambda t, u: u.mul_(0.99)[0] - 0.5)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="changed its input in place"):
+        psn.solve(problem, events=event, engine="torch")
+
+
 def test_bad_conditions() -> None:
     with pytest.raises(TypeError, match="condition must be callable"):
         psn.Event(3)  # type: ignore[arg-type]

@@ -67,6 +67,35 @@ def test_a_diffusion_that_changes_its_input_is_refused(noise: Any) -> None:
         solved(equation(diffusion, noise), algorithm, **FIXED)
 
 
+@pytest.mark.parametrize("members", [False, True])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_time_that_is_changed_in_place_is_refused(recorded: bool, members: bool) -> None:
+    """The diffusion, and other stages, are evaluated at the time that the drift is given."""
+
+    def later(t: Tensor, u: Tensor) -> Tensor:
+        return -t.mul_(2) * u
+
+    def rotation(t: Tensor, u: Tensor) -> Tensor:
+        return u.flip(0) * t.add_(1)
+
+    u0 = torch.ones(3, 2, dtype=D)
+    wrong: list[Any] = [
+        equation(lambda t, u: t * u, drift=later),
+        equation(lambda t, u: t.sin_() * u),
+        psn.ODEProblem(rotation, u0, (0.0, 1.0)),
+    ]
+    for problem in wrong:
+        algorithm = psn.Tsit5() if isinstance(problem, psn.ODEProblem) else psn.SRIW1()
+        if members:
+            starts = torch.stack((u0, 2 * u0))
+            problem = psn.EnsembleProblem(problem, u0=starts)
+        options = {} if isinstance(algorithm, psn.Tsit5) else FIXED
+        generator = None if isinstance(algorithm, psn.Tsit5) else torch.Generator().manual_seed(3)
+        refused = pytest.raises(RuntimeError, match="changed its input in place")
+        with torch.set_grad_enabled(recorded), refused:
+            psn.solve(problem, algorithm, engine="torch", generator=generator, **options)
+
+
 @pytest.mark.skipif(not available()[0], reason=available()[1])
 def test_native_code_refuses_what_changes_its_input_by_name() -> None:
     def drift(t: Tensor, u: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from pysciml_node.problems.ensemble import Array
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.replay.members.field import over_members
+from pysciml_node.steps.field import expect_untouched
+from pysciml_node.steps.start import versions_of
 
 
 def condition_of(event: Event, spec: StateSpec, t: Tensor, u: Tensor) -> Tensor:
@@ -38,10 +40,11 @@ def condition_of(event: Event, spec: StateSpec, t: Tensor, u: Tensor) -> Tensor:
 def condition_values(events: Sequence[Event], spec: StateSpec, t: Array, u: Tensor) -> Array:
     """All conditions as numbers, `(L, E)`: one host read."""
     times = torch.from_numpy(t).to(spec.device, spec.real_dtype)
-    columns = []
+    columns, versions = [], versions_of([u])
     with torch.no_grad():
         for event in events:
             value = condition_of(event, spec, times, u.detach())
+            expect_untouched([u], versions, "an event's condition")
             # A comparison: false counts as negative.
             signed = 2 * value.double() - 1 if value.dtype == torch.bool else value.double()
             columns.append(signed)

@@ -20,9 +20,9 @@ from pysciml_node.steps.field import (
     Watch,
     expect_untouched,
     own_value,
-    version_of,
     without_gradients,
 )
+from pysciml_node.steps.start import versions_of
 
 _functorch = torch._C._functorch
 
@@ -198,11 +198,11 @@ class MembersField:
 
     def _batch(self, t: Tensor, u: Tensor, p: Any) -> Tensor:
         """By one call of a field that takes batches."""
-        f, version = self.given["f"], version_of(u)
+        f, versions = self.given["f"], versions_of([t, u])
         state = u if self._flat else u.view(self._shape)
         times = t.view(self._beside)
         out = f(times, state) if p is None else f(times, state, p)
-        expect_untouched(u, version, "the field")
+        expect_untouched([t, u], versions, "the field")
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"the field must return a tensor like u0, but returned {type(out).__name__}.\n"
