@@ -59,15 +59,6 @@ _UNSEEN = (
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
-# What programs of tensors do not depend on, and the code of a field may.
-_ANSWERS: dict[str, Callable[[Tensor], Any]] = {
-    "requires_grad": attrgetter("requires_grad"),
-    "is_leaf": attrgetter("is_leaf"),
-    "is_contiguous": Tensor.stride,
-    "stride": Tensor.stride,
-    "storage_offset": Tensor.storage_offset,
-}
-
 # What reads the environment.
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
 
@@ -109,6 +100,7 @@ class Look:
         self._mentions = Mentions()
         # Modules of the user's.
         self._modules: list[types.ModuleType] = []
+        self._libraries: list[types.ModuleType] = []
         self._begin()
         for name in _GLOBAL_HOOKS:
             self.add(getattr(hooks_of_all, name))
@@ -168,7 +160,7 @@ class Look:
         mentions, watch = self._mentions, self.watch
         mentions.has_gradients |= any("grad" in vars(module) for module in self._modules)
         watch.fickle = mentions.fickle
-        watch.asked = [_ANSWERS[name] for name in mentions.asked(_ANSWERS)]
+        watch.asked = mentions.asked()
         watch.answers = answers(watch.asked, self.tensors)
         self._tokens += watch.answers
         if mentions.reads_gradients and not mentions.has_gradients:
@@ -181,12 +173,15 @@ class Look:
             entries = self._mentions.spoken()
             for module in self._modules:
                 entries += self._mentions.within(module)
+            for module in self._libraries:
+                entries += [(vars(module), x) for x in self._mentions.names if x in vars(module)]
             new = [entry for entry in entries if (id(entry[0]), entry[1]) not in looked]
             if not new:
                 break
             for held, name in new:
                 looked.add((id(held), name))
-                self._entry(held, name)
+                entry = self._of_library if is_library(held.get("__name__")) else self._entry
+                entry(held, name)
         for module in self._modules if self._mentions.computes else ():
             self.watch.expect_size(vars(module))
 
@@ -242,6 +237,9 @@ class Look:
                 self._tokens.append(key)
                 self._at(values, key, value)
         self._slots(x)
+        owner = next(owner for owner in type(x).__mro__ if "forward" in vars(owner))
+        if is_library(owner.__module__):
+            self._of_library(vars(owner), "forward")
 
     def _dict(self, x: Any) -> None:
         self._tokens.append((type(x), len(x)))
@@ -321,6 +319,15 @@ class Look:
         else:
             self.watch.expect_none(held, name)
 
+    def _of_library(self, held: Any, name: str) -> None:
+        """Note what a library, or a class of one, has by a name: it can be exchanged."""
+        value = held[name]
+        self._tokens += [name, Same(value)]
+        self.watch.expect_item(held, name, value)
+        users = isinstance(value, types.FunctionType) and not is_library(value.__module__)
+        if users or isinstance(value, types.ModuleType):
+            self.add(value)
+
     def _every_global(self, held: dict[str, Any]) -> None:
         """Note all that a module holds, for code that looks it up by words."""
         self.watch.expect_order(held)
@@ -336,8 +343,7 @@ class Look:
 
     def _python_module(self, x: types.ModuleType) -> None:
         self._tokens.append(Same(x))
-        if not is_library(x.__name__):
-            self._modules.append(x)
+        (self._libraries if is_library(x.__name__) else self._modules).append(x)
 
     def _class(self, x: type) -> None:
         self._tokens.append(Same(x))

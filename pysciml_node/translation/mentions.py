@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
+
+from torch import Tensor
 
 from pysciml_node.steps.anatomy import names_in, words_in
 from pysciml_node.translation.entries import has_numbers
@@ -24,6 +27,15 @@ _SPEAKS = ("eval", "exec")
 
 # What looks for attributes by words.
 _LOOKS_UP = frozenset(("getattr", "vars", "__dict__", "attrgetter"))
+
+# What programs of tensors do not depend on, and the code of a field may.
+_ANSWERS: dict[str, Callable[[Tensor], Any]] = {
+    "requires_grad": attrgetter("requires_grad"),
+    "is_leaf": attrgetter("is_leaf"),
+    "is_contiguous": Tensor.stride,
+    "stride": Tensor.stride,
+    "storage_offset": Tensor.storage_offset,
+}
 
 _NAME = re.compile(r"[^\W\d]\w*")
 
@@ -63,9 +75,9 @@ class Mentions:
         self._imports |= not _IMPORTS.isdisjoint(names)
         self._speaks |= any(name in names and name not in held for name in _SPEAKS)
 
-    def asked(self, names: Iterable[str]) -> list[str]:
-        """Those of some names that are mentioned."""
-        return [name for name in names if name in self.names]
+    def asked(self) -> list[Callable[[Tensor], Any]]:
+        """What code asks of tensors."""
+        return [ask for name, ask in _ANSWERS.items() if name in self.names]
 
     def spoken(self) -> list[tuple[dict[str, Any], str]]:
         """Modules that may be reached by words, as entries of the dict that has them."""

@@ -246,6 +246,26 @@ def by_compiled_code() -> Way:
     return lambda t, u: eval(code), lambda k: globals().update(RATE=k)
 
 
+def by_function_of_a_library() -> Way:
+    """A function of torch is another one for a while."""
+    usual = torch.square
+
+    def change(k: float) -> None:
+        torch.square = usual if k == 1.0 else lambda x: k * usual(x)  # type: ignore[assignment]
+
+    return lambda t, u: -torch.square(u.sqrt()), change
+
+
+def by_class_of_a_library() -> Way:
+    act, usual = nn.Identity(), nn.Identity.forward
+
+    def change(k: float) -> None:
+        forward = usual if k == 1.0 else lambda self, x: k * x
+        nn.Identity.forward = forward  # type: ignore[method-assign]
+
+    return lambda t, u: -act(u), change
+
+
 def by_thread() -> Way:
     held = threading.local()
     held.k = 1.0
