@@ -79,7 +79,7 @@ class SDEMethod:
     def __init__(
         self, tableau: SDETableau, delta: float, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.tableau = tableau
+        self.tableau, self.delta = tableau, delta
         self.error_drift = tuple(delta * w for w in tableau.error_drift)
         # What new tensors are to be like.
         self.like = torch.zeros((), dtype=dtype, device=device)

@@ -66,7 +66,7 @@ class SDETrajectory(Recorded):
         """Take a step again."""
         start, (t, end) = self.vectors[n], self.record.times[n : n + 2]
         stepper = Stepper(self.stepper.method, self._fields())
-        again, _ = stepper.take(t, start, self.path.increment(t, end))
+        again, _ = stepper.take(t, start, self._motion(t, end))
         comparison.add(again, self.vectors[n + 1], start)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,11 +84,13 @@ class SDETrajectory(Recorded):
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> SDETrajectory:
         """The same trajectory with other vectors at `times`, and its problem changed."""
         problem: SDEProblem = change(self.problem)
+        spec, method = problem.spec, self.stepper.method
+        method = SDEMethod.of(method.tableau, method.delta, spec.dtype, spec.device)
         return replace(
             self,
             problem=problem,
             surroundings=None,
-            stepper=Stepper(self.stepper.method, self.stepper.fields.of(problem)),
+            stepper=Stepper(method, self.stepper.fields.of(problem)),
             load=Kept(self.record, states),
             options=without_closures(self.options),
         )
@@ -100,13 +102,18 @@ class SDETrajectory(Recorded):
     def brownian(self, start: float, end: float) -> Any:
         """`W(end) - W(start)` of the solve's path."""
         layout = self.stepper.fields.layout
-        return layout.shaped(self.path.increment(start, end).w, self.problem)
+        # A copy: the path may keep its own.
+        return layout.shaped(self._motion(start, end).w.clone(), self.problem)
 
     def _check_all(self) -> None:
         """Check all steps."""
         with self._as_seen() as check:
             for n in range(len(self.record.sizes)):
                 check(n)
+
+    def _motion(self, start: float, end: float) -> Increment:
+        """The path's motion, for states that may have been converted since the solve."""
+        return self.path.increment(start, end).to(self.stepper.method.like)
 
     def _step_of(self, t: float) -> int:
         n = bisect_right(self.record.times, t) - 1
@@ -136,7 +143,7 @@ class SDETrajectory(Recorded):
             else:
                 n = self._step_of(t)
                 start = self.record.times[n]
-                motion = self.path.increment(start, t)
+                motion = self._motion(start, t)
                 vector = self.vectors[n]
                 if motion.h > 0:
                     with self._as_seen() as check:
@@ -197,7 +204,8 @@ class SDETrajectory(Recorded):
         self._fresh += 1
         assert isinstance(self.path, BrownianPath)
         first, second = self.path.normals.at([(_FRESH, self._fresh)], 2 * size).view(2, size)
-        return Increment(h, first * math.sqrt(h), second * math.sqrt(h / 12))
+        motion = Increment(h, first * math.sqrt(h), second * math.sqrt(h / 12))
+        return motion.to(self.stepper.method.like)
 
     def step_estimates(self) -> list[StepEstimate]:
         """Error and stiffness of every accepted step, differentiable in everything.
@@ -230,7 +238,7 @@ class SDETrajectory(Recorded):
         fields = self._fields()
         norm = ErrorNorm(self.options.tolerances)
         t, end = self.record.times[n : n + 2]
-        motion = self.path.increment(t, end)
+        motion = self._motion(t, end)
         estimate = _measure(Stepper(self.stepper.method, fields), norm, t, vector, motion)
         self._count(fields)
         return estimate

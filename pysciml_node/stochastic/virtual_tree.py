@@ -46,6 +46,11 @@ class Increment:
     w: Tensor
     area: Tensor | None
 
+    def to(self, like: Tensor) -> Increment:
+        """The same in the dtype and on the device of a tensor."""
+        area = None if self.area is None else self.area.to(like)
+        return Increment(self.h, self.w.to(like), area)
+
     def then(self, other: Increment) -> Increment:
         """This interval and the one that follows it, as one."""
         h = self.h + other.h

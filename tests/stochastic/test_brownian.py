@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
+import pysciml_node as psn
 from pysciml_node.stochastic.brownian import DEPTH, BrownianPath
 from pysciml_node.stochastic.normals import PlacedNormals
 from pysciml_node.stochastic.virtual_tree import Increment
@@ -171,3 +173,59 @@ def test_joining_agrees_with_the_definition_of_the_area() -> None:
     # int W = 1 + (2 + 1) / 2 * 3 = 5.5; H = 5.5 / 4 - 1 / 2.
     assert whole.w.item() == 1.0
     assert whole.area.item() == pytest.approx(5.5 / 4 - 0.5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_increments_are_the_callers_own(several: bool) -> None:
+    """The path keeps some of what it gives, and the backward pass goes along it."""
+    rate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    one = psn.SDEProblem(
+        lambda t, u: -rate * u,
+        lambda t, u: rate * u,
+        torch.ones(3, dtype=torch.float64),
+        (0.0, 1.0),
+    )
+    found = []
+    for changed in (False, True):
+        problem: Any = one
+        if several:
+            problem = psn.EnsembleProblem(one, u0=torch.ones(2, 3, dtype=torch.float64))
+        solution: Any = psn.solve(
+            problem, psn.SRIW1(), generator=torch.Generator().manual_seed(2),
+            controller=psn.FixedStep(), dt0=1.0,
+        )  # fmt: skip
+        solution = solution[0] if several else solution
+        whole = solution.brownian(0.0, 1.0)
+        if changed:
+            whole.zero_()
+        (gradient,) = torch.autograd.grad(solution.u1.sum(), rate, retain_graph=True)
+        found.append([solution.brownian(0.0, 1.0), solution(0.4), gradient])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "general"])
+def test_what_lies_between_the_steps_of_a_converted_solution(noise: Any) -> None:
+    """It goes on along the same path, in the other precision."""
+
+    def diffusion(t: Tensor, u: Tensor) -> Tensor:
+        return 0.4 * u if noise == "diagonal" else (0.4 * u).unsqueeze(-1).expand(3, 2, 2)
+
+    problem = psn.SDEProblem(
+        lambda t, u: -u, diffusion, torch.ones(3, 2, dtype=torch.float64), (0.0, 1.0), noise
+    )
+    algorithm = psn.SRIW1() if noise == "diagonal" else psn.EM()
+    solution = psn.solve(
+        problem, algorithm, generator=torch.Generator().manual_seed(2),
+        controller=psn.FixedStep(), dt0=0.25,
+    )  # fmt: skip
+    single = solution.to(torch.float32)
+    # Each look at an estimate draws noise of its own: the first is compared with the first.
+    for look in (
+        lambda s: s(0.33),
+        lambda s: s.brownian(0.1, 0.6),
+        lambda s: s.step_estimates()[1].error,
+        lambda s: s.local_estimate(0.3).error,
+    ):
+        found, expected = look(single), look(solution)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
