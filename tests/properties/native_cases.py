@@ -23,6 +23,7 @@ EXPLICIT = [
     "Euler", "Midpoint", "Heun", "Ralston", "BS3", "RK4", "Tsit5", "DP5", "DP8", "Vern7", "Vern9",
 ]  # fmt: skip
 ROSENBROCK = ["Rosenbrock23", "Rodas5P"]
+DIAGONAL = ["KenCarp4", "TRBDF2"]
 CONTROLLERS = ["PIController", "IController", "PIDController"]
 SOLVES = 6
 """Solves of a field by a method, whose native code they share."""
@@ -210,11 +211,11 @@ def stepping(draw: st.DrawFn, algorithm: Any) -> dict[str, Any]:
 
 
 @st.composite
-def algorithms(draw: st.DrawFn, made: RandomField, most: int) -> Any:
-    """A method; one of Rosenbrock's for states of up to `most` entries."""
+def algorithms(draw: st.DrawFn, made: RandomField, most: int, implicit: list[str]) -> Any:
+    """A method; now and then one of the implicit ones, for states of up to `most` entries."""
     small = sum(map(math.prod, made.state)) <= most
-    implicit = small and draw(st.sampled_from([False, False, True]))
-    return getattr(psn, draw(st.sampled_from(ROSENBROCK if implicit else EXPLICIT)))()
+    stiff = small and draw(st.sampled_from([False, False, True]))
+    return getattr(psn, draw(st.sampled_from(implicit if stiff else EXPLICIT)))()
 
 
 def chance(draw: st.DrawFn, one_in: int) -> bool:
@@ -226,7 +227,8 @@ def tolerances(draw: st.DrawFn, made: RandomField, sizes: list[float]) -> Any:
     """Numbers for each entry of a state."""
     parts = []
     for shape in made.state:
-        listed = draw(st.lists(st.sampled_from(sizes), min_size=1, max_size=3))
+        known = sizes if shape else [x for x in sizes if x < math.inf]  # a number has to be finite
+        listed = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
         count = math.prod(shape)
         parts.append(torch.tensor((listed * count)[:count], dtype=D).reshape(shape))
     return made.assembled(parts)

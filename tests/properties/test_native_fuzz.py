@@ -17,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from properties.native_cases import (
+    DIAGONAL,
+    ROSENBROCK,
     SHARES,
     SOLVES,
     Case,
@@ -39,6 +41,7 @@ from torch_threads import threads
 import pysciml_node as psn
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.torch_engine.native import emit
+from pysciml_node.torch_engine.native import parts as splitting
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.torch_engine.native.library import Code
 
@@ -95,11 +98,16 @@ def test_a_random_solve_is_that_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
 ) -> None:
     draw = data.draw
-    algorithm, dtype = draw(algorithms(made, 9)), draw(dtypes)
+    algorithm, dtype = draw(algorithms(made, 9, ROSENBROCK + DIAGONAL)), draw(dtypes)
     made = made.to(dtype)
     made.given = [x.detach().to(dtype).requires_grad_() for x in made.given]
     near, most = draw(st.sampled_from([0, emit._NEAR])), draw(st.integers(2, 16))
-    with mock.patch.multiple(emit, _NEAR=near, _FEWEST_ROWS=2, _MOST_ROWS=most):
+    work, count = draw(st.sampled_from([1, splitting._LEAST_WORK])), draw(st.integers(1, 3))
+    with (
+        mock.patch.multiple(emit, _NEAR=near, _FEWEST_ROWS=2, _MOST_ROWS=most),
+        mock.patch.object(splitting, "_LEAST_WORK", work),
+        threads(count),
+    ):
         for _ in range(SOLVES):
             case = draw(cases(made, algorithm, dtype))
             expect_alike(case)
@@ -220,7 +228,7 @@ def test_random_members_are_those_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
 ) -> None:
     draw = data.draw
-    algorithm, dtype = draw(algorithms(made, 5)), draw(dtypes)
+    algorithm, dtype = draw(algorithms(made, 5, ROSENBROCK)), draw(dtypes)
     made = made.to(dtype)
     for _ in range(SOLVES):
         case = draw(ensembles(made, algorithm, dtype))
