@@ -133,7 +133,8 @@ class SDESolve(Solve):
         spec = problem.spec
         tableau = algorithm.tableau_for(problem)
         self.method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
-        self.u0 = spec.flatten(problem.u0)
+        # A copy: the state that was given may be changed in place before this one is read.
+        self.u0 = spec.flatten(problem.u0).clone()
         self.stepper: Stepper
         self.path: Path
         self.surroundings: Surroundings

@@ -191,3 +191,19 @@ def test_ends_that_are_changed_after_a_solve_change_nothing(compile: bool) -> No
 def test_an_interval_whose_parts_are_no_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match="another unit of time"):
         psn.SDEProblem(decay, share, torch.ones(2, dtype=D), (-1e-300, 1e-300))
+
+
+@either_way
+def test_a_start_that_is_changed_after_a_solve_changes_nothing(compile: bool) -> None:
+    """A batch's memory is used again for the next one."""
+    rate, found = torch.tensor(0.3, dtype=D, requires_grad=True), []
+    for changed in (False, True):
+        u0 = torch.ones(3, dtype=D)
+        problem = psn.SDEProblem(lambda t, u: -rate * u, lambda t, u: rate * u, u0, (0.0, 1.0))
+        solution = solved(problem, compile=compile, **FIXED)
+        if changed:
+            u0.zero_()
+        (gradient,) = torch.autograd.grad(solution.u1.sum(), rate, retain_graph=True)
+        error = solution.step_estimates()[0].error
+        found.append([gradient, solution(0.0), solution(0.1), error])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
