@@ -368,4 +368,4 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
 
     fields = {field.name for field in dataclasses.fields(solution) if field.init}
     held = {name: x for name, x in vars(solution).items() if name in fields}
-    return in_parts(Solution, part, **{**held, **changed})
+    return in_parts(Solution, part, {**held, **changed})

@@ -129,7 +129,9 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     def function(self, name: str) -> Callable[..., Any]:
         """The field of this name as a function of time and state."""
-        given = getattr(self, name)
+        # Modules are found where they lie: torch looks for them when all else has failed.
+        module = self._modules.get(name)
+        given = getattr(self, name) if module is None else module
         known = self._functions.get(name)
         # One function for one field: an engine may know it again.
         if known is None or known[0] is not given:
@@ -144,7 +146,7 @@ class NeuralDE(nn.Module, Generic[Out]):
         """The regularizers that count now: all in training mode, none in eval mode."""
         if not (self.training and self.regularize):
             return []
-        return list(cast(Iterable[Regularizer], self.regularizers))
+        return list(cast(Iterable[Regularizer], self._modules["regularizers"]))
 
     def settings(self, **arguments: Any) -> dict[str, Any]:
         """The module's options of a solve, which `arguments` can replace."""

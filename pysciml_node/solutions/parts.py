@@ -38,14 +38,14 @@ class InParts:
         return self.__dict__.setdefault(name, part)
 
 
-def in_parts(kind: type[T], make: Make, **parts: Any) -> T:
+def in_parts(kind: type[T], make: Make, parts: dict[str, Any]) -> T:
     """A solution some of whose parts are made when they are first asked for.
 
     Args:
         kind: its class.
         make: makes the part of a name, of those that are not given and have no default. They must
             have no graph, which would depend on where they are asked for.
-        **parts: those that there are.
+        parts: those that there are, by name.
     """
     solution = kind.__new__(kind)
     solution.__dict__.update(parts, _make=make)

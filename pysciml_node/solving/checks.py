@@ -81,10 +81,15 @@ ELSEWHERE = {
 def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
     """Make `solve` say what was meant where it is called as other packages' functions are."""
     known = tuple(inspect.signature(solve).parameters)
-    names = frozenset(known)
 
     @functools.wraps(solve)
     def call(*arguments: Any, **options: Any) -> T:
+        try:
+            return solve(*arguments, **options)
+        except TypeError as error:
+            trace = error.__traceback__
+            if trace is None or trace.tb_next is not None:  # it comes from inside
+                raise
         if len(arguments) > 2:
             check_problem(arguments[0])
             given = ", ".join(checks.shown(argument) for argument in arguments[2:])
@@ -92,8 +97,7 @@ def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
                 f"solve takes problem and algorithm by their places, but was also given {given}.\n"
                 "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
             )
-        if not options.keys() <= names:
-            checks.keywords("solve", options, known, ELSEWHERE)
+        checks.keywords("solve", options, known, ELSEWHERE)
         if not arguments and "problem" not in options:
             raise TypeError(
                 "solve needs a problem, but got none.\n  Write solve(ODEProblem(f, u0, (t0, t1)))."

@@ -102,7 +102,7 @@ class Solve(ABC):
         reached, ends = ending.saved.shape[0], ending.times
         if options.saveat_tensor is not None:
             parts["t"] = self.times(reached, ends)
-        return in_parts(Solution, lambda _: self.times(reached, ends), **parts)
+        return in_parts(Solution, lambda _: self.times(reached, ends), parts)
 
     def times(self, reached: int, ends: Sequence[float]) -> Tensor:
         """The times of the states that a solution holds.

@@ -14,6 +14,8 @@ from pysciml_node.steps.places import Place, Single
 from pysciml_node.steps.walk import Walk
 
 _COUNT: Callable[[Tensor], int] = attrgetter("_version")
+# Without anything of their own to walk through.
+_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 class Start:
@@ -32,7 +34,9 @@ class Start:
         self.f, self.p, self._parts, self._walk = f, p, parts, None
         if parts:
             shared = [*shared, *(x for x in parts if isinstance(x, Tensor))]
-        if p is not None:
+        if type(p) in _TENSORS:
+            shared = [*shared, p]
+        elif p is not None:
             self._walk = Walk({"p": p})
             shared = [*shared, *self._walk.tensors]
         self._tensors, self._versions = shared, versions_of(shared)
@@ -58,7 +62,7 @@ class Start:
         field = self.f.__self__ if isinstance(self.f, types.MethodType) else self.f
         walk = self._walk
         tensors = [] if walk is None else [(walk.names[id(x)], x) for x in walk.tensors]
-        every = [("f", field), *self._captured(), *tensors]
+        every = [("f", field), *self._captured(), ("p", self.p), *tensors]
         return [(name, x) for name, x in every if isinstance(x, nn.Module | Tensor)]
 
     def _captured(self) -> list[tuple[str, Any]]:

@@ -25,6 +25,8 @@ from pysciml_node.torch_engine.native.library import Library, SolveRequest, Swee
 TURN = 0.05
 # Entries of step states that room is made for at first.
 _FIRST_ROOM = 1 << 16
+# What blocks of memory are made like.
+_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
@@ -71,7 +73,7 @@ class Departure:
         most_kept: steps whose stages may be kept for the sweep.
         save_count: saved times.
         nothing: the saved states of a solve that saves none, `(0, N)`.
-        places_at: where the places of saved times begin in a log.
+        places_at: where the places of saved times begin in a block of memory.
         steps_at: where the steps do.
     """
 
@@ -145,6 +147,10 @@ class Departure:
         if type(t0) is type(t1) is float:
             return self.interval == (t0, t1) and not self.free
         return self.interval == ends_of(problem) and self.free == _ends_move(problem)
+
+    def new_block(self) -> Tensor:
+        """Memory for the packed parameters of a solve, and for what it notes."""
+        return _DOUBLE.new_empty(self.steps_at + 4 * self.room)
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""

@@ -68,11 +68,8 @@ class FlownSolve(Solve):
         self.surroundings = surroundings
         # As they are now: an optimizer may go on and change tensors that gave them.
         self.interval = ends_of(problem)
-        spec = problem.spec
-        u0: Any = problem.u0
-        # A copy: the state that was given may be changed in place before this one is read.
-        own: Tensor = u0 if spec.keys is None else spec.flatten(u0)
-        self.u0 = own.clone(memory_format=torch.contiguous_format)
+        spec, u0 = problem.spec, problem.u0
+        self.u0: Any = u0 if spec.keys is None else spec.flatten(u0)
 
     def record(self, flight: Flight) -> Record:
         """Its steps as the rest of the package reads them."""
@@ -83,6 +80,10 @@ class FlownSolve(Solve):
     @abstractmethod
     def flown(self) -> tuple[Flight, States]:
         """What native code has left, with its graph."""
+
+    @abstractmethod
+    def stepped(self, states: States) -> list[Tensor]:
+        """The initial state and those at the ends of the steps, flat."""
 
     @override
     def run(self) -> Outcome:
@@ -133,7 +134,7 @@ class FlownSolve(Solve):
             parts["saved"] = self._shaped(states.saved, 1)
         if self.options.saveat_tensor is not None:
             parts["t"] = self.times(flight.reached, ())
-        return in_parts(Solution, steps.part, **parts)
+        return in_parts(Solution, steps.part, parts)
 
     def _shaped(self, x: Tensor, leading: int = 0) -> Any:
         """States, flat or as the initial one was given, in its structure."""
@@ -165,7 +166,7 @@ class SingleSolve(FlownSolve):
         return None
 
     def fly(self, u0: Tensor, keeps: bool = False) -> States:
-        """Solve forward from a state, contiguous and the solve's own."""
+        """Solve forward from a state without a graph."""
         how = self.library, self.departure, u0, self.parameters, self.search
         noise = self.noise()
         if self.options.progress:
@@ -179,9 +180,13 @@ class SingleSolve(FlownSolve):
         return states
 
     @override
+    def stepped(self, states: States) -> list[Tensor]:
+        return [*states.ends[:-1].unbind(), states.last.reshape(-1)]
+
+    @override
     def flown(self) -> tuple[Flight, States]:
         if not torch.is_grad_enabled():
-            states = self.fly(self.u0)
+            states = self.fly(self.u0.detach())
             return self.flight, states
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
             self, self.u0, *self.problem.tspan, self.options.saveat_tensor, *self.parameters
@@ -207,7 +212,7 @@ class NativeSolve(SingleSolve):
         self.library, self.departure = prepared.library, prepared.departure
         # Only an operation without a derivative hides the time.
         if torch.is_grad_enabled() and prepared.program.jumps:
-            method = Method.of(prepared.tableau, self.u0.dtype, self.u0.device)
+            method = Method.of(prepared.tableau, problem.spec.dtype, problem.spec.device)
             self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
         self.search = self._search() if options.events else None
 
@@ -227,7 +232,7 @@ def _turns(on_step: Any) -> Any:
 
 
 class _Node(torch.autograd.Function):
-    """A native solve in the graph: saved states, states at the ends of the steps, the last one."""
+    """A native solve in the graph: its `States`."""
 
     @staticmethod
     @override
@@ -244,7 +249,7 @@ class _Node(torch.autograd.Function):
         ctx.solve = solve
         start = t0 if isinstance(t0, Tensor) else None
         end = t1 if isinstance(t1, Tensor) else None
-        ctx.save_for_backward(states.ends, u0, start, end, saveat, *parameters)
+        ctx.save_for_backward(states.ends, start, end, saveat, *parameters)
         ctx.set_materialize_grads(False)
         return (states.saved if solve.flight.reached else None), states.ends, states.last
 
@@ -274,7 +279,8 @@ def _pull(
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
     ends, *sources = kept
     assert ends is not None
-    with_times = wanted[1] or wanted[2] or wanted[3]
+    of_state, *of_times = wanted[:4]
+    with_times = any(of_times)
     library, stats, flight = solve.library, solve.stats, solve.flight
     swept = sweep_back(library, flight, ends, arriving, with_times, solve.noise())
     stats.nfe_backward += swept.nfe
@@ -287,10 +293,11 @@ def _pull(
             bar.to(source).reshape(source.shape)
             if needed and bar is not None and source is not None
             else None
-            for bar, source, needed in zip(bars, sources[1:4], wanted[1:4], strict=True)
+            for bar, source, needed in zip(bars, sources[:3], of_times, strict=True)
         ]
-    rest = library.cotangents(swept.packed, sources[4:], wanted[4:])
-    return (swept.u0, *times, *rest)
+    rest = library.cotangents(swept.bars, sources[3:], wanted[4:])
+    u0 = swept.bars[library.packed_size :].view(solve.u0.shape) if of_state else None
+    return (u0, *times, *rest)
 
 
 def _time_gradients(
@@ -311,13 +318,17 @@ def _time_gradients(
         places = record.inside.get(n)
         theta = None if places is None else thetas[places[0]]
         times.step(n, t[n], h[n], theta)
-    gradients = Gradients(u0=swept.u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
-    states = (flight.u0.reshape(-1), *ends.unbind())
+    u0 = swept.bars[solve.library.packed_size :]
+    gradients = Gradients(u0=u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
+    states = ends.unbind()
     entering: list[Tensor | None] = [None] * len(states)
-    if len(ends):
-        final = (None if at_steps is None else at_steps[-1], last)
-        parts = [x.reshape(-1) for x in final if x is not None]
-        entering[-1] = torch.stack(parts).sum(0) if parts else None
+    for index in (0, flight.count):
+        given = (
+            None if at_steps is None else at_steps[index],
+            last if index == flight.count else None,
+        )
+        parts = [x.reshape(-1) for x in given if x is not None]
+        entering[index] = torch.stack(parts).sum(0) if parts else None
     backward = BackwardPass(record, states, saved, entering, with_times=True)
     complete_times(gradients, problem, FlatField(problem), backward, ends=solve.fixed)
     assert gradients.saveat is not None
@@ -337,11 +348,7 @@ class Steps:
 
     def __call__(self) -> tuple[Record, list[Tensor]]:
         """Both."""
-        solve, ends = self.solve, self.states.ends
-        states = [solve.u0.reshape(-1)]
-        if len(ends):
-            states += [*ends[:-1].unbind(), self.states.last.reshape(-1)]
-        return solve.record(self.flight), states
+        return self.solve.record(self.flight), self.solve.stepped(self.states)
 
     def part(self, name: str) -> Any:
         """The trajectory for a solution, or the times of its states."""

@@ -74,7 +74,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "15P4q", "3q"))
+_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P4q", "3q"))
 
 
 class SolveRequest(ctypes.Structure):
@@ -118,7 +118,7 @@ class SweepRequest(ctypes.Structure):
         *_fields(_DOUBLE, "t0 t1 seconds"),
         ("mark_count", _INTEGER),
         *_fields(_POINTER, "marks noise"),
-        *_fields(_POINTER, "u0 ends packed steps places"),
+        *_fields(_POINTER, "ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),
         *_fields(_INTEGER, "n count q kept_count started live shared"),
@@ -127,8 +127,8 @@ class SweepRequest(ctypes.Structure):
     )
 
     def put(self, *places: int) -> None:
-        """Set the fields from `u0` to `kept_count`."""
-        _SWEPT.pack_into(self, SweepRequest.u0.offset, *places)
+        """Set the fields from `ends` to `kept_count`."""
+        _SWEPT.pack_into(self, SweepRequest.ends.offset, *places)
 
     def counts(self) -> tuple[int, ...]:
         """The fields from `evaluations` to `replayed`."""

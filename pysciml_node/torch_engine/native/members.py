@@ -174,6 +174,12 @@ class _Member(FlownSolve):
     def flown(self) -> tuple[Flight, States]:
         return self.flight, self.states
 
+    @override
+    def stepped(self, states: States) -> list[Tensor]:
+        if not self.flight.count:
+            return [self.u0.reshape(-1)]
+        return [self.u0.reshape(-1), *states.ends[:-1].unbind(), states.last.reshape(-1)]
+
 
 @dataclass
 class NativeMembers:
@@ -257,11 +263,9 @@ class NativeMembers:
         reached = int(counts[REACHED])
         problem = cast(ODEProblem, self.solve.ensemble.member(m))
         flight = Flight(
-            u0=flights.passengers.u0[m],
             log=Notes(flights.steps[first:behind], flights.places[m, :reached]),
             count=behind - first,
             reached=reached,
-            departure=None,
             retcode=RETCODES[int(counts[CODE])],
             nfe=int(counts[EVALUATIONS]),
             nreject=int(counts[REJECTED]),

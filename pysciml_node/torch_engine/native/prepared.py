@@ -150,8 +150,9 @@ class Prepared:
         departure: how it begins.
         tableau: of the method.
         program: of the field.
-        sources: of each tensor that the code reads its number, the field's before those of `p`; the
-            tensor itself for a constant.
+        constants: tensors that the code reads beside those of the field and of `p`.
+        places: of each tensor that it reads its number, the field's before those of `p`; constants
+            are counted from the end.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         recorded: whether the code has the derivatives of a Rosenbrock method.
         spec: structure of the state. Like the method and the options it is kept, so that no other
@@ -162,14 +163,16 @@ class Prepared:
     departure: Departure
     tableau: Tableau
     program: Program
-    sources: tuple[int | Tensor, ...]
+    constants: list[Tensor]
+    places: list[int]
     contents: Contents
     recorded: bool
     spec: StateSpec
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the code reads, of those of the field and of `p`."""
-        return [tensors[x] if isinstance(x, int) else x for x in self.sources]
+        every = [*tensors, *self.constants] if self.constants else tensors
+        return list(map(every.__getitem__, self.places))
 
     def serves(
         self,
@@ -257,8 +260,11 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, w
         raise no_code(error) from error
     now, program = translated.snapshot, translated.program
     departure = departure_of(library, problem, options, tableau.error_order)
+    constants = [x for x in sources if isinstance(x, Tensor)]
+    behind = iter(range(-len(constants), 0))
+    places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
-        library, departure, tableau, program, sources, translated.contents, recorded, spec
+        library, departure, tableau, program, constants, places, translated.contents, recorded, spec
     )
     if departure.lasting and problem.mass_matrix is None:
         _keep(now.watch, way, made)

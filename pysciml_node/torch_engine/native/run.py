@@ -32,9 +32,7 @@ RETCODES = {
     5: ReturnCode.Unstable,
     7: ReturnCode.Terminated,
 }
-
-_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
-"""What logs are made like."""
+_COMPLETE = frozenset(code for code, value in RETCODES.items() if value.successful)
 
 
 class States(NamedTuple):
@@ -42,7 +40,8 @@ class States(NamedTuple):
 
     Attributes:
         saved: at the saved times that were reached, `(saved, N)` or as the initial one was given.
-        ends: at the ends of the accepted steps, `(n, N)`.
+        ends: the initial one, and those at the ends of the accepted steps, `(n + 1, N)`; of a
+            member the latter alone.
         last: the one that it got to, likewise `(N,)`.
     """
 
@@ -63,54 +62,41 @@ class Notes(NamedTuple):
     places: Tensor
 
 
-class Log:
+class Log(NamedTuple):
     """The same in one block of memory, behind the packed parameters as the solve reads them.
-
-    Args:
-        departure: how the solve begins.
 
     Attributes:
         block: in float64, whatever the parameters are.
+        departure: how the solve has begun, which says where in the block what lies.
     """
 
-    __slots__ = ("_places_at", "_steps_at", "block")
-
-    def __init__(self, departure: Departure) -> None:
-        self._places_at, self._steps_at = departure.places_at, departure.steps_at
-        self.block = _DOUBLE.new_empty(self._steps_at + 4 * departure.room)
+    block: Tensor
+    departure: Departure
 
     def addresses(self) -> tuple[int, int, int]:
         """Where the packed parameters, the steps and the places lie."""
-        start = self.block.data_ptr()
-        return start, start + 8 * self._steps_at, start + 8 * self._places_at
-
-    def grow(self, room: int) -> None:
-        """Make room for more steps."""
-        kept = self.block
-        self.block = kept.new_empty(self._steps_at + 4 * room)
-        self.block[: len(kept)] = kept
+        start, (_, departure) = self.block.data_ptr(), self
+        return start, start + 8 * departure.steps_at, start + 8 * departure.places_at
 
     @property
     def steps(self) -> Tensor:
         """As those of `Notes`; what is behind the accepted ones is not set."""
-        return self.block[self._steps_at :]
+        return self.block[self.departure.steps_at :]
 
     @property
     def places(self) -> Tensor:
         """As those of `Notes`; what is behind the reached ones is not set."""
-        return self.block[self._places_at : self._steps_at].view(-1, 2)
+        return self.block[self.departure.places_at : self.departure.steps_at].view(-1, 2)
 
 
-@dataclass
+@dataclass(slots=True)
 class Flight:
     """What a native solve leaves besides states.
 
     Attributes:
-        u0: initial state.
         log: its steps, and the places of its saved times.
         count: accepted steps.
         reached: saved times that were reached.
-        departure: how it began; `None` for a member of an ensemble.
         retcode: how it ended.
         nfe: evaluations.
         nreject: rejected steps.
@@ -120,11 +106,9 @@ class Flight:
         kept: the stages of its first steps, which the sweep need not take again.
     """
 
-    u0: Tensor
     log: Log | Notes
     count: int
     reached: int
-    departure: Departure | None
     retcode: ReturnCode
     nfe: int
     nreject: int
@@ -184,7 +168,7 @@ def fly(
     Args:
         library: the field and the method.
         departure: what to solve, and how.
-        u0: the state, detached and contiguous.
+        u0: the state, detached.
         parameters: of the field.
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
@@ -192,25 +176,17 @@ def fly(
         noise: the Brownian motions of a stochastic equation.
     """
     request, room, count = departure.request(), departure.room, departure.save_count
+    u0 = library.lying(u0)
     # Torch takes a number faster than a shape; there are rows of them in the end.
-    ends, last = u0.new_empty(room * library.size), torch.empty_like(u0)
+    ends, last = u0.new_empty((room + 1) * library.size), torch.empty_like(u0)
     saved = u0.new_empty((count, *u0.shape)) if count else departure.nothing
-    log, memory = Log(departure), library.take_memory(library.march_memory)
+    block, memory = departure.new_block(), library.take_memory(library.march_memory)
     # As many as lately, and some more: memory that is not touched again and again costs its pages.
     lately = library.lately
     kept_room = min(departure.most_kept, lately + lately // 8 + 1) if keeps else 0
     kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     lying = library.all_lying(parameters)
     tensors = addresses(lying)
-    start, states = u0.data_ptr(), (saved.data_ptr(), last.data_ptr())
-
-    def lay() -> None:
-        packed, steps, places = log.addresses()
-        there = ctypes.addressof(tensors), packed, ends.data_ptr(), *states, steps, places
-        slots = 0 if kept is None else kept.data_ptr()
-        request.put(start, *there, memory.data_ptr(), slots, room, kept_room)
-
-    lay()
     if library.parts is not None:
         request.threads = torch.get_num_threads()
     if search is not None:
@@ -220,30 +196,42 @@ def fly(
     status = RUNNING
     while status in (RUNNING, FULL):
         if status == FULL:
+            block, ends = _grown(block, 4 * room), _grown(ends, library.size * room)
             room *= 2
-            log.grow(room)
-            ends = _doubled(ends)
-            lay()
+        log = Log(block, departure)
+        packed, steps, places = log.addresses()
+        request.put(
+            u0.data_ptr(),
+            ctypes.addressof(tensors),
+            packed,
+            ends.data_ptr(),
+            saved.data_ptr(),
+            last.data_ptr(),
+            steps,
+            places,
+            memory.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+            room,
+            kept_room,
+        )
         status = library.march(request)
         if on_turn is not None:
             on_turn(request.t, request.last_h, request.accepted)
     retcode, attempt = RETCODES[status], None
-    if not retcode.successful and request.last_h:
-        attempt = _last_attempt(library, request, memory, u0, ends)
+    if status not in _COMPLETE and request.last_h:
+        attempt = _last_attempt(library, request, memory, ends)
     library.give_memory(memory)
     accepted, rejected, evaluations, reached, finite = request.counts()
     # In place: a view would keep what is not needed of the room in sight.
-    ends.resize_(accepted, library.size)
+    ends.resize_(accepted + 1, library.size)
     if reached < count:
         saved.resize_(reached, *u0.shape)
     event = request.found if retcode is ReturnCode.Terminated else None
     library.lately = accepted
     flight = Flight(
-        u0,
         log,
         accepted,
         reached,
-        departure,
         retcode,
         evaluations,
         rejected,
@@ -255,19 +243,17 @@ def fly(
     return flight, States(saved, ends, last)
 
 
-def _doubled(rows: Tensor) -> Tensor:
-    grown = rows.new_empty(2 * len(rows))
-    grown[: len(rows)] = rows
+def _grown(entries: Tensor, more: int) -> Tensor:
+    grown = entries.new_empty(len(entries) + more)
+    grown[: len(entries)] = entries
     return grown
 
 
-def _last_attempt(
-    library: Library, request: SolveRequest, memory: Tensor, u0: Tensor, ends: Tensor
-) -> Attempt:
+def _last_attempt(library: Library, request: SolveRequest, memory: Tensor, ends: Tensor) -> Attempt:
     u, u1 = library.last_states(memory)
     if request.t != request.last_t:  # It was accepted, and the loop stands at its end.
-        before, size = request.accepted - 2, library.size
-        u = u0.reshape(-1) if before < 0 else ends[before * size :][:size]
+        before, size = request.accepted - 1, library.size
+        u = ends[before * size :][:size]
     return Attempt(request.last_t, request.last_h, u.clone(), u1.clone(), request.last_error)
 
 
@@ -276,8 +262,7 @@ class Swept:
     """What a native sweep returns: cotangents, and what it cost.
 
     Attributes:
-        u0: cotangent of the initial state.
-        packed: of the parameters, flat, each in its place.
+        bars: cotangents of the parameters, flat, each in its place, and of the initial state.
         times: of the steps' starts, of their sizes, and of the saved times' places; empty where
             times need none.
         nfe: evaluations.
@@ -285,8 +270,7 @@ class Swept:
         steps: replayed steps.
     """
 
-    u0: Tensor
-    packed: Tensor
+    bars: Tensor
     times: list[Tensor]
     nfe: int
     nvjp: int
@@ -306,34 +290,34 @@ def sweep_back(
     Args:
         library: the field and the method.
         flight: the solve.
-        ends: the states at the ends of its steps.
+        ends: its initial state, and those at the ends of its steps.
         arriving: cotangents of its `States`.
         with_times: whether the cotangents of times are wanted.
         noise: the Brownian motions of a stochastic equation, as new ones.
     """
-    assert flight.departure is not None
     assert isinstance(flight.log, Log)
-    request, count, reached = flight.departure.request_back(), flight.count, flight.reached
+    request, count, reached = flight.log.departure.request_back(), flight.count, flight.reached
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
-    start_bar, packed_bar = torch.empty_like(flight.u0), ends.new_empty(library.packed_size)
+    bars = ends.new_empty(library.packed_size + library.size)
     times: list[Tensor] = []
     parts = 1 if library.parts is None else library.parts.count
     if parts > 1:
         request.threads, request.reached = torch.get_num_threads(), reached
     if with_times:
-        times = [_DOUBLE.new_zeros(parts * n) for n in (count, count, reached)]
+        times = [flight.log.block.new_zeros(parts * n) for n in (count, count, reached)]
     memory = library.take_memory(library.sweep_memory)
     packed, rows, places = flight.log.addresses()
-    arrived = (saved if reached else None, steps if count else None, last)
-    moving = times or (None, None, None)
-    lying = (*arrived, start_bar, packed_bar, *moving, memory, flight.kept)
+    arrived, left = (saved if reached else None, steps, last), bars.data_ptr()
+    room = (*(times or (None, None, None)), memory, flight.kept)
     request.put(
-        flight.u0.data_ptr(),
         ends.data_ptr(),
         packed,
         rows,
         places,
-        *[0 if x is None else x.data_ptr() for x in lying],
+        *[0 if x is None else x.data_ptr() for x in arrived],
+        left + library.packed_size * bars.itemsize,
+        left,
+        *[0 if x is None else x.data_ptr() for x in room],
         count,
         count,
         reached - 1,
@@ -346,4 +330,4 @@ def sweep_back(
     library.give_memory(memory)
     times = [x[: len(x) // parts] for x in times]
     evaluations, pulls, replayed = request.counts()
-    return Swept(start_bar, packed_bar, times, evaluations, pulls, replayed)
+    return Swept(bars, times, evaluations, pulls, replayed)

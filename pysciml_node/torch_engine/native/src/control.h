@@ -12,8 +12,9 @@ typedef struct {
   const REAL *rtol, *atol;                /* by entries, or 0 */
   const REAL *u0, *const *tensors;        /* the field's parameters, and where they are packed */
   REAL *packed;
-  /* Where results go: for `room` steps rows of ENTIRE, and of end, size, error, and stop or -1; for each
-     saved time its step and its place in it, or the state that it is and NaN; and the last state. */
+  /* Where results go: rows of ENTIRE, the initial state's and those of `room` steps; of each step end,
+     size, error, and stop or -1; for each saved time its step and its place in it, or the state that it
+     is and NaN; and the last state. */
   REAL *ends, *saved, *final;
   double *steps, *places;
   REAL *memory, *kept; /* kept: room for the stages of the first kept_room steps, or 0 */

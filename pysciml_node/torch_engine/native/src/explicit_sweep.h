@@ -34,7 +34,7 @@ typedef struct {
 /* The stages of a part of a step, taken again. */
 static void psn_take_again(const Replay *r, const Part *p) {
   const Sweep *s = r->s;
-  const REAL *whole = r->n ? s->ends + (r->n - 1) * ENTIRE : s->u0, *u = whole;
+  const REAL *whole = s->ends + r->n * ENTIRE, *u = whole;
   if (PARTS > 1) {
     REAL *own = BARS_OF(p) + ALL_STAGES * ROW;
     psn_take_part(p->part, whole, own);

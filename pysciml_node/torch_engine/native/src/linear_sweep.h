@@ -43,7 +43,7 @@ static void psn_replay(Sweep *s, int64_t n) {
   for (int i = 0; i < LINEARS; i++)
     psn_place(at + i, LINEAR_OF(s) + i * LINEAR_MEMORY, SCRATCH(s));
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  memcpy(u, n ? s->ends + (n - 1) * N : s->u0, N * sizeof(REAL));
+  memcpy(u, s->ends + n * N, N * sizeof(REAL));
   psn_replay_stages(s, at, times, (REAL)h, u);
   s->pulls += STAGES;
   s->replayed++;

@@ -215,7 +215,7 @@ static void psn_accept_in(void *job, int part) {
 }
 
 static void psn_accept(Solve *s, int same) {
-  REAL *end = s->ends + s->accepted++ * ENTIRE;
+  REAL *end = s->ends + ++s->accepted * ENTIRE;
   Acceptance a = {s, end, psn_next_k(s), same};
   IN_PARTS(s->team, psn_accept_in, &a);
   s->k = a.k;
@@ -235,6 +235,7 @@ static int64_t psn_march(Solve *s) {
   double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
   if (!s->started) {
     s->k = psn_next_k(s);
+    memcpy(s->ends, s->u0, ENTIRE * sizeof(REAL));
     FOR_PARTS psn_take_part(p.part, s->u0, U(&p));
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
     s->t = s->t0;

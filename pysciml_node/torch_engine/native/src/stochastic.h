@@ -133,6 +133,7 @@ static int64_t psn_march(Solve *s) {
   Noise *noise = s->noise;
   noise->rows = psn_compact(s).work + SOME_WORK;
   if (!s->started) {
+    memcpy(s->ends, s->u0, N * sizeof(REAL));
     memcpy(U(s), s->u0, N * sizeof(REAL));
     while (s->reached < s->save_count && s->saves[s->reached] == s->t0) psn_keep_end(s, 0, U(s));
     s->t = s->t0;
@@ -179,8 +180,7 @@ static int64_t psn_march(Solve *s) {
     psn_save(s, t, end, u1);
     double *row = s->steps + 4 * s->accepted;
     row[0] = end, row[1] = size, row[2] = error, row[3] = lands ? (double)s->next_stop : -1;
-    memcpy(s->ends + s->accepted * N, u1, N * sizeof(REAL));
-    s->accepted++;
+    memcpy(s->ends + ++s->accepted * N, u1, N * sizeof(REAL));
     noise->rejecting = 0;
     /* The fields may jump at a stop: their values there belong to the next step. */
     s->known = PASSES_ON && !lands;

@@ -51,7 +51,7 @@ static void psn_pull_step(Sweep *s, const Stages *k, double t, double size, cons
 
 static void psn_replay(Sweep *s, int64_t n) {
   double t = n ? s->steps[4 * (n - 1)] : s->t0;
-  const REAL *u = n ? s->ends + (n - 1) * N : s->u0;
+  const REAL *u = s->ends + n * N;
   REAL *bar = s->start_bar, *sum = START_BAR(s);
   s->noise->rows = ROWS_OF_PATH(s);
   memset(sum, 0, N * sizeof(REAL));

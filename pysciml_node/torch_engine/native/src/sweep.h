@@ -4,7 +4,7 @@ typedef struct {
   int64_t mark_count;
   const double *marks;
   struct Noise *noise; /* of a stochastic equation */
-  const REAL *u0, *ends, *packed;
+  const REAL *ends, *packed; /* as in Solve */
   const double *steps, *places;
   /* Cotangents that arrive; 0 where there is none. */
   const REAL *saved_bar, *ends_bar, *last_bar;
@@ -89,7 +89,7 @@ static void psn_arrive_in(void *job, int part) {
 
 static void psn_arrive(Sweep *s, int64_t state) {
   Arrival a = {s};
-  if (s->ends_bar && state) a.end = s->ends_bar + (state - 1) * ENTIRE;
+  if (s->ends_bar) a.end = s->ends_bar + state * ENTIRE;
   if (state == s->count) a.last = s->last_bar;
   while (psn_is_at(s, s->q - a.saved, state)) a.saved++;
   if (!(a.end || a.last || a.saved)) return;
