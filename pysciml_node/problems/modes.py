@@ -210,15 +210,18 @@ def _outside(
     return device, Surrounding.now(device), check
 
 
+_PLAIN = frozenset((float, type(None)))
+
+
 def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
     if isinstance(problem, EnsembleProblem):
         return False
-    for value in (problem.u0, problem.tspan, problem.p):
+    for value in (problem.u0, *problem.tspan, problem.p):
         if isinstance(value, Tensor):
             if value.is_inference():
                 return False
-        elif value is not None and any(map(Tensor.is_inference, _tensors_in(value))):
+        elif type(value) not in _PLAIN and any(map(Tensor.is_inference, tensors_of(value))):
             return False
     c = torch._C
     return not (
@@ -230,18 +233,6 @@ def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
         or c._len_torch_dispatch_stack()
         or c._get_tracing_state() is not None
     )
-
-
-_NUMBERS = frozenset((float,))
-
-
-def _tensors_in(value: Any) -> tuple[Tensor, ...]:
-    """The tensors of an input of a problem."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if type(value) is tuple and _NUMBERS.issuperset(map(type, value)):
-        return ()
-    return tuple(tensors_of(value))
 
 
 def solvable(problem: P, forward_mode: bool = True) -> AbstractContextManager[P]:
@@ -288,7 +279,7 @@ def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) 
     changes: dict[str, Any] = {}
     for name in ("u0", "tspan", "p"):
         value = getattr(given, name, None)
-        tensors = _tensors_in(value)
+        tensors = tuple(tensors_of(value))
         if any(map(Tensor.is_inference, tensors)):
             changes[name] = map_tensors(Tensor.clone, value)
         if check is not None:
