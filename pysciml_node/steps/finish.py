@@ -79,7 +79,7 @@ class Solve(ABC):
             record.retcode,
             record.times,
             self.state(states[-1]),
-            self.state(saved[: record.saved]),
+            self.state(saved if len(saved) == record.saved else saved[: record.saved]),
             record.event,
         )
         return self.finish(ending, self.trajectory(outcome))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO
 
 from pysciml_node.problems.ode import Problem
@@ -30,12 +30,16 @@ class ProgressLine:
         self.stream.flush()
 
 
-@contextmanager
-def step_listener(enabled: bool, problem: Problem) -> Iterator[Callable[[Any], None] | None]:
+Listener = Callable[[Any], None]
+
+
+def step_listener(enabled: bool, problem: Problem) -> AbstractContextManager[Listener | None]:
     """A listener for accepted steps that draws a solve's progress; `None` where not wanted."""
-    if not enabled:
-        yield None
-        return
+    return _drawing(problem) if enabled else nullcontext()
+
+
+@contextmanager
+def _drawing(problem: Problem) -> Iterator[Listener]:
     line, length, steps = ProgressLine("solve"), problem.t1 - problem.t0, 0
     fraction = 0.0
 
