@@ -20,7 +20,9 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
+from pysciml_node.steps.inputs import changed_message
 from pysciml_node.steps.record import Kept, Record, Recorded
+from pysciml_node.steps.surroundings import Surroundings
 
 
 class InJulia(Protocol):
@@ -28,6 +30,7 @@ class InJulia(Protocol):
 
     algorithm: Algorithm
     solution_in_julia: Handle | None
+    surroundings: Surroundings | None
 
     def dense(
         self,
@@ -87,7 +90,7 @@ class SciMLTrajectory(Recorded):
         host = times.detach().double().tolist()
         if not torch.is_grad_enabled():
             return self._interpolate(host)
-        order = sorted(range(len(host)), key=lambda i: host[i] * self.problem.direction)
+        order = sorted(range(len(host)), key=lambda i: host[i] * self.record.direction)
         ordered = [host[i] for i in order]
         moving = times[order] if times.requires_grad else None
         record = dataclasses.replace(self.record, inside={}, at_end={}, saved=len(host))
@@ -118,23 +121,23 @@ class SciMLTrajectory(Recorded):
 
         Raises:
             TypeError: the algorithm is none.
+            RuntimeError: what the field uses has been changed in place since the solve.
         """
         if not isinstance(algorithm, ExplicitRungeKutta):
             raise TypeError(
                 f"a local step needs an explicit Runge-Kutta pair, not {algorithm!r}.\n"
                 "  Name one: LocalError(..., algorithm=Tsit5())."
             )
-        spec = self.problem.spec
+        spec, seen = self.problem.spec, self._here.surroundings
+        # SciML's steps cannot be taken again here, to see whether a change matters.
+        if seen is not None and (changed := seen.changed_in_place()):
+            raise RuntimeError(changed_message(seen.names[id(changed[0])]))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
-        # From here on it is a step like any other: the solve that starts at `t`.
         methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
-        start = Record(times=[t, self.problem.t1], sizes=[self.problem.t1 - t])
-        states = [u, self.flat_states[-1]]
-        local = TorchTrajectory(
-            self.problem, methods, lambda: (start, states), self.stats, self.options
-        )
-        return local.estimate(t, algorithm, stop_gradient, dt)
+        load = Kept(self.record, self.flat_states)
+        local = TorchTrajectory(self.problem, methods, load, self.stats, self.options)
+        return local.estimate_from(t, u, methods[0], stop_gradient, dt)
 
     def step_estimates(self) -> list[StepEstimate]:
         """Not for these methods.

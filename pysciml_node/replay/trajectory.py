@@ -135,7 +135,7 @@ class TorchTrajectory(Recorded):
 
     def step_of(self, t: float) -> int:
         """Index of the accepted step that contains `t` (the later one at a boundary)."""
-        sign = self.problem.direction
+        sign = self.record.direction
         n = bisect_right(self.record.times, sign * t, key=lambda x: sign * x) - 1
         return min(max(n, 0), len(self.record.sizes) - 1)
 
@@ -247,21 +247,22 @@ class TorchTrajectory(Recorded):
         with self._as_seen() as check:
             if self.record.sizes:
                 check(self.step_of(t))
-            return self._estimate(t, u, method, stop_gradient, dt)
+            return self.estimate_from(t, u, method, stop_gradient, dt)
 
-    def _estimate(
+    def estimate_from(
         self, t: float, u: Tensor, method: Method, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
+        """As `estimate`, from a state that is known."""
         stages, field = self._stages(method)
         norm = ErrorNorm(self.options.tolerances)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
             k = field(stages.times(t, 0.0)[0], u)
-        span = self.problem.t1 - t
+        span = self.record.marks[-1] - t  # the problem's end may be a tensor that has moved on
         with torch.no_grad():
             if dt is None:
                 h = initial_step(field, method, norm, t, u.detach(), k.detach(), span)
             else:
-                h = min(dt, abs(span)) * self.problem.direction
+                h = math.copysign(min(dt, abs(span)), span)
         stages.begin(k)
         estimate = self._measure(stages, norm, t, h, u)
         self.stats.nfe += field.nfe

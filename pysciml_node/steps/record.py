@@ -53,6 +53,11 @@ class Record:
     fixed: bool = False
     methods: list[int] = field(default_factory=list)
 
+    @property
+    def direction(self) -> int:
+        """`1` forward in time, `-1` backward, as the solve went."""
+        return 1 if self.marks[-1] > self.marks[0] else -1
+
     def method_of(self, n: int) -> int:
         """Which of the solve's methods took step `n`."""
         return self.methods[n] if self.methods else 0

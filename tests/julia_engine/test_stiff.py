@@ -31,6 +31,32 @@ def test_robertson(algorithm: psn.SciMLAlgorithm) -> None:
     assert solution.stats.naccept < 1000
 
 
+def test_local_estimates_by_an_explicit_pair() -> None:
+    """From a state that SciML has solved, they are those of the same step of any other solve."""
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -rate * u, torch.ones(3).double(), (0.0, 1.0))
+
+    def estimate(algorithm: Any, engine: str) -> tuple[Tensor, Tensor, Tensor]:
+        solution = psn.solve(problem, algorithm, engine=engine, rtol=1e-9, atol=1e-9)
+        found = solution.local_estimate(0.3, psn.Tsit5(), dt=0.1, stop_gradient=False)
+        (slope,) = torch.autograd.grad(found.error, rate)
+        return found.dt, found.error.detach(), slope
+
+    found, expected = estimate(psn.FBDF(), "julia"), estimate(psn.Tsit5(), "torch")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert found[1] > 0
+
+
+def test_local_estimates_of_other_weights_are_refused() -> None:
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -rate * u, torch.ones(3).double(), (0.0, 1.0))
+    solution = psn.solve(problem, psn.FBDF(), engine="julia")
+    with torch.no_grad():
+        rate.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        solution.local_estimate(0.3, psn.Tsit5(), dt=0.1)
+
+
 def test_training_a_stiff_neural_ode() -> None:
     """The loss falls, at a cost that stability does not set."""
     torch.manual_seed(0)

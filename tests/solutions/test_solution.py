@@ -136,6 +136,17 @@ def test_local_estimates_in_reverse_time_have_signed_sizes() -> None:
     assert solution.local_estimate(-0.95, dt=0.1).dt.item() == pytest.approx(-0.05)
 
 
+def test_local_estimates_know_the_end_of_the_solve() -> None:
+    """Which a tensor is that changes afterwards, as a learned end does."""
+    end = torch.tensor(1.0, dtype=torch.float64)
+    solution = psn.solve(psn.ODEProblem(lambda t, u: -u, torch.ones(3).double(), (0.0, end)))
+    expected = solution.local_estimate(0.95, dt=0.1)
+    for moved in (2.0, -1.0):
+        end.fill_(moved)
+        assert solution.local_estimate(0.95, dt=0.1) == expected
+    assert expected.dt.item() == pytest.approx(0.05)
+
+
 def test_penalties_can_be_left_out_of_a_loss() -> None:
     loss: Tensor = solve().penalty + 1.0
     assert loss.item() == 1.0
