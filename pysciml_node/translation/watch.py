@@ -18,10 +18,6 @@ from pysciml_node.translation.given import Given
 Contents = tuple[tuple[int, Tensor], ...]
 """Numbers of tensors whose entries are part of a program, with those entries."""
 
-
-_changes_of: Any = getattr(torch._C._dynamo.guards, "dict_version", None)
-"""A number that a dict has only until it is changed."""
-
 # Containers that are nothing but their entries: one that is empty is false.
 _BUILT_IN = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
 
@@ -91,10 +87,7 @@ class Watch:
     Attributes:
         tokens: structure and plain values.
         given: what a function was given; `None` where the field is none.
-        counted: by their ids, dicts whose entries all matter, and whose changes Python counts.
-        counts: of each, when what is inside was last seen to be as it was.
-        inside: the places in them.
-        others: all others.
+        seen: the places, but for those of tensors.
         absent: modules and names that they lack, in lists of the same length.
         places: containers and keys of tensors, likewise; those that are given are before them.
         described: all tensors, in words.
@@ -111,10 +104,7 @@ class Watch:
 
     tokens: list[Any] = field(default_factory=list)
     given: Given | None = None
-    counted: dict[int, dict[Any, Any]] = field(default_factory=dict)
-    counts: list[int] | None = None
-    inside: Places = field(default_factory=Places)
-    others: Places = field(default_factory=Places)
+    seen: Places = field(default_factory=Places)
     absent: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
     places: tuple[list[Any], ...] = field(default_factory=lambda: ([], []))
     described: list[Any] = field(default_factory=list)
@@ -128,13 +118,9 @@ class Watch:
     code: Any = None
     memory: dict[Any, Any] = field(default_factory=dict)
 
-    def _around(self, container: Any) -> Places:
-        """The places that those of a container are among."""
-        return self.inside if id(container) in self.counted else self.others
-
     def expect_item(self, container: Any, key: Any, value: Any) -> None:
         """Look later whether a value is still in its place."""
-        self._around(container).expect_item(container, key, value)
+        self.seen.expect_item(container, key, value)
 
     def expect_equal(self, get: Callable[[], Any]) -> None:
         """Look later whether a function gives what it gives now."""
@@ -147,17 +133,11 @@ class Watch:
 
     def expect_size(self, container: Any) -> None:
         """Look later whether a container still has as many entries."""
-        self.others.expect_size(container)
+        self.seen.expect_size(container)
 
     def expect_order(self, mapping: Any) -> None:
-        """Look later whether a mapping still has as many entries, in the same order.
-
-        Its entries are to follow.
-        """
-        # An empty one is looked at even faster. Other kinds have an order of their own.
-        if mapping and type(mapping) is dict and _changes_of is not None:
-            self.counted[id(mapping)] = mapping
-        self._around(mapping).expect_order(mapping)
+        """Look later whether a mapping still has as many entries, in the same order."""
+        self.seen.expect_order(mapping)
 
     def expect_tensor(self, container: Any, key: Any) -> None:
         """Look later which tensor is in a place."""
@@ -196,14 +176,8 @@ class Watch:
 
     def _holds(self) -> bool:
         """Whether everything but the tensors is as it was."""
-        # They are read first: what changes meanwhile is looked at again.
-        counts = list(map(_changes_of, self.counted.values()))
-        if counts != self.counts:
-            if not self.inside.hold():
-                return False
-            self.counts = counts
         return (
-            self.others.hold()
+            self.seen.hold()
             and not any(map(contains, *self.absent))
             and torch.get_default_dtype() is self.default
         )
