@@ -242,8 +242,14 @@ assert torch.equal(psn.solve(ensemble, engine="julia", **t.OPTIONS).u, by_tsit5)
 @pytest.mark.slow
 def test_members_over_two_threads_are_the_single_solves() -> None:
     here = str(Path(__file__).parent)
-    # What this process has set for its own Julia, of one thread, is not for the other.
-    kept = {name: x for name, x in os.environ.items() if not name.startswith("PYTHON_JULIACALL")}
+    # What this process has set for its own Julia, of one thread, is not for the other; which Julia
+    # it is, is.
+    named = ("PYTHON_JULIACALL_EXE", "PYTHON_JULIACALL_PROJECT")
+    kept = {
+        name: x
+        for name, x in os.environ.items()
+        if name in named or not name.startswith("PYTHON_JULIACALL")
+    }
     done = subprocess.run(
         [sys.executable, "-c", THREADED.format(here=here)],
         env={**kept, "PYTHON_JULIACALL_THREADS": "2", "OMP_NUM_THREADS": "1"},
