@@ -25,6 +25,9 @@ from pysciml_node.torch_engine.native.library import Library, SolveRequest, Swee
 TURN = 0.05
 # Entries of step states that room is made for at first.
 _FIRST_ROOM = 1 << 16
+# Bytes of stages that are kept. The system takes larger blocks back at once (glibc's greatest
+# M_MMAP_THRESHOLD is 32 MiB), and new pages take longer than to evaluate the stages again.
+_MOST_KEPT = 31 << 20
 # What blocks of memory are made like.
 _DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
 # Departures that are kept of a library.
@@ -163,7 +166,7 @@ class Departure:
 
 def _most_kept(library: Library, options: SolveOptions) -> int:
     """Steps whose stages may be kept for the sweep."""
-    allowed = getattr(options.adjoint, "memory", 0)
+    allowed = min(getattr(options.adjoint, "memory", 0), _MOST_KEPT)
     return allowed // (library.slot * library.dtype.itemsize) if library.slot else 0
 
 
