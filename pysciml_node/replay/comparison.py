@@ -73,11 +73,11 @@ class Comparison:
 @contextmanager
 def as_solved(
     surroundings: Surroundings, compare: Callable[[Comparison, int], None]
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[..., None]]:
     """Everything that a solve could reach, as it saw it.
 
-    Yields a check of a step: where tensors have been changed in place since, it is taken again,
-    and refused if it does not come out as it did.
+    Yields a check of steps that follow one another: where tensors have been changed in place
+    since, they are taken again, and refused if they do not come out as they did.
 
     Args:
         surroundings: of the solve.
@@ -86,11 +86,12 @@ def as_solved(
     changed = surroundings.changed_in_place()
     names = [surroundings.names[id(x)] for x in changed]
 
-    def check(n: int) -> None:
+    def check(*steps: int) -> None:
         if names:
             comparison = Comparison()
             with torch.no_grad():
-                compare(comparison, n)
+                for n in reversed(steps):
+                    compare(comparison, n)
             comparison.expect_equal(names)
 
     with surroundings.as_seen():

@@ -77,7 +77,7 @@ class TorchTrajectory(Recorded):
         """The first of the methods, for the kind of its numbers."""
         return self.methods[0]
 
-    def _as_seen(self) -> AbstractContextManager[Callable[[int], None]]:
+    def _as_seen(self) -> AbstractContextManager[Callable[..., None]]:
         """Everything that the field can reach as the solve saw it, and a check of steps."""
         assert self.surroundings is not None
         return as_solved(self.surroundings, self._compare)
@@ -216,8 +216,8 @@ class TorchTrajectory(Recorded):
         with torch.no_grad(), self._as_seen() as check:
             parts = [self._stages(method) for method in self.methods]
             estimates = []
+            check(*range(len(self.record.sizes)))
             for n, h in enumerate(self.record.sizes):
-                check(n)
                 stages, _ = parts[self.record.method_of(n)]
                 stages.count = 0
                 estimates.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
@@ -283,8 +283,7 @@ class TorchTrajectory(Recorded):
             return []
         starts = self.every_state[: len(sizes)]
         with self._as_seen() as check:
-            for n in range(len(sizes)):
-                check(n)
+            check(*range(len(sizes)))
         if not torch.is_grad_enabled():
             with self._as_seen():
                 estimates = [self._replay(n, u) for n, u in enumerate(starts)]

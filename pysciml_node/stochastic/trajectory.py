@@ -57,7 +57,7 @@ class SDETrajectory(Recorded):
         if self.surroundings is None:
             self.surroundings = Surroundings(Fields(self.problem).given)
 
-    def _as_seen(self) -> AbstractContextManager[Callable[[int], None]]:
+    def _as_seen(self) -> AbstractContextManager[Callable[..., None]]:
         """Everything that the fields can reach as the solve saw it, and a check of steps."""
         assert self.surroundings is not None
         return as_solved(self.surroundings, self._compare)
@@ -108,8 +108,7 @@ class SDETrajectory(Recorded):
     def _check_all(self) -> None:
         """Check all steps."""
         with self._as_seen() as check:
-            for n in range(len(self.record.sizes)):
-                check(n)
+            check(*range(len(self.record.sizes)))
 
     def _motion(self, start: float, end: float) -> Increment:
         """The path's motion, for states that may have been converted since the solve."""
