@@ -20,10 +20,20 @@ _SILENT = frozenset(
     )
 )
 
+# The bit in the flags of a class that was made while the program runs.
+_MADE = 1 << 9
+
 
 def is_opaque(kind: type) -> bool:
     """Whether the inside of a class's objects is a library's own affair."""
     return is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
+
+
+@functools.lru_cache(maxsize=1024)
+def is_a_value(kind: type) -> bool:
+    """Whether objects of a class are numbers, words or the like, besides what they hold."""
+    bases = [base for base in kind.__mro__ if base is not object and is_opaque(base)]
+    return any(not base.__flags__ & _MADE for base in bases)
 
 
 def is_silent(kind: type) -> bool:

@@ -45,13 +45,10 @@ from pysciml_node.translation.entries import (
 )
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.leaves import as_it_is
-from pysciml_node.translation.libraries import is_library, is_opaque, is_silent
+from pysciml_node.translation.libraries import is_a_value, is_library, is_opaque, is_silent
 from pysciml_node.translation.mentions import Mentions, looks_up_globals
 from pysciml_node.translation.watch import Watch, answers, describe
 from pysciml_node.translation.watched import forgetting
-
-# The bit in the flags of a class that was made while the program runs.
-_MADE = 1 << 9
 
 # Attributes of a module that no evaluation looks at.
 _UNSEEN = (
@@ -431,7 +428,7 @@ class Look:
         self._kind(x)
         self._parts(x)
         kind: Any = type(x)
-        if getattr(x, "__dict__", None) is None or _is_a_value(kind):
+        if getattr(x, "__dict__", None) is None or is_a_value(kind):
             self._tokens.append(Same(x))
 
     def _proxy(self, x: Any) -> None:
@@ -485,13 +482,6 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     (threading.local, Look._local),
     (Settled, lambda walk, x: walk._tokens.append(Same(x))),
 )
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_a_value(kind: Any) -> bool:
-    """Whether objects of a class are numbers, words or the like, besides what they hold."""
-    bases = [base for base in kind.__mro__ if base is not object and is_opaque(base)]
-    return any(not base.__flags__ & _MADE for base in bases)
 
 
 @functools.lru_cache(maxsize=1024)
