@@ -50,6 +50,20 @@ def strided(x: Tensor, draw: st.DrawFn) -> Tensor:
     return draw(st.sampled_from([*ways, x[:1].clone().expand(x.shape)]))
 
 
+def of_dtype(made: RandomField, dtype: torch.dtype) -> RandomField:
+    """The field with parameters, and a `p` of leaves, of a dtype."""
+    made = made.to(dtype)
+    made.given = [x.detach().to(dtype).requires_grad_() for x in made.given]
+    return made
+
+
+def initial(draw: st.DrawFn, made: RandomField, dtype: torch.dtype) -> list[Tensor]:
+    """The parts of an initial state, leaves."""
+    numbers = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    u0 = [torch.randn(shape, dtype=D, generator=numbers).to(dtype) for shape in made.state]
+    return [strided(x, draw).requires_grad_() for x in u0]
+
+
 @dataclass
 class Case:
     """One solve of a field.

@@ -30,6 +30,8 @@ from properties.native_cases import (
     examples,
     expect_alike,
     expect_near,
+    initial,
+    of_dtype,
     of_entries,
     stepping,
     strided,
@@ -85,9 +87,7 @@ def cases(draw: st.DrawFn, made: RandomField, algorithm: Any, dtype: torch.dtype
     elif "rtol" in options and draw(st.booleans()):
         options |= of_entries(draw, made)
     options |= draw(events(made, start + 0.37 * length))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    u0 = [torch.randn(shape, dtype=D, generator=generator).to(dtype) for shape in made.state]
-    u0 = [strided(x, draw).requires_grad_() for x in u0]
+    u0 = initial(draw, made, dtype)
     dense = draw(st.sampled_from([None, 0.0, 0.4, 1.0]))
     return Case(made, u0, span, options, graded, dense, list(made.given))
 
@@ -99,8 +99,7 @@ def test_a_random_solve_is_that_of_the_loop_in_python(
 ) -> None:
     draw = data.draw
     algorithm, dtype = draw(algorithms(made, 9, ROSENBROCK + DIAGONAL)), draw(dtypes)
-    made = made.to(dtype)
-    made.given = [x.detach().to(dtype).requires_grad_() for x in made.given]
+    made = of_dtype(made, dtype)
     near, most = draw(st.sampled_from([0, emit._NEAR])), draw(st.integers(2, 16))
     work, count = draw(st.sampled_from([1, splitting._LEAST_WORK])), draw(st.integers(1, 3))
     with (

@@ -22,9 +22,10 @@ from properties.native_cases import (
     dtypes,
     examples,
     expect_alike,
+    initial,
+    of_dtype,
     of_entries,
     stepping,
-    strided,
 )
 from random_fields import RandomField, fields
 from torch import Tensor, nn
@@ -127,10 +128,7 @@ def equations(draw: st.DrawFn, made: RandomField, kind: Any, diffusion: Diffusio
         shares = sorted(draw(st.lists(st.sampled_from(SHARES), max_size=5)))
         if shares:
             options[name] = [start + share * length for share in shares]
-    numbers = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    dtype = diffusion.level.dtype
-    u0 = [torch.randn(shape, dtype=D, generator=numbers).to(dtype) for shape in made.state]
-    u0 = [strided(x, draw).requires_grad_() for x in u0]
+    u0 = initial(draw, made, diffusion.level.dtype)
     graded, seed = draw(st.sampled_from([True, True, False])), draw(st.integers(0, 2**40))
     dense = draw(st.sampled_from([None, 0.0, 0.4, 1.0]))
     return Equation(
@@ -148,8 +146,7 @@ def test_a_random_equation_is_that_of_the_loop_in_python(
     several = bool(made.keys)
     kinds = [kind for kind in KINDS if not (several and kind[1] in ("scalar", "general"))]
     kind, dtype = draw(st.sampled_from(kinds)), draw(dtypes)
-    made = made.to(dtype)
-    made.given = [x.detach().to(dtype).requires_grad_() for x in made.given]
+    made = of_dtype(made, dtype)
     matrix = kind[1] == "general" or (kind[1] == "additive" and not several and draw(st.booleans()))
     columns = draw(st.integers(1, 5)) if matrix else 0
     diffusion = Diffusion(made, kind[1], columns).to(dtype)
