@@ -138,11 +138,6 @@ class GraphWalk:
         place = len(self.tensors)
         for i, leaf in enumerate([] if self.p is None else pytree.tree_leaves(self.p)):
             if not isinstance(leaf, Tensor):
-                if isinstance(leaf, nn.Module):
-                    kind = type(leaf).__name__
-                    raise UnsupportedModule(
-                        f"{self._name} takes a p with a module, {kind}: it may hold its tensors."
-                    )
                 yield leaf
                 continue
             if leaf.dtype != self.spec.dtype:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import enum
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from torch import _C, Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pysciml_node.steps.anatomy import slots_of
 from pysciml_node.translation.entries import PLAIN, Same
+from pysciml_node.translation.libraries import is_library
 
 Leaves = tuple[list[Tensor], Any]
+
+_VALUES = (int, float, complex, str, np.number, np.bool_, Fraction, Decimal)
+"""What does not change, but for attributes that objects of the user's classes may have."""
 
 
 def leaves_of(p: Any) -> Leaves:
@@ -37,7 +45,7 @@ def _form(x: Any, tensors: list[Tensor]) -> Any:
         return kind, *x, *[_form(part, tensors) for part in x.values()]
     leaves, structure = pytree.tree_flatten(x)
     if len(leaves) == 1 and leaves[0] is x:
-        return as_it_is(x)
+        return as_it_is(x) if is_value(x) else (kind, Same(x))
     return structure, [_form(leaf, tensors) for leaf in leaves]
 
 
@@ -45,14 +53,23 @@ def _attribute(x: Any) -> Any:
     return as_it_is(x) if type(x) in PLAIN else Same(x)
 
 
+def is_value(x: Any) -> bool:
+    """Whether a leaf is a number, a word or the like, and nothing besides."""
+    kind = type(x)
+    if kind in PLAIN or isinstance(x, enum.Enum):
+        return True
+    holds_more = getattr(x, "__dict__", None) or slots_of(kind)
+    return isinstance(x, _VALUES) and (is_library(kind.__module__) or not holds_more)
+
+
 def as_it_is(x: Any) -> Any:
     """A plain value in a form that is equal only to that of the same value.
 
     A zero with a sign is equal to one without, and a number to another kind of number.
     """
-    if type(x) is float and x == 0:
-        return float, math.copysign(1.0, x), x
-    return type(x), x
+    kind = type(x)
+    signed = kind is complex or (kind is not str and x == 0)
+    return kind, repr(x) if signed else x
 
 
 def class_of_its_own(tensors: list[Tensor]) -> str | None:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.translation.derived import changes_argument
 from pysciml_node.translation.graph import label
+from pysciml_node.translation.leaves import is_value
 
 _INSIDE = (
     "fake tensor in the exported program constant's list",
@@ -32,6 +34,9 @@ _INSIDE = (
 
 _DERIVATIVES = "it takes derivatives inside (torch.autograd.grad, torch.func)"
 
+
+_TAKEN = (Tensor, int, float, str, type(None))
+"""What torch.export takes as arguments."""
 
 _READING = frozenset(
     (
@@ -118,7 +123,7 @@ def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
     parts = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes]
     t = torch.zeros((), dtype=spec.dtype, device=spec.device)
     with exporting(f) as printed:
-        further = () if p is None else (map_tensors(_leaf, p),)
+        further, f = _exportable(f, p)
         module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
         arguments = (t, spec.assemble(parts), *further)
         with _Reading() as reading:
@@ -132,6 +137,29 @@ def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
     if _transforms(exported):
         raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
     return Traced(exported, bool(printed.getvalue()), reading.seen)
+
+
+def _exportable(f: Callable[..., Any], p: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """The extra argument as torch.export takes one, and the field that takes it so."""
+    if p is None:
+        return (), f
+    leaves, structure = pytree.tree_flatten(map_tensors(_leaf, p))
+    for leaf in leaves:
+        if not (isinstance(leaf, Tensor) or is_value(leaf)):
+            what = "a module," if isinstance(leaf, nn.Module) else "an object of the class"
+            raise UnsupportedModule(
+                f"{label(f)} takes a p with {what} {type(leaf).__name__}: it may hold tensors, or "
+                "numbers that change."
+            )
+    values = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, _TAKEN)}
+    if not values:
+        return (pytree.tree_unflatten(leaves, structure),), f
+
+    def with_values(t: Tensor, u: Any, taken: list[Any]) -> Any:
+        every = [values.get(i, leaf) for i, leaf in enumerate(taken)]
+        return f(t, u, pytree.tree_unflatten(every, structure))
+
+    return ([None if i in values else leaf for i, leaf in enumerate(leaves)],), with_values
 
 
 def _transforms(exported: ExportedProgram) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import dataclasses
+import enum
 import functools
 import gc
 import importlib
@@ -17,6 +18,8 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,13 @@ class Holder:
 
 class Real(float):
     """A number with a class of its own."""
+
+
+class Pace(enum.IntEnum):
+    """Rates by name."""
+
+    SLOW = 1
+    FAST = 2
 
 
 class Words(str):
@@ -398,9 +408,25 @@ def test_a_module_for_an_argument_is_refused_by_name() -> None:
 
 
 def test_numbers_of_other_classes_in_an_argument() -> None:
-    for kind in (np.float64, Real, float):
+    kinds = (np.float64, Real, float, np.float32, np.int64, Fraction, Decimal, complex, Pace)
+    for kind in kinds:
         for rate in (1.0, 2.0, 1.0):
-            assert end(lambda t, u, p: -float(p[0]) * u, [kind(rate)]) == decay(rate)
+            for p in ([kind(rate)], (kind(rate), torch.ones(1, dtype=D))):
+                assert end(lambda t, u, p: -float(p[0].real) * u, p) == decay(rate)
+
+
+def test_zeros_of_either_sign_in_an_argument() -> None:
+    for kind in (float, np.float64, np.float32, Decimal, Real):
+        for sign in (1.0, -1.0, 1.0):
+            zero = kind(math.copysign(0.0, sign))
+            assert end(lambda t, u, p: -math.copysign(1.0, p) * u, zero) == decay(sign)
+
+
+def test_an_object_with_attributes_in_an_argument_is_refused() -> None:
+    rate = Real(1.0)
+    rate.k = 2.0  # type: ignore[attr-defined]
+    with pytest.raises(psn.CompileError, match="an object of the class Real"):
+        end(lambda t, u, p: -p.k * u, rate)
 
 
 def test_a_field_that_asks_how_a_tensor_lies_in_memory() -> None:
