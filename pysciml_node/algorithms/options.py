@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -81,6 +81,8 @@ class SolveOptions:
         compile: run native code: always, or where it can with `"auto"`.
         seed: of the Brownian motions; `None` for ordinary equations.
         defaulted: which of `adjoint` and `controller` were not given.
+        unseeded: the options that these are but for the seed, by whose identity an engine finds
+            what it has prepared for them; `None` where they have no seed, or were changed after it.
     """
 
     tolerances: Tolerances
@@ -100,6 +102,13 @@ class SolveOptions:
     seed: int | None = None
     fired: tuple[int, ...] = ()
     defaulted: frozenset[str] = frozenset()
+    unseeded: SolveOptions | None = field(default=None, init=False, compare=False, repr=False)
+
+    def seeded(self, seed: int) -> SolveOptions:
+        """The same with a seed."""
+        made = object.__new__(SolveOptions)
+        made.__dict__.update(self.__dict__, seed=seed, unseeded=self)
+        return made
 
     def landings(self, direction: int) -> tuple[float, ...]:
         """Times that steps end on, in the order of integration: the stops, and those of a grid."""

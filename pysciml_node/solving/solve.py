@@ -175,7 +175,7 @@ def _solve_one(
 ) -> Solution:
     algorithm, options, chosen, _ = plan_of(problem, algorithm, engine, given)
     if _random(problem):
-        options = dataclasses.replace(options, seed=_seed(given["generator"]))
+        options = options.seeded(_seed(given["generator"]))
     begun = time.perf_counter()
     solution = run(chosen, problem, algorithm, options)
     solution.seconds = time.perf_counter() - begun

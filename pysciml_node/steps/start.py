@@ -22,16 +22,19 @@ class Start:
     """A field as it was made for one solve, and its extra argument.
 
     Args:
+        name: what the field is called.
         f: the field: a module, a function or a method, or what is derived from one.
         p: its extra argument.
         parts: what the field was given, by `parts_of`.
         shared: the tensors that other solves share.
     """
 
-    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "p")
+    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "name", "p")
 
-    def __init__(self, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]) -> None:
-        self.f, self.p, self._parts, self._walk = f, p, parts, None
+    def __init__(
+        self, name: str, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]
+    ) -> None:
+        self.name, self.f, self.p, self._parts, self._walk = name, f, p, parts, None
         if parts:
             shared = [*shared, *(x for x in parts if isinstance(x, Tensor))]
         if type(p) in _TENSORS:
@@ -62,7 +65,7 @@ class Start:
         field = self.f.__self__ if isinstance(self.f, types.MethodType) else self.f
         walk = self._walk
         tensors = [] if walk is None else [(walk.names[id(x)], x) for x in walk.tensors]
-        every = [("f", field), *self._captured(), ("p", self.p), *tensors]
+        every = [(self.name, field), *self._captured(), ("p", self.p), *tensors]
         return [(name, x) for name, x in every if isinstance(x, nn.Module | Tensor)]
 
     def _captured(self) -> list[tuple[str, Any]]:

@@ -55,7 +55,7 @@ class Surroundings:
     def lasting(self) -> Surroundings:
         """What a later solve can begin `again` with: without the field, and what it was given."""
         kept, self._lent = copy.copy(self), True
-        f = self.roots["f"]
+        f, *_ = self.roots.values()
         cells, own = set(map(id, cells_of(f))), {id(f), *map(id, parts_of(f))}
         # The walk has begun with the roots.
         kept.roots, kept._places = {}, [x for x in self._places[1:] if id(x.cell) not in cells]
@@ -68,7 +68,7 @@ class Surroundings:
         """The surroundings of a later solve, in which nothing had changed but what is its own."""
         later = Surroundings.__new__(Surroundings)
         later.__dict__.update(self.__dict__)
-        later.roots = roots = {"f": start.f, "p": start.p}
+        later.roots = roots = {start.name: start.f, "p": start.p}
         later._places = [Names(roots, roots.copy(), ""), *start.places(), *self._places]
         own = [(name, x) for name, x in start.named() if id(x) not in self.names]
         later._modules = [(name, x) for name, x in own if isinstance(x, nn.Module)] + self._modules
@@ -80,6 +80,25 @@ class Surroundings:
         later._written = self._written.copy()
         later._lent = True
         return later
+
+    def beside(self, other: Surroundings) -> Surroundings:
+        """What two functions of one solve reach; it may be the same in part."""
+        both = copy.copy(self)
+        both.roots = {**self.roots, **other.roots}
+        new = [i for i, x in enumerate(other.tensors) if id(x) not in self.names]
+        both.tensors = [*self.tensors, *(other.tensors[i] for i in new)]
+        both._versions = [*self._versions, *(other._versions[i] for i in new)]
+        both.names = {**other.names, **self.names}
+        both.generators = list(dict.fromkeys([*self.generators, *other.generators]))
+        both.lazy = self.lazy or other.lazy
+        both.chosen = self.chosen if other.chosen is None else other.chosen
+        modules = {id(x): (name, x) for name, x in (*other._modules, *self._modules)}
+        both._modules = list(modules.values())
+        roots = Names(both.roots, both.roots.copy(), "")
+        both._places = [roots, *self._places[1:], *other._places[1:]]
+        both._written = [*self._written, *other._written]
+        both._lent = True
+        return both
 
     def _own_places(self) -> None:
         """Settle no places that other solves look at too."""

@@ -34,28 +34,31 @@ class _Walked:
     surroundings: Surroundings
 
 
-def surroundings_of(f: Callable[..., Any], p: Any, now: Snapshot) -> Callable[[], Surroundings]:
+def surroundings_of(
+    f: Callable[..., Any], p: Any, now: Snapshot, name: str = "f"
+) -> Callable[[], Surroundings]:
     """A function that gives the surroundings of a field for a solve that begins now.
 
     Args:
         f: the field.
         p: its extra argument.
         now: what was seen of the field just now.
+        name: what messages call the field.
     """
-    held, memory = now.held, now.watch.memory
-    known: _Walked | None = memory.get(_Walked)
+    held, memory, key = now.held, now.watch.memory, (_Walked, name)
+    known: _Walked | None = memory.get(key)
     # Large tensors that come and go, and graphs, are not kept beyond their time.
     if known is None or not all(map(is_, known.tensors, held)):
         known = None
         if _is_whole(f, now) and all(map(_lasts, held)):
-            walked = Surroundings({"f": f, "p": None}).lasting()
-            known = memory[_Walked] = _Walked(held, walked)
+            walked = Surroundings({name: f, "p": None}).lasting()
+            known = memory[key] = _Walked(held, walked)
     if known is not None:
-        start = Start(f, p, now.parts, known.tensors)
+        start = Start(name, f, p, now.parts, known.tensors)
         if start.is_plain:
             # It is put together when it is called, which most solves do not come to.
             return functools.partial(known.surroundings.again, start)
-    seen = Surroundings({"f": f, "p": p})
+    seen = Surroundings({name: f, "p": p})
     return lambda: seen
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -204,22 +204,21 @@ class Ready(NamedTuple):
 
 
 _Way = tuple[int, int, int, Any]
-_Ways = dict[_Way, Prepared]
-"""What has been prepared for a field, by that by which `prepare` tells its solves apart."""
+Made = TypeVar("Made")
 
 
-def _keep(watch: Watch, way: _Way, made: Prepared) -> None:
-    """Keep what has been prepared for a field."""
-    ways: _Ways = watch.memory.setdefault(Prepared, {})
+def keep(watch: Watch, way: Any, made: Any) -> None:
+    """Keep what has been prepared for a field, by that by which solves of it are told apart."""
+    ways: dict[Any, Any] = watch.memory.setdefault(type(made), {})
     if len(ways) >= _MOST_WAYS:
         ways.clear()
     with contextlib.suppress(TypeError):  # something in `p` has no hash
         ways[way] = made
 
 
-def _known(watch: Watch, way: _Way) -> Prepared | None:
-    """What has been kept."""
-    ways: _Ways | None = watch.memory.get(Prepared)
+def known_of(watch: Watch, way: Any, kind: type[Made]) -> Made | None:
+    """What of a kind has been kept."""
+    ways: dict[Any, Made] | None = watch.memory.get(kind)
     try:
         return None if ways is None else ways.get(way)
     except TypeError:
@@ -236,7 +235,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     further, form = leaves_of(p)
     way = id(problem.spec), id(tableau), id(options), form
     now = Snapshot.again(f) if problem.mass_matrix is None else None
-    known = None if now is None else _known(now.watch, way)
+    known = None if now is None else known_of(now.watch, way, Prepared)
     if now is not None and known is not None:
         tensors = [*now.tensors, *further]
         parameters = known.parameters(tensors)
@@ -267,7 +266,7 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, w
         library, departure, tableau, program, constants, places, translated.contents, recorded, spec
     )
     if departure.lasting and problem.mass_matrix is None:
-        _keep(now.watch, way, made)
+        keep(now.watch, way, made)
     tensors = [*now.tensors, *leaves_of(p)[0]]
     return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
 

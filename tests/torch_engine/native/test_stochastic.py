@@ -16,7 +16,7 @@ import pysciml_node as psn
 from pysciml_node.stochastic.step import SDEMethod
 from pysciml_node.torch_engine.native import departure
 from pysciml_node.torch_engine.native.compiler import available
-from pysciml_node.torch_engine.native.stochastic import Translated
+from pysciml_node.torch_engine.native.stochastic_code import Translated
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
