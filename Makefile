@@ -10,7 +10,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 INSTALLED := $(VENV)/.installed
 NATIVE_TESTS := tests/torch_engine/native tests/practice/test_native.py \
   tests/properties/test_native_properties.py tests/properties/test_native_fuzz.py \
-  tests/properties/test_stochastic_fuzz.py
+  tests/properties/test_stochastic_fuzz.py tests/translation/test_again.py
 BENCHMARKS_INSTALLED := $(VENV)/.benchmarks-installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 

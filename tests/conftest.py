@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pysciml_node.julia_engine.process import runtime
+from pysciml_node.torch_engine.native.library import look_in_c
+from pysciml_node.translation import again
+from pysciml_node.translation.watch import Watch
 
 # A shell that runs the tests in the background has them, and their subprocesses, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,3 +43,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if reason is not None:
         pytest.skip(reason)
     runtime.start()
+
+
+@pytest.fixture
+def looks_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a field reaches is looked at in C and in Python, which have to see the same."""
+    look_in_c()
+    if again._look is None:
+        return
+    in_c = again.tensors
+
+    def in_both(watch: Watch, parts: tuple[Any, ...]) -> list[Tensor] | None:
+        found, expected = in_c(watch, parts), watch.tensors(parts)
+        assert (found is None) == (expected is None)
+        assert list(map(id, found or ())) == list(map(id, expected or ()))
+        return found
+
+    monkeypatch.setattr(again, "tensors", in_both)

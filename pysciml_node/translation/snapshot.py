@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pysciml_node.steps.anatomy import function_of, parts_of
+from pysciml_node.translation import again
 from pysciml_node.translation.entries import Calls
 from pysciml_node.translation.look import Look
 from pysciml_node.translation.watch import Watch
@@ -56,7 +57,7 @@ class Snapshot(NamedTuple):
         function = function_of(f)
         parts = () if function is None else parts_of(f)
         for watch in watches_on(f if function is None else function.__code__):
-            tensors = watch.tensors(parts)
+            tensors = again.tensors(watch, parts)
             if tensors is not None:
                 return Snapshot(watch, tensors, parts)
         return None

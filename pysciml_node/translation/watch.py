@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain
 from operator import contains, getitem, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pysciml_node.translation.entries import ABSENT, Attributes, Equal
+from pysciml_node.translation.entries import Attributes, Equal
 from pysciml_node.translation.given import Given
 
 Contents = tuple[tuple[int, Tensor], ...]
 """Numbers of tensors whose entries are part of a program, with those entries."""
+
+CHANGED = (LookupError, ValueError, AttributeError, RuntimeError)
+"""What is raised where something is gone, or is no tensor, or is changed by another thread."""
 
 # Containers that are nothing but their entries: one that is empty is false.
 _BUILT_IN = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
@@ -32,7 +35,7 @@ class Places:
         sized: others whose number of entries matters.
         sizes: these numbers.
         ordered: mappings whose order matters.
-        order: their keys, one after another.
+        order: their keys, a list for each.
     """
 
     def __init__(self) -> None:
@@ -65,7 +68,7 @@ class Places:
         self.expect_size(mapping)
         if len(mapping) > 1:
             self.ordered.append(mapping)
-            self.order.extend(mapping)
+            self.order.append(list(mapping))
 
     def hold(self) -> bool:
         """Whether all is as it was."""
@@ -75,8 +78,8 @@ class Places:
             not any(self.empty)
             and list(map(len, self.sized)) == self.sizes
             and all(map(is_, map(getitem, containers, keys), values))
-            and all(map(is_, map(getattr, owners, names, repeat(ABSENT)), held))
-            and all(map(is_, chain.from_iterable(self.ordered), self.order))
+            and all(map(is_, map(getattr, owners, names), held))
+            and all(map(is_, *map(chain.from_iterable, (self.ordered, self.order))))
         )
 
 
@@ -152,6 +155,8 @@ class Watch:
     def tensors(self, parts: tuple[Any, ...]) -> list[Tensor] | None:
         """The tensors that are there now; `None` where anything else has changed.
 
+        The same in C is in again.c: what is asked here is asked there.
+
         Args:
             parts: what the field was given.
         """
@@ -167,19 +172,20 @@ class Watch:
                 and all(map(is_, map(getitem, again, their_keys), held))
                 and list(map(describe, found)) == self.described
                 and len(set(map(id, found))) == len(found)
-                and (not self.asked or answers(self.asked, found) == self.answers)
+                and self.answer(found)
             )
-        # Also of what is no tensor, or is changed by another thread.
-        except (LookupError, ValueError, AttributeError, RuntimeError):
+        except CHANGED:
             return None
         return found if stands else None
 
     def _holds(self) -> bool:
         """Whether everything but the tensors is as it was."""
-        return (
-            self.seen.hold()
-            and not any(map(contains, *self.absent))
-            and torch.get_default_dtype() is self.default
+        return self.seen.hold() and not any(map(contains, *self.absent))
+
+    def answer(self, found: list[Tensor]) -> bool:
+        """Whether tensors, and torch, answer as before when they are asked."""
+        return torch.get_default_dtype() is self.default and (
+            not self.asked or answers(self.asked, found) == self.answers
         )
 
 

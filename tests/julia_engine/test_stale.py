@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 
-pytestmark = pytest.mark.julia
+pytestmark = [pytest.mark.julia, pytest.mark.usefixtures("looks_in_both")]
 
 D = torch.float64
 Way = Callable[[], tuple[Any, Callable[[float], Any]]]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 ADJOINTS = {
     "discrete": psn.DiscreteAdjoint(),

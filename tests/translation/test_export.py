@@ -20,6 +20,8 @@ from pysciml_node.layers.timed import TimedField
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.translation.export import UnsupportedModule, kept, translate
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 
 class Field(nn.Module):
     """A function of the module itself, the time and the state."""

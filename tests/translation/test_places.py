@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.translation.export import translate
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 U = torch.tensor([1.0, 0.5], dtype=torch.float64)
 T = torch.tensor(0.25, dtype=torch.float64)
 SETTINGS: Any = None

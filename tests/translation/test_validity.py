@@ -22,6 +22,8 @@ from pysciml_node.translation.recent import Recent, RecentOf
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watch import have_contents
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 U = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=D)
 T = torch.tensor(0.37, dtype=D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node.errors import CompileError
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.parts import Parts
 from pysciml_node.torch_engine.native.text import contiguous, padded
+from pysciml_node.translation import again
 from pysciml_node.translation.entries import Settled
 from pysciml_node.translation.program import Parameter, Program
 
@@ -153,6 +156,13 @@ def header(dtype: torch.dtype, abreast: int = 0) -> str:
     return "\n".join(lines)
 
 
+@functools.cache
+def look_in_c() -> None:
+    """Have native code look again at what fields reach, from now on."""
+    with contextlib.suppress(CompileError):
+        again.use(build(again.source()))
+
+
 class Code(Settled):
     """Emitted code that is compiled when it is first called, with memory that is used again.
 
@@ -174,6 +184,7 @@ class Code(Settled):
     def loaded(self) -> ctypes.CDLL:
         """The compiled code."""
         library = build(self.text)
+        look_in_c()
         for name, (result, *arguments) in self._calls.items():
             call = getattr(library, name)
             call.restype, call.argtypes = result, arguments

@@ -19,7 +19,10 @@ from pysciml_node.torch_engine.native import prepared
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.translation import export
 
-pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
+pytestmark = [
+    pytest.mark.skipif(not available()[0], reason=available()[1]),
+    pytest.mark.usefixtures("looks_in_both"),
+]
 
 D = torch.float64
 STEPS: Any = {"controller": psn.FixedStep(), "dt0": 0.25}

@@ -21,6 +21,8 @@ import pysciml_node as psn
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watched import watches_on
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 TIGHT: Any = {"rtol": 1e-9, "atol": 1e-9}
 RATE = 1.0

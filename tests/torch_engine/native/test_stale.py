@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 
 

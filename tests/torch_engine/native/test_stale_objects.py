@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 
+pytestmark = pytest.mark.usefixtures("looks_in_both")
+
 D = torch.float64
 RATE = 1.0
 Way = tuple[Callable[..., Any], Callable[[float], Any]]
