@@ -87,6 +87,17 @@ class Calls:
     misses: int
 
 
+def as_it_is(x: Any) -> Any:
+    """A plain value in a form that is equal only to that of the same value.
+
+    A number is equal to another kind of number, a zero with a sign to one without, and a decimal
+    to one with more zeros at its end.
+    """
+    kind = type(x)
+    telling = kind is complex or kind not in PLAIN or (kind is not str and x == 0)
+    return (kind, x, repr(x)) if telling else (kind, x)
+
+
 def bytes_of(x: Any) -> bytes:
     """The numbers in a row of Python's own or of C's."""
     return memoryview(x).tobytes()

@@ -21,7 +21,7 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
 from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
-from pysciml_node.translation.leaves import class_of_its_own, leaves_of
+from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.saved import as_it_is, saved_by, without_graph
@@ -264,13 +264,12 @@ def _translated(
     mode = foreign_mode()
     if mode is not None:
         raise UnsupportedModule(f"{label(f)} is evaluated where {mode} may change its operations.")
-    tensors, form = leaves_of(p)
+    tensors, _ = leaves = leaves_of(p)
     foreign = class_of_its_own(tensors)
     if foreign is not None:
         raise UnsupportedModule(
             f"{label(f)} takes a p of the class {foreign}, which may change its operations."
         )
-    kind = (walk, spec, form)
     with _lock:
         outcomes = kept(f)
         try:
@@ -278,6 +277,7 @@ def _translated(
         except RecursionError:
             deep = "objects that are nested too deeply to be followed"
             raise UnsupportedModule(f"{label(f)} reaches {deep}.") from None
+        kind = (walk, spec, form_for(now, leaves))
         outcome = _still_holding(outcomes, kind, now)
         relatives = _of_its_class(f)
         if outcome is None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import enum
 from decimal import Decimal
 from fractions import Fraction
+from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from torch import _C, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysciml_node.steps.anatomy import slots_of
-from pysciml_node.translation.entries import PLAIN, Same
+from pysciml_node.translation.entries import PLAIN, Same, as_it_is
 from pysciml_node.translation.libraries import is_library
+from pysciml_node.translation.snapshot import Snapshot
+from pysciml_node.translation.watch import answers
 
 Leaves = tuple[list[Tensor], Any]
 
@@ -27,10 +31,40 @@ def leaves_of(p: Any) -> Leaves:
     Programs of arguments of equal forms are the same.
     """
     tensors: list[Tensor] = []
-    return tensors, None if p is None else _form(p, tensors)
+    kinds: dict[type, None] = {}
+    form = None if p is None else _form(p, tensors, kinds)
+    return tensors, (form, *[_as_it_stands(x, tensors) for x in kinds]) if kinds else form
 
 
-def _form(x: Any, tensors: list[Tensor]) -> Any:
+def form_for(now: Snapshot, leaves: Leaves) -> Any:
+    """The form of an extra argument for a function: with what the function may ask of its tensors.
+
+    Args:
+        now: what the function can reach. Some of it may be in the argument too.
+        leaves: of the argument.
+    """
+    tensors, form = leaves
+    if not tensors:
+        return form
+    numbers = dict(zip(map(id, (*tensors, *now.tensors)), count(), strict=False))
+    same = map(numbers.__getitem__, map(id, tensors))
+    return form, *same, *answers(now.watch.asked, tensors)
+
+
+def fickle_class(p: Any) -> tuple[str, str] | None:
+    """A class of the user's in an extra argument that may do something else at each solve.
+
+    Returns:
+        Its name, and what it does, in words.
+    """
+    kinds: dict[type, None] = {}
+    _form(p, [], kinds)
+    fickle = ((kind.__name__, Snapshot.of(kind).fickle) for kind in kinds)
+    return next(((name, words) for name, words in fickle if words is not None), None)
+
+
+def _form(x: Any, tensors: list[Tensor], kinds: dict[type, None]) -> Any:
+    """The form of a part; adds its tensors, and the user's classes in it."""
     kind = type(x)
     if isinstance(x, Tensor):
         tensors.append(x)
@@ -40,13 +74,37 @@ def _form(x: Any, tensors: list[Tensor]) -> Any:
             own = kind, *[(name, _attribute(value)) for name, value in x.__dict__.items()]
         return x.dtype, x.shape, x.device, x.requires_grad, own
     if kind is tuple or kind is list:
-        return kind, *[_form(part, tensors) for part in x]
+        return kind, *[_form(part, tensors, kinds) for part in x]
     if kind is dict:
-        return kind, *x, *[_form(part, tensors) for part in x.values()]
-    leaves, structure = pytree.tree_flatten(x)
-    if len(leaves) == 1 and leaves[0] is x:
+        return kind, *x, *[_form(part, tensors, kinds) for part in x.values()]
+    if kind in PLAIN:
+        return as_it_is(x)
+    if not is_library(kind.__module__):
+        kinds[kind] = None
+    if kind.__base__ is tuple and hasattr(kind, "_fields"):
+        return kind, *[_form(part, tensors, kinds) for part in x]
+    parts, structure = pytree.tree_flatten(x, is_leaf=lambda part: part is not x)
+    if len(parts) == 1 and parts[0] is x:
         return as_it_is(x) if is_value(x) else (kind, Same(x))
-    return structure, [_form(leaf, tensors) for leaf in leaves]
+    return structure, [_form(part, tensors, kinds) for part in parts]
+
+
+def _as_it_stands(kind: type, tensors: list[Tensor]) -> Any:
+    """A class in a form that is equal as long as it, and all that it can reach, is as it was.
+
+    Its methods may read what is outside of the argument, and ask of the argument's tensors.
+    """
+    now = Snapshot.of(kind)
+    return now.watch, *map(_contents, now.tensors), *answers(now.watch.asked, tensors)
+
+
+def _contents(x: Tensor) -> Any:
+    """The entries of a tensor that a class can reach, which a program would have as constants."""
+    if x.requires_grad:  # where it is used there is no program
+        return "trained"
+    if x.device.type == "cpu" and x.layout is torch.strided:
+        return x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return object()  # another one each time
 
 
 def _attribute(x: Any) -> Any:
@@ -60,16 +118,6 @@ def is_value(x: Any) -> bool:
         return True
     holds_more = getattr(x, "__dict__", None) or slots_of(kind)
     return isinstance(x, _VALUES) and (is_library(kind.__module__) or not holds_more)
-
-
-def as_it_is(x: Any) -> Any:
-    """A plain value in a form that is equal only to that of the same value.
-
-    A zero with a sign is equal to one without, and a number to another kind of number.
-    """
-    kind = type(x)
-    signed = kind is complex or (kind is not str and x == 0)
-    return kind, repr(x) if signed else x
 
 
 def class_of_its_own(tensors: list[Tensor]) -> str | None:

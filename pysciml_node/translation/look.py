@@ -40,11 +40,11 @@ from pysciml_node.translation.entries import (
     Same,
     Settled,
     Value,
+    as_it_is,
     bytes_of,
     has_numbers,
 )
 from pysciml_node.translation.given import Given
-from pysciml_node.translation.leaves import as_it_is
 from pysciml_node.translation.libraries import is_a_value, is_library, is_opaque, is_silent
 from pysciml_node.translation.mentions import Mentions, looks_up_globals
 from pysciml_node.translation.watch import Watch, answers, describe

@@ -35,6 +35,13 @@ _ANSWERS: dict[str, Callable[[Tensor], Any]] = {
     "is_contiguous": Tensor.stride,
     "stride": Tensor.stride,
     "storage_offset": Tensor.storage_offset,
+    "grad_fn": lambda x: type(x.grad_fn),
+    "retains_grad": attrgetter("retains_grad"),
+    "is_inference": Tensor.is_inference,
+    "is_neg": Tensor.is_neg,
+    "_version": lambda x: None if x.is_inference() else x._version,
+    "_base": lambda x: x._base is None,
+    "Parameter": type,
 }
 
 _NAME = re.compile(r"[^\W\d]\w*")

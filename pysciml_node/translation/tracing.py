@@ -21,7 +21,7 @@ from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.translation.derived import changes_argument
 from pysciml_node.translation.graph import label
-from pysciml_node.translation.leaves import is_value
+from pysciml_node.translation.leaves import fickle_class, is_value
 
 _INSIDE = (
     "fake tensor in the exported program constant's list",
@@ -151,6 +151,13 @@ def _exportable(f: Callable[..., Any], p: Any) -> tuple[tuple[Any, ...], Callabl
                 f"{label(f)} takes a p with {what} {type(leaf).__name__}: it may hold tensors, or "
                 "numbers that change."
             )
+    fickle = fickle_class(p)
+    if fickle is not None:
+        name, words = fickle
+        raise UnsupportedModule(
+            f"{label(f)} takes a p of the class {name}, which {words}, which may differ at each "
+            "solve."
+        )
     values = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, _TAKEN)}
     if not values:
         return (pytree.tree_unflatten(leaves, structure),), f

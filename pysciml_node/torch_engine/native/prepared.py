@@ -45,7 +45,7 @@ from pysciml_node.torch_engine.native.library import (
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.translation.export import TranslatedModule, translate
-from pysciml_node.translation.leaves import leaves_of
+from pysciml_node.translation.leaves import Leaves, form_for, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
@@ -203,7 +203,7 @@ class Ready(NamedTuple):
     see: See
 
 
-_Way = tuple[int, int, int, Any]
+_Way = tuple[int, int, int]
 Made = TypeVar("Made")
 
 
@@ -232,20 +232,22 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
         CompileError: an option or the field has no native code, or there is no compiler.
     """
     f, p, tableau = problem.f, problem.p, getattr(algorithm, "tableau", None)
-    further, form = leaves_of(p)
-    way = id(problem.spec), id(tableau), id(options), form
+    leaves = leaves_of(p)
+    way = id(problem.spec), id(tableau), id(options)
     now = Snapshot.again(f) if problem.mass_matrix is None else None
-    known = None if now is None else known_of(now.watch, way, Prepared)
+    known = None if now is None else known_of(now.watch, (*way, form_for(now, leaves)), Prepared)
     if now is not None and known is not None:
-        tensors = [*now.tensors, *further]
+        tensors = [*now.tensors, *leaves[0]]
         parameters = known.parameters(tensors)
         if known.serves(problem, options, tensors, parameters):
             _check_call(problem, algorithm, options)
             return Ready(known, parameters, surroundings_of(f, p, now))
-    return _prepare(problem, algorithm, options, way)
+    return _prepare(problem, algorithm, options, way, leaves)
 
 
-def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way) -> Ready:
+def _prepare(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way, leaves: Leaves
+) -> Ready:
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
@@ -266,8 +268,8 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, w
         library, departure, tableau, program, constants, places, translated.contents, recorded, spec
     )
     if departure.lasting and problem.mass_matrix is None:
-        keep(now.watch, way, made)
-    tensors = [*now.tensors, *leaves_of(p)[0]]
+        keep(now.watch, (*way, form_for(now, leaves)), made)
+    tensors = [*now.tensors, *leaves[0]]
     return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
 
 

@@ -30,7 +30,7 @@ from pysciml_node.torch_engine.native.prepared import (
     no_code,
 )
 from pysciml_node.torch_engine.native.stochastic_code import Translated
-from pysciml_node.translation.leaves import leaves_of
+from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, Watch, have_contents
@@ -125,12 +125,13 @@ def prepare_sde(
     check_surroundings(options)
     shared = options if options.unseeded is None else options.unseeded
     tableau = algorithm.tableau_for(problem)
-    further, form = leaves_of(problem.p)
+    further, _ = leaves = leaves_of(problem.p)
     how = id(tableau), algorithm.delta, problem.noise, problem.interpretation
-    way = id(problem.spec), id(shared), how, form
+    way = id(problem.spec), id(shared), how
     drift, diffusion = Snapshot.again(problem.drift), Snapshot.again(problem.diffusion)
     if drift is not None and diffusion is not None:
-        known = known_of(drift.watch, (*way, id(diffusion.watch)), PreparedSDE)
+        forms = form_for(drift, leaves), form_for(diffusion, leaves)
+        known = known_of(drift.watch, (*way, forms, id(diffusion.watch)), PreparedSDE)
         if known is not None and known.serves(problem, shared, drift, diffusion):
             return _ready(known, problem, drift, diffusion, further)
     check_kind(problem.spec, options, problem.drift, problem.diffusion)
@@ -155,7 +156,8 @@ def prepare_sde(
         spec,
     )
     if departure.lasting:
-        keep(drift.watch, (*way, id(diffusion.watch)), made)
+        forms = form_for(drift, leaves), form_for(diffusion, leaves)
+        keep(drift.watch, (*way, forms, id(diffusion.watch)), made)
     return _ready(made, problem, drift, diffusion, further)
 
 
