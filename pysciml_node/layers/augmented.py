@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node import checks
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import InModes
@@ -200,10 +202,20 @@ def augment(
     field = AugmentedField(problem.f, spec, problem.p is not None, {**beside, **extra})
     if known is not None and known.is_same(field):
         field = known
-    bigger = dataclasses.replace(problem, f=field, u0=u0)
+    bigger = _bigger(problem, field, u0)
     if not extra and type(rtol) is type(atol) is float:
         return bigger, rtol, atol
     return bigger, spread(rtol), spread(atol, math.inf)
+
+
+def _bigger(problem: ODEProblem, field: AugmentedField, u0: dict[str, Tensor]) -> ODEProblem:
+    """The problem of a field with rates beside it."""
+    if any(x is not None for x in (problem.mass_matrix, problem.jac, problem.jac_sparsity)):
+        return dataclasses.replace(problem, f=field, u0=u0)
+    # The rest has been checked, and has nothing to do with the size of the state.
+    bigger = copy.copy(problem)
+    checks.settle(bigger, f=field, u0=u0, spec=StateSpec.of(u0))
+    return bigger
 
 
 def augmented_events(events: Sequence[Event], spec: StateSpec) -> tuple[Event, ...]:
@@ -366,6 +378,4 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
             alone.surroundings = see()
         return made
 
-    fields = {field.name for field in dataclasses.fields(solution) if field.init}
-    held = {name: x for name, x in vars(solution).items() if name in fields}
-    return in_parts(Solution, part, {**held, **changed})
+    return in_parts(Solution, part, {**vars(solution), **changed, "_stacked": None})
