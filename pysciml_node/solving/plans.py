@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from math import copysign
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.algorithms.controllers import Controller
@@ -16,7 +18,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import StateSpec
+from pysciml_node.problems.state import StateSpec, moves
 from pysciml_node.solving import engines
 from pysciml_node.solving.checks import USUAL, check_algorithm, check_options
 
@@ -42,7 +44,7 @@ _KNOWN: OrderedDict[Any, Plan] = OrderedDict()
 
 _MOST_KNOWN = 256
 
-_FLOAT, _LISTS = frozenset((float,)), (list, tuple)
+_FLOAT, _LISTS, _ARRAYS = frozenset((float,)), (list, tuple), (Tensor, np.ndarray)
 
 _PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
 """Kinds of values that plans may be found by; those of algorithms and their parts join them."""
@@ -70,7 +72,7 @@ def _key(
     problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
 ) -> Any:
     """What a plan depends on; `None` where it is more than the values themselves."""
-    kind = None
+    kind: Any = None
     if type(problem) is SDEProblem:
         kind = problem.noise, problem.interpretation
         generator = given["generator"]
@@ -79,6 +81,13 @@ def _key(
     elif type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
     t0, t1 = ends_of(problem)
+    saveat = given["saveat"]
+    if type(saveat) in _ARRAYS:
+        if saveat.ndim != 1 or (type(saveat) is Tensor and not _is_numbers(saveat)):
+            return None
+        # By its entries, for it may change; its precision is how far beyond the ends they may be.
+        kind = kind, type(saveat), saveat.dtype
+        given = {**given, "saveat": saveat.tolist()}
     for name in ("rtol", "atol", "saveat", "tstops", "events"):
         listed = given[name]
         if type(listed) in _LISTS and listed:
@@ -89,6 +98,12 @@ def _key(
     values = algorithm, engines.get_engine() if engine is None else engine, *given.values()
     kinds = tuple(map(type, values))
     return (kinds, kind, id(problem.spec), t0, t1, copysign(1.0, t0), copysign(1.0, t1), values)
+
+
+def _is_numbers(x: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory."""
+    ordinary = x.device.type == "cpu" and x.layout is torch.strided and not moves(x)
+    return ordinary and not torch._C._are_functorch_transforms_active()
 
 
 def _has_negative_zero(times: Sequence[float]) -> bool:

@@ -285,3 +285,19 @@ def test_gradients_go_to_the_parameters_of_a_functional_call(adjoint: psn.Adjoin
     expected = torch.autograd.grad(copy(U0[None]).u1.sum(), list(copy.parameters()))
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_state_that_a_transform_has_left_behind(compiled: bool, gradients: bool) -> None:
+    left: list[Tensor] = []
+
+    def square(x: Tensor) -> Tensor:
+        left.append(x * 1.0)
+        return (x**2).sum()
+
+    torch.func.grad(square)(U0)
+    problem = psn.ODEProblem(lambda t, u: u @ A.T, left[0], (0.0, 1.0))
+    with torch.set_grad_enabled(gradients):
+        u1 = psn.solve(problem, rtol=1e-9, atol=1e-9, engine="torch", compile=compiled).u1
+    torch.testing.assert_close(u1.detach(), EXACT @ U0, rtol=1e-7, atol=0)

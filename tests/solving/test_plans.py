@@ -72,6 +72,41 @@ def test_times_that_are_equal_and_not_the_same(zero: float) -> None:
         assert math.copysign(1.0, solution.t[0].item()) == math.copysign(1.0, t)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_saved_times_that_were_changed_in_place_are_seen(compiled: bool, kind: str) -> None:
+    tensor = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    saveat = tensor if kind == "tensor" else tensor.numpy()
+    for last in (0.5, 0.5, 0.75, 1.0, 0.5):
+        saveat[1] = last
+        solution = psn.solve(
+            _problem(), saveat=saveat, rtol=1e-10, atol=1e-10, engine="torch", compile=compiled
+        )
+        expected = torch.tensor([[0.25], [last]], dtype=torch.float64)
+        torch.testing.assert_close(solution.u, torch.exp(-expected), rtol=1e-9, atol=0)
+        assert torch.equal(solution.t, expected[:, 0])
+    saveat[1] = 1.5
+    with pytest.raises(ValueError, match="inside tspan"):
+        psn.solve(_problem(), saveat=saveat, engine="torch", compile=compiled)
+
+
+def test_saved_times_of_another_kind_are_themselves() -> None:
+    """Single precision may stand beyond the end by what it rounds; gradients are asked anew."""
+    beyond = torch.nextafter(torch.tensor([1.0]), torch.tensor(2.0))
+    problem = _problem()
+    assert psn.solve(problem, saveat=beyond, engine="torch").t.item() == 1.0
+    with pytest.raises(ValueError, match="inside tspan"):
+        psn.solve(problem, saveat=beyond.double(), engine="torch")
+    times = torch.tensor([0.5], dtype=torch.float64)
+    for needed in (False, True, False, True):
+        times.requires_grad_(needed)
+        solution = psn.solve(problem, saveat=times, rtol=1e-10, atol=1e-10, compile=True)
+        assert solution.u.requires_grad == needed
+        if needed:
+            (slope,) = torch.autograd.grad(solution.u.sum(), times)
+            torch.testing.assert_close(slope, -torch.exp(-times.detach()), rtol=1e-6, atol=0)
+
+
 def test_stochastic_solves_are_told_apart_by_their_noise_and_have_seeds_of_their_own() -> None:
     def problem(**given: str) -> psn.SDEProblem:
         u0 = torch.ones(2, 2, dtype=torch.float64)

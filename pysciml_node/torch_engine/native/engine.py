@@ -15,7 +15,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import UnsupportedModule
-from pysciml_node.problems.ode import ODEProblem, Problem, Time, ends_of
+from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -153,6 +153,7 @@ class SingleSolve(FlownSolve):
         parameters: the tensors that the code reads.
         search: the events that it looks for.
         flight: what has been flown.
+        moving: the ends of the interval and the saved times, where any of them is a tensor.
     """
 
     library: Library
@@ -160,13 +161,14 @@ class SingleSolve(FlownSolve):
     parameters: list[Tensor]
     search: Search | None = None
     flight: Flight
+    moving: tuple[Any, ...] = ()
 
     def noise(self) -> Noise | None:
         """The Brownian motions of a stochastic equation."""
         return None
 
     def fly(self, u0: Tensor, keeps: bool = False) -> States:
-        """Solve forward from a state without a graph."""
+        """Solve forward from a state, where no gradients are taken."""
         how = self.library, self.departure, u0, self.parameters, self.search
         noise = self.noise()
         if self.options.progress:
@@ -188,8 +190,12 @@ class SingleSolve(FlownSolve):
         if not torch.is_grad_enabled():
             states = self.fly(self.u0.detach())
             return self.flight, states
+        (t0, t1), saveat = self.problem.tspan, self.options.saveat_tensor
+        # Torch takes its time for each thing that a node is given.
+        if not (type(t0) is type(t1) is float and saveat is None):
+            self.moving = t0, t1, saveat
         saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
-            self, self.u0, *self.problem.tspan, self.options.saveat_tensor, *self.parameters
+            self, self.u0, *self.moving, *self.parameters
         )
         return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
 
@@ -240,16 +246,13 @@ class _Node(torch.autograd.Function):
         ctx: Any,
         solve: SingleSolve,
         u0: Tensor,
-        t0: Time,
-        t1: Time,
-        saveat: Tensor | None,
-        *parameters: Tensor,
+        *sources: Any,
     ) -> tuple[Tensor | None, ...]:
-        states = solve.fly(u0.detach(), any(ctx.needs_input_grad) and saved_tensors_stay())
+        states = solve.fly(u0, any(ctx.needs_input_grad) and saved_tensors_stay())
         ctx.solve = solve
-        start = t0 if isinstance(t0, Tensor) else None
-        end = t1 if isinstance(t1, Tensor) else None
-        ctx.save_for_backward(states.ends, start, end, saveat, *parameters)
+        if solve.moving:
+            sources = tuple(x if isinstance(x, Tensor) else None for x in sources)
+        ctx.save_for_backward(states.ends, *sources)
         ctx.set_materialize_grads(False)
         return (states.saved if solve.flight.reached else None), states.ends, states.last
 
@@ -279,24 +282,25 @@ def _pull(
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
     ends, *sources = kept
     assert ends is not None
-    of_state, *of_times = wanted[:4]
+    moving = len(solve.moving)
+    of_times = wanted[1 : 1 + moving]
     with_times = any(of_times)
     library, stats, flight = solve.library, solve.stats, solve.flight
     swept = sweep_back(library, flight, ends, arriving, with_times, solve.noise())
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nvjp
     stats.naccept_backward += swept.steps
-    times: list[Tensor | None] = [None, None, None]
+    times: list[Tensor | None] = [None] * moving
     if with_times:
         bars = _time_gradients(solve, flight, ends, swept, arriving)
         times = [
             bar.to(source).reshape(source.shape)
             if needed and bar is not None and source is not None
             else None
-            for bar, source, needed in zip(bars, sources[:3], of_times, strict=True)
+            for bar, source, needed in zip(bars, sources[:moving], of_times, strict=True)
         ]
-    rest = library.cotangents(swept.bars, sources[3:], wanted[4:])
-    u0 = swept.bars[library.packed_size :].view(solve.u0.shape) if of_state else None
+    rest = library.cotangents(swept.bars, sources[moving:], wanted[1 + moving :])
+    u0 = swept.bars[library.packed_size :].view(solve.u0.shape) if wanted[0] else None
     return (u0, *times, *rest)
 
 

@@ -395,13 +395,15 @@ class Library(Code):
             of: the parameters.
             wanted: which of them.
         """
-        bars: list[Tensor | None] = [
-            packed_bar.as_strided(shape, strides, offset) if needed and pulled else None
-            for needed, (pulled, shape, strides, offset) in zip(wanted, self._places, strict=True)
-        ]
-        for i, (bar, x) in enumerate(zip(bars, of, strict=True)):
-            if bar is not None and (x is None or x.dtype is not self.dtype):
-                bars[i] = None if x is None else bar.to(x)
+        bars: list[Tensor | None] = []
+        for x, needed, place in zip(of, wanted, self._places, strict=True):
+            bar = None
+            pulled, shape, strides, offset = place
+            if needed and pulled and x is not None:
+                bar = packed_bar.as_strided(shape, strides, offset)
+                if x.dtype is not self.dtype:
+                    bar = bar.to(x)
+            bars.append(bar)
         return bars
 
 

@@ -168,7 +168,7 @@ def fly(
     Args:
         library: the field and the method.
         departure: what to solve, and how.
-        u0: the state, detached.
+        u0: the state; gradients are not taken here.
         parameters: of the field.
         search: the events that are looked for in the steps.
         on_turn: told time, size of the last step, and number of steps, now and then.
