@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.replay.linearization import linearize
+from pysciml_node.replay.newton import Accuracy, newton_rounding, noise
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, Vectors
 
@@ -76,31 +77,36 @@ class CoupledStages(Stages):
         self, times: Sequence[Tensor], h: float, u: Tensor, known: Tensor, start: Tensor
     ) -> Tensor:
         """The slopes `(s, N)`; NaN where the iteration does not converge."""
-        slopes = start.expand(len(known), -1)
-        largest = float(u.abs().max()) + abs(h) * float(start.abs().max())
+        slopes, change, dtype = start.expand(len(known), -1), None, u.dtype
+        size, every = abs(h), u.expand_as(known)
+        scale = (float(u.abs().max()) + size * float(start.abs().max())) / size
         # The steps that are recorded go on from here, and with a better matrix.
-        accuracy = 0.5 if self.derivatives > 1 else 0.75
-        close = largest * torch.finfo(u.dtype).eps ** accuracy / abs(h)
-        before = math.inf
+        power = 0.5 if self.derivatives > 1 else 0.75
+        accuracy = Accuracy.near_rounding(dtype, power)
+        before, small = math.inf, False
         for iteration in range(2 * _ITERATIONS):
             points = list(zip(times[1:], self._arguments(h, known, slopes), strict=False))
             residual = torch.stack([self.field(*point) for point in points]) - slopes
             missing = float(residual.abs().max())
-            if missing <= close:
-                return slopes
             if not math.isfinite(missing):
+                small = False
                 break
             if self._solve is None or self._solve.size != h or iteration >= _ITERATIONS:
                 self._solve = self._linear(h, [self._jacobian(*point) for point in points])
             elif missing > before / 2:
                 # The matrix of another step, or of the start of this one, has served its time.
                 self._solve = self._linear(h, [self._jacobian(*point) for point in points])
-            before = missing
-            change = self._solve(residual)
+            before, earlier, change = missing, change, self._solve(residual)
             slopes = slopes + change
-            if float(change.abs().max()) <= close:
-                return slopes
-        return torch.full_like(slopes, math.nan)
+            largest = float(change.abs().max())
+            small = largest <= scale * newton_rounding(dtype, power)
+            if small:
+                left, theta = accuracy.missing(every, known, slopes, h, change, earlier)
+                # A new matrix says less of the change before it.
+                rests = iteration > _ITERATIONS and float(theta.max()) >= 1
+                if float(left.max()) <= 1 or (rests and largest <= scale * noise(dtype)):
+                    break
+        return slopes if small else torch.full_like(slopes, math.nan)
 
     def _jacobian(self, t: Tensor, u: Tensor) -> Tensor:
         """`df/du`, `(N, N)`, not recorded."""

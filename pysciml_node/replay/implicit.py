@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from typing_extensions import override
 from pysciml_node.replay.coupled import CoupledStages
 from pysciml_node.replay.jacobians import linearizer_of
 from pysciml_node.replay.linearization import Linearization, Linearizer, Solver
+from pysciml_node.replay.newton import ITERATIONS, SLOW, newton_rounding, newton_scale, noise
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, Vectors
 from pysciml_node.tableaus.implicit import (
@@ -19,10 +19,6 @@ from pysciml_node.tableaus.implicit import (
     DiagonallyImplicitTableau,
     RosenbrockTableau,
 )
-
-# Newton's iteration: after so many with the Jacobian of the step's start one is made at the stage
-# itself, and after as many more the step is given up.
-ITERATIONS = 10
 
 
 def stages_for(
@@ -40,27 +36,6 @@ def stages_for(
     if isinstance(method.tableau, CoupledTableau):
         return CoupledStages(method, field, marks, vectors, derivatives)
     return Stages(method, field, marks, vectors)
-
-
-def newton_accuracy(known: Tensor, guess: Tensor, step: Real, power: float = 0.75) -> Tensor:
-    """Change of a slope below which Newton's iteration ends, `()`, or `(L,)` of many members.
-
-    Args:
-        known: the argument of the stage without its own slope, `(N,)` or `(L, N)`.
-        guess: of the slope, likewise.
-        step: its weight in the argument; `(L, 1)` of many members.
-        power: of the rounding, which is the relative accuracy.
-    """
-    size: Any = abs(step)
-    scale = known.abs().amax(-1, keepdim=True) + size * guess.abs().amax(-1, keepdim=True)
-    accuracy: Tensor = scale * newton_rounding(known.dtype, power) / size
-    return accuracy.squeeze(-1)
-
-
-def newton_rounding(dtype: torch.dtype, power: float = 0.75) -> float:
-    """The relative accuracy of Newton's iteration, a power of the rounding."""
-    accuracy: float = torch.finfo(dtype).eps ** power
-    return accuracy
 
 
 class ImplicitStages(Stages):
@@ -184,36 +159,46 @@ class ImplicitStages(Stages):
         for i in range(1, self.method.stages):
             known = self.argument(i, h, u)
             with torch.no_grad():
-                guess = self._newton(times[i].detach(), h, known.detach(), guess)
+                start, at = u.detach(), times[i].detach()
+                guess = self._newton(at, h, start, known.detach(), guess)
             slope = guess
             if self.recorded:
                 for _ in range(self.derivatives):
                     slope = self._correct(times[i], h, known, slope)
             self.vectors.put(i, slope)
 
-    def _newton(self, t: Tensor, h: Real, known: Tensor, guess: Tensor) -> Tensor:
+    def _newton(self, t: Tensor, h: Real, u: Tensor, known: Tensor, guess: Tensor) -> Tensor:
         """The slope `k = f(t, known + h gamma k)`; NaN where the iteration does not converge."""
         assert self._at_start is not None
         step = (float(h.detach()) if isinstance(h, Tensor) else h) * self.table.gamma
         # Without a matrix the iteration converges quadratically, and the last change says less.
         matrix_free = self._at_start.matrix_free
-        close = float(newton_accuracy(known, guess, step, 0.5 if matrix_free else 0.75))
+        scale = float(newton_scale(known, guess, step))
+        close = scale * newton_rounding(u.dtype, 0.5 if matrix_free else 0.75)
         if not matrix_free:
             solve = self._solve(h, self._at_start)
-        slope: Tensor = guess
+        slope, change, theta = guess, None, 0.0
+        local = 0  # changes by a Jacobian at the stage itself
         for iteration in range(2 * ITERATIONS):
-            if iteration == ITERATIONS or matrix_free:
-                local = self._local(t, known + step * slope, recorded=False)
-                solve, rate = local.solver(step, self.mass), local.value
+            at = known + step * slope
+            if matrix_free or (not local and (theta > SLOW or iteration == ITERATIONS)):
+                there = self._local(t, at, recorded=False)
+                solve, rate, local = there.solver(step, self.mass), there.value, local + 1
             else:
-                rate = self.field(t, known + step * slope)
-            change = solve(rate - slope)
+                rate, local = self.field(t, at), local + (local > 0)
+            before, change = change, solve(rate - slope)
             slope = slope + change
             size = float(change.abs().max())
             if size <= close:
-                return slope
+                judged = self.method.accuracy.missing(u, known, slope, step, change, before)
+                missing, theta = torch.stack(judged).tolist()  # one read of the device
+                rests = local > 1 and theta >= 1 and size <= scale * noise(u.dtype)
+                if missing <= 1 or rests:
+                    return slope
             if not math.isfinite(size):
                 break
+        if size <= close:
+            return slope
         failed: Tensor = torch.full_like(slope, math.nan)
         return failed
 

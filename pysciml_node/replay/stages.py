@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.krylov import GMRES
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.vectors import Real, Vectors, Weights
 from pysciml_node.steps.norms import ErrorNorm
-from pysciml_node.tableaus import Tableau
+from pysciml_node.tableaus import DiagonallyImplicitTableau, Tableau
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,6 +33,8 @@ class Method:
 
         extra = tableau.interpolant
         self.tableau = tableau
+        # What Newton's iteration of an implicit method may leave missing.
+        self.accuracy = Accuracy.near_rounding(dtype)
         self.stages = tableau.stages
         self.all_stages = tableau.stages + len(extra.c)
         self.nodes = tensor(tableau.c + extra.c, dtype.to_real())
@@ -67,14 +70,25 @@ class Method:
         dtype: torch.dtype,
         device: torch.device,
         linsolve: GMRES | None = None,
+        accuracy: Accuracy | None = None,
     ) -> tuple[Method, ...]:
-        """The methods of several tableaus, with what solves their linear systems."""
+        """The methods of several tableaus, with what solves their equations, and how well."""
         methods = [cls.of(tableau, dtype, device) for tableau in tableaus]
         if linsolve is not None:
             methods = [copy.copy(method) for method in methods]
             for method in methods:
                 method.linsolve = linsolve
+        if accuracy is not None:
+            methods = [method.accurate(accuracy) for method in methods]
         return tuple(methods)
+
+    def accurate(self, accuracy: Accuracy) -> Method:
+        """The method with another accuracy of its stages, where an iteration finds them."""
+        if not isinstance(self.tableau, DiagonallyImplicitTableau):
+            return self
+        method = copy.copy(self)
+        method.accuracy = accuracy
+        return method
 
     def dense_weights(self, theta: Tensor, derivative: bool = False) -> Tensor:
         """`b_i(theta)`, or its derivative, for `theta` of shape `(m,)`; shape `(m, all_stages)`."""

@@ -24,6 +24,7 @@ from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
@@ -92,6 +93,7 @@ class TorchTrajectory(Recorded):
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
         problem: ODEProblem = change(self.problem)
+        options = without_closures(self.options)
         return dataclasses.replace(
             self,
             problem=problem,
@@ -100,10 +102,11 @@ class TorchTrajectory(Recorded):
                 problem.spec.dtype,
                 problem.spec.device,
                 self.method.linsolve,
+                Accuracy.of(options, problem.spec.dtype, sum(problem.spec.sizes)),
             ),
             surroundings=None,
             load=Kept(self.record, states),
-            options=without_closures(self.options),
+            options=options,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -354,4 +357,6 @@ class TorchTrajectory(Recorded):
 
         tolerances = self.options.tolerances.leading(size)
         options = dataclasses.replace(self.options, tolerances=tolerances)
-        return TorchTrajectory(problem, self.methods, load, self.stats, options)
+        accuracy = Accuracy.of(options, problem.spec.dtype, size)
+        methods = tuple(method.accurate(accuracy) for method in self.methods)
+        return TorchTrajectory(problem, methods, load, self.stats, options)

@@ -23,6 +23,7 @@ from pysciml_node.algorithms.controllers import FixedStep
 from pysciml_node.algorithms.options import SolveOptions, Tolerances, backward_limits
 from pysciml_node.replay.comparison import expect_same
 from pysciml_node.replay.implicit import stages_for
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import vectors_like
 from pysciml_node.solutions.solution import Stats
@@ -168,19 +169,23 @@ def _march_back(
     )
     rtol, atol, max_steps = backward_limits(adjoint, options)
     adaptive = options.controller.adaptive
+    tolerances = Tolerances(rtol, atol, augmented.driven)
     march_options = MarchOptions(
         # Fixed steps backward where forward had them, all of one size.
         controller=options.controller if adaptive else FixedStep(),
         # Only the adjoint state (and the state beside it) drives the step size.
-        norm=ErrorNorm(Tolerances(rtol, atol, augmented.driven)),
+        norm=ErrorNorm(tolerances),
         max_steps=max_steps,
         dt0=None if adaptive else max(map(abs, record.sizes)),
         tstops=tuple(stops),
     )
     marks = (first, *(t for t in reversed(record.marks[1:-1]) if t in kinks), t0)
+    accuracy = Accuracy.near_rounding(vector.dtype)
+    if adaptive:
+        accuracy = Accuracy.within(tolerances, vector.numel())
     parts = [
         stages_for(
-            method,
+            method.accurate(accuracy),
             augmented,
             marks,
             vectors_like(vector, method.all_stages),

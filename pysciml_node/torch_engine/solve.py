@@ -26,6 +26,7 @@ from pysciml_node.replay.end_times import (
 )
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, may_keep
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
@@ -66,6 +67,7 @@ class ODESolve(Solve):
             spec.dtype,
             spec.device,
             linsolve_of(algorithm, sum(spec.sizes)),
+            Accuracy.of(options, spec.dtype, sum(spec.sizes)),
         )
         # What any of them does with numbers and times.
         self.method = self.methods[0]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
-from pysciml_node.replay.implicit import ITERATIONS, newton_accuracy
 from pysciml_node.replay.linearization import (
     DenseLinearization,
     Solver,
@@ -22,6 +22,14 @@ from pysciml_node.replay.linearization import (
 )
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.newton import (
+    ITERATIONS,
+    SLOW,
+    Accuracy,
+    newton_rounding,
+    newton_scale,
+    noise,
+)
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
 
@@ -29,17 +37,18 @@ MakeStages = Callable[[Method, MembersField, Array, Any, Tensor, bool], MemberSt
 """Makes the stages of some members; arguments as of `MemberStages`."""
 
 
-def member_stages_for(method: Method, derivatives: int = 1) -> MakeStages:
+def member_stages_for(method: Method, options: MemberOptions, derivatives: int = 1) -> MakeStages:
     """What makes the stages of a step, as the method's tableau asks for.
 
     Args:
         method: the method.
+        options: of the members, whose numbers the stages are given.
         derivatives: how often autograd may differentiate what is recorded.
     """
     if isinstance(method.tableau, RosenbrockTableau):
         return RosenbrockStages
     if isinstance(method.tableau, DiagonallyImplicitTableau):
-        return partial(DiagonalStages, derivatives=derivatives)
+        return partial(DiagonalStages, options=options, derivatives=derivatives)
     return MemberStages
 
 
@@ -139,8 +148,8 @@ class DiagonalStages(_ImplicitStages):
     Those whose iteration has ended stay where it did. Where it does not converge the slopes stay
     finite, for gradients of the others, and the state at the end is NaN.
 
-    Arguments are those of `MemberStages`, and `derivatives`: how often autograd may differentiate
-    what is recorded.
+    Arguments are those of `MemberStages`, `options` of the members, and `derivatives`: how often
+    autograd may differentiate what is recorded.
     """
 
     def __init__(
@@ -151,9 +160,11 @@ class DiagonalStages(_ImplicitStages):
         p: Any,
         like: Tensor,
         recorded: bool,
+        options: MemberOptions,
         derivatives: int = 1,
     ) -> None:
         super().__init__(method, field, rows, p, like, recorded)
+        self._accuracy = Accuracy.of_members(options, like.dtype, like.shape[1])
         self.derivatives = derivatives if recorded else 0
         assert isinstance(method.tableau, DiagonallyImplicitTableau)
         self.gamma = method.tableau.gamma
@@ -194,29 +205,38 @@ class DiagonalStages(_ImplicitStages):
 
     def _newton(self, i: int, known: Tensor, slope: Tensor, solve: Solver) -> Tensor:
         """The slopes `k = f(t, known + h gamma k)`, `(L, N)`."""
-        t, step = self.times[i].detach(), self.gamma * self.h.detach()
-        close = newton_accuracy(known, slope, step[:, :1])
+        t, step, u = self.times[i].detach(), self.gamma * self.h.detach(), self.u.detach()
+        scale = newton_scale(known, slope, step[:, :1])
+        close, rounding = scale * newton_rounding(u.dtype), scale * noise(u.dtype)
+        accuracy, change = self._accuracy.of_rows(self.rows), None
         active = ~self._failed
+        small = slow = torch.zeros_like(active)
+        local = 0  # changes by Jacobians at the stage itself
         for iteration in range(2 * ITERATIONS):
             at = known + step * slope
-            if iteration == ITERATIONS:
-                local = self._linearized(
+            if not local and (iteration == ITERATIONS or bool((slow | ~active).all())):
+                there = self._linearized(
                     t, at, with_time=False, recorded=False, differentiable=False
                 )
-                solve, rate = self._solver(local, step), local.value
+                solve, rate, local = self._solver(there, step), there.value, 1
             else:
-                rate = self.field(t, at, self.p)
+                rate, local = self.field(t, at, self.p), local + (local > 0)
             under_way = active.cpu().numpy()
             self.field.tally(self.rows if under_way.all() else self.rows[under_way])
-            change = solve(rate - slope)
+            before, change = change, solve(rate - slope)
             slope = torch.where(active.unsqueeze(1), slope + change, slope)
             size = change.abs().amax(1)
             lost = active & ~(size < math.inf)
             self._failed = self._failed | lost
-            active = active & ~lost & (size > close)
+            small = size <= close
+            missing, theta = accuracy.missing(u, known, slope, step[:, :1], change, before)
+            slow, ended = small & (theta > SLOW), small & (missing <= 1)
+            if local > 1:
+                ended = ended | (small & (theta >= 1) & (size <= rounding))
+            active = active & ~lost & ~ended
             if not active.any():
                 break
-        self._failed = self._failed | active
+        self._failed = self._failed | (active & ~small)
         return torch.where(self._failed.unsqueeze(1), torch.zeros_like(slope), slope)
 
     def _corrected(self, i: int, known: Tensor, slope: Tensor) -> Tensor:

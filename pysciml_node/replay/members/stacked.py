@@ -18,6 +18,7 @@ from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.problems.ensemble import Array, EnsembleProblem, OfOne
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import map_tensors
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.members import Members
@@ -268,7 +269,8 @@ class StackedMembers:
         assert isinstance(problem, ODEProblem)
         assert isinstance(self.algorithm, ExplicitRungeKutta | ImplicitMethod)
         spec, tableaus = problem.spec, self.algorithm.tableaus
-        methods = Method.all_of(tableaus, spec.dtype, spec.device)
+        accuracy = Accuracy.of(options, spec.dtype, sum(spec.sizes))
+        methods = Method.all_of(tableaus, spec.dtype, spec.device, accuracy=accuracy)
         return TorchTrajectory(problem, methods, kept, stats, options, surroundings=surroundings)
 
     @cached_property

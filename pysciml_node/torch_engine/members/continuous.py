@@ -26,7 +26,7 @@ from pysciml_node.algorithms.options import MemberOptions, Tolerances, backward_
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.replay.comparison import expect_same
 from pysciml_node.replay.members.field import MembersField
-from pysciml_node.replay.members.implicit import MakeStages
+from pysciml_node.replay.members.implicit import MakeStages, member_stages_for
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
 from pysciml_node.replay.stages import Method
@@ -302,7 +302,8 @@ class _Backward(StagesMarch):
         field: Any = equations
         listener: Any = tape
         stops = Stops(options, _stops(solved.steps, equations.members, entering, options.spans))
-        super().__init__(solved.method, field, options, listener, False, solved.kind, stops=stops)
+        kind = member_stages_for(solved.method, options)
+        super().__init__(solved.method, field, options, listener, False, kind, stops=stops)
         self.equations, self.entering = equations, entering
         steps = solved.steps
         largest = np.zeros(len(steps.counts))

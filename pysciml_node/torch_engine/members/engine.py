@@ -143,7 +143,7 @@ class StagesBatch(Batch):
             self.options,
             tape,
             recorded,
-            member_stages_for(self.method, derivatives=2),
+            member_stages_for(self.method, self.options, derivatives=2),
             self.moving if recorded else None,
             self.crossings,
         )
@@ -159,7 +159,7 @@ class StagesBatch(Batch):
             return super().sweep(captured, result, places)
         solved = Solved(
             self.method,
-            member_stages_for(self.method),
+            member_stages_for(self.method, self.options),
             self.field,
             captured,
             self.options,
@@ -171,7 +171,8 @@ class StagesBatch(Batch):
 
     @override
     def again(self) -> Again:
-        return StagesAgain(self.method, self.field, self.options, member_stages_for(self.method))
+        kind = member_stages_for(self.method, self.options)
+        return StagesAgain(self.method, self.field, self.options, kind)
 
     @override
     def _attempt(self, u: Tensor, t: Tensor) -> Tensor:

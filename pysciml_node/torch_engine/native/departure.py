@@ -18,6 +18,7 @@ from pysciml_node.algorithms.controllers import (
 )
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem, ends_of
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 
@@ -114,12 +115,21 @@ class Departure:
         )
         request.history[:] = set_control(request, options.controller, error_order)
         self._tolerances = self._set_tolerances(library.dtype)
+        accuracy = Accuracy.of(options, library.dtype, library.size)
+        for name, value in (("rtol", accuracy.rtol), ("atol", accuracy.atol)):
+            if isinstance(value, Tensor):
+                row = value.detach().to("cpu", library.dtype).contiguous()
+                setattr(request.accuracy, f"{name}s", row.data_ptr())
+                self._tolerances += (row,)
+            else:
+                setattr(request.accuracy, name, value)
         self._way_back = SweepRequest(
             t0=t0,
             t1=t1,
             seconds=TURN,
             mark_count=len(self.marks),
             marks=ctypes.addressof(self.marks),
+            accuracy=request.accuracy,
         )
 
     def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from pysciml_node.replay.implicit import ITERATIONS, newton_rounding
+from pysciml_node.replay.newton import ITERATIONS, SLOW, newton_rounding, noise
 from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import DiagonallyImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.emit_method import emit_method, style_of, weighted_sum
@@ -32,10 +33,13 @@ def emit_implicit(method: Method, size: int, mass: Tensor | None, abreast: int =
     ]
     if isinstance(tableau, RosenbrockTableau):
         return "\n".join([*lines, *_couplings(method, tableau, abreast), ""])
-    accuracy = number(newton_rounding(method.nodes.dtype))
+    dtype = method.nodes.dtype
     lines += [
         f"enum {{ ITERATIONS = {ITERATIONS} }};",
-        f"static const REAL NEWTON_ACCURACY = {accuracy};",
+        f"static const REAL NEWTON_ACCURACY = {number(newton_rounding(dtype))};",
+        f"static const REAL SLOW = {number(SLOW)};",
+        f"static const REAL NOISE = {number(noise(dtype))};",
+        f"static const REAL TINY = {number(torch.finfo(dtype).tiny)};",
     ]
     return "\n".join([*lines, ""])
 

@@ -17,6 +17,7 @@ from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
@@ -103,7 +104,8 @@ class FlownSolve(Solve):
         spec = self.problem.spec
         assert isinstance(self.problem, ODEProblem)
         assert isinstance(self.algorithm, OneStepMethod)
-        methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
+        accuracy = Accuracy.of(self.options, spec.dtype, sum(spec.sizes))
+        methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device, accuracy=accuracy)
         return TorchTrajectory(
             self.problem,
             methods,

@@ -80,6 +80,12 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 _LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P4q", "3q"))
 
 
+class AccuracyRequest(ctypes.Structure):
+    """`Accuracy` of src/control.h."""
+
+    _fields_ = (*_fields(_DOUBLE, "rtol atol"), *_fields(_POINTER, "rtols atols"))
+
+
 class SolveRequest(ctypes.Structure):
     """`Solve` of src/control.h."""
 
@@ -90,6 +96,7 @@ class SolveRequest(ctypes.Structure):
         *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
         ("mark_count", _INTEGER),
         *_fields(_POINTER, "marks stops saves rtol atol"),
+        ("accuracy", AccuracyRequest),
         *_fields(_POINTER, "u0 tensors packed ends saved final steps places memory kept"),
         *_fields(_INTEGER, "room kept_room"),
         ("events", _POINTER),
@@ -120,7 +127,9 @@ class SweepRequest(ctypes.Structure):
     _fields_ = (
         *_fields(_DOUBLE, "t0 t1 seconds"),
         ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks noise"),
+        *_fields(_POINTER, "marks"),
+        ("accuracy", AccuracyRequest),
+        *_fields(_POINTER, "noise"),
         *_fields(_POINTER, "ends packed steps places"),
         *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),

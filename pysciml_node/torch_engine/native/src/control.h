@@ -1,6 +1,13 @@
 /* What the loop of one solve is asked, how it measures errors and chooses sizes, and where Python
    calls it. */
 
+/* What Newton's iteration may leave missing of the argument of a stage, entry by entry; both numbers,
+   or 0 where they are by entries (replay/newton.py). */
+typedef struct {
+  double rtol, atol;
+  const REAL *rtols, *atols;
+} Accuracy;
+
 typedef struct {
   /* The problem. */
   double t0, t1, dt0, dtmin, dtmax;
@@ -10,6 +17,7 @@ typedef struct {
   int64_t mark_count;
   const double *marks, *stops, *saves;    /* jumps of the field; where steps end, and t1; saveat */
   const REAL *rtol, *atol;                /* by entries, or 0 */
+  Accuracy accuracy;                      /* of Newton's iteration */
   const REAL *u0, *const *tensors;        /* the field's parameters, and where they are packed */
   REAL *packed;
   /* Where results go: rows of ENTIRE, the initial state's and those of `room` steps; of each step end,

@@ -18,7 +18,7 @@ static void psn_replay_stages(Sweep *s, Linear *at, const REAL *times, REAL h, c
       combine(i, h, u, s->memory, known);
       memcpy(slope, slope - ROW, N * sizeof(REAL));
       s->evaluations +=
-          psn_newton(at, at + i, times[i], h, known, s->packed, values, g, slope);
+          psn_newton(&s->accuracy, at, at + i, times[i], h, u, known, s->packed, values, g, slope);
       for (int e = 0; e < N; e++) g[e] = known[e] + h * GAMMA * slope[e];
     }
     psn_linearize(at + i, times[i], g, s->packed, values);

@@ -3,6 +3,7 @@ typedef struct {
   double t0, t1, seconds;
   int64_t mark_count;
   const double *marks;
+  Accuracy accuracy;
   struct Noise *noise; /* of a stochastic equation */
   const REAL *ends, *packed; /* as in Solve */
   const double *steps, *places;
