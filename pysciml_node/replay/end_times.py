@@ -32,15 +32,20 @@ def hides_time(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
     weights = torch.linspace(0.5, 1.5, u.numel(), device=u.device, dtype=method.nodes.dtype).to(u)
     with torch.enable_grad():
         time = at.requires_grad_()
-        value = torch.vdot(weights, field(time, u)).real
+        rate = field(time, u)
+        # Each entry counts by its own size: that of others must not cover what it hides.
+        size = rate.detach().abs()
+        weights = weights / torch.where(size == 0, torch.ones_like(size), size)
+        value = torch.vdot(weights, rate).real
         seen = None
         if value.requires_grad:
             (seen,) = torch.autograd.grad(value, time, allow_unused=True)
     with torch.no_grad():
-        other = torch.vdot(weights, field(after, u)).real
-        change = (other - value.detach()) / (after - time)
+        later = field(after, u)
+        change = torch.vdot(weights, later - rate).real / (after - time)
         slope = torch.zeros_like(change) if seen is None else seen.to(change)
-        rounding = 100 * eps * (other.abs() + value.abs()) / (after - time).abs()
+        sizes = torch.vdot(weights.abs(), (later.abs() + size).to(u)).real
+        rounding = 100 * eps * sizes / (after - time).abs()
         allowed = 0.01 * torch.maximum(change.abs(), slope.abs()) + rounding
         return bool((change - slope).abs() > allowed)
 

@@ -133,6 +133,23 @@ def test_the_ends_where_the_field_hides_its_time(
     assert inside.item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()], ids=["discrete", "direct"]
+)
+def test_what_an_entry_hides_beside_a_great_one(adjoint: psn.DiscreteAdjoint) -> None:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return torch.stack((-u[0], torch.cos(2 * t.detach()) - u[1]))
+
+    t0, t1 = time(0.1), time(1.3)
+    u0 = torch.tensor([1e9, 1.0], dtype=torch.float64)
+    atol = torch.tensor([1.0, 1e-9], dtype=torch.float64)
+    problem = psn.ODEProblem(f, u0, (t0, t1))
+    end = psn.solve(problem, rtol=1e-9, atol=atol, adjoint=adjoint).u1[1]
+    found = torch.autograd.grad(end, (t0, t1))
+    expected = [-math.exp(-1.2) * (math.cos(0.2) - 1), math.cos(2.6) - float(end.detach())]
+    assert [x.item() for x in found] == pytest.approx(expected, rel=1e-5)
+
+
 def growth(t: float, start: float) -> float:
     """The solution of `u' = cos(t) u` from 1 at a start."""
     return math.exp(math.sin(t) - math.sin(start))
