@@ -18,7 +18,7 @@ from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.ode import ODEProblem, Time
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.regularizers.probes import Distribution as ProbeDistribution
-from pysciml_node.regularizers.probes import Probes, check_distribution, kept_basis, samples_of
+from pysciml_node.regularizers.probes import Probes, check_distribution, samples_of
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.translation.recent import Recent
 
@@ -177,8 +177,7 @@ class CNF(Flow):
         if known is not None and known.is_of(vectors, probes.batch):
             return known
         rate = Divergence([*vectors], probes.batch)
-        kept = kept_basis(probes.like, probes.batch)
-        rate.lasting = kept is not None and rate.is_of(kept, len(probes.like))
+        rate.lasting = probes.are_kept(vectors) and probes.batch == len(probes.like)
         if rate.lasting:  # a random probe is another at each solve
             self._traces[problem.spec] = rate
         return rate

@@ -192,7 +192,7 @@ def augment(
         given = (
             spec.parts(value) if isinstance(value, tuple | list | dict) else [value] * len(names)
         )
-        tightest = min(float(torch.as_tensor(part).min()) for part in given)
+        tightest = min(map(_smallest, given))
         return {
             **dict(zip(names, given, strict=True)),
             **dict.fromkeys(beside, tightest),
@@ -206,6 +206,11 @@ def augment(
     if not extra and type(rtol) is type(atol) is float:
         return bigger, rtol, atol
     return bigger, spread(rtol), spread(atol, math.inf)
+
+
+def _smallest(tolerance: Any) -> float:
+    number = checks.as_float(tolerance)  # a tensor of it would round it
+    return float(torch.as_tensor(tolerance).min()) if number is None else number
 
 
 def _bigger(problem: ODEProblem, field: AugmentedField, u0: dict[str, Tensor]) -> ODEProblem:

@@ -254,7 +254,8 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         # One field for one kind of state: native code knows it again.
         known = self._augmented.get(problem.spec)
         bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch, known)
-        lasting = not rates and all(getattr(rate, "lasting", False) for rate in beside.values())
+        integrands = (*rates.values(), *beside.values())
+        lasting = all(getattr(rate, "lasting", False) for rate in integrands)
         if lasting and bigger.f is not known:
             self._augmented[problem.spec] = cast(AugmentedField, bigger.f)
         given = checks.sequence("events", self.options.get("events", ()), Event, example="Event(f)")

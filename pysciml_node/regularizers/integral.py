@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pysciml_node.regularizers.probes import (
     Probes,
     batch_of,
     check_distribution,
+    kept_basis,
     samples_of,
     squares,
 )
@@ -52,6 +54,7 @@ class _Given:
     Rates are objects, whose parts can be seen, where a field with them is translated.
     """
 
+    lasting: ClassVar[bool] = True
     fn: Callable[[Tensor, Any, Any], Tensor]
     single: bool
 
@@ -65,12 +68,16 @@ class _Given:
 class _Speed:
     """The squared norm of the derivative."""
 
+    lasting: ClassVar[bool] = True
     batch: int
     reduction: Reduction
 
     def __call__(self, point: FieldPoint) -> Tensor:
         parts = [samples_of(part, self.batch) for part in tensors_of(point.f)]
         return square_norm(torch.cat(parts, 1), self.batch, self.reduction)
+
+
+_speed = lru_cache(maxsize=64)(_Speed)
 
 
 @dataclass(eq=False)
@@ -80,10 +87,21 @@ class _Frobenius:
     vectors: list[Tensor]
     batch: int
     reduction: Reduction
+    lasting: bool = False
 
     def __call__(self, point: FieldPoint) -> Tensor:
         norms = [square_norm(point.pullback(e), self.batch, self.reduction) for e in self.vectors]
         return torch.stack(norms).sum(0)
+
+
+@lru_cache(maxsize=16)
+def _exact(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, batch: int, reduction: Reduction
+) -> _Frobenius | None:
+    """The same by the vectors that are kept for states of a kind, where they are."""
+    like = torch.empty(shape, dtype=dtype, device=device)
+    kept = kept_basis(like, batch)
+    return None if kept is None else _Frobenius(kept, batch, reduction, lasting=True)
 
 
 class IntegralRegularizer(Regularizer):
@@ -135,6 +153,8 @@ class Integral(IntegralRegularizer):
         0.6321
     """
 
+    _given: _Given | None = None
+
     def __init__(
         self, fn: Callable[[Tensor, Any, Any], Tensor], name: str, weight: float | Schedule = 1.0
     ) -> None:
@@ -143,7 +163,10 @@ class Integral(IntegralRegularizer):
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-        return _Given(self.fn, probes is not None and probes.batch == 1)
+        single, known = probes is not None and probes.batch == 1, self._given
+        if known is None or known.fn is not self.fn or known.single != single:
+            known = self._given = _Given(self.fn, single)
+        return known
 
 
 class KineticEnergy(IntegralRegularizer):
@@ -170,7 +193,7 @@ class KineticEnergy(IntegralRegularizer):
 
     def rate(self, problem: ODEProblem, probes: Probes | None) -> Rate:
         """The integrand."""
-        return _Speed(batch_of(problem.u0) if probes is None else probes.batch, self.reduction)
+        return _speed(batch_of(problem.u0) if probes is None else probes.batch, self.reduction)
 
 
 class JacobianFrobenius(IntegralRegularizer):
@@ -219,4 +242,9 @@ class JacobianFrobenius(IntegralRegularizer):
                 "JacobianFrobenius needs a single-tensor state.\n  Stack the parts into one tensor."
             )
         vectors = probes.of(self.exact, self.distribution, self.generator)
-        return _Frobenius(vectors, probes.batch, self.reduction)
+        batch, like = probes.batch, probes.like
+        if probes.are_kept(vectors):
+            known = _exact(like.shape, like.dtype, like.device, batch, self.reduction)
+            if known is not None and probes.are_kept(known.vectors):
+                return known
+        return _Frobenius(vectors, batch, self.reduction)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from operator import is_
 from typing import Any, Literal, get_args
 
 import torch
@@ -106,6 +108,11 @@ class Probes:
         if key not in self._random:
             self._random[key] = draw_probe(self.like, distribution, generator)
         return [self._random[key]]
+
+    def are_kept(self, vectors: Sequence[Tensor]) -> bool:
+        """Whether later solves of such states get these very vectors."""
+        kept = kept_basis(self.like, self.batch)
+        return kept is not None and len(kept) == len(vectors) and all(map(is_, kept, vectors))
 
 
 def draw_probe(

@@ -59,3 +59,5 @@ class FieldPoint:
 
 
 Rate = Callable[[FieldPoint], Tensor]
+"""What is integrated along a solution. One with an attribute `lasting` that is true says that later
+solves of states of the same kind are given this very object."""

@@ -90,6 +90,8 @@ def _key(
         given = {**given, "saveat": saveat.tolist()}
     for name in ("rtol", "atol", "saveat", "tstops", "events"):
         listed = given[name]
+        if type(listed) is dict and listed:  # a tolerance for each part of a state
+            kind, listed = (kind, name, *listed), [*listed.values()]
         if type(listed) in _LISTS and listed:
             if not _FLOAT.issuperset(map(type, listed)) or _has_negative_zero(listed):
                 return None

@@ -107,6 +107,29 @@ def test_saved_times_of_another_kind_are_themselves() -> None:
             torch.testing.assert_close(slope, -torch.exp(-times.detach()), rtol=1e-6, atol=0)
 
 
+def test_tolerances_of_parts_go_by_their_numbers_and_names() -> None:
+    """Of two decays the faster one needs the steps, as far as its tolerance asks for them."""
+    start = torch.ones(1, dtype=torch.float64)
+    problem = psn.ODEProblem(
+        lambda t, u: {"slow": -u["slow"], "fast": -20 * u["fast"]},
+        {"slow": start, "fast": start.clone()},
+        (0.0, 1.0),
+    )
+
+    def steps(atol: dict[str, float]) -> int:
+        return psn.solve(problem, rtol=1e-3, atol=atol, engine="torch").stats.naccept
+
+    atol = {"slow": 10.0, "fast": 1e-8}
+    many = steps(atol)
+    atol["slow"], atol["fast"] = 1e-8, 10.0
+    few = steps(atol)
+    assert few < many / 2
+    assert steps({"fast": 10.0, "slow": 1e-8}) == few
+    assert steps({"fast": 1e-8, "slow": 10.0}) == many
+    with pytest.raises(ValueError, match="parts of u0"):
+        steps({"fast": 1e-8, "other": 10.0})
+
+
 def test_stochastic_solves_are_told_apart_by_their_noise_and_have_seeds_of_their_own() -> None:
     def problem(**given: str) -> psn.SDEProblem:
         u0 = torch.ones(2, 2, dtype=torch.float64)

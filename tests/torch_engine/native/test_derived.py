@@ -364,3 +364,70 @@ def test_batch_normalization_in_training_is_refused_in_words_of_the_package(trac
     match = "changes its buffers .norm.running_mean" if track else "statistics of the batch"
     with pytest.raises(psn.CompileError, match=match):
         flow.log_prob(torch.ones(3, 2, dtype=D))
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=D))
+        self.power = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x**self.power
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_an_integrand_reads_may_change_between_solves(compiled: bool) -> None:
+    """Of `u' = -u` from 1 the integral of `c f^2` is `c (1 - exp(-2)) / 2`."""
+    scale, c = _Scale(), 1.0
+    node = psn.NeuralODE(
+        lambda t, u: -u,
+        rtol=1e-10,
+        atol=1e-10,
+        regularizers=[psn.Integral(lambda t, u, f: scale(c * f[:, 0] ** 2), "sum")],
+        compile=compiled,
+    )
+    energy, regularizer = (1 - math.exp(-2)) / 2, node.regularizers[0]
+
+    def expect(value: float, rows: int = 3) -> None:
+        for _ in range(2):
+            solution = node(torch.ones(rows, 1, dtype=D))
+            assert solution.penalties["sum"].item() == pytest.approx(value, rel=1e-7)
+            (slope,) = torch.autograd.grad(solution.penalty, scale.factor)
+            assert (slope * scale.factor).item() == pytest.approx(value, rel=1e-7)
+
+    expect(energy)
+    c = 2.0
+    expect(2 * energy)
+    with torch.no_grad():
+        scale.factor.mul_(3)
+    expect(6 * energy)
+    expect(6 * energy, rows=5)
+    scale.power = 2  # c^2 f^4
+    expect(3 * 4 * (1 - math.exp(-4)) / 4)
+    regularizer.fn = lambda t, u, f: scale.factor * u[:, 0]
+    expect(3 * (1 - math.exp(-1)))
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        psn.KineticEnergy(),
+        psn.JacobianFrobenius(),
+        psn.Integral(lambda t, u, f: f.square().sum(1), "squares"),
+    ],
+    ids=lambda x: x.name,
+)
+def test_integrands_of_equal_solves_are_translated_once(regularizer: psn.Regularizer) -> None:
+    node, eager = (
+        psn.NeuralODE(tanh(), regularizers=[regularizer], compile=compile, **STEPS)
+        for compile in (True, False)
+    )
+    eager.load_state_dict(node.state_dict())
+    for batch in (3, 5):
+        node(points(batch))
+    with mock.patch.object(prepared, "translate", side_effect=AssertionError("looked again")):
+        again = [node(points(batch, seed=2)).penalty for batch in (3, 5)]
+        with pytest.raises(AssertionError, match="again"):
+            node(points(4))
+    expect_equal(again, [eager(points(batch, seed=2)).penalty for batch in (3, 5)])
