@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.implicit import stages_for
+from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Real, RecordedVectors
 from pysciml_node.steps.cotangents import StepBack, StepCotangents
@@ -74,7 +75,8 @@ class RecordedPullback:
             if step.inside is not None:
                 outputs.append(stages.dense(start, size, state, theta))
                 cotangents.append(step.inside)
-        self.totals.comparison.add(outputs[0].detach(), step.u1, step.u)
+        again = outputs[0].detach()
+        self.totals.comparison.add(again, step.u1, step.u, left_missing(again.dtype))
         for output in outputs:
             self.field.captured.expect_known(output, state, *times, theta)
         places = [theta] if self.time_gradient and step.inside is not None else []

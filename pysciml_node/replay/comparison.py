@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,27 +17,24 @@ class Comparison:
     """The largest difference between replayed steps and those of the solve.
 
     It stays on the states' device, and is read once. The bound is the square root of the precision,
-    relative to the state. Kernels may round differently with gradients; a field that has changed
-    differs by more.
+    relative to each entry; see `entry_sizes`. Kernels may round differently with gradients; a field
+    that has changed differs by more.
     """
 
     def __init__(self) -> None:
-        self._differences: list[Tensor] = []
-        self._sizes: list[Tensor] = []
-        self._start: Tensor | None = None
         self._relative: list[Tensor] = []
 
-    def add(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
+    def add(self, again: Tensor, recorded: Tensor, start: Tensor, missing: float = 0.0) -> None:
         """Compare the end of a replayed step with the solve's.
 
         Args:
             again: the state at its end, replayed.
             recorded: the state at its end in the solve.
-            start: the state at its start, which is the end of the step that comes next.
+            start: the state at its start.
+            missing: as of `entry_sizes`.
         """
-        self._differences.append(torch.dist(again, recorded, math.inf))
-        self._sizes.append(_size(recorded))
-        self._start = start
+        sizes = entry_sizes(recorded, start, missing)
+        self._relative.append(((again - recorded).abs() / sizes).amax())
 
     def add_value(self, again: Tensor, first: Tensor) -> None:
         """Compare what is no state, relative to itself.
@@ -47,8 +43,7 @@ class Comparison:
             again: its value now.
             first: that in the solve.
         """
-        difference = torch.dist(again, first, math.inf)
-        self._relative.append(difference / _size(first).clamp_min(rounding(difference.dtype)))
+        self.add(again, first, first)
 
     def expect_equal(self, suspects: Sequence[str]) -> None:
         """Read the comparison.
@@ -59,14 +54,8 @@ class Comparison:
         Raises:
             RuntimeError: a step was not reproduced.
         """
-        relative = [torch.stack(self._relative)] if self._relative else []
-        if self._start is not None:
-            sizes = torch.stack([*self._sizes, _size(self._start)])
-            # Entries that ought to be zero may come out as rounding errors.
-            scale = torch.maximum(sizes[1:], sizes[:-1]).clamp_min(rounding(sizes.dtype))
-            relative.append(torch.stack(self._differences) / scale)
-        if relative:
-            worst = torch.nan_to_num(torch.cat(relative), nan=0.0).max()
+        if self._relative:
+            worst = torch.nan_to_num(torch.stack(self._relative), nan=0.0).max()
             expect_reproduced(worst, suspects)
 
 
@@ -139,9 +128,27 @@ def expect_same(again: Sequence[Tensor], first: Sequence[Tensor], suspects: Sequ
     comparison.expect_equal(suspects)
 
 
-def _size(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, ord=math.inf)
-    return norm
+def entry_sizes(recorded: Tensor, start: Tensor, missing: float = 0.0) -> Tensor:
+    """What the differences of replayed steps are relative to, entry by entry: `(..., N)`.
+
+    Args:
+        recorded: the states at the ends of the steps, `(..., N)`.
+        start: those at their starts.
+        missing: what an iteration may have left, beside the greatest entry.
+    """
+    sizes = torch.maximum(recorded.abs(), start.abs())
+    bound = rounding(sizes.dtype)
+    # Entries may come out as rounding errors of others, and what ought to be zero as one of 1.
+    floor = min(max(1e4 * bound, missing / bound), 1.0)
+    return (sizes + floor * _greatest(sizes)).clamp_min(bound)
+
+
+def _greatest(x: Tensor) -> Tensor:
+    """The greatest entry of each row, which broadcasts to them."""
+    if x.ndim == 2 and 0 < x.shape[1] <= 16:
+        # Torch's loops run along rows, which short ones do not pay for.
+        return functools.reduce(torch.maximum, x.unbind(1)).unsqueeze(1)
+    return x.amax(-1, keepdim=True)
 
 
 @functools.cache

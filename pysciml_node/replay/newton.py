@@ -44,6 +44,11 @@ def noise(dtype: torch.dtype) -> float:
     return 100 * newton_rounding(dtype, 1.0)
 
 
+def left_missing(dtype: torch.dtype) -> float:
+    """What implicit steps that are recorded differ by from others, beside the greatest entry."""
+    return 10 * newton_rounding(dtype)
+
+
 def newton_scale(known: Tensor, guess: Tensor, step: Any) -> Tensor:
     """The greatest entry of an argument over the weight of the slope, `()`, or `(L,)` of members.
 

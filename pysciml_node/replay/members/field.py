@@ -14,6 +14,7 @@ from typing_extensions import override
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors
+from pysciml_node.replay.comparison import entry_sizes, rounding
 from pysciml_node.replay.jacobians import Expectation
 from pysciml_node.steps.field import (
     FlatField,
@@ -227,7 +228,7 @@ def differing(field: MembersField, ensemble: EnsembleProblem, k: Tensor) -> int 
         ensemble: gives the starts and parameters.
         k: the derivatives of all members at their starts, `(M, N)`.
     """
-    rounding = torch.finfo(field.spec.real_dtype).eps ** 0.5
+    bound = rounding(field.spec.real_dtype)
     for m in {0, len(ensemble) - 1}:
         problem = ensemble.member(m)
         assert isinstance(problem, ODEProblem)
@@ -236,8 +237,7 @@ def differing(field: MembersField, ensemble: EnsembleProblem, k: Tensor) -> int 
             u = field.spec.flatten(problem.u0).detach()
             expected = alone(problem.time_tensor([problem.t0])[0], u)
         batched = k[m].detach()
-        scale = torch.maximum(expected.abs().amax(), batched.abs().amax()).clamp_min(rounding)
-        same = (batched - expected).abs() <= rounding * scale
+        same = (batched - expected).abs() <= bound * entry_sizes(expected, batched)
         if not bool((same | (batched.isnan() & expected.isnan()) | (batched == expected)).all()):
             return m
     return None

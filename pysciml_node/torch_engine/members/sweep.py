@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pysciml_node.algorithms.options import MemberOptions
 from pysciml_node.problems.ensemble import Array
-from pysciml_node.replay.comparison import expect_reproduced, rounding
+from pysciml_node.replay.comparison import entry_sizes, expect_reproduced
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.implicit import MakeStages
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.moving import MovingEnds, StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps, StackedMembers
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers
+from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs
@@ -151,12 +152,6 @@ def members_sweep(
     return gradients
 
 
-def _largest(x: Tensor) -> Tensor:
-    """The largest entry of each row."""
-    # Torch's loops run along rows, which short ones do not pay for.
-    return x.amax(1) if x.shape[1] > 16 else reduce(torch.maximum, x.unbind(1))
-
-
 class _Sweep:
     """One backward sweep."""
 
@@ -203,6 +198,8 @@ class _Sweep:
         # The row of each step that has been taken again among those that were with it.
         self._row = np.full(len(steps.sizes), -1)
         again, self.back = replay.again, None
+        implicit = isinstance(again, StagesAgain) and again.kind is not MemberStages
+        self._missing = left_missing(u0.dtype) if implicit else 0.0
         if isinstance(again, StagesAgain) and again.kind is MemberStages and self.moving is None:
             self.limits = again.limits
             self.back = StagesBack(again.method, replay.field, replay.captured, self.sums)
@@ -399,8 +396,8 @@ class _Sweep:
 
     def _compare(self, again: Tensor, recorded: Tensor, start: Tensor) -> None:
         """Remember how far replayed steps end from where they ended."""
-        size = _largest(torch.maximum(recorded.abs(), start.abs()))
-        off = _largest((again - recorded).abs()) / size.clamp_min(rounding(size.dtype))
+        sizes = entry_sizes(recorded, start, self._missing)
+        off = (again - recorded).abs() / sizes
         self._differences.append(torch.nan_to_num(off, nan=0.0).max())
 
     def _expect_reproduced(self) -> None:
