@@ -44,7 +44,7 @@ def hides_time(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
         later = field(after, u)
         change = torch.vdot(weights, later - rate).real / (after - time)
         slope = torch.zeros_like(change) if seen is None else seen.to(change)
-        sizes = torch.vdot(weights.abs(), (later.abs() + size).to(u)).real
+        sizes = torch.dot(weights.abs(), later.abs() + size)
         rounding = 100 * eps * sizes / (after - time).abs()
         allowed = 0.01 * torch.maximum(change.abs(), slope.abs()) + rounding
         return bool((change - slope).abs() > allowed)
