@@ -10,6 +10,7 @@ notices tensors that have been changed in place since.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +25,13 @@ from pysciml_node.steps.places import Names, StandIns, Test, holds
 from pysciml_node.steps.start import Start, version_of, versions_of
 from pysciml_node.steps.walk import APART, Walk
 
-# While a sweep has put other values into places, the solves of other threads wait.
+# While a sweep has put other values into places, the solves of other threads wait, and so does a
+# process that forks: in the child nobody would put them back, or let go of the lock.
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 class Surroundings:

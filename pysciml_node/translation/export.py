@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -138,9 +137,6 @@ _CACHE: RecentOf[deque[_Outcome]] = RecentOf(_FIELDS)
 _OF_CLASSES: RecentOf[deque[_Outcome]] = RecentOf(_FIELDS)
 """The same of classes of modules: two that look the same are evaluated in the same way."""
 
-# torch.export, and the silence around it, are the process's own: one thread at a time.
-_lock = threading.RLock()
-
 
 def kept(f: Callable[..., Any]) -> deque[_Outcome]:
     """What is kept of a field, the newest first; empty for one that is new."""
@@ -270,7 +266,9 @@ def _translated(
         raise UnsupportedModule(
             f"{label(f)} takes a p of the class {foreign}, which may change its operations."
         )
-    with _lock:
+    # torch.export, and the silence around it, are the process's own: one thread at a time. A sweep
+    # may translate, and a translation waits for sweeps: there is one lock for both.
+    with Surroundings.undisturbed():
         outcomes = kept(f)
         try:
             now = Snapshot.of(f)

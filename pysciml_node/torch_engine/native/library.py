@@ -10,7 +10,6 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -187,17 +186,21 @@ class Code(Settled):
     ) -> None:
         self.dtype, self.text, self.packed_size = dtype, text, packed_size
         self._calls = calls
+        self._loaded: ctypes.CDLL | None = None
         self._pools: defaultdict[int, list[Tensor]] = defaultdict(list)
 
-    @cached_property
+    @property
     def loaded(self) -> ctypes.CDLL:
         """The compiled code."""
-        library = build(self.text)
-        look_in_c()
-        for name, (result, *arguments) in self._calls.items():
-            call = getattr(library, name)
-            call.restype, call.argtypes = result, arguments
-        return library
+        # No lock: threads may do it twice, but a process that forks would leave it closed.
+        if self._loaded is None:
+            library = build(self.text)
+            look_in_c()
+            for name, (result, *arguments) in self._calls.items():
+                call = getattr(library, name)
+                call.restype, call.argtypes = result, arguments
+            self._loaded = library
+        return self._loaded
 
     def take_memory(self, size: int) -> Tensor:
         """Memory for a loop or a sweep, which is used again by a later one."""
