@@ -23,7 +23,7 @@ from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWa
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
-from pysciml_node.translation.saved import as_it_is, saved_by, without_graph
+from pysciml_node.translation.saved import as_it_is, numbers_put_back, saved_by, without_graph
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.tracing import exporting, full_precision, trace
 from pysciml_node.translation.watch import Contents, have_contents, have_same
@@ -326,7 +326,8 @@ def _outcome(
     used: set[int] = set()
     surroundings = Surroundings({"f": module, "p": p})
     try:
-        result, used = _translate(module, spec, p, walk, before)
+        with numbers_put_back(before.tensors):
+            result, used = _translate(module, spec, p, walk, before)
     except UnsupportedModule as error:
         result = (error.message, error.operation, error.captured)
     after = Snapshot.of(module)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 Saved = tuple[Tensor, int | None]
+
+# Entries of the largest tensors that are copied in case that a field changes them.
+_MOST_COPIED = 1 << 16
 
 
 def saved_by(saved: Callable[[Tensor], Saved]) -> AbstractContextManager[None]:
@@ -34,3 +37,24 @@ def _unchanged(saved: Saved) -> Tensor:
             "a value that its derivative needs was changed in place.\n  Change a clone of it."
         )
     return x
+
+
+@contextmanager
+def numbers_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors in which a field counts, or notes something, have their numbers back afterwards.
+
+    What a field does with no tensor that is traced, such as to add one to a count, is done.
+    """
+    copies = [(x, x._version, x.detach().clone()) for x in tensors if _may_count(x)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, version, numbers in copies:
+                if x._version != version:
+                    x.copy_(numbers)
+
+
+def _may_count(x: Tensor) -> bool:
+    small = x.numel() <= _MOST_COPIED and x.layout is torch.strided and 0 not in x.stride()
+    return small and not (x.requires_grad or x.is_inference())

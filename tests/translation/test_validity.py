@@ -373,3 +373,22 @@ def test_what_a_field_counts_and_records_is_as_if_it_had_not_been_traced() -> No
     field = Counting()
     translate(field, StateSpec.of(torch.zeros(2, dtype=torch.float64)))
     assert (field.calls, seen) == (0, [])
+
+
+@pytest.mark.parametrize("counted", ["tensor", "entry", "normalization"])
+def test_what_a_field_counts_in_tensors_is_as_if_it_had_not_been_traced(counted: str) -> None:
+    count, norm = torch.zeros(3, dtype=torch.long), nn.BatchNorm1d(2, dtype=D)
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        if counted == "tensor":
+            count.add_(1)
+        elif counted == "entry":
+            count[1] += 1
+        return norm(u) if counted == "normalization" else -u
+
+    counts: Any = norm.num_batches_tracked if counted == "normalization" else count
+    for calls in (1, 2):
+        with contextlib.suppress(UnsupportedModule):
+            translate(f, StateSpec.of(torch.zeros(4, 2, dtype=D)))
+        f(T, torch.ones(4, 2, dtype=D))
+        assert int(counts.max()) == calls
