@@ -94,7 +94,7 @@ class TorchTrajectory(Recorded):
         """The same trajectory with other states at `times`, and its problem changed."""
         problem: ODEProblem = change(self.problem)
         options = without_closures(self.options)
-        return dataclasses.replace(
+        made = dataclasses.replace(
             self,
             problem=problem,
             methods=Method.all_of(
@@ -108,6 +108,11 @@ class TorchTrajectory(Recorded):
             load=Kept(self.record, states),
             options=options,
         )
+        assert made.surroundings is not None
+        # In another precision its steps come out otherwise.
+        same = problem.spec.dtype == self.problem.spec.dtype
+        made.surroundings.late = same and problem is not self.problem
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # A field that lives in another process's Julia is evaluated by torch.
@@ -116,6 +121,8 @@ class TorchTrajectory(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
+        assert self.surroundings is not None
+        self.surroundings.late = True
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""

@@ -75,6 +75,8 @@ class SDETrajectory(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
+        assert self.surroundings is not None
+        self.surroundings.late = True
 
     @property
     def vectors(self) -> list[Tensor]:
@@ -86,7 +88,7 @@ class SDETrajectory(Recorded):
         problem: SDEProblem = change(self.problem)
         spec, method = problem.spec, self.stepper.method
         method = SDEMethod.of(method.tableau, method.delta, spec.dtype, spec.device)
-        return replace(
+        made = replace(
             self,
             problem=problem,
             surroundings=None,
@@ -94,6 +96,11 @@ class SDETrajectory(Recorded):
             load=Kept(self.record, states),
             options=without_closures(self.options),
         )
+        assert made.surroundings is not None
+        # In another precision its steps come out otherwise.
+        same = problem.spec.dtype == self.problem.spec.dtype
+        made.surroundings.late = same and problem is not self.problem
+        return made
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""

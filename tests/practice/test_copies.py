@@ -31,6 +31,10 @@ def noise(t: Tensor, u: Tensor) -> Tensor:
     return 0.1 * u
 
 
+def without_noise(t: Tensor, u: Tensor) -> Tensor:
+    return 0 * u
+
+
 def blow_up(t: Tensor, u: Tensor) -> Tensor:
     return u**2
 
@@ -166,3 +170,33 @@ def test_repr_is_short() -> None:
     assert len(text) < 200
     assert text.startswith("Solution(Success by Tsit5() on torch, t=0 to 1, ")
     assert text.endswith("u1 of shape (2, 1))")
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "stochastic", "members"])
+@pytest.mark.parametrize("way", ["deepcopy", "detach", "pickle"])
+def test_a_copy_of_a_solution_whose_field_has_changed_is_refused(kind: str, way: str) -> None:
+    """Dense output of a copy is that of the solve, or it is refused as that of the solution is."""
+    field = Decay()
+    u0 = torch.ones(2, 1, dtype=D)
+    problem = psn.ODEProblem(field, u0[0], (0.0, 1.0))
+    if kind == "members":
+        solved = psn.solve(psn.EnsembleProblem(problem, u0=u0), rtol=1e-9, atol=1e-9)
+    elif kind == "ordinary":
+        solved = psn.solve(problem, rtol=1e-9, atol=1e-9)
+    else:
+        noisy = psn.SDEProblem(field, without_noise, u0[0], (0.0, 1.0))
+        solved = psn.solve(noisy, psn.SOSRI(), rtol=1e-4, atol=1e-4)
+    one: Any = {
+        "deepcopy": copy.deepcopy,
+        "detach": lambda x: x.detach(),
+        "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    }[way]
+
+    def middle(solution: Any) -> float:
+        return float((solution[0] if kind == "members" else solution)(0.35))
+
+    assert middle(one(solved)) == pytest.approx(math.exp(-0.35), rel=1e-3)
+    with torch.no_grad():
+        field.k.mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed"):
+        middle(one(solved))
