@@ -195,7 +195,7 @@ def _solve_ensemble(
         checks.instance("members", parallel, Parallel, example="members=Parallel()")
     problem, algorithm, options = check_members(ensemble, algorithm, **given)
     chosen, common = engines.choose(engine, problem, algorithm, options.common)
-    seeds = tuple(_seed(given["generator"]) for _ in range(len(ensemble) * _random(problem)))
+    seeds = _seeds(given["generator"], len(ensemble) * _random(problem))
     options = dataclasses.replace(options, common=common, seeds=seeds)
     begun = time.perf_counter()
     solution = solve_members(ensemble, chosen, algorithm, options, parallel)
@@ -211,3 +211,11 @@ def _seed(generator: torch.Generator | None) -> int:
     """The seed of the Brownian motions of one solve."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def _seeds(generator: torch.Generator | None, count: int) -> tuple[int, ...]:
+    """Those of several, as solves one after the other would draw them."""
+    if generator is not None and generator.device.type != "cpu":
+        return tuple(_seed(generator) for _ in range(count))
+    # On the CPU numbers are drawn one after the other.
+    return tuple(torch.randint(2**63 - 1, (count,), generator=generator, device="cpu").tolist())

@@ -153,7 +153,7 @@ def solve_members(
 ) -> Members:
     """Run the members of a checked ensemble: in one batch where that can be, or one by one."""
     if options.common.compile:
-        from pysciml_node.torch_engine.native.members import attempt_native_members
+        from pysciml_node.torch_engine.native.attempt import attempt_native_members
 
         native = attempt_native_members(ensemble, algorithm, options, NAME)
         if native is not None:
@@ -179,7 +179,7 @@ def solve_in_batch(
     member each, which have it or say what it is.
     """
     if options.common.compile:
-        from pysciml_node.torch_engine.native.members import attempt_native_members
+        from pysciml_node.torch_engine.native.attempt import attempt_native_members
 
         try:
             native = attempt_native_members(ensemble, algorithm, options, NAME)

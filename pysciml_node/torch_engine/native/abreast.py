@@ -64,7 +64,7 @@ class _Widening:
         # These may need further operations.
         outputs = tuple(
             id if id in self.wide else self.spread(id, shape, contiguous(shape))
-            for id, (_, shape) in zip(program.outputs, program.state, strict=True)
+            for id, shape in zip(program.outputs, program.shapes, strict=True)
         )
         return replace(
             program,

@@ -1,17 +1,20 @@
-"""The engine's door: native code for a solve, or the reason why there is none."""
+"""The engine's door: native code for a solve or members, or the reason why there is none."""
 
 from __future__ import annotations
 
 import warnings
 
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.errors import CompileError, PsnWarning
+from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine.native.engine import NativeSolve
+from pysciml_node.torch_engine.native.members import NativeMembers, solve_native_members
+from pysciml_node.torch_engine.native.path_members import solve_native_paths
 from pysciml_node.torch_engine.native.stochastic import NativeSDESolve
 
 _told: set[str] = set()
@@ -45,6 +48,26 @@ def attempt_native(
         return NativeSolve(problem, algorithm, options, engine).solution()
     except CompileError as error:
         if options.compile != "auto":
+            raise
+        say_why_not(error)
+    return None
+
+
+def attempt_native_members(
+    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions, engine: str
+) -> NativeMembers | None:
+    """The members that native code has solved; `None` as `attempt_native`.
+
+    Raises:
+        CompileError: with `compile=True`, as `solve_native_members`.
+    """
+    try:
+        if isinstance(ensemble.problem, SDEProblem):
+            assert isinstance(algorithm, StochasticRungeKutta)
+            return solve_native_paths(ensemble, algorithm, options, engine)
+        return solve_native_members(ensemble, algorithm, options, engine)
+    except CompileError as error:
+        if options.common.compile != "auto":
             raise
         say_why_not(error)
     return None

@@ -18,6 +18,7 @@ class Noise(ctypes.Structure):
         ("t0", ctypes.c_double),
         ("length", ctypes.c_double),
         ("seed", ctypes.c_uint64),
+        ("seeds", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("evaluations", "rejecting", "rooted", "last")),
         ("cells", ctypes.c_int64 * _DEPTH),
         ("rows", ctypes.c_void_p),

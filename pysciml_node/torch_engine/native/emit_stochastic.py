@@ -46,14 +46,15 @@ class MethodText:
     Args:
         method: the method.
         layout: how the motions act on the state.
+        seeds: of how many solves on paths of their own it is; the entries of all lie side by side.
 
     Attributes:
         whole: entries of what is stepped.
         integrals: entries of the integrals of a step.
     """
 
-    def __init__(self, method: SDEMethod, layout: NoiseLayout) -> None:
-        self._method, self._layout = method, layout
+    def __init__(self, method: SDEMethod, layout: NoiseLayout, seeds: int = 1) -> None:
+        self._method, self._layout, self._seeds = method, layout, seeds
         tableau = method.tableau
         self._last = 2 * tableau.stages
         self._sums = {
@@ -73,9 +74,10 @@ class MethodText:
         used = {kind for one in every for _, parts in one.noise for kind, _ in parts}
         self._kinds: list[Integral] = [kind for kind in _FORMULAS if kind in used]
         columns = layout.motions or 1 if layout.matrix else 1
-        entries = layout.entries
+        entries = layout.entries * seeds
         self.whole = 2 * entries if tableau.carry else entries
-        self._row = padded(layout.size if layout.matrix else entries)
+        self._paths = layout.size * seeds
+        self._row = padded(self._paths if layout.matrix else entries)
         self.integrals = len(self._kinds) * self._row
         self.row, self.matrix_row = padded(entries), padded(entries * columns)
         self._columns = columns
@@ -104,11 +106,12 @@ class MethodText:
         method, tableau, layout = self._method, self._method.tableau, self._layout
         sizes = {
             "N": self.whole,
-            "ENTRIES": layout.entries,
+            "ENTRIES": layout.entries * self._seeds,
+            "SEEDS": self._seeds,
             "MATRIX": int(layout.matrix),
             "MOTIONS": self._columns,
-            "PATHS": layout.size,
-            "PATH_ROW": padded(layout.size),
+            "PATHS": self._paths,
+            "PATH_ROW": padded(self._paths),
             "SAMPLE": layout.entries // layout.samples,
             "INTEGRAL_ROW": self._row,
             "INTEGRALS": self.integrals,
@@ -139,7 +142,11 @@ class MethodText:
 
     def _integrals_of(self) -> list[str]:
         layout = self._layout
-        count, motion = ("PATHS", "i") if layout.matrix else ("ENTRIES", "i / SAMPLE")
+        count, motion = (
+            ("PATHS", "i")
+            if layout.matrix
+            else ("ENTRIES", "i / (SAMPLE * SEEDS) * SEEDS + i % SEEDS")
+        )
         if layout.motions is None:
             motion = "i"
         return [
@@ -185,14 +192,13 @@ class MethodText:
             ]
             return [*_over_entries(f"x[i] = {_plus(parts)};")]
         products = [
-            f"({self._mixed(weights, 'J', ' + c')}) * g[{j} * MATRIX_ROW + i * MOTIONS + c]"
+            f"({self._mixed(weights, 'J', ' + c * SEEDS')}) * g[{j} * MATRIX_ROW + at + c * SEEDS]"
             for j, weights in one.noise
         ]
         if not products:
             return [*_over_entries(f"x[i] = {_plus(parts)};")]
         return [
-            "    for (int i = 0; i < ENTRIES; i++) {",
-            "      const REAL *J = I + i / SAMPLE * MOTIONS;",
+            *_OVER_ROWS,
             f"      REAL sum = {_plus(parts)};",
             f"      for (int c = 0; c < MOTIONS; c++) sum += {_plus(products)};",
             "      x[i] = sum;",
@@ -255,11 +261,12 @@ class MethodText:
             ]
             return _over_entries(f"g_bar[i] = {_plus(products)};")
         return [
-            "    for (int i = 0; i < ENTRIES; i++) {",
-            "      const REAL *J = I + i / SAMPLE * MOTIONS;",
+            *_OVER_ROWS,
             *(f"      REAL p_{kind} = {_plus(parts)};" for kind, parts in terms.items()),
-            "      for (int c = 0; c < MOTIONS; c++) g_bar[i * MOTIONS + c] = "
-            + _plus(f"p_{kind} * {self._integral(kind, 'J').format(' + c')}" for kind in terms)
+            "      for (int c = 0; c < MOTIONS; c++) g_bar[at + c * SEEDS] = "
+            + _plus(
+                f"p_{kind} * {self._integral(kind, 'J').format(' + c * SEEDS')}" for kind in terms
+            )
             + ";",
             "    }",
         ]
@@ -275,6 +282,14 @@ class MethodText:
             ]
             lines += _over_entries(f"sum[{place}] += {_plus(terms)};")
         return lines
+
+
+_OVER_ROWS = (
+    "    for (int i = 0; i < ENTRIES; i++) {",
+    "      int e = i / SEEDS, l = i % SEEDS, at = e * MOTIONS * SEEDS + l;",
+    "      const REAL *J = I + e / SAMPLE * MOTIONS * SEEDS + l;",
+)
+"""A loop over the entries of the state, by the rows of its diffusion."""
 
 
 def _over_entries(body: str) -> list[str]:

@@ -82,9 +82,9 @@ class FlownSolve(Solve):
     def flown(self) -> tuple[Flight, States]:
         """What native code has left, with its graph."""
 
-    @abstractmethod
     def stepped(self, states: States) -> list[Tensor]:
         """The initial state and those at the ends of the steps, flat."""
+        return [*states.ends[:-1].unbind(), states.last.reshape(-1)]
 
     @override
     def run(self) -> Outcome:
@@ -182,10 +182,6 @@ class SingleSolve(FlownSolve):
         if noise is not None:
             self.stats.nfe_diffusion = noise.evaluations
         return states
-
-    @override
-    def stepped(self, states: States) -> list[Tensor]:
-        return [*states.ends[:-1].unbind(), states.last.reshape(-1)]
 
     @override
     def flown(self) -> tuple[Flight, States]:

@@ -9,7 +9,7 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -273,6 +273,8 @@ class Written:
         ends: where start and end of the last attempt lie in the loop's memory.
         parameters: each with its offset in the packed ones, and whether a gradient goes to it.
         parts: how the batch is taken in parts, where it is.
+        calls: further names that it gives, with their result and their arguments.
+        abreast: how many solves go abreast in it, where several do.
     """
 
     text: str
@@ -286,6 +288,8 @@ class Written:
     ends: tuple[int, int]
     parameters: list[tuple[Parameter, int, bool]]
     parts: Parts | None = None
+    calls: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    abreast: int = 0
 
 
 def write_explicit(program: Program, method: Method, in_parts: bool = True) -> Written:
@@ -353,7 +357,9 @@ class Library(Code):
         cost: multiplications of an evaluation.
         slot: entries of a step whose stages are kept for the sweep.
         pulled: of each parameter, whether a gradient goes to it.
+        places: where each parameter begins in the packed ones, and its length.
         parts: how the batch is taken in parts, where it is.
+        abreast: how many solves go abreast.
         departures: how solves of it begin, by their options.
         lately: accepted steps of the last one.
     """
@@ -362,17 +368,21 @@ class Library(Code):
         self.cost, self.size, self.parts = written.cost, written.size, written.parts
         self._ends = written.ends
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
-        self.slot = written.slot
+        self.slot, self.abreast = written.slot, max(written.abreast, 1)
         self.departures: dict[int, Any] = {}
         self.lately = 0
         self.pulled = tuple(pulled for *_, pulled in written.parameters)
+        self.places = [(start, math.prod(p.shape)) for p, start, _ in written.parameters]
         self._places = [
             (pulled, parameter.shape, contiguous(parameter.shape), offset)
             for parameter, offset, pulled in written.parameters
         ]
         cost = turns(written.cost + 10 * written.size + 50, written.stages)
-        text = "\n".join((header(dtype), f"enum {{ TURNS = {cost} }};", written.text))
-        calls: dict[str, tuple[Any, ...]] = {"march": (_INTEGER, ctypes.POINTER(SolveRequest))}
+        text = "\n".join(
+            (header(dtype, written.abreast), f"enum {{ TURNS = {cost} }};", written.text)
+        )
+        march = _INTEGER, ctypes.POINTER(SolveRequest)
+        calls: dict[str, tuple[Any, ...]] = {"march": march, **written.calls}
         if written.sweep_memory:
             calls["sweep"] = (_INTEGER, ctypes.POINTER(SweepRequest))
         super().__init__(dtype, text, written.packed, calls)

@@ -172,7 +172,7 @@ class WrittenMembers:
             cost += self.size * first.emitted.cost + self.size**3 // 3 * width
             method = emit_implicit(how.method, self.size, how.mass, width)
         kind = "rosenbrock" if how.is_rosenbrock else "explicit"
-        loop += [f"members_{kind}.h", "members_events.h", "members_calls.h"]
+        loop += [f"members_{kind}.h", "members_events.h", "workers.h", "members_calls.h"]
         sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []
         return [
             "#include <stdlib.h>",

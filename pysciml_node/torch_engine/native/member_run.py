@@ -165,10 +165,20 @@ def _stride(x: Array | Tensor | None, step: int = 1) -> int:
     return 0 if x is None or len(x) == 1 else step
 
 
-def _threads(library: MemberLibrary, members: int) -> int:
-    """Workers: as many as torch has, but each with something to do."""
-    most = max(1, members // (2 * library.abreast))
+def threads_for(abreast: int, members: int) -> int:
+    """Workers: as many as torch has, but each with something to do.
+
+    Args:
+        abreast: how many members step at once.
+        members: of all.
+    """
+    most = max(1, members // (2 * abreast))
     return min(torch.get_num_threads(), most, _MOST_THREADS)
+
+
+def chunk_of(members: int) -> int:
+    """How many members of a sweep are summed by themselves, whatever the threads are."""
+    return max(_LEAST_CHUNK, -(-members // _MOST_CHUNKS))
 
 
 def fly_members(
@@ -199,7 +209,7 @@ def fly_members(
     saved, last = u0.new_empty((members, times, size)), torch.empty_like(u0)
     places = torch.empty((members, times, 2), dtype=torch.float64, device="cpu")
     counts = np.zeros((members, COUNTS), dtype=np.int64)
-    own, threads = addresses(passengers.own), _threads(library, members)
+    own, threads = addresses(passengers.own), threads_for(library.abreast, members)
     request = MembersRequest(
         span_stride=_stride(passengers.t0),
         scale_stride=_stride(scales.factor),
@@ -297,7 +307,7 @@ def sweep_members(
     u0 = passengers.u0
     members, size = u0.shape
     bars = [None if x is None else x.to(u0).contiguous() for x in (saved_bar, ends_bar, last_bar)]
-    chunk = max(_LEAST_CHUNK, -(-members // _MOST_CHUNKS))
+    chunk = chunk_of(members)
     packed_bar = torch.zeros((-(-members // chunk), library.packed_size), dtype=u0.dtype)
     start_bar = torch.empty_like(u0)
     own_bars = [u0.new_empty((members, x.numel() // members)) for x in passengers.own]
@@ -305,7 +315,7 @@ def sweep_members(
     steps = len(flights.steps)
     moves = [np.zeros(n) for n in (steps, steps, members * passengers.times)]
     own, own_places = addresses(passengers.own), addresses(own_bars)
-    threads = min(_threads(library, members), len(packed_bar))
+    threads = min(threads_for(library.abreast, members), len(packed_bar))
     request = MembersSweepRequest(
         span_stride=_stride(passengers.t0),
         start_stride=size,

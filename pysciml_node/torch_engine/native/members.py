@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -15,23 +15,20 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod
-from pysciml_node.algorithms.options import Array, MemberOptions
+from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
-from pysciml_node.errors import CompileError, UnsupportedModule
+from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
-from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.end_times import hides_time
 from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
-from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
-from pysciml_node.torch_engine.native.attempt import say_why_not
 from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
 from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
@@ -43,128 +40,60 @@ from pysciml_node.torch_engine.native.member_run import (
     REACHED,
     REJECTED,
     Flights,
-    Passengers,
-    Scales,
+    SweptMembers,
     fly_members,
     sweep_members,
 )
-from pysciml_node.torch_engine.native.prepared import check, no_code, refusal
+from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
+from pysciml_node.torch_engine.native.prepared import See, check, no_code, refusal
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES, Flight, Notes, States
 from pysciml_node.translation.export import translate
 
-_COLUMNS = {"nfe": EVALUATIONS, "naccept": ACCEPTED, "nreject": REJECTED}
-_SWEPT = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
-
 
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
     """Refuse what cannot be native whatever the field is, by name."""
-    if isinstance(ensemble.problem, SDEProblem):
-        raise refusal("ensembles of stochastic equations")
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
     if isinstance(algorithm, DiagonallyImplicitMethod):
         raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
-    times = (*problem.tspan, options.saveat_tensor, options.common.saveat_tensor)
-    if torch.is_grad_enabled() and any(x is not None and moves(x) for x in times):
-        raise refusal("gradients of times for members")
-    if options.common.progress:
-        raise refusal("a progress bar over members", "progress=False")
+    check_times((*problem.tspan, options.saveat_tensor), options)
 
 
 @dataclass
-class _Solve:
-    """A native solve of all members: run by `_Node`, or alone where no gradient is asked for."""
+class _Solve(MembersSolve):
+    """That of ordinary equations."""
 
-    ensemble: EnsembleProblem
-    options: MemberOptions
     library: MemberLibrary
     error_order: float
-    own: list[bool]  # of each parameter of the programs, whether it is each member's own
     free: bool  # whether the ends of the intervals receive gradients
-    search: MembersSearch | None  # the events that are watched
-    swept: Array  # evaluations and steps of sweeps, of each member
 
+    @property
+    @override
+    def pulled(self) -> tuple[bool, ...]:
+        return self.library.pulled
+
+    @override
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
-        """Solve forward."""
-        options, library = self.options, self.library
-        common = options.common
+        library = self.library
         shared = [x for x, own in zip(parameters, self.own, strict=True) if not own]
-        # Aliases could be changed in place before they are replayed.
         mine = [
             library.lying(x.detach()).clone()
             for x, own in zip(parameters, self.own, strict=True)
             if own
         ]
-        start = u0.detach().clone(memory_format=torch.contiguous_format)
-        spans, saveat = options.spans, options.saveat
-        if self.ensemble.tspan is None:
-            spans = (spans[0][:1], spans[1][:1])
-        if saveat is None and common.saveat:
-            saveat = np.array([common.saveat], dtype=np.float64)
-        elif saveat is not None:
-            saveat = np.ascontiguousarray(saveat)
-        scales = Scales.of(common, options.rtol, options.atol, start)
-        passengers = Passengers(start, *spans, saveat, scales, mine, self.free, options.spent)
-        packed = library.pack(shared)
+        passengers = self.passengers(u0, mine, library.size, self.free)
+        packed, common = library.pack(shared), self.options.common
         return fly_members(library, passengers, common, self.error_order, packed, self.search)
 
-
-class _Node(torch.autograd.Function):
-    """A solve of members in the graph: saved states, states at the ends of the steps, the last."""
-
-    @staticmethod
     @override
-    def forward(
-        ctx: Any,
-        solve: _Solve,
-        keep: list[Flights],
-        u0: Tensor,
-        tspan: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        flights = solve.run(u0, parameters)
-        keep.append(flights)
-        # Without the outputs, which hold on to this node.
-        nothing = u0.new_empty(0)
-        ctx.solve = solve
-        ctx.flights = dataclasses.replace(flights, ends=nothing, saved=nothing, last=nothing)
-        ctx.save_for_backward(flights.ends, u0, tspan, *parameters)
-        ctx.set_materialize_grads(False)
-        return flights.saved, flights.ends, flights.last
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if all(cotangent is None for cotangent in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
-        ends, *sources = ctx.saved_tensors
-        solve: _Solve = ctx.solve
-        flights = dataclasses.replace(ctx.flights, ends=ends)
-        wanted = ctx.needs_input_grad[2:]
-
-        def pull(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-            swept = sweep_members(solve.library, flights, *arriving)
-            solve.swept += swept.costs
-            own, shared = iter(swept.own), iter(swept.shared)
-            rest = (next(own if mine else shared) for mine in solve.own)
-            bars = [swept.u0, swept.spans, *rest]
-            reached = (True, True, *solve.library.pulled)
-            return tuple(
-                bar.to(source).reshape(source.shape)
-                if needed and is_reached and bar is not None
-                else None
-                for bar, source, needed, is_reached in zip(
-                    bars, sources, wanted, reached, strict=True
-                )
-            )
-
-        return (None, None, *pulled(pull, (ends, *sources), *cotangents))
+    def sweep(self, flights: Flights, *arriving: Tensor | None) -> SweptMembers:
+        return sweep_members(self.library, flights, *arriving)
 
 
-class _Member(FlownSolve):
+class FlownMember(FlownSolve):
     """One member, solved with all others."""
 
     flight: Flight
@@ -173,6 +102,10 @@ class _Member(FlownSolve):
     @override
     def flown(self) -> tuple[Flight, States]:
         return self.flight, self.states
+
+
+class _Member(FlownMember):
+    """That of an ordinary equation."""
 
     @override
     def stepped(self, states: States) -> list[Tensor]:
@@ -195,8 +128,16 @@ class NativeMembers:
         surroundings: the field as the solve saw it.
     """
 
-    solve: _Solve
-    algorithm: OneStepMethod
+    # Fields of `Stats` by columns of what the loop counts, and of what sweeps cost.
+    counted: ClassVar[dict[str, int]] = {
+        "nfe": EVALUATIONS,
+        "naccept": ACCEPTED,
+        "nreject": REJECTED,
+    }
+    swept: ClassVar[dict[str, int]] = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
+
+    solve: MembersSolve
+    algorithm: Algorithm
     engine: str
     flights: Flights
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -239,10 +180,10 @@ class NativeMembers:
     def count(self, name: str) -> Array:
         """A field of `Stats` for each member, `(M,)`, as it stands now."""
         counts: Array = np.zeros(len(self.flights.counts), dtype=np.int64)
-        if name in _COLUMNS:
-            counts = self.flights.counts[:, _COLUMNS[name]]
-        elif name in _SWEPT:
-            counts = self.solve.swept[:, _SWEPT[name]]
+        if name in self.counted:
+            counts = self.flights.counts[:, self.counted[name]]
+        elif name in self.swept:
+            counts = self.solve.swept[:, self.swept[name]]
         return counts + self.added[name] if name in self.added else counts
 
     def add(self, name: str, counts: Array) -> None:
@@ -261,7 +202,7 @@ class NativeMembers:
         saved, ends, last, starts = self.tensors
         first, behind = flights.offsets[m : m + 2].tolist()
         reached = int(counts[REACHED])
-        problem = cast(ODEProblem, self.solve.ensemble.member(m))
+        problem = self.solve.ensemble.member(m)
         flight = Flight(
             log=Notes(flights.steps[first:behind], flights.places[m, :reached]),
             count=behind - first,
@@ -274,18 +215,27 @@ class NativeMembers:
             event=None if self.events is None else _event(self.events.first[m]),
         )
         stats = Stats(
-            **{name: int(self.count(name)[m]) for name in (*_COLUMNS, *_SWEPT)},
+            **{name: int(self.count(name)[m]) for name in (*self.counted, *self.swept)},
         )
         # The field as the solve saw it, with what the member has of its own.
         seen = copy.copy(self.surroundings)
         seen.roots = {**seen.roots, "p": problem.p}
         options = self.solve.options.of(m)
-        member = _Member(problem, self.algorithm, options, self.engine, lambda: seen)
+        member = self.member(problem, options, lambda: seen)
         t0, t1 = self.solve.options.spans
         member.interval = float(t0[m]), float(t1[m])
         member.stats, member.flight, member.u0 = stats, flight, starts[m]
-        member.states = States(saved[m, :reached], ends[first:behind], last[m])
+        member.states = States(saved[m, :reached], self.rows(ends, m), last[m])
         return member.solution()
+
+    def member(self, problem: Problem, options: SolveOptions, see: See) -> FlownMember:
+        """What makes the solution of one."""
+        return _Member(problem, self.algorithm, options, self.engine, see)
+
+    def rows(self, ends: Tensor, m: int) -> Tensor:
+        """The states at the ends of one's steps."""
+        first, behind = self.flights.offsets[m : m + 2].tolist()
+        return ends[first:behind]
 
     def children(self) -> list[Any]:
         """The tensors with a graph."""
@@ -415,21 +365,12 @@ def solve_native_members(
         _check_times(ensemble, method, starts)
     search = _search(ensemble, options, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
-    library, parameters = prepared.library, prepared.parameters
     solve = _Solve(
-        ensemble, options, library, tableau.error_order, prepared.own, free, search, swept
+        ensemble, options, prepared.own, swept, search, prepared.library, tableau.error_order, free
     )
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
-    if torch.is_grad_enabled():
-        keep: list[Flights] = []
-        tensors = _Node.apply(  # type: ignore[no-untyped-call]
-            solve, keep, starts, ensemble.tspan, *parameters
-        )
-        flights = keep[0]
-    else:
-        flights = solve.run(starts, parameters)
-        tensors = flights.saved, flights.ends, flights.last
+    flights, tensors = solve.fly(starts, prepared.parameters)
     if search is not None:
         _note(search.crossings, flights)
     return NativeMembers(solve, algorithm, engine, flights, (*tensors, starts), surroundings)
@@ -448,20 +389,3 @@ def _note(crossings: Crossings, flights: Flights) -> None:
     u = torch.where(single, flights.passengers.u0[index], flights.ends.detach()[before])
     u1 = flights.last.detach()[index]
     crossings.note(Steps(rows, np.arange(len(rows)), t, h, end), u, u1)
-
-
-def attempt_native_members(
-    ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions, engine: str
-) -> NativeMembers | None:
-    """`solve_native_members`; with `compile="auto"` `None` where that cannot be, and a word, once.
-
-    Raises:
-        CompileError: with `compile=True`, as `solve_native_members`.
-    """
-    try:
-        return solve_native_members(ensemble, algorithm, options, engine)
-    except CompileError as error:
-        if options.common.compile != "auto":
-            raise
-        say_why_not(error)
-    return None

@@ -117,6 +117,20 @@ class Flight:
     event: int | None = None
     kept: Tensor | None = None
 
+    def good(self, ends: Tensor) -> tuple[int, int]:
+        """Steps and saved times up to what is not finite: a solution has no more of them.
+
+        Args:
+            ends: states at the ends of the steps, the initial one first.
+        """
+        if self.finite:
+            return self.count, self.reached
+        finite: list[bool] = torch.isfinite(ends[1:]).all(1).tolist()
+        steps = (*finite, False).index(False)
+        state, inside = self.log.places[: self.reached].unbind(1)
+        kept = state + (~torch.isnan(inside)).to(state) <= steps
+        return steps, int(kept.sum())
+
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
         return [t0, *(row[0] for row in self._rows())]
@@ -296,7 +310,9 @@ def sweep_back(
         noise: the Brownian motions of a stochastic equation, as new ones.
     """
     assert isinstance(flight.log, Log)
-    request, count, reached = flight.log.departure.request_back(), flight.count, flight.reached
+    request, (count, reached) = flight.log.departure.request_back(), flight.good(ends)
+    if count < flight.count:
+        arriving = (*arriving[:2], None)
     saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
     bars = ends.new_empty(library.packed_size + library.size)
     times: list[Tensor] = []
@@ -328,6 +344,10 @@ def sweep_back(
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)
-    times = [x[: len(x) // parts] for x in times]
+    whole = (flight.count, flight.count, flight.reached)
+    times = [
+        torch.nn.functional.pad(x[: len(x) // parts], (0, n - len(x) // parts))
+        for x, n in zip(times, whole, strict=False)
+    ]
     evaluations, pulls, replayed = request.counts()
     return Swept(bars, times, evaluations, pulls, replayed)

@@ -35,7 +35,7 @@ double aligned(const Noise *n, double t, double h, int down) { return psn_aligne
 
 @functools.cache
 def library(dtype: torch.dtype, size: int) -> ctypes.CDLL:
-    sizes = f"enum {{ PATHS = {size}, PATH_ROW = {padded(size)} }};\n"
+    sizes = f"enum {{ SEEDS = 1, PATHS = {size}, PATH_ROW = {padded(size)} }};\n"
     text = (header(dtype), sizes, source("codes.h"), source("brownian.h"), CALLED)
     made = build("\n".join(text))
     made.motion.restype = made.aligned.restype = ctypes.c_double

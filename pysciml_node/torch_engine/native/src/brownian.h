@@ -3,7 +3,8 @@
    theirs bit for bit, numbers to a few units in the last place. A motion is the same to the last bit
    whenever it is asked for.
 
-   The emitted code before this file gives PATHS, how many motions there are, and PATH_ROW. */
+   The emitted code before this file gives PATHS, how many motions there are, and PATH_ROW; and SEEDS,
+   of how many solves they are, each with a seed of its own: those of all lie side by side. */
 
 /* One copy of it, so that it rounds alike wherever it is called. */
 #define PSN_APART static __attribute__((noinline))
@@ -14,6 +15,7 @@ enum { DEPTH = 32 };
 typedef struct Noise {
   double t0, length; /* of the root interval */
   uint64_t seed;
+  const uint64_t *seeds; /* of several */
   int64_t evaluations; /* of the diffusion */
   int64_t rejecting;   /* whether the last attempt of the loop was rejected */
   int64_t rooted, last; /* whether the whole interval is known; where the last motion began */
@@ -41,11 +43,11 @@ static uint64_t psn_mixed(uint64_t state, uint64_t word) {
 }
 
 /* SFC64 (C. Doty-Humphrey, PractRand). */
-PSN_INLINE uint64_t psn_word(uint64_t s[4]) {
-  uint64_t word = s[0] + s[1] + s[3]++;
-  s[0] = s[1] ^ (s[1] >> 11);
-  s[1] = s[2] + (s[2] << 3);
-  s[2] = ((s[2] << 24) | (s[2] >> 40)) + word;
+PSN_INLINE uint64_t psn_word(uint64_t *a, uint64_t *b, uint64_t *c, uint64_t count) {
+  uint64_t word = *a + *b + count;
+  *a = *b ^ (*b >> 11);
+  *b = *c + (*c << 3);
+  *c = ((*c << 24) | (*c >> 40)) + word;
   return word;
 }
 
@@ -56,16 +58,32 @@ typedef union {
 
 /* Two standard normal numbers for each motion, by Box and Muller's formula: all first ones, and
    from PATHS on all second ones. */
-PSN_APART void psn_normals(uint64_t hashed, Number *numbers) {
-  uint64_t s[4] = {psn_mixed(psn_mixed(0, hashed), 0), psn_mixed(psn_mixed(0, hashed), 1),
-                   psn_mixed(psn_mixed(0, hashed), 2), 1};
-  for (int i = 0; i < 12; i++) psn_word(s);
+PSN_APART void psn_normals(const Noise *n, int whole, int64_t start, int64_t end, Number *numbers) {
+  uint64_t a[SEEDS], b[SEEDS], c[SEEDS], count = 1;
+#pragma omp simd
+  for (int l = 0; l < SEEDS; l++) {
+    uint64_t place = psn_mixed(0, SEEDS == 1 ? n->seed : n->seeds[l]);
+    if (whole) place = psn_mixed(place, 0);
+    uint64_t hashed = psn_mixed(0, psn_mixed(psn_mixed(place, start), end));
+    a[l] = psn_mixed(hashed, 0), b[l] = psn_mixed(hashed, 1), c[l] = psn_mixed(hashed, 2);
+  }
+  for (; count <= 12; count++) {
+#pragma omp simd
+    for (int l = 0; l < SEEDS; l++) psn_word(a + l, b + l, c + l, count);
+  }
 #ifdef PSN_DOUBLE
-  for (int i = 0; i < 2 * PATHS; i++) numbers[i].bits = (INT)psn_word(s);
+  for (int i = 0; i < 2 * PATHS; i += SEEDS, count++) {
+#pragma omp simd
+    for (int l = 0; l < SEEDS; l++) numbers[i + l].bits = (INT)psn_word(a + l, b + l, c + l, count);
+  }
 #else /* two of each word */
-  for (int i = 0; i < PATHS; i++) {
-    uint64_t word = psn_word(s);
-    numbers[2 * i].bits = (INT)(UINT)word, numbers[2 * i + 1].bits = (INT)(UINT)(word >> 32);
+  for (int i = 0; i < 2 * PATHS; i += 2 * SEEDS, count++) {
+#pragma omp simd
+    for (int l = 0; l < SEEDS; l++) {
+      uint64_t word = psn_word(a + l, b + l, c + l, count);
+      numbers[i + l].bits = (INT)(UINT)word;
+      numbers[i + SEEDS + l].bits = (INT)(UINT)(word >> 32);
+    }
   }
 #endif
   const REAL unit = 1 / (REAL)((UINT)1 << (8 * sizeof(REAL) - 1));
@@ -82,9 +100,9 @@ PSN_APART void psn_normals(uint64_t hashed, Number *numbers) {
 }
 
 /* The numbers of the whole interval and of cells lie together, without padding between them. */
-static const REAL *psn_numbers(Noise *n, uint64_t hashed) {
+static const REAL *psn_numbers(Noise *n, int whole, int64_t start, int64_t end) {
   Number *numbers = (Number *)PATH(n, NUMBERS_ROW);
-  psn_normals(hashed, numbers);
+  psn_normals(n, whole, start, end, numbers);
   return (const REAL *)numbers;
 }
 
@@ -100,8 +118,7 @@ static Motion psn_whole(Noise *n) {
   double h = (double)TICKS * psn_tick(n);
   REAL *w = PATH(n, WHOLE_ROW), *area = PATH(n, WHOLE_ROW + 1);
   if (!n->rooted) {
-    uint64_t place = psn_mixed(psn_mixed(psn_mixed(psn_mixed(0, n->seed), 0), 0), TICKS);
-    const REAL *numbers = psn_numbers(n, place);
+    const REAL *numbers = psn_numbers(n, 1, 0, TICKS);
     REAL deviation = (REAL)sqrt(h), of_area = (REAL)sqrt(h / 12);
     for (int i = 0; i < PATHS; i++) {
       w[i] = numbers[i] * deviation;
@@ -118,8 +135,7 @@ PSN_APART Motion psn_half(Noise *n, int depth, int64_t start, Motion whole, int 
   REAL *w = PATH(n, HALVES_ROW + 4 * depth), *area = w + PATH_ROW;
   REAL *w2 = w + 2 * PATH_ROW, *area2 = w + 3 * PATH_ROW;
   if (n->cells[depth] != start + 1) {
-    uint64_t place = psn_mixed(psn_mixed(psn_mixed(0, n->seed), start), start + length);
-    const REAL *numbers = psn_numbers(n, place);
+    const REAL *numbers = psn_numbers(n, 0, start, start + length);
     double v = sqrt(whole.h) / 2;
     REAL of_w = (REAL)(v / 2), of_area = (REAL)(v / 4), of_both = (REAL)(v / sqrt(3.0) / 2);
 #pragma omp simd

@@ -1,24 +1,4 @@
-/* Workers, each in a thread. */
-typedef struct {
-  void *job;
-  int64_t (*run)(void *job, int64_t worker);
-  int running; /* whether one of them goes on in another call */
-} Workers;
-
-static void psn_work(void *x, int worker) {
-  Workers *w = x;
-  if (w->run(w->job, worker) == RUNNING) SHOW(w->running, 1);
-}
-
-static int64_t psn_in_threads(void *job, int64_t (*run)(void *, int64_t), int64_t workers) {
-  Workers w = {job, run, 0};
-  Team team;
-  psn_open(&team, (int)workers, workers);
-  psn_do(&team, psn_work, &w);
-  psn_close(&team);
-  return w.running ? RUNNING : SUCCESS;
-}
-
+/* What Python calls of the loop over members. */
 static int64_t psn_march_worker(void *job, int64_t i) {
   Many *m = job;
   Worker *w = m->workers + i;
@@ -26,7 +6,6 @@ static int64_t psn_march_worker(void *job, int64_t i) {
   return w->status == SUCCESS ? SUCCESS : (w->status = psn_members_march(m, w));
 }
 
-/* What Python calls. */
 int64_t members_march(Many *m) {
   if (!m->workers) m->workers = calloc(m->threads, sizeof(Worker));
   return m->workers ? psn_in_threads(m, psn_march_worker, m->threads) : OUT_OF_MEMORY;
