@@ -380,3 +380,53 @@ def test_what_is_refused_by_name() -> None:
     wrong = psn.SDEProblem(lambda t, u: u, lambda t, u: u.sum(), torch.zeros(2), (0.0, 1.0))
     with pytest.raises(ValueError, match="must have shape"):
         psn.solve(psn.EnsembleProblem(wrong, torch.zeros(3, 2)), psn.EM(), compile=True, **FIXED)
+
+
+MIXING = torch.randn(3, 6, generator=generator(9), dtype=D) / 2
+
+
+def mixing(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return (torch.cos(u) @ MIXING).view(2, 3, 2) * p.sum()
+
+
+def rows_of_p(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return torch.cos(u) * p[1]
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("noise", "method", "diffusion"),
+    [
+        ("diagonal", psn.SRIW1(), rows_of_p),
+        ("scalar", psn.SRIW1(), rows_of_p),
+        ("general", psn.EM(), mixing),
+    ],
+)
+def test_members_of_several_samples(noise: Any, method: Any, diffusion: Any, own: bool) -> None:
+    """Each sample has motions of its own; `p` is a matrix. More members than go abreast."""
+    u0 = torch.randn(70, 2, 3, generator=generator(1), dtype=D).requires_grad_()
+    p = (torch.randn(70, 3, 3, generator=generator(2), dtype=D) / 2).requires_grad_()
+    shared = p[0].detach().requires_grad_()
+    problem = psn.SDEProblem(
+        lambda t, u, p: torch.softmax(u @ p, -1) - u * t,
+        diffusion,
+        torch.zeros(2, 3, dtype=D),
+        (0.0, 1.0),
+        noise,
+        p=shared,
+    )
+    ensemble, found = psn.EnsembleProblem(problem, u0, p if own else None), []
+    for compile in (True, False):
+        solution = psn.solve(
+            ensemble,
+            method,
+            compile=compile,
+            generator=generator(),
+            saveat=[0.0, 0.05, 0.13, 0.9],
+            **FIXED,
+        )
+        loss = (solution.u1**2).sum() + (solution.u**3).sum()
+        bars = torch.autograd.grad(loss, [u0, p if own else shared])
+        found.append([solution.u, solution.u1, *bars])
+    for native, eager in zip(*found, strict=True):
+        torch.testing.assert_close(native, eager, rtol=1e-11, atol=1e-11)
