@@ -6,9 +6,11 @@ One step of a small field shows what a solve takes besides its steps.
     python benchmarks/native.py --threads 1 2
 
 For each field: a whole solve and a solve with its gradient, by the loop and by native code, and of
-the latter the time that is spent inside the library. On a machine that does other work as well the
-fastest sample says most. With `--threads` a batch of 512 states of 784 entries takes
-the place of the small fields (`workloads.py`), on all cores, with each of these numbers of threads.
+the latter the time that is spent inside the library. The last row is what torch takes for the graph
+of a function of the same tensors that computes nothing: no solve can be faster with its gradient.
+On a machine that does other work as well the fastest sample says most. With `--threads` a batch of
+512 states of 784 entries takes the place of the small fields (`workloads.py`), on all cores, with
+each of these numbers of threads.
 """
 
 from __future__ import annotations
@@ -120,6 +122,37 @@ class Case:
         return torch.autograd.grad(loss, [self.u0, *self.field.parameters()])
 
 
+class Nothing(torch.autograd.Function):
+    """A function in torch's graph that computes nothing, nor does its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """A state."""
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all inputs."""
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def bare(case: Case, samples: int, spent: list[float]) -> list[str]:
+    """The row of a function that computes nothing."""
+    inputs = [case.u0, *case.field.parameters()]
+
+    def forward() -> Tensor:
+        out: Tensor = Nothing.apply(*inputs)  # type: ignore[no-untyped-call]
+        return out
+
+    def gradient() -> Any:
+        return torch.autograd.grad(forward().sum(), inputs)
+
+    with torch.no_grad():
+        cells = [f"{fastest(forward, samples, spent)[0]:.3f}", ""]
+    return ["nothing", "torch", "0", "", *cells, f"{fastest(gradient, samples, spent)[0]:.3f}", ""]
+
+
 def measure(case: Case, compile: bool, samples: int, spent: list[float]) -> list[str]:
     """A row of the table."""
     start = time.perf_counter()
@@ -183,6 +216,7 @@ def main() -> None:
         for case in cases
         for compile, samples in ((False, 50), (True, 1000))
     ]
+    rows.append(bare(cases[0], 1000, spent))
     print(f"{processor()}, core {core}, torch {torch.__version__}; fastest sample, ms.\n")
     header = ["", "", "NFE", "first, s", "forward", "inside", "with gradient", "inside"]
     print(table(header, rows))
