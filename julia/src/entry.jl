@@ -102,26 +102,34 @@ end
 
 """
     solve!(fd, field, plan, device, n, u0, np, p, nmarks, marks, dt0, m, saveat, saved, mass, dense,
-           observer, report) -> handle of the record
+           observer, room, log, states, report) -> handle of the record, or 0
 
 Solve forward. Addresses: `u0` `(n)`, `p` `(np)`, `saved` `(n, m)` of the plan's type, `mass` `(n, n)`
-or 0; `marks` and `saveat` in double precision; `report` takes five integers: accepted steps,
-saved states, evaluations, rejected steps, return code. Throws when `fd` tells of an interrupt.
+or 0; `marks` and `saveat` in double precision; `report` takes six integers: accepted steps,
+saved states, evaluations, rejected steps, return code, whether the last state is finite. Throws when
+`fd` tells of an interrupt.
+
+Up to `room` steps are written at once, as [`fetch!`](@ref) writes them. A record stays where there
+were more, and where SciML's solutions were kept with it.
 """
 function solve!(
     fd::Int, field::Int, plan::Int, device::Int, n::Int, u0::Int, np::Int, p::Int, nmarks::Int,
     marks::Int, dt0::Float64, m::Int, saveat::Int, saved::Int, mass::Int, dense::Bool, observer,
-    report::Int,
+    room::Int, log::Int, states::Int, report::Int,
 )
     described = OBJECTS[plan]
+    told = host(Int, report, 6)
     record = exclusively(OBJECTS[field]::RightHandSide) do rhs
         run_solve!(
             rhs, described, device, n, u0, memory(number(described), device, p, np),
             host(Float64, marks, nmarks), dt0, m, host(Float64, saveat, m), saved, mass, dense, fd,
-            observer, host(Int, report, 5),
+            observer, view(told, 1:5),
         )
     end
-    return keep(record)
+    told[6] = all(isfinite, record.states[end])
+    fits = length(record.errors) <= room
+    fits && write_steps!(record, device, n, log, states)
+    return fits && isempty(record.pieces) ? 0 : keep(record)
 end
 
 function run_solve!(
@@ -174,21 +182,28 @@ function look!(t::Float64, address::Int, n::Int)
 end
 
 """
-    fetch!(record, device, n, times, errors, states)
+    fetch!(record, device, n, log, states)
 
-Copy what a solve left: `times` and `errors` in double precision, and each state to the address
-that stands for it in `states`. Frees the record, unless SciML's solutions were kept with it.
+Write what a solve of `s` steps left: their `s + 1` ends and `s` errors to `log`, in double precision,
+and the states at the ends, one after the other, to `states`. Frees the record, unless SciML's solutions
+were kept with it.
 """
-function fetch!(record::Int, device::Int, n::Int, times::Int, errors::Int, states::Int)
+function fetch!(record::Int, device::Int, n::Int, log::Int, states::Int)
     found = OBJECTS[record]
-    count = length(found.times)
-    copyto!(host(Float64, times, count), found.times)
-    copyto!(host(Float64, errors, count - 1), found.errors)
-    addresses = host(Int, states, count)
-    for (address, state) in zip(addresses, found.states)
-        copyto!(memory(eltype(state), device, address, n), state)
-    end
+    write_steps!(found, device, n, log, states)
     isempty(found.pieces) && free(record)
+    return nothing
+end
+
+function write_steps!(record::Record{V}, device, n, log, states) where {V}
+    count = length(record.errors)
+    numbers = host(Float64, log, 2 * count + 1)
+    copyto!(numbers, record.times)
+    copyto!(numbers, count + 2, record.errors, 1, count)
+    rows = memory(eltype(V), device, states, (count + 1) * n)
+    for (i, state) in enumerate(record.states)
+        copyto!(rows, (i - 1) * n + 1, state, 1, n)
+    end
     return nothing
 end
 

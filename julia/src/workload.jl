@@ -35,30 +35,28 @@ function rehearse(dtype)
     tableau = make_tableau(SAMPLE_TABLEAU)
     n, u0, p = 4, T[0.1, 0.2, 0.3, 0.4], fill(T(0.1), 26)
     marks, saveat, saved = [0.0, 1.0], [0.5], zeros(T, n, 1)
-    report, u0bar, pbar = zeros(Int, 5), zero(u0), zero(p)
+    log, ends, report = zeros(201), zeros(T, n, 101), zeros(Int, 6)
+    u0bar, pbar = zero(u0), zero(p)
     at(x) = Int(pointer(x))
-    GC.@preserve u0 p marks saveat saved report u0bar pbar begin
-        for first_step in (0.0, 0.1)
+    GC.@preserve u0 p marks saveat saved log ends report u0bar pbar begin
+        for (first_step, room) in ((0.0, 100), (0.1, 0))
             record = solve!(
                 -1, field, plan, 0, n, at(u0), 26, at(p), 2, at(marks), first_step, 1, at(saveat),
-                at(saved), 0, false, nothing, at(report),
+                at(saved), 0, false, nothing, room, at(log), at(ends), at(report),
             )
+            record == 0 || fetch!(record, 0, n, at(log), at(ends))
             count = report[1]
-            times, errors = zeros(count + 1), zeros(count)
-            states = [zeros(T, n) for _ in 0:count]
-            addresses = at.(states)
-            GC.@preserve times errors states addresses begin
-                fetch!(record, 0, n, at(times), at(errors), at(addresses))
-                sizes, bars = diff(times), zeros(2 * count + 1)
-                cotangents = [zeros(Int, count); at(u0)]
-                outputs, inside, theta, done = [at(u0)], [1], [0.5], zeros(Int, 2)
-                GC.@preserve sizes bars cotangents outputs inside theta done begin
-                    pullback!(
-                        -1, field, tableau, false, dtype, 0, n, 26, at(p), count, at(times), at(sizes), 2,
-                        at(marks), at(addresses), at(cotangents), 1, at(outputs), at(inside),
-                        at(theta), at(u0bar), at(pbar), at(bars), at(done),
-                    )
-                end
+            times = log[1:(count + 1)]
+            addresses = [at(ends) + i * n * sizeof(T) for i in 0:count]
+            sizes, bars = diff(times), zeros(2 * count + 1)
+            cotangents = [zeros(Int, count); at(u0)]
+            outputs, inside, theta, done = [at(u0)], [1], [0.5], zeros(Int, 2)
+            GC.@preserve times addresses sizes bars cotangents outputs inside theta done begin
+                pullback!(
+                    -1, field, tableau, false, dtype, 0, n, 26, at(p), count, at(times), at(sizes), 2,
+                    at(marks), at(addresses), at(cotangents), 1, at(outputs), at(inside),
+                    at(theta), at(u0bar), at(pbar), at(bars), at(done),
+                )
             end
         end
     end

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from functools import cached_property
 from itertools import compress
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,17 @@ from pysciml_node.julia_engine.process.buffers import (
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
-from pysciml_node.problems.modes import InModes
+from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
+from pysciml_node.translation.watch import Contents, have_contents
+from pysciml_node.translation.ways import keep, known_of
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 """Takes the time, a 0-d tensor, and a flat state; gives a flat result."""
@@ -64,20 +68,29 @@ def flat_parameters(tensors: list[Tensor], dtype: torch.dtype, device: torch.dev
     """All tensors as one real vector."""
     if not tensors:
         return torch.empty(0, dtype=dtype, device=device)
-    if all(x.dtype is dtype and x.device == device for x in tensors):
-        return torch.cat([x.detach().reshape(-1) for x in tensors])
-    return torch.cat([to_real(x.detach().reshape(-1)).to(device, dtype) for x in tensors])
+    if torch.is_grad_enabled():
+        tensors = [x.detach() for x in tensors]
+    if _are_alike(tensors, dtype, device):
+        return torch.cat([x.reshape(-1) for x in tensors])
+    return torch.cat([to_real(x.reshape(-1)).to(device, dtype) for x in tensors])
 
 
 def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
     """The parts of a flat gradient, like the tensors."""
-    parts = torch.split(gradient, [real_length(x) for x in tensors])
-    if all(x.dtype is gradient.dtype and x.device == gradient.device for x in tensors):
-        return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    if _are_alike(tensors, gradient.dtype, gradient.device):
+        sizes = [x.numel() for x in tensors]
+        parts = gradient.split_with_sizes(sizes)
+        return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+    parts = gradient.split_with_sizes([real_length(x) for x in tensors])
     return [
         from_real(part.to(x.device, x.dtype.to_real()), x.dtype).reshape(x.shape)
         for part, x in zip(parts, tensors, strict=True)
     ]
+
+
+def _are_alike(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether all tensors are of a real dtype, and on a device."""
+    return all(x.dtype is dtype and x.device == device for x in tensors)
 
 
 def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -> Field:
@@ -127,6 +140,15 @@ def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> FieldI
 _programs: Recent[tuple[str, torch.dtype], Handle] = Recent(32)
 
 
+def _program(json: str, dtype: torch.dtype) -> Handle:
+    """A program in Julia, made once while it is in use."""
+    handle = _programs.get((json, dtype))
+    if handle is None:
+        number = enter("make_program", json=json, dtype=CODES[dtype])
+        handle = _programs[json, dtype] = Handle(number)
+    return handle
+
+
 class FieldInJulia:
     """A right-hand side that Julia evaluates by itself.
 
@@ -159,35 +181,61 @@ class FieldInJulia:
         return list(compress(split_parameters(gradient, self.tensors), self.wanted))
 
 
+class _Ready(NamedTuple):
+    """A translation, found again by a look at the field.
+
+    Attributes:
+        key: by which Julia's program is kept.
+        sources: of each parameter the number of its tensor, the field's before those of `p`; the
+            tensor itself for a constant.
+        pulled: whether each of them has a gradient.
+        contents: numbers of tensors whose entries are part of the program, with those entries.
+        spec: structure of the state; it is kept, so that no other one is given its identity.
+    """
+
+    key: tuple[str, torch.dtype]
+    sources: tuple[int | Tensor, ...]
+    pulled: tuple[bool, ...]
+    contents: Contents
+    spec: StateSpec
+
+
 class ProgramField(FieldInJulia):
     """A module or a function translated for Julia.
 
     A parameter that the program does not read, or only detached, gets no gradient, not one of
-    zeros.
+    zeros. A field that looks as it did at an earlier solve is not translated again.
 
     Args:
         problem: its `f` is translated, and its `p`, if there is one, is among the parameters.
 
     Attributes:
-        surroundings: what it can reach, walked through once while nothing in it changes.
+        see: gives what it can reach, as it is now.
 
     Raises:
         UnsupportedModule: it cannot be translated, or is a function that does more than evaluate.
     """
 
     def __init__(self, problem: ODEProblem) -> None:
-        module = isinstance(problem.f, nn.Module) and problem.p is None
-        translated = translate(problem.f, problem.spec, problem.p, silent=not module)
-        key = (translated.json, problem.spec.dtype)
-        handle = _programs.get(key)
-        if handle is None:
-            code = CODES[problem.spec.dtype]
-            number = enter("make_program", json=translated.json, dtype=code)
-            handle = _programs[key] = Handle(number)
-        pairs = zip(translated.parameters, translated.program.pulled, strict=True)
-        wanted = [x.requires_grad and pulled for x, pulled in pairs]
-        super().__init__(handle, translated.parameters, wanted, problem.spec)
-        self.surroundings = surroundings_of(problem.f, problem.p, translated.snapshot)()
+        f, p, spec = problem.f, problem.p, problem.spec
+        leaves = leaves_of(p)
+        now = Snapshot.again(f)
+        ready = None
+        if now is not None and foreign_mode() is None:
+            ready = known_of(now.watch, (id(spec), form_for(now, leaves)), _Ready)
+        if now is None or ready is None or not have_contents(now.tensors, ready.contents):
+            module = isinstance(f, nn.Module) and p is None
+            translated = translate(f, spec, p, silent=not module)
+            now, key = translated.snapshot, (translated.json, spec.dtype)
+            pulled = translated.program.pulled
+            ready = _Ready(key, translated.sources, pulled, translated.contents, spec)
+            keep(now.watch, (id(spec), form_for(now, leaves)), ready)
+        every = [*now.tensors, *leaves[0]]
+        tensors = [every[x] if isinstance(x, int) else x for x in ready.sources]
+        pairs = zip(tensors, ready.pulled, strict=True)
+        wanted = [pulled and x.requires_grad for x, pulled in pairs]
+        super().__init__(_program(*ready.key), tensors, wanted, spec)
+        self.see = surroundings_of(f, p, now)
 
     def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""

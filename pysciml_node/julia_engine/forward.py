@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.julia_engine.departure import Departure
 from pysciml_node.julia_engine.fields import Field
 from pysciml_node.julia_engine.process.buffers import (
     device_code,
-    doubles,
     from_real,
     integers,
     to_real,
@@ -34,6 +35,18 @@ RETCODES = (
     ReturnCode.ConvergenceFailure,
 )
 Observer = Callable[[float, float], bool]
+_CPU = torch.device("cpu")
+_DOUBLE = torch.empty(0, dtype=torch.float64, device=_CPU)
+
+
+class Tally(NamedTuple):
+    """How a forward solve ended, and what it cost."""
+
+    steps: int  # accepted
+    nfe: int  # evaluations of the field
+    nreject: int  # rejected steps
+    retcode: ReturnCode
+    finite: bool  # whether all entries of the last state are
 
 
 @dataclass
@@ -41,73 +54,124 @@ class Forward:
     """The result of a forward solve.
 
     Attributes:
-        record: the accepted steps.
-        states: the states at their ends, flat, `u0` first.
+        problem: what was solved.
+        departure: how it began.
+        log: the ends of the `n` accepted steps, and behind them the errors, in double precision.
+        rows: the states at those ends, `(n + 1, N)`, real.
         saved: the states at `saveat`, `(saved, N)`.
-        nfe: evaluations of the field.
+        tally: how the solve ended.
         solution: SciML's solution, for its adjoints and dense output, where it was asked for.
     """
 
-    record: Record
-    states: list[Tensor]
+    problem: ODEProblem
+    departure: Departure
+    log: Tensor
+    rows: Tensor
     saved: Tensor
-    nfe: int
+    tally: Tally
     solution: Handle | None
+
+    def __call__(self) -> tuple[Record, list[Tensor]]:
+        """The accepted steps, and the states at their ends."""
+        return self.record, self.states
+
+    @cached_property
+    def last(self) -> Tensor:
+        """The last state, which keeps none of the others."""
+        return self._states(self.rows[-1].clone())
+
+    @cached_property
+    def record(self) -> Record:
+        """The accepted steps, and where the stops and the saved times lie in them."""
+        options, marks, count = self.departure.options, self.departure.marks, self.tally.steps
+        numbers: list[float] = self.log[: 2 * count + 1].tolist()
+        times, errors = numbers[: count + 1], numbers[count + 1 :]
+        stops = {t: i for i, t in enumerate(marks[1:])}
+        record = Record(times=times, t1_stop=len(options.tstops), marks=marks)
+        record.sizes = [after - before for before, after in pairwise(times)]
+        record.errors = errors
+        record.stops = [stops.get(t) for t in times[1:]]
+        record.naccept, record.nreject = count, self.tally.nreject
+        record.saved, record.retcode = len(self.saved), self.tally.retcode
+        place(record, options.saveat or (), moving_ends(self.problem, options.saveat_tensor))
+        return record
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """The states at the ends of the steps, flat, first the one that the solve began with."""
+        return [*self._states(self.rows[:-1]).unbind(), self.last]
+
+    def _states(self, rows: Tensor) -> Tensor:
+        spec = self.problem.spec
+        return from_real(rows if rows.device == spec.device else rows.to(spec.device), spec.dtype)
 
 
 def run(
+    departure: Departure,
     problem: ODEProblem,
-    options: SolveOptions,
-    plan: Handle,
     field: Field,
     u0: Tensor,
     parameters: Tensor,
-    keep_solution: bool,
     observer: Observer | None = None,
 ) -> Forward:
     """Solve forward.
 
     Args:
+        departure: what is the same for all solves of these options.
         problem: the problem to solve.
-        options: of the solve.
-        plan: the options in Julia.
         field: the right-hand side.
         u0: flat initial state `(N,)`.
         parameters: of the field, flat.
-        keep_solution: whether SciML's solution is kept.
         observer: called with the ends of each accepted step; ends the solve by returning `True`.
     """
-    spec = problem.spec
-    device = torch.device("cpu") if field.host else spec.device
-    start = to_real(u0.detach()).to(device)
-    size, times = start.numel(), options.saveat or ()
-    saved = torch.empty((len(times), size), dtype=start.dtype, device=device)
-    marks = doubles((problem.t0, *options.tstops, problem.t1))
-    saveat, report = doubles(times), integers((0,) * 5)
-    mass = real_mass(problem, device)
-    handle = enter(
+    spec, size, room = problem.spec, departure.size, departure.room
+    device = _CPU if field.host else spec.device
+    start = to_real(u0.detach())
+    if start.device != device:
+        start = start.to(device)
+    saved = start.new_empty((departure.saves, size))
+    # Torch takes a number faster than a shape; there are rows of them in the end.
+    rows, log = start.new_empty((room + 1) * size), _DOUBLE.new_empty(2 * room + 1)
+    report = integers((0,) * 6)
+    device_number = device_code(device)
+    handle: Handle = enter(
         "solve!",
         field=field.handle,
-        plan=plan,
-        device=device_code(device),
-        n=size,
+        device=device_number,
         u0=start,
         np=parameters.numel(),
         p=parameters,
-        nmarks=len(marks),
-        marks=marks,
-        dt0=options.dt0 or 0.0,
-        m=len(times),
-        saveat=saveat,
         saved=saved,
-        mass=mass,
-        dense=keep_solution,
+        mass=None if problem.mass_matrix is None else real_mass(problem, device),
         observer=observer,
+        log=log,
+        states=rows,
         report=report,
         wrap=Handle,
         release=not field.calls_python and observer is None,
+        **departure.given,
     )
-    return collect(problem, options, handle, keep_solution, u0, saved, report)
+    count, reached, nfe, nreject, code, finite = report
+    if count > room:
+        rows, log = start.new_empty((count + 1) * size), _DOUBLE.new_empty(2 * count + 1)
+        enter("fetch!", record=handle, device=device_number, n=size, log=log, states=rows)
+        if not departure.keep_solution:
+            handle.forget()
+    # In place: a view would keep what is not needed of the room in sight.
+    rows.resize_(count + 1, size)
+    if reached < departure.saves:
+        saved = saved[:reached]
+    if saved.device != spec.device:
+        saved = saved.to(spec.device)
+    return Forward(
+        problem,
+        departure,
+        log,
+        rows,
+        from_real(saved, spec.dtype),
+        Tally(count, nfe, nreject, RETCODES[code], bool(finite)),
+        handle if departure.keep_solution else None,
+    )
 
 
 def real_mass(problem: ODEProblem, device: torch.device) -> Tensor | None:
@@ -118,72 +182,6 @@ def real_mass(problem: ODEProblem, device: torch.device) -> Tensor | None:
     if problem.spec.dtype.is_complex:
         mass = torch.kron(mass, torch.eye(2, dtype=mass.dtype, device=device))
     return mass.contiguous()
-
-
-def collect(
-    problem: ODEProblem,
-    options: SolveOptions,
-    handle: Handle,
-    keep_solution: bool,
-    u0: Tensor,
-    saved: Tensor,
-    report: Sequence[int],
-) -> Forward:
-    """Fetch the result of a solve from Julia.
-
-    Args:
-        problem: the problem that was solved.
-        options: of the solve.
-        handle: of the record in Julia.
-        keep_solution: whether SciML's solution, and so the record, stays there.
-        u0: flat initial state `(N,)`.
-        saved: real, where Julia wrote the states at `saveat`.
-        report: accepted steps, saved states, evaluations, rejected steps, return code.
-    """
-    spec, size = problem.spec, saved.shape[1]
-    steps, count, nfe, rejected, code = report
-    ends, errors = doubles((0.0,) * (steps + 1)), doubles((0.0,) * steps)
-    rows = [saved.new_empty(size) for _ in range(steps + 1)]
-    addresses = integers([row.data_ptr() for row in rows])
-    enter(
-        "fetch!",
-        record=handle,
-        device=device_code(saved.device),
-        n=size,
-        times=ends,
-        errors=errors,
-        states=addresses,
-    )
-    if not keep_solution:
-        handle.forget()
-    record = _record(problem, options, list(ends), list(errors))
-    record.nreject, record.saved, record.retcode = rejected, count, RETCODES[code]
-    states = rows
-    if spec.dtype.is_complex or saved.device != spec.device:
-        states = [from_real(row.to(spec.device), spec.dtype) for row in rows]
-    states[0] = u0
-    return Forward(
-        record,
-        states,
-        from_real(saved[:count].to(spec.device), spec.dtype),
-        nfe,
-        handle if keep_solution else None,
-    )
-
-
-def _record(
-    problem: ODEProblem, options: SolveOptions, times: list[float], errors: list[float]
-) -> Record:
-    """The steps, and where the stops and the saved times lie in them."""
-    marks = (problem.t0, *options.tstops, problem.t1)
-    stops = {t: i for i, t in enumerate(marks[1:])}
-    record = Record(times=times, t1_stop=len(options.tstops), marks=marks)
-    record.sizes = [after - before for before, after in pairwise(times)]
-    record.errors = errors
-    record.stops = [stops.get(t) for t in times[1:]]
-    record.naccept = len(record.sizes)
-    place(record, options.saveat or (), moving_ends(problem, options.saveat_tensor))
-    return record
 
 
 Ends = tuple[bool, bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pysciml_node.algorithms.adjoints import DiscreteAdjoint, ForwardDiffSensiti
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine import plans
+from pysciml_node.julia_engine.departure import Departure, departure_of
 from pysciml_node.julia_engine.fields import (
     CallbackField,
     Field,
@@ -21,7 +23,7 @@ from pysciml_node.julia_engine.fields import (
     TranslatedFlatField,
     field_of,
 )
-from pysciml_node.julia_engine.forward import Forward, moving_ends, place, run
+from pysciml_node.julia_engine.forward import Forward, Tally, moving_ends, place, run
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.julia_engine.sweeps import KeptSolutions, continuous_sweep, replayed_sweep
@@ -32,13 +34,16 @@ from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
-from pysciml_node.solutions.solution import ReturnCode, Trajectory
+from pysciml_node.solutions.parts import in_parts
+from pysciml_node.solutions.solution import ReturnCode, Solution, Trajectory
 from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.surroundings import Surroundings
+
+Load = Callable[[], tuple[Record, list[Tensor]]]
 
 
 class ODESolve(Solve):
@@ -49,6 +54,7 @@ class ODESolve(Solve):
     """
 
     problem: ODEProblem
+    _tally: Tally
 
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
@@ -60,17 +66,17 @@ class ODESolve(Solve):
             )
         super().__init__(problem, algorithm, options, engine)
         self.u0 = problem.spec.flatten(problem.u0)
-        self.watcher = Watcher(problem, options)
+        watched = options.events or options.progress
+        self.watcher = Watcher(problem, options) if watched else None
         self.explicit = isinstance(algorithm, ExplicitRungeKutta)
         # The stages of explicit methods are replayed by the tableau; others need SciML's own.
         discrete = isinstance(options.adjoint, DiscreteAdjoint | ForwardDiffSensitivity)
         self.replayed = self.explicit and discrete
         keep = not (self.replayed if torch.is_grad_enabled() else self.explicit)
-        self.keep_solution = keep
-        self.plan = plans.plan(algorithm, options, problem.spec.dtype, self.u0.numel(), keep)
+        self.departure = departure_of(problem, algorithm, options, keep)
         self.solution_in_julia: Handle | None = None
         self.make_field: Callable[[ODEProblem], FlatField] = FlatField
-        self.surroundings: Surroundings | None = None
+        self._see: Callable[[], Surroundings] | None = None
         self._field: Field | None = None
 
     @property
@@ -104,29 +110,73 @@ class ODESolve(Solve):
         spec = self.problem.spec
         return Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device)
 
+    @cached_property
+    def surroundings(self) -> Surroundings | None:
+        """What a translated field could reach when it was solved."""
+        return None if self._see is None else self._see()
+
     @override
     def run(self) -> Outcome:
+        load, saved, _ = self._flown()
+        return Outcome(*load(), saved)
+
+    @override
+    def solution(self) -> Solution:
+        load, saved, u1 = self._flown()
+        # Where nothing looks at the steps they stay as they are. Of a field that is called back the
+        # surroundings are looked through now.
+        sound = self._tally.finite or self.watched
+        if not sound or self.watcher is not None or self._see is None or not self.explicit:
+            return self.looked_through(Outcome(*load(), saved))
+        tally, spec, options = self._tally, self.problem.spec, self.options
+        self.stats.naccept, self.stats.nreject = tally.steps, tally.nreject
+        parts: dict[str, Any] = {
+            "problem": self.problem,
+            "algorithm": self.algorithm,
+            "engine": self.engine,
+            "retcode": tally.retcode,
+            "stats": self.stats,
+            "u1": spec.unflatten(u1),
+            "event": None,
+        }
+        if options.saveat is not None:
+            parts["saved"] = spec.unflatten(saved)
+        if options.saveat_tensor is not None:
+            parts["t"] = self.times(len(saved), ())
+        return in_parts(Solution, partial(self._part, load, len(saved)), parts)
+
+    def _part(self, load: Load, reached: int, name: str) -> Any:
+        """The trajectory for a solution, or the times of its states."""
+        if name == "trajectory":
+            return self._trajectory(load)
+        return self.times(reached, () if self.options.saveat is not None else load()[0].times)
+
+    def _flown(self) -> tuple[Load, Tensor, Tensor]:
+        """Solve: what gives the steps and their states, the saved states, and the last one."""
         field = self.field
         if isinstance(field, ProgramField):
             self.make_field = partial(TranslatedFlatField, field)
-            self.surroundings = field.surroundings
+            self._see = field.see
         if not torch.is_grad_enabled():
-            outcome = self.forward(field, self.u0)
+            forward = self._fly(field, self.u0)
             self._field = None
-            return outcome
+            return forward, forward.saved, forward.last
         # Looked at here: a node's forward pass has no gradients.
         _ = self.fixed
-        return self.node(partial(self.forward, field), field, self.options)
+        outcome = self.node(partial(self.forward, field), field, self.options)
+        return Kept(outcome.record, outcome.states), outcome.saved, outcome.states[-1]
 
     @override
     def trajectory(self, outcome: Outcome) -> Trajectory:
-        kept = Kept(outcome.record, outcome.states)
+        return self._trajectory(Kept(outcome.record, outcome.states))
+
+    def _trajectory(self, load: Load) -> Trajectory:
         if not isinstance(self.algorithm, ExplicitRungeKutta):
-            return SciMLTrajectory(self.problem, kept, self.stats, self.options, self)
+            return SciMLTrajectory(self.problem, load, self.stats, self.options, self)
         return TorchTrajectory(
             self.problem,
             self._methods,
-            kept,
+            load,
             self.stats,
             self.options,
             self.make_field,
@@ -135,48 +185,43 @@ class ODESolve(Solve):
 
     def forward(self, field: Field, u0: Tensor) -> Outcome:
         """Solve forward, ending at the first event."""
-        forward = self._forward(field, u0)
-        self.solution_in_julia = forward.solution
-        self.stats.nfe += forward.nfe
+        forward = self._fly(field, u0)
         forward.record.fixed = self.fixed
-        return Outcome(forward.record, forward.states, forward.saved)
+        return Outcome(*forward(), forward.saved)
 
-    def _forward(self, field: Field, u0: Tensor) -> Forward:
+    def _fly(self, field: Field, u0: Tensor) -> Forward:
         parameters = field.parameters()
-        solve = partial(
-            run,
-            self.problem,
-            self.options,
-            self.plan,
-            field,
-            u0,
-            parameters,
-            self.keep_solution,
-        )
-        if not self.watcher.needed:
-            return solve()
-        with self.watcher:
-            forward = solve(self.watcher)
-        if self.watcher.event is not None:
-            self._end_at_event(forward, field, parameters)
+        solve = partial(run, self.departure, self.problem, field, u0, parameters)
+        if self.watcher is None:
+            forward = solve()
+        else:
+            with self.watcher:
+                forward = solve(self.watcher)
+            if self.watcher.event is not None:
+                self._end_at_event(self.watcher, forward, field, parameters)
+        self.stats.nfe += forward.tally.nfe
+        # Not the states: with a graph they hold on to this solve.
+        self.solution_in_julia, self._tally = forward.solution, forward.tally
         return forward
 
-    def _end_at_event(self, forward: Forward, field: Field, parameters: Tensor) -> None:
+    def _end_at_event(
+        self, watcher: Watcher, forward: Forward, field: Field, parameters: Tensor
+    ) -> None:
         """Take the last step again, so that the state at the event is a step's own result."""
-        record, end = forward.record, self.watcher.t
+        record, end = forward.record, watcher.t
         start = record.times[-2]
         saveat = [t for t in self.options.saveat or () if self.problem.direction * (end - t) >= 0]
         inside = tuple(saveat[record.saved :])
         options = last_step(self.options, end - start, inside)
         problem = self.problem.part(start, end)
-        plan = plans.plan(self.algorithm, options, problem.spec.dtype, self.u0.numel(), False)
-        last = run(problem, options, plan, field, forward.states[-2], parameters, False)
+        departure = Departure(problem, self.algorithm, options, keep_solution=False)
+        last = run(departure, problem, field, forward.states[-2], parameters)
         forward.saved = torch.cat([forward.saved, last.saved])
         forward.states[-1] = last.states[-1]
-        forward.nfe += last.nfe
+        self.stats.nfe += last.tally.nfe
         record.times[-1], record.sizes[-1] = end, end - start
         record.stops[-1] = None
-        record.event, record.saved = self.watcher.event, len(saveat)
+        record.event, record.saved = watcher.event, len(saveat)
         record.retcode = ReturnCode.Terminated
         record.inside.clear()
         record.at_end.clear()
@@ -232,7 +277,7 @@ class ODESolve(Solve):
             solution = self.solution_in_julia
             assert solution is not None
             kept = KeptSolutions(
-                self.plan,
+                self.departure.plan,
                 [solution],
                 options,
                 self.problem.mass_matrix,

@@ -52,9 +52,9 @@ def replayed_sweep(
     where = torch.device("cpu") if field.host else device
     parameters = field.parameters()
     count = len(record.sizes)
-    known = [to_real(state.detach()).to(where) for state in states]
+    known = [_as_julia_reads(state, where) for state in states]
     sums = [_sum(backward.entering(n)) for n in range(count + 1)]
-    cotangents = [None if x is None else to_real(x).to(where) for x in sums]
+    cotangents = [None if x is None else _as_julia_reads(x, where) for x in sums]
     start = known[0]
     outputs, inside, thetas = _dense_outputs(backward, where)
     numbers = (2 * count + len(outputs)) if backward.with_times else 0
@@ -98,6 +98,12 @@ def replayed_sweep(
     if backward.with_times:
         complete_times(gradients, backward, start.new_tensor(bars.tolist(), device=device))
     return gradients
+
+
+def _as_julia_reads(x: Tensor, where: torch.device) -> Tensor:
+    """A vector, real and contiguous, in the memory of a device."""
+    x = to_real(x)
+    return x if x.device == where else x.to(where)
 
 
 def _dense_outputs(

@@ -30,7 +30,10 @@ class InJulia(Protocol):
 
     algorithm: Algorithm
     solution_in_julia: Handle | None
-    surroundings: Surroundings | None
+
+    @property
+    def surroundings(self) -> Surroundings | None:
+        """What a translated field could reach when it was solved."""
 
     def dense(
         self,

@@ -58,11 +58,6 @@ class Watcher:
     ) -> None:
         self._stack.close()
 
-    @property
-    def needed(self) -> bool:
-        """Whether there is anything to look for."""
-        return bool(self.events) or self.progress
-
     def __call__(self, t: float, end: float) -> bool:
         """Look at the step from `t` to `end`; whether the solve ends in it."""
         if self._show is not None:

@@ -140,8 +140,9 @@ def plan_of(
         options = check_options(problem, algorithm, **given)
         chosen, options = engines.choose(engine, problem, algorithm, options)
         known = Plan(algorithm, options, chosen, problem.spec)
-        # Whether Julia can run a solve is asked each time.
-        if key is not None and _are_plain(key[0]) and chosen.NAME == "torch":
+        # Whether Julia is there is asked each time, where nobody has named it.
+        named = (engines.get_engine() if engine is None else engine) == chosen.NAME
+        if key is not None and _are_plain(key[0]) and (chosen.NAME == "torch" or named):
             _KNOWN[key] = known
             while len(_KNOWN) > _MOST_KNOWN:
                 with contextlib.suppress(KeyError):

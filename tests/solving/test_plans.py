@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import pysciml_node as psn
 from pysciml_node import tableaus
 from pysciml_node.algorithms.controllers import StepSizes
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
+from pysciml_node.julia_engine.process import runtime
+from pysciml_node.solving.plans import plan_of
 from pysciml_node.tableaus import Tableau
 
 
@@ -147,3 +150,21 @@ def test_stochastic_solves_are_told_apart_by_their_noise_and_have_seeds_of_their
         solved(problem(interpretation="stratonovich"))
     with pytest.raises(TypeError, match="generator"):
         psn.solve(problem(), psn.EM(), controller=psn.FixedStep(), dt0=0.25, generator=3)
+
+
+def test_whether_julia_is_there_is_asked_each_time_where_nobody_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing: list[str | None] = [None]
+    monkeypatch.setattr(runtime, "unavailable_reason", lambda: missing[0])
+    problem = _problem()
+    given: dict[str, Any] = dict.fromkeys(("saveat", "dt0", "dtmin", "dtmax", "controller"))
+    given |= {"rtol": 1e-3, "atol": 1e-3, "adjoint": psn.QuadratureAdjoint(), "generator": None}
+    given |= {"tstops": (), "events": (), "max_steps": 100, "progress": False}
+    given |= {"throw": True, "compile": False}
+    assert plan_of(problem, None, "auto", given).engine.NAME == "julia"
+    missing[0] = "it is gone"
+    with pytest.raises(psn.EngineUnavailable, match="it is gone"):
+        plan_of(problem, None, "auto", given)
+    named = plan_of(problem, None, "julia", given)
+    assert plan_of(problem, None, "julia", given) is named

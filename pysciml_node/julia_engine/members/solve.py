@@ -43,7 +43,7 @@ def solve_together(
     if not isinstance(problem, ODEProblem) or options.rtol is not None or options.atol is not None:
         return None
     first = ODESolve(problem, algorithm, options.of(0), engine)
-    if first.watcher.needed or first.fixed:
+    if first.watcher is not None or first.fixed:
         return None
     field = field_in_julia(problem, torch.is_grad_enabled(), implicit=not first.explicit)
     if field is None:
@@ -88,7 +88,14 @@ class MembersSolve:
     def solution(self) -> JuliaMembers:
         """Run it; members that fail are returned like any other."""
         first, start = self.first, to_real(self.u0.detach())
-        flown = fly(first.problem, self.options, first.plan, self.field, start, first.keep_solution)
+        flown = fly(
+            first.problem,
+            self.options,
+            first.departure.plan,
+            self.field,
+            start,
+            first.departure.keep_solution,
+        )
         if not first.watched:
             self._cut(flown)
         members = self._members(flown)

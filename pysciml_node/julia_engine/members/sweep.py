@@ -165,7 +165,7 @@ class MembersSweep:
         first, field, flown = self._first, self._field, self._flown
         passes = self._passes(states, saved, at_steps)
         kept = KeptSolutions(
-            first.plan,
+            first.departure.plan,
             flown.solutions,
             first.options,
             first.problem.mass_matrix,

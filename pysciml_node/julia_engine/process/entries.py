@@ -95,10 +95,13 @@ def enter(
         KeyboardInterrupt: Ctrl-C, once Julia has stopped.
     """
     long, fields = table()[entry]
-    if len(given) != len(fields) or any(name not in given for name, _ in fields):
+    try:
+        arguments = [convert(given[name]) for name, convert in fields]
+    except KeyError:
+        arguments = []
+    if len(arguments) != len(given) or len(given) != len(fields):
         expected = ", ".join(name for name, _ in fields)
         raise TypeError(f"{entry} takes {expected}, but was given {', '.join(given)}.")
-    arguments = [convert(given[name]) for name, convert in fields]
     if long:
         return runtime.call_released(entry, *arguments, wrap=wrap, release=release)
     result = runtime.call(entry, *arguments)

@@ -8,10 +8,9 @@ the options, which `solve` looks up by their values.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +48,11 @@ from pysciml_node.translation.leaves import Leaves, form_for, leaves_of
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
-from pysciml_node.translation.watch import Contents, Watch, have_contents
+from pysciml_node.translation.watch import Contents, have_contents
+from pysciml_node.translation.ways import keep, known_of
 
 See = Callable[[], Surroundings]
 _CONTROLS = (PIController, IController, PIDController, FixedStep)
-# Ways to solve a field that are known.
-_MOST_WAYS = 16
 
 
 def refusal(what: str, remedy: str = "compile=False") -> CompileError:
@@ -204,25 +202,6 @@ class Ready(NamedTuple):
 
 
 _Way = tuple[int, int, int]
-Made = TypeVar("Made")
-
-
-def keep(watch: Watch, way: Any, made: Any) -> None:
-    """Keep what has been prepared for a field, by that by which solves of it are told apart."""
-    ways: dict[Any, Any] = watch.memory.setdefault(type(made), {})
-    if len(ways) >= _MOST_WAYS:
-        ways.clear()
-    with contextlib.suppress(TypeError):  # something in `p` has no hash
-        ways[way] = made
-
-
-def known_of(watch: Watch, way: Any, kind: type[Made]) -> Made | None:
-    """What of a kind has been kept."""
-    ways: dict[Any, Made] | None = watch.memory.get(kind)
-    try:
-        return None if ways is None else ways.get(way)
-    except TypeError:
-        return None
 
 
 def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:

@@ -25,8 +25,6 @@ from pysciml_node.torch_engine.native.prepared import (
     See,
     check_kind,
     check_surroundings,
-    keep,
-    known_of,
     no_code,
 )
 from pysciml_node.torch_engine.native.stochastic_code import Translated
@@ -34,6 +32,7 @@ from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, Watch, have_contents
+from pysciml_node.translation.ways import keep, known_of
 
 
 class _Read(NamedTuple):

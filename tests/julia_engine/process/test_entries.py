@@ -32,11 +32,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_fields_are_given_by_name_and_passed_in_order(called):
-    states, times = array("q", [1, 2]), array("d", [0.0, 1.0])
+    times, out = array("d", [0.0, 1.0]), torch.zeros(2, 4)
     handle = Handle(3)
-    enter("fetch!", states=states, n=4, times=times, errors=None, record=handle, device=0)
-    addresses = times.buffer_info()[0], 0, states.buffer_info()[0]
-    assert called == [("fetch!", 3, 0, 4, *addresses)]
+    enter("interpolate!", out=out, n=4, times=times, record=handle, m=2)
+    assert called == [("interpolate!", 3, 4, 2, times.buffer_info()[0], out.data_ptr())]
     handle.forget()
 
 
