@@ -7,6 +7,7 @@ import ctypes
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem, ends_of
 from pysciml_node.stochastic.march import root_length
+from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 
 _DEPTH = 32
 
@@ -15,13 +16,12 @@ class Noise(ctypes.Structure):
     """`Noise` of src/brownian.h."""
 
     _fields_ = (
-        ("t0", ctypes.c_double),
-        ("length", ctypes.c_double),
+        *fields(DOUBLE, "t0 length"),
         ("seed", ctypes.c_uint64),
-        ("seeds", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("evaluations", "rejecting", "rooted", "last")),
-        ("cells", ctypes.c_int64 * _DEPTH),
-        ("rows", ctypes.c_void_p),
+        ("seeds", POINTER),
+        *fields(INTEGER, "evaluations rejecting rooted last"),
+        ("cells", INTEGER * _DEPTH),
+        ("rows", POINTER),
     )
 
 

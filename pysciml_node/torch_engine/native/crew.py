@@ -17,12 +17,8 @@ from pysciml_node.algorithms.options import Array, MemberOptions
 from pysciml_node.stochastic.march import root_length
 from pysciml_node.torch_engine.native.departure import TURN, set_control
 from pysciml_node.torch_engine.native.library import (
-    _DOUBLE,
-    _INTEGER,
-    _POINTER,
     Library,
     SolveRequest,
-    _fields,
     addresses,
 )
 from pysciml_node.torch_engine.native.member_run import (
@@ -34,6 +30,7 @@ from pysciml_node.torch_engine.native.member_run import (
     threads_for,
 )
 from pysciml_node.torch_engine.native.run import RUNNING
+from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import whole
 
 OF_DIFFUSION = 7
@@ -48,9 +45,9 @@ class CrewRequest(ctypes.Structure):
     """`Crew` of src/stochastic_members.h."""
 
     _fields_ = (
-        *_fields(_POINTER, "t0 t1 length seeds tensors own starts sizes rows"),
-        *_fields(_INTEGER, "groups parameters save_count threads memory_stride next"),
-        *_fields(_POINTER, "packed memory"),
+        *fields(POINTER, "t0 t1 length seeds tensors own starts sizes rows"),
+        *fields(INTEGER, "groups parameters save_count threads memory_stride next"),
+        *fields(POINTER, "packed memory"),
     )
 
 
@@ -60,9 +57,9 @@ class WalkRequest(ctypes.Structure):
     _fields_ = (
         ("crew", CrewRequest),
         ("base", SolveRequest),
-        *_fields(_POINTER, "dt0 shift factor stops saves rtol atol u0"),
-        *_fields(_INTEGER, "tolerance_stride save_stride stop_count room"),
-        *_fields(_POINTER, "last saved places counts workers"),
+        *fields(POINTER, "dt0 shift factor stops saves rtol atol u0"),
+        *fields(INTEGER, "tolerance_stride save_stride stop_count room"),
+        *fields(POINTER, "last saved places counts workers"),
     )
 
 
@@ -71,21 +68,21 @@ class ReturnRequest(ctypes.Structure):
 
     _fields_ = (
         ("crew", CrewRequest),
-        ("seconds", _DOUBLE),
-        *_fields(_POINTER, "steps places ends saved_bar ends_bar last_bar"),
-        *_fields(_POINTER, "offsets counts start_bar packed_bar own_bar costs"),
-        *_fields(_INTEGER, "chunk longest"),
-        ("workers", _POINTER),
+        ("seconds", DOUBLE),
+        *fields(POINTER, "steps places ends saved_bar ends_bar last_bar"),
+        *fields(POINTER, "offsets counts start_bar packed_bar own_bar costs"),
+        *fields(INTEGER, "chunk longest"),
+        ("workers", POINTER),
     )
 
 
 _OF_WALK, _OF_RETURN = ctypes.POINTER(WalkRequest), ctypes.POINTER(ReturnRequest)
 CALLS: dict[str, tuple[Any, ...]] = {
-    "prepare": (None, _POINTER, _POINTER),
-    "members_march": (_INTEGER, _OF_WALK),
-    "members_gather": (None, _OF_WALK, _INTEGER, _POINTER, _POINTER, _POINTER),
+    "prepare": (None, POINTER, POINTER),
+    "members_march": (INTEGER, _OF_WALK),
+    "members_gather": (None, _OF_WALK, INTEGER, POINTER, POINTER, POINTER),
     "members_release": (None, _OF_WALK),
-    "members_sweep": (_INTEGER, _OF_RETURN),
+    "members_sweep": (INTEGER, _OF_RETURN),
     "members_finish": (None, _OF_RETURN),
     "members_let_go": (None, _OF_RETURN),
 }

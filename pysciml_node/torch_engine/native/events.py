@@ -19,21 +19,20 @@ from pysciml_node.steps.event_search import Signs
 from pysciml_node.torch_engine.members.crossings import Crossings
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.library import Code, header, source
+from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.export import TranslatedModule, translate_condition
 from pysciml_node.translation.program import Program
-
-_POINTER, _DOUBLE, _INTEGER = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
 
 
 class EventRequest(ctypes.Structure):
     """`Event` of src/solve.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("condition", "packed", "memory")),
-        ("width", _DOUBLE),
-        *((name, _INTEGER) for name in ("direction", "open")),
-        *((name, _DOUBLE) for name in ("before", "after")),
+        *fields(POINTER, "condition packed memory"),
+        ("width", DOUBLE),
+        *fields(INTEGER, "direction open"),
+        *fields(DOUBLE, "before after"),
     )
 
 
@@ -56,15 +55,15 @@ class Condition(Code):
             source("condition.h"),
         )
         calls = {
-            "condition": (_DOUBLE, _DOUBLE, _POINTER, _POINTER, _POINTER),
-            "prepare": (None, _POINTER, _POINTER),
+            "condition": (DOUBLE, DOUBLE, POINTER, POINTER, POINTER),
+            "prepare": (None, POINTER, POINTER),
         }
         super().__init__(dtype, "\n".join(parts), emitted.packed, calls)
 
     @property
     def address(self) -> int | None:
         """Where the function lies that gives its value."""
-        return ctypes.cast(self.loaded.condition, _POINTER).value
+        return ctypes.cast(self.loaded.condition, POINTER).value
 
 
 @functools.lru_cache(maxsize=256)

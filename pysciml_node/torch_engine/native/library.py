@@ -22,6 +22,7 @@ from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_method
 from pysciml_node.torch_engine.native.parts import Parts
+from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import contiguous, padded
 from pysciml_node.translation import again
 from pysciml_node.translation.entries import Settled
@@ -69,12 +70,6 @@ static void unpack_all(const REAL *P, REAL *D, REAL *z) {{
 _MOST_KEPT = 2
 """Memories of a library that are kept for later solves."""
 
-_POINTER, _DOUBLE, _INTEGER = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
-
-
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
 
 _LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P4q", "3q"))
 
@@ -82,33 +77,33 @@ _LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P
 class AccuracyRequest(ctypes.Structure):
     """`Accuracy` of src/control.h."""
 
-    _fields_ = (*_fields(_DOUBLE, "rtol atol"), *_fields(_POINTER, "rtols atols"))
+    _fields_ = (*fields(DOUBLE, "rtol atol"), *fields(POINTER, "rtols atols"))
 
 
 class SolveRequest(ctypes.Structure):
     """`Solve` of src/control.h."""
 
     _fields_ = (
-        *_fields(_DOUBLE, "t0 t1 dt0 dtmin dtmax shift factor"),
-        ("beta", _DOUBLE * 3),
-        *_fields(_DOUBLE, "gamma qmin qmax"),
-        *_fields(_INTEGER, "control max_steps stop_count save_count moving free driven"),
-        ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks stops saves rtol atol"),
+        *fields(DOUBLE, "t0 t1 dt0 dtmin dtmax shift factor"),
+        ("beta", DOUBLE * 3),
+        *fields(DOUBLE, "gamma qmin qmax"),
+        *fields(INTEGER, "control max_steps stop_count save_count moving free driven"),
+        ("mark_count", INTEGER),
+        *fields(POINTER, "marks stops saves rtol atol"),
         ("accuracy", AccuracyRequest),
-        *_fields(_POINTER, "u0 tensors packed ends saved final steps places memory kept"),
-        *_fields(_INTEGER, "room kept_room"),
-        ("events", _POINTER),
-        *_fields(_INTEGER, "event_count found"),
-        ("noise", _POINTER),
-        *_fields(_DOUBLE, "t h last_t last_h last_error"),
-        ("history", _DOUBLE * 2),
-        ("seconds", _DOUBLE),
-        *_fields(_INTEGER, "status started known linearized next_stop"),
-        *_fields(_INTEGER, "accepted rejected evaluations reached finite"),
-        ("k", _POINTER),
-        ("threads", _INTEGER),
-        ("team", _POINTER),
+        *fields(POINTER, "u0 tensors packed ends saved final steps places memory kept"),
+        *fields(INTEGER, "room kept_room"),
+        ("events", POINTER),
+        *fields(INTEGER, "event_count found"),
+        ("noise", POINTER),
+        *fields(DOUBLE, "t h last_t last_h last_error"),
+        ("history", DOUBLE * 2),
+        ("seconds", DOUBLE),
+        *fields(INTEGER, "status started known linearized next_stop"),
+        *fields(INTEGER, "accepted rejected evaluations reached finite"),
+        ("k", POINTER),
+        ("threads", INTEGER),
+        ("team", POINTER),
     )
 
     def put(self, *places: int) -> None:
@@ -124,17 +119,17 @@ class SweepRequest(ctypes.Structure):
     """`Sweep` of src/sweep.h."""
 
     _fields_ = (
-        *_fields(_DOUBLE, "t0 t1 seconds"),
-        ("mark_count", _INTEGER),
-        *_fields(_POINTER, "marks"),
+        *fields(DOUBLE, "t0 t1 seconds"),
+        ("mark_count", INTEGER),
+        *fields(POINTER, "marks"),
         ("accuracy", AccuracyRequest),
-        *_fields(_POINTER, "noise"),
-        *_fields(_POINTER, "ends packed steps places"),
-        *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
-        *_fields(_POINTER, "t_bar h_bar theta_bar memory kept"),
-        *_fields(_INTEGER, "n count q kept_count started live shared"),
-        *_fields(_INTEGER, "evaluations pulls replayed status reached threads"),
-        ("team", _POINTER),
+        *fields(POINTER, "noise"),
+        *fields(POINTER, "ends packed steps places"),
+        *fields(POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
+        *fields(POINTER, "t_bar h_bar theta_bar memory kept"),
+        *fields(INTEGER, "n count q kept_count started live shared"),
+        *fields(INTEGER, "evaluations pulls replayed status reached threads"),
+        ("team", POINTER),
     )
 
     def put(self, *places: int) -> None:
@@ -244,7 +239,7 @@ def addresses(tensors: Sequence[Tensor]) -> Any:
 
 @functools.cache
 def _pointers(count: int) -> Any:
-    return _POINTER * count
+    return POINTER * count
 
 
 def turns(cost: int, stages: int) -> int:
@@ -381,10 +376,10 @@ class Library(Code):
         text = "\n".join(
             (header(dtype, written.abreast), f"enum {{ TURNS = {cost} }};", written.text)
         )
-        march = _INTEGER, ctypes.POINTER(SolveRequest)
+        march = INTEGER, ctypes.POINTER(SolveRequest)
         calls: dict[str, tuple[Any, ...]] = {"march": march, **written.calls}
         if written.sweep_memory:
-            calls["sweep"] = (_INTEGER, ctypes.POINTER(SweepRequest))
+            calls["sweep"] = (INTEGER, ctypes.POINTER(SweepRequest))
         super().__init__(dtype, text, written.packed, calls)
 
     def march(self, request: SolveRequest) -> int:

@@ -13,17 +13,14 @@ from typing import Any
 import torch
 
 from pysciml_node.torch_engine.native.library import (
-    _DOUBLE,
-    _INTEGER,
-    _POINTER,
     Code,
-    _fields,
 )
 from pysciml_node.torch_engine.native.member_code import (
     MemberMethod,
     MemberProgram,
     WrittenMembers,
 )
+from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 
 COUNTS = 7
 """Numbers that the loop leaves of each member: `ACCEPTED` to `FIRST` of src/members.h."""
@@ -36,18 +33,18 @@ class MembersRequest(ctypes.Structure):
     """`Many` of src/members.h."""
 
     _fields_ = (
-        *_fields(_POINTER, "t0 t1 shift factor stops marks saves rtol atol u0 packed own"),
-        *_fields(_INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
-        *_fields(_INTEGER, "members stop_count mark_count save_count control max_steps driven"),
-        *_fields(_INTEGER, "free threads"),
-        *_fields(_POINTER, "events before open spent found"),
-        ("event_count", _INTEGER),
-        *_fields(_DOUBLE, "dt0 dtmin dtmax"),
-        ("beta", _DOUBLE * 3),
-        *_fields(_DOUBLE, "gamma qmin qmax seconds"),
-        *_fields(_POINTER, "last saved memory places counts"),
-        *_fields(_INTEGER, "memory_stride next room"),
-        ("workers", _POINTER),
+        *fields(POINTER, "t0 t1 shift factor stops marks saves rtol atol u0 packed own"),
+        *fields(INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
+        *fields(INTEGER, "members stop_count mark_count save_count control max_steps driven"),
+        *fields(INTEGER, "free threads"),
+        *fields(POINTER, "events before open spent found"),
+        ("event_count", INTEGER),
+        *fields(DOUBLE, "dt0 dtmin dtmax"),
+        ("beta", DOUBLE * 3),
+        *fields(DOUBLE, "gamma qmin qmax seconds"),
+        *fields(POINTER, "last saved memory places counts"),
+        *fields(INTEGER, "memory_stride next room"),
+        ("workers", POINTER),
     )
 
 
@@ -55,14 +52,14 @@ class MembersSweepRequest(ctypes.Structure):
     """`Back` of src/members_sweep.h."""
 
     _fields_ = (
-        *_fields(_POINTER, "t0 t1 marks steps places u0 packed ends own offsets counts"),
-        *_fields(_POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar"),
-        *_fields(_POINTER, "t_bar h_bar theta_bar costs"),
-        *_fields(_INTEGER, "span_stride start_stride mark_count save_count members chunk threads"),
-        ("seconds", _DOUBLE),
-        ("memory", _POINTER),
-        *_fields(_INTEGER, "memory_stride next"),
-        ("workers", _POINTER),
+        *fields(POINTER, "t0 t1 marks steps places u0 packed ends own offsets counts"),
+        *fields(POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar"),
+        *fields(POINTER, "t_bar h_bar theta_bar costs"),
+        *fields(INTEGER, "span_stride start_stride mark_count save_count members chunk threads"),
+        ("seconds", DOUBLE),
+        ("memory", POINTER),
+        *fields(INTEGER, "memory_stride next"),
+        ("workers", POINTER),
     )
 
 
@@ -112,15 +109,15 @@ class MemberLibrary(Code):
 
 
 _CALLS: dict[str, tuple[Any, ...]] = {
-    "members_march": (_INTEGER, ctypes.POINTER(MembersRequest)),
-    "members_gather": (None, ctypes.POINTER(MembersRequest), _POINTER, _POINTER, _POINTER),
+    "members_march": (INTEGER, ctypes.POINTER(MembersRequest)),
+    "members_gather": (None, ctypes.POINTER(MembersRequest), POINTER, POINTER, POINTER),
     "members_release": (None, ctypes.POINTER(MembersRequest)),
-    "members_rest": (None, ctypes.POINTER(MembersRequest), _INTEGER),
-    "prepare": (None, _POINTER, _POINTER),
+    "members_rest": (None, ctypes.POINTER(MembersRequest), INTEGER),
+    "prepare": (None, POINTER, POINTER),
 }
 _SWEEP_CALLS: dict[str, tuple[Any, ...]] = {
-    "members_sweep": (_INTEGER, ctypes.POINTER(MembersSweepRequest)),
-    "members_finish": (None, ctypes.POINTER(MembersSweepRequest), _POINTER),
+    "members_sweep": (INTEGER, ctypes.POINTER(MembersSweepRequest)),
+    "members_finish": (None, ctypes.POINTER(MembersSweepRequest), POINTER),
     "members_let_go": (None, ctypes.POINTER(MembersSweepRequest)),
 }
 
