@@ -37,7 +37,7 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves
-from pysciml_node.solving.tolerances import check_both_zero, check_tolerance
+from pysciml_node.solving.tolerances import check_together, check_tolerance
 
 T = TypeVar("T")
 _SINGLE = (ODEProblem, SDEProblem)
@@ -217,7 +217,7 @@ def check_options(
         raise ValueError(
             f"dtmin={dtmin} must not be larger than dtmax={dtmax}.\n  Swap them, or leave one out."
         )
-    check_both_zero(options)
+    check_together(options)
     return options
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.solutions.solution import ReturnCode, Solution
+from pysciml_node.steps.norms import ErrorNorm
 
 
 def failure_message(solution: Solution, options: SolveOptions) -> str:
@@ -21,9 +22,17 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
         else "the step size fell below the resolution of time",
         ReturnCode.Unstable: "the field or the state became NaN or infinite",
     }.get(solution.retcode, solution.retcode.value)
+    unmeasured = _unmeasured(solution, options)
+    if unmeasured is not None:
+        cause = "an error had no tolerance to be measured in"
     where = f"{cause} at t={t:.6g} of ({problem.t0:.6g}, {problem.t1:.6g})"
     lines = [f"{where} (step {steps}, {share:.0%} rejected)."]
-    if solution.retcode is ReturnCode.DtLessThanMin and _piled_up(solution):
+    if unmeasured is not None:
+        lines += [
+            f"  atol + rtol * |u| is 0: {unmeasured}.",
+            "  Give atol > 0, the error that does no harm where the state is 0.",
+        ]
+    elif solution.retcode is ReturnCode.DtLessThanMin and _piled_up(solution):
         lines += [
             f"  events[{solution.jumps[-1].event}] happens there again and again, with no time for "
             "a step between.",
@@ -42,6 +51,15 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
         lines += _remedies(solution, options, explanation.stiff, grown)
     lines.append(f"  The solution up to t={t:.6g} is in .solution.")
     return "\n".join(lines)
+
+
+def _unmeasured(solution: Solution, options: SolveOptions) -> str | None:
+    """The component that is zero, as its tolerance is, where that has ended the solve."""
+    if solution.retcode is not ReturnCode.Unstable or not options.controller.adaptive:
+        return None
+    scale = ErrorNorm(options.tolerances).scale(solution.trajectory.flat_states[-1].detach())
+    missing = (scale == 0).nonzero()
+    return solution.problem.spec.locate(int(missing[0])) if len(missing) else None
 
 
 def _piled_up(solution: Solution) -> bool:

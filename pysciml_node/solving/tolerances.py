@@ -75,12 +75,17 @@ _BOTH_ZERO = (
     "  Write rtol=1e-6 for errors relative to the state, or atol for absolute ones."
 )
 
+_ALL_INFINITE = (
+    "rtol or atol is inf in every entry: no error would count, and every step be accepted.\n"
+    "  Give some entry finite ones, or steps of one size, controller=FixedStep() and dt0."
+)
 
-def check_both_zero(options: SolveOptions) -> None:
-    """Refuse options with which adaptive steps could not be accepted.
+
+def check_together(options: SolveOptions) -> None:
+    """Refuse options with which adaptive steps could not be accepted, or none be rejected.
 
     Raises:
-        ValueError: some entry has no tolerance at all.
+        ValueError: some entry has no tolerance at all, or no entry has a finite one.
     """
     if not options.controller.adaptive:
         return
@@ -88,7 +93,12 @@ def check_both_zero(options: SolveOptions) -> None:
     if isinstance(rtol, float) and isinstance(atol, float):
         if rtol == atol == 0:
             raise ValueError(_BOTH_ZERO)
+        if math.isinf(atol):
+            raise ValueError(_ALL_INFINITE)
         return
+    finite = torch.as_tensor(rtol).isfinite() & torch.as_tensor(atol).isfinite()
+    if not bool(finite.any()):
+        raise ValueError(_ALL_INFINITE)
     both = torch.as_tensor(rtol == 0) & torch.as_tensor(atol == 0)
     if bool(both.any()):
         raise ValueError(_BOTH_ZERO)

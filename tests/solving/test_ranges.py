@@ -90,6 +90,44 @@ def test_a_part_that_never_drives_the_step_may_still_fail(engine: str) -> None:
     assert torch.isfinite(failed.u1["y"]).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", ["dict", "tuple", "tensor"])
+def test_some_error_has_to_count(given: str, compiled: bool) -> None:
+    """Every step was accepted: 1e17 where the solution is exp(-300)."""
+    parts: Any = {"dict": {"x": ones(), "y": ones()}, "tuple": (ones(), ones()), "tensor": ones(2)}
+    infinite: Any = {
+        "dict": {"x": math.inf, "y": math.inf},
+        "tuple": (math.inf, math.inf),
+        "tensor": torch.full((2,), math.inf),
+    }
+
+    def field(t: Tensor, u: Any) -> Any:
+        if isinstance(u, Tensor):
+            return -30 * u
+        return {k: -30 * x for k, x in u.items()} if isinstance(u, dict) else (-30 * u[0], -u[1])
+
+    problem = psn.ODEProblem(field, parts[given], (0.0, 10.0))
+    with pytest.raises(ValueError, match="inf in every entry"):
+        psn.solve(problem, atol=infinite[given], engine="torch", compile=compiled)
+    with pytest.raises(ValueError, match="inf in every entry"):
+        psn.solve(problem, rtol=0.0, atol=infinite[given], engine="torch", compile=compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dt0", [None, 0.1])
+def test_a_zero_without_an_absolute_tolerance_is_named(dt0: float | None, compiled: bool) -> None:
+    """The message was that the field or the state had become infinite, which neither had."""
+    problem = psn.ODEProblem(lambda t, u: -u, torch.tensor([1.0, 0.0]), (0.0, 1.0))
+    how: dict[str, Any] = {"dt0": dt0, "compile": compiled, "engine": "torch"}
+    with pytest.raises(
+        psn.SolverFailure, match=r"(?s)no tolerance.*is 0: component \(1,\)"
+    ) as failure:
+        psn.solve(problem, rtol=1e-6, atol=0.0, **how)
+    assert "infinite" not in str(failure.value)
+    found = psn.solve(problem, rtol=1e-6, atol=1e-30, **how).u1
+    torch.testing.assert_close(found, torch.tensor([math.exp(-1.0), 0.0]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_field_that_works_in_place_is_refused(gradients: bool) -> None:
     u0 = ones(3)
