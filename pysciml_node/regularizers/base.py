@@ -28,7 +28,7 @@ class Regularizer(checks.Configured, nn.Module, ABC):
     model's `state_dict`.
 
     Args:
-        weight: factor of the penalty in the loss, or a schedule of it.
+        weight: factor of the penalty in the loss, or a schedule of it; it may be assigned anew.
         name: key in `Solution.penalties`; default the class's name.
 
     Attributes:
@@ -39,7 +39,7 @@ class Regularizer(checks.Configured, nn.Module, ABC):
 
     def __init__(self, weight: float | Schedule = 1.0, name: str | None = None) -> None:
         super().__init__()
-        self.weight = as_schedule(weight)
+        self.weight = weight
         self.name = type(self).__name__ if name is None else checks.text("name", name)
         self.steps = 0
 
@@ -60,6 +60,15 @@ class Regularizer(checks.Configured, nn.Module, ABC):
         values = [self(member) for member in solution]
         known = [value for value in values if value is not None]
         return torch.stack(known).mean() if known else None
+
+    @property
+    def weight(self) -> Schedule:
+        """The schedule of the factor in the loss."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float | Schedule) -> None:
+        self._weight = as_schedule(weight)
 
     @property
     def current_weight(self) -> float:

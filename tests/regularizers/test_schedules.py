@@ -61,6 +61,20 @@ def node(weight: float | schedules.Schedule) -> psn.NeuralODE:
     return psn.NeuralODE(torch.nn.Linear(2, 2), regularizers=[regularizer])
 
 
+def test_a_weight_that_is_assigned() -> None:
+    """Penalties are proportional to their weights."""
+    length = psn.KineticEnergy(weight=3.0)
+    solver = psn.NeuralODE(torch.nn.Linear(2, 2), regularizers=[length])
+    u0 = torch.randn(4, 2)
+    first = solver(u0).penalty
+    length.weight = 1.5
+    torch.testing.assert_close(2 * solver(u0).penalty, first)
+    length.weight = schedules.Constant(0.0)
+    assert float(solver(u0).penalty.detach()) == 0.0
+    with pytest.raises(TypeError, match="weight must be a number or a schedule"):
+        length.weight = "much"  # type: ignore[assignment]
+
+
 def field_of_time(linear: torch.nn.Linear) -> object:
     return lambda t, u: torch.tanh(linear(u))
 
