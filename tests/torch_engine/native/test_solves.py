@@ -482,7 +482,7 @@ def test_native_code_knows_every_option() -> None:
     assert options == {
         *("tolerances", "saveat", "saveat_tensor", "adjoint", "dt0", "dtmin", "dtmax"),
         *("tstops", "max_steps", "controller", "events", "progress", "throw", "compile", "seed"),
-        *("fired", "defaulted"),
+        *("fired", "defaulted", "unseeded"),
     }
     fields = {c: {x.name for x in dataclasses.fields(c)} for c in prepared._CONTROLS}
     assert fields == {
