@@ -242,6 +242,9 @@ class ProgramField(FieldInJulia):
         flat = self.parameters()
         if torch.is_grad_enabled() and self.inputs:
             flat = torch.cat([x.reshape(-1).to(u) for x in self.tensors])
+            # The graph is that of the tensors, the numbers are those that the solve saw.
+            with torch.no_grad():
+                flat.copy_(self.parameters())
         return evaluate(self.handle, t, u, flat, ())
 
 

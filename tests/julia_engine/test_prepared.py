@@ -144,6 +144,27 @@ def test_parts_that_are_made_later_are_those_of_the_solve() -> None:
     torch.testing.assert_close(again.t, found.t, rtol=0, atol=0)
 
 
+def test_dense_output_is_of_the_numbers_that_the_solve_saw() -> None:
+    """The gradient of `exp(-r t)` is `-t exp(-r t)`; through the steps torch refuses it by then."""
+    rate = torch.tensor([0.5, 2.0], dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -rate * u, torch.ones(2, dtype=D), (0.0, 1.0))
+    expected = (-0.3 * rate.detach()).exp()
+    behind_its_back = psn.solve(problem, psn.Tsit5(), engine="julia", **TIGHT)
+    rate.data.mul_(3)
+    dense = behind_its_back(0.3)
+    torch.testing.assert_close(dense.detach(), expected, rtol=1e-6, atol=0)
+    (bar,) = torch.autograd.grad(dense.sum(), rate)
+    torch.testing.assert_close(bar, -0.3 * expected, rtol=1e-5, atol=0)
+    trained = psn.solve(problem, psn.Tsit5(), engine="julia", **TIGHT)
+    expected = (-0.3 * rate.detach()).exp()
+    with torch.no_grad():
+        rate.sub_(0.25)
+    dense = trained(0.3)
+    torch.testing.assert_close(dense.detach(), expected, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        torch.autograd.grad(dense.sum(), rate)
+
+
 def test_the_last_state_does_not_keep_the_others() -> None:
     problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2, dtype=D), (0.0, 1.0))
     end = psn.solve(problem, psn.Tsit5(), engine="julia").u1
