@@ -164,6 +164,9 @@ class ODESolve(Solve):
         # Looked at here: a node's forward pass has no gradients.
         _ = self.fixed
         outcome = self.node(partial(self.forward, field), field, self.options)
+        if isinstance(field, CallbackField):
+            # Here alone: what changes before dense output is asked for is not the solve's doing.
+            field.linearizer.captured.settle()
         return Kept(outcome.record, outcome.states), outcome.saved, outcome.states[-1]
 
     @override
@@ -241,10 +244,7 @@ class ODESolve(Solve):
                 return self._sweep(field, options, backward)
 
         times = (*self.problem.tspan, options.saveat_tensor)
-        outcome = as_node(forward, sweep, self.u0, field.inputs, times, watched=False)
-        if isinstance(field, CallbackField):
-            field.linearizer.captured.settle()
-        return outcome
+        return as_node(forward, sweep, self.u0, field.inputs, times, watched=False)
 
     def dense(
         self,

@@ -165,6 +165,26 @@ def test_dense_output_is_of_the_numbers_that_the_solve_saw() -> None:
         torch.autograd.grad(dense.sum(), rate)
 
 
+def test_gradients_of_later_dense_output_are_those_of_the_field_that_was_solved() -> None:
+    """A field that Julia calls back, solved by a stiff method, whose dense output is SciML's."""
+    rate, factor = torch.tensor([0.5, 2.0], dtype=D, requires_grad=True), [1.0]
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return -factor[0] * rate * u * (1 if float(u.detach().sum()) > -9 else 2)
+
+    problem = psn.ODEProblem(field, torch.ones(2, dtype=D), (0.0, 1.0))
+    found = psn.solve(problem, psn.Rodas5P(), engine="julia", **TIGHT)
+    factor[0] = 3.0
+    for state, t in ((found(0.3), 0.3), (found.u1, 1.0)):
+        (bar,) = torch.autograd.grad(state.sum(), rate)
+        expected = -t * (-t * rate.detach()).exp()
+        torch.testing.assert_close(bar, expected, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        rate.mul_(3)
+    with pytest.raises(RuntimeError, match="rate has been changed in place"):
+        torch.autograd.grad(found(0.3).sum(), rate)
+
+
 def test_the_last_state_does_not_keep_the_others() -> None:
     problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2, dtype=D), (0.0, 1.0))
     end = psn.solve(problem, psn.Tsit5(), engine="julia").u1
