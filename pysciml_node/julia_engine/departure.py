@@ -12,10 +12,8 @@ from pysciml_node.julia_engine import plans
 from pysciml_node.julia_engine.process.buffers import doubles, real_size
 from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.record import first_room
 from pysciml_node.translation.recent import Recent
-
-# Entries of step states that room is made for at first.
-_FIRST_ROOM = 1 << 16
 
 
 class Departure:
@@ -47,7 +45,7 @@ class Departure:
         t0, t1 = ends_of(problem)
         self.plan = plans.plan(algorithm, options, spec.dtype, sum(spec.sizes), keep_solution)
         self.size = real_size(spec)
-        self.room = max(4, min(64, _FIRST_ROOM // self.size))
+        self.room = first_room(self.size)
         self.marks = t0, *options.tstops, t1
         marks, saveat = doubles(self.marks), doubles(options.saveat or ())
         self.saves = len(saveat)

@@ -15,6 +15,18 @@ from pysciml_node.algorithms.adjoints import Adjoint
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import Attempt, Step
 
+# Entries of step states that room is made for at first.
+_FIRST_ROOM = 1 << 16
+
+
+def first_room(size: int) -> int:
+    """Steps that a solve outside of Python makes room for at first.
+
+    Args:
+        size: entries of a state.
+    """
+    return max(4, min(64, _FIRST_ROOM // size))
+
 
 @dataclass
 class Record:

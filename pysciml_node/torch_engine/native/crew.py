@@ -166,8 +166,8 @@ class Crew:
             MemoryError: there is none left for the steps.
         """
         library, options, common = self.library, self.options, self.options.common
-        u0, scales, times = passengers.u0, passengers.scales, passengers.times
-        saveat = passengers.saveat
+        u0, scales = passengers.u0, passengers.scales
+        saveat, times = passengers.saveat, passengers.times
         members, size = u0.shape
         rows = self.groups(np.zeros(members))
         threads = threads_for(library.abreast, members)
@@ -203,9 +203,7 @@ class Crew:
                 atol=None if scales.atol is None else scales.atol.data_ptr(),
                 u0=u0.data_ptr(),
                 tolerance_stride=0 if scales.rtol is None else scales.rtol.shape[1],
-                save_stride=0
-                if passengers.saveat is None or len(passengers.saveat) == 1
-                else times,
+                save_stride=0 if saveat is None or len(saveat) == 1 else times,
                 stop_count=len(stops),
                 room=_FIRST_ROOM,
                 last=last.data_ptr(),

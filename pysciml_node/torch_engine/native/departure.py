@@ -20,12 +20,11 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem, ends_of
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.steps.record import first_room
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 
 # Seconds after which the loop comes back to Python, which looks for Ctrl-C then.
 TURN = 0.05
-# Entries of step states that room is made for at first.
-_FIRST_ROOM = 1 << 16
 # Bytes of stages that are kept. The system takes larger blocks back at once (glibc's greatest
 # M_MMAP_THRESHOLD is 32 MiB), and new pages take longer than to evaluate the stages again.
 _MOST_KEPT = 31 << 20
@@ -90,7 +89,7 @@ class Departure:
         self.marks = (ctypes.c_double * len(options.tstops))(*options.tstops)
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
-        self.room = max(4, min(64, _FIRST_ROOM // library.size))
+        self.room = first_room(library.size)
         self.most_kept = _most_kept(library, options)
         self.save_count = len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")

@@ -18,6 +18,8 @@ from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.state import moves
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.torch_engine.native.events import MembersSearch
+from pysciml_node.torch_engine.native.library import Library
+from pysciml_node.torch_engine.native.member_library import MemberLibrary
 from pysciml_node.torch_engine.native.member_run import (
     Flights,
     Passengers,
@@ -50,6 +52,7 @@ class MembersSolve:
         own: of each parameter of the code, whether it is each member's own.
         swept: what sweeps have cost each member, by the columns of `NativeMembers.swept`.
         search: the events that are watched.
+        library: the code.
     """
 
     ensemble: EnsembleProblem
@@ -57,11 +60,7 @@ class MembersSolve:
     own: list[bool]
     swept: Array
     search: MembersSearch | None
-
-    @property
-    @abstractmethod
-    def pulled(self) -> tuple[bool, ...]:
-        """Of each parameter, whether a gradient goes to it."""
+    library: Library | MemberLibrary
 
     @abstractmethod
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
@@ -150,7 +149,7 @@ class _Node(torch.autograd.Function):
             own, shared = iter(swept.own), iter(swept.shared)
             rest = (next(own if mine else shared) for mine in solve.own)
             bars = [swept.u0, swept.spans, *rest]
-            reached = (True, True, *solve.pulled)
+            reached = (True, True, *solve.library.pulled)
             return tuple(
                 bar.to(source).reshape(source.shape)
                 if needed and is_reached and bar is not None

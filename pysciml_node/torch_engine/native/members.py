@@ -70,11 +70,6 @@ class _Solve(MembersSolve):
     error_order: float
     free: bool  # whether the ends of the intervals receive gradients
 
-    @property
-    @override
-    def pulled(self) -> tuple[bool, ...]:
-        return self.library.pulled
-
     @override
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
         library = self.library

@@ -41,11 +41,6 @@ class _Solve(MembersSolve):
     layout: NoiseLayout
     crew: Crew = field(init=False)
 
-    @property
-    @override
-    def pulled(self) -> tuple[bool, ...]:
-        return self.library.pulled
-
     @override
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
         # Aliases could be changed in place before they are replayed.

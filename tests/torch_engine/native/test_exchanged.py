@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from decaying import D, end
 from torch import Tensor, nn
 
-import pysciml_node as psn
-
 pytestmark = pytest.mark.usefixtures("looks_in_both")
-
-D = torch.float64
-
-
-def end(f: Callable[..., Any]) -> float:
-    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0))
-    return float(psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1.detach())
 
 
 def exchange(x: Any, k: float) -> None:

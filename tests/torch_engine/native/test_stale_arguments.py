@@ -11,30 +11,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from decaying import D, Holder, decay, end
 from torch import Tensor, nn
 
 import pysciml_node as psn
 
-D = torch.float64
 RATE = 1.0
 CONSTANT = torch.ones(1, dtype=D)
 NET = nn.Linear(1, 1, bias=False, dtype=D)
 Way = tuple[Callable[..., Any], Any, Callable[[float], Any]]
-
-
-def end(f: Callable[..., Any], p: Any) -> float:
-    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0), p=p)
-    return float(psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1.detach())
-
-
-def decay(rate: float) -> Any:
-    return pytest.approx(math.exp(-rate), rel=1e-6)
-
-
-class Holder:
-    """A plain object."""
-
-    k: Any = 1.0
 
 
 class Pair(NamedTuple):

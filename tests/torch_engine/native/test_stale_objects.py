@@ -25,30 +25,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decaying import D, Holder, decay, end
 from torch import Tensor, nn
 
 import pysciml_node as psn
 
 pytestmark = pytest.mark.usefixtures("looks_in_both")
 
-D = torch.float64
 RATE = 1.0
 Way = tuple[Callable[..., Any], Callable[[float], Any]]
-
-
-def end(f: Callable[..., Any], p: Any = None) -> float:
-    problem = psn.ODEProblem(f, torch.ones(1, dtype=D), (0.0, 1.0), p=p)
-    return float(psn.solve(problem, rtol=1e-9, atol=1e-9, compile=True).u1.detach())
-
-
-def decay(rate: float) -> Any:
-    return pytest.approx(math.exp(-rate), rel=1e-6)
-
-
-class Holder:
-    """A plain object."""
-
-    k: Any = 1.0
 
 
 class Real(float):
