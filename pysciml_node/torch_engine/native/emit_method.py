@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from typing_extensions import override
 
 from pysciml_node.replay.stages import Method
@@ -100,6 +101,35 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
             "",
         ]
     return "\n".join([*lines, *_bars(method, style, restrict)])
+
+
+def emit_estimates(method: Method, dtype: torch.dtype) -> str:
+    """What src/taken.h reads of a tableau: the weights of its estimates.
+
+    Args:
+        method: an explicit method.
+        dtype: of the state.
+    """
+    tableau = method.tableau
+    first, second = tableau.stiffness_stages or (-1, -1)
+    between = [0.0] * method.all_stages
+    if tableau.stiffness_stages is not None:
+        for sign, stage in ((1.0, first), (-1.0, second)):
+            for j, weight in enumerate(method.host_rows[stage]):
+                between[j] += sign * weight
+    rows = {"ERROR": tableau.b_error, "BETWEEN": between}
+    if tableau.b_error_low is not None:
+        rows["ERROR_LOW"] = tableau.b_error_low
+    return "\n".join(
+        [
+            f"enum {{ FIRST_ALIKE = {first}, SECOND_ALIKE = {second} }};",
+            f"static const double ROUNDING = {torch.finfo(dtype).eps!r};",
+            *(
+                f"static const REAL {name}[ALL_STAGES] = {{{', '.join(map(number, row))}}};"
+                for name, row in rows.items()
+            ),
+        ]
+    )
 
 
 def _ends_on_a_stage(tableau: Tableau) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method
-from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import Solution, Trajectory
 from pysciml_node.steps.autograd import graph_is_retained, pulled, saved_tensors_stay
@@ -33,7 +33,7 @@ from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.library import Library
-from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
+from pysciml_node.torch_engine.native.prepared import Prepared, See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -41,6 +41,7 @@ from pysciml_node.torch_engine.native.run import (
     fly,
     sweep_back,
 )
+from pysciml_node.torch_engine.native.trajectory import NativeTrajectory
 
 
 class FlownSolve(Solve):
@@ -52,10 +53,16 @@ class FlownSolve(Solve):
         options: of the solve.
         engine: name of the engine.
         surroundings: gives the field as the solve saw it.
+
+    Attributes:
+        parameters: the tensors that the code reads.
     """
 
     # Whether the ends receive gradients that the steps do not have.
     fixed = False
+    # What native code needs to take steps again, where it does.
+    prepared: Prepared | None = None
+    parameters: Sequence[Tensor] = ()
 
     def __init__(
         self,
@@ -106,13 +113,15 @@ class FlownSolve(Solve):
         assert isinstance(self.algorithm, OneStepMethod)
         accuracy = Accuracy.of(self.options, spec.dtype, sum(spec.sizes))
         methods = Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device, accuracy=accuracy)
-        return TorchTrajectory(
+        return NativeTrajectory(
             self.problem,
             methods,
             load,
             self.stats,
             self.options,
             surroundings=self.surroundings(),
+            prepared=self.prepared,
+            parameters=self.parameters,
         )
 
     @override
@@ -152,7 +161,6 @@ class SingleSolve(FlownSolve):
     Attributes:
         library: its code.
         departure: how it begins.
-        parameters: the tensors that the code reads.
         search: the events that it looks for.
         flight: what has been flown.
         moving: the ends of the interval and the saved times, where any of them is a tensor.
@@ -160,7 +168,6 @@ class SingleSolve(FlownSolve):
 
     library: Library
     departure: Departure
-    parameters: list[Tensor]
     search: Search | None = None
     flight: Flight
     moving: tuple[Any, ...] = ()
@@ -211,6 +218,7 @@ class NativeSolve(SingleSolve):
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
         prepared, self.parameters, see = prepare(problem, algorithm, options)
+        self.prepared = prepared
         assert isinstance(algorithm, OneStepMethod)
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure

@@ -20,7 +20,7 @@ from pysciml_node.errors import CompileError
 from pysciml_node.replay.stages import Method
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
-from pysciml_node.torch_engine.native.emit_method import emit_method
+from pysciml_node.torch_engine.native.emit_method import emit_estimates, emit_method
 from pysciml_node.torch_engine.native.parts import Parts
 from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import contiguous, padded
@@ -309,16 +309,17 @@ def write_explicit(program: Program, method: Method, in_parts: bool = True) -> W
     slot = stages * (2 * padded(size) + padded(emitter.work.size))
     text = (
         emit_method(method, size),
+        emit_estimates(method, method.nodes.dtype),
         *([] if parts is None else [parts.definitions]),
         emitted.source,
         ALONE_PACKED,
-        *map(source, (*loop, "explicit.h", *SWEEP, "explicit_sweep.h")),
+        *map(source, (*loop, "explicit.h", *SWEEP, "explicit_sweep.h", "taken.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(
         "\n".join(text), size_of(program), emitted.cost, stages, emitted.packed, march, sweep,
         slot * (1 if parts is None else parts.count), ends_of_attempt(method, size), list(rows),
-        parts,
+        parts, dict.fromkeys(("take", "pull_back"), (INTEGER, POINTER)),
     )  # fmt: skip
 
 
@@ -390,6 +391,16 @@ class Library(Code):
     def sweep(self, request: SweepRequest) -> int:
         """Go back for a while."""
         status: int = self.loaded.sweep(ctypes.byref(request))
+        return status
+
+    def take(self, request: Any) -> int:
+        """Take single steps again for a while."""
+        status: int = self.loaded.take(ctypes.addressof(request))
+        return status
+
+    def pull_back(self, request: Any) -> int:
+        """Go back through them for a while."""
+        status: int = self.loaded.pull_back(ctypes.addressof(request))
         return status
 
     def last_states(self, memory: Tensor) -> tuple[Tensor, Tensor]:

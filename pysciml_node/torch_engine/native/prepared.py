@@ -153,6 +153,7 @@ class Prepared:
             are counted from the end.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         recorded: whether the code has the derivatives of a Rosenbrock method.
+        json: the program as text, which explicit methods have their libraries by.
         spec: structure of the state. Like the method and the options it is kept, so that no other
             one is given its identity.
     """
@@ -165,6 +166,7 @@ class Prepared:
     places: list[int]
     contents: Contents
     recorded: bool
+    json: str
     spec: StateSpec
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -244,8 +246,9 @@ def _prepare(
     behind = iter(range(-len(constants), 0))
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
-        library, departure, tableau, program, constants, places, translated.contents, recorded, spec
-    )
+        library, departure, tableau, program, constants, places, translated.contents, recorded,
+        translated.json, spec,
+    )  # fmt: skip
     if departure.lasting and problem.mass_matrix is None:
         keep(now.watch, (*way, form_for(now, leaves)), made)
     tensors = [*now.tensors, *leaves[0]]
@@ -262,6 +265,12 @@ def _records(
     return any(map(moves, (*inputs, *parameters)))
 
 
+def explicit_library(json: str, program: Program, method: Method) -> Library:
+    """The code of a field, with its program as text, and of an explicit method."""
+    dtype = method.nodes.dtype
+    return library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
+
+
 def _library(
     problem: ODEProblem,
     translated: TranslatedModule,
@@ -273,7 +282,7 @@ def _library(
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
     sources = translated.sources
     if not isinstance(method.tableau, ImplicitTableau):
-        library = library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
+        library = explicit_library(json, program, method)
         if watched and library.parts is not None:
             whole = json, "whole"
             library = library_of(

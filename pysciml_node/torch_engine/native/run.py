@@ -133,22 +133,23 @@ class Flight:
 
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
-        return [t0, *(row[0] for row in self._rows())]
+        return [t0, *self._numbers()[::4]]
 
-    def _rows(self) -> list[list[float]]:
-        rows: list[list[float]] = self.log.steps.reshape(-1, 4)[: self.count].tolist()
-        return rows
+    def _numbers(self) -> list[float]:
+        """Four of each step."""
+        numbers: list[float] = self.log.steps.reshape(-1)[: 4 * self.count].tolist()
+        return numbers
 
     def record(self, interval: tuple[float, float], options: SolveOptions) -> Record:
         """The steps as the rest of the package reads them."""
-        rows, (t0, t1) = self._rows(), interval
+        numbers, (t0, t1) = self._numbers(), interval
         record = Record(
-            times=[t0, *(row[0] for row in rows)],
-            sizes=[row[1] for row in rows],
-            errors=[row[2] for row in rows],
-            stops=[None if row[3] < 0 else int(row[3]) for row in rows],
+            times=[t0, *numbers[::4]],
+            sizes=numbers[1::4],
+            errors=numbers[2::4],
+            stops=[None if stop < 0 else int(stop) for stop in numbers[3::4]],
             saved=self.reached,
-            naccept=len(rows),
+            naccept=self.count,
             nreject=self.nreject,
             retcode=self.retcode,
             last=self.attempt,
@@ -156,7 +157,8 @@ class Flight:
             marks=(t0, *options.tstops, t1),
             t1_stop=len(options.landings(1 if t1 > t0 else -1)),
         )
-        asked, places = options.saveat or (), self.log.places[: self.reached].tolist()
+        asked = options.saveat or ()
+        places = self.log.places[: self.reached].tolist() if self.reached else []
         for i, (t, (place, theta)) in enumerate(zip(asked, places, strict=False)):
             if math.isnan(theta):
                 record.at_end.setdefault(int(place), []).append(i)

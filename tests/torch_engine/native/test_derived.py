@@ -184,7 +184,9 @@ def test_dense_output_of_a_flow_is_that_of_the_field_as_it_was() -> None:
         flow.log_prob(x)
     expected = seen[1](0.3).detach(), seen[1].step_estimates()[0].error.detach()
     field.between = lambda t, h: torch.sin(h) * t
-    expect_equal([seen[0](0.3), seen[0].step_estimates()[0].error], list(expected))
+    expect_equal([seen[0](0.3)], [expected[0]])
+    # A small difference of large numbers, of the field in native code and in Python.
+    torch.testing.assert_close(seen[0].step_estimates()[0].error, expected[1], rtol=1e-9, atol=0)
 
 
 def test_the_density_of_a_linear_flow_is_exact() -> None:

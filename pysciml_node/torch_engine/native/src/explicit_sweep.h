@@ -22,24 +22,35 @@ static void psn_share(const Sweep *s, const Part *p, int64_t n) {
 }
 
 /* A step that is replayed: its stages, of which one may be known from the step after it, and whether
-   its first one is left to the step before. */
+   its first one is left to the step before; or one of single steps, with estimates that have cotangents,
+   and whether its first stage is a constant (taken.h). */
 typedef struct {
   Sweep *s;
   int64_t n, inside;
   double h;
   REAL times[ALL_STAGES];
   int count, known, shares;
+  const struct Taken *taken;
+  int constant;
 } Replay;
+
+/* In taken.h. */
+static void psn_pull_estimates_in(const struct Taken *taken, const Part *p, const REAL *u, const REAL *k,
+                                  double h, REAL *bar, REAL *sum);
+
+/* The state at the start of a part of a step. */
+static const REAL *psn_start_in(const Replay *r, const Part *p) {
+  const REAL *whole = r->s->ends + r->n * ENTIRE;
+  if (PARTS == 1) return whole;
+  REAL *own = BARS_OF(p) + ALL_STAGES * ROW;
+  psn_take_part(p->part, whole, own);
+  return own;
+}
 
 /* The stages of a part of a step, taken again. */
 static void psn_take_again(const Replay *r, const Part *p) {
   const Sweep *s = r->s;
-  const REAL *whole = s->ends + r->n * ENTIRE, *u = whole;
-  if (PARTS > 1) {
-    REAL *own = BARS_OF(p) + ALL_STAGES * ROW;
-    psn_take_part(p->part, whole, own);
-    u = own;
-  }
+  const REAL *u = psn_start_in(r, p);
   for (int i = 0; i < r->count; i++) {
     REAL *g = STAGE_OF(p, i);
     if (i == r->known) continue;
@@ -59,6 +70,11 @@ static void psn_replay_in(void *job, int part) {
   if (!slot) psn_take_again(r, &p);
   memcpy(sum, bar, N * sizeof(REAL));
   psn_pull_outputs_in(s, &p, k, r->inside, r->count, r->h, sum);
+  if (r->taken) {
+    psn_pull_estimates_in(r->taken, &p, psn_start_in(r, &p), k, r->h, bar, sum);
+    /* Stages that the dense output alone has. */
+    memset(bars + r->count * ROW, 0, (ALL_STAGES - r->count) * ROW * sizeof(REAL));
+  }
   double t_bar = 0, h_bar = 0;
   for (int i = r->count - 1; i >= 0; i--) {
     REAL *own = STAGE_OF(&p, i), *k_bar = own + ROW;
@@ -66,9 +82,9 @@ static void psn_replay_in(void *job, int part) {
     combine_bars(i, r->count, h, bar, bars, k_bar);
     if (i == r->known)
       for (int e = 0; e < N; e++) k_bar[e] += SHARED_BAR(&p)[e];
-    if (r->shares && i == 0) {
+    if (i == 0 && (r->shares || r->constant)) {
       memset(bars, 0, N * sizeof(REAL));
-      psn_share(s, &p, r->n);
+      if (r->shares) psn_share(s, &p, r->n);
       break;
     }
     REAL time[LANES] = {0};

@@ -63,18 +63,23 @@ static void psn_end_in(void *job, int part) {
 #endif
 }
 
+/* The norm of the errors of an attempt, without its factor, and the sums of squares that it is of. */
+static double psn_error_norm(const Ending *e, REAL *high, REAL *low) {
+  *high = *low = 0;
+  for (int part = 0; part < PARTS; part++) *high += e->high[part], *low += e->low[part];
+  double norm = F(__builtin_sqrt)(*high);
+#ifdef TWO_ERRORS
+  if (norm != 0) norm = *high / F(__builtin_sqrt)(*high + (REAL)0.01 * *low);
+#endif
+  return norm;
+}
+
 /* The end of an attempt, into LAST, and its error; NaN for fixed steps. */
 static double psn_end(Solve *s, double h, int adaptive) {
   Ending e = {s, (REAL)h, adaptive};
+  REAL high, low;
   IN_PARTS(s->team, psn_end_in, &e);
-  if (!adaptive) return NAN;
-  REAL high = 0, low = 0;
-  for (int part = 0; part < PARTS; part++) high += e.high[part], low += e.low[part];
-  double norm = F(__builtin_sqrt)(high);
-#ifdef TWO_ERRORS
-  if (norm != 0) norm = high / F(__builtin_sqrt)(high + (REAL)0.01 * low);
-#endif
-  return norm * s->factor * fabs(h);
+  return adaptive ? psn_error_norm(&e, &high, &low) * s->factor * fabs(h) : NAN;
 }
 
 /* The field at a state in memory, of which the first part is given. */
