@@ -42,6 +42,7 @@ class TranslatedModule(NamedTuple):
             tensor itself for a constant.
         contents: numbers of the snapshot's tensors whose entries are part of the program, with
             those entries.
+        read: the extra argument as the program reads it.
     """
 
     json: str
@@ -50,6 +51,7 @@ class TranslatedModule(NamedTuple):
     snapshot: Snapshot
     sources: tuple[int | Tensor, ...]
     contents: Contents
+    read: Any
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ class _Outcome:
         return all(i in self.passing or now == before for i, (now, before) in pairs)
 
 
+_Given = tuple[Any, Any]
+"""The extra argument of a field, and the same as the program reads it."""
+
 _MOST = 64
 """Translations that are kept of a module."""
 
@@ -162,7 +167,11 @@ def _of_its_class(f: Callable[..., Any]) -> deque[_Outcome]:
 
 
 def translate(
-    module: Callable[..., Any], spec: StateSpec, p: Any = None, silent: bool = False
+    module: Callable[..., Any],
+    spec: StateSpec,
+    p: Any = None,
+    read: Any = None,
+    silent: bool = False,
 ) -> TranslatedModule:
     r"""A vector field `module(t, u)`, or `module(t, u, p)`, as a program.
 
@@ -176,6 +185,8 @@ def translate(
             or any other callable.
         spec: structure of the state.
         p: extra argument: a tensor, or a tuple, list or dict of tensors and numbers.
+        read: the extra argument as the program reads it, with tensors for numbers (numbers.py);
+            `p` itself unless it is given.
         silent: refuse a field that counts, records or prints when it is evaluated, and one that is
             another at each solve: for callers that can as well evaluate it itself.
 
@@ -201,11 +212,12 @@ def translate(
         >>> [tuple(x.shape) for x in translated.parameters]
         [(2, 3), (2,)]
     """
-    return _translated(module, spec, p, GraphWalk, silent, _OFTEN if silent else math.inf)
+    often = _OFTEN if silent else math.inf
+    return _translated(module, spec, p, GraphWalk, silent, often, read)
 
 
 def translate_diffusion(
-    diffusion: Callable[..., Any], spec: StateSpec, p: Any = None
+    diffusion: Callable[..., Any], spec: StateSpec, p: Any = None, read: Any = None
 ) -> TranslatedModule:
     """The diffusion of a stochastic equation as a program.
 
@@ -215,11 +227,12 @@ def translate_diffusion(
         diffusion: called with the time, a 0-d tensor, the state, and `p` if there is one.
         spec: structure of the state.
         p: extra argument.
+        read: the same as the program reads it.
 
     Raises:
         UnsupportedModule: as `translate`.
     """
-    return _translated(diffusion, spec, p, DiffusionWalk, False, math.inf)
+    return _translated(diffusion, spec, p, DiffusionWalk, False, math.inf, read)
 
 
 def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> TranslatedModule:
@@ -246,6 +259,7 @@ def _translated(
     walk: type[GraphWalk],
     silent: bool,
     often: float,
+    read: Any = None,
 ) -> TranslatedModule:
     """The program of a callable, kept or made.
 
@@ -256,11 +270,13 @@ def _translated(
         walk: what goes through its graph, and so knows what it returns.
         silent: refuse one that counts, records or prints when it is evaluated.
         often: translations after which it is refused as another one at each solve.
+        read: the extra argument as the program reads it; `p` itself unless it is given.
     """
+    read = p if read is None else read
     mode = foreign_mode()
     if mode is not None:
         raise UnsupportedModule(f"{label(f)} is evaluated where {mode} may change its operations.")
-    tensors, _ = leaves = leaves_of(p)
+    tensors, _ = leaves = leaves_of(read)
     foreign = class_of_its_own(tensors)
     if foreign is not None:
         raise UnsupportedModule(
@@ -287,7 +303,7 @@ def _translated(
             if any(map(Tensor.is_inference, now.tensors)):  # others may take their places
                 made = "tensors that were made in torch.inference_mode: make it outside of that"
                 raise UnsupportedModule(f"{label(f)} cannot be traced with its {made}.")
-            before, outcome = now, _outcome(f, spec, p, walk, kind, now)
+            before, outcome = now, _outcome(f, spec, (p, read), walk, kind, now)
             now = Snapshot.of(f)
             if not have_same(before.tensors, now.tensors, outcome.numbers):
                 raise UnsupportedModule(
@@ -303,7 +319,7 @@ def _translated(
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
     return TranslatedModule(
-        result.json, parameters, result.program, now, result.sources, outcome.contents
+        result.json, parameters, result.program, now, result.sources, outcome.contents, read
     )
 
 
@@ -317,17 +333,17 @@ def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outc
 def _outcome(
     module: Callable[..., Any],
     spec: StateSpec,
-    p: Any,
+    given: _Given,
     walk: type[GraphWalk],
     kind: Any,
     before: Snapshot,
 ) -> _Outcome:
     result: _Translation | tuple[str, str | None, bool]
     used: set[int] = set()
-    surroundings = Surroundings({"f": module, "p": p})
+    surroundings = Surroundings({"f": module, "p": given[0]})
     try:
         with numbers_put_back(before.tensors):
-            result, used = _translate(module, spec, p, walk, before)
+            result, used = _translate(module, spec, given, walk, before)
     except UnsupportedModule as error:
         result = (error.message, error.operation, error.captured)
     after = Snapshot.of(module)
@@ -355,19 +371,20 @@ def _is_source(i: int, x: Tensor, result: Any) -> bool:
 
 
 def _translate(
-    f: Callable[..., Any], spec: StateSpec, p: Any, kind: type[GraphWalk], snapshot: Snapshot
+    f: Callable[..., Any], spec: StateSpec, given: _Given, kind: type[GraphWalk], snapshot: Snapshot
 ) -> tuple[_Translation, set[int]]:
     """The translation, and the numbers of the tensors whose entries are part of it."""
+    p, read = given
     if spec.dtype.is_complex:
         raise UnsupportedModule("modules of complex states cannot be translated.")
     if snapshot.fickle is not None:
         raise UnsupportedModule(f"{label(f)} {snapshot.fickle}, which may differ at each solve.")
     with torch.inference_mode(False), full_precision(spec.device), saved_by(as_it_is):
-        walk, prints = _walk(f, spec, p, kind, snapshot)
+        walk, prints = _walk(f, spec, read, kind, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints)
-        parameters = translation.parameters([*snapshot.tensors, *leaves_of(p)[0]])
+        parameters = translation.parameters([*snapshot.tensors, *leaves_of(read)[0]])
         further = () if p is None else (p,)
 
         def flat(t: Tensor, u: Any) -> Tensor:

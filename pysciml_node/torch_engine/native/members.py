@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -49,6 +50,7 @@ from pysciml_node.torch_engine.native.prepared import See, check, no_code, refus
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES, Flight, Notes, States
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.numbers import first_to_succeed
 
 
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
@@ -280,13 +282,14 @@ def _prepare(ensemble: EnsembleProblem, method: Method) -> _Prepared:
     leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
     json, mass, pulled = "", problem.mass, None
     try:
-        translated = translate(problem.f, problem.spec, first)
+        reading = partial(translate, problem.f, problem.spec, first)
+        translated = first_to_succeed(first, problem.spec, reading)
         read, json = translated.parameters, translated.json
         programs = [translated.program]
         inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *read)
         is_rosenbrock = isinstance(method.tableau, RosenbrockTableau)
         if is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs)):
-            back = pulled_program(problem.f, problem.spec, first, translated)
+            back = pulled_program(problem.f, problem.spec, translated)
             read, json = [*read, *back.parameters(read)], json + back.json
             programs.append(back.program)
         places = [leaves.get(id(x)) for x in read]

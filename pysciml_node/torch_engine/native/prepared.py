@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ from pysciml_node.torch_engine.native.library import (
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.translation.export import TranslatedModule, translate
-from pysciml_node.translation.leaves import Leaves, form_for, leaves_of
+from pysciml_node.translation.leaves import form_for, leaves_of
+from pysciml_node.translation.numbers import first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
@@ -213,33 +215,34 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
         CompileError: an option or the field has no native code, or there is no compiler.
     """
     f, p, tableau = problem.f, problem.p, getattr(algorithm, "tableau", None)
-    leaves = leaves_of(p)
     way = id(problem.spec), id(tableau), id(options)
     now = Snapshot.again(f) if problem.mass_matrix is None else None
-    known = None if now is None else known_of(now.watch, (*way, form_for(now, leaves)), Prepared)
-    if now is not None and known is not None:
-        tensors = [*now.tensors, *leaves[0]]
-        parameters = known.parameters(tensors)
-        if known.serves(problem, options, tensors, parameters):
-            _check_call(problem, algorithm, options)
-            return Ready(known, parameters, surroundings_of(f, p, now))
-    return _prepare(problem, algorithm, options, way, leaves)
+    if now is None:
+        return _prepare(problem, algorithm, options, way)
+    for leaves in map(leaves_of, ways_to_read(p, problem.spec)):
+        known = known_of(now.watch, (*way, form_for(now, leaves)), Prepared)
+        if known is not None:
+            tensors = [*now.tensors, *leaves[0]]
+            parameters = known.parameters(tensors)
+            if known.serves(problem, options, tensors, parameters):
+                _check_call(problem, algorithm, options)
+                return Ready(known, parameters, surroundings_of(f, p, now))
+    return _prepare(problem, algorithm, options, way)
 
 
-def _prepare(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way, leaves: Leaves
-) -> Ready:
+def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way) -> Ready:
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
     f, p, spec, (tableau,) = problem.f, problem.p, problem.spec, algorithm.tableaus
     method = Method.of(tableau, spec.dtype, spec.device)
     try:
-        translated = translate(f, spec, p)
+        translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
         recorded = _records(problem, tableau, options, translated.parameters)
         library, sources = _library(problem, translated, method, recorded, bool(options.events))
     except UnsupportedModule as error:
         raise no_code(error) from error
+    leaves = leaves_of(translated.read)
     now, program = translated.snapshot, translated.program
     departure = departure_of(library, problem, options, tableau.error_order)
     constants = [x for x in sources if isinstance(x, Tensor)]
@@ -296,7 +299,7 @@ def _library(
             json, method.tableau, dtype, lambda: write_implicit(program, None, method, mass)
         )
         return library, sources
-    pulled = pulled_program(problem.f, problem.spec, problem.p, translated)
+    pulled = pulled_program(problem.f, problem.spec, translated)
     library = library_of(
         json + pulled.json,
         method.tableau,

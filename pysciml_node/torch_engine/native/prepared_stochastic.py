@@ -29,6 +29,7 @@ from pysciml_node.torch_engine.native.prepared import (
 )
 from pysciml_node.torch_engine.native.stochastic_code import Translated
 from pysciml_node.translation.leaves import form_for, leaves_of
+from pysciml_node.translation.numbers import ways_to_read
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, Watch, have_contents
@@ -124,15 +125,16 @@ def prepare_sde(
     check_surroundings(options)
     shared = options if options.unseeded is None else options.unseeded
     tableau = algorithm.tableau_for(problem)
-    further, _ = leaves = leaves_of(problem.p)
     how = id(tableau), algorithm.delta, problem.noise, problem.interpretation
     way = id(problem.spec), id(shared), how
     drift, diffusion = Snapshot.again(problem.drift), Snapshot.again(problem.diffusion)
     if drift is not None and diffusion is not None:
-        forms = form_for(drift, leaves), form_for(diffusion, leaves)
-        known = known_of(drift.watch, (*way, forms, id(diffusion.watch)), PreparedSDE)
-        if known is not None and known.serves(problem, shared, drift, diffusion):
-            return _ready(known, problem, drift, diffusion, further)
+        for read in ways_to_read(problem.p, problem.spec):
+            further, _ = leaves = leaves_of(read)
+            forms = form_for(drift, leaves), form_for(diffusion, leaves)
+            known = known_of(drift.watch, (*way, forms, id(diffusion.watch)), PreparedSDE)
+            if known is not None and known.serves(problem, shared, drift, diffusion):
+                return _ready(known, problem, drift, diffusion, further)
     check_kind(problem.spec, options, problem.drift, problem.diffusion)
     spec = problem.spec
     method = SDEMethod.of(tableau, algorithm.delta, spec.dtype, spec.device)
@@ -143,6 +145,7 @@ def prepare_sde(
         raise no_code(error, "the drift or the diffusion") from error
     departure = departure_of(library, problem, shared, tableau.error_order)
     drift, diffusion = translated.drift.snapshot, translated.diffusion.snapshot
+    further, _ = leaves = leaves_of(translated.drift.read)
     made = PreparedSDE(
         library,
         departure,

@@ -109,14 +109,13 @@ _KNOWN: Recent[int, PulledProgram] = Recent(64)
 
 
 def pulled_program(
-    f: Callable[..., Any], spec: StateSpec, p: Any, translated: TranslatedModule
+    f: Callable[..., Any], spec: StateSpec, translated: TranslatedModule
 ) -> PulledProgram:
     """The program of the pullback of a field, made once for each of the field.
 
     Args:
         f: the field.
         spec: structure of its state.
-        p: its parameters, or `None`.
         translated: the field as a program.
 
     Raises:
@@ -131,7 +130,7 @@ def pulled_program(
         )
     field = PulledField(f, spec)
     try:
-        pulled = translate(field, field.whole, p)
+        pulled = translate(field, field.whole, translated.read)
     except UnsupportedModule as error:
         raise UnsupportedModule(
             f"gradients of a Rosenbrock step take its second derivatives, and {error.message}",

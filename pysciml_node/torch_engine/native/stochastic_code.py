@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from pysciml_node.torch_engine.native.library import (
 from pysciml_node.torch_engine.native.rows import without_repetitions
 from pysciml_node.torch_engine.native.text import padded, wide
 from pysciml_node.translation.export import TranslatedModule, translate, translate_diffusion
+from pysciml_node.translation.numbers import first_to_succeed
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
 
@@ -71,9 +73,13 @@ class Translated:
             UnsupportedModule: one of both cannot be translated.
             ValueError: the diffusion has another shape than the noise asks for.
         """
-        spec = problem.spec
-        drift = translate(problem.drift, spec, problem.p)
-        diffusion = translate_diffusion(problem.diffusion, spec, problem.p)
+        return first_to_succeed(problem.p, problem.spec, partial(cls._reading, problem))
+
+    @classmethod
+    def _reading(cls, problem: SDEProblem, read: Any) -> Translated:
+        spec, p = problem.spec, problem.p
+        drift = translate(problem.drift, spec, p, read)
+        diffusion = translate_diffusion(problem.diffusion, spec, p, read)
         shape = torch.Size(diffusion.program.shapes[0])
         looked_at = problem.noise in ("additive", "general")
         value = torch.empty(shape, device="meta") if looked_at else None

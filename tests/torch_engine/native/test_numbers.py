@@ -1,0 +1,138 @@
+"""Numbers in `p`, and what they cost: other numbers are other values, and no other code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import pysciml_node as psn
+from pysciml_node.torch_engine.native.compiler import available
+from pysciml_node.translation import export
+
+pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
+
+D = torch.float64
+_START = torch.tensor([1.0, 2.0], dtype=D)
+
+
+class _Rates(NamedTuple):
+    fast: float
+    slow: float
+
+
+def _solve(f: Any, p: Any, algorithm: Any = None, u0: Tensor = _START) -> psn.Solution:
+    problem = psn.ODEProblem(f, u0, (0.0, 1.0), p=p)
+    return psn.solve(problem, algorithm, rtol=1e-9, atol=1e-9, compile=True)
+
+
+def _decays(u1: Tensor, rate: float, start: Tensor = _START) -> None:
+    torch.testing.assert_close(u1.detach(), start * math.exp(-rate), rtol=1e-7, atol=0)
+
+
+@pytest.fixture
+def nothing_made() -> Any:
+    return mock.patch.object(export, "_translate", side_effect=AssertionError("made again"))
+
+
+@pytest.mark.parametrize(
+    ("f", "p_of"),
+    [
+        (lambda t, u, p: -p * u, lambda rate: rate),
+        (lambda t, u, p: -p["part"][0] * u * p["part"][1], lambda rate: {"part": [rate, 1.0]}),
+        (lambda t, u, p: -(p.fast + p.slow) * u, lambda rate: _Rates(rate, 0.0)),
+        (lambda t, u, p: -p[0] * u / p[1], lambda rate: (rate, torch.ones(2, dtype=D))),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Rodas5P(), psn.KenCarp4()])
+def test_other_numbers_need_no_other_code(
+    f: Any, p_of: Callable[[float], Any], algorithm: Any, nothing_made: Any
+) -> None:
+    def solved(rate: float) -> None:
+        u0 = _START.clone().requires_grad_()
+        solution = _solve(f, p_of(rate), algorithm, u0)
+        _decays(solution.u1, rate)
+        _decays(solution(0.5), rate / 2)
+        (gradient,) = torch.autograd.grad(solution.u1.sum(), u0)
+        torch.testing.assert_close(gradient, torch.full_like(u0, math.exp(-rate)))
+
+    solved(0.5)
+    with nothing_made:
+        solved(0.75)
+        solved(-0.25)
+
+
+def test_members_share_numbers(nothing_made: Any) -> None:
+    starts = torch.stack((_START, 3 * _START))
+
+    def solved(rate: float) -> None:
+        one = psn.ODEProblem(lambda t, u, p: -p * u, _START, (0.0, 1.0), p=rate)
+        many = psn.solve(psn.EnsembleProblem(one, u0=starts), rtol=1e-9, atol=1e-9, compile=True)
+        _decays(many.u1, rate, starts)
+        _decays(many[1](0.5), rate / 2, starts[1])
+
+    solved(0.5)
+    with nothing_made:
+        solved(0.75)
+
+
+def test_stochastic_equations_read_numbers(nothing_made: Any) -> None:
+    def solved(p: tuple[float, float]) -> None:
+        problem = psn.SDEProblem(
+            lambda t, u, p: p[0] * u, lambda t, u, p: p[1] * u, _START[:, None], (0.0, 1.0), p=p
+        )
+        found = [
+            psn.solve(problem, generator=torch.Generator().manual_seed(0), compile=compiled).u1
+            for compiled in (True, False)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+    solved((0.5, 0.1))
+    with nothing_made:
+        solved((0.25, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("f", "rate_of"),
+    [
+        (lambda t, u, p: -math.sin(p) * u, math.sin),
+        (lambda t, u, p: -u if p > 0.6 else -2 * u, lambda p: 1.0 if p > 0.6 else 2.0),
+        (lambda t, u, p: -p * u if isinstance(p, float) else u, lambda p: p),
+        (lambda t, u, p: -torch.full_like(u, p) * u, lambda p: p),
+        (lambda t, u, p: -sum(p for _ in range(2)) * u, lambda p: 2 * p),
+    ],
+)
+def test_numbers_that_python_uses_are_those_of_the_solve(f: Any, rate_of: Any) -> None:
+    for p in (0.5, 0.75, 0.5):
+        _decays(_solve(f, p).u1, rate_of(p))
+
+
+def test_exponents_may_be_numbers() -> None:
+    """`u' = -u^n` has `u^(1 - n) = u0^(1 - n) + (n - 1) t`."""
+    for n in (2.0, 3.0, 2.5):
+        u0 = _START.clone().requires_grad_()
+        u1 = _solve(lambda t, u, p: -(u**p), n, u0=u0).u1
+        expected = (u0 ** (1 - n) + (n - 1)) ** (1 / (1 - n))
+        torch.testing.assert_close(u1, expected, rtol=1e-7, atol=0)
+        gradients = [torch.autograd.grad(x.sum(), u0)[0] for x in (u1, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+def test_whole_numbers_count() -> None:
+    for n in (1, 3, 2):
+        _decays(_solve(lambda t, u, p: -sum(u for _ in range(p)), n).u1, n)
+
+
+def test_single_precision_has_the_numbers_of_python() -> None:
+    """Products that single precision does not have: Planck's constant over that of Boltzmann."""
+    u0 = torch.ones(2)
+    for h in (6.6e-34, 1.3e-33):
+        u1 = _solve(lambda t, u, p: -(p[0] * p[0]) / (p[1] * p[1]) * 1e21 * u, (h, 1.4e-23), u0=u0)
+        torch.testing.assert_close(
+            u1.u1, u0 * math.exp(-((h / 1.4e-23) ** 2) * 1e21), rtol=1e-5, atol=0
+        )
