@@ -141,6 +141,8 @@ _SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[Any], Arguments]] = {}
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
+_CALLED_AS_SAID = (types.FunctionType, types.MethodType)
+
 _OWN_WORDS = ("__signature__", "__wrapped__")
 """Attributes by which an object says itself how it is called."""
 
@@ -155,9 +157,10 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
 def arguments(value: Callable[..., Any]) -> Arguments:
     """The arguments that a callable takes; those of `forward` for a module."""
     forward = _forward_of(value) if isinstance(value, nn.Module) else value
-    call = type(forward).__dict__.get("__call__")
-    if type(call) is types.FunctionType and not any(hasattr(forward, x) for x in _OWN_WORDS):
-        forward = call.__get__(forward)  # an object whose class says how it is called
+    if not isinstance(forward, _CALLED_AS_SAID):
+        call = type(forward).__dict__.get("__call__")
+        if type(call) is types.FunctionType and not any(hasattr(forward, x) for x in _OWN_WORDS):
+            forward = call.__get__(forward)  # an object whose class says how it is called
     function = forward.__func__ if isinstance(forward, types.MethodType) else forward
     if not isinstance(function, types.FunctionType):
         return Arguments(forward)

@@ -26,13 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import Problem
-from pysciml_node.problems.state import (
-    kind_of,
-    map_tensors,
-    refuse_batched,
-    refuse_vmap,
-    tensors_of,
-)
+from pysciml_node.problems.state import map_tensors, refuse_batched, refuse_vmap, tensors_of
 
 P = TypeVar("P", bound=Problem | EnsembleProblem)
 R = TypeVar("R")
@@ -140,12 +134,12 @@ class InModes:
         return x.to(self.dtype) if halved else x
 
 
-def are_ordinary(device: torch.device) -> bool:
-    """Whether the modes are those of `ordinary_modes` already."""
+def are_ordinary() -> bool:
+    """Whether torch is in none of the modes that `ordinary_modes` leaves."""
     return not (
         torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(kind_of(device))
-        or _default_device() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_function_stack()
     )
 
 
@@ -156,7 +150,7 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
     The solver's operations, and the tensors that it keeps, must not be subject to these modes.
     Gradients stay as they are outside, where inference mode has none.
     """
-    if are_ordinary(device):
+    if are_ordinary():
         yield
         return
     with ExitStack() as stack:
@@ -218,20 +212,16 @@ def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     if isinstance(problem, EnsembleProblem):
         return False
     for value in (problem.u0, *problem.tspan, problem.p):
-        if isinstance(value, Tensor):
+        if type(value) is Tensor:
             if value.is_inference():
                 return False
         elif type(value) not in _PLAIN and any(map(Tensor.is_inference, tensors_of(value))):
             return False
-    c = torch._C
-    return not (
-        torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(kind_of(problem.spec.device))
-        or forward_ad._current_level >= 0
-        or c._are_functorch_transforms_active()
-        or c._len_torch_function_stack()
-        or c._len_torch_dispatch_stack()
-        or c._get_tracing_state() is not None
+    return are_ordinary() and not (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -257,21 +247,24 @@ def _made_solvable(problem: P, forward_mode: bool) -> Iterator[P]:
         yield _in_modes(problem, surrounding, check)
 
 
-def in_ordinary_modes(solve: Callable[[P], R], problem: P, forward_mode: bool) -> R:
+def in_ordinary_modes(
+    solve: Callable[..., R], problem: P, forward_mode: bool, *arguments: Any
+) -> R:
     """What `solve` makes of a problem inside `solvable`, whose context is only made where needed.
 
     Args:
-        solve: is given the problem as it can be solved.
+        solve: is given the problem as it can be solved, and the arguments.
         problem: as it was given.
         forward_mode: whether derivatives in forward mode can pass through.
+        *arguments: handed on.
     """
     if nothing_is_special(problem):
-        return solve(problem)
+        return solve(problem, *arguments)
     device, surrounding, check = _outside(problem, forward_mode)
     if surrounding is None and not torch.is_inference_mode_enabled():
-        return solve(_in_modes(problem, None, check))
+        return solve(_in_modes(problem, None, check), *arguments)
     with ordinary_modes(device):
-        return solve(_in_modes(problem, surrounding, check))
+        return solve(_in_modes(problem, surrounding, check), *arguments)
 
 
 def _in_modes(problem: P, surrounding: Surrounding | None, check: Check | None) -> P:

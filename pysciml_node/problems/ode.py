@@ -241,6 +241,8 @@ class Problem(checks.Configured):
 def ends_of(problem: Problem) -> tuple[float, float]:
     """Both ends of a problem's interval as numbers."""
     t0, t1 = problem.tspan
+    if type(t0) is float and type(t1) is float:
+        return t0, t1
     return time_number(t0), time_number(t1)
 
 

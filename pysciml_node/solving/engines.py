@@ -41,6 +41,8 @@ class Engine(Protocol):
 
 
 ENGINES = ("auto", "torch", "julia")
+_VARIABLE = "PYSCIML_NODE_ENGINE"
+_ENCODED = os.environ.encodekey(_VARIABLE)
 _chosen: str | None = None
 
 
@@ -62,7 +64,11 @@ def get_engine() -> str:
     """The engine `solve` uses when none is named: `set_engine`'s, the environment's, or auto."""
     if _chosen is not None:
         return _chosen
-    return _check(os.environ.get("PYSCIML_NODE_ENGINE", "auto"), "PYSCIML_NODE_ENGINE")
+    # Every solve asks; the environment takes a microsecond to say that it has no such name.
+    kept = getattr(os.environ, "_data", None)
+    if kept is not None and _ENCODED not in kept:
+        return "auto"
+    return _check(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
 
 
 def named(name: str) -> Engine:

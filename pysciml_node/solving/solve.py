@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -158,20 +157,17 @@ def solve(
         "compile": compile,
         "generator": generator,
     }
-    begin: Callable[[Any], Any]
+    forward_mode, how = isinstance(adjoint, DirectAdjoint), (algorithm, engine, given)
     if isinstance(problem, EnsembleProblem):
-        begin = partial(_solve_ensemble, algorithm, engine, given, members)
-    else:
-        begin = partial(_solve_one, algorithm, engine, given)
-        check_problem(problem)
-        if members is not None:
-            raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
-    solution: Any = in_ordinary_modes(begin, problem, isinstance(adjoint, DirectAdjoint))
-    return solution  # type: ignore[no-any-return]
+        return in_ordinary_modes(_solve_ensemble, problem, forward_mode, *how, members)
+    check_problem(problem)
+    if members is not None:
+        raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
+    return in_ordinary_modes(_solve_one, problem, forward_mode, *how)
 
 
 def _solve_one(
-    algorithm: Algorithm | None, engine: str | None, given: dict[str, Any], problem: Problem
+    problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
 ) -> Solution:
     algorithm, options, chosen, _ = plan_of(problem, algorithm, engine, given)
     if _random(problem):
@@ -185,11 +181,11 @@ def _solve_one(
 
 
 def _solve_ensemble(
+    ensemble: EnsembleProblem,
     algorithm: Algorithm | None,
     engine: str | None,
     given: dict[str, Any],
     parallel: Parallel | None,
-    ensemble: EnsembleProblem,
 ) -> EnsembleSolution:
     if parallel is not None:
         checks.instance("members", parallel, Parallel, example="members=Parallel()")

@@ -147,13 +147,13 @@ def pulled(
         inputs: what they depend on, the first on the device of the solve.
         cotangents: as `backward` was given them.
     """
+    transformed = torch._C._are_functorch_transforms_active()
+    batched = any(map(_is_legacy_batch, cotangents))
+    if not (transformed or batched or torch.is_grad_enabled()) and are_ordinary():
+        return pull(*cotangents)
     first = inputs[0]
     assert first is not None
     place = first.device
-    transformed = torch._C._are_functorch_transforms_active()
-    batched = any(map(_is_legacy_batch, cotangents))
-    if not (transformed or batched or torch.is_grad_enabled()) and are_ordinary(place):
-        return pull(*cotangents)
 
     def sweep(*row: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad(), ordinary_modes(place):

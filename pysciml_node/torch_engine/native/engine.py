@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,7 +150,7 @@ class FlownSolve(Solve):
     def _shaped(self, x: Tensor, leading: int = 0) -> Any:
         """States, flat or as the initial one was given, in its structure."""
         spec, x = self.problem.spec, self.state(x)
-        if spec.keys is None and x.shape[leading:] == spec.shapes[0]:
+        if spec.keys is None and x.dim() == leading + len(spec.shapes[0]):
             return x
         return spec.unflatten(x)
 
@@ -199,9 +199,8 @@ class SingleSolve(FlownSolve):
         # Torch takes its time for each thing that a node is given.
         if not (type(t0) is type(t1) is float and saveat is None):
             self.moving = t0, t1, saveat
-        saved, ends, last = _Node.apply(  # type: ignore[no-untyped-call]
-            self, self.u0, *self.moving, *self.parameters
-        )
+        u0 = torch._C._functorch.unwrap_if_dead(self.u0)
+        saved, ends, last = _as_node(self, u0, *self.moving, *self.parameters)
         return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
 
 
@@ -277,6 +276,10 @@ class _Node(torch.autograd.Function):
         if not graph_is_retained():
             ctx.solve.flight.kept = None
         return (None, *gradients)
+
+
+# Without what torch does for its transforms, in which native solves are refused.
+_as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
 def _pull(

@@ -71,6 +71,10 @@ _MOST_KEPT = 2
 """Memories of a library that are kept for later solves."""
 
 
+_MANY = 64
+"""Places that are too many to keep arrays of them."""
+
+
 _LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P4q", "3q"))
 
 
@@ -233,13 +237,15 @@ class Code(Settled):
 
 
 def addresses(tensors: Sequence[Tensor]) -> Any:
-    """Where tensors lie, as an array of C."""
-    return _pointers(len(tensors))(*map(Tensor.data_ptr, tensors))
+    """Where tensors lie, as an array of C that is only read."""
+    make = _array if len(tensors) < _MANY else _array.__wrapped__
+    return make(*map(Tensor.data_ptr, tensors))
 
 
-@functools.cache
-def _pointers(count: int) -> Any:
-    return POINTER * count
+@functools.lru_cache(maxsize=64)
+def _array(*places: int) -> Any:
+    """One for the same places: parameters stay where they are."""
+    return (POINTER * len(places))(*places)
 
 
 def turns(cost: int, stages: int) -> int:
@@ -352,6 +358,7 @@ class Library(Code):
         size: entries of the state.
         cost: multiplications of an evaluation.
         slot: entries of a step whose stages are kept for the sweep.
+        start_at: bytes in front of the cotangent of the initial state, behind the parameters'.
         pulled: of each parameter, whether a gradient goes to it.
         places: where each parameter begins in the packed ones, and its length.
         parts: how the batch is taken in parts, where it is.
@@ -365,6 +372,7 @@ class Library(Code):
         self._ends = written.ends
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
         self.slot, self.abreast = written.slot, max(written.abreast, 1)
+        self.start_at = written.packed * dtype.itemsize
         self.departures: dict[int, Any] = {}
         self.lately = 0
         self.pulled = tuple(pulled for *_, pulled in written.parameters)
@@ -377,20 +385,19 @@ class Library(Code):
         text = "\n".join(
             (header(dtype, written.abreast), f"enum {{ TURNS = {cost} }};", written.text)
         )
-        march = INTEGER, ctypes.POINTER(SolveRequest)
-        calls: dict[str, tuple[Any, ...]] = {"march": march, **written.calls}
+        calls: dict[str, tuple[Any, ...]] = {"march": (INTEGER, POINTER), **written.calls}
         if written.sweep_memory:
-            calls["sweep"] = (INTEGER, ctypes.POINTER(SweepRequest))
+            calls["sweep"] = (INTEGER, POINTER)
         super().__init__(dtype, text, written.packed, calls)
 
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""
-        status: int = self.loaded.march(ctypes.byref(request))
+        status: int = self.loaded.march(ctypes.addressof(request))
         return status
 
     def sweep(self, request: SweepRequest) -> int:
         """Go back for a while."""
-        status: int = self.loaded.sweep(ctypes.byref(request))
+        status: int = self.loaded.sweep(ctypes.addressof(request))
         return status
 
     def take(self, request: Any) -> int:

@@ -33,6 +33,7 @@ RETCODES = {
     7: ReturnCode.Terminated,
 }
 _COMPLETE = frozenset(code for code, value in RETCODES.items() if value.successful)
+_NO_TIMES = (0, 0, 0)
 
 
 class States(NamedTuple):
@@ -75,7 +76,8 @@ class Log(NamedTuple):
 
     def addresses(self) -> tuple[int, int, int]:
         """Where the packed parameters, the steps and the places lie."""
-        start, (_, departure) = self.block.data_ptr(), self
+        block, departure = self
+        start = block.data_ptr()
         return start, start + 8 * departure.steps_at, start + 8 * departure.places_at
 
     @property
@@ -193,14 +195,17 @@ def fly(
     """
     request, room, count = departure.request(), departure.room, departure.save_count
     u0 = library.lying(u0)
-    # Torch takes a number faster than a shape; there are rows of them in the end.
+    # Torch takes numbers faster than a shape; there are rows of them in the end.
     ends, last = u0.new_empty((room + 1) * library.size), torch.empty_like(u0)
-    saved = u0.new_empty((count, *u0.shape)) if count else departure.nothing
+    saved = u0.new_empty(count, *u0.shape) if count else departure.nothing
     block, memory = departure.new_block(), library.take_memory(library.march_memory)
-    # As many as lately, and some more: memory that is not touched again and again costs its pages.
-    lately = library.lately
-    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if keeps else 0
-    kept = u0.new_empty(kept_room * library.slot) if kept_room else None
+    kept, kept_room = None, 0
+    if keeps:
+        # As many as lately, and some more: memory that is not touched again and again costs its
+        # pages.
+        lately = library.lately
+        kept_room = min(departure.most_kept, lately + lately // 8 + 1)
+        kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     lying = library.all_lying(parameters)
     tensors = addresses(lying)
     if library.parts is not None:
@@ -313,10 +318,10 @@ def sweep_back(
     """
     assert isinstance(flight.log, Log)
     request, (count, reached) = flight.log.departure.request_back(), flight.good(ends)
+    saved, steps, last = (None if x is None else library.lying(x) for x in arriving)
     if count < flight.count:
-        arriving = (*arriving[:2], None)
-    saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
-    bars = ends.new_empty(library.packed_size + library.size)
+        last = None
+    bars, kept = ends.new_empty(library.packed_size + library.size), flight.kept
     times: list[Tensor] = []
     parts = 1 if library.parts is None else library.parts.count
     if parts > 1:
@@ -324,32 +329,33 @@ def sweep_back(
     if with_times:
         times = [flight.log.block.new_zeros(parts * n) for n in (count, count, reached)]
     memory = library.take_memory(library.sweep_memory)
-    packed, rows, places = flight.log.addresses()
-    arrived, left = (saved if reached else None, steps, last), bars.data_ptr()
-    room = (*(times or (None, None, None)), memory, flight.kept)
+    left = bars.data_ptr()
     request.put(
         ends.data_ptr(),
-        packed,
-        rows,
-        places,
-        *[0 if x is None else x.data_ptr() for x in arrived],
-        left + library.packed_size * bars.itemsize,
+        *flight.log.addresses(),
+        0 if saved is None or not reached else saved.data_ptr(),
+        0 if steps is None else steps.data_ptr(),
+        0 if last is None else last.data_ptr(),
+        left + library.start_at,
         left,
-        *[0 if x is None else x.data_ptr() for x in room],
+        *(map(Tensor.data_ptr, times) if times else _NO_TIMES),
+        memory.data_ptr(),
+        0 if kept is None else kept.data_ptr(),
         count,
         count,
         reached - 1,
-        0 if flight.kept is None else min(count, len(flight.kept) // library.slot),
+        0 if kept is None else min(count, len(kept) // library.slot),
     )
     if noise is not None:
         request.noise = ctypes.addressof(noise)
     while library.sweep(request) == RUNNING:
         pass
     library.give_memory(memory)
-    whole = (flight.count, flight.count, flight.reached)
-    times = [
-        torch.nn.functional.pad(x[: len(x) // parts], (0, n - len(x) // parts))
-        for x, n in zip(times, whole, strict=False)
-    ]
+    if times:
+        whole = (flight.count, flight.count, flight.reached)
+        times = [
+            torch.nn.functional.pad(x[: len(x) // parts], (0, n - len(x) // parts))
+            for x, n in zip(times, whole, strict=True)
+        ]
     evaluations, pulls, replayed = request.counts()
     return Swept(bars, times, evaluations, pulls, replayed)
