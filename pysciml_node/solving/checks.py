@@ -78,33 +78,41 @@ ELSEWHERE = {
 }
 
 
-def explain_calls(solve: Callable[..., T]) -> Callable[..., T]:
-    """Make `solve` say what was meant where it is called as other packages' functions are."""
-    known = tuple(inspect.signature(solve).parameters)
+def explain_calls(begin: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make `solve` say what was meant where it is called as other packages' functions are.
 
-    @functools.wraps(solve)
-    def call(*arguments: Any, **options: Any) -> T:
-        try:
+    Args:
+        begin: begins the solve from the options that were given, the problem and perhaps the
+            algorithm. All options would take longer, and most calls name few of them.
+    """
+
+    def explained(solve: Callable[..., T]) -> Callable[..., T]:
+        known = tuple(inspect.signature(solve).parameters)
+        named = frozenset(known[2:])
+
+        @functools.wraps(solve)
+        def call(*arguments: Any, **options: Any) -> T:
+            if 0 < len(arguments) < 3 and options.keys() <= named:
+                return begin(options, *arguments)
+            if len(arguments) > 2:
+                check_problem(arguments[0])
+                given = ", ".join(checks.shown(argument) for argument in arguments[2:])
+                raise TypeError(
+                    "solve takes problem and algorithm by their places, but was also given "
+                    f"{given}.\n"
+                    "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
+                )
+            checks.keywords("solve", options, known, ELSEWHERE)
+            if not arguments and "problem" not in options:
+                raise TypeError(
+                    "solve needs a problem, but got none.\n"
+                    "  Write solve(ODEProblem(f, u0, (t0, t1)))."
+                )
             return solve(*arguments, **options)
-        except TypeError as error:
-            trace = error.__traceback__
-            if trace is None or trace.tb_next is not None:  # it comes from inside
-                raise
-        if len(arguments) > 2:
-            check_problem(arguments[0])
-            given = ", ".join(checks.shown(argument) for argument in arguments[2:])
-            raise TypeError(
-                f"solve takes problem and algorithm by their places, but was also given {given}.\n"
-                "  Name the options: solve(problem, algorithm, saveat=..., rtol=...)."
-            )
-        checks.keywords("solve", options, known, ELSEWHERE)
-        if not arguments and "problem" not in options:
-            raise TypeError(
-                "solve needs a problem, but got none.\n  Write solve(ODEProblem(f, u0, (t0, t1)))."
-            )
-        return solve(*arguments, **options)
 
-    return call
+        return call
+
+    return explained
 
 
 def check_problem(problem: Any) -> Problem:

@@ -44,7 +44,8 @@ _KNOWN: OrderedDict[Any, Plan] = OrderedDict()
 
 _MOST_KNOWN = 256
 
-_FLOAT, _LISTS, _ARRAYS = frozenset((float,)), (list, tuple), (Tensor, np.ndarray)
+_FLOAT = frozenset((float,))
+_LISTED = frozenset((list, tuple, dict, Tensor, np.ndarray))
 
 _PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
 """Kinds of values that plans may be found by; those of algorithms and their parts join them."""
@@ -68,38 +69,46 @@ def _is_own(kind: type) -> bool:
     return own and issubclass(kind, Controller | Adjoint | Algorithm)
 
 
-def _key(
-    problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
-) -> Any:
+def _key(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Any:
     """What a plan depends on; `None` where it is more than the values themselves."""
     kind: Any = None
     if type(problem) is SDEProblem:
         kind = problem.noise, problem.interpretation
-        generator = given["generator"]
-        if generator is None or isinstance(generator, torch.Generator):
-            given = {**given, "generator": None}  # it gives each solve another seed
     elif type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
-    t0, t1 = ends_of(problem)
-    saveat = given["saveat"]
-    if type(saveat) in _ARRAYS:
-        if saveat.ndim != 1 or (type(saveat) is Tensor and not _is_numbers(saveat)):
-            return None
-        # By its entries, for it may change; its precision is how far beyond the ends they may be.
-        kind = kind, type(saveat), saveat.dtype
-        given = {**given, "saveat": saveat.tolist()}
-    for name in ("rtol", "atol", "saveat", "tstops", "events"):
-        listed = given[name]
-        if type(listed) is dict and listed:  # a tolerance for each part of a state
-            kind, listed = (kind, name, *listed), [*listed.values()]
-        if type(listed) in _LISTS and listed:
-            if not _FLOAT.issuperset(map(type, listed)) or _has_negative_zero(listed):
+    values: list[Any] = [algorithm]
+    for name, value in given.items():
+        of = type(value)
+        if of in _PLAIN and of is not tuple:
+            values.append(value)
+        elif of in _LISTED:
+            entries = _entries(name, value)
+            if entries is None:
                 return None
-            given = {**given, name: (len(listed), *listed)}
+            values.append(entries)
+        elif not (name == "generator" and kind is not None and isinstance(value, torch.Generator)):
+            values.append(value)  # a generator gives each solve another seed
+    (t0, t1), asked = ends_of(problem), given.get("engine") or engines.get_engine()
     # 1 and True are equal, and only one of them is a number of steps.
-    values = algorithm, engines.get_engine() if engine is None else engine, *given.values()
-    kinds = tuple(map(type, values))
-    return (kinds, kind, id(problem.spec), t0, t1, copysign(1.0, t0), copysign(1.0, t1), values)
+    return (
+        *(tuple(map(type, values)), tuple(given), kind, asked, id(problem.spec)),
+        *(t0, t1, copysign(1.0, t0), copysign(1.0, t1), *values),
+    )
+
+
+def _entries(name: str, listed: Any) -> tuple[Any, ...] | None:
+    """A list, a dict or an array by its entries, for it may change; `None` where they are more."""
+    kind: Any = type(listed)
+    if kind is Tensor or kind is np.ndarray:
+        if name != "saveat" or listed.ndim != 1 or not (kind is np.ndarray or _is_numbers(listed)):
+            return None
+        # Its precision is how far beyond the ends times may be.
+        kind, listed = (kind, listed.dtype), listed.tolist()
+    elif kind is dict:  # a tolerance for each part of a state
+        kind, listed = (kind, *listed), [*listed.values()]
+    if not _FLOAT.issuperset(map(type, listed)) or _has_negative_zero(listed):
+        return None
+    return (kind, *listed)
 
 
 def _is_numbers(x: Tensor) -> bool:
@@ -114,15 +123,15 @@ def _has_negative_zero(times: Sequence[float]) -> bool:
 
 
 def plan_of(
-    problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
+    problem: Problem, algorithm: Algorithm | None, given: dict[str, Any], usual: dict[str, Any]
 ) -> Plan:
     """The plan of a solve: its arguments checked, and an engine chosen; once for equal ones.
 
     Args:
         problem: what is solved.
         algorithm: as it was given.
-        engine: its name, as it was given.
         given: the options, likewise.
+        usual: what those are that an engine is told, where they were not given.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -130,14 +139,16 @@ def plan_of(
         EngineUnavailable: the engine cannot run here, or cannot run this solve.
         MethodUnavailable: the engine has no such method.
     """
-    key = _key(problem, algorithm, engine, given)
+    key = _key(problem, algorithm, given)
     try:
         known = None if key is None else _KNOWN.get(key)
     except TypeError:  # one of them has no hash
         key = known = None
     if known is None:
+        engine = given.get("engine")
         algorithm = check_algorithm(problem, algorithm)
-        options = check_options(problem, algorithm, **given)
+        asked = {name: given.get(name, value) for name, value in usual.items()}
+        options = check_options(problem, algorithm, **asked)
         chosen, options = engines.choose(engine, problem, algorithm, options)
         known = Plan(algorithm, options, chosen, problem.spec)
         # Whether Julia is there is asked each time, where nobody has named it.

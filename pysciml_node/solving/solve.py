@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -30,6 +31,20 @@ from pysciml_node.solving.jumps import run
 from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
 from pysciml_node.solving.plans import plan_of
+
+
+def _begin(
+    given: dict[str, Any],
+    problem: Problem | EnsembleProblem,
+    algorithm: Algorithm | None = None,
+) -> Solution | EnsembleSolution:
+    forward_mode = isinstance(given.get("adjoint"), DirectAdjoint)
+    if isinstance(problem, EnsembleProblem):
+        return in_ordinary_modes(_solve_ensemble, problem, forward_mode, algorithm, given)
+    check_problem(problem)
+    if given.get("members") is not None:
+        raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
+    return in_ordinary_modes(_solve_one, problem, forward_mode, algorithm, given)
 
 
 @overload
@@ -64,7 +79,7 @@ def solve(
 
 # The options of an ensemble are those of a single problem.
 @uncompiled
-@explain_calls
+@explain_calls(_begin)
 def solve(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
@@ -140,58 +155,43 @@ def solve(
         >>> round(float(psn.solve(problem, psn.Tsit5(), rtol=1e-9, atol=1e-9).u1), 6)
         0.367879
     """
-    given: dict[str, Any] = {
-        "rtol": rtol,
-        "atol": atol,
-        "saveat": saveat,
-        "adjoint": adjoint,
-        "dt0": dt0,
-        "dtmin": dtmin,
-        "dtmax": dtmax,
-        "tstops": tstops,
-        "max_steps": max_steps,
-        "controller": controller,
-        "events": events,
-        "progress": progress,
-        "throw": throw,
-        "compile": compile,
-        "generator": generator,
-    }
-    forward_mode, how = isinstance(adjoint, DirectAdjoint), (algorithm, engine, given)
-    if isinstance(problem, EnsembleProblem):
-        return in_ordinary_modes(_solve_ensemble, problem, forward_mode, *how, members)
-    check_problem(problem)
-    if members is not None:
-        raise ValueError("members= is for an EnsembleProblem.\n  Leave it out.")
-    return in_ordinary_modes(_solve_one, problem, forward_mode, *how)
+    given = {"rtol": rtol, "atol": atol, "saveat": saveat, "engine": engine, "adjoint": adjoint}
+    given |= {"dt0": dt0, "dtmin": dtmin, "dtmax": dtmax, "tstops": tstops, "max_steps": max_steps}
+    given |= {"controller": controller, "events": events, "progress": progress, "throw": throw}
+    given |= {"compile": compile, "generator": generator, "members": members}
+    return _begin(given, problem, algorithm)
 
 
-def _solve_one(
-    problem: Problem, algorithm: Algorithm | None, engine: str | None, given: dict[str, Any]
-) -> Solution:
-    algorithm, options, chosen, _ = plan_of(problem, algorithm, engine, given)
+_USUAL = {
+    name: parameter.default
+    for name, parameter in inspect.signature(solve).parameters.items()
+    if name not in ("problem", "algorithm", "engine", "members")
+}
+"""What options are that were not given, but for those that say who solves."""
+
+
+def _solve_one(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Solution:
+    algorithm, options, chosen, _ = plan_of(problem, algorithm, given, _USUAL)
     if _random(problem):
-        options = options.seeded(_seed(given["generator"]))
+        options = options.seeded(_seed(given.get("generator")))
     begun = time.perf_counter()
     solution = run(chosen, problem, algorithm, options)
     solution.seconds = time.perf_counter() - begun
-    if given["throw"] and not solution.success:
+    if options.throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution
 
 
 def _solve_ensemble(
-    ensemble: EnsembleProblem,
-    algorithm: Algorithm | None,
-    engine: str | None,
-    given: dict[str, Any],
-    parallel: Parallel | None,
+    ensemble: EnsembleProblem, algorithm: Algorithm | None, given: dict[str, Any]
 ) -> EnsembleSolution:
+    parallel = given.get("members")
     if parallel is not None:
         checks.instance("members", parallel, Parallel, example="members=Parallel()")
-    problem, algorithm, options = check_members(ensemble, algorithm, **given)
-    chosen, common = engines.choose(engine, problem, algorithm, options.common)
-    seeds = _seeds(given["generator"], len(ensemble) * _random(problem))
+    asked = {name: given.get(name, usual) for name, usual in _USUAL.items()}
+    problem, algorithm, options = check_members(ensemble, algorithm, **asked)
+    chosen, common = engines.choose(given.get("engine"), problem, algorithm, options.common)
+    seeds = _seeds(given.get("generator"), len(ensemble) * _random(problem))
     options = dataclasses.replace(options, common=common, seeds=seeds)
     begun = time.perf_counter()
     solution = solve_members(ensemble, chosen, algorithm, options, parallel)

@@ -13,7 +13,7 @@ from pysciml_node import tableaus
 from pysciml_node.algorithms.controllers import StepSizes
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.julia_engine.process import runtime
-from pysciml_node.solving.plans import plan_of
+from pysciml_node.solving.plans import Plan, plan_of
 from pysciml_node.tableaus import Tableau
 
 
@@ -158,13 +158,18 @@ def test_whether_julia_is_there_is_asked_each_time_where_nobody_names_it(
     missing: list[str | None] = [None]
     monkeypatch.setattr(runtime, "unavailable_reason", lambda: missing[0])
     problem = _problem()
-    given: dict[str, Any] = dict.fromkeys(("saveat", "dt0", "dtmin", "dtmax", "controller"))
-    given |= {"rtol": 1e-3, "atol": 1e-3, "adjoint": psn.QuadratureAdjoint(), "generator": None}
-    given |= {"tstops": (), "events": (), "max_steps": 100, "progress": False}
-    given |= {"throw": True, "compile": False}
-    assert plan_of(problem, None, "auto", given).engine.NAME == "julia"
+    adjoint = psn.QuadratureAdjoint()
+
+    def plan(engine: str) -> Plan:
+        usual: dict[str, Any] = dict.fromkeys(
+            ("saveat", "dt0", "dtmin", "dtmax", "controller", "generator")
+        )
+        usual |= {"rtol": 1e-3, "atol": 1e-3, "adjoint": None, "tstops": (), "events": ()}
+        usual |= {"max_steps": 100, "progress": False, "throw": True, "compile": False}
+        return plan_of(problem, None, {"engine": engine, "adjoint": adjoint}, usual)
+
+    assert plan("auto").engine.NAME == "julia"
     missing[0] = "it is gone"
     with pytest.raises(psn.EngineUnavailable, match="it is gone"):
-        plan_of(problem, None, "auto", given)
-    named = plan_of(problem, None, "julia", given)
-    assert plan_of(problem, None, "julia", given) is named
+        plan("auto")
+    assert plan("julia") is plan("julia")
