@@ -86,7 +86,8 @@ def choose(
 ) -> tuple[Engine, SolveOptions]:
     """The engine for a solve, and the options there.
 
-    With `"auto"` it is torch where torch can run the solve as asked, and else Julia.
+    With `"auto"` it is torch where torch can run the solve as asked, and else Julia, which has no
+    `compile=True`.
 
     Raises:
         ValueError: an unknown name.
@@ -97,7 +98,7 @@ def choose(
     against_torch = None
     if wanted != "julia":
         against_torch = torch_engine.refusal(problem, algorithm, options)
-        if wanted == "torch" or against_torch is None:
+        if wanted == "torch" or against_torch is None or options.compile is True:
             return _expect(torch_engine, against_torch, algorithm, options), options
     julia = named("julia")
     options = algorithm.options_on(julia.NAME, options)

@@ -58,6 +58,23 @@ def expect_untouched(given: list[Tensor], versions: list[int | None], what: str)
         )
 
 
+def expect_copies(error: RuntimeError, what: str) -> None:
+    """Say what torch has refused, where a function changes what gradients are asked of.
+
+    Args:
+        error: what the function has raised.
+        what: the function, in messages.
+
+    Raises:
+        RuntimeError: it changes its input, or a parameter, in place.
+    """
+    if "leaf Variable that requires grad is being used in an in-place operation" in str(error):
+        raise RuntimeError(
+            f"{what} has changed in place its input, which is the solver's own, or a parameter.\n"
+            "  Work on a copy, for example u.neg() instead of u.neg_()."
+        ) from error
+
+
 def own_value(value: Tensor) -> Tensor:
     """A value apart from what was written in place, which may be a buffer that is used again."""
     return value if value.is_inference() or not value._version else value.clone()
@@ -105,7 +122,11 @@ class FlatField:
         f, p = given["f"], given["p"]
         versions = versions_of([t, u])
         state = spec.unflatten(u)
-        out = f(t, state) if p is None else f(t, state, p)
+        try:
+            out = f(t, state) if p is None else f(t, state, p)
+        except RuntimeError as error:
+            expect_copies(error, "the field")
+            raise
         expect_untouched([t, u], versions, "the field")
         if spec.keys is None:
             if (

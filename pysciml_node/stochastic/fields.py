@@ -11,6 +11,7 @@ from torch import Tensor
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.steps.field import (
     FlatField,
+    expect_copies,
     expect_untouched,
     own_value,
     without_gradients,
@@ -171,7 +172,11 @@ class Fields:
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         versions = versions_of([t, u])
-        out = self.raw_diffusion(t, self.spec.unflatten(u))
+        try:
+            out = self.raw_diffusion(t, self.spec.unflatten(u))
+        except RuntimeError as error:
+            expect_copies(error, "the diffusion")
+            raise
         expect_untouched([t, u], versions, "the diffusion")
         if self.spec.keys is not None:
             if not self.spec.matches(out):

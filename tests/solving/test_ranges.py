@@ -128,12 +128,22 @@ def test_a_zero_without_an_absolute_tolerance_is_named(dt0: float | None, compil
     torch.testing.assert_close(found, torch.tensor([math.exp(-1.0), 0.0]), rtol=1e-5, atol=0)
 
 
+@every_adjoint
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.Rodas5P(), psn.KenCarp4()])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_field_that_works_in_place_is_refused(gradients: bool) -> None:
-    u0 = ones(3)
-    with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=r"in.place"):
-        psn.solve(psn.ODEProblem(lambda t, u: u.neg_(), u0, (0.0, 1.0)))
-    assert torch.equal(u0, ones(3))
+def test_a_field_that_works_in_place_is_refused(
+    adjoint: psn.DiscreteAdjoint, algorithm: Any, gradients: bool
+) -> None:
+    def clamped(t: Tensor, u: Tensor) -> Tensor:
+        u[0] = 1.0
+        return -u
+
+    words = r"(?s)the field has changed .*\n  Work on a copy"
+    for field in (lambda t, u: u.neg_(), clamped):
+        u0 = ones(3)
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=words):
+            psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), algorithm, adjoint=adjoint)
+        assert torch.equal(u0, ones(3))
 
 
 @every_adjoint
@@ -172,3 +182,10 @@ def test_the_first_step_is_not_below_the_smallest() -> None:
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     y = odeint(decay, ones(), t, options={"min_step": 0.01}, rtol=1e-5, atol=1e-5)
     assert y[-1].item() == pytest.approx(math.exp(-1), rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, "auto", False])
+def test_what_torch_refuses_is_said_whatever_is_asked_of_native_code(compiled: Any) -> None:
+    problem = psn.ODEProblem(decay, ones(2), (0.0, 1.0), mass_matrix=torch.eye(2).double())
+    with pytest.raises(psn.EngineUnavailable, match="mass matri"):
+        psn.solve(problem, psn.Tsit5(), compile=compiled)
