@@ -4,6 +4,7 @@ One step of a small field shows what a solve takes besides its steps.
 
     python benchmarks/native.py
     python benchmarks/native.py --threads 1 2
+    python benchmarks/native.py --penalties
 
 For each field: a whole solve and a solve with its gradient, by the loop and by native code, and of
 the latter the time that is spent inside the library. The last row is what torch takes for the graph
@@ -189,12 +190,49 @@ def in_threads(numbers: list[int], spent: list[float]) -> None:
     print(table(["", "threads", "forward", "with gradient"], rows))
 
 
+def training(spent: list[float]) -> None:
+    """Training steps with each penalty, in turns; print the table."""
+    net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 2))
+    u0 = torch.randn(20, 2)
+    penalties: dict[str, list[psn.Regularizer]] = {
+        "none": [],
+        'LocalError("unbiased")': [psn.LocalError("unbiased")],
+        "the same, stop_gradient=False": [psn.LocalError("unbiased", stop_gradient=False)],
+        "GlobalError()": [psn.GlobalError()],
+    }
+
+    def step(node: psn.NeuralODE) -> None:
+        solution = node(u0)
+        loss = solution.u1.square().mean() + solution.penalty
+        loss.backward()
+        net.zero_grad()
+
+    nodes = {
+        (name, compile): psn.NeuralODE(
+            net, psn.Tsit5(), rtol=1e-4, atol=1e-4, regularizers=listed, compile=compile
+        )
+        for name, listed in penalties.items()
+        for compile in (False, True)
+    }
+    best = dict.fromkeys(nodes, float("inf"))
+    for _ in range(20):
+        for key, node in nodes.items():
+            best[key] = min(best[key], fastest(partial(step, node), 10, spent)[0])
+    rows = [
+        [name, *(f"{best[name, compile]:.2f}" for compile in (False, True))] for name in penalties
+    ]
+    print(f"{processor()}, torch {torch.__version__}; fastest training step, ms.\n")
+    print(table(["penalty", "loop", "native"], rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, nargs="+")
-    threads = parser.parse_args().threads
+    parser.add_argument("--penalties", action="store_true")
+    arguments = parser.parse_args()
+    threads = arguments.threads
     spent = inside()
     if threads:
         in_threads(threads, spent)
@@ -202,6 +240,9 @@ def main() -> None:
     core = pin(None)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if arguments.penalties:
+        training(spent)
+        return
     times = torch.linspace(0, 3, 31).tolist()
     pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
     spiral, u0 = Spiral(), torch.randn(20, 2, requires_grad=True)

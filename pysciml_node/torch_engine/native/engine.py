@@ -33,7 +33,7 @@ from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.library import Library
-from pysciml_node.torch_engine.native.prepared import Prepared, See, no_code, prepare
+from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -41,7 +41,7 @@ from pysciml_node.torch_engine.native.run import (
     fly,
     sweep_back,
 )
-from pysciml_node.torch_engine.native.trajectory import NativeTrajectory
+from pysciml_node.torch_engine.native.trajectory import FieldProgram, NativeTrajectory
 
 
 class FlownSolve(Solve):
@@ -60,8 +60,8 @@ class FlownSolve(Solve):
 
     # Whether the ends receive gradients that the steps do not have.
     fixed = False
-    # What native code needs to take steps again, where it does.
-    prepared: Prepared | None = None
+    # The field, where native code takes steps again.
+    program: FieldProgram | None = None
     parameters: Sequence[Tensor] = ()
 
     def __init__(
@@ -120,8 +120,7 @@ class FlownSolve(Solve):
             self.stats,
             self.options,
             surroundings=self.surroundings(),
-            prepared=self.prepared,
-            parameters=self.parameters,
+            program=self.program,
         )
 
     @override
@@ -217,7 +216,7 @@ class NativeSolve(SingleSolve):
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
         prepared, self.parameters, see = prepare(problem, algorithm, options)
-        self.prepared = prepared
+        self.program = FieldProgram(prepared.json, prepared.program, self.parameters)
         assert isinstance(algorithm, OneStepMethod)
         super().__init__(problem, algorithm, options, engine, see)
         self.library, self.departure = prepared.library, prepared.departure

@@ -86,7 +86,7 @@ class TakenSteps:
         """
         if not torch.is_grad_enabled():
             return self.take(states, False)
-        outputs: tuple[Tensor, ...] = _Node.apply(self, len(states), *states, *self.parameters)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _as_node(self, len(states), *states, *self.parameters)
         return outputs
 
     @property
@@ -129,7 +129,7 @@ class TakenSteps:
             0,
             ctypes.addressof(tensors),
             packed,
-            packed + library.packed_size * block.itemsize,
+            packed + library.start_at,
             saved,
             0,
             0,
@@ -207,7 +207,7 @@ class TakenSteps:
         taken = self._taken
         taken.back, taken.starts = ctypes.addressof(back), starts.data_ptr()
         taken.errors_bar, taken.stiffness_bar = errors, stiffness
-        taken.starts_bar = left + library.packed_size * bars.itemsize
+        taken.starts_bar = left + library.start_at
         while library.pull_back(taken) == RUNNING:
             pass
         library.give_memory(memory)
@@ -260,6 +260,10 @@ class _Node(torch.autograd.Function):
         if not graph_is_retained():
             steps.release()
         return (None, None, *gradients)
+
+
+# Without what torch does for its transforms, in which steps are taken again in Python.
+_as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
 def _by_torch(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.errors import CompileError
+from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import foreign_mode
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import Method
@@ -23,8 +26,25 @@ from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.record import check_discrete
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.torch_engine.native.departure import departure_of
-from pysciml_node.torch_engine.native.prepared import Prepared, explicit_library
+from pysciml_node.torch_engine.native.prepared import explicit_library
 from pysciml_node.torch_engine.native.taken import TakenSteps
+from pysciml_node.translation.export import translate
+from pysciml_node.translation.numbers import first_to_succeed
+from pysciml_node.translation.program import Program
+
+
+class FieldProgram(NamedTuple):
+    """A field as a program.
+
+    Attributes:
+        json: the program as text.
+        program: itself.
+        parameters: the tensors that it reads, before others.
+    """
+
+    json: str
+    program: Program
+    parameters: Sequence[Tensor]
 
 
 @dataclass
@@ -35,34 +55,52 @@ class NativeTrajectory(TorchTrajectory):
     times, of forward mode and of transforms, steps of implicit methods.
 
     Attributes:
-        prepared: the field's code; `None` where the problem is another one by now.
-        parameters: the tensors that it reads.
+        program: the field's; `None` where the problem is another one by now.
+        translated: whether it is, or else will be when something asks for it.
     """
 
-    prepared: Prepared | None = None
-    parameters: Sequence[Tensor] = ()
+    program: FieldProgram | None = None
+    translated: bool = True
 
     @override
     def mapped(self, states: list[Tensor], change: Any) -> TorchTrajectory:
         made = super().mapped(states, change)
         assert isinstance(made, NativeTrajectory)
         if made.problem is not self.problem:
-            made.prepared = None
+            made.program, made.translated = None, True
         return made
 
     @override
+    def restrict(self, problem: ODEProblem) -> TorchTrajectory:
+        made = super().restrict(problem)
+        parts = {x.name: getattr(made, x.name) for x in fields(made)}
+        return NativeTrajectory(**parts, translated=False)
+
+    @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "prepared": None, "parameters": ()}
+        return {**super().__getstate__(), "program": None, "translated": True}
+
+    def _program(self) -> FieldProgram | None:
+        """The field as it was solved, as a program."""
+        if not self.translated:
+            self.translated, problem = True, self.problem
+            assert self.surroundings is not None
+            with self.surroundings.as_seen(), suppress(UnsupportedModule):
+                make = partial(translate, problem.f, problem.spec, problem.p)
+                found = first_to_succeed(problem.p, problem.spec, make)
+                self.program = FieldProgram(found.json, found.program, found.parameters)
+        return self.program
 
     def _taken(self, method: Method, steps: Sequence[tuple[float, float]]) -> TakenSteps | None:
         """Steps that native code takes; `None` where it does not."""
-        prepared, tableau, problem = self.prepared, method.tableau, self.problem
-        if prepared is None or isinstance(tableau, ImplicitTableau) or _transformed():
+        tableau, problem = method.tableau, self.problem
+        if isinstance(tableau, ImplicitTableau) or problem.mass is not None or _transformed():
             return None
-        if problem.mass is not None:
+        known = self._program()
+        if known is None:
             return None
         try:
-            library = explicit_library(prepared.json, prepared.program, method)
+            library = explicit_library(known.json, known.program, method)
             departure = departure_of(library, problem, self.options, tableau.error_order)
             _ = library.loaded
         except CompileError:
@@ -72,7 +110,7 @@ class NativeTrajectory(TorchTrajectory):
             departure,
             (self.record.marks[0], self.record.marks[-1]),
             steps,
-            self.parameters[: len(prepared.program.parameters)],
+            known.parameters[: len(known.program.parameters)],
             self.stats,
         )
 

@@ -74,7 +74,7 @@ def in_python(solution: Solution) -> Solution:
     trajectory = solution.trajectory
     assert isinstance(trajectory, NativeTrajectory)
     return dataclasses.replace(
-        solution, trajectory=dataclasses.replace(trajectory, prepared=None), stats=psn.Stats()
+        solution, trajectory=dataclasses.replace(trajectory, program=None), stats=psn.Stats()
     )
 
 
@@ -294,6 +294,36 @@ def test_single_precision() -> None:
         assert one.dtype == torch.float32
         size = float(other.detach().abs().max())
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3 * size)
+
+
+class Scaled(nn.Module):
+    """A field with a number that may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 3).double(), 2.0
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(self.layer(u)) * self.scale
+
+
+def test_a_state_beside_which_rates_are_integrated() -> None:
+    """Its estimates are of the field alone, as it was when it was solved."""
+    field, found = Scaled(), []
+    for compile in (True, False):
+        field.scale = 2.0
+        node = psn.NeuralODE(
+            field, psn.Tsit5(), regularizers=[psn.KineticEnergy()], compile=compile,
+            controller=psn.FixedStep(), dt0=0.4, rtol=1e-2, atol=1e-2,
+        )  # fmt: skip
+        solution = node(torch.linspace(-1, 1, 6, dtype=D).reshape(2, 3))
+        field.scale = 3.0
+        with natively(2) if compile else nullcontext():
+            step = solution.local_estimate(0.5, dt=0.5, stop_gradient=False)
+        values = [step.error, step.stiffness, solution(0.3)]
+        found.append([*values, *gradients(values, list(field.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_copies_have_them_too() -> None:
