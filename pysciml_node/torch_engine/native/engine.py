@@ -60,8 +60,9 @@ class FlownSolve(Solve):
 
     # Whether the ends receive gradients that the steps do not have.
     fixed = False
-    # The field, where native code takes steps again.
+    # The field, where native code takes steps again, and whether it is translated when they are.
     program: FieldProgram | None = None
+    translated = True
     parameters: Sequence[Tensor] = ()
 
     def __init__(
@@ -121,6 +122,7 @@ class FlownSolve(Solve):
             self.options,
             surroundings=self.surroundings(),
             program=self.program,
+            translated=self.translated,
         )
 
     @override

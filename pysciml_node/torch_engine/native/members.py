@@ -104,6 +104,8 @@ class FlownMember(FlownSolve):
 class _Member(FlownMember):
     """That of an ordinary equation."""
 
+    translated = False
+
     @override
     def stepped(self, states: States) -> list[Tensor]:
         if not self.flight.count:

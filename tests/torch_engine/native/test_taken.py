@@ -73,9 +73,8 @@ def in_python(solution: Solution) -> Solution:
     """The same solution, whose steps are taken again in Python."""
     trajectory = solution.trajectory
     assert isinstance(trajectory, NativeTrajectory)
-    return dataclasses.replace(
-        solution, trajectory=dataclasses.replace(trajectory, program=None), stats=psn.Stats()
-    )
+    eager = dataclasses.replace(trajectory, program=None, translated=True)
+    return dataclasses.replace(solution, trajectory=eager, stats=psn.Stats())
 
 
 @contextmanager
@@ -324,6 +323,23 @@ def test_a_state_beside_which_rates_are_integrated() -> None:
         found.append([*values, *gradients(values, list(field.parameters()))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_members_with_parameters_of_their_own() -> None:
+    gain = torch.linspace(0.5, 1.5, 9, dtype=D).reshape(3, 3).requires_grad_()
+    rate = torch.tensor([1.0, 2.0, 3.0], dtype=D, requires_grad=True)
+    u0 = torch.linspace(-1, 1, 18, dtype=D).reshape(3, 2, 3)
+    one = psn.ODEProblem(FIELD, u0[0], (0.0, 1.0), p={"gain": gain[0], "rate": rate[0]})
+    members = psn.EnsembleProblem(one, u0, p={"gain": gain, "rate": rate})
+    solution = psn.solve(
+        members, psn.Tsit5(), compile=True, engine="torch", rtol=1e-2, atol=1e-3,
+        controller=psn.FixedStep(), dt0=0.4,
+    )  # fmt: skip
+    for m in (0, 2):
+        inputs = [FIELD.matrix, gain, rate]
+        assert_alike(solution[m], inputs, local(stop_gradient=False, dt=0.5), 1e-10)
+        assert_alike(solution[m], inputs, errors_of_steps, 1e-10)
+        assert_alike(solution[m], inputs, lambda s: (s([0.1, 0.5]),))
 
 
 def test_copies_have_them_too() -> None:
