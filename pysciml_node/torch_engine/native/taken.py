@@ -212,7 +212,6 @@ class TakenSteps:
             pass
         library.give_memory(memory)
         self.stats.nfe_backward += back.evaluations
-        self.stats.nvjp += back.pulls
         of_states: list[Tensor | None] = [None] * count
         if any(wanted[:count]):
             rows = bars[library.packed_size :].view(count, library.size)
