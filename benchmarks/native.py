@@ -1,4 +1,4 @@
-"""Native code beside the loop in Python, on two small fields, on one core.
+"""Native code beside the loop in Python, on small fields, on one core.
 
 One step of a small field shows what a solve takes besides its steps.
 
@@ -44,6 +44,18 @@ class Spiral(nn.Module):
         """Evaluate the derivative at `y`, shape `(20, 2)`."""
         out: Tensor = self.second(torch.tanh(self.first(y**3)))
         return out
+
+
+class VanDerPol(nn.Module):
+    """Stiff but for its jumps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiffness = nn.Parameter(torch.tensor(1e3))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Evaluate the derivative at `y`, shape `(2,)`."""
+        return torch.stack((y[1], self.stiffness * (1 - y[0] ** 2) * y[1] - y[0]))
 
 
 class LotkaVolterra(nn.Module):
@@ -100,6 +112,7 @@ class Case:
     end: float
     algorithm: Any
     options: dict[str, Any]
+    samples: int = 50  # of the loop
 
     def solve(self, compile: bool) -> Any:
         """One solve."""
@@ -246,16 +259,19 @@ def main() -> None:
     times = torch.linspace(0, 3, 31).tolist()
     pair = torch.ones(2, dtype=torch.float64, requires_grad=True)
     spiral, u0 = Spiral(), torch.randn(20, 2, requires_grad=True)
+    slow = torch.tensor([2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    switched = {"controller": psn.PIController(), "rtol": 1e-5, "atol": 1e-7}
     one_step = {"controller": psn.FixedStep(), "dt0": 1.0}
     cases = [
         Case("spiral", spiral, u0, 1.0, psn.DP5(), {}),
         Case("spiral, one Euler step", spiral, u0, 1.0, psn.Euler(), one_step),
         Case("Lotka-Volterra", LotkaVolterra().double(), pair, 3.0, psn.Tsit5(), {"saveat": times}),
+        Case("Van der Pol", VanDerPol().double(), slow, 900.0, psn.AutoTsit5(), switched, 3),
     ]
     rows = [
         measure(case, compile, samples, spent)
         for case in cases
-        for compile, samples in ((False, 50), (True, 1000))
+        for compile, samples in ((False, case.samples), (True, 1000))
     ]
     rows.append(bare(cases[0], 1000, spent))
     print(f"{processor()}, core {core}, torch {torch.__version__}; fastest sample, ms.\n")

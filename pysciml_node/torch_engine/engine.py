@@ -112,11 +112,6 @@ def _refusal_implicit(
         return (
             f'{name} takes no mass matrix on the torch engine.\n  Use Rodas5P(), or engine="julia".'
         )
-    if options.compile is True and isinstance(algorithm, SwitchingMethod):
-        return (
-            f"compile=True is for one method, but {name} changes between two.\n"
-            "  Leave it out, or use Rodas5P()."
-        )
     return None
 
 

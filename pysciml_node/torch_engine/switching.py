@@ -14,10 +14,10 @@ from pysciml_node.torch_engine.march import March
 
 # The limits of OrdinaryDiffEq.jl's AutoSwitch: the share of the stability radius above which a step
 # is stiff, how many in a row are not yet enough, and what becomes of the size.
-_SHARE = 0.9
-_MOST_STIFF = 10
-_MOST_SMOOTH = 3
-_FACTOR = 2.0
+SHARE = 0.9
+MOST_STIFF = 10
+MOST_SMOOTH = 3
+FACTOR = 2.0
 
 
 def march_of(
@@ -68,7 +68,7 @@ class SwitchingMarch(March):
         self.parts = parts
         radius = parts[0].method.tableau.stability_radius
         assert radius is not None
-        self.limit = _SHARE * radius
+        self.limit = SHARE * radius
         self.current = 0
         # The attempts in a row that were stiff; those that were not count below zero.
         self.run = 0
@@ -89,12 +89,12 @@ class SwitchingMarch(March):
         stiff = not abs(h) * self.eigenvalue <= self.limit
         self.run = max(self.run, 0) + 1 if stiff else min(self.run, 0) - 1
         adaptive = self.options.controller.adaptive
-        if self.current == 0 and self.run > _MOST_STIFF:
+        if self.current == 0 and self.run > MOST_STIFF:
             self._change()
-            return h * _FACTOR if adaptive else h
-        if self.current == 1 and self.run < -_MOST_SMOOTH:
+            return h * FACTOR if adaptive else h
+        if self.current == 1 and self.run < -MOST_SMOOTH:
             self._change()
-            return h / _FACTOR if adaptive else h
+            return h / FACTOR if adaptive else h
         return h
 
     def _change(self) -> None:
@@ -102,5 +102,7 @@ class SwitchingMarch(March):
         self.current = 1 - self.current
         self.stages = self.parts[self.current]
         self.stages.count = 0
+        # The last slope of a stiff method is the derivative but for what an iteration has left.
+        self.k = None
         # Its error has another order.
         self.sizes = self.options.controller.start(self.error_order)

@@ -21,6 +21,7 @@ from properties.native_cases import (
     ROSENBROCK,
     SHARES,
     SOLVES,
+    SWITCHING,
     Case,
     D,
     Outcome,
@@ -33,6 +34,7 @@ from properties.native_cases import (
     initial,
     of_dtype,
     of_entries,
+    quick_turns,
     stepping,
     strided,
 )
@@ -98,7 +100,7 @@ def test_a_random_solve_is_that_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
 ) -> None:
     draw = data.draw
-    algorithm, dtype = draw(algorithms(made, 9, ROSENBROCK + DIAGONAL)), draw(dtypes)
+    algorithm, dtype = draw(algorithms(made, 9, ROSENBROCK + DIAGONAL + SWITCHING)), draw(dtypes)
     made = of_dtype(made, dtype)
     near, most = draw(st.sampled_from([0, emit._NEAR])), draw(st.integers(2, 16))
     work, count = draw(st.sampled_from([1, splitting._LEAST_WORK])), draw(st.integers(1, 3))
@@ -106,6 +108,7 @@ def test_a_random_solve_is_that_of_the_loop_in_python(
         mock.patch.multiple(emit, _NEAR=near, _FEWEST_ROWS=2, _MOST_ROWS=most),
         mock.patch.object(splitting, "_LEAST_WORK", work),
         threads(count),
+        quick_turns(0.03),
     ):
         for _ in range(SOLVES):
             case = draw(cases(made, algorithm, dtype))

@@ -259,13 +259,6 @@ def test_refusals_name_the_remedy(options: dict[str, Any], words: str) -> None:
         psn.solve(problem, psn.Rodas5P(), engine="torch", **options)
 
 
-@pytest.mark.parametrize("algorithm", [psn.AutoTsit5(), psn.AutoVern7(psn.KenCarp4())], ids=name)
-def test_methods_without_native_code_are_refused(algorithm: Any) -> None:
-    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
-    with pytest.raises(psn.EngineUnavailable, match=r"compile=True[\s\S]*Rodas5P"):
-        psn.solve(problem, algorithm, engine="torch", compile=True)
-
-
 def test_states_that_are_too_large_or_complex_are_refused() -> None:
     large = psn.ODEProblem(lambda t, u: -u, torch.ones(4096), (0.0, 1.0))
     with pytest.raises(psn.EngineUnavailable, match="2048"):

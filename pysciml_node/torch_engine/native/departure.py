@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,10 @@ from pysciml_node.problems.ode import Problem, ends_of
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import first_room
+from pysciml_node.tableaus import Tableau
+from pysciml_node.tableaus.stochastic import SDETableau
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
+from pysciml_node.torch_engine.switching import FACTOR, MOST_SMOOTH, MOST_STIFF, SHARE
 
 # Seconds after which the loop comes back to Python, which looks for Ctrl-C then.
 TURN = 0.05
@@ -65,24 +70,32 @@ class Departure:
     """What solves of the same options begin with: a request that lacks only its tensors.
 
     Args:
-        library: the field and the method.
+        libraries: the field and the method, or each of two that take turns.
         problem: for the interval.
         options: of the solve.
-        error_order: of the method, for the controller.
+        tableaus: of the methods.
 
     Attributes:
+        libraries: as given.
         marks: tstops, for C.
         room: steps that room is made for at first.
         most_kept: steps whose stages may be kept for the sweep.
         save_count: saved times.
         nothing: the saved states of a solve that saves none, `(0, N)`.
+        packed_at: where the parameters that each method packs begin in a block of memory.
         places_at: where the places of saved times begin in a block of memory.
         steps_at: where the steps do.
     """
 
     def __init__(
-        self, library: Library, problem: Problem, options: SolveOptions, error_order: float
+        self,
+        libraries: Sequence[Library],
+        problem: Problem,
+        options: SolveOptions,
+        tableaus: Sequence[Tableau | SDETableau],
     ) -> None:
+        library = libraries[0]
+        self.libraries, self._tableaus = libraries, tableaus
         self.options, self.free = options, _ends_move(problem)
         t0, t1 = self.interval = ends_of(problem)
         landings, times = (*options.landings(problem.direction), t1), options.saveat or ()
@@ -90,10 +103,11 @@ class Departure:
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = first_room(library.size)
-        self.most_kept = _most_kept(library, options)
+        self.most_kept = _most_kept(library, options) if len(libraries) == 1 else 0
         self.save_count = len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
-        self.places_at = -(-library.packed_size * library.dtype.itemsize // 8)
+        sizes = [-(-x.packed_size * library.dtype.itemsize // 8) for x in libraries]
+        *self.packed_at, self.places_at = itertools.accumulate(sizes, initial=0)
         self.steps_at = self.places_at + 2 * len(times)
         self._request = request = SolveRequest(
             t0=t0,
@@ -112,7 +126,7 @@ class Departure:
             saves=ctypes.addressof(self._saves),
             seconds=TURN,
         )
-        request.history[:] = set_control(request, options.controller, error_order)
+        self.turn(request, 0)
         self._tolerances = self._set_tolerances(library.dtype)
         accuracy = Accuracy.of(options, library.dtype, library.size)
         for name, value in (("rtol", accuracy.rtol), ("atol", accuracy.atol)):
@@ -129,6 +143,20 @@ class Departure:
             mark_count=len(self.marks),
             marks=ctypes.addressof(self.marks),
             accuracy=request.accuracy,
+        )
+
+    def turn(self, request: SolveRequest, method: int) -> None:
+        """Let a method take the steps, the other one in its turn."""
+        tableau, controller = self._tableaus[method], self.options.controller
+        request.history[:] = set_control(request, controller, tableau.error_order)
+        if len(self.libraries) == 1:
+            return
+        explicit, _ = self._tableaus
+        assert explicit.stability_radius is not None
+        factor = FACTOR if controller.adaptive else 1.0
+        request.limit = SHARE * explicit.stability_radius
+        request.patience, request.factor_of_turn = (
+            (-MOST_SMOOTH - 1, 1 / factor) if method else (MOST_STIFF + 1, factor)
         )
 
     def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -188,15 +216,19 @@ def _ends_move(problem: Problem) -> bool:
 
 
 def departure_of(
-    library: Library, problem: Problem, options: SolveOptions, error_order: float
+    libraries: Sequence[Library],
+    problem: Problem,
+    options: SolveOptions,
+    tableaus: Sequence[Tableau | SDETableau],
 ) -> Departure:
     """How a solve departs, worked out once for options that are the same object."""
-    known: dict[int, Departure] = library.departures
-    departure = known.get(id(options))
+    known: dict[tuple[int, ...], Departure] = libraries[0].departures
+    way = (id(options), *map(id, libraries[1:]))
+    departure = known.get(way)
     if departure is None or not departure.serves(problem, options):
-        departure = Departure(library, problem, options, error_order)
+        departure = Departure(libraries, problem, options, tableaus)
         if departure.lasting:
             if len(known) >= _MOST_DEPARTURES:
                 known.clear()
-            known[id(options)] = departure
+            known[way] = departure
     return departure

@@ -32,7 +32,6 @@ from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
-from pysciml_node.torch_engine.native.library import Library
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
@@ -160,14 +159,12 @@ class SingleSolve(FlownSolve):
     """One call of native code: run by `_Node`, or alone where no gradient is asked for.
 
     Attributes:
-        library: its code.
-        departure: how it begins.
+        departure: its code, and how it begins.
         search: the events that it looks for.
         flight: what has been flown.
         moving: the ends of the interval and the saved times, where any of them is a tensor.
     """
 
-    library: Library
     departure: Departure
     search: Search | None = None
     flight: Flight
@@ -179,7 +176,7 @@ class SingleSolve(FlownSolve):
 
     def fly(self, u0: Tensor, keeps: bool = False) -> States:
         """Solve forward from a state, where no gradients are taken."""
-        how = self.library, self.departure, u0, self.parameters, self.search
+        how = self.departure, u0, self.parameters, self.search
         noise = self.noise()
         if self.options.progress:
             with step_listener(True, self.problem) as on_step:
@@ -221,10 +218,10 @@ class NativeSolve(SingleSolve):
         self.program = FieldProgram(prepared.json, prepared.program, self.parameters)
         assert isinstance(algorithm, OneStepMethod)
         super().__init__(problem, algorithm, options, engine, see)
-        self.library, self.departure = prepared.library, prepared.departure
+        self.departure = prepared.departure
         # Only an operation without a derivative hides the time.
         if torch.is_grad_enabled() and prepared.program.jumps:
-            method = Method.of(prepared.tableau, problem.spec.dtype, problem.spec.device)
+            method = Method.of(algorithm.tableaus[0], problem.spec.dtype, problem.spec.device)
             self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
         self.search = self._search() if options.events else None
 
@@ -295,8 +292,8 @@ def _pull(
     moving = len(solve.moving)
     of_times = wanted[1 : 1 + moving]
     with_times = any(of_times)
-    library, stats, flight = solve.library, solve.stats, solve.flight
-    swept = sweep_back(library, flight, ends, arriving, with_times, solve.noise())
+    stats, flight = solve.stats, solve.flight
+    swept = sweep_back(flight, ends, arriving, with_times, solve.noise())
     stats.nfe_backward += swept.nfe
     stats.nvjp += swept.nvjp
     stats.naccept_backward += swept.steps
@@ -309,9 +306,27 @@ def _pull(
             else None
             for bar, source, needed in zip(bars, sources[:moving], of_times, strict=True)
         ]
-    rest = library.cotangents(swept.bars, sources[moving:], wanted[1 + moving :])
-    u0 = swept.bars[library.packed_size :].view(solve.u0.shape) if wanted[0] else None
+    rest = _of_parameters(solve, swept, sources[moving:], wanted[1 + moving :])
+    u0 = swept.start.view(solve.u0.shape) if wanted[0] else None
     return (u0, *times, *rest)
+
+
+def _of_parameters(
+    solve: SingleSolve, swept: Swept, sources: list[Tensor | None], wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Cotangents of the parameters: of two methods the sums, where both have any."""
+    libraries = solve.departure.libraries
+    if len(libraries) == 1:
+        return libraries[0].cotangents(swept.bars[0], sources, wanted)
+    total: list[Tensor | None] = [None] * len(sources)
+    for method, bars in swept.bars.items():
+        library = libraries[method]
+        count = len(library.places)
+        for i, bar in enumerate(library.cotangents(bars, sources[:count], wanted[:count])):
+            known = total[i]
+            if bar is not None:
+                total[i] = bar if known is None else known + bar
+    return total
 
 
 def _time_gradients(
@@ -332,8 +347,9 @@ def _time_gradients(
         places = record.inside.get(n)
         theta = None if places is None else thetas[places[0]]
         times.step(n, t[n], h[n], theta)
-    u0 = swept.bars[solve.library.packed_size :]
-    gradients = Gradients(u0=u0, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat)
+    gradients = Gradients(
+        u0=swept.start, inputs=[], t0=times.start, t1=times.end, saveat=times.saveat
+    )
     states = ends.unbind()
     entering: list[Tensor | None] = [None] * len(states)
     for index in (0, flight.count):

@@ -75,7 +75,7 @@ _MANY = 64
 """Places that are too many to keep arrays of them."""
 
 
-_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P4q", "3q"))
+_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P5q", "3q"))
 
 
 class AccuracyRequest(ctypes.Structure):
@@ -100,7 +100,9 @@ class SolveRequest(ctypes.Structure):
         ("events", POINTER),
         *fields(INTEGER, "event_count found"),
         ("noise", POINTER),
-        *fields(DOUBLE, "t h last_t last_h last_error"),
+        *fields(DOUBLE, "limit factor_of_turn"),
+        *fields(INTEGER, "patience run"),
+        *fields(DOUBLE, "t h last_t last_h last_error eigenvalue"),
         ("history", DOUBLE * 2),
         ("seconds", DOUBLE),
         *fields(INTEGER, "status started known linearized next_stop"),
@@ -131,7 +133,7 @@ class SweepRequest(ctypes.Structure):
         *fields(POINTER, "ends packed steps places"),
         *fields(POINTER, "saved_bar ends_bar last_bar start_bar packed_bar"),
         *fields(POINTER, "t_bar h_bar theta_bar memory kept"),
-        *fields(INTEGER, "n count q kept_count started live shared"),
+        *fields(INTEGER, "n first count q kept_count started live shared"),
         *fields(INTEGER, "evaluations pulls replayed status reached threads"),
         ("team", POINTER),
     )
@@ -373,7 +375,7 @@ class Library(Code):
         self.march_memory, self.sweep_memory = written.march_memory, written.sweep_memory
         self.slot, self.abreast = written.slot, max(written.abreast, 1)
         self.start_at = written.packed * dtype.itemsize
-        self.departures: dict[int, Any] = {}
+        self.departures: dict[tuple[int, ...], Any] = {}
         self.lately = 0
         self.pulled = tuple(pulled for *_, pulled in written.parameters)
         self.places = [(start, math.prod(p.shape)) for p, start, _ in written.parameters]

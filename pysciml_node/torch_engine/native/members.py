@@ -17,7 +17,7 @@ from typing_extensions import override
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod
 from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
-from pysciml_node.algorithms.switching import OneStepMethod
+from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
@@ -57,7 +57,7 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
-    if isinstance(algorithm, DiagonallyImplicitMethod):
+    if isinstance(algorithm, DiagonallyImplicitMethod | SwitchingMethod):
         raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")

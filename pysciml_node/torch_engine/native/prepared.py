@@ -26,7 +26,7 @@ from pysciml_node.algorithms.controllers import (
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod, ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.algorithms.switching import OneStepMethod
+from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.ode import ODEProblem
@@ -34,7 +34,7 @@ from pysciml_node.problems.state import StateSpec, moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau, Tableau
+from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.departure import Departure, departure_of
 from pysciml_node.torch_engine.native.implicit import LARGEST, write_implicit
 from pysciml_node.torch_engine.native.library import (
@@ -118,11 +118,12 @@ def check_surroundings(options: SolveOptions) -> None:
 
 
 def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
-    """Refuse what is no method of one tableau, and what is not for an implicit one."""
-    if not isinstance(algorithm, ImplicitMethod):
+    """Refuse what has no native code, and what is not for an implicit method."""
+    stiff = algorithm.stiff if isinstance(algorithm, SwitchingMethod) else algorithm
+    if not isinstance(stiff, ImplicitMethod):
         raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
-    if isinstance(algorithm, DiagonallyImplicitMethod) and algorithm.linsolve is not None:
-        raise refusal("linsolve", f"{type(algorithm).__name__}(), or compile=False")
+    if isinstance(stiff, DiagonallyImplicitMethod) and stiff.linsolve is not None:
+        raise refusal("linsolve", f"{type(stiff).__name__}(), or compile=False")
     for what in ("jac", "jac_sparsity"):
         if getattr(problem, what) is not None:
             raise refusal(what)
@@ -146,27 +147,25 @@ class Prepared:
     """A native solve but for its state and its parameters.
 
     Attributes:
-        library: native code of the field and the method.
-        departure: how it begins.
-        tableau: of the method.
+        departure: how it begins, with native code of the field and the methods.
         program: of the field.
         constants: tensors that the code reads beside those of the field and of `p`.
         places: of each tensor that it reads its number, the field's before those of `p`; constants
             are counted from the end.
         contents: numbers of tensors whose entries are part of the program, with those entries.
-        recorded: whether the code has the derivatives of a Rosenbrock method.
+        rosenbrock: whether a method is one of Rosenbrock's.
+        recorded: whether the code has the derivatives of that.
         json: the program as text, which explicit methods have their libraries by.
         spec: structure of the state. Like the method and the options it is kept, so that no other
             one is given its identity.
     """
 
-    library: Library
     departure: Departure
-    tableau: Tableau
     program: Program
     constants: list[Tensor]
     places: list[int]
     contents: Contents
+    rosenbrock: bool
     recorded: bool
     json: str
     spec: StateSpec
@@ -186,7 +185,7 @@ class Prepared:
         """Whether another solve of a field that looks the same needs nothing else."""
         return (
             self.departure.serves(problem, options)
-            and self.recorded == _records(problem, self.tableau, options, parameters)
+            and self.recorded == _records(problem, options, parameters, self.rosenbrock)
             and have_contents(tensors, self.contents)
         )
 
@@ -205,7 +204,7 @@ class Ready(NamedTuple):
     see: See
 
 
-_Way = tuple[int, int, int]
+_Way = tuple[int, ...]
 
 
 def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
@@ -214,8 +213,9 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
-    f, p, tableau = problem.f, problem.p, getattr(algorithm, "tableau", None)
-    way = id(problem.spec), id(tableau), id(options)
+    assert isinstance(algorithm, OneStepMethod)
+    f, p = problem.f, problem.p
+    way = id(problem.spec), id(options), *map(id, algorithm.tableaus)
     now = Snapshot.again(f) if problem.mass_matrix is None else None
     if now is None:
         return _prepare(problem, algorithm, options, way)
@@ -230,26 +230,34 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     return _prepare(problem, algorithm, options, way)
 
 
-def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, way: _Way) -> Ready:
+def _prepare(
+    problem: ODEProblem, algorithm: OneStepMethod, options: SolveOptions, way: _Way
+) -> Ready:
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
-    assert isinstance(algorithm, OneStepMethod)
-    f, p, spec, (tableau,) = problem.f, problem.p, problem.spec, algorithm.tableaus
-    method = Method.of(tableau, spec.dtype, spec.device)
+    f, p, spec, tableaus = problem.f, problem.p, problem.spec, algorithm.tableaus
+    rosenbrock = any(isinstance(x, RosenbrockTableau) for x in tableaus)
+    # Events are looked for in the whole state, and methods take turns with it.
+    whole = bool(options.events) or len(tableaus) > 1
     try:
         translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
-        recorded = _records(problem, tableau, options, translated.parameters)
-        library, sources = _library(problem, translated, method, recorded, bool(options.events))
+        recorded = _records(problem, options, translated.parameters, rosenbrock)
+        libraries = []
+        for tableau in tableaus:
+            method = Method.of(tableau, spec.dtype, spec.device)
+            # An implicit method reads what an explicit one does, and perhaps more behind it.
+            library, sources = _library(problem, translated, method, recorded, whole)
+            libraries.append(library)
     except UnsupportedModule as error:
         raise no_code(error) from error
     leaves = leaves_of(translated.read)
     now, program = translated.snapshot, translated.program
-    departure = departure_of(library, problem, options, tableau.error_order)
+    departure = departure_of(libraries, problem, options, tableaus)
     constants = [x for x in sources if isinstance(x, Tensor)]
     behind = iter(range(-len(constants), 0))
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
-        library, departure, tableau, program, constants, places, translated.contents, recorded,
+        departure, program, constants, places, translated.contents, rosenbrock, recorded,
         translated.json, spec,
     )  # fmt: skip
     if departure.lasting and problem.mass_matrix is None:
@@ -259,10 +267,10 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, w
 
 
 def _records(
-    problem: ODEProblem, tableau: Tableau, options: SolveOptions, parameters: list[Tensor]
+    problem: ODEProblem, options: SolveOptions, parameters: list[Tensor], rosenbrock: bool
 ) -> bool:
     """Whether a solve needs the derivatives of a Rosenbrock method, a program of their own."""
-    if not (isinstance(tableau, RosenbrockTableau) and torch.is_grad_enabled()):
+    if not (rosenbrock and torch.is_grad_enabled()):
         return False
     inputs = (*tensors_of(problem.u0), *problem.tspan, options.saveat_tensor)
     return any(map(moves, (*inputs, *parameters)))
@@ -279,17 +287,19 @@ def _library(
     translated: TranslatedModule,
     method: Method,
     recorded: bool,
-    watched: bool,
+    whole: bool,
 ) -> tuple[Library, tuple[int | Tensor, ...]]:
     """The code of a translated field with a method, and the sources of the tensors it reads."""
     json, program, dtype = translated.json, translated.program, problem.spec.dtype
     sources = translated.sources
     if not isinstance(method.tableau, ImplicitTableau):
         library = explicit_library(json, program, method)
-        if watched and library.parts is not None:
-            whole = json, "whole"
+        if whole and library.parts is not None:
             library = library_of(
-                whole, method.tableau, dtype, lambda: write_explicit(program, method, False)
+                (json, "whole"),
+                method.tableau,
+                dtype,
+                lambda: write_explicit(program, method, False),
             )
         return library, sources
     mass = problem.mass

@@ -143,7 +143,7 @@ def prepare_sde(
         library = translated.library(method, spec.dtype)
     except UnsupportedModule as error:
         raise no_code(error, "the drift or the diffusion") from error
-    departure = departure_of(library, problem, shared, tableau.error_order)
+    departure = departure_of((library,), problem, shared, (tableau,))
     drift, diffusion = translated.drift.snapshot, translated.diffusion.snapshot
     further, _ = leaves = leaves_of(translated.drift.read)
     made = PreparedSDE(

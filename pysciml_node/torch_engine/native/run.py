@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pysciml_node.torch_engine.native.library import (
     addresses,
 )
 
-RUNNING, FULL, SUCCESS = 0, 1, 2
+RUNNING, FULL, SUCCESS, CHANGED = 0, 1, 2, 8
 RETCODES = {
     SUCCESS: ReturnCode.Success,
     3: ReturnCode.MaxIters,
@@ -74,11 +75,12 @@ class Log(NamedTuple):
     block: Tensor
     departure: Departure
 
-    def addresses(self) -> tuple[int, int, int]:
-        """Where the packed parameters, the steps and the places lie."""
+    def addresses(self, method: int = 0) -> tuple[int, int, int]:
+        """Where the parameters that a method packs, the steps and the places lie."""
         block, departure = self
         start = block.data_ptr()
-        return start, start + 8 * departure.steps_at, start + 8 * departure.places_at
+        packed = start + 8 * departure.packed_at[method]
+        return packed, start + 8 * departure.steps_at, start + 8 * departure.places_at
 
     @property
     def steps(self) -> Tensor:
@@ -89,6 +91,20 @@ class Log(NamedTuple):
     def places(self) -> Tensor:
         """As those of `Notes`; what is behind the reached ones is not set."""
         return self.block[self.departure.places_at : self.departure.steps_at].view(-1, 2)
+
+
+class Piece(NamedTuple):
+    """Steps of one method, one after the other.
+
+    Attributes:
+        method: which of the solve's took them.
+        first: the first one's number.
+        behind: the number behind the last one's.
+    """
+
+    method: int
+    first: int
+    behind: int
 
 
 @dataclass(slots=True)
@@ -106,6 +122,7 @@ class Flight:
         finite: whether the last state is, and so all of them are.
         event: which one has ended it, or `None`.
         kept: the stages of its first steps, which the sweep need not take again.
+        changes: of two methods that take turns, how many steps were accepted at each change.
     """
 
     log: Log | Notes
@@ -118,6 +135,17 @@ class Flight:
     finite: bool
     event: int | None = None
     kept: Tensor | None = None
+    changes: Sequence[int] = ()
+
+    def pieces(self, count: int) -> list[Piece]:
+        """The first `count` steps, by the methods that took them."""
+        if not self.changes:
+            return [Piece(0, 0, count)]
+        found: list[Piece] = []
+        for turn, (first, behind) in enumerate(itertools.pairwise((0, *self.changes, count))):
+            if first < min(behind, count):
+                found.append(Piece(turn % 2, first, min(behind, count)))
+        return found or [Piece(0, 0, 0)]
 
     def good(self, ends: Tensor) -> tuple[int, int]:
         """Steps and saved times up to what is not finite: a solution has no more of them.
@@ -150,6 +178,7 @@ class Flight:
             sizes=numbers[1::4],
             errors=numbers[2::4],
             stops=[None if stop < 0 else int(stop) for stop in numbers[3::4]],
+            methods=[x.method for x in self.pieces(self.count) for _ in range(x.first, x.behind)],
             saved=self.reached,
             naccept=self.count,
             nreject=self.nreject,
@@ -171,8 +200,49 @@ class Flight:
         return record
 
 
+class _Relay:
+    """Two methods that take turns, each in memory of its own.
+
+    Args:
+        departure: what to solve, and how.
+        memory: of the first one.
+
+    Attributes:
+        method: the one that takes the steps.
+        library: its code.
+        memory: its memory.
+        changes: as of a flight.
+    """
+
+    def __init__(self, departure: Departure, memory: Tensor) -> None:
+        self.departure = departure
+        self.changes: list[int] = []
+        second = departure.libraries[1]
+        self._memories = memory, second.take_memory(second.march_memory)
+        self._attempts = 0
+        self._take(0)
+
+    def _take(self, method: int) -> None:
+        self.method, self.library = method, self.departure.libraries[method]
+        self.memory = self._memories[method]
+
+    def turn(self, request: SolveRequest) -> None:
+        """Let the other method go on."""
+        self._take(1 - self.method)
+        self.departure.turn(request, self.method)
+        self.changes.append(request.accepted)
+        self._attempts = request.accepted + request.rejected
+
+    def end(self, request: SolveRequest) -> tuple[Library, Tensor]:
+        """The library and the memory of the last attempt; the memory goes back to both."""
+        if request.accepted + request.rejected == self._attempts:
+            self._take(1 - self.method)
+        for library, memory in zip(self.departure.libraries, self._memories, strict=True):
+            library.give_memory(memory)
+        return self.library, self.memory
+
+
 def fly(
-    library: Library,
     departure: Departure,
     u0: Tensor,
     parameters: Sequence[Tensor],
@@ -184,7 +254,6 @@ def fly(
     """Solve forward.
 
     Args:
-        library: the field and the method.
         departure: what to solve, and how.
         u0: the state; gradients are not taken here.
         parameters: of the field.
@@ -194,6 +263,8 @@ def fly(
         noise: the Brownian motions of a stochastic equation.
     """
     request, room, count = departure.request(), departure.room, departure.save_count
+    library = departure.libraries[0]
+    relay: _Relay | None = None
     u0 = library.lying(u0)
     # Torch takes numbers faster than a shape; there are rows of them in the end.
     ends, last = u0.new_empty((room + 1) * library.size), torch.empty_like(u0)
@@ -215,12 +286,16 @@ def fly(
     if noise is not None:
         request.noise = ctypes.addressof(noise)
     status = RUNNING
-    while status in (RUNNING, FULL):
-        if status == FULL:
+    while status in (RUNNING, FULL, CHANGED):
+        if status == CHANGED:
+            relay = relay or _Relay(departure, memory)
+            relay.turn(request)
+            library, memory = relay.library, relay.memory
+        elif status == FULL:
             block, ends = _grown(block, 4 * room), _grown(ends, library.size * room)
             room *= 2
         log = Log(block, departure)
-        packed, steps, places = log.addresses()
+        packed, steps, places = log.addresses(0 if relay is None else relay.method)
         request.put(
             u0.data_ptr(),
             ctypes.addressof(tensors),
@@ -238,17 +313,20 @@ def fly(
         status = library.march(request)
         if on_turn is not None:
             on_turn(request.t, request.last_h, request.accepted)
+    if relay is None:
+        library.give_memory(memory)
+    else:
+        library, memory = relay.end(request)
     retcode, attempt = RETCODES[status], None
     if status not in _COMPLETE and request.last_h:
         attempt = _last_attempt(library, request, memory, ends)
-    library.give_memory(memory)
     accepted, rejected, evaluations, reached, finite = request.counts()
     # In place: a view would keep what is not needed of the room in sight.
     ends.resize_(accepted + 1, library.size)
     if reached < count:
         saved.resize_(reached, *u0.shape)
     event = request.found if retcode is ReturnCode.Terminated else None
-    library.lately = accepted
+    departure.libraries[0].lately = accepted
     flight = Flight(
         log,
         accepted,
@@ -260,6 +338,7 @@ def fly(
         bool(finite),
         event,
         kept,
+        () if relay is None else relay.changes,
     )
     return flight, States(saved, ends, last)
 
@@ -283,7 +362,8 @@ class Swept:
     """What a native sweep returns: cotangents, and what it cost.
 
     Attributes:
-        bars: cotangents of the parameters, flat, each in its place, and of the initial state.
+        bars: of the parameters, flat, each in its place, by methods; of those that took steps.
+        start: of the initial state, `(N,)`.
         times: of the steps' starts, of their sizes, and of the saved times' places; empty where
             times need none.
         nfe: evaluations.
@@ -291,15 +371,24 @@ class Swept:
         steps: replayed steps.
     """
 
-    bars: Tensor
+    bars: dict[int, Tensor]
+    start: Tensor
     times: list[Tensor]
-    nfe: int
-    nvjp: int
-    steps: int
+    nfe: int = 0
+    nvjp: int = 0
+    steps: int = 0
+
+    def add(self, library: Library, method: int, bars: Tensor, counts: Sequence[int]) -> None:
+        """Go back over a piece: its cotangents, those of its start last, and what it cost."""
+        known, self.start = self.bars.get(method), bars[library.packed_size :]
+        self.bars[method] = bars if known is None else known + bars
+        evaluations, pulls, replayed = counts
+        self.nfe += evaluations
+        self.nvjp += pulls
+        self.steps += replayed
 
 
 def sweep_back(
-    library: Library,
     flight: Flight,
     ends: Tensor,
     arriving: tuple[Tensor | None, ...],
@@ -309,7 +398,6 @@ def sweep_back(
     """Pull the cotangents of a solve back to its inputs.
 
     Args:
-        library: the field and the method.
         flight: the solve.
         ends: its initial state, and those at the ends of its steps.
         arriving: cotangents of its `States`.
@@ -317,45 +405,51 @@ def sweep_back(
         noise: the Brownian motions of a stochastic equation, as new ones.
     """
     assert isinstance(flight.log, Log)
-    request, (count, reached) = flight.log.departure.request_back(), flight.good(ends)
+    departure, (count, reached) = flight.log.departure, flight.good(ends)
+    library, kept = departure.libraries[0], flight.kept
     saved, steps, last = (None if x is None else library.lying(x) for x in arriving)
     if count < flight.count:
         last = None
-    bars, kept = ends.new_empty(library.packed_size + library.size), flight.kept
     times: list[Tensor] = []
     parts = 1 if library.parts is None else library.parts.count
-    if parts > 1:
-        request.threads, request.reached = torch.get_num_threads(), reached
     if with_times:
         times = [flight.log.block.new_zeros(parts * n) for n in (count, count, reached)]
-    memory = library.take_memory(library.sweep_memory)
-    left = bars.data_ptr()
-    request.put(
-        ends.data_ptr(),
-        *flight.log.addresses(),
-        0 if saved is None or not reached else saved.data_ptr(),
-        0 if steps is None else steps.data_ptr(),
-        0 if last is None else last.data_ptr(),
-        left + library.start_at,
-        left,
-        *(map(Tensor.data_ptr, times) if times else _NO_TIMES),
-        memory.data_ptr(),
-        0 if kept is None else kept.data_ptr(),
-        count,
-        count,
-        reached - 1,
-        0 if kept is None else min(count, len(kept) // library.slot),
-    )
-    if noise is not None:
-        request.noise = ctypes.addressof(noise)
-    while library.sweep(request) == RUNNING:
-        pass
-    library.give_memory(memory)
+    swept, at = Swept({}, ends, times), reached - 1
+    for method, first, behind in reversed(flight.pieces(count)):
+        library, request = departure.libraries[method], departure.request_back()
+        if parts > 1:
+            request.threads, request.reached = torch.get_num_threads(), reached
+        bars = ends.new_empty(library.packed_size + library.size)
+        memory, left = library.take_memory(library.sweep_memory), bars.data_ptr()
+        request.put(
+            ends.data_ptr(),
+            *flight.log.addresses(method),
+            0 if saved is None or not reached else saved.data_ptr(),
+            0 if steps is None else steps.data_ptr(),
+            0 if last is None else last.data_ptr(),
+            left + library.start_at,
+            left,
+            *(map(Tensor.data_ptr, times) if times else _NO_TIMES),
+            memory.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+            behind,
+            first,
+            behind,
+            at,
+            0 if kept is None else min(count, len(kept) // library.slot),
+        )
+        if noise is not None:
+            request.noise = ctypes.addressof(noise)
+        while library.sweep(request) == RUNNING:
+            pass
+        library.give_memory(memory)
+        swept.add(library, method, bars, request.counts())
+        # What has arrived goes on to the steps before.
+        last, at = swept.start if request.live else None, request.q
     if times:
         whole = (flight.count, flight.count, flight.reached)
-        times = [
+        swept.times = [
             torch.nn.functional.pad(x[: len(x) // parts], (0, n - len(x) // parts))
             for x, n in zip(times, whole, strict=True)
         ]
-    evaluations, pulls, replayed = request.counts()
-    return Swept(bars, times, evaluations, pulls, replayed)
+    return swept

@@ -72,7 +72,7 @@ class NativeSDESolve(PathSolve, SingleSolve):
             check_additive(problem)
         super().__init__(problem, algorithm, options, engine, see)
         self.sde, self.layout, self.method = problem, prepared.layout, prepared.method
-        self.library, self.departure = prepared.library, prepared.departure
+        self.departure = prepared.departure
         if self.method.tableau.carry:
             flat = self.u0.reshape(-1)
             self.u0 = torch.cat((flat, flat))

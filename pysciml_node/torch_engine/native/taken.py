@@ -200,6 +200,7 @@ class TakenSteps:
             memory.data_ptr(),
             0 if kept is None else kept.data_ptr(),
             count,
+            0,
             count,
             len(self.places) - 1,
             0 if kept is None else len(kept) // library.slot,

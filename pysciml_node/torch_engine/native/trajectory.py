@@ -52,7 +52,7 @@ class NativeTrajectory(TorchTrajectory):
     """The accepted steps of a native solve.
 
     What native code does not have is had as from any other trajectory: derivatives with respect to
-    times, of forward mode and of transforms, steps of implicit methods.
+    times, of forward mode and of transforms, steps of implicit methods and of two in turn.
 
     Attributes:
         program: the field's; `None` where the problem is another one by now.
@@ -101,7 +101,7 @@ class NativeTrajectory(TorchTrajectory):
             return None
         try:
             library = explicit_library(known.json, known.program, method)
-            departure = departure_of(library, problem, self.options, tableau.error_order)
+            departure = departure_of((library,), problem, self.options, (tableau,))
             _ = library.loaded
         except CompileError:
             return None
@@ -117,6 +117,8 @@ class NativeTrajectory(TorchTrajectory):
     def _accepted(self, numbers: Iterable[int]) -> TakenSteps | None:
         """Accepted steps, by their numbers."""
         record = self.record
+        if len(self.methods) > 1:
+            return None
         return self._taken(self.method, [(record.times[n], record.sizes[n]) for n in numbers])
 
     def _expect_same(self, numbers: Collection[int], ends: Tensor) -> None:

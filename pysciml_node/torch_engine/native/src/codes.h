@@ -1,6 +1,6 @@
 /* What every loop over steps needs: how it ends, kinds of control, the clock. */
 
-enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE, OUT_OF_MEMORY, STOPPED };
+enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE, OUT_OF_MEMORY, STOPPED, CHANGED };
 enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
 #define SLIVER 1e-8
 

@@ -30,8 +30,13 @@ typedef struct {
   Event *events;
   int64_t event_count, found; /* the event that has ended the solve */
   struct Noise *noise;        /* of a stochastic equation */
+  /* Of two methods that take turns (torch_engine/switching.py), or 0: where an attempt is stiff, how
+     many in a row change the method, counted below zero where they are not stiff, and the factor of the
+     size then; the attempts in a row so far. */
+  double limit, factor_of_turn;
+  int64_t patience, run;
   /* The state of the loop. */
-  double t, h, last_t, last_h, last_error, history[2], seconds;
+  double t, h, last_t, last_h, last_error, eigenvalue, history[2], seconds;
   int64_t status, started, known, linearized, next_stop;
   int64_t accepted, rejected, evaluations, reached, finite;
   REAL *k; /* the derivatives of the step that is tried, in memory or in a slot of kept */
@@ -117,7 +122,7 @@ static void psn_keep_end(Solve *s, int64_t state, const REAL *u) {
 
 /* What Python calls. */
 int64_t march(Solve *s) {
-  if (!s->started) pack_all(s->tensors, s->packed);
+  if (!s->started || s->status == CHANGED) pack_all(s->tensors, s->packed);
   WITH_TEAM(s, {
     s->status = psn_march(s);
     psn_put_all(s, psn_state(s), s->final);

@@ -3,7 +3,7 @@
 /* Whether a step starts with the evaluation with which the dense output of the one before ends, where q
    is the last saved time before it. At a stop the field may jump. */
 static int psn_is_joined(const Sweep *s, int64_t n, int64_t q) {
-  if (END_STAGE < 0 || n == 0 || s->steps[4 * (n - 1) + 3] >= 0 || s->t_bar) return 0;
+  if (END_STAGE < 0 || n == s->first || s->steps[4 * (n - 1) + 3] >= 0 || s->t_bar) return 0;
   while (psn_is_at(s, q, n)) q--;
   return psn_is_inside(s, q, n - 1);
 }

@@ -90,6 +90,19 @@ static void psn_linearize_start(Solve *s, double t, double h, Linear *l) {
   s->linearized = 1;
 }
 
+/* A bound of it: the norm of the Jacobian at the start. */
+static double psn_eigenvalue(Solve *s, double t, double h) {
+  Linear l;
+  REAL largest = 0;
+  LINEAR(s, &l, 0);
+  for (int i = 0; i < N; i++) {
+    REAL sum = 0;
+    for (int j = 0; j < N; j++) sum += F(__builtin_fabs)(l.jacobian[i * N + j]);
+    largest = psn_maximum(largest, sum);
+  }
+  return largest;
+}
+
 static void psn_first_stage(Solve *s, double t, double h) {
   if (s->known) return;
   Linear l;

@@ -107,6 +107,9 @@ static void psn_evaluate(Solve *s, REAL t, const REAL *u, REAL *k, REAL *values)
 static void psn_first_stage(Solve *s, double t, double h);
 static void psn_stages(Solve *s, double t, double h, int upto);
 
+/* An estimate of the largest eigenvalue of df/du, behind an attempt. */
+static double psn_eigenvalue(Solve *s, double t, double h);
+
 /* Hairer's first step (Solving Ordinary Differential Equations I, section II.4). */
 static double psn_first_size(Solve *s, double direction) {
   if (!isnan(s->dt0)) return copysign(s->dt0, direction);
@@ -235,6 +238,24 @@ static int psn_cut(Solve *s, double t, double *h, double end);
 static int psn_cut(Solve *s, double t, double *h, double end) { return 0; }
 #endif
 
+/* Whether the other method is to take the next attempt. */
+static int psn_turns(Solve *s) {
+  if (!s->patience) return 0;
+  /* What is not finite counts as stiff. */
+  int stiff = !(fabs(s->h) * s->eigenvalue <= s->limit);
+  s->run = stiff ? (s->run > 0 ? s->run : 0) + 1 : (s->run < 0 ? s->run : 0) - 1;
+  if (s->patience > 0 ? s->run < s->patience : s->run > s->patience) return 0;
+  s->h *= s->factor_of_turn;
+  return 1;
+}
+
+/* Go on from where the other method has left off. */
+static void psn_take_over(Solve *s) {
+  s->k = s->memory;
+  FOR_PARTS psn_take_part(p.part, s->final, U(&p));
+  s->known = s->linearized = 0;
+}
+
 static int64_t psn_march(Solve *s) {
   int adaptive = s->control != FIXED;
   double direction = s->t1 > s->t0 ? 1 : -1, until = psn_seconds() + s->seconds;
@@ -249,6 +270,7 @@ static int64_t psn_march(Solve *s) {
     if (isfinite(s->h) && fabs(s->h) < s->dtmin) s->h = copysign(s->dtmin, direction);
     s->started = 1;
   }
+  if (s->status == CHANGED) psn_take_over(s);
   for (int64_t turn = 1;; turn++) {
     double h = s->h, t = s->t;
     if (!isfinite(h)) return UNSTABLE;
@@ -266,10 +288,12 @@ static int64_t psn_march(Solve *s) {
     psn_stages(s, t, h, FSAL && !adaptive ? STAGES - 1 : STAGES);
     double error = psn_end(s, h, adaptive);
     s->last_t = t, s->last_h = h, s->last_error = error;
+    if (s->patience) s->eigenvalue = psn_eigenvalue(s, t, h);
     if (adaptive && !(error <= 1)) {
       s->rejected++;
       s->known = 1;
       s->h = psn_size_after_rejected(s, h, error);
+      if (psn_turns(s)) return CHANGED;
       continue;
     }
     double end = lands ? stop : t + h;
@@ -288,5 +312,6 @@ static int64_t psn_march(Solve *s) {
     else /* A step cut short by a stop says little: keep the size that was proposed. */
       s->h = fabs(h) < 0.9 * fabs(proposed) && fabs(proposed) >= fabs(following) ? proposed
                                                                                 : following;
+    if (psn_turns(s)) return CHANGED;
   }
 }

@@ -15,7 +15,8 @@ typedef struct {
   double *t_bar, *h_bar, *theta_bar;
   REAL *memory;
   const REAL *kept; /* the stages of the first kept_count steps */
-  int64_t n, count, q, kept_count, started, live, shared, evaluations, pulls, replayed, status;
+  /* The step behind, the first of the method's, and those behind its last; the saved time behind. */
+  int64_t n, first, count, q, kept_count, started, live, shared, evaluations, pulls, replayed, status;
   int64_t reached, threads; /* saved times; as in Solve */
   void *team;
 } Sweep;
@@ -99,10 +100,11 @@ static void psn_arrive(Sweep *s, int64_t state) {
   s->q -= a.saved;
 }
 
-/* Go back through the steps, to the first or for a while. */
+/* Go back through the steps, to the first of the method's or for a while. What arrives where it starts
+   comes with the steps before it. */
 static int64_t psn_sweep(Sweep *s) {
   double until = psn_seconds() + s->seconds;
-  for (int64_t turn = 1; s->n > 0; turn++) {
+  for (int64_t turn = 1; s->n > s->first; turn++) {
     if (turn % TURNS == 0 && psn_seconds() > until) return RUNNING;
     psn_arrive(s, s->n);
     int64_t n = --s->n;
@@ -111,7 +113,7 @@ static int64_t psn_sweep(Sweep *s) {
       s->live = 1;
     }
   }
-  psn_arrive(s, 0);
+  if (!s->first) psn_arrive(s, 0);
   return SUCCESS;
 }
 
