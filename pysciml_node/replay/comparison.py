@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,9 +19,13 @@ class Comparison:
     It stays on the states' device, and is read once. The bound is the square root of the precision,
     relative to each entry; see `entry_sizes`. Kernels may round differently with gradients; a field
     that has changed differs by more.
+
+    Args:
+        precision: what states are compared in, where the solve's was less than theirs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, precision: torch.dtype | None = None) -> None:
+        self._precision = precision
         self._relative: list[Tensor] = []
 
     def add(self, again: Tensor, recorded: Tensor, start: Tensor, missing: float = 0.0) -> None:
@@ -33,6 +37,8 @@ class Comparison:
             start: the state at its start.
             missing: as of `entry_sizes`.
         """
+        if self._precision is not None:
+            again, recorded, start = (x.to(self._precision) for x in (again, recorded, start))
         sizes = entry_sizes(recorded, start, missing)
         self._relative.append(((again - recorded).abs() / sizes).amax())
 
@@ -61,30 +67,25 @@ class Comparison:
 
 @contextmanager
 def as_solved(
-    surroundings: Surroundings, compare: Callable[[Comparison, int], None]
-) -> Iterator[Callable[..., None]]:
+    surroundings: Surroundings, precision: torch.dtype | None = None
+) -> Iterator[Comparison]:
     """Everything that a solve could reach, as it saw it.
 
-    Yields a check of steps that follow one another: where tensors have been changed in place
-    since, or nobody knows, they are taken again, and refused if they do not come out as they did.
+    Torch does not count every change: none by `.data`, or by memory that something else shares. So
+    this yields a comparison for the steps that are taken there, which is read in the end.
 
     Args:
         surroundings: of the solve.
-        compare: takes a step again, and adds its end to a comparison.
+        precision: as of `Comparison`.
+
+    Raises:
+        RuntimeError: they do not come out as they did.
     """
-    changed = surroundings.changed_in_place()
-    names = [surroundings.names[id(x)] for x in changed]
-
-    def check(*steps: int) -> None:
-        if names or surroundings.late:
-            comparison = Comparison()
-            with torch.no_grad():
-                for n in reversed(steps):
-                    compare(comparison, n)
-            comparison.expect_equal(names)
-
+    comparison = Comparison(precision)
+    names = [surroundings.names[id(x)] for x in surroundings.changed_in_place()]
     with surroundings.as_seen():
-        yield check
+        yield comparison
+    comparison.expect_equal(names)
 
 
 def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
@@ -103,11 +104,12 @@ def expect_reproduced(worst: Tensor, suspects: Sequence[str]) -> None:
     if suspects:
         raise RuntimeError(changed_message(suspects[0]))
     raise RuntimeError(
-        f"the backward pass could not reproduce the solve: replayed steps end up to {gap:.2g} "
-        "(relative) from where they ended before, so the field has changed since, draws random "
-        "numbers, or remembers earlier calls.\n"
-        "  Go backward before anything it uses is changed, make it a function of its arguments, "
-        "or use adjoint=DirectAdjoint()."
+        f"a replay could not reproduce the solve: its steps end up to {gap:.2g} (relative) from "
+        "where they ended before, so the field has changed since, draws random numbers, or "
+        "remembers earlier calls.\n"
+        "  Go backward, and ask for dense output and estimates, before anything it uses is "
+        "changed, make it a function of its arguments, or for gradients use "
+        "adjoint=DirectAdjoint()."
     )
 
 
@@ -126,6 +128,11 @@ def expect_same(again: Sequence[Tensor], first: Sequence[Tensor], suspects: Sequ
     for now, then in zip(again, first, strict=True):
         comparison.add_value(now.detach(), then)
     comparison.expect_equal(suspects)
+
+
+def coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """Of two precisions the lower one."""
+    return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def entry_sizes(recorded: Tensor, start: Tensor, missing: float = 0.0) -> Tensor:

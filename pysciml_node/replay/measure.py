@@ -15,49 +15,57 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.inputs import Inputs, pull_back
 from pysciml_node.steps.surroundings import Surroundings
 
-# From a step's number and the state at its start to numbers, each a 0-d tensor.
-Measure = Callable[[int, Tensor], tuple[Tensor, ...]]
+# From a step's number and the state at its start to numbers, each a 0-d tensor; the step's end is
+# added to the comparison.
+Measure = Callable[[int, Tensor, Comparison], tuple[Tensor, ...]]
 
 
-def measure_steps(measure: Measure, states: Sequence[Tensor], surroundings: Surroundings) -> Tensor:
+def measure_steps(
+    measure: Measure,
+    states: Sequence[Tensor],
+    surroundings: Surroundings,
+    precision: torch.dtype | None,
+) -> Tensor:
     """Measure each step from its start, and once more in backward, one step at a time.
 
     Args:
         measure: gives the numbers of a step; called without gradients, and with them in backward.
         states: at the starts of the steps, each `(N,)`.
         surroundings: the objects that `measure` can reach, as it shall see them.
+        precision: as of `Comparison`.
 
     Returns:
         The numbers, a row for each step.
 
     Raises:
-        RuntimeError: in backward, if a second derivative is asked for, or a step depends on a
-            tensor that was not found before.
+        RuntimeError: a step does not come out as it did; in backward also if a second derivative is
+            asked for, or a step depends on a tensor that was not found before.
     """
 
     def evaluate() -> tuple[tuple[Tensor], tuple[Tensor]]:
         start = states[0].detach().requires_grad_()
         with torch.enable_grad():
-            return (torch.stack(measure(0, start)),), (start,)
+            return (torch.stack(measure(0, start, comparison)),), (start,)
 
-    with surroundings.as_seen():
+    with as_solved(surroundings, precision) as comparison:
         inputs = Inputs(surroundings, evaluate, surroundings.roots["p"])
         rows = inputs.first[0].new_empty((len(states), len(inputs.first[0])))
         rows[0] = inputs.first[0]
         for n, u in enumerate(states[1:], start=1):
             with torch.set_grad_enabled(inputs.watch is not None):
-                row = torch.stack(measure(n, u.detach()))
+                row = torch.stack(measure(n, u.detach(), comparison))
             if inputs.watch is not None:
                 inputs.watch(row)
             rows[n] = row.detach()
         inputs.settle()
     measured: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
-        measure, inputs, rows, len(states), *states, *inputs.inputs
+        measure, inputs, precision, rows, len(states), *states, *inputs.inputs
     )
     return measured
 
@@ -68,9 +76,16 @@ class _Measured(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, measure: Measure, inputs: Inputs, rows: Tensor, count: int, *sources: Tensor
+        ctx: Any,
+        measure: Measure,
+        inputs: Inputs,
+        precision: torch.dtype | None,
+        rows: Tensor,
+        count: int,
+        *sources: Tensor,
     ) -> Tensor:
-        ctx.measure, ctx.inputs, ctx.count, ctx.sources = measure, inputs, count, sources[count:]
+        ctx.measure, ctx.inputs, ctx.precision = measure, inputs, precision
+        ctx.sources = sources[count:]
         ctx.save_for_backward(*sources[:count])
         return rows
 
@@ -81,15 +96,21 @@ class _Measured(torch.autograd.Function):
         inputs: Inputs = ctx.inputs
 
         def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
-            # The sweep of the solve, which follows, compares the steps.
+            comparison = Comparison(ctx.precision)
             with inputs.sweep(replayed=True):
-                return _pull_back(ctx.measure, inputs, states, cotangent)
+                bars = _pull_back(ctx.measure, inputs, states, cotangent, comparison)
+                comparison.expect_equal(inputs.suspects)
+                return bars
 
-        return (None, None, None, None, *pulled(pull, (*states, *ctx.sources), *cotangents))
+        return (None, None, None, None, None, *pulled(pull, (*states, *ctx.sources), *cotangents))
 
 
 def _pull_back(
-    measure: Measure, inputs: Inputs, states: Sequence[Tensor], cotangent: Tensor
+    measure: Measure,
+    inputs: Inputs,
+    states: Sequence[Tensor],
+    cotangent: Tensor,
+    comparison: Comparison,
 ) -> tuple[Tensor | None, ...]:
     """Cotangents of the states, then of the inputs."""
     sums = Accumulator(inputs.leaves)
@@ -102,7 +123,7 @@ def _pull_back(
             continue
         start = u.detach().requires_grad_()
         with torch.enable_grad():
-            values = torch.stack(measure(n, start))[wanted[n]]
+            values = torch.stack(measure(n, start, comparison))[wanted[n]]
         if not values.requires_grad:
             state_bars.append(None)
             continue

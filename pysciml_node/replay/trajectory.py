@@ -20,11 +20,11 @@ from pysciml_node.algorithms.implicit import ImplicitMethod
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
-from pysciml_node.replay.comparison import Comparison, as_solved
+from pysciml_node.replay.comparison import Comparison, as_solved, coarser
 from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.measure import measure_steps
-from pysciml_node.replay.newton import Accuracy
+from pysciml_node.replay.newton import Accuracy, left_missing
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
@@ -33,6 +33,7 @@ from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import ImplicitTableau
 
 
 def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tensor:
@@ -68,6 +69,8 @@ class TorchTrajectory(Recorded):
     options: SolveOptions
     make_field: Callable[[ODEProblem], FlatField] = FlatField
     surroundings: Surroundings | None = None
+    # Of the solve, where a copy has another.
+    precision: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.surroundings is None:
@@ -78,23 +81,25 @@ class TorchTrajectory(Recorded):
         """The first of the methods, for the kind of its numbers."""
         return self.methods[0]
 
-    def _as_seen(self) -> AbstractContextManager[Callable[..., None]]:
-        """Everything that the field can reach as the solve saw it, and a check of steps."""
+    def _as_seen(self) -> AbstractContextManager[Comparison]:
+        """Everything that the field can reach as the solve saw it; compares the steps."""
         assert self.surroundings is not None
-        return as_solved(self.surroundings, self._compare)
+        return as_solved(self.surroundings, self.precision)
 
-    def _compare(self, comparison: Comparison, n: int) -> None:
-        """Take a step again."""
-        u = self.flat_states[n]
-        stages, _ = self._stages(self._method_of(n))
-        end = stages.solution(self.record.times[n], self.record.sizes[n], u, with_error=False)
-        comparison.add(end, self.flat_states[n + 1], u)
+    def _compare(self, comparison: Comparison, n: int, stages: Stages) -> None:
+        """Compare the end of step `n`, of its stages as far as they are there, with the solve's."""
+        start, end = (u.detach() for u in self.flat_states[n : n + 2])
+        with torch.no_grad():
+            times, sizes = self.record.times, self.record.sizes
+            again = stages.solution(times[n], sizes[n], start, with_error=False)
+            implicit = isinstance(stages.method.tableau, ImplicitTableau)
+            comparison.add(again, end, start, left_missing(again.dtype) if implicit else 0.0)
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""
         problem: ODEProblem = change(self.problem)
         options = without_closures(self.options)
-        made = dataclasses.replace(
+        return dataclasses.replace(
             self,
             problem=problem,
             methods=Method.all_of(
@@ -107,12 +112,8 @@ class TorchTrajectory(Recorded):
             surroundings=None,
             load=Kept(self.record, states),
             options=options,
+            precision=coarser(self.precision or self.problem.spec.dtype, problem.spec.dtype),
         )
-        assert made.surroundings is not None
-        # In another precision its steps come out otherwise.
-        same = problem.spec.dtype == self.problem.spec.dtype
-        made.surroundings.late = same and problem is not self.problem
-        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # A field that lives in another process's Julia is evaluated by torch.
@@ -121,8 +122,6 @@ class TorchTrajectory(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
-        assert self.surroundings is not None
-        self.surroundings.late = True
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
@@ -189,13 +188,13 @@ class TorchTrajectory(Recorded):
         for i, t in enumerate(host):
             groups.setdefault(self.step_of(t), []).append(i)
         rows: list[Tensor | None] = [None] * len(host)
-        with self._as_seen() as check:
-            self._fill(check, rows, times, host, groups)
+        with self._as_seen() as comparison:
+            self._fill(comparison, rows, times, host, groups)
         return torch.stack([row for row in rows if row is not None])
 
     def _fill(
         self,
-        check: Callable[[int], None],
+        comparison: Comparison,
         rows: list[Tensor | None],
         times: Tensor,
         host: list[float],
@@ -211,7 +210,6 @@ class TorchTrajectory(Recorded):
                 rows[i] = ends[host[i]]
             if not inside:
                 continue
-            check(n)
             stages, field = parts[self.record.method_of(n)]
             stages.count = 0
             if n == 0 and self.record.fixed and recording():
@@ -219,18 +217,20 @@ class TorchTrajectory(Recorded):
             theta = (times[inside].double() - start) / h
             for i, row in zip(inside, stages.dense(start, h, u, theta), strict=True):
                 rows[i] = row
+            self._compare(comparison, n, stages)
         self.stats.nfe += sum(field.nfe for _, field in parts)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
-        with torch.no_grad(), self._as_seen() as check:
+        with torch.no_grad(), self._as_seen() as comparison:
             parts = [self._stages(method) for method in self.methods]
             estimates = []
-            check(*range(len(self.record.sizes)))
             for n, h in enumerate(self.record.sizes):
                 stages, _ = parts[self.record.method_of(n)]
                 stages.count = 0
                 estimates.append(stages.stiffness(self.record.times[n], h, self.every_state[n]))
+                if stages.count:
+                    self._compare(comparison, n, stages)
         self.stats.nfe += sum(field.nfe for _, field in parts)
         return torch.stack(estimates) if estimates else self.method.nodes.new_empty(0)
 
@@ -254,9 +254,13 @@ class TorchTrajectory(Recorded):
         method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
-        with self._as_seen() as check:
-            if self.record.sizes:
-                check(self.step_of(t))
+        with self._as_seen() as comparison:
+            if t in self.record.times and self.record.sizes:
+                # No step has been taken for the state.
+                n = self.step_of(t)
+                stages, field = self._stages(self._method_of(n))
+                self._compare(comparison, n, stages)
+                self.stats.nfe += field.nfe
             return self.estimate_from(t, u, method, stop_gradient, dt)
 
     def estimate_from(
@@ -292,11 +296,9 @@ class TorchTrajectory(Recorded):
         if not sizes:
             return []
         starts = self.every_state[: len(sizes)]
-        with self._as_seen() as check:
-            check(*range(len(sizes)))
         if not torch.is_grad_enabled():
-            with self._as_seen():
-                estimates = [self._replay(n, u) for n, u in enumerate(starts)]
+            with self._as_seen() as comparison:
+                estimates = [self._replay(n, u, comparison) for n, u in enumerate(starts)]
         elif isinstance(self.options.adjoint, DirectAdjoint):
             estimates = [
                 checkpoint(self._replay_as_seen, n, u, use_reentrant=False)
@@ -304,7 +306,7 @@ class TorchTrajectory(Recorded):
             ]
         else:
             assert self.surroundings is not None
-            rows = measure_steps(self._replay, starts, self.surroundings)
+            rows = measure_steps(self._replay, starts, self.surroundings, self.precision)
             estimates = [(error, stiffness) for error, stiffness in rows]
         return [
             StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
@@ -312,14 +314,15 @@ class TorchTrajectory(Recorded):
         ]
 
     def _replay_as_seen(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
-        with self._as_seen():
-            return self._replay(n, u)
+        with self._as_seen() as comparison:
+            return self._replay(n, u, comparison)
 
-    def _replay(self, n: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _replay(self, n: int, u: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
         """Error and stiffness of an accepted step from the state at its start."""
         stages, field = self._stages(self._method_of(n))
         norm = ErrorNorm(self.options.tolerances)
         estimate = self._measure(stages, norm, self.record.times[n], self.record.sizes[n], u)
+        self._compare(comparison, n, stages)
         self.stats.nfe += field.nfe
         return estimate.error, estimate.stiffness
 
@@ -366,4 +369,6 @@ class TorchTrajectory(Recorded):
         options = dataclasses.replace(self.options, tolerances=tolerances)
         accuracy = Accuracy.of(options, problem.spec.dtype, size)
         methods = tuple(method.accurate(accuracy) for method in self.methods)
-        return TorchTrajectory(problem, methods, load, self.stats, options)
+        return TorchTrajectory(
+            problem, methods, load, self.stats, options, precision=self.precision
+        )

@@ -43,7 +43,6 @@ class Surroundings:
 
     Attributes:
         tensors, names, generators, lazy, chosen: as those of the `Walk`.
-        late: whether the field may have changed between its solve and the walk.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -57,7 +56,7 @@ class Surroundings:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, APART))
         self._versions = versions_of(self.tensors)
-        self._lent, self.late = False, False
+        self._lent = False
 
     def lasting(self) -> Surroundings:
         """What a later solve can begin `again` with: without the field, and what it was given."""

@@ -17,7 +17,7 @@ from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.replay.comparison import Comparison, as_solved
+from pysciml_node.replay.comparison import Comparison, as_solved, coarser
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
@@ -51,23 +51,30 @@ class SDETrajectory(Recorded):
     stats: Stats
     options: SolveOptions
     surroundings: Surroundings | None = None
+    # Of the solve, where a copy has another.
+    precision: torch.dtype | None = None
     _fresh: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.surroundings is None:
             self.surroundings = Surroundings(Fields(self.problem).given)
 
-    def _as_seen(self) -> AbstractContextManager[Callable[..., None]]:
-        """Everything that the fields can reach as the solve saw it, and a check of steps."""
+    def _as_seen(self) -> AbstractContextManager[Comparison]:
+        """Everything that the fields can reach as the solve saw it; compares the steps."""
         assert self.surroundings is not None
-        return as_solved(self.surroundings, self._compare)
+        return as_solved(self.surroundings, self.precision)
 
-    def _compare(self, comparison: Comparison, n: int) -> None:
-        """Take a step again."""
-        start, (t, end) = self.vectors[n], self.record.times[n : n + 2]
-        stepper = Stepper(self.stepper.method, self._fields())
-        again, _ = stepper.take(t, start, self._motion(t, end))
-        comparison.add(again, self.vectors[n + 1], start)
+    def _retake(self, comparison: Comparison, n: int, stepper: Stepper) -> None:
+        """Take step `n` again, to compare it: a shorter one has no stage in common with it."""
+        t, end = self.record.times[n : n + 2]
+        with torch.no_grad():
+            again, _ = stepper.take(t, self.vectors[n].detach(), self._motion(t, end))
+        self._compare(comparison, n, again)
+
+    def _compare(self, comparison: Comparison, n: int, again: Tensor) -> None:
+        """Compare the end of step `n`, taken again, with the solve's."""
+        start, end = (vector.detach() for vector in self.vectors[n : n + 2])
+        comparison.add(again.detach(), end, start)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "surroundings": None}
@@ -75,8 +82,6 @@ class SDETrajectory(Recorded):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__post_init__()
-        assert self.surroundings is not None
-        self.surroundings.late = True
 
     @property
     def vectors(self) -> list[Tensor]:
@@ -88,19 +93,15 @@ class SDETrajectory(Recorded):
         problem: SDEProblem = change(self.problem)
         spec, method = problem.spec, self.stepper.method
         method = SDEMethod.of(method.tableau, method.delta, spec.dtype, spec.device)
-        made = replace(
+        return replace(
             self,
             problem=problem,
             surroundings=None,
             stepper=Stepper(method, self.stepper.fields.of(problem)),
             load=Kept(self.record, states),
             options=without_closures(self.options),
+            precision=coarser(self.precision or self.problem.spec.dtype, spec.dtype),
         )
-        assert made.surroundings is not None
-        # In another precision its steps come out otherwise.
-        same = problem.spec.dtype == self.problem.spec.dtype
-        made.surroundings.late = same and problem is not self.problem
-        return made
 
     def states(self) -> Tensor:
         """The states at `times`, `(n + 1, N)`."""
@@ -111,11 +112,6 @@ class SDETrajectory(Recorded):
         layout = self.stepper.fields.layout
         # A copy: the path may keep its own.
         return layout.shaped(self._motion(start, end).w.clone(), self.problem)
-
-    def _check_all(self) -> None:
-        """Check all steps."""
-        with self._as_seen() as check:
-            check(*range(len(self.record.sizes)))
 
     def _motion(self, start: float, end: float) -> Increment:
         """The path's motion, for states that may have been converted since the solve."""
@@ -142,28 +138,30 @@ class SDETrajectory(Recorded):
         fields = self._fields()
         stepper = Stepper(self.stepper.method, fields)
         known = {t: n for n, t in enumerate(self.record.times)}
-        rows = []
-        for t in times.double().tolist():
-            if t in known or not self.record.sizes:
-                vector = self.vectors[known.get(t, 0)]
-            else:
-                n = self._step_of(t)
-                start = self.record.times[n]
-                motion = self._motion(start, t)
-                vector = self.vectors[n]
-                if motion.h > 0:
-                    with self._as_seen() as check:
-                        check(n)
+        rows, retaken = [], set()
+        with self._as_seen() as comparison:
+            for t in times.double().tolist():
+                if t in known or not self.record.sizes:
+                    vector = self.vectors[known.get(t, 0)]
+                else:
+                    n = self._step_of(t)
+                    start = self.record.times[n]
+                    motion = self._motion(start, t)
+                    vector = self.vectors[n]
+                    if motion.h > 0:
                         vector, _ = stepper.take(start, vector, motion)
-            rows.append(stepper.state(vector))
+                        if n not in retaken:
+                            self._retake(comparison, n, stepper)
+                            retaken.add(n)
+                rows.append(stepper.state(vector))
         self._count(fields)
         return torch.stack(rows)
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
-        self._check_all()
-        with torch.no_grad():
-            estimates = [self._replay(n, self.vectors[n])[1] for n in range(len(self.record.sizes))]
+        count = len(self.record.sizes)
+        with torch.no_grad(), self._as_seen() as comparison:
+            estimates = [self._replay(n, self.vectors[n], comparison)[1] for n in range(count)]
         return torch.stack(estimates) if estimates else self.stepper.method.like.new_empty(0)
 
     def estimate(
@@ -192,16 +190,17 @@ class SDETrajectory(Recorded):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
         norm = ErrorNorm(self.options.tolerances)
         span = self.problem.t1 - t
-        with self._as_seen() as check:
-            if self.record.sizes:
-                check(self._step_of(t))
+        with self._as_seen() as comparison:
+            if t in self.record.times and self.record.sizes:
+                # None has been taken again for the state.
+                self._retake(comparison, self._step_of(t), Stepper(self.stepper.method, fields))
             if dt is None:
                 with torch.no_grad():
                     start = u.detach()
                     slope = starting_slope(stepper, t, start)
                     dt = initial_step(fields, method, norm, t, start, slope, span)
             motion = self._fresh_motion(fields.layout.size, min(dt, span))
-            error, stiffness = _measure(stepper, norm, t, stepper.start(u), motion)
+            error, stiffness, _ = _measure(stepper, norm, t, stepper.start(u), motion)
         self._count(fields)
         return StepEstimate(method.like.new_full((), motion.h), error, stiffness)
 
@@ -222,32 +221,33 @@ class SDETrajectory(Recorded):
             ValueError: the solve's adjoint is a continuous one.
         """
         check_discrete(self.options.adjoint)
-        self._check_all()
         estimates = []
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]
             if torch.is_grad_enabled():
-                error, stiffness = checkpoint(self._replay, n, vector, use_reentrant=False)
+                error, stiffness = checkpoint(self._replay_as_seen, n, vector, use_reentrant=False)
             else:
-                error, stiffness = self._replay(n, vector)
+                error, stiffness = self._replay_as_seen(n, vector)
             estimates.append(
                 StepEstimate(self.stepper.method.like.new_full((), h), error, stiffness)
             )
         return estimates
 
-    def _replay(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Error and stiffness of an accepted step, from the vector at its start."""
-        with self._as_seen():
-            return self._replay_as_seen(n, vector)
-
     def _replay_as_seen(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:
+        with self._as_seen() as comparison:
+            return self._replay(n, vector, comparison)
+
+    def _replay(self, n: int, vector: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
+        """Error and stiffness of an accepted step, from the vector at its start."""
         fields = self._fields()
         norm = ErrorNorm(self.options.tolerances)
         t, end = self.record.times[n : n + 2]
         motion = self._motion(t, end)
-        estimate = _measure(Stepper(self.stepper.method, fields), norm, t, vector, motion)
+        stepper = Stepper(self.stepper.method, fields)
+        error, stiffness, again = _measure(stepper, norm, t, vector, motion)
+        self._compare(comparison, n, again)
         self._count(fields)
-        return estimate
+        return error, stiffness
 
     def explain(self, options: SolveOptions) -> Explanation:
         """The last attempt."""
@@ -271,7 +271,8 @@ class SDETrajectory(Recorded):
 
 def _measure(
     stepper: Stepper, norm: ErrorNorm, t: float, vector: Tensor, motion: Increment
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Error, stiffness and end of a step."""
     end, taken = stepper.take(t, vector, motion, with_error=True)
     error = stepper.error(taken, vector, end, motion, norm)
-    return error, stepper.stiffness(taken)
+    return error, stepper.stiffness(taken), end

@@ -86,3 +86,149 @@ def test_sizes_of_entries(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert (sizes >= own).all()
     assert (sizes <= 2 * greatest).all()
     assert (sizes >= min(1.0, 1e3 * eps**0.5) * greatest).all()
+
+
+class Rated(torch.nn.Module):
+    """`u' = -w tanh(u)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(1.0, dtype=D))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.w * torch.tanh(u)
+
+
+def by_data(w: Tensor) -> None:
+    w.data.mul_(3)
+
+
+def by_other_data(w: Tensor) -> None:
+    w.data = 3 * w.data
+
+
+def by_numpy(w: Tensor) -> None:
+    w.detach().numpy()[...] *= 3
+
+
+UNCOUNTED = [by_data, by_other_data, by_numpy]
+FIXED = {"controller": psn.FixedStep(), "dt0": 0.1}
+STEPS: list[tuple[psn.Algorithm, dict[str, Any]]] = [
+    (psn.Tsit5(), {}),
+    (psn.Vern7(), {}),
+    (psn.Rosenbrock23(), {}),
+    (psn.Rodas5P(), {}),
+    (psn.KenCarp4(), {}),
+    (psn.AutoTsit5(psn.Rodas5P()), {}),
+    (psn.Euler(), FIXED),
+    (psn.EM(), FIXED),
+    (psn.SOSRI(), FIXED),
+]
+every_step = pytest.mark.parametrize(
+    ("algorithm", "options"), STEPS, ids=[type(x).__name__ for x, _ in STEPS]
+)
+
+
+def solved(
+    f: Rated,
+    algorithm: psn.Algorithm,
+    options: dict[str, Any],
+    members: bool = False,
+    dtype: torch.dtype = D,
+) -> Any:
+    """A solution, or those of two members, by a method for either kind of equation."""
+    u0 = torch.tensor([[1.0], [0.5]], dtype=dtype)
+    start = u0[0] if members else u0
+    problem: Any = psn.ODEProblem(f, start, (0.0, 1.0))
+    if isinstance(algorithm, psn.EM | psn.SOSRI):
+        problem = psn.SDEProblem(f, lambda t, u: 0.1 * torch.cos(u), start, (0.0, 1.0))
+        options = {**options, "generator": torch.Generator().manual_seed(0)}
+    if members:
+        problem = psn.EnsembleProblem(problem, u0)
+    return psn.solve(problem, algorithm, rtol=1e-3, atol=1e-3, engine="torch", **options)
+
+
+def looks(solution: psn.Solution) -> dict[str, Any]:
+    """What takes steps again: inside of one, at the start of one, and all."""
+    start, tsit5 = float(solution.step_times[1]), None
+    if isinstance(solution.algorithm, psn.Euler) or "Auto" in repr(solution.algorithm):
+        tsit5 = psn.Tsit5()
+    return {
+        "inside": lambda: solution(0.345),
+        "local": lambda: solution.local_estimate(0.345, tsit5).error,
+        "at a start": lambda: solution.local_estimate(start, tsit5).error,
+        "all": lambda: torch.stack([step.error for step in solution.step_estimates()]),
+    }
+
+
+@every_step
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("members", [True, False])
+def test_changes_that_torch_does_not_count_are_seen(
+    algorithm: psn.Algorithm, options: dict[str, Any], recorded: bool, members: bool
+) -> None:
+    f = Rated()
+    whole = solved(f, algorithm, options, members)
+    solution = whole[1] if members else whole
+    asked = looks(solution)
+    with torch.set_grad_enabled(recorded):
+        for look in asked.values():
+            look()
+        for change in UNCOUNTED:
+            change(f.w)
+            for look in asked.values():
+                with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+                    look()
+            f.w.data = torch.tensor(1.0, dtype=D)
+        for look in asked.values():
+            look()
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_change_between_estimates_and_their_gradient_is_seen(
+    adjoint: psn.DiscreteAdjoint, native: bool
+) -> None:
+    """A native solve's own sweep has the numbers of the solve, and compares nothing."""
+    if native and isinstance(adjoint, psn.DirectAdjoint):
+        pytest.skip("native code has no such adjoint")
+    f = Rated()
+    problem = psn.ODEProblem(f, torch.ones(2, dtype=D), (0.0, 1.0))
+    solution = psn.solve(problem, psn.Tsit5(), adjoint=adjoint, compile=native)
+    total = torch.stack([step.error for step in solution.step_estimates()]).sum()
+    torch.autograd.grad(total, f.w, retain_graph=True)
+    f.w.data.mul_(3)
+    with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+        torch.autograd.grad(total, f.w)
+
+
+@pytest.mark.parametrize("sampling", ["biased", "unbiased"])
+def test_members_in_one_batch_see_a_change_that_torch_does_not_count(sampling: Any) -> None:
+    f, u0 = Rated(), torch.tensor([[1.0], [0.5]], dtype=D)
+    many = psn.EnsembleProblem(psn.ODEProblem(f, u0[0], (0.0, 1.0)), u0)
+    solution = psn.solve(many, psn.Tsit5(), engine="torch")
+    penalties = [psn.LocalError(sampling), psn.GlobalError()]
+    for penalty in penalties:
+        penalty(solution)
+    f.w.data.mul_(3)
+    for penalty in penalties:
+        with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+            penalty(solution)
+
+
+@every_step
+@pytest.mark.parametrize("dtypes", [(torch.float32, D), (D, torch.float32)])
+def test_copies_in_another_precision_are_compared_in_the_lower_one(
+    algorithm: psn.Algorithm, options: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    first, second = dtypes
+    f = Rated().to(first)
+    solution = solved(f, algorithm, options, dtype=first)
+    f.to(second)
+    copy = solution.to(second)
+    for look in looks(copy).values():
+        look()
+    f.w.data.mul_(3)
+    for look in looks(copy).values():
+        with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+            look()

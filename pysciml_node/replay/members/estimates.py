@@ -15,6 +15,7 @@ from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.state import moves, recording
+from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.first_sizes import first_sizes
 from pysciml_node.replay.members.limits import StepLimits
@@ -43,7 +44,6 @@ def estimates_of(members: Members) -> StackedEstimates | None:
         or members.thinned
         or not members.steps.counts.all()
         or (tspan is not None and moves(tspan))
-        or members.reach.changed_in_place()
     ):
         return None
     return StackedEstimates(members)
@@ -72,15 +72,22 @@ class StackedEstimates:
         self.before = torch.from_numpy(before).to(spec.device)
 
     @contextmanager
-    def _computing(self) -> Iterator[MembersField]:
-        """Gives the field as the solve saw it; ordinary modes, and gradients if there are any."""
+    def _computing(self) -> Iterator[tuple[MembersField, Comparison]]:
+        """Gives the field as the solve saw it, and compares the steps that are taken again.
+
+        The modes are ordinary ones, and there are gradients if there are any outside.
+        """
         members, reach = self.members, self.members.reach
         field = MembersField(members.ensemble)
         graph = torch.is_grad_enabled() and not members.detached
         device = members.ensemble.problem.spec.device
-        with ordinary_modes(device), torch.set_grad_enabled(graph), reach.as_seen():
+        with (
+            ordinary_modes(device),
+            torch.set_grad_enabled(graph),
+            as_solved(reach) as comparison,
+        ):
             field.given = reach.roots
-            yield field
+            yield field, comparison
             members.add("nfe", field.nfe)
 
     def _method(self, algorithm: ExplicitRungeKutta) -> Method:
@@ -94,6 +101,13 @@ class StackedEstimates:
         stages = MemberStages(method, field, rows, p, u, recording())
         stages.begin(u, t, h, self.limits(rows, t, h))
         return stages
+
+    def _compare(self, comparison: Comparison, n: Array, stages: MemberStages) -> None:
+        """Compare the ends of steps, of their stages as far as they are there, with the solve's."""
+        ends = self.members.states.detach()
+        with torch.no_grad():
+            again, index = stages.solution(with_error=False), torch.from_numpy(n).to(ends.device)
+            comparison.add(again, ends.index_select(0, index), stages.u.detach())
 
     def step_of(self, t: Array) -> Array:
         """Which step of each member contains a time of its own, the later one at a boundary."""
@@ -122,10 +136,10 @@ class StackedEstimates:
     ) -> StepEstimate:
         """One step of `algorithm` from a time of each member, `(M,)`; see `TorchTrajectory`."""
         rows, members = np.arange(len(t)), self.members
-        with self._computing() as field:
+        with self._computing() as (field, comparison):
             graph = torch.is_grad_enabled()
             with torch.set_grad_enabled(graph and not stop_gradient):
-                u = self._states_at(field, t)
+                u = self._states_at(field, comparison, t)
             method = self._method(algorithm)
             norm = MembersNorm(members.options, u)
             p, span = field.parameters(rows), self.spans[1] - t
@@ -165,17 +179,18 @@ class StackedEstimates:
         with np.errstate(all="ignore"):
             return first_sizes(norm, u, k, change, abs(span), self.sign, order)
 
-    def _states_at(self, field: MembersField, t: Array) -> Tensor:
+    def _states_at(self, field: MembersField, comparison: Comparison, t: Array) -> Tensor:
         """Dense output at a time of each member, `(M, N)`."""
         steps, n = self.steps, self.step_of(t)
         u = self._states(n)
         start, h = steps.starts[n], steps.sizes[n]
-        if (t == start).all():
-            return u
         assert isinstance(self.members.algorithm, ExplicitRungeKutta)
         method, rows = self._method(self.members.algorithm), np.arange(len(t))
         stages = self._stages(method, field, rows, u, start, h)
-        return stages.inside(rows, (t - start) / h, t)[0]
+        if (t != start).any():
+            u = stages.inside(rows, (t - start) / h, t)[0]
+        self._compare(comparison, n, stages)
+        return u
 
     def _states(self, steps: Array) -> Tensor:
         """The states before some steps, with their graph."""
@@ -204,12 +219,13 @@ class StackedEstimates:
         """Errors and stiffness of some steps from the states at their starts."""
         members, steps, rows = self.members, self.steps, self.rows[n]
         assert isinstance(members.algorithm, ExplicitRungeKutta)
-        with self._computing() as field:
+        with self._computing() as (field, comparison):
             method = self._method(members.algorithm)
             stages = self._stages(method, field, rows, u, steps.starts[n], steps.sizes[n])
             norm = MembersNorm(members.options, members.u0)
             norm.keep(rows)
             found = self._measured(stages, norm, steps.sizes[n])
+            self._compare(comparison, n, stages)
         return found.error, found.stiffness
 
     @staticmethod

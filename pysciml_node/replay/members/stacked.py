@@ -293,7 +293,6 @@ class StackedMembers:
             problem, p = self.ensemble.problem, self.ensemble.p
             functions = roots_of(problem)
             self.surroundings = Surroundings({**functions, "p": problem.p if p is None else p})
-            self.surroundings.late = True
         return self.surroundings
 
     def children(self) -> list[Any]:
