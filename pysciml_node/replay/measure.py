@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from typing_extensions import override
 
 from pysciml_node.replay.comparison import Comparison, as_solved
@@ -68,6 +69,12 @@ def measure_steps(
         measure, inputs, precision, rows, len(states), *states, *inputs.inputs
     )
     return measured
+
+
+def checkpointed(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> Any:
+    """A checkpoint that runs to its end once more in backward, where steps are compared."""
+    with set_checkpoint_early_stop(False):
+        return checkpoint(function, *arguments, use_reentrant=False)
 
 
 class _Measured(torch.autograd.Function):

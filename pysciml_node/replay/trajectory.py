@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
@@ -23,7 +22,7 @@ from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison, as_solved, coarser
 from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.implicit import stages_for
-from pysciml_node.replay.measure import measure_steps
+from pysciml_node.replay.measure import checkpointed, measure_steps
 from pysciml_node.replay.newton import Accuracy, left_missing
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
@@ -300,10 +299,7 @@ class TorchTrajectory(Recorded):
             with self._as_seen() as comparison:
                 estimates = [self._replay(n, u, comparison) for n, u in enumerate(starts)]
         elif isinstance(self.options.adjoint, DirectAdjoint):
-            estimates = [
-                checkpoint(self._replay_as_seen, n, u, use_reentrant=False)
-                for n, u in enumerate(starts)
-            ]
+            estimates = [checkpointed(self._replay_as_seen, n, u) for n, u in enumerate(starts)]
         else:
             assert self.surroundings is not None
             rows = measure_steps(self._replay, starts, self.surroundings, self.precision)

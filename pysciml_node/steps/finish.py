@@ -78,7 +78,8 @@ class Solve(ABC):
         ending = Ending(
             record.retcode,
             record.times,
-            self.state(states[-1]),
+            # A copy: whoever changes it in place does not change the steps.
+            self.state(states[-1]).clone(),
             self.state(saved if len(saved) == record.saved else saved[: record.saved]),
             record.event,
         )

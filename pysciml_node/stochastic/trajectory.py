@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms.options import SolveOptions, without_closures
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.replay.comparison import Comparison, as_solved, coarser
+from pysciml_node.replay.measure import checkpointed
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
@@ -225,7 +225,7 @@ class SDETrajectory(Recorded):
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]
             if torch.is_grad_enabled():
-                error, stiffness = checkpoint(self._replay_as_seen, n, vector, use_reentrant=False)
+                error, stiffness = checkpointed(self._replay_as_seen, n, vector)
             else:
                 error, stiffness = self._replay_as_seen(n, vector)
             estimates.append(

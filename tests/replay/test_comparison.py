@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pysciml_node as psn
 from pysciml_node.replay.comparison import entry_sizes
+from pysciml_node.replay.members.estimates import estimates_of
 
 D = torch.float64
 BIG = 1e9
@@ -195,25 +197,32 @@ def test_a_change_between_estimates_and_their_gradient_is_seen(
     f = Rated()
     problem = psn.ODEProblem(f, torch.ones(2, dtype=D), (0.0, 1.0))
     solution = psn.solve(problem, psn.Tsit5(), adjoint=adjoint, compile=native)
-    total = torch.stack([step.error for step in solution.step_estimates()]).sum()
-    torch.autograd.grad(total, f.w, retain_graph=True)
+    first, second = (
+        torch.stack([step.error for step in solution.step_estimates()]).sum() for _ in range(2)
+    )
+    torch.autograd.grad(first, f.w, retain_graph=True)
     f.w.data.mul_(3)
     with pytest.raises(RuntimeError, match="could not reproduce the solve"):
-        torch.autograd.grad(total, f.w)
+        torch.autograd.grad(second, f.w)
 
 
 @pytest.mark.parametrize("sampling", ["biased", "unbiased"])
 def test_members_in_one_batch_see_a_change_that_torch_does_not_count(sampling: Any) -> None:
     f, u0 = Rated(), torch.tensor([[1.0], [0.5]], dtype=D)
     many = psn.EnsembleProblem(psn.ODEProblem(f, u0[0], (0.0, 1.0)), u0)
-    solution = psn.solve(many, psn.Tsit5(), engine="torch")
-    penalties = [psn.LocalError(sampling), psn.GlobalError()]
-    for penalty in penalties:
-        penalty(solution)
-    f.w.data.mul_(3)
-    for penalty in penalties:
+    found = estimates_of(psn.solve(many, psn.Tsit5(), engine="torch").members)
+    assert found is not None
+    inside = np.array([0.3, 0.4]) if sampling == "unbiased" else found.steps.ends[[0, -2]]
+    late = found.every_step().error.sum()
+    for look in (lambda: found.local(inside, psn.Tsit5(), True, None), found.every_step):
+        look()
+        f.w.data.mul_(3)
         with pytest.raises(RuntimeError, match="could not reproduce the solve"):
-            penalty(solution)
+            look()
+        f.w.data.div_(3)
+    f.w.data.mul_(3)
+    with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+        late.backward()
 
 
 @every_step
@@ -232,3 +241,24 @@ def test_copies_in_another_precision_are_compared_in_the_lower_one(
     for look in looks(copy).values():
         with pytest.raises(RuntimeError, match="could not reproduce the solve"):
             look()
+
+
+@every_step
+@pytest.mark.parametrize("members", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_result_belongs_to_its_owner(
+    algorithm: psn.Algorithm, options: dict[str, Any], members: bool, recorded: bool
+) -> None:
+    """Changed in place, it leaves the steps as they are."""
+    f = Rated()
+    with torch.set_grad_enabled(recorded):
+        whole = solved(f, algorithm, options, members)
+        solution = whole[1] if members else whole
+        times = torch.tensor([0.345, 0.99, 1.0], dtype=D)
+        asked = solution(times).clone()
+        with torch.no_grad():
+            solution.u1.zero_()
+            solution.u.detach().numpy()[...] = 0
+        torch.testing.assert_close(solution(times), asked, rtol=0, atol=0)
+        if recorded:
+            torch.autograd.grad(solution(times).sum(), f.w)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.problems.ensemble import Array
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison, as_solved
+from pysciml_node.replay.measure import checkpointed
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.first_sizes import first_sizes
 from pysciml_node.replay.members.limits import StepLimits
@@ -210,7 +210,7 @@ class StackedEstimates:
         for first in range(0, len(self.rows), _ROWS):
             n = np.arange(first, min(first + _ROWS, len(self.rows)))
             u = self._states(n)
-            found = checkpoint(self._again, n, u, use_reentrant=False) if graph else None
+            found = checkpointed(self._again, n, u) if graph else None
             parts.append(self._again(n, u) if found is None else found)
         error, stiffness = (torch.cat(column) for column in zip(*parts, strict=True))
         return StepEstimate(torch.from_numpy(self.steps.sizes).to(error), error, stiffness)

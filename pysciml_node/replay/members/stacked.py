@@ -248,7 +248,8 @@ class StackedMembers:
             retcode=self.codes[m],
             stats=stats,
             t=self._times(m, problem, record),
-            u1=spec.unflatten(self.state(states[-1])),
+            # A copy: whoever changes it in place does not change the steps.
+            u1=spec.unflatten(self.state(states[-1]).clone()),
             trajectory=trajectory,
             saved=None
             if self.at_times is None

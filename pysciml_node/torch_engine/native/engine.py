@@ -91,7 +91,8 @@ class FlownSolve(Solve):
 
     def stepped(self, states: States) -> list[Tensor]:
         """The initial state and those at the ends of the steps, flat."""
-        return [*states.ends[:-1].unbind(), states.last.reshape(-1)]
+        # Not the last state itself, which its owner may change.
+        return list(states.ends.unbind())
 
     @override
     def run(self) -> Outcome:

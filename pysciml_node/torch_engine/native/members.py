@@ -108,9 +108,7 @@ class _Member(FlownMember):
 
     @override
     def stepped(self, states: States) -> list[Tensor]:
-        if not self.flight.count:
-            return [self.u0.reshape(-1)]
-        return [self.u0.reshape(-1), *states.ends[:-1].unbind(), states.last.reshape(-1)]
+        return [self.u0.reshape(-1), *states.ends.unbind()]
 
 
 @dataclass
