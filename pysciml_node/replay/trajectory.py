@@ -252,15 +252,19 @@ class TorchTrajectory(Recorded):
             )
         method = Method.of(algorithm.tableau, self.problem.spec.dtype, self.problem.spec.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
-            u = self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
-        with self._as_seen() as comparison:
-            if t in self.record.times and self.record.sizes:
-                # No step has been taken for the state.
+            u = self._state_at(t)
+        with self._as_seen():
+            return self.estimate_from(t, u, method, stop_gradient, dt)
+
+    def _state_at(self, t: float) -> Tensor:
+        """The state at a time, where the step there ends as it did."""
+        if t in self.record.times and self.record.sizes:
+            with self._as_seen() as comparison:
                 n = self.step_of(t)
                 stages, field = self._stages(self._method_of(n))
                 self._compare(comparison, n, stages)
                 self.stats.nfe += field.nfe
-            return self.estimate_from(t, u, method, stop_gradient, dt)
+        return self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
 
     def estimate_from(
         self, t: float, u: Tensor, method: Method, stop_gradient: StopGradient, dt: float | None

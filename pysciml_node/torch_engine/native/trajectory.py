@@ -128,7 +128,7 @@ class NativeTrajectory(TorchTrajectory):
         if torch.equal(ends, ended):
             return
         assert self.surroundings is not None
-        comparison = Comparison()
+        comparison = Comparison(self.precision)
         comparison.add(ends, ended, torch.stack([self.flat_states[n].detach() for n in numbers]))
         changed = self.surroundings.changed_in_place()
         comparison.expect_equal([self.surroundings.names[id(x)] for x in changed])
@@ -189,16 +189,14 @@ class NativeTrajectory(TorchTrajectory):
             rows.update(zip(between, states.unbind(), strict=True))
         return torch.stack([rows[t] for t in host])
 
+    @override
     def _state_at(self, t: float) -> Tensor:
-        """The state at a time, where the step there ends as it did."""
         n = self.step_of(t)
         known = self._known_states(n, moving=False).get(t)
         found = self._inside({n: [t] if known is None else []})
         if found is not None:
             return found[0] if known is None else known[:]  # without its graph, where none is made
-        with self._as_seen() as check:
-            check(n)
-        return self.evaluate(self.method.nodes.new_tensor([t], dtype=torch.float64))[0]
+        return super()._state_at(t)
 
     @override
     def estimate(
