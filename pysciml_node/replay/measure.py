@@ -64,6 +64,8 @@ def measure_steps(
             if inputs.watch is not None:
                 inputs.watch(row)
             rows[n] = row.detach()
+    # What is refused above has settled nothing.
+    with surroundings.as_seen():
         inputs.settle()
     measured: Tensor = _Measured.apply(  # type: ignore[no-untyped-call]
         measure, inputs, precision, rows, len(states), *states, *inputs.inputs
