@@ -50,7 +50,7 @@ class TakenSteps:
         constant: whether no gradients flow through the first stage.
         stats: count the evaluations.
         again: from their sizes to the outputs with a graph of torch's, which has further
-            derivatives; without it these are refused.
+            derivatives; without it, and of states that a solve has left, these are refused.
 
     Attributes:
         sizes: of the steps, once they are taken.
@@ -205,7 +205,8 @@ class TakenSteps:
             len(self.places) - 1,
             0 if kept is None else len(kept) // library.slot,
         )
-        taken = self._taken
+        # Each sweep has a request of its own: several threads may go through one graph.
+        taken = TakenRequest.from_buffer_copy(self._taken)
         taken.back, taken.starts = ctypes.addressof(back), starts.data_ptr()
         taken.errors_bar, taken.stiffness_bar = errors, stiffness
         taken.starts_bar = left + library.start_at
@@ -250,7 +251,8 @@ class _Node(torch.autograd.Function):
         if all(x is None for x in arriving):
             return (None,) * len(needed)
         sources, wanted = ctx.saved_tensors, needed[2:]
-        if torch.is_grad_enabled() and steps.again is not None:
+        further = torch.is_grad_enabled() and _stand_apart(sources, wanted)
+        if further and steps.again is not None:
             with ordinary_modes(sources[0].device):
                 outputs = steps.again(steps.sizes)
                 return (None, None, *_by_torch(outputs, sources, wanted, arriving))
@@ -264,6 +266,12 @@ class _Node(torch.autograd.Function):
 
 # Without what torch does for its transforms, in which steps are taken again in Python.
 _as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+
+
+def _stand_apart(sources: Sequence[Tensor], wanted: Sequence[bool]) -> bool:
+    """Whether none that is wanted depends on another, through which torch would count it twice."""
+    followed = [x for x, needed in zip(sources, wanted, strict=True) if needed]
+    return len(followed) == 1 or all(x.is_leaf for x in followed)
 
 
 def _by_torch(

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -243,6 +244,45 @@ def test_higher_derivatives_through_the_solve_are_refused() -> None:
         (bar,) = torch.autograd.grad(value, inputs[1], create_graph=True)
         with pytest.raises(RuntimeError, match="second derivative through a solve"):
             torch.autograd.grad(bar.sum(), inputs[1])
+
+
+@pytest.mark.parametrize("kind", ["through the solve", "of the step alone"])
+def test_a_graph_of_first_derivatives_leaves_them_as_they_are(kind: str) -> None:
+    """Also where one of the sources depends on another: states on weights, parts of p on others."""
+    gain = torch.tensor([1.0, 0.7, 1.3], dtype=D, requires_grad=True)
+    p = {"gain": gain, "rate": gain.square().sum()}
+    problem = psn.ODEProblem(FIELD, torch.ones(2, 3, dtype=D), (0.0, 2.5), p=p)
+    solution = psn.solve(
+        problem, psn.Tsit5(), compile=True, engine="torch", controller=psn.FixedStep(), dt0=0.4,
+        rtol=1e-2, atol=1e-3,
+    )  # fmt: skip
+    through = kind == "through the solve"
+    step = solution.local_estimate(0.7, dt=0.6, stop_gradient=not through)
+    values = [step.error, step.stiffness, *([solution(0.3).sum()] if through else [])]
+    inputs = [gain, FIELD.matrix]
+    for value in values:
+        once = torch.autograd.grad(value, inputs, retain_graph=True)
+        for one, other in zip(
+            torch.autograd.grad(value, inputs, create_graph=True), once, strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_sweeps_of_several_threads_through_one_graph() -> None:
+    field = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).double()
+    u0 = torch.linspace(-1, 1, 512, dtype=D).reshape(32, 16)
+    problem = psn.ODEProblem(lambda t, u: field(u), u0, (0.0, 1.0))
+    solution = psn.solve(problem, psn.Tsit5(), compile=True, controller=psn.FixedStep(), dt0=0.01)
+    value = solution(torch.linspace(0.001, 0.999, 100, dtype=D)).square().sum()
+
+    def gradient(factor: float) -> Tensor:
+        return torch.autograd.grad(factor * value, field[0].weight, retain_graph=True)[0]
+
+    alone = gradient(1.0)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradient, [1.0, 2.0, 4.0, 8.0] * 2))
+    for factor, found in zip([1.0, 2.0, 4.0, 8.0] * 2, together, strict=True):
+        torch.testing.assert_close(found, factor * alone, rtol=1e-12, atol=1e-15)
 
 
 READS: dict[str, Callable[[Solution], Any]] = {
