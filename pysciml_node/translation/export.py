@@ -21,6 +21,7 @@ from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
 from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
+from pysciml_node.translation.numbers import tell_of_numbers
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.saved import as_it_is, numbers_put_back, saved_by, without_graph
@@ -309,8 +310,11 @@ def _translated(
                 raise UnsupportedModule(
                     f"{label(f)} reaches other tensors than when its translation began."
                 )
+            earlier = [x.result.json for x in outcomes if isinstance(x.result, _Translation)]
             outcomes.appendleft(outcome)
             relatives.appendleft(outcome)
+            if isinstance(outcome.result, _Translation):
+                tell_of_numbers(label(f), outcome.result.json, earlier)
     if not isinstance(outcome.result, _Translation):
         message, operation, captured = outcome.result
         raise UnsupportedModule(message, operation, captured)

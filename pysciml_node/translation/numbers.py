@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Callable
 from operator import is_
 from typing import Any, TypeVar
@@ -10,10 +12,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pysciml_node.errors import UnsupportedModule
+from pysciml_node.errors import PsnWarning, UnsupportedModule
 from pysciml_node.problems.state import StateSpec
 
 Made = TypeVar("Made")
+
+_MANY = 8
+"""Programs of a field that differ in numbers alone, after which its author is told."""
+
+_NUMBER = re.compile(r"-?\d+(\.\d+(e[+-]?\d+)?|e[+-]?\d+)")
+"""A real number in the text of a program."""
 
 
 def ways_to_read(p: Any, spec: StateSpec) -> tuple[Any, ...]:
@@ -38,6 +46,26 @@ def first_to_succeed(p: Any, spec: StateSpec, make: Callable[[Any], Made]) -> Ma
         with contextlib.suppress(UnsupportedModule):
             return make(read)
     return make(last)
+
+
+def tell_of_numbers(name: str, program: str, earlier: list[str]) -> None:
+    """Warn where a field has become another program for each number that it captures.
+
+    Args:
+        name: of the field in messages.
+        program: the one that has just been made, as text.
+        earlier: those that were made of the field before.
+    """
+    form = _NUMBER.sub("", program)
+    others = {text for text in earlier if text != program and _NUMBER.sub("", text) == form}
+    if len(others) == _MANY - 1:
+        warnings.warn(
+            f"{name} has been translated {_MANY} times for other numbers each time, and code is "
+            "made for each.\n  Write a tensor for a number that changes from solve to solve, in p "
+            "or captured: its entries are read at each solve.",
+            PsnWarning,
+            stacklevel=2,
+        )
 
 
 def _read(x: Any, device: torch.device) -> Any:

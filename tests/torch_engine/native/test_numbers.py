@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.problems.state import StateSpec
 from pysciml_node.torch_engine.native.compiler import available
 from pysciml_node.translation import export
 
@@ -136,3 +137,17 @@ def test_single_precision_has_the_numbers_of_python() -> None:
         torch.testing.assert_close(
             u1.u1, u0 * math.exp(-((h / 1.4e-23) ** 2) * 1e21), rtol=1e-5, atol=0
         )
+
+
+def test_a_field_that_is_made_anew_for_each_number_is_told() -> None:
+    def decay(rate: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda t, u: -rate * u
+
+    spec = StateSpec.of(torch.ones(2))
+    for k in range(7):
+        export.translate(decay(0.5 + k), spec)
+        export.translate(decay(0.5 + k), StateSpec.of(torch.ones(3 + k)))
+        export.translate(decay(torch.tensor(0.5 + k)), spec)
+    with pytest.warns(psn.PsnWarning, match=r"8 times .*\n  Write a tensor"):
+        export.translate(decay(0.1), spec)
+    export.translate(decay(0.2), spec)  # once
