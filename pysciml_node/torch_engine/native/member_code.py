@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.replay.stages import Method
-from pysciml_node.tableaus import RosenbrockTableau
+from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
 from pysciml_node.torch_engine.native.emit import Emitted, Emitter
 from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
@@ -53,14 +53,28 @@ class MemberMethod:
     pulled: MemberProgram | None = None
 
     @property
-    def is_rosenbrock(self) -> bool:
+    def is_implicit(self) -> bool:
         """Whether its steps solve linear systems."""
-        return isinstance(self.method.tableau, RosenbrockTableau)
+        return isinstance(self.method.tableau, ImplicitTableau)
+
+    @property
+    def kind(self) -> str:
+        """What the files of its steps are named after."""
+        if not self.is_implicit:
+            return "explicit"
+        return "rosenbrock" if isinstance(self.method.tableau, RosenbrockTableau) else "diagonal"
+
+    @property
+    def linearizations(self) -> tuple[int, int]:
+        """How many a step holds, and how many its adjoint does."""
+        return {"explicit": (0, 0), "rosenbrock": (1, 1), "diagonal": (2, self.method.stages)}[
+            self.kind
+        ]
 
     @property
     def sweeps(self) -> bool:
         """Whether there is code for gradients."""
-        return not self.is_rosenbrock or self.pulled is not None
+        return self.kind != "rosenbrock" or self.pulled is not None
 
 
 @dataclass
@@ -134,7 +148,7 @@ class WrittenMembers:
                 if program is None:
                     return None
                 emitter = WideEmitter(program, one.own, width, suffix)
-            state_alone = self._how.is_rosenbrock and not suffix
+            state_alone = self._how.is_implicit and not suffix
             emissions.append(_Emission(emitter, emitter.emit(state_alone)))
         return emissions
 
@@ -148,10 +162,11 @@ class WrittenMembers:
         march = (stages + 4) * row + (stages + 1) * time_row + own + work
         sweep = (2 * stages + 3) * row + stages * time_row + 2 * own + bars
         sweep += stages * (2 * row + work)
-        if self._how.is_rosenbrock:
+        if self._how.is_implicit:
             linear = 2 * padded(size * size * width) + 5 * row
-            march += bars + linear
-            sweep += 2 * stages * row + linear
+            held, held_back = self._how.linearizations
+            march += bars + held * linear
+            sweep += 2 * stages * row + held_back * linear
         for other in others:
             sweep += 4 * self._point(width) + padded(other.work.size) + padded(other.bars.size)
         return march, sweep if self._how.sweeps else 0
@@ -168,12 +183,13 @@ class WrittenMembers:
         loop = ["codes.h", "team.h", "steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
         method = emit_method(how.method, self.size, width)
-        if how.is_rosenbrock:
+        if how.is_implicit:
             cost += self.size * first.emitted.cost + self.size**3 // 3 * width
             method = emit_implicit(how.method, self.size, how.mass, width)
-        kind = "rosenbrock" if how.is_rosenbrock else "explicit"
-        loop += [f"members_{kind}.h", "members_events.h", "workers.h", "members_calls.h"]
-        sweep += [f"members_{kind}_sweep.h"] if how.sweeps else []
+            loop.append("members_linear.h")
+            sweep += ["members_linear_sweep.h"] if how.sweeps else []
+        loop += [f"members_{how.kind}.h", "members_events.h", "workers.h", "members_calls.h"]
+        sweep += [f"members_{how.kind}_sweep.h"] if how.sweeps else []
         return [
             "#include <stdlib.h>",
             f"enum {{ TURNS = {turns(cost, how.method.all_stages)}, "

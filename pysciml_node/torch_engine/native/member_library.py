@@ -29,11 +29,18 @@ COUNTS = 7
 _MOST_RESTING = 1 << 24
 
 
+class AccuracyRequest(ctypes.Structure):
+    """`Accuracy` of src/members.h."""
+
+    _fields_ = (*fields(POINTER, "rtol atol"), ("stride", INTEGER))
+
+
 class MembersRequest(ctypes.Structure):
     """`Many` of src/members.h."""
 
     _fields_ = (
         *fields(POINTER, "t0 t1 shift factor stops marks saves rtol atol u0 packed own"),
+        ("accuracy", AccuracyRequest),
         *fields(INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
         *fields(INTEGER, "members stop_count mark_count save_count control max_steps driven"),
         *fields(INTEGER, "free threads"),
@@ -52,7 +59,9 @@ class MembersSweepRequest(ctypes.Structure):
     """`Back` of src/members_sweep.h."""
 
     _fields_ = (
-        *fields(POINTER, "t0 t1 marks steps places u0 packed ends own offsets counts"),
+        *fields(POINTER, "t0 t1 marks steps places u0 packed ends own"),
+        ("accuracy", AccuracyRequest),
+        *fields(POINTER, "offsets counts"),
         *fields(POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar"),
         *fields(POINTER, "t_bar h_bar theta_bar costs"),
         *fields(INTEGER, "span_stride start_stride mark_count save_count members chunk threads"),

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.options import Array, SolveOptions
+from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
 from pysciml_node.replay.members.moving import StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps
+from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.torch_engine.native.departure import TURN, set_control
 from pysciml_node.torch_engine.native.events import MembersSearch
@@ -84,6 +85,42 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """What Newton's iteration may leave missing, as C reads it; one row for all, or one for each.
+
+    Attributes:
+        rtol: by entries, `(1, N)` or `(M, N)`.
+        atol: likewise.
+    """
+
+    rtol: Tensor
+    atol: Tensor
+
+    @staticmethod
+    def of(options: MemberOptions, like: Tensor) -> Missing:
+        """That of a solve.
+
+        Args:
+            options: of the members.
+            like: the initial states `(M, N)`.
+        """
+        accuracy = Accuracy.of_members(options, like.dtype, like.shape[1])
+        rtol, atol = (
+            torch.as_tensor(x, dtype=like.dtype, device="cpu").detach()
+            for x in (accuracy.rtol, accuracy.atol)
+        )
+        rows = len(like) if max(rtol.ndim, atol.ndim) > 1 else 1
+        rtol, atol = (x.expand(rows, like.shape[1]).contiguous() for x in (rtol, atol))
+        return Missing(rtol, atol)
+
+    def put(self, request: MembersRequest | MembersSweepRequest) -> None:
+        """Write it into a request."""
+        accuracy = request.accuracy
+        accuracy.rtol, accuracy.atol = self.rtol.data_ptr(), self.atol.data_ptr()
+        accuracy.stride = _stride(self.rtol, self.rtol.shape[1])
+
+
+@dataclass(frozen=True)
 class Passengers:
     """What the members of a solve start with.
 
@@ -96,6 +133,7 @@ class Passengers:
         own: the parameters that are their own, each `(M, ...)`.
         free: whether the ends of their intervals receive gradients.
         spent: attempts that each has made before, `(M,)`, or `None`.
+        missing: of a method whose stages an iteration finds.
     """
 
     u0: Tensor
@@ -107,6 +145,7 @@ class Passengers:
 
     free: bool = False
     spent: Array | None = None
+    missing: Missing | None = None
 
     @property
     def times(self) -> int:
@@ -245,6 +284,8 @@ def fly_members(
         request.events = search.requests(threads, library.abreast)
         for name in ("before", "open", "found"):
             setattr(request, name, _address(getattr(search, name)))
+    if passengers.missing is not None:
+        passengers.missing.put(request)
     set_control(request, options.controller, error_order)
     loaded = library.loaded
     memory = library.take_memory(library.march_memory * threads)
@@ -338,6 +379,8 @@ def sweep_members(
         *(("packed_bar", packed_bar), ("costs", costs)),
     ):
         setattr(request, name, _address(value))
+    if passengers.missing is not None:
+        passengers.missing.put(request)
     if passengers.free:
         for name, places in zip(("t_bar", "h_bar", "theta_bar"), moves, strict=True):
             setattr(request, name, _address(places))

@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.algorithms.implicit import DiagonallyImplicitMethod
 from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.errors import UnsupportedModule
@@ -28,7 +27,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.tableaus import RosenbrockTableau
+from pysciml_node.tableaus import DiagonallyImplicitTableau, RosenbrockTableau, Tableau
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
@@ -41,6 +40,7 @@ from pysciml_node.torch_engine.native.member_run import (
     REACHED,
     REJECTED,
     Flights,
+    Missing,
     SweptMembers,
     fly_members,
     sweep_members,
@@ -57,7 +57,7 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
-    if isinstance(algorithm, DiagonallyImplicitMethod | SwitchingMethod):
+    if isinstance(algorithm, SwitchingMethod):
         raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
@@ -69,7 +69,7 @@ class _Solve(MembersSolve):
     """That of ordinary equations."""
 
     library: MemberLibrary
-    error_order: float
+    tableau: Tableau
     free: bool  # whether the ends of the intervals receive gradients
 
     @override
@@ -82,8 +82,11 @@ class _Solve(MembersSolve):
             if own
         ]
         passengers = self.passengers(u0, mine, library.size, self.free)
-        packed, common = library.pack(shared), self.options.common
-        return fly_members(library, passengers, common, self.error_order, packed, self.search)
+        if isinstance(self.tableau, DiagonallyImplicitTableau):
+            missing = Missing.of(self.options, passengers.u0)
+            passengers = dataclasses.replace(passengers, missing=missing)
+        packed, common, order = library.pack(shared), self.options.common, self.tableau.error_order
+        return fly_members(library, passengers, common, order, packed, self.search)
 
     @override
     def sweep(self, flights: Flights, *arriving: Tensor | None) -> SweptMembers:
@@ -363,9 +366,7 @@ def solve_native_members(
         _check_times(ensemble, method, starts)
     search = _search(ensemble, options, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
-    solve = _Solve(
-        ensemble, options, prepared.own, swept, search, prepared.library, tableau.error_order, free
-    )
+    solve = _Solve(ensemble, options, prepared.own, swept, search, prepared.library, tableau, free)
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
     flights, tensors = solve.fly(starts, prepared.parameters)

@@ -50,7 +50,10 @@ def test_ten_doses_of_each_patient_with_their_gradients() -> None:
     assert_ten_doses_of_each(compile=True)
 
 
-ALGORITHMS = [psn.Tsit5(), psn.BS3(), psn.Vern7(), psn.Rosenbrock23(), psn.Rodas5P()]
+ALGORITHMS = [
+    psn.Tsit5(), psn.BS3(), psn.Vern7(), psn.Rosenbrock23(), psn.Rodas5P(), psn.KenCarp4(),
+    psn.TRBDF2(),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conformance import stiff_problems as known
 from properties.native_cases import quick_turns
-from stiff_fields import FIELDS, D, assert_alike, driven, random, solved, tensor
+from stiff_fields import FIELDS, D, assert_alike, driven, solved, tensor
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -358,10 +358,3 @@ def test_what_has_no_native_code_is_named(name: str) -> None:
     attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match=named):
         assert psn.solve(problem, algorithm, compile="auto").success
-
-
-def test_members_have_none() -> None:
-    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(2), (0.0, 1.0))
-    ensemble = psn.EnsembleProblem(problem, random(3, 2).float())
-    with pytest.raises(psn.CompileError, match=r"AutoTsit5.* for members"):
-        psn.solve(ensemble, psn.AutoTsit5(), compile=True)

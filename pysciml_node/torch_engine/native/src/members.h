@@ -9,13 +9,20 @@
    OWN parameters of each member's own with OWN_PLACES and OWN_SIZES, in OWN_ROOM numbers, and whether
    the field reads the time (TIMED). */
 
+/* What Newton's iteration may leave missing of the argument of a stage, entry by entry; a row of each
+   member where the stride is not 0. */
+typedef struct {
+  const REAL *rtol, *atol;
+  int64_t stride;
+} Accuracy;
+
 /* What a worker knows of the members that it runs. */
 typedef struct {
   double t[ABREAST], h[ABREAST], proposed[ABREAST], size[ABREAST], stop[ABREAST], error[ABREAST];
   double t0[ABREAST], t1[ABREAST], direction[ABREAST], history[2][ABREAST], shift[ABREAST],
       factor[ABREAST], whole_error[ABREAST];
   REAL real_size[ABREAST], take[ABREAST], follow[ABREAST];
-  int64_t member[ABREAST], known[ABREAST], lands[ABREAST], code[ABREAST];
+  int64_t member[ABREAST], known[ABREAST], linearized[ABREAST], lands[ABREAST], code[ABREAST];
   int64_t next_stop[ABREAST], first_stop[ABREAST], stop_count[ABREAST];
   int64_t accepted[ABREAST], rejected[ABREAST], evaluations[ABREAST], reached[ABREAST];
   /* How many attempts it may make; whether its step is taken again up to an event, and which one. */
@@ -34,6 +41,7 @@ typedef struct {
   const double *t0, *t1, *shift, *factor, *stops, *marks, *saves;
   const REAL *rtol, *atol, *u0, *packed;
   const REAL *const *own;
+  Accuracy accuracy;
   int64_t span_stride, scale_stride, tolerance_stride, save_stride, start_stride;
   int64_t members, stop_count, mark_count, save_count, control, max_steps, driven;
   int64_t free, threads; /* free: whether ends of the intervals receive gradients */
@@ -100,6 +108,13 @@ static int psn_lacks_first(const Worker *w, int l, const int *asked) {
    last stage is the end of the step leaves that one's argument in LAST. */
 static void psn_lanes_first(const Many *m, Worker *w, const int *asked);
 static void psn_lanes_stages(const Many *m, Worker *w, int upto);
+
+/* Count the evaluations of an attempt behind the first one. A step that is taken again has no error
+   estimate. */
+static void psn_lanes_count(Worker *w, int upto) {
+  int again = FSAL ? STAGES - 1 : STAGES;
+  LANES_ALL w->evaluations[l] += (w->cut[l] ? again : upto) - 1;
+}
 
 /* Norms of x in units of the tolerance, one for each member. */
 static void psn_lane_norms(const Many *m, const Worker *w, const REAL *x, const REAL *u,
@@ -193,7 +208,7 @@ static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   w->shift[l] = m->rtol ? 0 : m->shift[member * m->scale_stride];
   w->factor[l] = m->factor[member * m->scale_stride];
   w->history[0][l] = m->control == DERIVATIVE ? 1 : 1e-4, w->history[1][l] = 1;
-  w->known[l] = w->next_stop[l] = w->code[l] = 0;
+  w->known[l] = w->linearized[l] = w->next_stop[l] = w->code[l] = 0;
   w->error[l] = 0;
   w->stop_count[l] = last - first;
   w->first_stop[l] = t1 > t0 ? first : last - 1;
@@ -276,9 +291,7 @@ static void psn_attempt(const Many *m, Worker *w, int upto) {
   psn_lanes_first(m, w, 0);
   psn_lanes_stages(m, w, upto);
   if (!(FSAL && adaptive)) combine(END, w->real_size, U, K(0), LAST);
-  /* A step that is taken again has no error estimate. */
-  int again = FSAL ? STAGES - 1 : STAGES;
-  LANES_ALL w->evaluations[l] += (w->cut[l] ? again : upto) - 1, w->known[l] = upto;
+  LANES_ALL w->known[l] = upto;
   w->have = upto;
   if (!adaptive) {
     LANES_ALL w->error[l] = NAN;
@@ -388,6 +401,7 @@ static void psn_advance(Many *m, Worker *w) {
     w->take[l] = taken;
     w->follow[l] = taken && END_STAGE >= 0 && w->known[l] > END_STAGE && !w->lands[l];
     w->known[l] = !taken || w->follow[l] != 0;
+    w->linearized[l] = w->linearized[l] && !taken;
     w->rejected[l] += !taken && !w->cut[l] && w->code[l] == RUNNING;
     w->accepted[l] += taken;
   }

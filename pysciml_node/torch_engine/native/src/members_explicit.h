@@ -14,6 +14,7 @@ static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
 
 static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
   int adaptive = m->control != FIXED;
+  psn_lanes_count(w, upto);
   for (int i = 1; i < upto; i++) {
     REAL *g = FSAL && adaptive && i == STAGES - 1 ? LAST : G;
     combine(i, w->real_size, U, K(0), g);

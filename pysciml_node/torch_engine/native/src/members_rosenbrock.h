@@ -1,110 +1,9 @@
 /* The stages of Rosenbrock steps of members abreast; for src/members.h.
 
-   It is rosenbrock.h lane by lane: there are the equations. Lanes may exchange different rows. */
+   It is rosenbrock.h lane by lane: there are the equations. */
 
-/* The field at the starts of steps with its derivatives, and room for what comes of them. */
-typedef struct {
-  REAL *jacobian, *factors, *rate, *slope, *unit, *row, *pivots, *bars;
-} Linear;
-
-#define LINEAR_MEMORY (2 * MATRIX + 5 * ROW)
-
-static void psn_place(Linear *l, REAL *memory, REAL *bars) {
-  l->jacobian = memory, l->factors = memory + MATRIX;
-  l->rate = memory + 2 * MATRIX, l->slope = l->rate + ROW;
-  l->unit = l->slope + ROW, l->row = l->unit + ROW, l->pivots = l->row + ROW;
-  l->bars = bars;
-}
-
-static void psn_linearize(const Linear *at, const REAL *time, const REAL *u, const REAL *packed,
-                          const REAL *own, REAL *work) {
-  field(time, u, packed, own, at->rate, work);
-  FOR_ENTRIES {
-    REAL time_bar[TIME_ROW] = {0};
-    memset(at->unit, 0, N * ABREAST * sizeof(REAL));
-    LANES_ALL AT(at->unit, i, l) = 1;
-    pull_state(time, u, packed, own, at->rate, work, at->unit, at->row, time_bar, 0, 0, at->bars);
-    memcpy(at->jacobian + i * N * ABREAST, at->row, N * ABREAST * sizeof(REAL));
-    LANES_ALL AT(at->slope, i, l) = time_bar[l];
-  }
-}
-
-/* Bring up row `pivot` of a matrix of rows of `width` entries, to row c, in every lane. */
-static void psn_exchange_rows(REAL *a, const REAL *pivot, int c, int width) {
-  for (int i = c + 1; i < N; i++) {
-    int any = 0;
-    LANES_ALL any |= pivot[l] == i;
-    if (!any) continue;
-    for (int j = 0; j < width; j++) {
-      REAL *upper = a + (c * width + j) * ABREAST, *lower = a + (i * width + j) * ABREAST;
-#pragma omp simd
-      LANES_ALL {
-        REAL x = upper[l], y = lower[l];
-        upper[l] = pivot[l] == i ? y : x, lower[l] = pivot[l] == i ? x : y;
-      }
-    }
-  }
-}
-
-/* Factors of M - h gamma J, by elimination with partial pivoting. */
-static void psn_factor(const Linear *at, const REAL *h) {
-  REAL *restrict a = at->factors;
-  for (int e = 0; e < N * N; e++) {
-#pragma omp simd
-    LANES_ALL AT(a, e, l) = -(h[l] * GAMMA) * AT(at->jacobian, e, l);
-#ifdef WITH_MASS
-    LANES_ALL AT(a, e, l) += MASS[e];
-#endif
-  }
-#ifndef WITH_MASS
-  FOR_ENTRIES LANES_ALL AT(a, i * N + i, l) += 1;
-#endif
-  for (int c = 0; c < N; c++) {
-    REAL best[ABREAST], *restrict pivot = at->pivots + c * ABREAST;
-    LANES_ALL best[l] = F(__builtin_fabs)(AT(a, c * N + c, l)), pivot[l] = (REAL)c;
-    for (int i = c + 1; i < N; i++) {
-#pragma omp simd
-      LANES_ALL {
-        REAL size = F(__builtin_fabs)(AT(a, i * N + c, l));
-        pivot[l] = size > best[l] ? (REAL)i : pivot[l];
-        best[l] = size > best[l] ? size : best[l];
-      }
-    }
-    psn_exchange_rows(a, pivot, c, N);
-    for (int i = c + 1; i < N; i++) {
-      REAL *restrict lower = a + i * N * ABREAST;
-      const REAL *restrict upper = a + c * N * ABREAST;
-      REAL factor[ABREAST];
-#pragma omp simd
-      LANES_ALL factor[l] = AT(lower, c, l) /= AT(upper, c, l);
-      for (int j = c + 1; j < N; j++) {
-#pragma omp simd
-        LANES_ALL AT(lower, j, l) -= factor[l] * AT(upper, j, l);
-      }
-    }
-  }
-}
-
-/* Take from entry i of x what other entries give by a row of factors. */
-static void psn_take(const REAL *restrict row, int from, int to, int i, REAL *x) {
-  REAL sum[ABREAST] = {0};
-  for (int j = from; j < to; j++) {
-#pragma omp simd
-    LANES_ALL sum[l] += AT(row, j, l) * AT(x, j, l);
-  }
-  LANES_ALL AT(x, i, l) -= sum[l];
-}
-
-/* Solve A x = b in place. */
-static void psn_solve(const Linear *at, REAL *x) {
-  const REAL *a = at->factors;
-  for (int c = 0; c < N; c++) psn_exchange_rows(x, at->pivots + c * ABREAST, c, 1);
-  FOR_ENTRIES psn_take(a + i * N * ABREAST, 0, i, i, x);
-  for (int i = N - 1; i >= 0; i--) {
-    psn_take(a + i * N * ABREAST, i + 1, N, i, x);
-    LANES_ALL AT(x, i, l) /= AT(a, i * N + i, l);
-  }
-}
+/* Linearizations of a step, for its adjoint. */
+enum { LINEARS = 1 };
 
 /* M x, or M^T x. */
 static void psn_weigh(const REAL *x, int turned, REAL *out) {
@@ -129,7 +28,6 @@ static void psn_slope(const Linear *at, int stage, const REAL *h, const REAL *ra
   psn_solve(at, x);
 }
 
-#define LINEAR(w, l) psn_place(l, VALUES + WORK + BARS, VALUES + WORK)
 /* The field at the start of a step. */
 #define START_RATE(w) (VALUES + WORK + BARS + 2 * MATRIX)
 
@@ -138,25 +36,20 @@ static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
   int missing = 0, takes[ABREAST];
   LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);
   if (!missing) return;
-  Linear at, made;
-  LINEAR(w, &at);
-  made = at;
-  /* The factors are formed anew for every attempt. */
-  made.jacobian = at.factors, made.rate = EXTRA, made.slope = at.pivots;
-  psn_linearize(&made, TIMES, U, m->packed, OWN_VALUES, VALUES);
-  for (int e = 0; e < N * N; e++)
-    LANES_ALL AT(at.jacobian, e, l) = takes[l] ? AT(made.jacobian, e, l) : AT(at.jacobian, e, l);
+  Linear at;
+  LINEAR(w, &at, 0);
+  psn_linearize_some(&at, takes, TIMES, U, m->packed, OWN_VALUES, VALUES, EXTRA);
   FOR_ENTRIES LANES_ALL if (takes[l]) {
-    AT(at.rate, i, l) = AT(K(0), i, l) = AT(made.rate, i, l);
-    AT(at.slope, i, l) = AT(made.slope, i, l);
+    AT(at.rate, i, l) = AT(K(0), i, l) = AT(EXTRA, i, l);
+    AT(at.slope, i, l) = AT(at.pivots, i, l);
   }
   LANES_ALL if (takes[l]) w->known[l] = 1, w->evaluations[l]++;
 }
 
 static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
-  (void)upto;
   Linear at;
-  LINEAR(w, &at);
+  LINEAR(w, &at, 0);
+  psn_lanes_count(w, upto);
   psn_factor(&at, w->real_size);
   psn_slope(&at, 0, w->real_size, at.rate, K(0));
   for (int i = 1; i < STAGES; i++) {

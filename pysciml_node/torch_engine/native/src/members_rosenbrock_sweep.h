@@ -1,12 +1,9 @@
-/* The discrete adjoint of Rosenbrock steps of members abreast; for src/members_sweep.h.
+/* The discrete adjoint of Rosenbrock steps of members abreast; for src/members_linear_sweep.h.
 
    It is rosenbrock_sweep.h lane by lane: there are the equations. */
 
-#define RATE(i) (STAGE(STAGES) + (i) * ROW)
-#define Y(i) (RATE(STAGES) + (i) * ROW)
-#define LINEAR_OF Y(STAGES)
 /* The pullback as a field: of u, a cotangent, and a time that it does not read. */
-#define POINT (LINEAR_OF + LINEAR_MEMORY)
+#define POINT LINEAR_OF(LINEARS)
 #define VALUE (POINT + POINT_ROW)
 #define VALUE_BAR (VALUE + POINT_ROW)
 #define POINT_BAR (VALUE_BAR + POINT_ROW)
@@ -14,18 +11,6 @@
 #define BARS_OF_POINT (WORK_OF + WORK_pulled)
 /* The pairs are those of the stages, or as many as J has rows. */
 enum { BY_ROWS = N < STAGES, PAIRS = BY_ROWS ? N : STAGES };
-
-/* Solve A^T x = b in place. */
-static void psn_solve_turned(const Linear *at, REAL *x) {
-  const REAL *a = at->factors;
-  FOR_ENTRIES {
-    LANES_ALL AT(x, i, l) /= AT(a, i * N + i, l);
-    for (int j = i + 1; j < N; j++) LANES_ALL AT(x, j, l) -= AT(a, i * N + j, l) * AT(x, i, l);
-  }
-  for (int i = N - 1; i >= 0; i--)
-    for (int j = 0; j < i; j++) LANES_ALL AT(x, j, l) -= AT(a, i * N + j, l) * AT(x, i, l);
-  for (int c = N - 1; c >= 0; c--) psn_exchange_rows(x, at->pivots + c * ABREAST, c, 1);
-}
 
 /* The pairs w, (v, tau) number m: into the points and into the values' cotangents. */
 static void psn_pair(Sweeper *w, int m) {
@@ -48,7 +33,6 @@ static void psn_pair(Sweeper *w, int m) {
   }
 }
 
-/* What the derivatives at the starts of steps pull back: adds to SUM and to the starts' cotangents. */
 static void psn_pull_derivatives(const Back *b, Sweeper *w, REAL *packed_bar) {
   const REAL *own = OWN_VALUES + OWN_FIRST, *packed = b->packed + PACKED;
   memcpy(POINT, U, N * ABREAST * sizeof(REAL));
@@ -65,7 +49,6 @@ static void psn_pull_derivatives(const Back *b, Sweeper *w, REAL *packed_bar) {
   LANES_ALL w->t_bar[l] += time_bar[l];
 }
 
-/* The derivative of a stage's equations in h, over its argument and its rate. */
 static void psn_along(Sweeper *w, const Linear *at, int stage) {
   LANES_ALL for (int i = 0; i < N; i++) {
     double sum = TIME_WEIGHTS[stage] * AT(at->slope, i, l);
@@ -89,26 +72,10 @@ static void psn_replay_stages(const Back *b, Sweeper *w, Linear *at) {
   }
 }
 
-static void psn_lanes_replay(const Back *b, Sweeper *w, REAL *packed_bar) {
-  Linear at;
-  psn_place(&at, LINEAR_OF, SCRATCH);
-  psn_lanes_prepare(b, w);
-  psn_replay_stages(b, w, &at);
-  psn_lanes_arrive(b, w, STAGES);
-  REAL time_bar[TIME_ROW] = {0};
-  for (int i = STAGES - 1; i >= 0; i--) {
-    combine_bars(i, STAGES, w->size, BAR, BAR_OF(0), STAGE_BAR(i));
-    couple_bars(i, Y(0), at.row);
-    psn_weigh(at.row, 1, Y(i));
-    for (int e = 0; e < N * ABREAST; e++) Y(i)[e] += STAGE_BAR(i)[e];
-    psn_solve_turned(&at, Y(i));
-    for (int e = 0; e < N * ABREAST; e++) Y(i)[e] *= GAMMA;
-    pull(TIMES + i * TIME_ROW, STAGE(i), b->packed, OWN_VALUES, RATE(i), STAGE(i) + 2 * ROW, Y(i),
-         BAR_OF(i), time_bar, packed_bar, OWN_BARS, SCRATCH);
-    for (int e = 0; e < N * ABREAST; e++) SUM[e] += BAR_OF(i)[e];
-    psn_lanes_move(b, w, i, time_bar, STAGE_BAR(i));
-    if (b->t_bar) psn_along(w, &at, i);
-  }
-  psn_pull_derivatives(b, w, packed_bar);
-  memcpy(BAR, SUM, N * ABREAST * sizeof(REAL));
+static void psn_turn(Sweeper *w, const Linear *at, int i) {
+  couple_bars(i, Y(0), at->row);
+  psn_weigh(at->row, 1, Y(i));
+  for (int e = 0; e < N * ABREAST; e++) Y(i)[e] += STAGE_BAR(i)[e];
+  psn_solve_turned(at, Y(i));
+  for (int e = 0; e < N * ABREAST; e++) Y(i)[e] *= GAMMA;
 }

@@ -15,6 +15,7 @@ typedef struct {
   const double *t0, *t1, *marks, *steps, *places;
   const REAL *u0, *packed, *ends;
   const REAL *const *own;
+  Accuracy accuracy;
   const int64_t *offsets, *counts;
   /* Cotangents that arrive, or 0; and those that leave: of the starts, of each member's own
      parameters, and of the packed parameters by chunks. */
