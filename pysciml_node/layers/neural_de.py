@@ -111,11 +111,14 @@ class NeuralDE(nn.Module, Generic[Out]):
         """The part of a solution that a call returns."""
         if self.output == "solution":
             return solution
-        self.last, self.penalty = solution, solution.penalty
+        self.last = solution
         return solution.u1
 
     def __getattr__(self, name: str) -> Any:
         if name == "penalty":
+            last = self.__dict__.get("last")
+            if last is not None:
+                return last.penalty
             raise AttributeError(
                 "the layer keeps no penalty: it has not been called, or returns solutions.\n"
                 '  Read solution.penalty, or make the layer with output="u1" and call it.'
@@ -124,8 +127,7 @@ class NeuralDE(nn.Module, Generic[Out]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has not been called, and nobody watches it.
-        state = {name: value for name, value in self.__dict__.items() if name != "penalty"}
-        return {**state, "last": None, "_solve_hooks": OrderedDict()}
+        return {**self.__dict__, "last": None, "_solve_hooks": OrderedDict()}
 
     def function(self, name: str) -> Callable[..., Any]:
         """The field of this name as a function of time and state."""

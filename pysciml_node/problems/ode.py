@@ -158,6 +158,8 @@ class Problem(checks.Configured):
     functions: ClassVar[tuple[str, ...]] = ("f",)
     jac: VectorField | None = None
     jac_sparsity: Tensor | None = None
+    # Whether the functions have been found to take what they are given; it is asked once.
+    _called = False
 
     def check_arguments(self) -> None:
         """Refuse functions that ask for a `p` that is not given, or do not take one that is.
@@ -165,10 +167,13 @@ class Problem(checks.Configured):
         Raises:
             TypeError: a function is refused.
         """
+        if self._called:
+            return
         for name in self.functions:
             _check_called(name, getattr(self, name), self.p)
         if self.jac is not None:
             _check_called("jac", self.jac, self.p)
+        checks.settle(self, _called=True)
 
     def _check(self) -> None:
         """Check state, interval and extra argument, and set `spec`."""

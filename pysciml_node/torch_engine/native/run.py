@@ -436,7 +436,7 @@ def sweep_back(
             first,
             behind,
             at,
-            0 if kept is None else min(count, len(kept) // library.slot),
+            0 if kept is None else min(count, kept.numel() // library.slot),
         )
         if noise is not None:
             request.noise = ctypes.addressof(noise)
