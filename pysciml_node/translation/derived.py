@@ -53,6 +53,18 @@ def _batch_norm(
     return out if bias is None else out + bias.view(shape)
 
 
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What an entry becomes that is assigned; torch has no derivative of this form of its own."""
+    return source.to(x).expand_as(x)
+
+
+_DIFFERENTIABLE = {
+    torch.ops.aten.batch_norm.default: _batch_norm,
+    torch.ops.aten.copy.default: _copy,
+}
+"""Operations whose derivatives torch has in another form, or not at all."""
+
+
 class _Stops(TorchFunctionMode):
     """Marks values through which no gradient goes.
 
@@ -64,8 +76,7 @@ class _Stops(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.batch_norm.default:
-            func = _batch_norm
+        func = _DIFFERENTIABLE.get(func, func)
         out = func(*args, **(kwargs or {}))
         stops = func in (Tensor.detach, torch.detach, torch.ops.aten.detach.default)
         if stops or not torch.is_grad_enabled():

@@ -179,3 +179,25 @@ def test_regularizers_integrate_beside_native_steps() -> None:
     assert found == pytest.approx(expected, rel=1e-7)
     with pytest.raises(psn.CompileError, match="regularizers"):
         node(True)(random(3, 2))
+
+
+@by_algorithm
+def test_gradients_of_fields_that_put_their_entries_into_zeros(algorithm: psn.Algorithm) -> None:
+    """A chain of decays: `u0 = exp(-a t)`, `u1 = a / (b - a) (exp(-a t) - exp(-b t))`."""
+
+    def chain(t: Tensor, u: Tensor, rates: Tensor) -> Tensor:
+        out = torch.zeros_like(u)
+        out[0] = -rates[0] * u[0]
+        out[1:] = -out[:1] - rates[1] * u[1]
+        return out
+
+    rates = tensor(0.5, 20.0).requires_grad_()
+    a, b = rates
+    problem = psn.ODEProblem(chain, tensor(1.0, 0.0), (0.0, 2.0), p=rates)
+    u1 = psn.solve(problem, algorithm, rtol=1e-9, atol=1e-11, compile=True).u1
+    first, second = torch.exp(-2 * a), torch.exp(-2 * b)
+    expected = torch.stack((first, a / (b - a) * (first - second)))
+    torch.testing.assert_close(u1, expected, rtol=1e-6, atol=0)
+    for found, wanted in zip(u1, expected, strict=True):
+        gradients = [torch.autograd.grad(x, rates, retain_graph=True)[0] for x in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=0)
