@@ -60,6 +60,11 @@ def _check_part(name: str, value: Any, problem: Problem, shape: torch.Size) -> f
             f"{name} must be at least 0 everywhere, but has {float(tensor.min())}.\n"
             f"  Write {name}.clamp(min=0), or the absolute values."
         )
+    if name.startswith("rtol") and bool(tensor.isinf().any()):
+        raise ValueError(
+            f"{name} must be finite everywhere, but has inf.\n"
+            "  Write atol=inf for entries whose errors do not count."
+        )
     try:
         full = tensor.to(spec.device, spec.real_dtype).expand(shape)
     except RuntimeError:

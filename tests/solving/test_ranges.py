@@ -113,6 +113,18 @@ def test_some_error_has_to_count(given: str, compiled: bool) -> None:
         psn.solve(problem, rtol=0.0, atol=infinite[given], engine="torch", compile=compiled)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_infinite_relative_tolerance_is_refused(parts: bool) -> None:
+    """Its entry counted as one without an error, and estimates had gradients of NaN."""
+    rtol = torch.tensor([1e-3, math.inf])
+    state: Any = {"x": ones(), "y": ones(2)} if parts else ones(2)
+    problem = psn.ODEProblem(
+        lambda t, u: {k: -x for k, x in u.items()} if parts else -u, state, (0.0, 1.0)
+    )
+    with pytest.raises(ValueError, match=r"must be finite everywhere(?s:.*)atol=inf"):
+        psn.solve(problem, rtol={"x": 1e-3, "y": rtol} if parts else rtol)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dt0", [None, 0.1])
 def test_a_zero_without_an_absolute_tolerance_is_named(dt0: float | None, compiled: bool) -> None:
