@@ -56,6 +56,63 @@ def check_program(
         _check_at(scale, field, name, spec, program, p)
 
 
+def has_values(
+    field: Callable[[Tensor, Any], Tensor], spec: StateSpec, program: Program, p: list[Tensor]
+) -> bool:
+    """Whether a program has the values of its field, with other numbers than it was checked with.
+
+    Args:
+        field: as for `check_program`.
+        spec: structure of the state.
+        program: the field's translation.
+        p: the tensors that make up the program's parameter vector.
+    """
+    nothing = torch.empty(0, dtype=spec.dtype, device=spec.device)
+    flat = torch.cat([nothing, *(x.reshape(-1).to(nothing) for x in p)])
+    for scale in _SCALES if program.jumps else _SCALES[:1]:
+        t, u, _, generator = _point(scale, spec)
+        expected = field(t, spec.unflatten(u))
+        value = _value(spec, program, t, u, flat)
+        if not _is_close(value, expected, value, spec.dtype):
+            disturbed = _value(spec, program, t, u, flat, generator)
+            if not _is_close(value, expected, disturbed, spec.dtype):
+                return False
+    return True
+
+
+def _point(scale: float, spec: StateSpec) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+    """A time, a random state, a cotangent of it, and what draws further numbers."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
+    t = torch.tensor(0.6180339887, dtype=spec.dtype, device=spec.device)
+    return t, u * scale, v, generator
+
+
+def _value(
+    spec: StateSpec,
+    program: Program,
+    t: Tensor,
+    u: Tensor,
+    p: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What a program computes, with each operation disturbed where there is a generator."""
+    state = list(spec.parts(spec.unflatten(u)))
+
+    def rounded(x: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+        return x * (1 + torch.finfo(spec.dtype).eps * signs)
+
+    parts = program.evaluate(t, state, p, None if generator is None else rounded)
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _is_close(part: Tensor, target: Tensor, disturbed: Tensor, dtype: torch.dtype) -> bool:
+    bound = _TOLERANCE.get(dtype, 1e-1)
+    atol = bound * _largest(target) + _ROUNDINGS * _largest(disturbed - part)
+    return torch.allclose(part, target, rtol=bound, atol=atol, equal_nan=True)
+
+
 def _check_at(
     scale: float,
     field: Callable[[Tensor, Any], Tensor],
@@ -64,24 +121,14 @@ def _check_at(
     program: Program,
     p: list[Tensor],
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
-    u = u * scale
-    t = torch.tensor(0.6180339887, dtype=spec.dtype, device=spec.device)
+    t, u, v, generator = _point(scale, spec)
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])
         expected = field(t, spec.unflatten(u))
         _expect_trained(name, expected, [u, t, *p])
-        state = list(spec.parts(spec.unflatten(u)))
-
-        def rounded(x: Tensor) -> Tensor:
-            signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
-            return x * (1 + torch.finfo(spec.dtype).eps * signs)
-
         value, disturbed = (
-            torch.cat([part.reshape(-1) for part in program.evaluate(t, state, flat, after)])
-            for after in (None, rounded)
+            _value(spec, program, t, u, flat, disturbing) for disturbing in (None, generator)
         )
         try:
             bar = v[: len(expected)]
@@ -97,9 +144,7 @@ def _check_at(
         [x, *y] for x, y in zip((value, disturbed, expected), pulled, strict=True)
     )
     for part, disturbed_part, target in zip(computed, disturbed_parts, wanted, strict=True):
-        bound = _TOLERANCE.get(spec.dtype, 1e-1)
-        atol = bound * _largest(target) + _ROUNDINGS * _largest(disturbed_part - part)
-        if not torch.allclose(part, target, rtol=bound, atol=atol, equal_nan=True):
+        if not _is_close(part, target, disturbed_part, spec.dtype):
             difference = "another value" if target is expected else "another derivative"
             raise UnsupportedModule(
                 f"{name} has {difference} in torch than its operations have; functions "

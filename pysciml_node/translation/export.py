@@ -21,7 +21,7 @@ from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
 from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
-from pysciml_node.translation.numbers import tell_of_numbers
+from pysciml_node.translation.numbers import Compared, tell_of_numbers
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.saved import as_it_is, numbers_put_back, saved_by, without_graph
@@ -44,6 +44,7 @@ class TranslatedModule(NamedTuple):
         contents: numbers of the snapshot's tensors whose entries are part of the program, with
             those entries.
         read: the extra argument as the program reads it.
+        compared: for which numbers in it.
     """
 
     json: str
@@ -53,6 +54,7 @@ class TranslatedModule(NamedTuple):
     sources: tuple[int | Tensor, ...]
     contents: Contents
     read: Any
+    compared: Compared
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ class _Translation:
     Attributes:
         sources: numbers of tensors in a snapshot, or constants.
         prints: whether the field prints when it is evaluated.
+        compared: for which numbers in the extra argument it is the field's.
     """
 
     program: Program
     json: str
     sources: tuple[int | Tensor, ...]
     prints: bool
+    compared: Compared
 
     @property
     def places(self) -> list[int]:
@@ -322,9 +326,12 @@ def _translated(
         raise UnsupportedModule(f"{label(f)} may change Python's objects, or print.")
     result = outcome.result
     parameters = result.parameters([*now.tensors, *tensors])
+    if not result.compared.holds(f, spec, p, read, parameters):
+        raise UnsupportedModule(f"{label(f)} is another one for these numbers of p.")
     return TranslatedModule(
-        result.json, parameters, result.program, now, result.sources, outcome.contents, read
-    )
+        result.json, parameters, result.program, now, result.sources, outcome.contents, read,
+        result.compared,
+    )  # fmt: skip
 
 
 def _still_holding(outcomes: deque[_Outcome], kind: Any, now: Snapshot) -> _Outcome | None:
@@ -387,7 +394,7 @@ def _translate(
         walk, prints = _walk(f, spec, read, kind, snapshot)
         program = walk.run()
         sources = tuple(walk.builder.tensors)
-        translation = _Translation(program, program.to_json(), sources, prints)
+        translation = _Translation(program, program.to_json(), sources, prints, Compared(program))
         parameters = translation.parameters([*snapshot.tensors, *leaves_of(read)[0]])
         further = () if p is None else (p,)
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pysciml_node.errors import PsnWarning, UnsupportedModule
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.translation.check import has_values
+from pysciml_node.translation.program import Program
+from pysciml_node.translation.recent import Recent
+from pysciml_node.translation.saved import numbers_put_back
 
 Made = TypeVar("Made")
 
@@ -46,6 +52,68 @@ def first_to_succeed(p: Any, spec: StateSpec, make: Callable[[Any], Made]) -> Ma
         with contextlib.suppress(UnsupportedModule):
             return make(read)
     return make(last)
+
+
+class Compared:
+    """For which numbers a program that reads them as tensors has its field's values.
+
+    A field may ask what a number is, `isinstance(p, float) and p < 0`, look it up in a dict, or try
+    what it does with a tensor in another way: a trace shows nothing of that. So each other number
+    is compared once.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._known: Recent[tuple[str, ...], bool] = Recent(256)
+
+    def holds(
+        self, f: Callable[..., Any], spec: StateSpec, p: Any, read: Any, parameters: list[Tensor]
+    ) -> bool:
+        """Whether the program has the field's values for the numbers of an extra argument.
+
+        Args:
+            f: the field.
+            spec: structure of the state.
+            p: the extra argument.
+            read: the same as the program reads it.
+            parameters: the tensors that the program reads, perhaps with others behind them.
+        """
+        if read is p:
+            return True
+        numbers = tuple(_numbers(p))
+        known = self._known.get(numbers)
+        if known is None:
+            with Surroundings.undisturbed():
+                known = self._known[numbers] = self._compare(f, spec, p, parameters)
+        return known
+
+    def _compare(
+        self, f: Callable[..., Any], spec: StateSpec, p: Any, parameters: list[Tensor]
+    ) -> bool:
+        def flat(t: Tensor, u: Any) -> Tensor:
+            out = f(t, u, p)
+            return out.reshape(-1) if isinstance(out, Tensor) else spec.flatten(out)
+
+        parameters = parameters[: len(self._program.parameters)]
+        surroundings = Surroundings({"f": f, "p": p})
+        try:
+            with torch.no_grad(), numbers_put_back(surroundings.tensors):
+                return has_values(flat, spec, self._program, parameters)
+        except Exception:  # what it is, a solve with the number itself says
+            return False
+        finally:
+            if not surroundings.lazy:
+                surroundings.put_back()
+
+
+def _numbers(x: Any) -> Iterator[str]:
+    """The numbers of an extra argument that are read as tensors, with their signs."""
+    kind = type(x)
+    if kind is float or kind is np.float64:
+        yield float(x).hex()
+    elif kind is dict or isinstance(x, list | tuple):
+        for part in x.values() if kind is dict else x:
+            yield from _numbers(part)
 
 
 def tell_of_numbers(name: str, program: str, earlier: list[str]) -> None:

@@ -46,7 +46,7 @@ from pysciml_node.torch_engine.native.library import (
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.leaves import form_for, leaves_of
-from pysciml_node.translation.numbers import first_to_succeed, ways_to_read
+from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
@@ -156,6 +156,7 @@ class Prepared:
         rosenbrock: whether a method is one of Rosenbrock's.
         recorded: whether the code has the derivatives of that.
         json: the program as text, which explicit methods have their libraries by.
+        compared: for which numbers of `p` the code is the field's.
         spec: structure of the state. Like the method and the options it is kept, so that no other
             one is given its identity.
     """
@@ -168,6 +169,7 @@ class Prepared:
     rosenbrock: bool
     recorded: bool
     json: str
+    compared: Compared
     spec: StateSpec
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -219,12 +221,15 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     now = Snapshot.again(f) if problem.mass_matrix is None else None
     if now is None:
         return _prepare(problem, algorithm, options, way)
-    for leaves in map(leaves_of, ways_to_read(p, problem.spec)):
+    for read in ways_to_read(p, problem.spec):
+        leaves = leaves_of(read)
         known = known_of(now.watch, (*way, form_for(now, leaves)), Prepared)
         if known is not None:
             tensors = [*now.tensors, *leaves[0]]
             parameters = known.parameters(tensors)
-            if known.serves(problem, options, tensors, parameters):
+            if known.serves(problem, options, tensors, parameters) and known.compared.holds(
+                f, problem.spec, p, read, parameters
+            ):
                 _check_call(problem, algorithm, options)
                 return Ready(known, parameters, surroundings_of(f, p, now))
     return _prepare(problem, algorithm, options, way)
@@ -258,7 +263,7 @@ def _prepare(
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
         departure, program, constants, places, translated.contents, rosenbrock, recorded,
-        translated.json, spec,
+        translated.json, translated.compared, spec,
     )  # fmt: skip
     if departure.lasting and problem.mass_matrix is None:
         keep(now.watch, (*way, form_for(now, leaves)), made)

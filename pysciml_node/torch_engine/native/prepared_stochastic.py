@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,8 +28,9 @@ from pysciml_node.torch_engine.native.prepared import (
     no_code,
 )
 from pysciml_node.torch_engine.native.stochastic_code import Translated
+from pysciml_node.translation.export import TranslatedModule
 from pysciml_node.translation.leaves import form_for, leaves_of
-from pysciml_node.translation.numbers import ways_to_read
+from pysciml_node.translation.numbers import Compared, ways_to_read
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, Watch, have_contents
@@ -42,10 +43,21 @@ class _Read(NamedTuple):
     Attributes:
         sources: of each tensor its number, the function's before those of `p`, or a constant.
         contents: numbers of tensors whose entries are part of the program, with those entries.
+        compared: for which numbers of `p` the program is the function's.
     """
 
     sources: tuple[int | Tensor, ...]
     contents: Contents
+    compared: Compared
+
+    @classmethod
+    def of(cls, x: TranslatedModule) -> _Read:
+        """What code of a program reads."""
+        return cls(x.sources, x.contents, x.compared)
+
+    def holds(self, f: Any, problem: SDEProblem, read: Any, tensors: list[Tensor]) -> bool:
+        """Whether the program is the function's for the numbers of this problem's `p`."""
+        return self.compared.holds(f, problem.spec, problem.p, read, self.parameters(tensors))
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the code reads, of those of the function and of `p`."""
@@ -133,7 +145,14 @@ def prepare_sde(
             further, _ = leaves = leaves_of(read)
             forms = form_for(drift, leaves), form_for(diffusion, leaves)
             known = known_of(drift.watch, (*way, forms, id(diffusion.watch)), PreparedSDE)
-            if known is not None and known.serves(problem, shared, drift, diffusion):
+            if (
+                known is not None
+                and known.serves(problem, shared, drift, diffusion)
+                and known.drift.holds(problem.drift, problem, read, [*drift.tensors, *further])
+                and known.diffusion.holds(
+                    problem.diffusion, problem, read, [*diffusion.tensors, *further]
+                )
+            ):
                 return _ready(known, problem, drift, diffusion, further)
     check_kind(problem.spec, options, problem.drift, problem.diffusion)
     spec = problem.spec
@@ -152,8 +171,8 @@ def prepare_sde(
         method,
         translated.layout,
         translated.reads_state,
-        _Read(translated.drift.sources, translated.drift.contents),
-        _Read(translated.diffusion.sources, translated.diffusion.contents),
+        _Read.of(translated.drift),
+        _Read.of(translated.diffusion),
         weakref.ref(diffusion.watch),
         spec,
     )

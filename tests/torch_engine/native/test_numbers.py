@@ -124,6 +124,69 @@ def test_exponents_may_be_numbers() -> None:
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
 
 
+_AT_HALF = {0.5: 3.0}
+
+
+def _at_once(t: Tensor, u: Tensor, p: float) -> Tensor:
+    try:
+        return -math.floor(p) * u
+    except Exception:
+        return 0 * u
+
+
+@pytest.mark.parametrize(
+    ("f", "rate_of"),
+    [
+        (lambda t, u, p: 0 * u if isinstance(p, float) and p < 0 else -p * u, lambda p: max(p, 0)),
+        (lambda t, u, p: -_AT_HALF.get(p, 1.0) * u, lambda p: _AT_HALF.get(p, 1.0)),
+        (lambda t, u, p: -(2.0 if p in _AT_HALF else 1.0) * u, lambda p: 1.0 + (p == 0.5)),
+        (lambda t, u, p: -((p > 0.1) + (p > 0.4)) * u, lambda p: (p > 0.1) + (p > 0.4)),
+        (_at_once, math.floor),
+    ],
+)
+def test_what_fields_ask_of_numbers_is_answered_for_each(f: Any, rate_of: Any) -> None:
+    """Nothing of it is seen in a trace, and it is no matter for the number that comes first."""
+    for p in (0.25, 0.5, -0.5, 1.25):
+        if p > 0 or f is not _at_once:
+            _decays(_solve(f, p).u1, rate_of(p))
+
+
+def test_what_stochastic_functions_and_members_ask_of_numbers() -> None:
+    def drift(t: Tensor, u: Tensor, p: list[float]) -> Tensor:
+        return u * (_AT_HALF.get(p[0], 1.0))
+
+    def diffusion(t: Tensor, u: Tensor, p: list[float]) -> Tensor:
+        return 0.1 * u * _AT_HALF.get(p[1], 1.0)
+
+    def decay(t: Tensor, u: Tensor, p: float) -> Tensor:
+        return -_AT_HALF.get(p, 1.0) * u
+
+    for p in ([0.25, 0.25], [0.5, 0.25], [0.25, 0.5]):
+        problem = psn.SDEProblem(drift, diffusion, _START[:, None], (0.0, 1.0), p=p)
+        found = [
+            psn.solve(problem, generator=torch.Generator().manual_seed(0), compile=compiled).u1
+            for compiled in (True, False)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+        one = psn.ODEProblem(decay, _START, (0.0, 1.0), p=p[0])
+        many = psn.EnsembleProblem(one, u0=torch.stack((_START, 3 * _START)))
+        u1 = psn.solve(many, rtol=1e-9, atol=1e-9, compile=True).u1
+        _decays(u1, _AT_HALF.get(p[0], 1.0), many.u0)
+
+
+def test_a_field_that_counts_has_its_count_of_the_solve() -> None:
+    calls: list[int] = []
+
+    def f(t: Tensor, u: Tensor, p: float) -> Tensor:
+        calls.append(1)
+        return -p * u
+
+    _solve(f, 0.25)
+    before = len(calls)
+    _decays(_solve(f, 0.5).u1, 0.5)
+    assert len(calls) == before
+
+
 def test_whole_numbers_count() -> None:
     for n in (1, 3, 2):
         _decays(_solve(lambda t, u, p: -sum(u for _ in range(p)), n).u1, n)
