@@ -50,7 +50,8 @@ class TakenSteps:
         constant: whether no gradients flow through the first stage.
         stats: count the evaluations.
         again: from their sizes to the outputs with a graph of torch's, which has further
-            derivatives; without it, and of states that a solve has left, these are refused.
+            derivatives; without it, of states that a solve has left, and of weights that are
+            tied, these are refused.
 
     Attributes:
         sizes: of the steps, once they are taken.
@@ -251,7 +252,8 @@ class _Node(torch.autograd.Function):
         if all(x is None for x in arriving):
             return (None,) * len(needed)
         sources, wanted = ctx.saved_tensors, needed[2:]
-        further = torch.is_grad_enabled() and _stand_apart(sources, wanted)
+        once = len(set(map(id, steps.parameters))) == len(steps.parameters)
+        further = torch.is_grad_enabled() and once and _stand_apart(sources, wanted)
         if further and steps.again is not None:
             with ordinary_modes(sources[0].device):
                 outputs = steps.again(steps.sizes)

@@ -246,12 +246,22 @@ def test_higher_derivatives_through_the_solve_are_refused() -> None:
             torch.autograd.grad(bar.sum(), inputs[1])
 
 
-@pytest.mark.parametrize("kind", ["through the solve", "of the step alone"])
+def twice(t: Tensor, u: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return FIELD(t, u, p) * p["again"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["through the solve", "of the step alone", "with a tensor in two places"]
+)
 def test_a_graph_of_first_derivatives_leaves_them_as_they_are(kind: str) -> None:
     """Also where one of the sources depends on another: states on weights, parts of p on others."""
     gain = torch.tensor([1.0, 0.7, 1.3], dtype=D, requires_grad=True)
     p = {"gain": gain, "rate": gain.square().sum()}
-    problem = psn.ODEProblem(FIELD, torch.ones(2, 3, dtype=D), (0.0, 2.5), p=p)
+    if kind == "with a tensor in two places":
+        p = {"gain": gain, "rate": FIELD.matrix.detach()[0, 0], "again": gain}
+    problem = psn.ODEProblem(
+        twice if "again" in p else FIELD, torch.ones(2, 3, dtype=D), (0.0, 2.5), p=p
+    )
     solution = psn.solve(
         problem, psn.Tsit5(), compile=True, engine="torch", controller=psn.FixedStep(), dt0=0.4,
         rtol=1e-2, atol=1e-3,
