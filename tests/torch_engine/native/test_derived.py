@@ -177,16 +177,16 @@ def test_a_flow_that_has_changed_is_prepared_again() -> None:
 
 def test_dense_output_of_a_flow_is_that_of_the_field_as_it_was() -> None:
     """It is made when it is asked for, and then as if at the end of the solve."""
-    field, x, seen = tanh(), points(), []
+    # With this tolerance an error is in units of the state, of which it is a small difference.
+    field, x, seen, tolerance = tanh(), points(), [], 1e-3
+    steps = STEPS | {"rtol": 0.0, "atol": tolerance}
     for compile in (True, False):
-        flow = psn.CNF(field, event_shape=4, compile=compile, exact=True, **STEPS)
+        flow = psn.CNF(field, event_shape=4, compile=compile, exact=True, **steps)
         flow.node.register_solve_hook(lambda layer, solution: seen.append(solution))
         flow.log_prob(x)
-    expected = seen[1](0.3).detach(), seen[1].step_estimates()[0].error.detach()
+    expected = seen[1](0.3).detach(), (tolerance * seen[1].step_estimates()[0].error).detach()
     field.between = lambda t, h: torch.sin(h) * t
-    expect_equal([seen[0](0.3)], [expected[0]])
-    # A small difference of large numbers, of the field in native code and in Python.
-    torch.testing.assert_close(seen[0].step_estimates()[0].error, expected[1], rtol=1e-9, atol=0)
+    expect_equal([seen[0](0.3), tolerance * seen[0].step_estimates()[0].error], list(expected))
 
 
 def test_the_density_of_a_linear_flow_is_exact() -> None:
