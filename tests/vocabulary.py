@@ -42,6 +42,19 @@ def written(m: Any, t: Tensor, u: Tensor) -> Tensor:
     return out
 
 
+def looked_up(m: Any, t: Tensor, u: Tensor) -> Tensor:
+    bins = torch.tensor([-0.6, 0.1, 0.9], dtype=u.dtype)
+    rows = torch.bucketize(u.detach(), bins)
+    return u.gather(0, rows) + torch.take(u, rows) * u[rows[:, 0]] + u.index_select(0, rows[:, 1])
+
+
+def interpolated(m: Any, t: Tensor, u: Tensor) -> Tensor:
+    knots = torch.tensor([-1.0, -0.3, 0.4, 3.0], dtype=u.dtype)
+    i = torch.searchsorted(knots, t, right=True).sub(1).clamp(0, 2)
+    left, right = m.weight[i], m.weight.mT[:, i + 1]
+    return u * (left + (t - knots[i]) / (knots[i + 1] - knots[i]) * (right - left))
+
+
 def without_gradient(m: Any, t: Tensor, u: Tensor) -> Tensor:
     with torch.no_grad():
         size = u.abs().sum() + 1
@@ -225,6 +238,8 @@ ROWS: dict[str, tuple[Row, nn.Module | None]] = {
         None,
     ),
     "Embedding": (lambda m, t, u: m(torch.tensor([0, 2, 2, 1])) * u, nn.Embedding(3, 6)),
+    "lookups": (looked_up, None),
+    "interpolation in time": (interpolated, nn.Embedding(4, 6)),
     "RMSNorm": (lambda m, t, u: m(u), nn.RMSNorm(6, eps=1e-6)),
     "LayerNorm": (lambda m, t, u: m(u), nn.LayerNorm(6)),
     "GroupNorm": (lambda m, t, u: m(u), nn.GroupNorm(2, 6)),

@@ -59,6 +59,10 @@ const PROGRAMS = Dict{String,String}(
     "put" => case(
         step("put", [1], [[24]], [24]; places=[0, 0, 4], outer=2, stride=12, block=4),
     ),
+    "pick" => case(
+        step("clamp", [1], [[24]], [24]; out=7, low=0.0, high=3.0),
+        step("floor", [7], [[24]], [24]; out=8), step("pick", [1, 8], [[1, 24, 1], [24]], [24]),
+    ),
     "softmax" => case(
         step("greatest", [1], [[4, 6]], [4, 1]; out=4, dims=[1]),
         step("sub", [1, 4], [[4, 6], [4, 1]], [4, 6]; out=5), step("exp", [5], [[24]], [24]; out=6),

@@ -21,7 +21,8 @@ class NeuralCDE(NeuralODE[Out], Generic[Out]):
     """Solves `dz = field(t, z) dX` along a path `X` that is made of data.
 
     Steps end on the knots of the path, where its derivatives jump, forward and backward. Gradients
-    also reach the path's coefficients.
+    also reach the path's coefficients. With `compile=True` field and path are native code, one
+    program for all paths with as many knots.
 
     Args:
         field: the vector field: `field(t, z)` or `field(z)` is a matrix for each sample,
@@ -87,7 +88,12 @@ class NeuralCDE(NeuralODE[Out], Generic[Out]):
 
     @override
     def function(self, name: str) -> Callable[..., Any]:
-        return _Controlled(super().function(name), getattr(self.field, "prod", None))
+        field, product = super().function(name), getattr(self.field, "prod", None)
+        known = self._functions.get("controlled")
+        # One function for one field: native code knows it again. Methods are made anew each time.
+        if known is None or known[0][0] is not field or known[0][1] != product:
+            known = self._functions["controlled"] = (field, product), _Controlled(field, product)
+        return known[1]
 
     @override
     def solve(self, problem: Any, **arguments: Any) -> Any:

@@ -24,6 +24,7 @@ from pysciml_node.translation.builder import Builder, Joined, Traced, View
 from pysciml_node.translation.choices import cast
 from pysciml_node.translation.decompose import decomposed
 from pysciml_node.translation.layers import HANDLERS
+from pysciml_node.translation.lookups import LOOKUPS, SEARCHES, look_up
 from pysciml_node.translation.moves import (
     ADDITIONS,
     MOVES,
@@ -44,6 +45,9 @@ from pysciml_node.translation.names import (
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.reductions import Unknown
 from pysciml_node.translation.snapshot import Snapshot
+
+_SHORT = frozenset((torch.int8, torch.int16, torch.uint8))
+"""Whole numbers that wrap around where those of programs do not."""
 
 Values = dict[Node, Any]
 """What the nodes of a graph stand for."""
@@ -217,14 +221,22 @@ class GraphWalk:
             self.fixed |= {place for place in looked_at if place is not None}
         if name == "sym_size":
             return given["self"].shape[given["dim"]]
+        numbers = (x for x in node.all_input_nodes if _is_number(x))
+        if name != "select" and any(is_traced(values[x]) for x in numbers):
+            raise self._refusal(node)
         if not _is_known(name):
             return self._taken_apart(node, values)
         if name in CASTS:
             (source, target), x = _dtypes(node), next(iter(given.values()))
+            if target in _SHORT:
+                raise self._refusal(node)
             return cast(self.builder, self._trace(x), source, target)
         dtypes = {x.dtype for x in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(x)}
-        if name in MOVES | ADDITIONS and depends_on_state(name, given):
+        if name in SEARCHES and not self._reads(node):
             raise self._refusal(node)
+        moves = name in MOVES or name in ADDITIONS or name in LOOKUPS
+        if moves and depends_on_state(given):
+            return self._at_computed_places(node, name, given)
         if name in MOVES:
             return move(self.builder, name, node.target, given)  # type: ignore[arg-type]
         if name in ADDITIONS:
@@ -235,6 +247,21 @@ class GraphWalk:
         if not has_numbers(name, dtypes) and not isinstance(node.meta.get("val"), tuple):
             raise self._refusal(node)
         return HANDLERS[name](self.builder, **given)
+
+    def _at_computed_places(self, node: Node, name: str, given: dict[str, Any]) -> Any:
+        """An operation whose places depend on the state, the time or the parameters."""
+        whole = getattr(node.meta.get("val"), "dtype", None) != self.spec.dtype
+        if name in LOOKUPS and not whole and self._reads(node, torch.int64, torch.int32):
+            return look_up(self.builder, name, given)
+        if name.endswith("index_put") and self._reads(node, torch.bool):
+            return add(self.builder, name, given)
+        raise self._refusal(node)
+
+    def _reads(self, node: Node, *others: torch.dtype) -> bool:
+        """Whether an operation reads the state's dtype alone, and others."""
+        read = [x.meta.get("val") for x in node.all_input_nodes if not _is_number(x)]
+        dtypes = {getattr(x, "dtype", None) for x in read}
+        return dtypes <= {self.spec.dtype, *others}
 
     def _taken_apart(self, node: Node, values: Values) -> Any:
         """An operation by the smaller ones that torch makes of it."""
@@ -413,6 +440,11 @@ def _value(values: Values, argument: Any) -> Any:
 
 def _is_node(x: Any) -> bool:
     return isinstance(x, Node)
+
+
+def _is_number(node: Node) -> bool:
+    """Whether a value is a number that was a tensor's, as in `x[i]`."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -49,14 +49,9 @@ def is_index(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point()
 
 
-def depends_on_state(name: str, given: dict[str, Any]) -> bool:
-    """Whether the places of an operation are not known when the field is translated.
-
-    Of `index_put` a mask may depend on the state.
-    """
+def depends_on_state(given: dict[str, Any]) -> bool:
+    """Whether the places of an operation are not known when the field is translated."""
     places = [given.get(key) for key in ("index", "indices")]
-    if name.endswith("index_put"):
-        return False
     return any(is_traced(x) for x in pytree.tree_leaves(places, is_leaf=is_traced))
 
 

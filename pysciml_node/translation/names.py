@@ -32,7 +32,19 @@ _TRUTHS = {
     *("logical_not", "logical_and", "logical_or", "logical_xor", "__and__", "__or__", "__xor__"),
     *("bitwise_not", "bitwise_and", "bitwise_or", "bitwise_xor", "masked_fill", "clone", "detach"),
 }
-_COUNTS = {"sum", "cumsum", "add", "sub", "mul", "where", "clone", "cat", "detach"}
+_COUNTS = {
+    *("sum", "cumsum", "add", "sub", "rsub", "mul", "neg", "where", "clone", "cat", "detach"),
+    *(
+        "searchsorted",
+        "bucketize",
+        "alias",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "minimum",
+        "maximum",
+    ),
+}
 
 
 def name_of(target: Any) -> str:

@@ -53,7 +53,8 @@ for _name in (
     HANDLERS[_name] = lambda g, self, _op=_name: g.unary(_op, self)
 
 
-HANDLERS["detach"] = lambda g, self: g.unary("stop", self)
+for _name in ("detach", "item", "_local_scalar_dense"):
+    HANDLERS[_name] = lambda g, self: g.unary("stop", self)
 HANDLERS["pysciml_node::stop"] = lambda g, x: g.unary("stop", x)
 
 

@@ -22,6 +22,9 @@ VERSION = 1
 FLAT = frozenset(("stop", "sign", "floor", "round", "less", "less_equal", "equal", "greatest"))
 """Operations through which no gradient goes. Comparisons give 1 where they hold, and 0."""
 
+_WHOLE = FLAT - {"stop", "greatest"}
+"""Those whose results are whole numbers; what is computed of these alone jumps too."""
+
 _CUT = FLAT - {"sign", "floor", "round"}
 """Those whose result has no graph in torch; the gradients of the others are zeros."""
 
@@ -148,7 +151,7 @@ class Program:
             parts: the parts of the state.
             p: the flat parameter vector.
             after: changes the result of each operation, such as by an error of rounding; not of
-                those without a gradient, which jump.
+                those without a gradient, which jump, nor of what is made of whole numbers alone.
 
         Returns:
             The outputs.
@@ -159,13 +162,16 @@ class Program:
             size = math.prod(parameter.shape)
             values[parameter.id] = p[parameter.offset : parameter.offset + size]
         values |= {id: p.new_full((1,), value) for id, value in self.constants}
+        whole = {id for id, _ in self.constants}
         for step in self.operations:
             inputs = [
                 values[id].reshape(shape)
                 for id, shape in zip(step.inputs, step.in_shapes, strict=True)
             ]
             result = _run(step, inputs).reshape(step.shape)
-            smooth = step.op not in FLAT
+            if step.op in _WHOLE or whole.issuperset(step.inputs):
+                whole.add(step.out)
+            smooth = step.op not in FLAT and step.out not in whole
             values[step.out] = after(result) if after is not None and smooth else result
         pairs = zip(self.outputs, self.shapes, strict=True)
         return [values[id].reshape(shape) for id, shape in pairs]
@@ -241,6 +247,13 @@ def _take(step: Operation, inputs: list[Tensor]) -> Tensor:
     places = _places(step.attributes)
     taken = inputs[0].reshape(-1)[places.clamp(min=0)]
     return torch.where(places < 0, 0.0, taken)
+
+
+def _pick(step: Operation, inputs: list[Tensor]) -> Tensor:
+    x, places = inputs[0], inputs[1].round()  # a disturbed place is the same one
+    inside = (places >= 0) & (places < x.shape[1])
+    taken = x[:, torch.where(inside, places, 0).long()]
+    return torch.where(inside[:, None], taken, math.nan)
 
 
 def _put(step: Operation, inputs: list[Tensor]) -> Tensor:
@@ -353,4 +366,5 @@ _OTHER: dict[str, Callable[[Operation, list[Tensor]], Tensor]] = {
     "greatest": _greatest,
     "take": _take,
     "put": _put,
+    "pick": _pick,
 }

@@ -79,6 +79,72 @@ function relocation(node::Node, turned::Bool)
     return Relocation(node.inputs[1], node.output, places, turned)
 end
 
+"""
+`y` has the entries of `x` (`inner`, `n`, and others) at places along its second axis, from 0 as they are
+computed. What lies outside is NaN.
+"""
+struct Lookup <: Operation
+    x::Operand
+    index::Operand
+    y::Operand
+    inner::Int
+    n::Int
+end
+
+"Call `f(to, from)` with the entries before each block; `from` is negative for a place outside."
+@inline function each_lookup(f::F, o::Lookup, index) where {F}
+    to = 0
+    for start in 0:(o.inner * o.n):(o.x.block.length - 1), place in index
+        f(to, 0 <= place < o.n ? start + o.inner * trunc(Int, place) : -1)
+        to += o.inner
+    end
+end
+
+function look_up!(y::Run, x::Run, index::Run, o::Lookup)
+    each_lookup(o, index) do to, from
+        @inbounds for j in 1:(o.inner)
+            y[to + j] = from < 0 ? oftype(y[to + j], NaN) : x[from + j]
+        end
+    end
+end
+
+"The transpose of `look_up!`, added to `xbar`."
+function put_back!(xbar::Run, ybar::Run, index::Run, o::Lookup)
+    each_lookup(o, index) do to, from
+        from < 0 && return nothing
+        @inbounds for j in 1:(o.inner)
+            xbar[from + j] += ybar[to + j]
+        end
+    end
+end
+
+# Other arrays go by the host's memory, as above.
+for name in (:look_up!, :put_back!)
+    @eval function $name(out, given, index, o::Lookup)
+        found, from, at = Array(out), Array(given), Array(index)
+        whole(x) = view(x, 1:length(x))
+        $name(whole(found), whole(from), whole(at), o)
+        copyto!(out, found)
+        return nothing
+    end
+end
+
+forward!(o::Lookup, m::Memory) =
+    look_up!(values_of(m, o.y), values_of(m, o.x), values_of(m, o.index), o)
+
+function backward!(o::Lookup, m::Memory, c::Cotangents)
+    wanted(c, o.x) || return nothing
+    xbar = values_of(c, o.x)
+    o.x.add || fill!(xbar, 0)
+    put_back!(xbar, values_of(c, o.y), values_of(m, o.index), o)
+    return nothing
+end
+
+function lookup(T, layout, node::Node)
+    _, n, inner = node.shapes[1]
+    return Lookup(node.inputs[1], node.inputs[2], node.output, inner, n)
+end
+
 "The greatest entry along some dimensions; no gradient goes through it."
 struct Extremum <: Operation
     x::Operand

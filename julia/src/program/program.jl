@@ -49,6 +49,7 @@ const BUILDERS = Dict{String,Function}(
     "cat" => concatenation,
     "view" => gather,
     "greatest" => extremum,
+    "pick" => lookup,
     "take" => (T, layout, node) -> relocation(node, false),
     "put" => (T, layout, node) -> relocation(node, true),
 )

@@ -18,7 +18,10 @@ from pysciml_node.torch_engine.native.operations import OPERATIONS, Emission
 from pysciml_node.torch_engine.native.text import Shape, contiguous
 from pysciml_node.translation.program import Operation, Program
 
-_AS_THEY_ARE = {*elementwise.FORWARD, *elementwise.PAIRS, "sin", "cos", "sum", "greatest"}
+_AS_THEY_ARE = {
+    *(*elementwise.FORWARD, *elementwise.PAIRS),
+    *("sin", "cos", "sum", "greatest", "pick"),
+}
 
 
 @dataclass

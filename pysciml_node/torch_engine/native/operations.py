@@ -297,6 +297,26 @@ def _put_pull(e: Layout, step: Operation) -> list[str]:
 OPERATIONS["put"] = Emission(_put, _put_pull)
 
 
+def _pick_sizes(step: Operation) -> str:
+    (outer, n, inner, *x_lanes), (places, *lanes) = step.in_shapes
+    sizes = outer, n, inner, places, *(x_lanes or (1,)), *(lanes or (1,))
+    return f"(Pick){{{', '.join(map(str, sizes))}}}"
+
+
+def _pick(e: Layout, step: Operation) -> list[str]:
+    x, index = (e.place[id] for id in step.inputs)
+    return [f"psn_pick({_pick_sizes(step)}, {x}, {index}, {e.place[step.out]});"]
+
+
+def _pick_pull(e: Layout, step: Operation) -> list[str]:
+    id, index = step.inputs
+    g, bar = e.bar[step.out], e.bar[id]
+    return [*e.begin(id), f"psn_pick_pull({_pick_sizes(step)}, {g}, {e.place[index]}, {bar});"]
+
+
+OPERATIONS["pick"] = Emission(_pick, _pick_pull)
+
+
 # Products --------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pysciml_node.translation.program import FLAT
 _CHEAP = FLAT | {
     *("identity", "affine", "square", "cube", "relu", "leaky_relu", "clamp", "abs"),
     *("add", "sub", "mul", "where", "maximum", "minimum"),
-    *("view", "range", "cat", "sum", "take", "put"),
+    *("view", "range", "cat", "sum", "take", "put", "pick"),
 }
 _NAME = re.compile(r"\b[vx]\d+\b")
 

@@ -270,6 +270,24 @@ class _Cut:
             raise _Mixed
         self.append(step, 1, in_shapes=(self.flat(id),), attributes=attributes)
 
+    def picked(self, step: Operation) -> None:
+        """Entries of each row at places that all share, or of all rows alike at places of each."""
+        (x, index), (entries, places) = step.inputs, step.in_shapes
+        wide = x if x in self.wide else index
+        if self.wide[wide] != 1:
+            raise _Mixed
+        if wide == x:
+            if entries[0] % self.total:
+                raise _Mixed
+            entries = self.cut(entries, 0)
+            self.read_whole((index,))
+        else:
+            if entries[0] != 1 or places[0] % self.total:
+                raise _Mixed
+            places = self.cut(places, 0)
+            self.read_whole((x,))
+        self.append(step, 1, in_shapes=(entries, places))
+
     def linear(self, step: Operation) -> None:
         """A product with a weight."""
         a, shapes = step.attributes, list(step.in_shapes)
@@ -330,6 +348,7 @@ _CUTS: dict[str, Callable[[_Cut, Operation], None]] = {
     **dict.fromkeys(elementwise.PAIRS, _Cut.pair),
     **dict.fromkeys(("sum", "greatest"), _Cut.reduced),
     **dict.fromkeys(("take", "put"), _Cut.placed),
+    "pick": _Cut.picked,
     **dict.fromkeys(("conv", "norm"), _Cut.of_samples),
     "cat": _Cut.joined,
     "view": _Cut.strided,

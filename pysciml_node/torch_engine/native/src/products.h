@@ -235,6 +235,33 @@ PSN_INLINE void psn_product(int add, int m, int inner, int n, const REAL *a, int
 }
 #endif
 
+/* Entries of x (outer, n, inner) at places along its second axis, by members where there are
+   several; what lies outside is NaN. */
+typedef struct {
+  int outer, n, inner, places, x_lanes, lanes;
+} Pick;
+
+#define PICK_LOOPS(BODY)                                                                           \
+  int width = s.x_lanes > s.lanes ? s.x_lanes : s.lanes;                                           \
+  for (int o = 0; o < s.outer; o++)                                                                \
+    for (int i = 0; i < s.places; i++)                                                             \
+      for (int l = 0; l < width; l++) {                                                            \
+        REAL place = index[i * s.lanes + l % s.lanes];                                             \
+        int inside = place >= 0 && place < s.n;                                                    \
+        int from = (o * s.n + (inside ? (int)place : 0)) * s.inner * s.x_lanes + l % s.x_lanes;    \
+        int to = (o * s.places + i) * s.inner * width + l;                                         \
+        for (int j = 0; j < s.inner; j++) BODY                                                     \
+      }
+
+PSN_INLINE void psn_pick(Pick s, const REAL *x, const REAL *index, REAL *y) {
+  PICK_LOOPS(y[to + j * width] = inside ? x[from + j * s.x_lanes] : (REAL)NAN;)
+}
+
+/* Adds to the cotangent of x. */
+PSN_INLINE void psn_pick_pull(Pick s, const REAL *g, const REAL *index, REAL *x_bar) {
+  PICK_LOOPS(if (inside) x_bar[from + j * s.x_lanes] += g[to + j * width];)
+}
+
 /* Cross-correlation of (n, c, h, w) with (o, c / groups, kh, kw); weights and values by rows. */
 typedef struct {
   int n, c, h, w, o, oh, ow, kh, kw, sy, sx, py, px, dy, dx, groups;
