@@ -184,6 +184,7 @@ class ODESolve(Solve):
             self.options,
             self.make_field,
             self.surroundings,
+            rounded_times=True,
         )
 
     def forward(self, field: Field, u0: Tensor) -> Outcome:

@@ -28,7 +28,14 @@ class Comparison:
         self._precision = precision
         self._relative: list[Tensor] = []
 
-    def add(self, again: Tensor, recorded: Tensor, start: Tensor, missing: float = 0.0) -> None:
+    def add(
+        self,
+        again: Tensor,
+        recorded: Tensor,
+        start: Tensor,
+        missing: float = 0.0,
+        late: float | Tensor = 1.0,
+    ) -> None:
         """Compare the end of a replayed step with the solve's.
 
         Args:
@@ -36,11 +43,14 @@ class Comparison:
             recorded: the state at its end in the solve.
             start: the state at its start.
             missing: as of `entry_sizes`.
+            late: how many of its sizes a step is from time zero, a number or `(..., 1)`, where its
+                times were as precise as states are; they have lost as much of their precision.
         """
         if self._precision is not None:
             again, recorded, start = (x.to(self._precision) for x in (again, recorded, start))
         sizes = entry_sizes(recorded, start, missing)
-        self._relative.append(((again - recorded).abs() / sizes).amax())
+        blur = torch.as_tensor(late, dtype=sizes.dtype).clamp_min(1).sqrt().to(sizes.device)
+        self._relative.append(((again - recorded).abs() / (sizes * blur)).amax())
 
     def add_value(self, again: Tensor, first: Tensor) -> None:
         """Compare what is no state, relative to itself.

@@ -70,6 +70,8 @@ class TorchTrajectory(Recorded):
     surroundings: Surroundings | None = None
     # Of the solve, where a copy has another.
     precision: torch.dtype | None = None
+    # Whether times of the solve were as precise as its states, and not doubles.
+    rounded_times: bool = False
 
     def __post_init__(self) -> None:
         if self.surroundings is None:
@@ -92,7 +94,9 @@ class TorchTrajectory(Recorded):
             times, sizes = self.record.times, self.record.sizes
             again = stages.solution(times[n], sizes[n], start, with_error=False)
             implicit = isinstance(stages.method.tableau, ImplicitTableau)
-            comparison.add(again, end, start, left_missing(again.dtype) if implicit else 0.0)
+            missing = left_missing(again.dtype) if implicit else 0.0
+            late = abs(times[n] / sizes[n]) if self.rounded_times else 1.0
+            comparison.add(again, end, start, missing, late)
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
         """The same trajectory with other states at `times`, and its problem changed."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
-from pysciml_node.replay.comparison import entry_sizes
+from pysciml_node.replay.comparison import Comparison, entry_sizes, rounding
 from pysciml_node.replay.members.estimates import estimates_of
 
 D = torch.float64
@@ -271,3 +271,20 @@ def test_a_result_belongs_to_its_owner(
         torch.testing.assert_close(solution(times), asked, rtol=0, atol=0)
         if recorded:
             torch.autograd.grad(solution(times).sum(), f.w)
+
+
+def test_steps_far_from_time_zero_are_as_precise_as_their_times_were() -> None:
+    """Times of single precision, 300 step sizes from zero, have lost so much of theirs."""
+    end, start = torch.ones(2, 3), torch.zeros(2, 3)
+    off = 4 * rounding(torch.float32)
+    for late in (300.0, torch.tensor([[300.0], [300.0]], dtype=torch.float64)):
+        comparison = Comparison()
+        comparison.add(end * (1 + off), end, start, late=late)
+        comparison.expect_equal([])
+        comparison.add(end * (1 + 10 * off), end, start, late=late)
+        with pytest.raises(RuntimeError, match="could not reproduce"):
+            comparison.expect_equal([])
+    near = Comparison()
+    near.add(end * (1 + off), end, start, late=0.5)
+    with pytest.raises(RuntimeError, match="could not reproduce"):
+        near.expect_equal([])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -29,6 +29,8 @@ class JuliaMembers(StackedMembers):
         solutions: in Julia, one for each member, or none.
         field: where dense output receives gradients.
     """
+
+    rounded_times: ClassVar[bool] = True
 
     solutions: Sequence[Handle] = ()
     field: MembersField | None = None

@@ -104,10 +104,12 @@ class StackedEstimates:
 
     def _compare(self, comparison: Comparison, n: Array, stages: MemberStages) -> None:
         """Compare the ends of steps, of their stages as far as they are there, with the solve's."""
-        ends = self.members.states.detach()
+        ends, late = self.members.states.detach(), torch.ones(())
+        if self.members.rounded_times:
+            late = torch.from_numpy(abs(self.steps.starts[n] / self.steps.sizes[n])).unsqueeze(-1)
         with torch.no_grad():
             again, index = stages.solution(with_error=False), torch.from_numpy(n).to(ends.device)
-            comparison.add(again, ends.index_select(0, index), stages.u.detach())
+            comparison.add(again, ends.index_select(0, index), stages.u.detach(), late=late)
 
     def step_of(self, t: Array) -> Array:
         """Which step of each member contains a time of its own, the later one at a boundary."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -148,7 +148,10 @@ class StackedMembers:
         failures: the last attempts of failed members, by member.
         events: that have ended members, where any are watched.
         detached: whether gradients have been left behind.
+        rounded_times: whether times are as precise as states, and not doubles.
     """
+
+    rounded_times: ClassVar[bool] = False
 
     ensemble: EnsembleProblem
     algorithm: Algorithm
@@ -272,7 +275,15 @@ class StackedMembers:
         spec, tableaus = problem.spec, self.algorithm.tableaus
         accuracy = Accuracy.of(options, spec.dtype, sum(spec.sizes))
         methods = Method.all_of(tableaus, spec.dtype, spec.device, accuracy=accuracy)
-        return TorchTrajectory(problem, methods, kept, stats, options, surroundings=surroundings)
+        return TorchTrajectory(
+            problem,
+            methods,
+            kept,
+            stats,
+            options,
+            surroundings=surroundings,
+            rounded_times=self.rounded_times,
+        )
 
     @cached_property
     def _pieces(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
