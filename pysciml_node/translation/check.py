@@ -125,7 +125,13 @@ def _check_at(
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])
-        expected = field(t, spec.unflatten(u))
+        try:
+            expected = field(t, spec.unflatten(u))
+        except IndexError as error:
+            raise UnsupportedModule(
+                f"{name} asks for an entry that is not there ({error}) at the random state by "
+                "which its program is checked; clamp the places that it computes."
+            ) from error
         _expect_trained(name, expected, [u, t, *p])
         value, disturbed = (
             _value(spec, program, t, u, flat, disturbing) for disturbing in (None, generator)

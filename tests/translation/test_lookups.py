@@ -101,6 +101,7 @@ REFUSED: dict[str, Field] = {
     "short whole numbers": lambda t, u: u * V[(300 * t).to(torch.int8).long()],
     "a slice": lambda t, u: u * V[t.long() :].sum(),
     "a number in Python": lambda t, u: u * torch.searchsorted(V, t).item(),
+    "a place outside for other states": lambda t, u: u * V.index_select(0, (3 * u).long()),
     "an index that is put": lambda t, u: torch.zeros_like(u).index_put(((u > 0).long(),), t),
 }
 
