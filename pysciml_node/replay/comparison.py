@@ -34,7 +34,7 @@ class Comparison:
         recorded: Tensor,
         start: Tensor,
         missing: float = 0.0,
-        late: float | Tensor = 1.0,
+        late: float | Tensor | None = None,
     ) -> None:
         """Compare the end of a replayed step with the solve's.
 
@@ -49,8 +49,9 @@ class Comparison:
         if self._precision is not None:
             again, recorded, start = (x.to(self._precision) for x in (again, recorded, start))
         sizes = entry_sizes(recorded, start, missing)
-        blur = torch.as_tensor(late, dtype=sizes.dtype).clamp_min(1).sqrt().to(sizes.device)
-        self._relative.append(((again - recorded).abs() / (sizes * blur)).amax())
+        if late is not None:
+            sizes = sizes * torch.as_tensor(late).to(sizes).clamp_min(1).sqrt()
+        self._relative.append(((again - recorded).abs() / sizes).amax())
 
     def add_value(self, again: Tensor, first: Tensor) -> None:
         """Compare what is no state, relative to itself.

@@ -95,7 +95,7 @@ class TorchTrajectory(Recorded):
             again = stages.solution(times[n], sizes[n], start, with_error=False)
             implicit = isinstance(stages.method.tableau, ImplicitTableau)
             missing = left_missing(again.dtype) if implicit else 0.0
-            late = abs(times[n] / sizes[n]) if self.rounded_times else 1.0
+            late = abs(times[n] / sizes[n]) if self.rounded_times else None
             comparison.add(again, end, start, missing, late)
 
     def mapped(self, states: list[Tensor], change: Callable[[Any], Any]) -> TorchTrajectory:
@@ -374,5 +374,11 @@ class TorchTrajectory(Recorded):
         accuracy = Accuracy.of(options, problem.spec.dtype, size)
         methods = tuple(method.accurate(accuracy) for method in self.methods)
         return TorchTrajectory(
-            problem, methods, load, self.stats, options, precision=self.precision
+            problem,
+            methods,
+            load,
+            self.stats,
+            options,
+            precision=self.precision,
+            rounded_times=self.rounded_times,
         )

@@ -34,16 +34,8 @@ _TRUTHS = {
 }
 _COUNTS = {
     *("sum", "cumsum", "add", "sub", "rsub", "mul", "neg", "where", "clone", "cat", "detach"),
-    *(
-        "searchsorted",
-        "bucketize",
-        "alias",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "minimum",
-        "maximum",
-    ),
+    *("searchsorted", "bucketize", "alias"),
+    *("clamp", "clamp_min", "clamp_max", "minimum", "maximum"),
 }
 
 

@@ -104,7 +104,7 @@ class StackedEstimates:
 
     def _compare(self, comparison: Comparison, n: Array, stages: MemberStages) -> None:
         """Compare the ends of steps, of their stages as far as they are there, with the solve's."""
-        ends, late = self.members.states.detach(), torch.ones(())
+        ends, late = self.members.states.detach(), None
         if self.members.rounded_times:
             late = torch.from_numpy(abs(self.steps.starts[n] / self.steps.sizes[n])).unsqueeze(-1)
         with torch.no_grad():
