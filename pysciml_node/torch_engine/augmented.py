@@ -145,8 +145,10 @@ class Augmented:
         self.with_state, self.with_leaves = with_state, with_leaves
         self.size = dense.states[0].numel()
         self.driven = 2 * self.size if with_state else self.size
-        # Complex states carry real parameters' gradients in their real parts.
-        self.lengths = [leaf.numel() for leaf in field.leaves] if with_leaves else []
+        # Complex states carry real parameters' gradients in their real parts; real states carry
+        # complex ones' as pairs.
+        self.complex = dense.states[0].is_complex()
+        self.lengths = [self._length(leaf) for leaf in field.leaves] if with_leaves else []
         # Leaves that the field turns out not to use get no gradient, rather than zeros.
         self._used = [False] * len(self.lengths)
         self.unit = 1.0
@@ -198,11 +200,17 @@ class Augmented:
         self._put_leaves(out, leaves)
         return out
 
+    def _length(self, leaf: Tensor) -> int:
+        """How many entries of the vector the gradient of a leaf has."""
+        return leaf.numel() if self.complex else leaf.numel() * (1 + leaf.is_complex())
+
     def _put_leaves(self, out: Tensor, leaves: Sequence[Tensor | None]) -> None:
         position = self.driven
         for i, (gradient, length) in enumerate(zip(leaves, self.lengths, strict=False)):
             if gradient is not None:
                 self._used[i] = True
+                if gradient.is_complex() and not self.complex:
+                    gradient = torch.view_as_real(gradient.resolve_conj())
                 out[position : position + length] = -gradient.reshape(-1)
             position += length
 
@@ -266,7 +274,10 @@ class Augmented:
             if not used:
                 gradients.append(None)
                 continue
-            shaped = piece.view(leaf.shape) * self.unit
+            piece = piece * self.unit
+            if leaf.is_complex() and not self.complex:
+                piece = torch.view_as_complex(piece.view(-1, 2))
+            shaped = piece.view(leaf.shape)
             gradients.append((shaped if leaf.is_complex() else shaped.real).to(leaf))
         if gradients:
             sums.add(gradients)

@@ -190,6 +190,20 @@ def test_gradcheck_of_complex_states(adjoint: psn.DirectAdjoint) -> None:
 
 
 @any_adjoint
+def test_gradcheck_of_complex_parameters_of_real_states(adjoint: psn.DirectAdjoint) -> None:
+    """As the spectral weights of a Fourier neural operator are."""
+
+    def solve(u0: Tensor, w: Tensor, a: Tensor) -> Tensor:
+        def f(t: Tensor, u: Tensor) -> Tensor:
+            return torch.fft.irfft(w * torch.fft.rfft(torch.tanh(a * u)), n=4)
+
+        return psn.solve(psn.ODEProblem(f, u0, (0.0, 1.0)), **fixed(adjoint, "Vern7", 0.15)).u1
+
+    w = leaf(0.3, -0.4 + 0.2j, 0.7j, dtype=torch.complex128)
+    assert gradcheck(solve, (leaf(0.5, -1.0, 0.3, 0.8), w, leaf(0.9)), **CONTINUOUS_BOUND)
+
+
+@any_adjoint
 def test_gradcheck_of_structures(adjoint: psn.DirectAdjoint) -> None:
     def solve(x: Tensor, y: Tensor, p: Tensor) -> Any:
         def f(t: Tensor, u: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:

@@ -72,6 +72,19 @@ def test_states_parameters_and_times(
     torch.testing.assert_close(found, exact, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("adjoint", CONTINUOUS, ids=name)
+@pytest.mark.parametrize("algorithm", [psn.Rodas5P(), psn.KenCarp4()], ids=name)
+def test_complex_parameters_of_a_real_state(algorithm: Any, adjoint: Any) -> None:
+    """With `du/dt = -|w|^2 u` the gradient of `u(1)` by `w` is `-2 w u(1)`."""
+    w = torch.tensor([1.5 - 0.5j, 0.3j], dtype=torch.complex128, requires_grad=True)
+    u0 = torch.ones(2, dtype=torch.float64)
+    problem = psn.ODEProblem(lambda t, u: -(w.abs() ** 2) * u, u0, (0.0, 1.0))
+    solution = psn.solve(problem, algorithm, rtol=1e-8, atol=1e-8, adjoint=adjoint)
+    (found,) = torch.autograd.grad(solution.u1.sum(), w)
+    exact = -2 * w * torch.exp(-(w.abs() ** 2))
+    torch.testing.assert_close(found, exact.detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_beside_finite_differences() -> None:
     along = torch.tensor([0.3, 40.0, -0.2], dtype=torch.float64)
     width = 1e-3
