@@ -243,6 +243,13 @@ class Inputs:
                     "torch.inference_mode, where tensors can have none.\n"
                     "  Make the field outside of it, or solve inside of torch.no_grad()."
                 )
+            if x.layout is not torch.strided:
+                raise TypeError(
+                    f"{surroundings.names[id(x)]} requires a gradient and has the layout "
+                    f"{x.layout}, through which only DirectAdjoint hands gradients.\n"
+                    "  Make it inside of the field, from its indices and values; or solve with "
+                    "adjoint=DirectAdjoint()."
+                )
         edges = {edge_of(x): x for x in trainable}
         reached: set[Edge] = set()
         with surroundings.undisturbed():

@@ -39,7 +39,7 @@ static struct {
   Object *(*function)(void *, Object *, Object *);
   void (*keep)(Object *);
   void (*let_go)(Object *);
-  Object *none, *dtype, *shape, *device, *requires_grad, *dict;
+  Object *none, *dtype, *shape, *device, *layout, *requires_grad, *dict;
 } py;
 
 enum { EQUAL = 2, WITH_ARRAY = 0x80 }; /* Py_EQ and METH_FASTCALL */
@@ -178,13 +178,14 @@ static int is_described(const Word *as, Object *x) {
   if (same == 1) same = is(py.get_attribute(x, py.dtype), as[1].object);
   if (same == 1) same = equals(py.get_attribute(x, py.shape), as[2].object);
   if (same == 1) same = equals(py.get_attribute(x, py.device), as[3].object);
-  if (same == 1 && as[4].object) same = is(py.get_attribute(x, py.requires_grad), as[4].object);
+  if (same == 1) same = is(py.get_attribute(x, py.layout), as[4].object);
+  if (same == 1 && as[5].object) same = is(py.get_attribute(x, py.requires_grad), as[5].object);
   if (same < 1) return same;
   Object *attributes = py.get_attribute(x, py.dict);
   if (!attributes) return -1;
   int full = py.is_true(attributes);
   py.let_go(attributes);
-  return full < 0 ? -1 : full != as[5].number;
+  return full < 0 ? -1 : full != as[6].number;
 }
 
 static int by_address(const void *a, const void *b) {
@@ -207,7 +208,7 @@ static int are_distinct(Object *found, Size count) {
 static int are_described(const Word **at, Object *found) {
   Size count = (*at)++->number;
   if (py.length(found) != count) return 0;
-  for (Size i = 0; i < count; i++, *at += 6) {
+  for (Size i = 0; i < count; i++, *at += 7) {
     int same = is_described(*at, py.in_list(found, i));
     if (same < 1) return same;
   }

@@ -23,7 +23,7 @@ _FUNCTIONS = (
     *("PyList_New", "PyList_Append", "PyList_GetItem", "PyErr_Occurred", "PyCFunction_NewEx"),
     *("Py_IncRef", "Py_DecRef"),
 )
-_OBJECTS = (None, "dtype", "shape", "device", "requires_grad", "__dict__")
+_OBJECTS = (None, "dtype", "shape", "device", "layout", "requires_grad", "__dict__")
 
 _look: Callable[[bytes, tuple[Any, ...]], list[Tensor] | None] | None = None
 

@@ -144,6 +144,7 @@ class GraphWalk:
             if not isinstance(leaf, Tensor):
                 yield leaf
                 continue
+            self._expect_strided(leaf, "a leaf of p")
             if leaf.dtype != self.spec.dtype:
                 raise UnsupportedModule(
                     f"{self._name} takes a p of dtype {leaf.dtype} beside a state of "
@@ -165,6 +166,7 @@ class GraphWalk:
                 f"{self._name}.{name} is made anew each time it is looked at, and so cannot be "
                 "followed."
             )
+        self._expect_strided(tensor, name)
         trained = kind is InputKind.PARAMETER or tensor.requires_grad
         return self.builder.parameter(name, tuple(tensor.shape), place, trained)
 
@@ -175,6 +177,7 @@ class GraphWalk:
         """A tensor that the module reaches by other ways than its parameters and buffers."""
         if not isinstance(tensor, Tensor):
             raise UnsupportedModule(f"{self._name} uses {name}, which is not a tensor.")
+        self._expect_strided(tensor, name)
         place = self._place(tensor)
         kept = tensor if place is None else self.tensors[place]
         # Of a captured parameter export may hand out one that requires no gradients; and one that
@@ -191,6 +194,13 @@ class GraphWalk:
         if place is not None:
             self.fixed.add(place)
         return tensor
+
+    def _expect_strided(self, tensor: Tensor, name: str) -> None:
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModule(
+                f"{self._name} uses {name}, a tensor of the layout {tensor.layout}, which programs "
+                "do not have."
+            )
 
     def _place(self, tensor: Tensor) -> int | None:
         """The number of a tensor; of a captured parameter export hands out another one."""

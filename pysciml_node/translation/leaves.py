@@ -72,7 +72,7 @@ def _form(x: Any, tensors: list[Tensor], kinds: dict[type, None]) -> Any:
         own: Any = None if kind is Tensor or kind is nn.Parameter else kind
         if x.__dict__:
             own = kind, *[(name, _attribute(value)) for name, value in x.__dict__.items()]
-        return x.dtype, x.shape, x.device, x.requires_grad, own
+        return x.dtype, x.shape, x.device, x.layout, x.requires_grad, own
     if kind is tuple or kind is list:
         return kind, *[_form(part, tensors, kinds) for part in x]
     if kind is dict:

@@ -199,7 +199,7 @@ def describe(x: Tensor) -> tuple[Any, ...]:
     # A parameter that is frozen, or set free again, needs no new program.
     kind = type(x)
     needs_gradient = None if kind is nn.Parameter else x.requires_grad
-    return kind, x.dtype, x.shape, x.device, needs_gradient, not x.__dict__
+    return kind, x.dtype, x.shape, x.device, x.layout, needs_gradient, not x.__dict__
 
 
 def have_same(before: list[Tensor], after: list[Tensor], numbers: list[int]) -> bool:
@@ -214,4 +214,13 @@ def have_same(before: list[Tensor], after: list[Tensor], numbers: list[int]) -> 
 
 def have_contents(tensors: list[Tensor], contents: Contents) -> bool:
     """Whether tensors still have the entries that are part of a program."""
-    return not contents or all(torch.equal(tensors[i], x) for i, x in contents)
+    return not contents or all(_have_same_entries(tensors[i], x) for i, x in contents)
+
+
+def _have_same_entries(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are equal, where entries that are no numbers equal themselves."""
+    if x.layout is not torch.strided:  # sparse ones are not compared by torch
+        x, y = x.to_dense(), y.to_dense()
+    if torch.equal(x, y):
+        return True
+    return x.is_floating_point() and bool(((x == y) | (x.isnan() & y.isnan())).all())

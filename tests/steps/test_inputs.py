@@ -487,3 +487,24 @@ def test_adjoint_params_restrict(chosen: str) -> None:
             assert x.grad.item() == pytest.approx(right[id(x)], rel=1e-6)
         else:
             assert x.grad is None
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.GaussAdjoint()])
+def test_sparse_tensors_that_receive_gradients_are_made_in_the_field(adjoint: Any) -> None:
+    """Made outside they are refused in words; made inside of the field, as dense ones do."""
+    places, u0 = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([[1.0], [-0.5]]).double()
+    weights = torch.tensor([0.1, 0.4, -0.3], dtype=torch.float64, requires_grad=True)
+
+    def matrix() -> Tensor:
+        return torch.sparse_coo_tensor(places, weights, (2, 2), check_invariants=True)
+
+    def gradient(matrix: Callable[[], Tensor]) -> Tensor:
+        problem = psn.ODEProblem(lambda t, u: matrix() @ u, u0, (0.0, 1.0))
+        loss = psn.solve(problem, rtol=1e-9, atol=1e-9, adjoint=adjoint).u1.sum()
+        return torch.autograd.grad(loss, weights)[0]
+
+    outside = matrix()
+    with pytest.raises(TypeError, match=r"sparse_coo[\s\S]*inside of the field"):
+        gradient(lambda: outside)
+    dense = gradient(lambda: matrix().to_dense())
+    torch.testing.assert_close(gradient(matrix), dense, rtol=1e-10, atol=1e-10)

@@ -221,6 +221,52 @@ def test_a_refusal_is_kept(field, monkeypatch):
     assert str(first.value) == str(second.value)
 
 
+class Beside(nn.Module):
+    """A field that holds a tensor which its program does not read."""
+
+    def __init__(self, beside: Tensor) -> None:
+        super().__init__()
+        self.beside = beside
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -u
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_tensors_of_every_layout_are_compared_with_those_of_the_translation(
+    layout: torch.layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries that are no numbers, as those of missing data, equal themselves."""
+    field = Beside(torch.tensor([[torch.nan, 0.0], [1.0, 2.0]], dtype=D).to_sparse(layout=layout))
+    program = translate(field, StateSpec.of(U)).json
+    monkeypatch.setattr(export, "_translate", None)
+    assert translate(field, StateSpec.of(U)).json == program
+    field.beside = (2 * field.beside.to_dense()).to_sparse(layout=layout)
+    with pytest.raises(TypeError, match="NoneType"):
+        translate(field, StateSpec.of(U))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["captured", "p"])
+def test_a_sparse_tensor_is_refused_twice_and_a_dense_one_in_its_place_is_not(
+    layout: torch.layout, given: bool
+) -> None:
+    spec, dense = StateSpec.of(U.T), torch.eye(3, dtype=D)
+
+    def translated(a: Tensor) -> Any:
+        if given:
+            return translate(lambda t, u, p: p @ u, spec, a)
+        return translate(lambda t, u: a @ u, spec)
+
+    messages = []
+    for _ in range(2):
+        with pytest.raises(UnsupportedModule) as refused:
+            translated(dense.to_sparse(layout=layout))
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
+    assert translated(dense).json
+
+
 def test_translations_are_bounded():
     module = nn.Linear(3, 3, dtype=D)
     module.forward = lambda t, u: u * module.weight.sum()  # type: ignore[method-assign]
