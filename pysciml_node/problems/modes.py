@@ -320,12 +320,14 @@ def _inside_vmap() -> bool:
     )
 
 
-def _watched_by_nobody() -> bool:
+_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+
+
+def watched_by_nobody() -> bool:
     """Whether no compiler looks at the frames that run here, as far as torch says."""
-    if torch.compiler.is_compiling():
-        return False
-    look = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
-    return look is not None and look() is None
+    if "torch._dynamo" not in sys.modules:
+        return True
+    return _callback is not None and _callback() is None and not torch.compiler.is_compiling()
 
 
 def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:
@@ -339,12 +341,17 @@ def uncompiled(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:
     @functools.wraps(fn)
     def inner(*args: Arguments.args, **kwargs: Arguments.kwargs) -> R:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules or _watched_by_nobody():
+        if watched_by_nobody():
             return fn(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(fn, reason=_UNCOMPILED)  # type: ignore[no-untyped-call]
         return disabled(*args, **kwargs)
 
-    inner._torchdynamo_disable = True  # type: ignore[attr-defined]
-    inner._torchdynamo_disable_msg = _UNCOMPILED  # type: ignore[attr-defined]
-    return inner
+    return left_out(inner)
+
+
+def left_out(fn: Callable[Arguments, R]) -> Callable[Arguments, R]:
+    """Mark a function that `torch.compile` calls as it is."""
+    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    fn._torchdynamo_disable_msg = _UNCOMPILED  # type: ignore[attr-defined]
+    return fn

@@ -46,7 +46,7 @@ def _check_time(name: str, value: Any) -> float:
     return checks.number(name, value)
 
 
-def check_field(name: str, field: Any, hint: str) -> None:
+def check_field(name: str, field: Any, hint: str) -> checks.Arguments:
     """Check a function of time and state, and perhaps of `p`, which an ensemble may bring.
 
     Args:
@@ -54,12 +54,15 @@ def check_field(name: str, field: Any, hint: str) -> None:
         field: the function.
         hint: what to do where it is refused.
 
+    Returns:
+        The arguments that it takes.
+
     Raises:
         TypeError: it is not callable, or takes other arguments, or these in another order.
     """
     taken = checks.arguments(field)
     if taken.known_as_field:
-        return
+        return taken
     whole = callable(field) and not isinstance(field, type)
     if not (whole and (taken.takes(2) or taken.takes(3))):
         if whole and taken.takes(1):
@@ -69,6 +72,7 @@ def check_field(name: str, field: Any, hint: str) -> None:
         checks.function(name, field, "t", "u", hint=hint)
     checks.expect_time_first(name, field)
     taken.known_as_field = True
+    return taken
 
 
 def _check_called(name: str, field: Any, p: Any) -> None:
@@ -306,9 +310,11 @@ class ODEProblem(Problem):
         return self.mass_matrix.detach().to(self.spec.device, self.spec.dtype)
 
     def __post_init__(self) -> None:
-        check_field("f", self.f, "The order is ODEProblem(f, u0, (t0, t1), p=None).")
+        taken = check_field("f", self.f, "The order is ODEProblem(f, u0, (t0, t1), p=None).")
         self._check()
         if self.jac is None and self.jac_sparsity is None and self.mass_matrix is None:
+            if taken.takes(2 if self.p is None else 3):
+                object.__setattr__(self, "_called", True)
             return
         size = sum(self.spec.sizes)
         if self.jac is not None:

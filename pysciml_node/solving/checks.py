@@ -34,6 +34,7 @@ from pysciml_node.algorithms.stochastic import (
 )
 from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.event import Event
+from pysciml_node.problems.modes import left_out, uncompiled, watched_by_nobody
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import moves
@@ -81,6 +82,8 @@ ELSEWHERE = {
 def explain_calls(begin: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Make `solve` say what was meant where it is called as other packages' functions are.
 
+    It is left out by `torch.compile`.
+
     Args:
         begin: begins the solve from the options that were given, the problem and perhaps the
             algorithm. All options would take longer, and most calls name few of them.
@@ -90,8 +93,8 @@ def explain_calls(begin: Callable[..., T]) -> Callable[[Callable[..., T]], Calla
         known = tuple(inspect.signature(solve).parameters)
         named = frozenset(known[2:])
 
-        @functools.wraps(solve)
-        def call(*arguments: Any, **options: Any) -> T:
+        @uncompiled
+        def carefully(*arguments: Any, **options: Any) -> T:
             if 0 < len(arguments) < 3 and options.keys() <= named:
                 return begin(options, *arguments)
             if len(arguments) > 2:
@@ -110,7 +113,13 @@ def explain_calls(begin: Callable[..., T]) -> Callable[[Callable[..., T]], Calla
                 )
             return solve(*arguments, **options)
 
-        return call
+        @functools.wraps(solve)
+        def call(*arguments: Any, **options: Any) -> T:
+            if 0 < len(arguments) < 3 and options.keys() <= named and watched_by_nobody():
+                return begin(options, *arguments)
+            return carefully(*arguments, **options)
+
+        return left_out(call)
 
     return explained
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import copysign
@@ -47,16 +48,18 @@ _MOST_KNOWN = 256
 _FLOAT = frozenset((float,))
 _LISTED = frozenset((list, tuple, dict, Tensor, np.ndarray))
 
-_PLAIN = {bool, int, float, str, tuple, type(None), type(USUAL)}
-"""Kinds of values that plans may be found by; those of algorithms and their parts join them."""
+_SINGLE = {bool, int, float, str, type(None), type(USUAL)}
+"""Kinds of values that plans are found by; those of algorithms and their parts join them."""
+
+_ENDS = struct.Struct("dd").pack
 
 
 def _are_plain(kinds: Sequence[type]) -> bool:
     """Whether values of these kinds say all that a plan depends on."""
-    if not _PLAIN.issuperset(kinds):
-        if not all(kind in _PLAIN or _is_own(kind) for kind in kinds):
-            return False
-        _PLAIN.update(kinds)
+    others = {kind for kind in kinds if kind not in _SINGLE and kind is not tuple}
+    if not all(map(_is_own, others)):
+        return False
+    _SINGLE.update(others)
     return True
 
 
@@ -76,24 +79,34 @@ def _key(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -
         kind = problem.noise, problem.interpretation
     elif type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
+    values: Sequence[Any] = (algorithm, *given.values())
+    # 1 and True are equal, and only one of them is a number of steps.
+    kinds = tuple(map(type, values))
+    if not _SINGLE.issuperset(kinds):
+        entries = _all_entries(algorithm, given, kind is not None)
+        if entries is None:
+            return None
+        values, kinds = entries, tuple(map(type, entries))
+    # As bits: 0.0 and -0.0 are equal, and the one may lie beyond an end of the other.
+    ends = _ENDS(*ends_of(problem))
+    asked = given.get("engine") or engines.get_engine()
+    return (kinds, tuple(given), kind, asked, id(problem.spec), ends, *values)
+
+
+def _all_entries(
+    algorithm: Algorithm | None, given: dict[str, Any], stochastic: bool
+) -> list[Any] | None:
+    """The values by which a plan is found where some of them may change."""
     values: list[Any] = [algorithm]
     for name, value in given.items():
-        of = type(value)
-        if of in _PLAIN and of is not tuple:
-            values.append(value)
-        elif of in _LISTED:
+        if type(value) in _LISTED:
             entries = _entries(name, value)
             if entries is None:
                 return None
             values.append(entries)
-        elif not (name == "generator" and kind is not None and isinstance(value, torch.Generator)):
+        elif not (name == "generator" and stochastic and isinstance(value, torch.Generator)):
             values.append(value)  # a generator gives each solve another seed
-    (t0, t1), asked = ends_of(problem), given.get("engine") or engines.get_engine()
-    # 1 and True are equal, and only one of them is a number of steps.
-    return (
-        *(tuple(map(type, values)), tuple(given), kind, asked, id(problem.spec)),
-        *(t0, t1, copysign(1.0, t0), copysign(1.0, t1), *values),
-    )
+    return values
 
 
 def _entries(name: str, listed: Any) -> tuple[Any, ...] | None:

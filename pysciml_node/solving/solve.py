@@ -19,7 +19,7 @@ from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
-from pysciml_node.problems.modes import in_ordinary_modes, uncompiled
+from pysciml_node.problems.modes import in_ordinary_modes
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -78,7 +78,6 @@ def solve(
 
 
 # The options of an ensemble are those of a single problem.
-@uncompiled
 @explain_calls(_begin)
 def solve(
     problem: Problem | EnsembleProblem,
