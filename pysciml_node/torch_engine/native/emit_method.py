@@ -107,7 +107,7 @@ def emit_estimates(method: Method, dtype: torch.dtype) -> str:
     """What src/taken.h reads of a tableau: the weights of its estimates.
 
     Args:
-        method: an explicit method.
+        method: the method.
         dtype: of the state.
     """
     tableau = method.tableau

@@ -216,7 +216,9 @@ class NativeSolve(SingleSolve):
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
         prepared, self.parameters, see = prepare(problem, algorithm, options)
-        self.program = FieldProgram(prepared.json, prepared.program, self.parameters)
+        self.program = FieldProgram(
+            prepared.json, prepared.program, self.parameters, prepared.pulled
+        )
         assert isinstance(algorithm, OneStepMethod)
         super().__init__(problem, algorithm, options, engine, see)
         self.departure = prepared.departure

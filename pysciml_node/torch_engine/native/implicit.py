@@ -8,10 +8,12 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.tableaus import RosenbrockTableau
 from pysciml_node.torch_engine.native.emit import Emitter
 from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
+from pysciml_node.torch_engine.native.emit_method import emit_estimates
 from pysciml_node.torch_engine.native.library import (
     ALONE_PACKED,
     LOOP,
     SWEEP,
+    TAKEN_AGAIN,
     Written,
     ends_of_attempt,
     memory_of,
@@ -48,8 +50,12 @@ def write_implicit(
     march += padded(emitter.bars.size) + (1 if rosenbrock else 2) * linear
     sweep += 2 * method.stages * row + (1 if rosenbrock else method.stages) * linear
     kind = "rosenbrock" if rosenbrock else "diagonal"
-    back = [*SWEEP, "linear_sweep.h", f"{kind}_sweep.h"]
-    text = [emit_implicit(method, size, mass), emitted.source]
+    back, calls = [*SWEEP, "linear_sweep.h", f"{kind}_sweep.h"], TAKEN_AGAIN
+    text = [
+        emit_implicit(method, size, mass),
+        emit_estimates(method, method.nodes.dtype),
+        emitted.source,
+    ]
     parameters = list(zip(program.parameters, emitted.offsets, program.pulled, strict=True))
     packed, cost = emitted.packed, (size + 1) * emitted.cost + size**3 // 3
     if pulled is not None:
@@ -64,11 +70,11 @@ def write_implicit(
     else:
         text.append(ALONE_PACKED)
         if rosenbrock:
-            back, sweep = [], 0
-    text += map(source, [*LOOP, "linear.h", f"{kind}.h", *back])
+            back, sweep, calls = [], 0, {"take": TAKEN_AGAIN["take"]}
+    text += map(source, [*LOOP, "linear.h", f"{kind}.h", "taken.h", *back])
     return Written(
         "\n".join(text), size, cost, method.stages, packed, march, sweep, 0,
-        ends_of_attempt(method, size), parameters,
+        ends_of_attempt(method, size), parameters, calls=calls,
     )  # fmt: skip
 
 

@@ -34,8 +34,11 @@ REALS = {torch.float32: "float", torch.float64: "double"}
 LOOP = ("codes.h", "parts.h", "steps.h", "event.h", "control.h", "solve.h", "events.h")
 """Files of src/ that the loop of every method for ordinary equations is made of."""
 
-SWEEP = ("sweep.h", "dense_sweep.h")
-"""Those that its discrete adjoint is made of."""
+SWEEP = ("sweep.h", "dense_sweep.h", "taken_sweep.h")
+"""Those that its discrete adjoint, and that of single steps, are made of."""
+
+TAKEN_AGAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(("take", "pull_back"), (INTEGER, POINTER))
+"""What takes single steps again, and pulls their cotangents back."""
 
 _LOOP_IN_PARTS = ("codes.h", "team.h", "parts.h", "steps.h", "event.h", "control.h", "solve.h")
 
@@ -321,13 +324,13 @@ def write_explicit(program: Program, method: Method, in_parts: bool = True) -> W
         *([] if parts is None else [parts.definitions]),
         emitted.source,
         ALONE_PACKED,
-        *map(source, (*loop, "explicit.h", *SWEEP, "explicit_sweep.h", "taken.h")),
+        *map(source, (*loop, "explicit.h", "taken.h", *SWEEP, "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)
     return Written(
         "\n".join(text), size_of(program), emitted.cost, stages, emitted.packed, march, sweep,
         slot * (1 if parts is None else parts.count), ends_of_attempt(method, size), list(rows),
-        parts, dict.fromkeys(("take", "pull_back"), (INTEGER, POINTER)),
+        parts, TAKEN_AGAIN,
     )  # fmt: skip
 
 

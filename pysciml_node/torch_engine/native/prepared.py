@@ -43,7 +43,7 @@ from pysciml_node.torch_engine.native.library import (
     library_of,
     write_explicit,
 )
-from pysciml_node.torch_engine.native.pulled import pulled_program
+from pysciml_node.torch_engine.native.pulled import PulledProgram, pulled_program
 from pysciml_node.translation.export import TranslatedModule, translate
 from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
@@ -154,7 +154,7 @@ class Prepared:
             are counted from the end.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         rosenbrock: whether a method is one of Rosenbrock's.
-        recorded: whether the code has the derivatives of that.
+        pulled: the field's pullback, where the code has the derivatives of that.
         json: the program as text, which explicit methods have their libraries by.
         compared: for which numbers of `p` the code is the field's.
         spec: structure of the state. Like the method and the options it is kept, so that no other
@@ -167,7 +167,7 @@ class Prepared:
     places: list[int]
     contents: Contents
     rosenbrock: bool
-    recorded: bool
+    pulled: PulledProgram | None
     json: str
     compared: Compared
     spec: StateSpec
@@ -187,7 +187,7 @@ class Prepared:
         """Whether another solve of a field that looks the same needs nothing else."""
         return (
             self.departure.serves(problem, options)
-            and self.recorded == _records(problem, options, parameters, self.rosenbrock)
+            and (self.pulled is not None) == _records(problem, options, parameters, self.rosenbrock)
             and have_contents(tensors, self.contents)
         )
 
@@ -247,22 +247,27 @@ def _prepare(
     try:
         translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
         recorded = _records(problem, options, translated.parameters, rosenbrock)
-        libraries = []
-        for tableau in tableaus:
-            method = Method.of(tableau, spec.dtype, spec.device)
-            # An implicit method reads what an explicit one does, and perhaps more behind it.
-            library, sources = _library(problem, translated, method, recorded, whole)
-            libraries.append(library)
+        pulled = pulled_program(f, spec, translated) if recorded else None
+        libraries = [
+            _library(
+                problem, translated, pulled, Method.of(tableau, spec.dtype, spec.device), whole
+            )
+            for tableau in tableaus
+        ]
     except UnsupportedModule as error:
         raise no_code(error) from error
     leaves = leaves_of(translated.read)
     now, program = translated.snapshot, translated.program
     departure = departure_of(libraries, problem, options, tableaus)
+    # An implicit method reads what an explicit one does, and perhaps more behind it.
+    sources = translated.sources
+    if pulled is not None:
+        sources = (*sources, *pulled.parameters(sources))
     constants = [x for x in sources if isinstance(x, Tensor)]
     behind = iter(range(-len(constants), 0))
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
-        departure, program, constants, places, translated.contents, rosenbrock, recorded,
+        departure, program, constants, places, translated.contents, rosenbrock, pulled,
         translated.json, translated.compared, spec,
     )  # fmt: skip
     if departure.lasting and problem.mass_matrix is None:
@@ -287,38 +292,39 @@ def explicit_library(json: str, program: Program, method: Method) -> Library:
     return library_of(json, method.tableau, dtype, lambda: write_explicit(program, method))
 
 
+def implicit_library(
+    json: str, program: Program, pulled: PulledProgram | None, method: Method, mass: Tensor | None
+) -> Library:
+    """The same with an implicit method; arguments else as of `write_implicit`."""
+    made_of = json + ("" if mass is None else repr(mass.tolist()))
+    back = None
+    if pulled is not None:
+        made_of, back = made_of + pulled.json, pulled.program
+    return library_of(
+        made_of,
+        method.tableau,
+        method.nodes.dtype,
+        lambda: write_implicit(program, back, method, mass),
+    )
+
+
 def _library(
     problem: ODEProblem,
     translated: TranslatedModule,
+    pulled: PulledProgram | None,
     method: Method,
-    recorded: bool,
     whole: bool,
-) -> tuple[Library, tuple[int | Tensor, ...]]:
-    """The code of a translated field with a method, and the sources of the tensors it reads."""
-    json, program, dtype = translated.json, translated.program, problem.spec.dtype
-    sources = translated.sources
-    if not isinstance(method.tableau, ImplicitTableau):
-        library = explicit_library(json, program, method)
-        if whole and library.parts is not None:
-            library = library_of(
-                (json, "whole"),
-                method.tableau,
-                dtype,
-                lambda: write_explicit(program, method, False),
-            )
-        return library, sources
-    mass = problem.mass
-    json += "" if mass is None else repr(mass.tolist())
-    if not recorded:
-        library = library_of(
-            json, method.tableau, dtype, lambda: write_implicit(program, None, method, mass)
+) -> Library:
+    """The code of a translated field with a method."""
+    json, program = translated.json, translated.program
+    if isinstance(method.tableau, ImplicitTableau):
+        return implicit_library(json, program, pulled, method, problem.mass)
+    library = explicit_library(json, program, method)
+    if whole and library.parts is not None:
+        return library_of(
+            (json, "whole"),
+            method.tableau,
+            method.nodes.dtype,
+            lambda: write_explicit(program, method, False),
         )
-        return library, sources
-    pulled = pulled_program(problem.f, problem.spec, translated)
-    library = library_of(
-        json + pulled.json,
-        method.tableau,
-        dtype,
-        lambda: write_implicit(program, pulled.program, method, mass),
-    )
-    return library, (*sources, *pulled.parameters(sources))
+    return library

@@ -40,7 +40,7 @@ class TakenSteps:
     """Steps from states that are given.
 
     Args:
-        library: native code of the field and of an explicit method.
+        library: native code of the field and of a method.
         departure: how a solve with it begins.
         interval: where steps begin and end, and times are kept inside.
         steps: start and size of each. A size of NaN is Hairer's first one.

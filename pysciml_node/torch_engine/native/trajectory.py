@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -20,13 +20,16 @@ from pysciml_node.problems.modes import foreign_mode
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison
+from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.record import check_discrete
-from pysciml_node.tableaus import ImplicitTableau
+from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.departure import departure_of
-from pysciml_node.torch_engine.native.prepared import explicit_library
+from pysciml_node.torch_engine.native.library import Library
+from pysciml_node.torch_engine.native.prepared import explicit_library, implicit_library
+from pysciml_node.torch_engine.native.pulled import PulledProgram, pulled_program
 from pysciml_node.torch_engine.native.taken import TakenSteps
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.numbers import first_to_succeed
@@ -39,12 +42,14 @@ class FieldProgram(NamedTuple):
     Attributes:
         json: the program as text.
         program: itself.
-        parameters: the tensors that it reads, before others.
+        parameters: the tensors that it reads, and behind them those of its pullback.
+        pulled: its pullback, where gradients of Rosenbrock steps were asked for.
     """
 
     json: str
     program: Program
     parameters: Sequence[Tensor]
+    pulled: PulledProgram | None = None
 
 
 @dataclass
@@ -52,7 +57,7 @@ class NativeTrajectory(TorchTrajectory):
     """The accepted steps of a native solve.
 
     What native code does not have is had as from any other trajectory: derivatives with respect to
-    times, of forward mode and of transforms, steps of implicit methods and of two in turn.
+    times, of forward mode and of transforms, local steps of implicit methods.
 
     Attributes:
         program: the field's; `None` where the problem is another one by now.
@@ -89,19 +94,42 @@ class NativeTrajectory(TorchTrajectory):
                 make = partial(translate, problem.f, problem.spec, problem.p)
                 found = first_to_succeed(problem.p, problem.spec, make)
                 self.program = FieldProgram(found.json, found.program, found.parameters)
+                if self._has_gradients() and self._takes_pullbacks():
+                    pulled = pulled_program(problem.f, problem.spec, found)
+                    read = [*found.parameters, *pulled.parameters(found.parameters)]
+                    self.program = FieldProgram(found.json, found.program, read, pulled)
         return self.program
+
+    def _has_gradients(self) -> bool:
+        """Whether the states do; the last one depends on all that others do."""
+        return self.every_state[-1].requires_grad
+
+    def _takes_pullbacks(self) -> bool:
+        """Whether the discrete adjoint of a step takes second derivatives of the field."""
+        return any(isinstance(x.tableau, RosenbrockTableau) for x in self.methods)
+
+    def _library(self, known: FieldProgram, method: Method) -> Library | None:
+        """The code of steps of a method; `None` where it lacks what they need."""
+        mass, table = self.problem.mass, method.tableau
+        if not isinstance(table, ImplicitTableau):
+            return explicit_library(known.json, known.program, method) if mass is None else None
+        if not isinstance(table, RosenbrockTableau):
+            return implicit_library(known.json, known.program, None, method, mass)
+        moving = self._has_gradients() or any(map(moves, known.parameters))
+        if known.pulled is None and recording() and moving:
+            return None
+        return implicit_library(known.json, known.program, known.pulled, method, mass)
 
     def _taken(self, method: Method, steps: Sequence[tuple[float, float]]) -> TakenSteps | None:
         """Steps that native code takes; `None` where it does not."""
-        tableau, problem = method.tableau, self.problem
-        if isinstance(tableau, ImplicitTableau) or problem.mass is not None or _transformed():
-            return None
-        known = self._program()
+        known = None if _transformed() else self._program()
         if known is None:
             return None
         try:
-            library = explicit_library(known.json, known.program, method)
-            departure = departure_of((library,), problem, self.options, (tableau,))
+            library = self._library(known, method)
+            if library is None:
+                return None
+            departure = departure_of((library,), self.problem, self.options, (method.tableau,))
             _ = library.loaded
         except CompileError:
             return None
@@ -110,26 +138,37 @@ class NativeTrajectory(TorchTrajectory):
             departure,
             (self.record.marks[0], self.record.marks[-1]),
             steps,
-            known.parameters[: len(known.program.parameters)],
+            known.parameters[: len(library.places)],
             self.stats,
         )
 
-    def _accepted(self, numbers: Iterable[int]) -> TakenSteps | None:
-        """Accepted steps, by their numbers."""
-        record = self.record
-        if len(self.methods) > 1:
-            return None
-        return self._taken(self.method, [(record.times[n], record.sizes[n]) for n in numbers])
+    def _accepted(self, numbers: Iterable[int]) -> list[tuple[list[int], TakenSteps]] | None:
+        """Accepted steps by the methods that took them, with their numbers."""
+        record, groups = self.record, dict[int, list[int]]()
+        for n in numbers:
+            groups.setdefault(record.method_of(n), []).append(n)
+        parts = []
+        for method, group in groups.items():
+            sizes = [(record.times[n], record.sizes[n]) for n in group]
+            steps = self._taken(self.methods[method], sizes)
+            if steps is None:
+                return None
+            parts.append((group, steps))
+        return parts
 
-    def _expect_same(self, numbers: Collection[int], ends: Tensor) -> None:
-        """Compare the ends of steps with those of the solve: what they read may have changed."""
+    def _expect_same(self, numbers: Sequence[int], ends: Tensor) -> None:
+        """Compare the ends of steps of one method with those of the solve: what they read may have
+        changed.
+        """
         ended = torch.stack([self.flat_states[n + 1].detach() for n in numbers])
         # The same code gives the same bits, in most cases.
         if torch.equal(ends, ended):
             return
         assert self.surroundings is not None
-        comparison = Comparison(self.precision)
-        comparison.add(ends, ended, torch.stack([self.flat_states[n].detach() for n in numbers]))
+        comparison, starts = Comparison(self.precision), [self.flat_states[n] for n in numbers]
+        implicit = isinstance(self._method_of(numbers[0]).tableau, ImplicitTableau)
+        missing = left_missing(ends.dtype) if implicit else 0.0
+        comparison.add(ends, ended, torch.stack(starts).detach(), missing)
         changed = self.surroundings.changed_in_place()
         comparison.expect_equal([self.surroundings.names[id(x)] for x in changed])
 
@@ -147,23 +186,25 @@ class NativeTrajectory(TorchTrajectory):
         Returns:
             The states; `None` without native code.
         """
-        steps, record = self._accepted(times), self.record
-        if steps is None or self._ends_move():
+        parts, record = None if self._ends_move() else self._accepted(times), self.record
+        if parts is None:
             return None
+        found: list[Tensor] = []
+        for group, steps in parts:
+            steps.again = partial(self._between, [t for n in group for t in times[n]])
+            steps.places = [
+                (i, (t - record.times[n]) / record.sizes[n])
+                for i, n in enumerate(group)
+                for t in times[n]
+            ]
+            found += steps([self.every_state[n] for n in group])
+            self._expect_same(group, steps.ends)
+        order = {n: i for i, n in enumerate(times)}
+        return _in_order(found, [order[n] for group, _ in parts for n in group for _ in times[n]])
 
-        def again(sizes: Sequence[float]) -> tuple[Tensor]:
-            whole = torch.tensor([*chain.from_iterable(times.values())], dtype=torch.float64)
-            return (super(NativeTrajectory, self).evaluate(whole),)
-
-        steps.again = again
-        steps.places = [
-            (i, (t - record.times[n]) / record.sizes[n])
-            for i, n in enumerate(times)
-            for t in times[n]
-        ]
-        (states,) = steps([self.every_state[n] for n in times])
-        self._expect_same(times, steps.ends)
-        return states
+    def _between(self, times: list[float], sizes: Sequence[float]) -> tuple[Tensor]:
+        """The states at times, with a graph of torch's."""
+        return (super().evaluate(torch.tensor(times, dtype=torch.float64)),)
 
     @override
     def evaluate(self, times: Tensor) -> Tensor:
@@ -225,14 +266,19 @@ class NativeTrajectory(TorchTrajectory):
 
     def _every_step(self) -> tuple[Tensor, Tensor] | None:
         """Error and stiffness of all accepted steps, `(n,)`; `None` without native code."""
-        numbers = range(len(self.record.sizes))
-        steps = self._accepted(numbers) if numbers else None
-        if steps is None:
+        count = len(self.record.sizes)
+        parts = self._accepted(range(count)) if count else None
+        if parts is None:
             return None
-        steps.estimated = True
-        errors, stiffness = steps(self.every_state[:-1])
-        self._expect_same(numbers, steps.ends)
-        return errors, stiffness
+        errors, stiffness = list[Tensor](), list[Tensor]()
+        for group, steps in parts:
+            steps.estimated = True
+            of_error, of_stiffness = steps([self.every_state[n] for n in group])
+            errors.append(of_error)
+            stiffness.append(of_stiffness)
+            self._expect_same(group, steps.ends)
+        order = [n for group, _ in parts for n in group]
+        return _in_order(errors, order), _in_order(stiffness, order)
 
     @override
     def stiffness(self) -> Tensor:
@@ -248,6 +294,13 @@ class NativeTrajectory(TorchTrajectory):
             return super().step_estimates()
         sizes = self.method.nodes.new_tensor(self.record.sizes)
         return [StepEstimate(*row) for row in zip(sizes, *(x.unbind() for x in found), strict=True)]
+
+
+def _in_order(parts: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Rows of tensors together, in ascending order of their numbers."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts])[torch.tensor(order).argsort(stable=True)]
 
 
 def _transformed() -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from row_fields import Field, net, parts, start
+from steps_again import assert_alike, errors_of_steps, gradients, in_python, natively
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_threads import threads
@@ -24,8 +24,6 @@ from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine.native import emit, library
 from pysciml_node.torch_engine.native import parts as splitting
 from pysciml_node.torch_engine.native.compiler import available
-from pysciml_node.torch_engine.native.taken import TakenSteps
-from pysciml_node.torch_engine.native.trajectory import NativeTrajectory
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
@@ -68,46 +66,6 @@ def solve(**options: Any) -> tuple[Solution, list[Tensor]]:
     algorithm = chosen.pop("algorithm", psn.Tsit5())
     solution = psn.solve(problem, algorithm, compile=True, engine="torch", **chosen)
     return solution, [u0, FIELD.matrix, *p.values()]
-
-
-def in_python(solution: Solution) -> Solution:
-    """The same solution, whose steps are taken again in Python."""
-    trajectory = solution.trajectory
-    assert isinstance(trajectory, NativeTrajectory)
-    eager = dataclasses.replace(trajectory, program=None, translated=True)
-    return dataclasses.replace(solution, trajectory=eager, stats=psn.Stats())
-
-
-@contextmanager
-def natively(calls: int = 1) -> Iterator[None]:
-    """So many times are steps taken by native code, and not otherwise."""
-    take = TakenSteps.take
-    with mock.patch.object(TakenSteps, "take", autospec=True, side_effect=take) as seen:
-        yield
-    assert seen.call_count >= calls
-
-
-def gradients(values: Any, inputs: list[Tensor]) -> list[Tensor]:
-    weights = [torch.linspace(0.5, 2, x.numel(), dtype=x.dtype).reshape(x.shape) for x in values]
-    loss = sum((x * w).sum() for x, w in zip(values, weights, strict=True))
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-
-
-def assert_alike(
-    found: Solution, inputs: list[Tensor], read: Callable[[Solution], Any], bound: float = 1e-11
-) -> None:
-    """What is read off a solution, with its gradients, is what steps in Python give."""
-    with natively():
-        native = [x for x in read(found) if not bool(torch.isnan(x).any())]
-    eager = [x for x in read(in_python(found)) if not bool(torch.isnan(x).any())]
-    assert len(native) == len(eager) > 0
-    for one, other in zip(native, eager, strict=True):
-        size = float(other.detach().abs().max())
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * size)
-    for one, other in zip(gradients(native, inputs), gradients(eager, inputs), strict=True):
-        size = float(other.abs().max())
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * (size + 1e-30))
 
 
 def local(**how: Any) -> Callable[[Solution], tuple[Tensor, ...]]:
@@ -168,10 +126,6 @@ def test_dense_output(pair: Any) -> None:
     assert torch.equal(solution(0.4), solution.u[1])
 
 
-def errors_of_steps(solution: Solution) -> list[Tensor]:
-    return [torch.stack([x.error for x in solution.step_estimates()])]
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "backward in time": {"span": (2.5, -1.0)},
     "stops": {"tstops": [0.7, 1.1]},
@@ -193,12 +147,6 @@ def test_options(options: str) -> None:
         assert_alike(solution, inputs, local(stop_gradient=stop_gradient, dt=0.5), 1e-10)
     assert_alike(solution, inputs, errors_of_steps, 1e-10)
     assert_alike(solution, inputs, lambda s: (s([0.33, 0.35, 1.9]),))
-
-
-def test_steps_of_a_stiff_solve() -> None:
-    """Dense output is had in Python, and the local step of an explicit pair natively."""
-    solution, inputs = solve(algorithm=psn.Rodas5P())
-    assert_alike(solution, inputs, local(algorithm=psn.Tsit5(), stop_gradient=False, dt=0.5), 1e-10)
 
 
 def test_derivatives_are_those_of_finite_differences() -> None:

@@ -48,10 +48,3 @@ static void psn_pull_outputs_in(Sweep *s, const Part *p, const REAL *k, int64_t 
     if (s->t_bar) s->theta_bar[p->part * s->reached + m] = along;
   }
 }
-
-static void psn_pull_outputs(Sweep *s, const REAL *k, int64_t inside, int count, double h,
-                             REAL *sum) {
-  Part p = psn_part_back(s, 0);
-  psn_pull_outputs_in(s, &p, k, inside, count, h, sum);
-  s->q -= inside;
-}

@@ -76,6 +76,7 @@ static void psn_stages(Solve *s, double t, double h, int upto) {
   if (s->known >= upto) return;
   REAL times[ALL_STAGES];
   Linear start, local;
+  psn_first_stage(s, t, h);
   psn_linearize_start(s, t, h, &start);
   LINEAR(s, &local, 1);
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);

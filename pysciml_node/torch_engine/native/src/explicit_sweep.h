@@ -30,13 +30,9 @@ typedef struct {
   double h;
   REAL times[ALL_STAGES];
   int count, known, shares;
-  const struct Taken *taken;
+  const Taken *taken;
   int constant;
 } Replay;
-
-/* In taken.h. */
-static void psn_pull_estimates_in(const struct Taken *taken, const Part *p, const REAL *u, const REAL *k,
-                                  double h, REAL *bar, REAL *sum);
 
 /* The state at the start of a part of a step. */
 static const REAL *psn_start_in(const Replay *r, const Part *p) {
@@ -117,4 +113,18 @@ static void psn_replay(Sweep *s, int64_t n) {
   IN_PARTS(s->team, psn_replay_in, &r);
   s->q -= r.inside;
   s->shared = r.shares;
+}
+
+static void psn_replay_taken(const Taken *a, int64_t inside, int estimated) {
+  Sweep *s = a->back;
+  int64_t n = s->n;
+  double t = a->steps[2 * n], h = a->steps[2 * n + 1];
+  Replay r = {s, n, inside, h, {0}, inside ? ALL_STAGES : ESTIMATED, -1, 0, estimated ? a : 0, a->constant};
+  REAL first[ALL_STAGES];
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, r.times);
+  psn_times(s->marks, s->mark_count, s->t0, s->t1, t, 0.0, first);
+  if (a->anywhere) r.times[0] = first[0];
+  if (!psn_slot(s, n, 0)) s->evaluations += r.count;
+  s->pulls += r.count - a->constant;
+  IN_PARTS(s->team, psn_replay_in, &r);
 }

@@ -35,8 +35,9 @@ static double psn_along(Sweep *s, const Linear *at, int i);
    the time's. */
 static double psn_pull_derivatives(Sweep *s, REAL t, REAL h, const REAL *u, REAL *sum);
 
-static void psn_replay(Sweep *s, int64_t n) {
-  double t = n ? s->steps[4 * (n - 1)] : s->t0, h = s->steps[4 * n + 1];
+/* A step, or one of single steps with estimates that have cotangents (taken.h). */
+static void psn_replay_step(Sweep *s, int64_t n, double t, double h, int64_t inside, const Taken *taken) {
+  Part p = psn_part_back(s, 0);
   REAL *k = s->memory, *bars = BARS_OF(s), *u = bars + ALL_STAGES * ROW, *sum = u + ROW;
   REAL *bar = s->start_bar, times[ALL_STAGES];
   Linear at[LINEARS];
@@ -46,9 +47,9 @@ static void psn_replay(Sweep *s, int64_t n) {
   memcpy(u, s->ends + n * N, N * sizeof(REAL));
   psn_replay_stages(s, at, times, (REAL)h, u);
   s->pulls += STAGES;
-  s->replayed++;
   memcpy(sum, bar, N * sizeof(REAL));
-  psn_pull_outputs(s, k, psn_count_inside(s, n), STAGES, h, sum);
+  psn_pull_outputs_in(s, &p, k, inside, STAGES, h, sum);
+  if (taken) psn_pull_estimates_in(taken, &p, u, k, h, bar, sum);
   double t_bar = 0, h_bar = 0;
   for (int i = STAGES - 1; i >= 0; i--) {
     REAL *g = STAGE_OF(s, i), *k_bar = g + ROW, *y = YS(s) + i * ROW, time[LANES] = {0};
@@ -64,4 +65,16 @@ static void psn_replay(Sweep *s, int64_t n) {
   t_bar += psn_pull_derivatives(s, times[0], (REAL)h, u, sum);
   memcpy(bar, sum, N * sizeof(REAL));
   if (s->t_bar) s->t_bar[n] = t_bar, s->h_bar[n] = h_bar;
+}
+
+static void psn_replay(Sweep *s, int64_t n) {
+  int64_t inside = psn_count_inside(s, n);
+  psn_replay_step(s, n, n ? s->steps[4 * (n - 1)] : s->t0, s->steps[4 * n + 1], inside, 0);
+  s->replayed++;
+  s->q -= inside;
+}
+
+static void psn_replay_taken(const Taken *a, int64_t inside, int estimated) {
+  int64_t n = a->back->n;
+  psn_replay_step(a->back, n, a->steps[2 * n], a->steps[2 * n + 1], inside, estimated ? a : 0);
 }

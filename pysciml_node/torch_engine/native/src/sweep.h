@@ -1,5 +1,5 @@
 /* The discrete adjoint (replay/adjoint_discrete.py): accepted steps replayed backward. */
-typedef struct {
+typedef struct Sweep {
   double t0, t1, seconds;
   int64_t mark_count;
   const double *marks;
