@@ -48,6 +48,13 @@ def looked_up(m: Any, t: Tensor, u: Tensor) -> Tensor:
     return u.gather(0, rows) + torch.take(u, rows) * u[rows[:, 0]] + u.index_select(0, rows[:, 1])
 
 
+def in_single(m: Any, t: Tensor, u: Tensor) -> Tensor:
+    """Torch computes what is made of whole numbers and truths alone in single precision."""
+    i = torch.bucketize(u.detach(), torch.tensor([-0.6, 0.1, 0.9], dtype=u.dtype)) + 2
+    made = (i / 7 + 0.1) * torch.where(u > 0, 0.1, 0.3) - (u > 0) / 3
+    return u * made + (u > 0).float().mean() * 0.7 + (i * 0.1 >= 0.3) * u
+
+
 def interpolated(m: Any, t: Tensor, u: Tensor) -> Tensor:
     knots = torch.tensor([-1.0, -0.3, 0.4, 3.0], dtype=u.dtype)
     i = torch.searchsorted(knots, t, right=True).sub(1).clamp(0, 2)
@@ -239,6 +246,7 @@ ROWS: dict[str, tuple[Row, nn.Module | None]] = {
     ),
     "Embedding": (lambda m, t, u: m(torch.tensor([0, 2, 2, 1])) * u, nn.Embedding(3, 6)),
     "lookups": (looked_up, None),
+    "whole numbers in single precision": (in_single, None),
     "interpolation in time": (interpolated, nn.Embedding(4, 6)),
     "RMSNorm": (lambda m, t, u: m(u), nn.RMSNorm(6, eps=1e-6)),
     "LayerNorm": (lambda m, t, u: m(u), nn.LayerNorm(6)),

@@ -30,6 +30,7 @@ from pysciml_node.translation.moves import (
     MOVES,
     add,
     depends_on_state,
+    fills,
     is_traced,
     move,
 )
@@ -42,6 +43,7 @@ from pysciml_node.translation.names import (
     has_numbers,
     name_of,
 )
+from pysciml_node.translation.precision import computed_in, has_cast, in_single
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.reductions import Unknown
 from pysciml_node.translation.snapshot import Snapshot
@@ -97,6 +99,7 @@ class GraphWalk:
     def run(self) -> Program:
         """The program."""
         self._inputs()
+        self._expect_dtype()
         return self.builder.finish(self._outputs(self._walk(self.exported.graph, self.values)))
 
     def _walk(self, graph: Graph, values: Values) -> Any:
@@ -234,16 +237,20 @@ class GraphWalk:
         numbers = (x for x in node.all_input_nodes if _is_number(x))
         if name != "select" and any(is_traced(values[x]) for x in numbers):
             raise self._refusal(node)
-        if not _is_known(name):
+        dtype = computed_in(node, name)
+        foreign = dtype not in (None, self.spec.dtype)
+        if not _is_known(name) and not foreign:
             return self._taken_apart(node, values)
         if name in CASTS:
             (source, target), x = _dtypes(node), next(iter(given.values()))
-            if target in _SHORT:
-                raise self._refusal(node)
+            if target in _SHORT or not has_cast(source, target, self.spec.dtype):
+                raise self._refusal(node, target)
             return cast(self.builder, self._trace(x), source, target)
         dtypes = {x.dtype for x in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(x)}
         if name in SEARCHES and not self._reads(node):
             raise self._refusal(node)
+        if foreign and (not _is_known(name) or name in ADDITIONS or fills(name, given)):
+            raise self._refusal(node, dtype)
         moves = name in MOVES or name in ADDITIONS or name in LOOKUPS
         if moves and depends_on_state(given):
             return self._at_computed_places(node, name, given)
@@ -251,12 +258,18 @@ class GraphWalk:
             return move(self.builder, name, node.target, given)  # type: ignore[arg-type]
         if name in ADDITIONS:
             return add(self.builder, name, given)
-        given = pytree.tree_map(self._trace, given, is_leaf=is_traced)
         if name in VIEWS:
-            return self._view(node, given)
+            return self._view(node, self._traced(given))
         if not has_numbers(name, dtypes) and not isinstance(node.meta.get("val"), tuple):
             raise self._refusal(node)
-        return HANDLERS[name](self.builder, **given)
+
+        def call(given: dict[str, Any]) -> Any:
+            return HANDLERS[name](self.builder, **self._traced(given))
+
+        result = in_single(self.builder, node, given, values, call) if foreign else call(given)
+        if result is None:
+            raise self._refusal(node, dtype)
+        return result
 
     def _at_computed_places(self, node: Node, name: str, given: dict[str, Any]) -> Any:
         """An operation whose places depend on the state, the time or the parameters."""
@@ -301,16 +314,21 @@ class GraphWalk:
     def _stopped(self, x: Any) -> Any:
         return self.builder.unary("stop", x) if is_traced(x) else x
 
+    def _traced(self, given: dict[str, Any]) -> dict[str, Any]:
+        traced: dict[str, Any] = pytree.tree_map(self._trace, given, is_leaf=is_traced)
+        return traced
+
     def _trace(self, argument: Any) -> Any:
         return self.builder.literal(argument) if isinstance(argument, Tensor) else argument
 
-    def _refusal(self, node: Node) -> UnsupportedModule:
+    def _refusal(self, node: Node, dtype: torch.dtype | None = None) -> UnsupportedModule:
         operation = str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
         place = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         where = f"{self._name}.{place}" if place else self._name
+        other = "" if dtype is None else f" in {dtype} beside a state of {self.spec.dtype}"
         return UnsupportedModule(
-            f"{where} uses {operation}, which cannot be translated.", operation=operation
+            f"{where} uses {operation}{other}, which cannot be translated.", operation=operation
         )
 
     def _evaluate(self, node: Node, name: str, given: dict[str, Any]) -> Any:
@@ -374,14 +392,17 @@ class GraphWalk:
                 f"{self._name} must return {kind}, but returned {_kind(returned)}.\n"
                 "  A constant c is c * torch.ones_like(u)."
             )
+        return list(parts)
+
+    def _expect_dtype(self) -> None:
+        """Refuse results of another dtype than the state's, in words about the results."""
         for node in pytree.tree_leaves(self.exported.graph.output_node().args):
-            dtype = node.meta["val"].dtype
-            if dtype != spec.dtype:
+            dtype = getattr(node.meta.get("val"), "dtype", None) if _is_node(node) else None
+            if dtype not in (None, self.spec.dtype):
                 raise TypeError(
-                    f"{self._name} must return the state's dtype {spec.dtype}, but returned "
+                    f"{self._name} must return the state's dtype {self.spec.dtype}, but returned "
                     f"{dtype}.\n  Convert its parameters: module.to(u0.dtype)."
                 )
-        return list(parts)
 
 
 class DiffusionWalk(GraphWalk):
@@ -412,6 +433,10 @@ class ConditionWalk(GraphWalk):
             raise UnsupportedModule(f"{self._name} must return one real number as a tensor.")
         value = out.reshape(1).to(self.spec.dtype)
         return 2.0 * value - 1.0 if out.dtype == torch.bool else value
+
+    @override
+    def _expect_dtype(self) -> None:
+        """Refuse nothing: a number of any dtype has a sign."""
 
     @override
     def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:

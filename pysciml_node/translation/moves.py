@@ -55,6 +55,12 @@ def depends_on_state(given: dict[str, Any]) -> bool:
     return any(is_traced(x) for x in pytree.tree_leaves(places, is_leaf=is_traced))
 
 
+def fills(name: str, given: dict[str, Any]) -> bool:
+    """Whether an operation sets entries to a number other than 0."""
+    number = given.get(MOVES.get(name) or "")
+    return isinstance(number, int | float) and number != 0
+
+
 def move(g: Builder, name: str, target: Callable[..., Any], given: dict[str, Any]) -> View:
     """Follow an operation that moves entries.
 
@@ -209,4 +215,6 @@ def _first(x: View, shape: Shape) -> View:
     return View(x.id, shape, x.stride, x.offset)
 
 
-__all__: Sequence[str] = ["ADDITIONS", "MOVES", "add", "depends_on_state", "is_traced", "move"]
+__all__: Sequence[str] = [
+    *("ADDITIONS", "MOVES", "add", "depends_on_state", "fills", "is_traced", "move")
+]

@@ -200,12 +200,11 @@ def _div(g: Builder, self: Any, other: Any, rounding_mode: str | None = None) ->
     if isinstance(b, float):
         if isinstance(a, float):
             return g.constant(a / b if b else math.copysign(math.inf, a), shape)
-        if b:
+        digits, exponent = math.frexp(b)
+        if abs(digits) == 0.5 and abs(exponent) < 100:  # the reciprocal of a power of two is exact
             return _expanded(g, g.affine(a, 1.0 / b), shape)
-        return g.binary("div", a, g.constant(b))
-    if isinstance(a, float):
-        return _expanded(g, g.affine(g.unary("reciprocal", b), a), shape)
-    return g.binary("div", a, b)
+    above, below = (g.constant(x) if isinstance(x, float) else x for x in (a, b))
+    return _expanded(g, g.binary("div", above, below), shape)
 
 
 def _quotient(g: Builder, self: Any, other: Any) -> Traced:

@@ -335,6 +335,7 @@ _ENTRYWISE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "sign": lambda x, a: torch.sign(x),
     "floor": lambda x, a: torch.floor(x),
     "round": lambda x, a: torch.round(x),
+    "single": lambda x, a: x.float().to(x),
 }
 
 _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -98,6 +98,7 @@ const SCALARS = Dict{String,Function}(
     "sign" => (T, node) -> Sign(),
     "floor" => (T, node) -> Floor(),
     "round" => (T, node) -> Round(),
+    "single" => (T, node) -> Single(),
 )
 
 const PAIRWISE = Dict{String,Pairwise}(

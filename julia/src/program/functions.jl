@@ -291,6 +291,11 @@ struct Atanh <: Scalar end
 @inline (::Atanh)(x) = abs(x) <= 1 ? atanh(x) : oftype(x, NaN)
 @inline derivative(::Atanh, x, y) = inv(1 - x * x)
 
+"`x`, rounded to single precision."
+struct Single <: Scalar end
+@inline (::Single)(x) = oftype(x, Float32(x))
+@inline derivative(::Single, x, y) = one(x)
+
 # No gradient goes through these: `build_operations` sees to that.
 "`x`, without its gradient."
 struct Stop <: Scalar end

@@ -8,7 +8,7 @@ function precompile_programs(::Type{T}) where {T}
         outputs..., Exp, Expm1, Sqrt, Rsqrt, Reciprocal, Square, Cube, Sin, Cos, Log, Log1p, Abs,
         Erf, SiLU, GELU, TanhGELU, LeakyReLU{T}, ELU{T}, Softplus{T}, Clamp{T}, Affine{T}, Power{T},
         Exponential{T}, Erfc, Tan, Asin, Acos, Atan, Sinh, Cosh, Asinh, Acosh, Atanh, Stop, Sign,
-        Floor, Round,
+        Floor, Round, Single,
     )
     pairs = (
         Add, Subtract, Multiply, Divide, Raise, Maximum, Minimum, Angle, Remainder, Leftover, Less,

@@ -104,10 +104,12 @@ FORWARD: dict[str, Forward] = {
     "sign": lambda x, a: f"(REAL)(({x} > 0) - ({x} < 0))",
     "floor": lambda x, a: f"F(__builtin_floor)({x})",
     "round": lambda x, a: f"F(__builtin_rint)({x})",
+    "single": lambda x, a: f"(REAL)(float){x}",
 }
 
 PULLBACK: dict[str, Pullback] = {
     "identity": lambda g, x, y, a: g,
+    "single": lambda g, x, y, a: g,
     "tanh": lambda g, x, y, a: f"{g} * (1 - {y} * {y})",
     "sigmoid": lambda g, x, y, a: f"{g} * (1 - {y}) * {y}",
     "relu": lambda g, x, y, a: f"{y} <= 0 ? (REAL)0 : {g}",
