@@ -221,10 +221,6 @@ def discrete_sweep(
 
     # Each has buffers of its own, and most sweeps need only one.
     @functools.cache
-    def from_graph() -> KeptPullback:
-        return KeptPullback(field, methods[0], record.marks, graphs, totals)
-
-    @functools.cache
     def again(method: int) -> _StepPullback | RecordedPullback:
         return _pullback_for(field, methods[method], backward, totals)
 
@@ -234,23 +230,26 @@ def discrete_sweep(
         zero = states[0].new_zeros((), dtype=methods[0].nodes.dtype)
         times = TimeCotangents(record, backward.saved_count, zero)
     live, before = False, None
-    for n in reversed(range(len(record.sizes))):
+    for n in reversed(range(count, len(record.sizes))):
         for extra in backward.entering(n + 1):
             cotangent = cotangent + extra
             live = True
         inside = before if n + 1 < len(record.sizes) else backward.inside(n)
         before = backward.inside(n - 1) if n else None
         if not live and inside is None:
-            del graphs[n:]
             continue
         live = True
         joined = before is not None and n > count and _joined(backward, methods, n)
         step = _step_back(backward, n, cotangent, inside, joined)
-        pulled = from_graph()(step) if n < count else again(record.method_of(n))(step)
+        pulled = again(record.method_of(n))(step)
         cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:
             times.step(n, pulled.t, pulled.h, pulled.theta)
+    if kept is not None and graphs:
+        pull_back = KeptPullback(field, methods[0], backward, totals)
+        cotangent = pull_back(kept.start, graphs, cotangent if live else None)
+        stats.naccept_backward += len(graphs)
     totals.comparison.expect_equal(field.captured.suspects)
     for extra in backward.entering(0):
         cotangent = cotangent + extra

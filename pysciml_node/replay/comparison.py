@@ -48,6 +48,8 @@ class Comparison:
         """
         if self._precision is not None:
             again, recorded, start = (x.to(self._precision) for x in (again, recorded, start))
+        if again.device.type == "cpu" and torch.equal(again, recorded):
+            return  # as most are, to the last bit; elsewhere the answer would have to be waited for
         sizes = entry_sizes(recorded, start, missing)
         if late is not None:
             sizes = sizes * torch.as_tensor(late).to(sizes).clamp_min(1).sqrt()

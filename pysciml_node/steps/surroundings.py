@@ -34,6 +34,15 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+def _contains(value: Any, test: Callable[[Tensor], bool]) -> bool:
+    """Whether a tensor passes a test, or one in a container does, at any depth."""
+    if isinstance(value, list | tuple | deque):
+        return any(_contains(item, test) for item in value)
+    if isinstance(value, dict):
+        return any(_contains(item, test) for item in value.values())
+    return isinstance(value, Tensor) and test(value)
+
+
 class Surroundings:
     """Everything that a field can reach, by one walk.
 
@@ -214,15 +223,8 @@ class Surroundings:
     def _has_come_to_hold(self, test: Callable[[Tensor], bool]) -> bool:
         """Whether a tensor passes a test in a place that has changed, or in a container there."""
 
-        def passes(value: Any) -> bool:
-            if isinstance(value, list | deque):
-                return any(holds(item, passes) for item in value)
-            if isinstance(value, dict):
-                return any(holds(item, passes) for item in value.values())
-            return isinstance(value, Tensor) and test(value)
-
         changed = (place for place in self._places if place.changed())
-        return any(holds(value, passes) for place in changed for value in place.present())
+        return any(_contains(value, test) for place in changed for value in place.present())
 
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""

@@ -246,8 +246,9 @@ class ODESolve(Solve):
         kept = None
         parts = self.stages(field.field)
         if graph is not None and graph.evaluation is not None and self._keeps(field):
-            kept = KeptSteps(memory // graph.bytes)
-            parts = [KeptStages(parts[0], field, graph.evaluation, kept)]
+            (first,), (start,) = graph.evaluation
+            kept = KeptSteps(start, memory // graph.bytes)
+            parts = [KeptStages(parts[0], field, first, kept)]
         with torch.no_grad():
             outcome = self.march(parts, self.u0.detach(), field.k0, None)
         return field, kept, outcome

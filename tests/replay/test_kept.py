@@ -227,6 +227,19 @@ def test_graphs_of_rejected_steps_go_at_once_and_the_others_with_the_sweep() -> 
     )
 
 
+def test_a_solve_and_its_sweep_leave_nothing_to_the_garbage_collector() -> None:
+    field, u0 = Field(), start()
+    for adjoint in (KEPT, REPLAYED):
+        gc.collect()
+        gc.disable()
+        try:
+            solve(field, u0, adjoint).u1.sum().backward()
+            left = gc.collect()
+        finally:
+            gc.enable()
+        assert left == 0
+
+
 def test_memory_bounds_what_is_kept() -> None:
     for memory, most in ((0, 0), (2**16, 2**16 // 4000), (2**17, 2**17 // 4000)):
         field = Counting()
