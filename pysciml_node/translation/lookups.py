@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pysciml_node.translation.builder import Builder, Traced, View, broadcast, row_strides
-from pysciml_node.translation.choices import Operand, traced, where
+from pysciml_node.translation.builder import Builder, Joined, Traced, View, broadcast, row_strides
+from pysciml_node.translation.choices import Operand, opposite, traced, where
 from pysciml_node.translation.moves import MOST_PLACES
 from pysciml_node.translation.operations import handles, reduced, refuse
 
@@ -52,7 +53,11 @@ def _bucketize(
 
 
 def _found(g: Builder, knots: Traced, x: Operand, right: bool) -> Traced:
-    """How many knots are not above `x`, or below it; all of them where `x` is NaN."""
+    """How many knots are not above `x`, or below it; all of them where `x` is NaN.
+
+    Torch goes by halves, and comes to places of its own among knots that do not increase or are
+    NaN: there the result is NaN.
+    """
     row, value = g.whole(knots), g.whole(traced(g, x))
     count = row.shape[-1]
     if len(row.shape) > 1:
@@ -61,7 +66,12 @@ def _found(g: Builder, knots: Traced, x: Operand, right: bool) -> Traced:
     if not 0 < math.prod(broadcast(row.shape, column.shape)) <= MOST_PLACES:
         raise refuse(f"a search among {count} knots", "aten.searchsorted")
     above = g.binary("less" if right else "less_equal", column, row)
-    return g.affine(reduced(g, above, -1, False, "sum"), -1.0, float(count))
+    places = g.affine(reduced(g, above, -1, False, "sum"), -1.0, float(count))
+    first, rest = ((*row.shape[:-1], n) for n in (1, count - 1))
+    before = g.whole(Joined((replace(row, shape=first), replace(row, shape=rest)), len(rest) - 1))
+    unordered = opposite(g, g.binary("less_equal", before if count > 1 else row, row))
+    found = reduced(g, unordered, -1, False, "greatest")
+    return g.binary("add", places, g.binary("where", found, g.constant(math.nan)))
 
 
 # Entries at places -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -174,6 +175,23 @@ def test_knots_may_change_between_solves() -> None:
         torch.testing.assert_close(solution.u1, torch.tensor([2.0 - knot], dtype=D))
         (gradient,) = torch.autograd.grad(solution.u1, field.levels)
         torch.testing.assert_close(gradient, torch.tensor([knot, 1.0 - knot], dtype=D))
+
+
+@pytest.mark.parametrize("knots", [[0.2, 0.5, math.nan], [math.nan] * 3, [0.5, 0.2, 0.7]])
+def test_knots_without_order_end_a_solve(knots: list[float]) -> None:
+    """Torch searches by halves, and finds places that depend on which knots it meets."""
+    given, values = torch.tensor([0.2, 0.5, 0.7], dtype=D), made(4)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return u * values[torch.searchsorted(given, t).clamp(0, 3)]
+
+    problem = psn.ODEProblem(field, made(2), (0.0, 1.0))
+    psn.solve(problem, psn.Tsit5(), compile=True)
+    given.copy_(torch.tensor(knots))
+    with pytest.raises(psn.SolverFailure, match="NaN"):
+        psn.solve(problem, psn.Tsit5(), compile=True)
+    with pytest.raises(psn.CompileError, match="another value"):
+        psn.solve(psn.ODEProblem(lambda t, u: field(t, u), made(2), (0.0, 1.0)), compile=True)
 
 
 def test_a_place_outside_ends_a_solve() -> None:
