@@ -276,6 +276,11 @@ def _spline_slopes(rate: Tensor, slope: Tensor) -> Tensor:
 def _observations(x: Any, t: Times) -> tuple[Tensor, Tensor]:
     """Observations and their times, checked."""
     x = checks.tensor("x", x, precise=True)
+    if x.ndim == 1 and isinstance(t, Tensor) and t.ndim > 1 and t.shape[-2] == len(x):
+        raise ValueError(
+            f"observations come first and their times second, but x has shape {tuple(x.shape)} and "
+            f"t {tuple(t.shape)}.\n  Exchange them."
+        )
     if x.ndim < 2 or x.shape[-2] < 2:
         raise ValueError(
             f"x must have shape (..., n, channels) with n of at least 2, but has "

@@ -128,3 +128,11 @@ def test_times_and_interval_are_those_of_the_knots_now() -> None:
     assert later.times == T.tolist()
     later.float()
     assert later.times == T.float().tolist()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_times_before_observations_are_refused_as_exchanged(make):
+    x, t = torch.rand(2, 5, 3), torch.linspace(0.0, 1.0, 5)
+    with pytest.raises(ValueError, match="observations come first and their times second"):
+        make(t, x)
+    assert make(x, t).channels == 3
