@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import ReturnCode, Solution
+from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.tableaus.implicit import CoupledTableau, DiagonallyImplicitTableau
 
 
 def failure_message(solution: Solution, options: SolveOptions) -> str:
@@ -22,15 +26,32 @@ def failure_message(solution: Solution, options: SolveOptions) -> str:
         else "the step size fell below the resolution of time",
         ReturnCode.Unstable: "the field or the state became NaN or infinite",
     }.get(solution.retcode, solution.retcode.value)
-    unmeasured = _unmeasured(solution, options)
+    unmeasured, unbalanced = _unmeasured(solution, options), _unbalanced(solution, options)
+    unsolved = unbalanced is None and _is_unsolved(solution, options)
     if unmeasured is not None:
         cause = "an error had no tolerance to be measured in"
+    elif unbalanced is not None:
+        cause = "the state did not solve the equations without derivatives"
+    elif unsolved:
+        cause = "the equations of an implicit step were not solved"
     where = f"{cause} at t={t:.6g} of ({problem.t0:.6g}, {problem.t1:.6g})"
     lines = [f"{where} (step {steps}, {share:.0%} rejected)."]
     if unmeasured is not None:
         lines += [
             f"  atol + rtol * |u| is 0: {unmeasured}.",
             "  Give atol > 0, the error that does no harm where the state is 0.",
+        ]
+    elif unbalanced is not None:
+        lines += [
+            f"  In these M du/dt is 0, but f is {unbalanced}.",
+            "  Begin with a state at which it is 0, such as scipy.optimize.root finds.",
+        ]
+    elif unsolved:
+        lines += [
+            "  f is finite where the step begins. Newton's iteration found no end of it: f jumps "
+            "with the state, or is not finite further on, or the step is too long.",
+            "  Try, in order: a smaller dt0; a controller that adapts the steps; an event where f "
+            "jumps; Rodas5P(), whose steps are linear equations.",
         ]
     elif solution.retcode is ReturnCode.DtLessThanMin and _piled_up(solution):
         lines += [
@@ -60,6 +81,47 @@ def _unmeasured(solution: Solution, options: SolveOptions) -> str | None:
     scale = ErrorNorm(options.tolerances).scale(solution.trajectory.flat_states[-1].detach())
     missing = (scale == 0).nonzero()
     return solution.problem.spec.locate(int(missing[0])) if len(missing) else None
+
+
+def _unbalanced(solution: Solution, options: SolveOptions) -> str | None:
+    """Where `f` is farthest from the 0 that an equation without derivatives asks for, if far."""
+    mass, stuck = solution.problem.mass, (ReturnCode.Unstable, ReturnCode.DtLessThanMin)
+    if mass is None or solution.retcode not in stuck:
+        return None
+    rate = _last_rate(solution)
+    left, sizes, _ = torch.linalg.svd(mass)
+    free = left[:, sizes <= sizes.max() * len(mass) * torch.finfo(mass.dtype).eps]
+    rest = (free @ (free.mH @ rate)).abs()
+    index = int(rest.argmax())
+    rtol, atol = (
+        float(torch.as_tensor(x).max()) for x in (options.tolerances.rtol, options.tolerances.atol)
+    )
+    worst = float(rest[index])
+    if not worst > _FAR * (atol + rtol * float(rate.abs().max())):
+        return None
+    return f"{worst:.3g} in {solution.problem.spec.locate(index)}"
+
+
+# What an equation without derivatives may leave, in units of the tolerance.
+_FAR = 100.0
+
+
+def _is_unsolved(solution: Solution, options: SolveOptions) -> bool:
+    """Whether a step of a fixed size has failed whose stages are found by Newton's iteration."""
+    tableaus = getattr(solution.algorithm, "tableaus", ())
+    newton = any(isinstance(x, DiagonallyImplicitTableau | CoupledTableau) for x in tableaus)
+    if not newton or solution.retcode is not ReturnCode.Unstable or options.controller.adaptive:
+        return False
+    return bool(torch.isfinite(_last_rate(solution)).all())
+
+
+def _last_rate(solution: Solution) -> Tensor:
+    """The field at the last state."""
+    problem, trajectory = solution.problem, solution.trajectory
+    assert isinstance(problem, ODEProblem)
+    u = trajectory.flat_states[-1].detach()[: sum(problem.spec.sizes)]
+    with torch.no_grad():
+        return FlatField(problem)(problem.time_tensor([trajectory.times[-1]])[0], u)
 
 
 def _piled_up(solution: Solution) -> bool:
