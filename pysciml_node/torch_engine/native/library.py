@@ -150,9 +150,13 @@ class SweepRequest(ctypes.Structure):
         return _SWEPT_COUNTS.unpack_from(self, SweepRequest.evaluations.offset)
 
 
+_SOURCES = {x.name: x.read_text(encoding="utf-8") for x in (files(__package__) / "src").iterdir()}
+"""The files of src/, read at once: a package that is exchanged while a process runs has others."""
+
+
 def source(name: str) -> str:
     """A file of src/."""
-    return (files(__package__) / "src" / name).read_text(encoding="utf-8")
+    return _SOURCES[name]
 
 
 def header(dtype: torch.dtype, abreast: int = 0) -> str:

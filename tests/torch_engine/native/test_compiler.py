@@ -14,6 +14,7 @@ import pytest
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import compiler
 from pysciml_node.torch_engine.native.compiler import available, build
+from pysciml_node.torch_engine.native.library import source
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
@@ -113,3 +114,13 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         compiler.find_compiler.cache_clear()
     assert os.environ.get("PSN_CC") != "no-such-compiler"
+
+
+def test_code_is_made_of_the_files_that_were_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed anew beneath a process has structures of another layout."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    assert "} Solve;" in source("control.h")
