@@ -21,6 +21,8 @@ Torch rounds some slopes to single precision in any dtype: 1/6 of `hardsigmoid`,
 _ROUNDINGS = 100.0
 """Rounding may exceed the effect of one disturbed evaluation by this factor."""
 
+_ROUNDED = 1e-12
+"""What a number that is a tensor may change in double precision: its powers are rounded."""
 
 _SCALES = (1.0, 0.01, 100.0)
 """Of the random state."""
@@ -50,9 +52,7 @@ def check_program(
     Raises:
         UnsupportedModule: they differ, or torch cannot differentiate the module.
     """
-    # What a choice hides at one state it shows at another.
-    chooses = program.jumps
-    for scale in _SCALES if chooses else _SCALES[:1]:
+    for scale in _scales(program):
         _check_at(scale, field, name, spec, program, p)
 
 
@@ -69,7 +69,7 @@ def has_values(
     """
     nothing = torch.empty(0, dtype=spec.dtype, device=spec.device)
     flat = torch.cat([nothing, *(x.reshape(-1).to(nothing) for x in p)])
-    for scale in _SCALES if program.jumps else _SCALES[:1]:
+    for scale in _scales(program):
         t, u, _, generator = _point(scale, spec)
         expected = field(t, spec.unflatten(u))
         value = _value(spec, program, t, u, flat)
@@ -78,6 +78,34 @@ def has_values(
             if not _is_close(value, expected, disturbed, spec.dtype):
                 return False
     return True
+
+
+def have_same_values(
+    one: Callable[[Tensor, Any], Tensor],
+    other: Callable[[Tensor, Any], Tensor],
+    spec: StateSpec,
+    program: Program,
+) -> bool:
+    """Whether a field has the same values in two forms, to rounding in the state's precision.
+
+    Args:
+        one: the field, as for `check_program`.
+        other: the same in another form.
+        spec: structure of the state.
+        program: a translation of the field.
+    """
+    for scale in _scales(program):
+        t, u, _, _ = _point(scale, spec)
+        a, b = (f(t, spec.unflatten(u)) for f in (one, other))
+        atol = _ROUNDED * _largest(a)
+        if not torch.allclose(a, b, rtol=_ROUNDED, atol=atol, equal_nan=True):
+            return False
+    return True
+
+
+def _scales(program: Program) -> tuple[float, ...]:
+    """Of the states that a program is looked at: what a choice hides at one it shows at another."""
+    return _SCALES if program.jumps else _SCALES[:1]
 
 
 def _point(scale: float, spec: StateSpec) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:

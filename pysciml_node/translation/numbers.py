@@ -6,6 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from operator import is_
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from pysciml_node.errors import PsnWarning, UnsupportedModule
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.translation.check import has_values
+from pysciml_node.translation.check import has_values, have_same_values
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.saved import numbers_put_back
@@ -58,8 +59,9 @@ class Compared:
     """For which numbers a program that reads them as tensors has its field's values.
 
     A field may ask what a number is, `isinstance(p, float) and p < 0`, look it up in a dict, or try
-    what it does with a tensor in another way: a trace shows nothing of that. So each other number
-    is compared once.
+    what it does with a tensor in another way: a trace shows nothing of that. And beside truths
+    alone, `(u > 0) * p`, torch rounds a number to single precision. So each other number is
+    compared once.
     """
 
     def __init__(self, program: Program) -> None:
@@ -84,21 +86,24 @@ class Compared:
         known = self._known.get(numbers)
         if known is None:
             with Surroundings.undisturbed():
-                known = self._known[numbers] = self._compare(f, spec, p, parameters)
+                known = self._known[numbers] = self._compare(f, spec, p, read, parameters)
         return known
 
     def _compare(
-        self, f: Callable[..., Any], spec: StateSpec, p: Any, parameters: list[Tensor]
+        self, f: Callable[..., Any], spec: StateSpec, p: Any, read: Any, parameters: list[Tensor]
     ) -> bool:
-        def flat(t: Tensor, u: Any) -> Tensor:
-            out = f(t, u, p)
+        def flat(given: Any, t: Tensor, u: Any) -> Tensor:
+            out = f(t, u, given)
             return out.reshape(-1) if isinstance(out, Tensor) else spec.flatten(out)
 
         parameters = parameters[: len(self._program.parameters)]
         surroundings = Surroundings({"f": f, "p": p})
         try:
             with torch.no_grad(), numbers_put_back(surroundings.tensors):
-                return has_values(flat, spec, self._program, parameters)
+                with_numbers, with_tensors = (partial(flat, x) for x in (p, read))
+                return have_same_values(
+                    with_numbers, with_tensors, spec, self._program
+                ) and has_values(with_numbers, spec, self._program, parameters)
         except Exception:  # what it is, a solve with the number itself says
             return False
         finally:

@@ -214,3 +214,26 @@ def test_a_field_that_is_made_anew_for_each_number_is_told() -> None:
     with pytest.warns(psn.PsnWarning, match=r"8 times .*\n  Write a tensor"):
         export.translate(decay(0.1), spec)
     export.translate(decay(0.2), spec)  # once
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda t, u, p: -u * ((u > 0) * p),
+        lambda t, u, p: -u * torch.where(u > 0.5, p, 2 * p),
+        lambda t, u, p: -u * torch.as_tensor(p),
+        lambda t, u, p: -u * (torch.searchsorted(_START, u.detach() / 2) + 1 / p),
+        lambda t, u, p: -u * (1.0 + ((u > 0) > p)),
+    ],
+    ids=["a mask", "a choice", "a tensor", "places", "a comparison"],
+)
+def test_numbers_that_torch_rounds_to_single_precision_are_rounded(f: Any) -> None:
+    """Beside whole numbers and truths alone 0.1 is 0.100000001, and as a tensor it is not."""
+    for p in (0.1, 0.7, 0.1):
+        problem = psn.ODEProblem(f, _START, (0.0, 1.0), p=p)
+        options: Any = {"controller": psn.FixedStep(), "dt0": 0.25}
+        native, eager = (
+            psn.solve(problem, psn.RK4(), compile=compile, **options).u1
+            for compile in (True, False)
+        )
+        torch.testing.assert_close(native, eager, rtol=1e-13, atol=0)
