@@ -17,8 +17,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pysciml_node.replay.adjoint_recorded import Totals
-from pysciml_node.replay.stages import Method, Stages
-from pysciml_node.replay.vectors import Real, RecordedVectors
+from pysciml_node.replay.stages import FlatFunction, Method, Stages
+from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
@@ -99,21 +99,27 @@ class KeptStages(Stages):
     """The stages of explicit steps, which are kept with their graph while there is room.
 
     Args:
-        plain: the stages that are taken where there is no room.
+        method: the method.
         field: the derivative.
+        marks: start, stops and end of the solve.
         first: the derivative at the start, with its graph.
         kept: receives the accepted steps.
     """
 
     def __init__(
-        self, plain: Stages, field: DifferentiableField, first: Tensor, kept: KeptSteps
+        self,
+        method: Method,
+        field: FlatFunction,
+        marks: tuple[float, ...],
+        first: Tensor,
+        kept: KeptSteps,
     ) -> None:
         def copied(t: Tensor, u: Tensor) -> Tensor:
             # The memory of a value may be the field's, and used again.
-            return field.field(t, u).clone()
+            return field(t, u).clone()
 
-        super().__init__(plain.method, copied, plain.marks, RecordedVectors())
-        self._plain, self._kept = plain, kept
+        super().__init__(method, copied, marks, RecordedVectors())
+        self._plain, self._kept = field, kept
         # What the next step begins with, in the graph; the latter where it is known.
         self._state = kept.start
         self._first: Tensor | None = first
@@ -126,7 +132,8 @@ class KeptStages(Stages):
         """Take the next step without its graph, if there is no room for it."""
         if self._recording and self._kept.room < self.method.all_stages:
             self._recording = False
-            self.field, self.vectors = self._plain.field, self._plain.vectors
+            self.field = self._plain
+            self.vectors = vectors_like(self._kept.start.detach(), self.method.all_stages)
 
     @override
     def start(self, t: Real, h: Real, u: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +29,9 @@ Real = float | Tensor
 # those of a few vectors fit a core's cache.
 _LONG = 32_768
 _BLOCK = 50_000
+# So many terms are added one by one: with a graph they take less time than a matrix of them, and
+# sums with a graph are those without to the last bit.
+_FEW = 3
 
 
 @functools.cache
@@ -52,6 +56,11 @@ class Weights:
     def of(cls, numbers: tuple[float, ...], like: Tensor) -> Weights:
         """Weights with the dtype and device of `like`."""
         return cls(numbers, torch.tensor(numbers, dtype=torch.float64).to(like))
+
+    @functools.cached_property
+    def terms(self) -> tuple[tuple[int, float], ...]:
+        """The vectors that have a part in the sum, with their coefficients."""
+        return tuple((j, w) for j, w in enumerate(self.numbers) if w != 0.0)
 
 
 def _storage_uses(vector: Tensor) -> int | None:
@@ -107,6 +116,8 @@ class StackedVectors(Vectors):
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
         assert not isinstance(h, Tensor)
+        if base is not None and 0 < len(weights.terms) <= _FEW:
+            return _one_by_one(base, h, weights, self._rows)
         count = len(weights.numbers)
         columns = self._heads.get(count)
         if columns is None:
@@ -123,6 +134,13 @@ class StackedVectors(Vectors):
         if base is None:
             return torch.addmm(rows[:1], weights, rows, beta=0, alpha=scale)
         return torch.addmm(base.expand(weights.shape[0], -1), weights, rows, alpha=scale)
+
+
+def _one_by_one(base: Tensor, h: float, weights: Weights, vectors: Sequence[Tensor]) -> Tensor:
+    """`base + h * sum_j weights_j v_j`, term by term."""
+    for j, weight in weights.terms:
+        base = torch.add(base, vectors[j], alpha=h * weight)
+    return base
 
 
 class BlockedVectors(Vectors):
@@ -157,13 +175,9 @@ class BlockedVectors(Vectors):
     def get(self, i: int) -> Tensor:
         return self._vectors[i]
 
-    @staticmethod
-    def _terms(h: float, numbers: tuple[float, ...]) -> list[tuple[int, float]]:
-        return [(j, h * w) for j, w in enumerate(numbers) if w != 0.0]
-
     @override
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
-        terms = self._terms(cast(float, h), weights.numbers)
+        terms = [(j, cast(float, h) * w) for j, w in weights.terms]
         like = self._vectors[0] if base is None else base
         if not terms:
             return torch.zeros_like(like) if base is None else base.clone()
@@ -206,7 +220,7 @@ class BlockedVectors(Vectors):
     def raw_norm(self, weights: Weights, u: Tensor, u1: Tensor, norm: ErrorNorm) -> Tensor:
         if norm.shift is None:
             return super().raw_norm(weights, u, u1, norm)
-        (i, w), *rest = self._terms(1.0, weights.numbers)
+        (i, w), *rest = weights.terms
         norms = []
         starts = torch.split(norm.counted(u), self._size)
         ends = torch.split(norm.counted(u1), self._size)
@@ -243,15 +257,12 @@ class RecordedVectors(Vectors):
     def combine(self, base: Tensor | None, h: Real, weights: Weights) -> Tensor:
         count = len(weights.numbers)
         if base is not None and not isinstance(h, Tensor):
-            if count > 1 and not _is_long(base):
-                # Few nodes in the graph: backward costs as much as the nodes it visits.
-                columns = torch.stack(self._vectors[:count]).T
-                return torch.addmv(base, columns, weights.tensor, alpha=h)
-            # Without copies, as blocks are combined: backward costs as much as the memory it moves.
-            for vector, weight in zip(self._vectors, weights.numbers, strict=False):
-                if weight != 0.0:
-                    base = torch.add(base, vector, alpha=h * weight)
-            return base
+            if 0 < len(weights.terms) <= _FEW or _is_long(base):
+                # Long ones as blocks are: backward costs as much as the memory it moves.
+                return _one_by_one(base, h, weights, self._vectors)
+            # Few nodes in the graph: backward costs as much as the nodes it visits.
+            columns = torch.stack(self._vectors[:count]).T
+            return torch.addmv(base, columns, weights.tensor, alpha=h)
         increment = h * torch.mv(torch.stack(self._vectors[:count]).T, weights.tensor)
         return increment if base is None else base + increment
 

@@ -244,11 +244,12 @@ class ODESolve(Solve):
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
         kept = None
-        parts = self.stages(field.field)
         if graph is not None and graph.evaluation is not None and self._keeps(field):
             (first,), (start,) = graph.evaluation
             kept = KeptSteps(start, memory // graph.bytes)
-            parts = [KeptStages(parts[0], field, first, kept)]
+            parts: list[Stages] = [KeptStages(self.method, field.field, self.marks, first, kept)]
+        else:
+            parts = self.stages(field.field)
         with torch.no_grad():
             outcome = self.march(parts, self.u0.detach(), field.k0, None)
         return field, kept, outcome
