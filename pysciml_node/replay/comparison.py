@@ -48,8 +48,8 @@ class Comparison:
         """
         if self._precision is not None:
             again, recorded, start = (x.to(self._precision) for x in (again, recorded, start))
-        if again.device.type == "cpu" and torch.equal(again, recorded):
-            return  # as most are, to the last bit; elsewhere the answer would have to be waited for
+        if _at_hand(again) and torch.equal(again, recorded):
+            return  # as most are, to the last bit
         sizes = entry_sizes(recorded, start, missing)
         if late is not None:
             sizes = sizes * torch.as_tensor(late).to(sizes).clamp_min(1).sqrt()
@@ -76,6 +76,11 @@ class Comparison:
         if self._relative:
             worst = torch.nan_to_num(torch.stack(self._relative), nan=0.0).max()
             expect_reproduced(worst, suspects)
+
+
+def _at_hand(x: Tensor) -> bool:
+    """Whether the host need not wait for what is asked of a tensor."""
+    return x.device.type == "cpu"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pysciml_node as psn
+from pysciml_node.replay import comparison
 
 # Operations whose result the host must wait for.
 HOST_READS = (
@@ -141,8 +142,12 @@ def test_an_output_grid_changes_neither_steps_nor_evaluations() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
-def test_the_replay_reads_back_once() -> None:
-    """Whether its steps ended where those of the solve did, for all of them together."""
+def test_the_replay_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its steps ended where those of the solve did, for all of them together.
+
+    On a device, that is: what is in the host's memory may be asked as often as one likes.
+    """
+    monkeypatch.setattr(comparison, "_at_hand", lambda x: False)
     calls = Calls()
     u0 = torch.ones(40, dtype=torch.float64, requires_grad=True)
     solution = _solve(calls, u0, 10)
