@@ -151,9 +151,9 @@ def solved(
     f, u0, p, wanted = made
     starts = {"u": u0} if isinstance(u0, Tensor) else u0
     starts = {key: x.clone().requires_grad_() for key, x in starts.items()}
-    mass = options.pop("mass_matrix", None)
+    said = {x: options.pop(x, None) for x in ("mass_matrix", "jac", "jac_sparsity")}
     start: Any = starts["u"] if isinstance(u0, Tensor) else starts
-    problem = psn.ODEProblem(f, start, span, p=p, mass_matrix=mass)
+    problem = psn.ODEProblem(f, start, span, p=p, **said)
     options = {"rtol": 1e-6, "atol": 1e-8, "engine": "torch"} | options
     solution = psn.solve(problem, algorithm, compile=compile, **options)
     states, end = flat(solution.u), flat(solution.u1)

@@ -19,7 +19,13 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
-from pysciml_node.translation.graph import ConditionWalk, DiffusionWalk, GraphWalk, label
+from pysciml_node.translation.graph import (
+    ConditionWalk,
+    DiffusionWalk,
+    GraphWalk,
+    JacobianWalk,
+    label,
+)
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, tell_of_numbers
 from pysciml_node.translation.program import Program
@@ -238,6 +244,23 @@ def translate_diffusion(
         UnsupportedModule: as `translate`.
     """
     return _translated(diffusion, spec, p, DiffusionWalk, False, math.inf, read)
+
+
+def translate_jacobian(
+    jacobian: Callable[..., Any], spec: StateSpec, p: Any = None, read: Any = None
+) -> TranslatedModule:
+    """The Jacobian that a problem brings, `(N, N)` of the flat state, as a program.
+
+    Args:
+        jacobian: called with the time, a 0-d tensor, the state, and `p` if there is one.
+        spec: structure of the state.
+        p: extra argument.
+        read: the same as the program reads it.
+
+    Raises:
+        UnsupportedModule: as `translate`.
+    """
+    return _translated(jacobian, spec, p, JacobianWalk, False, math.inf, read)
 
 
 def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> TranslatedModule:

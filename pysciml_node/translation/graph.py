@@ -421,6 +421,19 @@ class DiffusionWalk(GraphWalk):
         return self._parts(outputs) if self.spec.keys is None else super()._outputs(outputs)
 
 
+class JacobianWalk(GraphWalk):
+    """Goes through the graph of a Jacobian that a problem brings, which is one tensor."""
+
+    @override
+    def flat(self, out: Any) -> Tensor:
+        matrix: Tensor = out.reshape(-1)
+        return matrix
+
+    @override
+    def _outputs(self, outputs: Sequence[Any]) -> list[Traced]:
+        return [self._trace(x) for x in outputs]
+
+
 class ConditionWalk(GraphWalk):
     """Goes through the graph of an event's condition, which is one real number.
 

@@ -97,6 +97,12 @@ class Program:
         return any(step.op in FLAT for step in self.operations)
 
     @functools.cached_property
+    def reads_time(self) -> bool:
+        """Whether an operation reads the time, or it is a result itself."""
+        inputs = (id for step in self.operations for id in step.inputs)
+        return self.time in {*inputs, *self.outputs}
+
+    @functools.cached_property
     def read(self) -> tuple[bool, ...]:
         """Of each parameter, whether an operation reads it."""
         inputs = {id for step in self.operations for id in step.inputs}

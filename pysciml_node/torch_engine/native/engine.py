@@ -32,7 +32,13 @@ from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
-from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
+from pysciml_node.torch_engine.native.prepared import (
+    See,
+    expect_fitting,
+    is_told,
+    no_code,
+    prepare,
+)
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -215,11 +221,13 @@ class NativeSolve(SingleSolve):
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
-        prepared, self.parameters, see = prepare(problem, algorithm, options)
-        self.program = FieldProgram(
-            prepared.json, prepared.program, self.parameters, prepared.pulled
-        )
         assert isinstance(algorithm, OneStepMethod)
+        prepared, self.parameters, see = prepare(problem, algorithm, options)
+        if is_told(problem, algorithm):
+            expect_fitting(problem, algorithm)
+        self.program = FieldProgram(
+            prepared.json, prepared.program, self.parameters, prepared.derivatives
+        )
         super().__init__(problem, algorithm, options, engine, see)
         self.departure = prepared.departure
         # Only an operation without a derivative hides the time.

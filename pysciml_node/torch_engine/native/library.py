@@ -8,7 +8,7 @@ import functools
 import math
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -42,32 +42,35 @@ TAKEN_AGAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(("take", "pull_back"), (
 
 _LOOP_IN_PARTS = ("codes.h", "team.h", "parts.h", "steps.h", "event.h", "control.h", "solve.h")
 
-ALONE_PACKED = """enum { ALL_PACKED = PACKED };
-#define pack_all pack
-#define unpack_all unpack"""
-"""The packing of the parameters where there is one program."""
 
-
-def packed_together(parameters: int, suffix: str) -> str:
-    """The packing of the parameters of two programs, one after the other.
+def packed_together(counts: Mapping[str, int], still: Collection[str] = ()) -> str:
+    """The packing of the parameters of programs, one after the other.
 
     Args:
-        parameters: how many the first one packs.
-        suffix: of the second one's names.
+        counts: how many each packs, by the suffix of its names.
+        still: programs whose parameters receive no gradients.
     """
-    return f"""
-enum {{ ALL_PACKED = PACKED + PACKED{suffix} }};
-
-static void pack_all(const REAL *const *tensors, REAL *P) {{
-  pack(tensors, P);
-  pack{suffix}(tensors + {parameters}, P + PACKED);
-}}
-
-static void unpack_all(const REAL *P, REAL *D, REAL *z) {{
-  unpack(P, D, z);
-  unpack{suffix}(P + PACKED, D + PACKED, z);
-}}
-"""
+    start, packs, unpacks, before = "0", list[str](), list[str](), 0
+    for suffix, count in counts.items():
+        packs.append(f"  pack{suffix}(tensors + {before}, P + {start});")
+        if suffix not in still:
+            unpacks.append(f"  unpack{suffix}(P + {start}, D + {start}, z);")
+        start, before = f"{start} + PACKED{suffix}", before + count
+    return "\n".join(
+        (
+            "",
+            f"enum {{ ALL_PACKED = {start} }};",
+            "",
+            "static void pack_all(const REAL *const *tensors, REAL *P) {",
+            *packs,
+            "}",
+            "",
+            "static void unpack_all(const REAL *P, REAL *D, REAL *z) {",
+            *unpacks,
+            "}",
+            "",
+        )
+    )
 
 
 _MOST_KEPT = 2
@@ -327,7 +330,7 @@ def write_explicit(program: Program, method: Method, in_parts: bool = True) -> W
         emit_estimates(method, method.nodes.dtype),
         *([] if parts is None else [parts.definitions]),
         emitted.source,
-        ALONE_PACKED,
+        packed_together({"": len(program.parameters)}),
         *map(source, (*loop, "explicit.h", "taken.h", *SWEEP, "explicit_sweep.h")),
     )
     rows = zip(program.parameters, emitted.offsets, program.pulled, strict=True)

@@ -14,14 +14,22 @@ from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
 from pysciml_node.torch_engine.native.emit import Emitted, Emitter
 from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
 from pysciml_node.torch_engine.native.emit_method import emit_method
-from pysciml_node.torch_engine.native.implicit import both_packed
-from pysciml_node.torch_engine.native.library import ALONE_PACKED, header, size_of, source, turns
+from pysciml_node.torch_engine.native.library import (
+    header,
+    packed_together,
+    size_of,
+    source,
+    turns,
+)
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.program import Program
 
 # The bytes of a sweep's memory with which members still go abreast: about what a core keeps near.
 _MOST_MEMORY = 1 << 20
 _VECTOR = 64
+
+_SUFFIXES = ("", "_pulled")
+"""Of the names of a field and of its pullback."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class WrittenMembers:
     def _emit(self, programs: list[MemberProgram], width: int) -> list[_Emission] | None:
         """The programs as C; `None` where they have no such form."""
         emissions = []
-        for one, suffix in zip(programs, ("", "_pulled"), strict=False):
+        for one, suffix in zip(programs, _SUFFIXES, strict=False):
             emitter = Emitter(one.program, one.own, width, suffix)
             if width > 1:
                 program = abreast(one.program, one.own, width)
@@ -171,6 +179,12 @@ class WrittenMembers:
             sweep += 4 * self._point(width) + padded(other.work.size) + padded(other.bars.size)
         return march, sweep if self._how.sweeps else 0
 
+    def _packed(self, emissions: list[_Emission], width: int) -> str:
+        """The packing of the parameters that members share."""
+        counts = [len(one.places(0)) for one in emissions]
+        text = packed_together(dict(zip(_SUFFIXES, counts, strict=False)))
+        return f"{text}enum {{ POINT_ROW = {self._point(width)} }};\n"
+
     def _point(self, width: int) -> int:
         return padded((2 * self.size + 1) * width)
 
@@ -178,7 +192,6 @@ class WrittenMembers:
         how, width = self._how, self.abreast
         first, *others = emissions
         program = first.emitter.program
-        timed = any(program.time in step.inputs for step in program.operations)
         cost = first.emitted.cost + (10 * self.size + 50) * width
         loop = ["codes.h", "team.h", "steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
@@ -193,12 +206,12 @@ class WrittenMembers:
         return [
             "#include <stdlib.h>",
             f"enum {{ TURNS = {turns(cost, how.method.all_stages)}, "
-            f"TIMED = {int(timed)}, TIME_ROW = {padded(width)} }};",
+            f"TIMED = {int(program.reads_time)}, TIME_ROW = {padded(width)} }};",
             *_own(emissions),
             method,
             first.emitted.source,
             *(one.emitted.source for one in others),
-            both_packed(len(first.places(0)), self._point(width)) if others else ALONE_PACKED,
+            self._packed(emissions, width),
             *map(source, [*loop, *sweep]),
         ]
 

@@ -46,7 +46,7 @@ from pysciml_node.torch_engine.native.member_run import (
     sweep_members,
 )
 from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
-from pysciml_node.torch_engine.native.prepared import See, check, no_code, refusal
+from pysciml_node.torch_engine.native.prepared import See, check, is_told, no_code, refusal
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES, Flight, Notes, States
 from pysciml_node.translation.export import translate
@@ -59,6 +59,8 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
     check(problem, algorithm, options.common)
     if isinstance(algorithm, SwitchingMethod):
         raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
+    if is_told(problem, algorithm):
+        raise refusal("jac and jac_sparsity of members")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
     check_times((*problem.tspan, options.saveat_tensor), options)

@@ -31,20 +31,26 @@ from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, moves, tensors_of
+from pysciml_node.replay.jacobians import linearizer_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
+from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.departure import Departure, departure_of
-from pysciml_node.torch_engine.native.implicit import LARGEST, write_implicit
+from pysciml_node.torch_engine.native.implicit import LARGEST, Derivatives, write_implicit
 from pysciml_node.torch_engine.native.library import (
     REALS,
     Library,
     library_of,
     write_explicit,
 )
-from pysciml_node.torch_engine.native.pulled import PulledProgram, pulled_program
-from pysciml_node.translation.export import TranslatedModule, translate
+from pysciml_node.torch_engine.native.pulled import pulled_program
+from pysciml_node.translation.export import (
+    TranslatedModule,
+    translate,
+    translate_jacobian,
+)
 from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
@@ -124,9 +130,6 @@ def _check_implicit(problem: ODEProblem, algorithm: Algorithm) -> None:
         raise refusal(repr(algorithm), "Tsit5() or another explicit method, or compile=False")
     if isinstance(stiff, DiagonallyImplicitMethod) and stiff.linsolve is not None:
         raise refusal("linsolve", f"{type(stiff).__name__}(), or compile=False")
-    for what in ("jac", "jac_sparsity"):
-        if getattr(problem, what) is not None:
-            raise refusal(what)
     size = sum(problem.spec.sizes)
     if size > LARGEST:
         raise refusal(
@@ -154,7 +157,7 @@ class Prepared:
             are counted from the end.
         contents: numbers of tensors whose entries are part of the program, with those entries.
         rosenbrock: whether a method is one of Rosenbrock's.
-        pulled: the field's pullback, where the code has the derivatives of that.
+        derivatives: that it has beside the field; of its pullback where gradients need them.
         json: the program as text, which explicit methods have their libraries by.
         compared: for which numbers of `p` the code is the field's.
         spec: structure of the state. Like the method and the options it is kept, so that no other
@@ -167,7 +170,7 @@ class Prepared:
     places: list[int]
     contents: Contents
     rosenbrock: bool
-    pulled: PulledProgram | None
+    derivatives: Derivatives
     json: str
     compared: Compared
     spec: StateSpec
@@ -187,7 +190,8 @@ class Prepared:
         """Whether another solve of a field that looks the same needs nothing else."""
         return (
             self.departure.serves(problem, options)
-            and (self.pulled is not None) == _records(problem, options, parameters, self.rosenbrock)
+            and (self.derivatives.pulled is not None)
+            == _records(problem, options, parameters, self.rosenbrock)
             and have_contents(tensors, self.contents)
         )
 
@@ -218,7 +222,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     assert isinstance(algorithm, OneStepMethod)
     f, p = problem.f, problem.p
     way = id(problem.spec), id(options), *map(id, algorithm.tableaus)
-    now = Snapshot.again(f) if problem.mass_matrix is None else None
+    now = Snapshot.again(f) if _looks_whole(problem) else None
     if now is None:
         return _prepare(problem, algorithm, options, way)
     for read in ways_to_read(p, problem.spec):
@@ -248,12 +252,9 @@ def _prepare(
         translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
         recorded = _records(problem, options, translated.parameters, rosenbrock)
         pulled = pulled_program(f, spec, translated) if recorded else None
-        libraries = [
-            _library(
-                problem, translated, pulled, Method.of(tableau, spec.dtype, spec.device), whole
-            )
-            for tableau in tableaus
-        ]
+        derivatives = Derivatives(pulled, _given(problem, algorithm, translated))
+        methods = [Method.of(tableau, spec.dtype, spec.device) for tableau in tableaus]
+        libraries = [_library(problem, translated, derivatives, x, whole) for x in methods]
     except UnsupportedModule as error:
         raise no_code(error) from error
     leaves = leaves_of(translated.read)
@@ -263,17 +264,57 @@ def _prepare(
     sources = translated.sources
     if pulled is not None:
         sources = (*sources, *pulled.parameters(sources))
+    if derivatives.given is not None:
+        # No gradients flow through what steps are solved with.
+        sources = (*sources, *(x.detach() for x in derivatives.given.parameters))
     constants = [x for x in sources if isinstance(x, Tensor)]
     behind = iter(range(-len(constants), 0))
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
-        departure, program, constants, places, translated.contents, rosenbrock, pulled,
+        departure, program, constants, places, translated.contents, rosenbrock, derivatives,
         translated.json, translated.compared, spec,
     )  # fmt: skip
-    if departure.lasting and problem.mass_matrix is None:
+    if departure.lasting and _looks_whole(problem):
         keep(now.watch, (*way, form_for(now, leaves)), made)
     tensors = [*now.tensors, *leaves[0]]
     return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
+
+
+def _looks_whole(problem: ODEProblem) -> bool:
+    """Whether all that the code is made of is looked at through the field and `p`."""
+    return problem.mass_matrix is None and problem.jac is None
+
+
+def is_told(problem: ODEProblem, algorithm: Algorithm) -> bool:
+    """Whether steps read what a problem says of its Jacobian."""
+    said = problem.jac is not None or problem.jac_sparsity is not None
+    return said and not isinstance(algorithm, ExplicitRungeKutta)
+
+
+def expect_fitting(problem: ODEProblem, algorithm: OneStepMethod) -> None:
+    """Compare what a problem says of its Jacobian, as the loop in Python does at the first state.
+
+    Raises:
+        ValueError: it does not fit the field.
+    """
+    field, (t,) = FlatField(problem), problem.time_tensor([problem.t0])
+    u = problem.spec.flatten(problem.u0).detach()
+    rosenbrock = any(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus)
+    with torch.no_grad():
+        linearize = linearizer_of(field, None)
+        linearize(field, t, u, with_time=rosenbrock, recorded=False, differentiable=False)
+
+
+def _given(
+    problem: ODEProblem, algorithm: OneStepMethod, translated: TranslatedModule
+) -> TranslatedModule | None:
+    """The Jacobian that a problem brings, where steps read it, beside the translated field."""
+    if problem.jac is None or not is_told(problem, algorithm):
+        return None
+    try:
+        return translate_jacobian(problem.jac, problem.spec, problem.p, translated.read)
+    except UnsupportedModule as error:
+        raise no_code(error, "jac") from error
 
 
 def _records(
@@ -293,32 +334,29 @@ def explicit_library(json: str, program: Program, method: Method) -> Library:
 
 
 def implicit_library(
-    json: str, program: Program, pulled: PulledProgram | None, method: Method, mass: Tensor | None
+    json: str, program: Program, derivatives: Derivatives, method: Method, mass: Tensor | None
 ) -> Library:
     """The same with an implicit method; arguments else as of `write_implicit`."""
-    made_of = json + ("" if mass is None else repr(mass.tolist()))
-    back = None
-    if pulled is not None:
-        made_of, back = made_of + pulled.json, pulled.program
+    made_of = json, "" if mass is None else repr(mass.tolist()), *derivatives.texts
     return library_of(
         made_of,
         method.tableau,
         method.nodes.dtype,
-        lambda: write_implicit(program, back, method, mass),
+        lambda: write_implicit(program, derivatives, method, mass),
     )
 
 
 def _library(
     problem: ODEProblem,
     translated: TranslatedModule,
-    pulled: PulledProgram | None,
+    derivatives: Derivatives,
     method: Method,
     whole: bool,
 ) -> Library:
     """The code of a translated field with a method."""
     json, program = translated.json, translated.program
     if isinstance(method.tableau, ImplicitTableau):
-        return implicit_library(json, program, pulled, method, problem.mass)
+        return implicit_library(json, program, derivatives, method, problem.mass)
     library = explicit_library(json, program, method)
     if whole and library.parts is not None:
         return library_of(

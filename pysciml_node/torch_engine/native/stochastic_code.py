@@ -264,7 +264,7 @@ def write_stochastic(
         two.source,
         wide("SOME_WORK", work),
         wide("SOME_BARS", bars),
-        packed_together(one.shared, "_diffusion"),
+        packed_together({"": one.shared, "_diffusion": two.shared}),
         *map(source, _FILES),
     )
     drift, diffusion = one.program, two.program

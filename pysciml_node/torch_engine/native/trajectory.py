@@ -27,9 +27,10 @@ from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.record import check_discrete
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.departure import departure_of
+from pysciml_node.torch_engine.native.implicit import Derivatives
 from pysciml_node.torch_engine.native.library import Library
 from pysciml_node.torch_engine.native.prepared import explicit_library, implicit_library
-from pysciml_node.torch_engine.native.pulled import PulledProgram, pulled_program
+from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.taken import TakenSteps
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.numbers import first_to_succeed
@@ -43,13 +44,13 @@ class FieldProgram(NamedTuple):
         json: the program as text.
         program: itself.
         parameters: the tensors that it reads, and behind them those of its pullback.
-        pulled: its pullback, where gradients of Rosenbrock steps were asked for.
+        derivatives: with its pullback where gradients of Rosenbrock steps were asked for.
     """
 
     json: str
     program: Program
     parameters: Sequence[Tensor]
-    pulled: PulledProgram | None = None
+    derivatives: Derivatives = Derivatives()
 
 
 @dataclass
@@ -97,7 +98,9 @@ class NativeTrajectory(TorchTrajectory):
                 if self._has_gradients() and self._takes_pullbacks():
                     pulled = pulled_program(problem.f, problem.spec, found)
                     read = [*found.parameters, *pulled.parameters(found.parameters)]
-                    self.program = FieldProgram(found.json, found.program, read, pulled)
+                    self.program = FieldProgram(
+                        found.json, found.program, read, Derivatives(pulled)
+                    )
         return self.program
 
     def _has_gradients(self) -> bool:
@@ -113,12 +116,11 @@ class NativeTrajectory(TorchTrajectory):
         mass, table = self.problem.mass, method.tableau
         if not isinstance(table, ImplicitTableau):
             return explicit_library(known.json, known.program, method) if mass is None else None
-        if not isinstance(table, RosenbrockTableau):
-            return implicit_library(known.json, known.program, None, method, mass)
-        moving = self._has_gradients() or any(map(moves, known.parameters))
-        if known.pulled is None and recording() and moving:
+        derivatives = known.derivatives
+        lacks = isinstance(table, RosenbrockTableau) and derivatives.pulled is None and recording()
+        if lacks and (self._has_gradients() or any(map(moves, known.parameters))):
             return None
-        return implicit_library(known.json, known.program, known.pulled, method, mass)
+        return implicit_library(known.json, known.program, derivatives, method, mass)
 
     def _taken(self, method: Method, steps: Sequence[tuple[float, float]]) -> TakenSteps | None:
         """Steps that native code takes; `None` where it does not."""

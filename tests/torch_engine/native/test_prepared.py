@@ -254,9 +254,11 @@ def test_implicit_steps_are_prepared_with_the_derivatives_that_they_need() -> No
             torch.testing.assert_close(end(problem), decay(1.0, rate), rtol=1e-6, atol=1e-7)
         (gradient,) = torch.autograd.grad(end(problem).sum(), f.rate)
         torch.testing.assert_close(gradient, -decay(1.0, rate), rtol=1e-5, atol=1e-7)
-    given = psn.ODEProblem(f, u0, (0.0, 1.0), jac=lambda t, u: -torch.diag(f.rate))
-    with pytest.raises(psn.CompileError, match="jac"):
-        end(given)
+    given = psn.ODEProblem(f, u0, (0.0, 1.0), jac=lambda t, u: -torch.diag(f.rate.expand(2)))
+    torch.testing.assert_close(end(given), decay(1.0, 2.0), rtol=1e-6, atol=1e-7)
+    other = psn.ODEProblem(f, u0, (0.0, 1.0), jac=lambda t, u: -torch.eye(2, dtype=D))
+    with pytest.raises(ValueError, match="jac does not fit"):
+        end(other)
 
 
 @pytest.mark.parametrize("compile", [True, False])

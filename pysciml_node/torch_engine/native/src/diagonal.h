@@ -43,7 +43,7 @@ static int psn_newton(const Accuracy *accuracy, const Linear *start, Linear *the
     for (int e = 0; e < N; e++) point[e] = known[e] + step * slope[e];
     if (turn) memcpy(before, change, sizeof(before));
     if (!local && (theta > SLOW || turn == ITERATIONS)) {
-      psn_linearize(there, t, point, packed, work);
+      psn_linearize_step(there, t, point, packed, work);
       psn_factor(there, h);
       local = 1;
     } else {

@@ -2,29 +2,46 @@
 
 /* The field at one time and state with its derivatives, and room for what comes of them. */
 typedef struct {
-  REAL *jacobian, *factors, *rate, *slope, *unit, *row, *bars;
+  REAL *jacobian, *factors, *rate, *slope, *unit, *row, *values, *bars;
   int pivots[N];
 } Linear;
 
-#define LINEAR_MEMORY (2 * MATRIX + 4 * ROW)
+#define LINEAR_MEMORY (2 * MATRIX + 4 * ROW + GIVEN_WORK)
 
 static void psn_place(Linear *l, REAL *memory, REAL *bars) {
   l->jacobian = memory, l->factors = memory + MATRIX;
   l->rate = memory + 2 * MATRIX, l->slope = l->rate + ROW;
-  l->unit = l->slope + ROW, l->row = l->unit + ROW;
+  l->unit = l->slope + ROW, l->row = l->unit + ROW, l->values = l->row + ROW;
   l->bars = bars;
+}
+
+/* Row i of the Jacobian, into `row`, and that entry's derivative in time. */
+static void psn_pull_row(Linear *l, int i, REAL t, const REAL *u, const REAL *packed, const REAL *work) {
+  REAL time[LANES] = {0};
+  memset(l->unit, 0, N * sizeof(REAL));
+  l->unit[i] = 1;
+  pull_state(t, u, packed, l->rate, work, l->unit, l->row, time, 0, l->bars);
+  l->slope[i] = time[0];
 }
 
 static void psn_linearize(Linear *l, REAL t, const REAL *u, const REAL *packed, REAL *work) {
   field(t, u, packed, l->rate, work);
   for (int i = 0; i < N; i++) {
-    REAL time[LANES] = {0};
-    memset(l->unit, 0, N * sizeof(REAL));
-    l->unit[i] = 1;
-    pull_state(t, u, packed, l->rate, work, l->unit, l->row, time, 0, l->bars);
+    psn_pull_row(l, i, t, u, packed, work);
     memcpy(l->jacobian + i * N, l->row, N * sizeof(REAL));
-    l->slope[i] = time[0];
   }
+}
+
+/* The same for steps that are not differentiated: by the Jacobian that the problem brings, if any. */
+static void psn_linearize_step(Linear *l, REAL t, const REAL *u, const REAL *packed, REAL *work) {
+#ifdef WITH_GIVEN
+  field(t, u, packed, l->rate, work);
+  field_given(t, u, packed + GIVEN_AT, l->jacobian, l->values);
+  memset(l->slope, 0, N * sizeof(REAL));
+  for (int i = 0; GIVEN_SLOPES && i < N; i++) psn_pull_row(l, i, t, u, packed, work);
+#else
+  psn_linearize(l, t, u, packed, work);
+#endif
 }
 
 /* Factors of M - h gamma J by elimination with partial pivoting: P A = L U. Without a pivot the
@@ -85,7 +102,7 @@ static void psn_linearize_start(Solve *s, double t, double h, Linear *l) {
   if (s->linearized) return;
   REAL times[ALL_STAGES];
   psn_times(s->marks, s->mark_count, s->t0, s->t1, t, h, times);
-  psn_linearize(l, times[0], U(s), s->packed, W(s));
+  psn_linearize_step(l, times[0], U(s), s->packed, W(s));
   s->evaluations++;
   s->linearized = 1;
 }
