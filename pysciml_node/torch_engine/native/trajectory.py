@@ -237,9 +237,12 @@ class NativeTrajectory(TorchTrajectory):
         n = self.step_of(t)
         known = self._known_states(n, moving=False).get(t)
         found = self._inside({n: [t] if known is None else []})
-        if found is not None:
-            return found[0] if known is None else known[:]  # without its graph, where none is made
-        return super()._state_at(t)
+        if found is None:
+            return super()._state_at(t)
+        if known is None:
+            return found[0]
+        # Where no graph is made it has none: a view would claim to require gradients.
+        return known if torch.is_grad_enabled() else known.detach()
 
     @override
     def estimate(

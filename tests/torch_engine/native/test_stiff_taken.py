@@ -89,6 +89,24 @@ def test_values_without_gradients(algorithm: Any, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("pair", [psn.Tsit5(), *STIFF], ids=repr)
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), *STIFF[1:3]], ids=repr)
+def test_local_steps_from_the_ends_of_others(algorithm: Any, pair: Any) -> None:
+    """Those of an implicit pair are taken in Python, from states that native code has left."""
+    solution, inputs = solve("module", algorithm)
+    for t in (0.0, 0.05, 0.3, 0.31):
+        for stop_gradient in (True, "state", False):
+            found, expected = (
+                x.local_estimate(t, pair, stop_gradient=stop_gradient, dt=0.02).error
+                for x in (solution, in_python(solution))
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+            bars = [
+                torch.autograd.grad(x, inputs[1], retain_graph=True)[0] for x in (found, expected)
+            ]
+            torch.testing.assert_close(*bars, rtol=1e-6, atol=1e-9)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "backward in time": {"span": (0.5, 0.3)},
     "stops": {"tstops": [0.07, 0.33]},
