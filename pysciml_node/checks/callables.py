@@ -150,8 +150,8 @@ _OWN_WORDS = ("__signature__", "__wrapped__")
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """`forward` of a module, or of the one that a compiled or parallel module stands for."""
     name = "module" if isinstance(module, _PARALLEL) else "_orig_mod"
-    inner = module._modules.get(name)
-    return module.forward if inner is None else _forward_of(inner)
+    inside = module._modules  # of a scripted module no dict
+    return _forward_of(inside[name]) if name in inside else module.forward
 
 
 def arguments(value: Callable[..., Any]) -> Arguments:
