@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_bounces_and_doses_with_their_gradients(
     one = torch.autograd.grad(solution.u1.sum() + solution.jumps[0].t, (u0, g, push))
     other = torch.autograd.grad(exact.sum() + time, (u0, g, push))
     torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, "auto"], ids=["", "compile"])
+def test_a_jump_over_a_threshold_is_no_crossing(engine: str, compiled: Any) -> None:
+    """A dose lifts a decaying amount above 2; only its way down through 2 is a crossing."""
+    dose = psn.Event(at=[1.0], affect=lambda t, u: u + 2.0)
+    passing = psn.Event(lambda t, u: u[0] - 2.0, terminal=False)
+    start = torch.ones(1, dtype=torch.float64)
+    problem = psn.ODEProblem(lambda t, u: -u, start, (0.0, 3.0))
+    compiled = compiled if engine == "torch" else False
+    solution = psn.solve(problem, events=[dose, passing], engine=engine, compile=compiled, **TIGHT)
+    assert [jump.event for jump in solution.jumps] == [0, 1]
+    down = 1 + math.log((math.exp(-1) + 2) / 2)
+    assert float(solution.jumps[1].t) == pytest.approx(down, rel=1e-9)
 
 
 def test_bounces_that_pile_up_end_at_their_time(engine: str) -> None:
