@@ -150,8 +150,9 @@ _OWN_WORDS = ("__signature__", "__wrapped__")
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """`forward` of a module, or of the one that a compiled or parallel module stands for."""
     name = "module" if isinstance(module, _PARALLEL) else "_orig_mod"
-    inside = module._modules  # of a scripted module no dict
-    return _forward_of(inside[name]) if name in inside else module.forward
+    held = module._modules  # of a scripted module no dict
+    inner = held[name] if name in held else None  # noqa: SIM401
+    return module.forward if inner is None else _forward_of(inner)
 
 
 def arguments(value: Callable[..., Any]) -> Arguments:

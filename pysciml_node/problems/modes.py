@@ -176,6 +176,20 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0
 
 
+def refuse_recording(what: str) -> None:
+    """Refuse to be part of a program that torch records from the values of an example.
+
+    Raises:
+        RuntimeError: an export or a trace is being recorded.
+    """
+    if torch._C._get_tracing_state() is not None or _exporting():
+        raise RuntimeError(
+            f"{what} cannot be exported or traced: its steps depend on the values, and a recording "
+            "would repeat those of its example.\n"
+            "  Export the field and the layers around the solve, and solve between them."
+        )
+
+
 def _outside(
     problem: Problem | EnsembleProblem, forward_mode: bool
 ) -> tuple[torch.device, Surrounding | None, Check | None]:
@@ -185,12 +199,7 @@ def _outside(
         RuntimeError: a transform is active that does not go through, or an export.
     """
     device = (problem.problem if isinstance(problem, EnsembleProblem) else problem).spec.device
-    if torch._C._get_tracing_state() is not None or _exporting():
-        raise RuntimeError(
-            "a solve cannot be exported or traced: its steps depend on the values, and a recording "
-            "would repeat those of its example.\n"
-            "  Export the field and the layers around the solve, and solve between them."
-        )
+    refuse_recording("a solve")
     if not forward_mode and forward_ad._current_level >= 0:
         raise RuntimeError(
             "a solve was called where derivatives in forward mode are taken, and its adjoint gives "

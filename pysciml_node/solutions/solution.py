@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from pysciml_node import checks, plot
-from pysciml_node.problems.modes import ordinary_modes, uncompiled, with_graph
+from pysciml_node.problems.modes import ordinary_modes, refuse_recording, uncompiled, with_graph
 from pysciml_node.problems.state import map_tensors, refuse_batched
 from pysciml_node.solutions.elsewhere import ELSEWHERE, NoTensor
 from pysciml_node.solutions.jump import Jump
@@ -261,10 +261,8 @@ class Solution(NoTensor, InParts):
         """
         increment = getattr(self.trajectory, "brownian", None)
         if increment is None:
-            raise TypeError(
-                "there is no Brownian motion in the solution of an ODEProblem.\n"
-                "  Solve an SDEProblem."
-            )
+            hint = "Solve an SDEProblem."
+            raise TypeError(f"the solution of an ODEProblem has no Brownian motion.\n  {hint}")
         start, end = checks.number("start", start), checks.number("end", end)
         if not self.problem.t0 <= start <= end <= self.problem.t1:
             raise ValueError(
@@ -293,6 +291,7 @@ class Solution(NoTensor, InParts):
             stop_gradient: `"state"` keeps gradients out of the starting state, `True` out of the
                 first stage too; `False` lets them through.
         """
+        refuse_recording("an estimate")
         t = self._inside(checks.number("t", t))
         if t == self.trajectory.times[-1]:
             raise ValueError(
@@ -323,6 +322,7 @@ class Solution(NoTensor, InParts):
         Raises:
             ValueError: a time outside the solved interval.
         """
+        refuse_recording("dense output")
         if isinstance(t, Tensor):
             times = checks.tensor("t", t, real=True)
         else:

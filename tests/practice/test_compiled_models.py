@@ -146,6 +146,30 @@ def test_exports_are_refused(export: Callable[[nn.Module, Tensor], Any]) -> None
         export(Sequence(), torch.ones(3, 2))
 
 
+class Read(nn.Module):
+    """What a solution is at a time."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.read(t)
+
+
+@pytest.mark.parametrize("estimated", [False, True], ids=["dense", "estimate"])
+@pytest.mark.parametrize("export", [torch.jit.trace, torch.export.export])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_time_is_not_read_off_the_step_of_an_example(export: Any, estimated: bool) -> None:
+    solution = psn.NeuralODE(field())(torch.ones(3, 2))
+
+    def read(t: Tensor) -> Tensor:
+        return solution.local_estimate(float(t)).error if estimated else solution(t)
+
+    with pytest.raises(RuntimeError, match=r"cannot be exported or traced|data-dependent"):
+        export(Read(read), (torch.tensor(0.3),))
+
+
 def test_a_full_graph_is_refused_by_the_compiler() -> None:
     compiled = torch.compile(psn.NeuralODE(field()), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="runs uncompiled"):
