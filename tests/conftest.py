@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.julia_engine.process import runtime
-from pysciml_node.torch_engine.native.library import look_in_c
+from pysciml_node.torch_engine.native.library import cross_in_c
 from pysciml_node.translation import again
 from pysciml_node.translation.watch import Watch
 
@@ -48,7 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def looks_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a field reaches is looked at in C and in Python, which have to see the same."""
-    look_in_c()
+    cross_in_c()
     if again._look is None:
         return
     in_c = again.tensors

@@ -38,7 +38,8 @@ def _begin(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
 ) -> Solution | EnsembleSolution:
-    forward_mode = isinstance(given.get("adjoint"), DirectAdjoint)
+    adjoint = given.get("adjoint")
+    forward_mode = adjoint is not None and isinstance(adjoint, DirectAdjoint)
     if isinstance(problem, EnsembleProblem):
         return in_ordinary_modes(_solve_ensemble, problem, forward_mode, algorithm, given)
     check_problem(problem)
@@ -171,7 +172,7 @@ _USUAL = {
 
 def _solve_one(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Solution:
     algorithm, options, chosen, _ = plan_of(problem, algorithm, given, _USUAL)
-    if _random(problem):
+    if isinstance(problem, SDEProblem):
         options = options.seeded(_seed(given.get("generator")))
     begun = time.perf_counter()
     solution = run(chosen, problem, algorithm, options)

@@ -18,10 +18,13 @@ Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], Outcome]
 
 
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def graph_is_retained() -> bool:
     """Whether the backward pass that runs may run once more; where torch does not say, it may."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or bool(ask())
+    return _keeps_graph is None or bool(_keeps_graph())
 
 
 def saved_tensors_stay() -> bool:
@@ -29,8 +32,7 @@ def saved_tensors_stay() -> bool:
 
     Inside a checkpoint, or torch's `save_on_cpu`, they do not.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is None
+    return _top_hooks is not None and _top_hooks(False) is None
 
 
 class _Refusing(torch.autograd.Function):

@@ -27,9 +27,12 @@ class Start:
         p: its extra argument.
         parts: what the field was given, by `parts_of`.
         shared: the tensors that other solves share.
+
+    Attributes:
+        is_plain: whether the extra argument holds nothing but tensors and numbers in containers.
     """
 
-    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "name", "p")
+    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "is_plain", "name", "p")
 
     def __init__(
         self, name: str, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]
@@ -43,12 +46,10 @@ class Start:
             self._walk = Walk({"p": p})
             shared = [*shared, *self._walk.tensors]
         self._tensors, self._versions = shared, versions_of(shared)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the extra argument holds nothing but tensors and numbers in containers."""
         x = self._walk
-        return x is None or not (x.modules or x.generators or x.lazy or x.chosen or x.met_apart)
+        self.is_plain = x is None or not (
+            x.modules or x.generators or x.lazy or x.chosen or x.met_apart
+        )
 
     def versions(self) -> dict[int, int | None]:
         """How often each tensor had been changed in place, by their ids."""

@@ -55,8 +55,8 @@ class Snapshot(NamedTuple):
     def again(f: Any) -> Snapshot | None:
         """A second look; `None` where there was no first one, or anything has changed since."""
         function = function_of(f)
-        parts = () if function is None else parts_of(f)
-        for watch in watches_on(f if function is None else function.__code__):
+        anchor, parts = (f, ()) if function is None else (function.__code__, parts_of(f))
+        for watch in watches_on(anchor):
             tensors = again.tensors(watch, parts)
             if tensors is not None:
                 return Snapshot(watch, tensors, parts)

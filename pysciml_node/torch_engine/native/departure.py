@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import first_room
 from pysciml_node.tableaus import Tableau
 from pysciml_node.tableaus.stochastic import SDETableau
+from pysciml_node.torch_engine.native.crossing import (
+    BEHIND,
+    IN_REQUEST,
+    Call,
+    Hole,
+    call_of,
+    first_behind,
+)
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 from pysciml_node.torch_engine.switching import FACTOR, MOST_SMOOTH, MOST_STIFF, SHARE
 
@@ -33,8 +42,18 @@ TURN = 0.05
 # Bytes of stages that are kept. The system takes larger blocks back at once (glibc's greatest
 # M_MMAP_THRESHOLD is 32 MiB), and new pages take longer than to evaluate the stages again.
 _MOST_KEPT = 31 << 20
-# What blocks of memory are made like.
-_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
+GIVEN = (
+    *("u0", "ends", "saved", "final", "memory", "kept", "room", "kept_room"),
+    *("threads", "events", "event_count", "noise"),
+)
+"""What a loop is given, by the names of its request."""
+
+GIVEN_BACK = (
+    *("ends", "saved_bar", "ends_bar", "last_bar", "packed_bar", "t_bar", "h_bar", "theta_bar"),
+    *("memory", "kept", "n", "first", "count", "q", "kept_count", "noise", "threads", "reached"),
+)
+"""What a sweep is given, likewise; cotangents of the initial state go behind the packed ones."""
+
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
 
@@ -81,9 +100,12 @@ class Departure:
         room: steps that room is made for at first.
         most_kept: steps whose stages may be kept for the sweep.
         save_count: saved times.
+        parameters: how many tensors the code reads.
+        behind: where what is behind the request and their addresses begins, as `packed_at`.
         nothing: the saved states of a solve that saves none, `(0, N)`.
-        packed_at: where the parameters that each method packs begin in a block of memory.
-        places_at: where the places of saved times begin in a block of memory.
+        packed_at: where the parameters that each method packs begin in a block, in bytes from the
+            first address in it that is aligned.
+        places_at: where the places of saved times do.
         steps_at: where the steps do.
     """
 
@@ -103,12 +125,15 @@ class Departure:
         self._stops = (ctypes.c_double * len(landings))(*landings)
         self._saves = (ctypes.c_double * max(len(times), 1))(*times)
         self.room = first_room(library.size)
+        self._alike = isinstance(options.controller, FixedStep)
         self.most_kept = _most_kept(library, options) if len(libraries) == 1 else 0
         self.save_count = len(times)
         self.nothing = torch.empty((0, library.size), dtype=library.dtype, device="cpu")
-        sizes = [-(-x.packed_size * library.dtype.itemsize // 8) for x in libraries]
-        *self.packed_at, self.places_at = itertools.accumulate(sizes, initial=0)
-        self.steps_at = self.places_at + 2 * len(times)
+        self.parameters = max(len(x.places) for x in libraries)
+        self.behind = first_behind(ctypes.sizeof(SolveRequest) + 8 * self.parameters)
+        sizes = [-(-x.packed_size * library.dtype.itemsize // 8) * 8 for x in libraries]
+        *self.packed_at, self.places_at = itertools.accumulate(sizes, initial=self.behind)
+        self.steps_at = self.places_at + 16 * len(times)
         self._request = request = SolveRequest(
             t0=t0,
             t1=t1,
@@ -126,6 +151,7 @@ class Departure:
             saves=ctypes.addressof(self._saves),
             seconds=TURN,
         )
+        self._sweeps: dict[int, Call] = {}
         self.turn(request, 0)
         self._tolerances = self._set_tolerances(library.dtype)
         accuracy = Accuracy.of(options, library.dtype, library.size)
@@ -188,9 +214,50 @@ class Departure:
             return self.interval == (t0, t1) and not self.free
         return self.interval == ends_of(problem) and self.free == _ends_move(problem)
 
-    def new_block(self) -> Tensor:
-        """Memory for the packed parameters of a solve, and for what it notes."""
-        return _DOUBLE.new_empty(self.steps_at + 4 * self.room)
+    def room_after(self, steps: int) -> int:
+        """Steps that room is made for where the solve before took so many."""
+        return steps if self._alike and 0 < steps <= self.room else self.room
+
+    @cached_property
+    def march(self) -> Call:
+        """The loop of the first method, which is given what `GIVEN` names, and the parameters.
+
+        The addresses of these are behind the request, and then what the method packs of them, the
+        places of saved times, and the steps.
+        """
+        library, size = self.libraries[0], ctypes.sizeof(SolveRequest)
+        holes = [Hole(getattr(SolveRequest, name).offset, i) for i, name in enumerate(GIVEN)]
+        holes += [Hole(size + 8 * i, len(GIVEN) + i) for i in range(self.parameters)]
+        holes += [
+            Hole(SolveRequest.tensors.offset, IN_REQUEST, size),
+            Hole(SolveRequest.packed.offset, BEHIND, self.packed_at[0]),
+            Hole(SolveRequest.places.offset, BEHIND, self.places_at),
+            Hole(SolveRequest.steps.offset, BEHIND, self.steps_at),
+        ]
+        start = bytes(self._request) + bytes(8 * self.parameters)
+        own = self.steps_at - self.behind + 32 * self.room
+        return call_of(library.loaded.march, start, library.dtype, holes, own)
+
+    def sweep(self, method: int) -> Call:
+        """The sweep of a method, which is given what `GIVEN_BACK` names, and the log."""
+        known = self._sweeps.get(method)
+        if known is None:
+            library, log = self.libraries[method], len(GIVEN_BACK)
+            holes = [
+                *(Hole(getattr(SweepRequest, x).offset, i) for i, x in enumerate(GIVEN_BACK)),
+                Hole(
+                    SweepRequest.start_bar.offset,
+                    GIVEN_BACK.index("packed_bar"),
+                    library.start_at,
+                ),
+                Hole(SweepRequest.packed.offset, log, self.packed_at[method]),
+                Hole(SweepRequest.places.offset, log, self.places_at),
+                Hole(SweepRequest.steps.offset, log, self.steps_at),
+            ]
+            start = bytes(self._way_back)
+            known = call_of(library.loaded.sweep, start, library.dtype, holes)
+            self._sweeps[method] = known
+        return known
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""

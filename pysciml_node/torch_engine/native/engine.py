@@ -65,8 +65,7 @@ class FlownSolve(Solve):
 
     # Whether the ends receive gradients that the steps do not have.
     fixed = False
-    # The field, where native code takes steps again, and whether it is translated when they are.
-    program: FieldProgram | None = None
+    # Whether the field is translated where native code takes steps again, or is known.
     translated = True
     parameters: Sequence[Tensor] = ()
 
@@ -84,6 +83,11 @@ class FlownSolve(Solve):
         self.interval = ends_of(problem)
         spec, u0 = problem.spec, problem.u0
         self.u0: Any = u0 if spec.keys is None else spec.flatten(u0)
+
+    @property
+    def program(self) -> FieldProgram | None:
+        """The field, where native code takes steps again."""
+        return None
 
     def record(self, flight: Flight) -> Record:
         """Its steps as the rest of the package reads them."""
@@ -198,7 +202,7 @@ class SingleSolve(FlownSolve):
     @override
     def flown(self) -> tuple[Flight, States]:
         if not torch.is_grad_enabled():
-            states = self.fly(self.u0.detach())
+            states = self.fly(torch._C._functorch.unwrap_if_dead(self.u0))
             return self.flight, states
         (t0, t1), saveat = self.problem.tspan, self.options.saveat_tensor
         # Torch takes its time for each thing that a node is given.
@@ -221,20 +225,24 @@ class NativeSolve(SingleSolve):
     def __init__(
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
-        assert isinstance(algorithm, OneStepMethod)
         prepared, self.parameters, see = prepare(problem, algorithm, options)
-        if is_told(problem, algorithm):
-            expect_fitting(problem, algorithm)
-        self.program = FieldProgram(
-            prepared.json, prepared.program, self.parameters, prepared.derivatives
-        )
+        if not prepared.explicit and is_told(problem, algorithm):
+            expect_fitting(problem, prepared.algorithm)
         super().__init__(problem, algorithm, options, engine, see)
+        self.prepared = prepared
         self.departure = prepared.departure
         # Only an operation without a derivative hides the time.
-        if torch.is_grad_enabled() and prepared.program.jumps:
+        if prepared.program.jumps and torch.is_grad_enabled():
+            assert isinstance(algorithm, OneStepMethod)
             method = Method.of(algorithm.tableaus[0], problem.spec.dtype, problem.spec.device)
             self.fixed = lacks_ends(problem, method, self.u0.reshape(-1))
         self.search = self._search() if options.events else None
+
+    @property
+    @override
+    def program(self) -> FieldProgram:
+        known = self.prepared
+        return FieldProgram(known.json, known.program, self.parameters, known.derivatives)
 
     def _search(self) -> Search:
         try:
@@ -282,8 +290,9 @@ class _Node(torch.autograd.Function):
         kept = ctx.saved_tensors
         pull = partial(_pull, ctx.solve, kept, needed[1:])
         gradients = pulled(pull, kept, saved, ends, last)
-        if not graph_is_retained():
-            ctx.solve.flight.kept = None
+        flight = ctx.solve.flight
+        if flight.kept is not None and not graph_is_retained():
+            flight.kept = None
         return (None, *gradients)
 
 
@@ -302,7 +311,7 @@ def _pull(
     assert ends is not None
     moving = len(solve.moving)
     of_times = wanted[1 : 1 + moving]
-    with_times = any(of_times)
+    with_times = bool(moving) and any(of_times)
     stats, flight = solve.stats, solve.flight
     swept = sweep_back(flight, ends, arriving, with_times, solve.noise())
     stats.nfe_backward += swept.nfe
@@ -318,7 +327,7 @@ def _pull(
             for bar, source, needed in zip(bars, sources[:moving], of_times, strict=True)
         ]
     rest = _of_parameters(solve, swept, sources[moving:], wanted[1 + moving :])
-    u0 = swept.start.view(solve.u0.shape) if wanted[0] else None
+    u0 = swept.start_like(solve.u0) if wanted[0] else None
     return (u0, *times, *rest)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pysciml_node.errors import CompileError
 from pysciml_node.replay.stages import Method
+from pysciml_node.torch_engine.native import crossing
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_estimates, emit_method
@@ -81,7 +82,7 @@ _MANY = 64
 """Places that are too many to keep arrays of them."""
 
 
-_LYING, _COUNTS, _SWEPT, _SWEPT_COUNTS = map(struct.Struct, ("10P2q", "5q", "14P5q", "3q"))
+_LYING, _LANDED, _SWEPT, _COST = map(struct.Struct, ("10P2q", "10q", "14P5q", "9q"))
 
 
 class AccuracyRequest(ctypes.Structure):
@@ -122,9 +123,10 @@ class SolveRequest(ctypes.Structure):
         """Set the fields from `u0` to `kept_room`; all at once, for each takes its time."""
         _LYING.pack_into(self, SolveRequest.u0.offset, *places)
 
-    def counts(self) -> tuple[int, ...]:
-        """The fields from `accepted` to `finite`."""
-        return _COUNTS.unpack_from(self, SolveRequest.accepted.offset)
+    @classmethod
+    def landed(cls, block: bytearray) -> tuple[int, ...]:
+        """The fields from `status` to `finite` of a request at the start of a block."""
+        return _LANDED.unpack_from(block, cls.status.offset)
 
 
 class SweepRequest(ctypes.Structure):
@@ -148,9 +150,10 @@ class SweepRequest(ctypes.Structure):
         """Set the fields from `ends` to `kept_count`."""
         _SWEPT.pack_into(self, SweepRequest.ends.offset, *places)
 
-    def counts(self) -> tuple[int, ...]:
-        """The fields from `evaluations` to `replayed`."""
-        return _SWEPT_COUNTS.unpack_from(self, SweepRequest.evaluations.offset)
+    @classmethod
+    def swept(cls, block: bytearray) -> tuple[int, ...]:
+        """The fields from `q` to `status` of a request at the start of a block."""
+        return _COST.unpack_from(block, cls.q.offset)
 
 
 _SOURCES = {x.name: x.read_text(encoding="utf-8") for x in (files(__package__) / "src").iterdir()}
@@ -176,10 +179,11 @@ def header(dtype: torch.dtype, abreast: int = 0) -> str:
 
 
 @functools.cache
-def look_in_c() -> None:
-    """Have native code look again at what fields reach, from now on."""
+def cross_in_c() -> None:
+    """Have native code look again at what fields reach, and fill requests, from now on."""
     with contextlib.suppress(CompileError):
         again.use(build(again.source()))
+        crossing.use(build(source("crossing.c")))
 
 
 class Code(Settled):
@@ -206,7 +210,7 @@ class Code(Settled):
         # No lock: threads may do it twice, but a process that forks would leave it closed.
         if self._loaded is None:
             library = build(self.text)
-            look_in_c()
+            cross_in_c()
             for name, (result, *arguments) in self._calls.items():
                 call = getattr(library, name)
                 call.restype, call.argtypes = result, arguments

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,9 +111,10 @@ def check_surroundings(options: SolveOptions) -> None:
     Raises:
         CompileError: as said.
     """
-    if torch.is_grad_enabled() and not isinstance(options.adjoint, DiscreteAdjoint):
-        name = type(options.adjoint).__name__
-        raise refusal(name, "adjoint=DiscreteAdjoint(), or with compile=False")
+    kind = type(options.adjoint)
+    discrete = kind is DiscreteAdjoint or issubclass(kind, DiscreteAdjoint)
+    if not discrete and torch.is_grad_enabled():
+        raise refusal(kind.__name__, "adjoint=DiscreteAdjoint(), or with compile=False")
     if torch._C._are_functorch_transforms_active():
         raise refusal("transforms of torch.func")
     if torch.autograd.forward_ad._current_level >= 0:
@@ -160,8 +161,9 @@ class Prepared:
         derivatives: that it has beside the field; of its pullback where gradients need them.
         json: the program as text, which explicit methods have their libraries by.
         compared: for which numbers of `p` the code is the field's.
-        spec: structure of the state. Like the method and the options it is kept, so that no other
-            one is given its identity.
+        algorithm: how it is solved. Like the structure of the state and the options it is kept, so
+            that no other one is given its identity.
+        spec: structure of the state.
     """
 
     departure: Departure
@@ -173,10 +175,23 @@ class Prepared:
     derivatives: Derivatives
     json: str
     compared: Compared
+    algorithm: OneStepMethod
     spec: StateSpec
+
+    @cached_property
+    def explicit(self) -> bool:
+        """Whether the method is an explicit one."""
+        return isinstance(self.algorithm, ExplicitRungeKutta)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the code reads the tensors of the field, and of `p`, one after the other."""
+        return not self.constants and self.places == list(range(len(self.places)))
 
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the code reads, of those of the field and of `p`."""
+        if self.in_order and len(tensors) == len(self.places):
+            return tensors
         every = [*tensors, *self.constants] if self.constants else tensors
         return list(map(every.__getitem__, self.places))
 
@@ -190,9 +205,12 @@ class Prepared:
         """Whether another solve of a field that looks the same needs nothing else."""
         return (
             self.departure.serves(problem, options)
-            and (self.derivatives.pulled is not None)
-            == _records(problem, options, parameters, self.rosenbrock)
-            and have_contents(tensors, self.contents)
+            and (
+                not self.rosenbrock
+                or (self.derivatives.pulled is not None)
+                == _records(problem, options, parameters, True)
+            )
+            and (not self.contents or have_contents(tensors, self.contents))
         )
 
 
@@ -210,40 +228,39 @@ class Ready(NamedTuple):
     see: See
 
 
-_Way = tuple[int, ...]
-
-
 def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
     """What a solve needs.
 
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
-    assert isinstance(algorithm, OneStepMethod)
     f, p = problem.f, problem.p
-    way = id(problem.spec), id(options), *map(id, algorithm.tableaus)
     now = Snapshot.again(f) if _looks_whole(problem) else None
     if now is None:
-        return _prepare(problem, algorithm, options, way)
-    for read in ways_to_read(p, problem.spec):
-        leaves = leaves_of(read)
-        known = known_of(now.watch, (*way, form_for(now, leaves)), Prepared)
+        return _prepare(problem, algorithm, options)
+    for read in (p,) if p is None else ways_to_read(p, problem.spec):
+        form, tensors = None, now.tensors
+        if p is not None:
+            leaves = leaves_of(read)
+            form, tensors = form_for(now, leaves), [*tensors, *leaves[0]]
+        way = id(problem.spec), id(options), id(algorithm), form
+        known = known_of(now.watch, way, Prepared)
         if known is not None:
-            tensors = [*now.tensors, *leaves[0]]
             parameters = known.parameters(tensors)
-            if known.serves(problem, options, tensors, parameters) and known.compared.holds(
-                f, problem.spec, p, read, parameters
+            if known.serves(problem, options, tensors, parameters) and (
+                read is p or known.compared.holds(f, problem.spec, p, read, parameters)
             ):
-                _check_call(problem, algorithm, options)
+                if not known.explicit:
+                    _check_implicit(problem, algorithm)
+                check_surroundings(options)
                 return Ready(known, parameters, surroundings_of(f, p, now))
-    return _prepare(problem, algorithm, options, way)
+    return _prepare(problem, algorithm, options)
 
 
-def _prepare(
-    problem: ODEProblem, algorithm: OneStepMethod, options: SolveOptions, way: _Way
-) -> Ready:
+def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
+    assert isinstance(algorithm, OneStepMethod)
     f, p, spec, tableaus = problem.f, problem.p, problem.spec, algorithm.tableaus
     rosenbrock = any(isinstance(x, RosenbrockTableau) for x in tableaus)
     # Events are looked for in the whole state, and methods take turns with it.
@@ -272,10 +289,10 @@ def _prepare(
     places = [next(behind) if isinstance(x, Tensor) else x for x in sources]
     made = Prepared(
         departure, program, constants, places, translated.contents, rosenbrock, derivatives,
-        translated.json, translated.compared, spec,
+        translated.json, translated.compared, algorithm, spec,
     )  # fmt: skip
     if departure.lasting and _looks_whole(problem):
-        keep(now.watch, (*way, form_for(now, leaves)), made)
+        keep(now.watch, (id(spec), id(options), id(algorithm), form_for(now, leaves)), made)
     tensors = [*now.tensors, *leaves[0]]
     return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
 

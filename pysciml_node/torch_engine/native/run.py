@@ -6,7 +6,8 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,15 @@ from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.brownian import Noise
+from pysciml_node.torch_engine.native.crossing import ALIGNED, Block, aligned
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search
 from pysciml_node.torch_engine.native.library import (
     Library,
     SolveRequest,
-    addresses,
+    SweepRequest,
 )
+from pysciml_node.torch_engine.native.text import contiguous
 
 RUNNING, FULL, SUCCESS, CHANGED = 0, 1, 2, 8
 RETCODES = {
@@ -33,8 +36,10 @@ RETCODES = {
     5: ReturnCode.Unstable,
     7: ReturnCode.Terminated,
 }
+_UNDERWAY = frozenset((RUNNING, FULL, CHANGED))
 _COMPLETE = frozenset(code for code, value in RETCODES.items() if value.successful)
 _NO_TIMES = (0, 0, 0)
+_strides = lru_cache(contiguous)
 
 
 class States(NamedTuple):
@@ -65,32 +70,54 @@ class Notes(NamedTuple):
 
 
 class Log(NamedTuple):
-    """The same in one block of memory, behind the packed parameters as the solve reads them.
+    """The same in one block of memory, behind the request and the parameters as they are packed.
 
     Attributes:
-        block: in float64, whatever the parameters are.
+        block: the request at its start, as the solve has left it.
         departure: how the solve has begun, which says where in the block what lies.
     """
 
-    block: Tensor
+    block: Block
     departure: Departure
 
-    def addresses(self, method: int = 0) -> tuple[int, int, int]:
-        """Where the parameters that a method packs, the steps and the places lie."""
-        block, departure = self
-        start = block.data_ptr()
-        packed = start + 8 * departure.packed_at[method]
-        return packed, start + 8 * departure.steps_at, start + 8 * departure.places_at
+    @property
+    def request(self) -> SolveRequest:
+        """The request, in the block itself."""
+        return SolveRequest.from_buffer(self.block)
+
+    def place_in(self, request: SolveRequest, method: int) -> None:
+        """Put into a request where in the block a method finds what is its own."""
+        departure, start = self.departure, ctypes.addressof(request)
+        own = start + aligned(self.block)
+        request.tensors = start + ctypes.sizeof(SolveRequest)
+        request.packed = own + departure.packed_at[method]
+        request.places, request.steps = own + departure.places_at, own + departure.steps_at
+
+    def grown(self, more: int) -> Log:
+        """The same with so many more bytes behind the steps; `place_in` has to follow."""
+        block = Block(len(self.block) + more)
+        head = self.departure.behind
+        of, to = aligned(self.block), aligned(block)
+        block[:head] = self.block[:head]
+        size = len(self.block) - ALIGNED
+        block[to + head : to + size] = self.block[of + head : of + size]
+        return Log(block, self.departure)
+
+    def _numbers(self, at: int) -> Tensor:
+        """The block as numbers, from a place on."""
+        start = aligned(self.block) + at
+        count = (len(self.block) - start) // 8
+        return torch.frombuffer(self.block, dtype=torch.float64, count=count, offset=start)
 
     @property
     def steps(self) -> Tensor:
         """As those of `Notes`; what is behind the accepted ones is not set."""
-        return self.block[self.departure.steps_at :]
+        return self._numbers(self.departure.steps_at)
 
     @property
     def places(self) -> Tensor:
         """As those of `Notes`; what is behind the reached ones is not set."""
-        return self.block[self.departure.places_at : self.departure.steps_at].view(-1, 2)
+        return self._numbers(self.departure.places_at)[: 2 * self.departure.save_count].view(-1, 2)
 
 
 class Piece(NamedTuple):
@@ -262,14 +289,12 @@ def fly(
         keeps: whether the stages of steps are kept for a sweep.
         noise: the Brownian motions of a stochastic equation.
     """
-    request, room, count = departure.request(), departure.room, departure.save_count
-    library = departure.libraries[0]
-    relay: _Relay | None = None
-    u0 = library.lying(u0)
-    # Torch takes numbers faster than a shape; there are rows of them in the end.
-    ends, last = u0.new_empty((room + 1) * library.size), torch.empty_like(u0)
+    library, count = departure.libraries[0], departure.save_count
+    assert len(parameters) == departure.parameters, "C reads as many"
+    room = departure.room_after(library.lately)
+    ends, last = u0.new_empty(room + 1, library.size), torch.empty_like(u0)
     saved = u0.new_empty(count, *u0.shape) if count else departure.nothing
-    block, memory = departure.new_block(), library.take_memory(library.march_memory)
+    memory = library.take_memory(library.march_memory)
     kept, kept_room = None, 0
     if keeps:
         # As many as lately, and some more: memory that is not touched again and again costs its
@@ -277,55 +302,45 @@ def fly(
         lately = library.lately
         kept_room = min(departure.most_kept, lately + lately // 8 + 1)
         kept = u0.new_empty(kept_room * library.slot) if kept_room else None
-    lying = library.all_lying(parameters)
-    tensors = addresses(lying)
-    if library.parts is not None:
-        request.threads = torch.get_num_threads()
-    if search is not None:
-        request.events, request.event_count = search.address, search.count
-    if noise is not None:
-        request.noise = ctypes.addressof(noise)
-    status = RUNNING
-    while status in (RUNNING, FULL, CHANGED):
-        if status == CHANGED:
-            relay = relay or _Relay(departure, memory)
-            relay.turn(request)
-            library, memory = relay.library, relay.memory
-        elif status == FULL:
-            block, ends = _grown(block, 4 * room), _grown(ends, library.size * room)
-            room *= 2
-        log = Log(block, departure)
-        packed, steps, places = log.addresses(0 if relay is None else relay.method)
-        request.put(
-            u0.data_ptr(),
-            ctypes.addressof(tensors),
-            packed,
-            ends.data_ptr(),
-            saved.data_ptr(),
-            last.data_ptr(),
-            steps,
-            places,
-            memory.data_ptr(),
-            0 if kept is None else kept.data_ptr(),
-            room,
-            kept_room,
-        )
-        status = library.march(request)
-        if on_turn is not None:
-            on_turn(request.t, request.last_h, request.accepted)
+    block = departure.march(
+        u0,
+        ends,
+        saved,
+        last,
+        memory,
+        kept,
+        room,
+        kept_room,
+        0 if library.parts is None else torch.get_num_threads(),
+        *((0, 0) if search is None else (search.address, search.count)),
+        0 if noise is None else ctypes.addressof(noise),
+        *parameters,
+    )
+    if block is None:
+        library.give_memory(memory)
+        lying = library.lying(u0), library.all_lying(parameters)
+        return fly(departure, *lying, search, on_turn, keeps, noise)
+    log, relay = Log(block, departure), None
+    found = SolveRequest.landed(block)
+    if found[0] in _UNDERWAY or on_turn is not None:
+        log, ends, relay = _onward(log, ends, memory, on_turn)
+        found = SolveRequest.landed(log.block)
+    status, _, _, _, _, accepted, rejected, evaluations, reached, finite = found
+    retcode, attempt, event = RETCODES[status], None, None
     if relay is None:
         library.give_memory(memory)
     else:
-        library, memory = relay.end(request)
-    retcode, attempt = RETCODES[status], None
-    if status not in _COMPLETE and request.last_h:
-        attempt = _last_attempt(library, request, memory, ends)
-    accepted, rejected, evaluations, reached, finite = request.counts()
-    # In place: a view would keep what is not needed of the room in sight.
-    ends.resize_(accepted + 1, library.size)
+        library, memory = relay.end(log.request)
+    if status not in _COMPLETE:
+        attempt = _last_attempt(library, log.request, memory, ends)
+    elif retcode is ReturnCode.Terminated:
+        event = log.request.found
+    if (
+        ends.size(0) != accepted + 1
+    ):  # in place: a view would keep what is not needed of the room in sight
+        ends.resize_(accepted + 1, library.size)
     if reached < count:
         saved.resize_(reached, *u0.shape)
-    event = request.found if retcode is ReturnCode.Terminated else None
     departure.libraries[0].lately = accepted
     flight = Flight(
         log,
@@ -343,17 +358,56 @@ def fly(
     return flight, States(saved, ends, last)
 
 
-def _grown(entries: Tensor, more: int) -> Tensor:
-    grown = entries.new_empty(len(entries) + more)
-    grown[: len(entries)] = entries
+def _onward(
+    log: Log, ends: Tensor, memory: Tensor, on_turn: Callable[[float, float, int], None] | None
+) -> tuple[Log, Tensor, _Relay | None]:
+    """Go on with a solve that has only begun.
+
+    Args:
+        log: of the solve.
+        ends: room for the states at the ends of its steps.
+        memory: of its first method.
+        on_turn: as of `fly`.
+
+    Returns:
+        The log, and the states; with more room where there was not enough. And what has had the
+        methods take turns, where they have.
+    """
+    departure, request = log.departure, log.request
+    library, status = departure.libraries[0], request.status
+    relay: _Relay | None = None
+    while True:
+        if on_turn is not None:
+            on_turn(request.t, request.last_h, request.accepted)
+        if status not in _UNDERWAY:
+            return log, ends, relay
+        if status == FULL:
+            room = request.room
+            log, ends = log.grown(32 * room), _grown(ends, room)
+            request = log.request
+            request.ends, request.room = ends.data_ptr(), 2 * room
+        elif status == CHANGED:
+            relay = relay or _Relay(departure, memory)
+            relay.turn(request)
+            library, request.memory = relay.library, relay.memory.data_ptr()
+        log.place_in(request, 0 if relay is None else relay.method)
+        status = library.march(request)
+
+
+def _grown(states: Tensor, more: int) -> Tensor:
+    grown = states.new_empty(len(states) + more, states.shape[1])
+    grown[: len(states)] = states
     return grown
 
 
-def _last_attempt(library: Library, request: SolveRequest, memory: Tensor, ends: Tensor) -> Attempt:
+def _last_attempt(
+    library: Library, request: SolveRequest, memory: Tensor, ends: Tensor
+) -> Attempt | None:
+    if not request.last_h:
+        return None
     u, u1 = library.last_states(memory)
     if request.t != request.last_t:  # It was accepted, and the loop stands at its end.
-        before, size = request.accepted - 1, library.size
-        u = ends[before * size :][:size]
+        u = ends[request.accepted - 1]
     return Attempt(request.last_t, request.last_h, u.clone(), u1.clone(), request.last_error)
 
 
@@ -363,7 +417,6 @@ class Swept:
 
     Attributes:
         bars: of the parameters, flat, each in its place, by methods; of those that took steps.
-        start: of the initial state, `(N,)`.
         times: of the steps' starts, of their sizes, and of the saved times' places; empty where
             times need none.
         nfe: evaluations.
@@ -372,16 +425,28 @@ class Swept:
     """
 
     bars: dict[int, Tensor]
-    start: Tensor
     times: list[Tensor]
     nfe: int = 0
     nvjp: int = 0
     steps: int = 0
+    _last: tuple[Tensor, int] = field(init=False, repr=False)
+
+    @property
+    def start(self) -> Tensor:
+        """Of the initial state, `(N,)`."""
+        bars, place = self._last
+        return bars[place:]
+
+    def start_like(self, u0: Tensor) -> Tensor:
+        """The same in the shape of a state: one operation of torch instead of two."""
+        bars, place = self._last
+        return bars.as_strided(u0.shape, _strides(u0.shape), place)
 
     def add(self, library: Library, method: int, bars: Tensor, counts: Sequence[int]) -> None:
         """Go back over a piece: its cotangents, those of its start last, and what it cost."""
-        known, self.start = self.bars.get(method), bars[library.packed_size :]
+        known = self.bars.get(method)
         self.bars[method] = bars if known is None else known + bars
+        self._last = bars, library.packed_size
         evaluations, pulls, replayed = counts
         self.nfe += evaluations
         self.nvjp += pulls
@@ -407,45 +472,40 @@ def sweep_back(
     assert isinstance(flight.log, Log)
     departure, (count, reached) = flight.log.departure, flight.good(ends)
     library, kept = departure.libraries[0], flight.kept
-    saved, steps, last = (None if x is None else library.lying(x) for x in arriving)
+    saved, steps, last = [None if x is None else library.lying(x) for x in arriving]
     if count < flight.count:
         last = None
     times: list[Tensor] = []
     parts = 1 if library.parts is None else library.parts.count
     if with_times:
-        times = [flight.log.block.new_zeros(parts * n) for n in (count, count, reached)]
-    swept, at = Swept({}, ends, times), reached - 1
+        times = [torch.zeros(parts * n, dtype=torch.float64) for n in (count, count, reached)]
+    further = (
+        0 if noise is None else ctypes.addressof(noise),
+        *((0, 0) if parts == 1 else (torch.get_num_threads(), reached)),
+        flight.log.block,
+    )
+    time_bars = tuple(map(Tensor.data_ptr, times)) if times else _NO_TIMES
+    kept_count = 0 if kept is None else min(count, kept.numel() // library.slot)
+    swept, at, before = Swept({}, times), reached - 1, (saved if reached else None, steps)
     for method, first, behind in reversed(flight.pieces(count)):
-        library, request = departure.libraries[method], departure.request_back()
-        if parts > 1:
-            request.threads, request.reached = torch.get_num_threads(), reached
+        library = departure.libraries[method]
         bars = ends.new_empty(library.packed_size + library.size)
-        memory, left = library.take_memory(library.sweep_memory), bars.data_ptr()
-        request.put(
-            ends.data_ptr(),
-            *flight.log.addresses(method),
-            0 if saved is None or not reached else saved.data_ptr(),
-            0 if steps is None else steps.data_ptr(),
-            0 if last is None else last.data_ptr(),
-            left + library.start_at,
-            left,
-            *(map(Tensor.data_ptr, times) if times else _NO_TIMES),
-            memory.data_ptr(),
-            0 if kept is None else kept.data_ptr(),
-            behind,
-            first,
-            behind,
-            at,
-            0 if kept is None else min(count, kept.numel() // library.slot),
+        memory = library.take_memory(library.sweep_memory)
+        block = departure.sweep(method)(
+            *(ends, *before, last, bars, *time_bars, memory, kept),
+            *(behind, first, behind, at, kept_count, *further),
         )
-        if noise is not None:
-            request.noise = ctypes.addressof(noise)
-        while library.sweep(request) == RUNNING:
-            pass
+        assert block is not None, "all of them lie as C reads them"
+        at, _, _, live, _, *counts, status = SweepRequest.swept(block)
+        if status == RUNNING:
+            request = SweepRequest.from_buffer(block)
+            while library.sweep(request) == RUNNING:
+                pass
+            at, _, _, live, _, *counts, status = SweepRequest.swept(block)
         library.give_memory(memory)
-        swept.add(library, method, bars, request.counts())
+        swept.add(library, method, bars, counts)
         # What has arrived goes on to the steps before.
-        last, at = swept.start if request.live else None, request.q
+        last = swept.start if live and first else None
     if times:
         whole = (flight.count, flight.count, flight.reached)
         swept.times = [

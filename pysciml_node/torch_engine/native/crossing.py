@@ -1,0 +1,135 @@
+"""Calls of the loops in C, whose requests are filled in C too."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import sysconfig
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pysciml_node.torch_engine.native.structures import INTEGER, POINTER
+
+IN_REQUEST, BEHIND = -2, -1
+"""Numbers of what is not given: an address in the request, or behind it."""
+
+ALIGNED = 64
+"""What is behind a request begins at a multiple of so many bytes, as vectors of C do best."""
+
+# Functions of Python's stable ABI, and objects, in the order of src/crossing.c.
+_FUNCTIONS = (
+    *("PyBytes_AsString", "PyByteArray_FromStringAndSize", "PyByteArray_AsString"),
+    *("PyObject_Type", "PyObject_GetAttr", "PyObject_CallOneArg", "PyLong_AsSsize_t"),
+    *("PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread", "PyCFunction_NewEx"),
+    *("Py_IncRef", "Py_DecRef"),
+)
+_OBJECTS = (
+    *(None, True, False, int, bytearray),
+    *("dtype", Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg),
+)
+
+Block = bytearray
+Call = Callable[..., Block | None]
+"""A call in C: is given tensors, numbers, blocks of other calls, or `None`, in the order in which
+holes name them, and returns the block of its request; `None` where a tensor does not lie as C reads
+it."""
+
+_cross: Callable[..., Block | None] | None = None
+
+
+def use(library: ctypes.CDLL) -> None:
+    """Fill requests by a library from now on; where there is no interpreter's lock, in Python.
+
+    Args:
+        library: made of src/crossing.c.
+    """
+    global _cross
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return
+    functions = (ctypes.cast(getattr(ctypes.pythonapi, x), POINTER) for x in _FUNCTIONS)
+    addresses = [*(x.value for x in functions), *map(id, _OBJECTS)]
+    begin = ctypes.PyDLL(library._name, handle=library._handle).begin
+    begin.restype = ctypes.py_object
+    _cross = begin((POINTER * len(addresses))(*addresses))
+
+
+class Hole(NamedTuple):
+    """A place in a request that each call fills with an address or a number.
+
+    Attributes:
+        at: bytes in front of it.
+        of: the number of what is given, `IN_REQUEST` or `BEHIND`.
+        added: to its address.
+    """
+
+    at: int
+    of: int
+    added: int = 0
+
+
+def call_of(
+    function: Any, start: bytes, dtype: torch.dtype, holes: Sequence[Hole], behind: int = 0
+) -> Call:
+    """A call of a function of C.
+
+    Args:
+        function: the function, of ctypes.
+        start: the request, which each call begins with a copy of.
+        dtype: of the tensors that are given.
+        holes: what it lacks.
+        behind: bytes behind the request, where `BEHIND` is.
+    """
+    room = first_behind(len(start)) + behind + ALIGNED
+    if _cross is None:
+        return partial(_call, function, start, dtype, holes, room)
+    address = ctypes.cast(function, POINTER).value
+    numbers = [x for hole in holes for x in hole]
+    head = struct.pack(
+        f"P2nPn{len(numbers)}n", address, room, len(start), id(dtype), len(holes), *numbers
+    )
+    return partial(_cross, head + start)
+
+
+def first_behind(size: int) -> int:
+    """Where what is behind a request of a size begins, counted from an address that is aligned."""
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def aligned(block: Block) -> int:
+    """Where the first address in a block lies that is aligned, from its start."""
+    return -ctypes.addressof(ctypes.c_char.from_buffer(block)) % ALIGNED
+
+
+def _call(
+    function: Any,
+    start: bytes,
+    dtype: torch.dtype,
+    holes: Sequence[Hole],
+    room: int,
+    *given: Tensor | Block | int | None,
+) -> Block | None:
+    """What src/crossing.c does."""
+    block = Block(room)
+    block[: len(start)] = start
+    request = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    own = {IN_REQUEST: request, BEHIND: request + aligned(block)}
+    for at, of, added in holes:
+        place = own[of] if of < 0 else _place(given[of], dtype)
+        if place is None:
+            return None
+        INTEGER.from_buffer(block, at).value = place + added
+    function(request)
+    return block
+
+
+def _place(x: Tensor | Block | int | None, dtype: torch.dtype) -> int | None:
+    if isinstance(x, Tensor):
+        lies = x.dtype is dtype and x.is_contiguous() and not x.is_neg()
+        return x.data_ptr() if lies else None
+    if isinstance(x, Block):
+        return ctypes.addressof(ctypes.c_char.from_buffer(x)) + aligned(x)
+    return x or 0

@@ -1,0 +1,134 @@
+/* Calls of the loops from Python: a request is copied, told where tensors lie, and handed over.
+
+   Like translation/again.c this needs neither Python's headers nor its library: `begin` is handed
+   functions of the stable ABI. What it does is said in Python by `_call` of crossing.py. */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef struct Object Object;
+typedef intptr_t Size;
+
+/* In the order of crossing.py. */
+static struct {
+  const void *(*bytes)(Object *);
+  Object *(*new_block)(const char *, Size);
+  char *(*block)(Object *);
+  Object *(*type)(Object *);
+  Object *(*attribute)(Object *, Object *);
+  Object *(*call)(Object *, Object *);
+  Size (*number)(Object *);
+  Object *(*failed)(void);
+  void *(*release)(void);
+  void (*acquire)(void *);
+  Object *(*function)(void *, Object *, Object *);
+  void (*keep)(Object *);
+  void (*let_go)(Object *);
+  Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
+} py;
+
+enum { WITH_ARRAY = 0x80 }; /* METH_FASTCALL */
+enum { IN_REQUEST = -2, BEHIND = -1 };
+enum { ALIGNED = 64 };
+
+/* A place in the request that holds an address or a number: of what is given, by its number, behind
+   the request, or in it; and what is added. */
+typedef struct {
+  Size at, of, added;
+} Hole;
+
+/* A function, the bytes of a block and of the request in it, and what the request lacks. */
+typedef struct {
+  int64_t (*run)(void *);
+  Size size, filled;
+  Object *dtype;
+  Size holes;
+  Hole hole[];
+} Call;
+
+static char *aligned(char *block) {
+  return (char *)(((uintptr_t)block + ALIGNED - 1) & ~(uintptr_t)(ALIGNED - 1));
+}
+
+/* Whether what was found is the very object; -1 after an exception. */
+static int is(Object *found, Object *expected) {
+  if (!found) return -1;
+  py.let_go(found);
+  return found == expected;
+}
+
+static int number(Object *x, Size *found) {
+  *found = py.number(x);
+  return *found == -1 && py.failed() ? -1 : 1;
+}
+
+/* Where a tensor lies, if it does as C reads it. */
+static int lies(Object *x, Object *dtype, Size *found) {
+  int as_read = is(py.attribute(x, py.dtype), dtype);
+  if (as_read == 1) as_read = is(py.call(py.is_contiguous, x), py.yes);
+  if (as_read == 1) as_read = is(py.call(py.is_neg, x), py.no);
+  if (as_read < 1) return as_read;
+  Object *address = py.call(py.data_ptr, x);
+  if (!address) return -1;
+  int known = number(address, found);
+  py.let_go(address);
+  return known;
+}
+
+static int find(Object *x, Object *dtype, Size *found) {
+  *found = 0;
+  if (x == py.none) return 1;
+  Object *kind = py.type(x);
+  py.let_go(kind);
+  if (kind == py.of_numbers) return number(x, found);
+  if (kind != py.of_blocks) return lies(x, dtype, found);
+  *found = (Size)aligned(py.block(x));
+  return 1;
+}
+
+static int fill(const Call *call, char *request, Object *const *given) {
+  memcpy(request, call->hole + call->holes, call->filled);
+  for (Size i = 0; i < call->holes; i++) {
+    Hole hole = call->hole[i];
+    Size place = (Size)(hole.of == IN_REQUEST ? request : aligned(request));
+    int known = hole.of < 0 ? 1 : find(given[hole.of], call->dtype, &place);
+    if (known < 1) return known;
+    place += hole.added;
+    memcpy(request + hole.at, &place, sizeof place);
+  }
+  return 1;
+}
+
+/* `cross(call, *given)`: the block, in which the request is as the function has left it; None where a
+   tensor does not lie as C reads it. */
+static Object *cross(Object *self, Object *const *given, Size count) {
+  (void)self, (void)count;
+  const Call *call = py.bytes(given[0]);
+  Object *block = call ? py.new_block(0, call->size) : 0;
+  if (!block) return 0;
+  char *request = py.block(block);
+  int filled = fill(call, request, given + 1);
+  if (filled == 1) {
+    void *thread = py.release();
+    call->run(request);
+    py.acquire(thread);
+    return block;
+  }
+  py.let_go(block);
+  if (filled < 0) return 0;
+  py.keep(py.none);
+  return py.none;
+}
+
+static struct {
+  const char *name;
+  Object *(*call)(Object *, Object *const *, Size);
+  int flags;
+  const char *words;
+} definition = {"cross", cross, WITH_ARRAY, 0};
+
+/* `cross` as a function of Python's. */
+Object *begin(const void *const *functions) {
+  memcpy(&py, functions, sizeof py);
+  return py.function(&definition, 0, 0);
+}
