@@ -11,7 +11,6 @@ cotangents stand in one buffer, so that each sum is a single fused call.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -220,10 +219,7 @@ def discrete_sweep(
     count = len(graphs)
 
     # Each has buffers of its own, and most sweeps need only one.
-    @functools.cache
-    def again(method: int) -> _StepPullback | RecordedPullback:
-        return _pullback_for(field, methods[method], backward, totals)
-
+    pullbacks: dict[int, _StepPullback | RecordedPullback] = {}
     cotangent = torch.zeros_like(states[0])
     times = None
     if backward.with_times:
@@ -241,7 +237,10 @@ def discrete_sweep(
         live = True
         joined = before is not None and n > count and _joined(backward, methods, n)
         step = _step_back(backward, n, cotangent, inside, joined)
-        pulled = again(record.method_of(n))(step)
+        method = record.method_of(n)
+        if method not in pullbacks:
+            pullbacks[method] = _pullback_for(field, methods[method], backward, totals)
+        pulled = pullbacks[method](step)
         cotangent = pulled.u
         stats.naccept_backward += 1
         if times is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.places import Names, StandIns, Test, holds
-from pysciml_node.steps.start import Start, version_of, versions_of
+from pysciml_node.steps.start import Start, versions_of
 from pysciml_node.steps.walk import APART, Walk
 
 # While a sweep has put other values into places, the solves of other threads wait, and so does a
@@ -136,9 +136,11 @@ class Surroundings:
             for place in self._places:
                 if place.changed():
                     place.settle()
+        now = versions_of(self.tensors)
+        if now == self._versions:
+            return
         for i, x in enumerate(self.tensors):
-            version = version_of(x)
-            if version != self._versions[i]:
+            if now[i] != self._versions[i]:
                 self._versions[i] = None
                 self._written.append(x)
 
@@ -198,7 +200,10 @@ class Surroundings:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if self._modules and any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds):
             return True
-        return any(getattr(module, kind) for _, module in self._modules for kind in kinds)
+        return any(
+            x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks
+            for _, x in self._modules
+        )
 
     @property
     def written(self) -> bool:
@@ -228,10 +233,13 @@ class Surroundings:
 
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""
+        now = versions_of(self.tensors)
+        if now == self._versions:
+            return []
         return [
             x
-            for x, version in zip(self.tensors, self._versions, strict=True)
-            if version is not None and version != version_of(x)
+            for x, version, then in zip(self.tensors, now, self._versions, strict=True)
+            if then is not None and then != version
         ]
 
     @contextmanager

@@ -74,6 +74,8 @@ class ODESolve(Solve):
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
         self.u0 = spec.flatten(problem.u0).clone()
         self.surroundings: Surroundings
+        # Start, stops and end.
+        self.marks = (problem.t0, *options.tstops, problem.t1)
 
     @override
     def run(self) -> Outcome:
@@ -105,8 +107,8 @@ class ODESolve(Solve):
         march = march_of(
             parts,
             u0,
-            problem.t0,
-            problem.t1,
+            self.marks[0],
+            self.marks[-1],
             MarchOptions(
                 controller=options.controller,
                 norm=ErrorNorm(options.tolerances, options.controller.norm),
@@ -120,7 +122,7 @@ class ODESolve(Solve):
             k=k0,
         )
         saver = Saver(
-            Record(times=[problem.t0], t1_stop=len(landings), marks=self.marks),
+            Record(times=[self.marks[0]], t1_stop=len(landings), marks=self.marks),
             u0,
             march.between,
             options.saveat or (),
@@ -134,11 +136,6 @@ class ODESolve(Solve):
         if search is not None:
             outcome.record.event = search.found
         return outcome
-
-    @property
-    def marks(self) -> tuple[float, ...]:
-        """Start, stops and end."""
-        return (self.problem.t0, *self.options.tstops, self.problem.t1)
 
     def stages(self, field: FlatFunction, recorded: bool = False) -> list[Stages]:
         """The stages of each method; recorded ones may be differentiated twice."""
@@ -223,7 +220,7 @@ class ODESolve(Solve):
         """As one node of the graph, its backward the sweep of the adjoint."""
         options, problem = self.options, self.problem
         self.refuse_transforms()
-        t_start = self.method.nodes.new_tensor(problem.t0)
+        t_start = self.method.nodes.new_tensor(self.marks[0])
         memory = self._memory()
         with keeping() if memory else nullcontext():
             field, kept, outcome = self._forward(memory, t_start)
