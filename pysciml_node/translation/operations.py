@@ -48,7 +48,7 @@ def refuse(what: str, operation: str) -> UnsupportedModule:
 for _name in (
     *("tanh", "sigmoid", "relu", "exp", "expm1", "sqrt", "rsqrt", "reciprocal", "square"),
     *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
-    *("log", "log1p", "abs", "erf", "erfc", "silu", "sign", "floor"),
+    *("log", "log2", "log10", "log1p", "abs", "erf", "erfc", "silu", "sign", "floor"),
 ):
     HANDLERS[_name] = lambda g, self, _op=_name: g.unary(_op, self)
 
@@ -56,16 +56,6 @@ for _name in (
 for _name in ("detach", "item", "_local_scalar_dense"):
     HANDLERS[_name] = lambda g, self: g.unary("stop", self)
 HANDLERS["pysciml_node::stop"] = lambda g, x: g.unary("stop", x)
-
-
-@handles("log2")
-def _log2(g: Builder, self: Traced) -> Traced:
-    return g.affine(g.unary("log", self), 1.0 / math.log(2.0))
-
-
-@handles("log10")
-def _log10(g: Builder, self: Traced) -> Traced:
-    return g.affine(g.unary("log", self), 1.0 / math.log(10.0))
 
 
 @handles("exp2")

@@ -314,6 +314,8 @@ _ENTRYWISE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "sin": lambda x, a: torch.sin(x),
     "cos": lambda x, a: torch.cos(x),
     "log": lambda x, a: torch.log(x),
+    "log2": lambda x, a: torch.log2(x),
+    "log10": lambda x, a: torch.log10(x),
     "log1p": lambda x, a: torch.log1p(x),
     "abs": lambda x, a: torch.abs(x),
     "erf": lambda x, a: torch.erf(x),

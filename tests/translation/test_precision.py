@@ -140,3 +140,17 @@ def test_a_division_is_a_division() -> None:
     found = psn.solve(problem, psn.Euler(), **options).u1
     expected = [math.floor(n / 49) + 1 + math.floor(98 / n) for n in range(1, 200)]
     assert found.tolist() == expected
+
+
+@pytest.mark.skipif(not available()[0], reason=available()[1])
+def test_logarithms_of_powers_are_whole() -> None:
+    """`log(1000) / log(10)` is below 3, and its floor would be 2."""
+    powers = torch.arange(-15.0, 16.0, dtype=D)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return torch.floor(torch.log10(u)) + 100 * torch.floor(torch.log2(2 ** (powers + 0 * u)))
+
+    options: Any = {"controller": psn.FixedStep(), "dt0": 1.0, "compile": True}
+    start = 10**powers
+    found = psn.solve(psn.ODEProblem(field, start, (0.0, 1.0)), psn.Euler(), **options).u1 - start
+    assert torch.equal((start + 101 * powers) - start, found)

@@ -149,6 +149,14 @@ struct Log <: Scalar end
 @inline (::Log)(x) = x < 0 ? oftype(x, NaN) : log(x)
 @inline derivative(::Log, x, y) = inv(x)
 
+struct Log2 <: Scalar end
+@inline (::Log2)(x) = x < 0 ? oftype(x, NaN) : log2(x)
+@inline derivative(::Log2, x, y) = inv(x * oftype(x, log(2)))
+
+struct Log10 <: Scalar end
+@inline (::Log10)(x) = x < 0 ? oftype(x, NaN) : log10(x)
+@inline derivative(::Log10, x, y) = inv(x * oftype(x, log(10)))
+
 struct Log1p <: Scalar end
 @inline (::Log1p)(x) = x < -1 ? oftype(x, NaN) : log1p(x)
 @inline derivative(::Log1p, x, y) = inv(1 + x)

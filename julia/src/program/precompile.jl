@@ -5,10 +5,10 @@ function precompile_programs(::Type{T}) where {T}
     m, c = Memory{V}, Cotangents{V}
     outputs = (Identity, Tanh, Sigmoid, ReLU)
     scalars = (
-        outputs..., Exp, Expm1, Sqrt, Rsqrt, Reciprocal, Square, Cube, Sin, Cos, Log, Log1p, Abs,
-        Erf, SiLU, GELU, TanhGELU, LeakyReLU{T}, ELU{T}, Softplus{T}, Clamp{T}, Affine{T}, Power{T},
-        Exponential{T}, Erfc, Tan, Asin, Acos, Atan, Sinh, Cosh, Asinh, Acosh, Atanh, Stop, Sign,
-        Floor, Round, Single,
+        outputs..., Exp, Expm1, Sqrt, Rsqrt, Reciprocal, Square, Cube, Sin, Cos, Log, Log2, Log10,
+        Log1p, Abs, Erf, SiLU, GELU, TanhGELU, LeakyReLU{T}, ELU{T}, Softplus{T}, Clamp{T},
+        Affine{T}, Power{T}, Exponential{T}, Erfc, Tan, Asin, Acos, Atan, Sinh, Cosh, Asinh, Acosh,
+        Atanh, Stop, Sign, Floor, Round, Single,
     )
     pairs = (
         Add, Subtract, Multiply, Divide, Raise, Maximum, Minimum, Angle, Remainder, Leftover, Less,

@@ -13,7 +13,7 @@ Forward = Callable[[str, Attributes], str]
 Pullback = Callable[[str, str, str, Attributes], str]
 
 LIBRARY = {
-    *("erf", "erfc", "gelu", "power", "exponential"),
+    *("erf", "erfc", "gelu", "power", "exponential", "log2", "log10"),
     *("tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh"),
 }
 """Functions of the C library: their loops are not made longer than they need be."""
@@ -77,6 +77,8 @@ FORWARD: dict[str, Forward] = {
     "square": lambda x, a: f"{x} * {x}",
     "cube": lambda x, a: f"{x} * {x} * {x}",
     "log": lambda x, a: f"psn_log({x})",
+    "log2": lambda x, a: f"F(log2)({x})",
+    "log10": lambda x, a: f"F(log10)({x})",
     "log1p": lambda x, a: f"psn_log1p({x})",
     "abs": lambda x, a: f"F(__builtin_fabs)({x})",
     "erf": lambda x, a: f"F(erf)({x})",
@@ -121,6 +123,8 @@ PULLBACK: dict[str, Pullback] = {
     "square": lambda g, x, y, a: f"2 * {g} * {x}",
     "cube": lambda g, x, y, a: f"3 * {g} * {x} * {x}",
     "log": lambda g, x, y, a: f"{g} / {x}",
+    "log2": lambda g, x, y, a: f"{g} / ({x} * (REAL)0.69314718055994530942)",
+    "log10": lambda g, x, y, a: f"{g} / ({x} * (REAL)2.30258509299404568402)",
     "log1p": lambda g, x, y, a: f"{g} / ({x} + 1)",
     "abs": lambda g, x, y, a: f"{g} * (REAL)(({x} > 0) - ({x} < 0))",
     "erf": lambda g, x, y, a: f"{g} * (REAL)1.1283791670955126 * psn_exp(-{x} * {x})",
