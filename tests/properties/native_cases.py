@@ -259,11 +259,11 @@ def chance(draw: st.DrawFn, one_in: int) -> bool:
 
 
 def tolerances(draw: st.DrawFn, made: RandomField, sizes: list[float]) -> Any:
-    """Numbers for each entry of a state."""
-    parts = []
+    """Numbers for each entry of a state, one of a part at least finite, or no error would count."""
+    parts, finite = [], [x for x in sizes if x < math.inf]
     for shape in made.state:
-        known = sizes if shape else [x for x in sizes if x < math.inf]  # a number has to be finite
-        listed = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        further = draw(st.lists(st.sampled_from(sizes if shape else finite), max_size=2))
+        listed = [draw(st.sampled_from(finite)), *further]
         count = math.prod(shape)
         parts.append(torch.tensor((listed * count)[:count], dtype=D).reshape(shape))
     return made.assembled(parts)
