@@ -31,6 +31,7 @@ class JuliaMembers(StackedMembers):
     """
 
     rounded_times: ClassVar[bool] = True
+    maps_field: ClassVar[bool] = False
 
     solutions: Sequence[Handle] = ()
     field: MembersField | None = None

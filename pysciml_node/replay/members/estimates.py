@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pysciml_node.algorithms.explicit import ExplicitRungeKutta
-from pysciml_node.problems.ensemble import Array
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.comparison import Comparison, as_solved
@@ -20,15 +21,56 @@ from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.first_sizes import first_sizes
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.norm import MembersNorm
-from pysciml_node.replay.members.stacked import StackedMembers
+from pysciml_node.replay.members.stacked import MembersUpToEvents
 from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.record import check_discrete
+from pysciml_node.steps.surroundings import Surroundings
 
 # So many steps are taken again at once, and their graphs are not kept.
 _ROWS = 8192
+
+
+class MappedMembers(MembersUpToEvents, Protocol):
+    """Members over which `torch.vmap` maps the field, with their steps in common tensors."""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """How they were solved."""
+
+    @property
+    def ensemble(self) -> EnsembleProblem:
+        """What was solved."""
+
+    @property
+    def options(self) -> MemberOptions:
+        """Those of all, and of each."""
+
+    @property
+    def u0(self) -> Tensor:
+        """Flat starts, `(M, N)`."""
+
+    @property
+    def states(self) -> Tensor:
+        """Flat states at the ends of the steps, `(P, N)`."""
+
+    @property
+    def reach(self) -> Surroundings:
+        """What the field can reach."""
+
+    @property
+    def thinned(self) -> bool:
+        """Whether only the last state of each is kept."""
+
+    @property
+    def detached(self) -> bool:
+        """Whether gradients have been left behind."""
+
+    @property
+    def rounded_times(self) -> bool:
+        """Whether times are as precise as states, and not doubles."""
 
 
 def estimates_of(members: Members) -> StackedEstimates | None:
@@ -36,17 +78,14 @@ def estimates_of(members: Members) -> StackedEstimates | None:
 
     Those of another engine may have a field that `torch.vmap` does not take.
     """
-    if type(members) is not StackedMembers:
+    explicit = isinstance(getattr(members, "algorithm", None), ExplicitRungeKutta)
+    if not (explicit and getattr(members, "maps_field", False)):
         return None
-    tspan = members.ensemble.tspan
-    if (
-        not isinstance(members.algorithm, ExplicitRungeKutta)
-        or members.thinned
-        or not members.steps.counts.all()
-        or (tspan is not None and moves(tspan))
-    ):
+    mapped = cast(MappedMembers, members)
+    tspan = mapped.ensemble.tspan
+    if mapped.thinned or not mapped.steps.counts.all() or (tspan is not None and moves(tspan)):
         return None
-    return StackedEstimates(members)
+    return StackedEstimates(mapped)
 
 
 class StackedEstimates:
@@ -56,7 +95,7 @@ class StackedEstimates:
         members: all of them.
     """
 
-    def __init__(self, members: StackedMembers) -> None:
+    def __init__(self, members: MappedMembers) -> None:
         self.members, self.steps = members, members.steps
         self.spans, options = members.options.spans, members.options
         self.sign = np.sign(self.spans[1] - self.spans[0])

@@ -149,9 +149,11 @@ class StackedMembers:
         events: that have ended members, where any are watched.
         detached: whether gradients have been left behind.
         rounded_times: whether times are as precise as states, and not doubles.
+        maps_field: whether `torch.vmap` maps the field over them.
     """
 
     rounded_times: ClassVar[bool] = False
+    maps_field: ClassVar[bool] = True
 
     ensemble: EnsembleProblem
     algorithm: Algorithm

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.state import map_tensors, moves, tensors_of
 from pysciml_node.replay.end_times import hides_time
+from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.stacked import MemberEvents, MemberSteps
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
@@ -137,6 +138,9 @@ class NativeMembers:
         "nreject": REJECTED,
     }
     swept: ClassVar[dict[str, int]] = {"nfe_backward": 0, "nvjp": 0, "naccept_backward": 1}
+    # As of members that a loop in Python has solved: see `MappedMembers`.
+    thinned: ClassVar[bool] = False
+    rounded_times: ClassVar[bool] = False
 
     solve: MembersSolve
     algorithm: Algorithm
@@ -147,6 +151,44 @@ class NativeMembers:
     detached: bool = False
     made: dict[int, Solution] = field(default_factory=dict)
     added: dict[str, Array] = field(default_factory=dict)
+
+    @cached_property
+    def maps_field(self) -> bool:
+        """Whether `torch.vmap` maps the field over them, as it does not map every operation."""
+        evaluate, (t0, _) = MembersField(self.ensemble), self.options.spans
+        evaluate.given = self.reach.roots
+        t, rows = torch.from_numpy(t0).to(self.u0.dtype), np.arange(len(t0))
+        try:
+            with torch.no_grad():
+                evaluate(t, self.u0.detach(), evaluate.parameters(rows))
+        except Exception:  # whatever vmap cannot do: each member then has estimates of its own
+            return False
+        return True
+
+    @property
+    def ensemble(self) -> EnsembleProblem:
+        """What was solved."""
+        return self.solve.ensemble
+
+    @property
+    def options(self) -> MemberOptions:
+        """Those of all, and of each."""
+        return self.solve.options
+
+    @property
+    def u0(self) -> Tensor:
+        """Flat starts, `(M, N)`."""
+        return self.tensors[3]
+
+    @property
+    def states(self) -> Tensor:
+        """Flat states at the ends of the steps, `(P, N)`."""
+        return self.tensors[1]
+
+    @property
+    def reach(self) -> Surroundings:
+        """What the field can reach."""
+        return self.surroundings
 
     @property
     def steps(self) -> MemberSteps:
