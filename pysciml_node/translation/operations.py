@@ -295,8 +295,10 @@ def _sum(
 @handles("mean")
 def _mean(
     g: Builder, self: Traced, dtype: Any = None, dim: Any = None, keepdim: bool = False
-) -> View:
-    return reduced(g, self, dim, keepdim, "mean")
+) -> Traced:
+    # Divided, as in torch: 49 times 1 / 49 is below 1, which a share of truths is compared with.
+    total = reduced(g, self, dim, keepdim, "sum")
+    return _div(g, total, math.prod(self.shape) / max(math.prod(total.shape), 1))
 
 
 # Side by side --------------------------------------------------------------------------------

@@ -154,3 +154,18 @@ def test_logarithms_of_powers_are_whole() -> None:
     start = 10**powers
     found = psn.solve(psn.ODEProblem(field, start, (0.0, 1.0)), psn.Euler(), **options).u1 - start
     assert torch.equal((start + 101 * powers) - start, found)
+
+
+@pytest.mark.skipif(not available()[0], reason=available()[1])
+@pytest.mark.parametrize("count", [49, 98, 103, 161])
+def test_a_share_of_all_is_one(count: int) -> None:
+    """`count * (1 / count)` is below 1 for these."""
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        share = (u > -1).to(u).mean()
+        return torch.where(share == 1, share.floor(), 2.0) + 0 * u
+
+    start = torch.zeros(count, dtype=D)
+    options: Any = {"controller": psn.FixedStep(), "dt0": 1.0, "compile": True}
+    found = psn.solve(psn.ODEProblem(field, start, (0.0, 1.0)), psn.Euler(), **options).u1
+    assert torch.equal(found, torch.ones_like(start))
