@@ -46,6 +46,34 @@ def test_solution_and_gradient_across_a_jump(field: object, adjoint: object) -> 
     assert gradient.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
+def test_gradients_of_the_values_of_a_table_in_time(adjoint: object) -> None:
+    """`u' = c(t) - u` with `c` linear between knots: `du(1)/dc_k = int exp(t - 1) hat_k(t) dt`.
+
+    The adjoint state is smooth there and its steps would go over the knots.
+    """
+    knots = torch.linspace(0, 1, 5, dtype=torch.float64)
+    values = torch.tensor([0.3, -1.0, 0.8, 2.0, -0.4], dtype=torch.float64, requires_grad=True)
+    slopes = values.diff() / knots.diff()
+
+    def field(t: Tensor, u: Tensor, c: Tensor) -> Tensor:
+        i = torch.searchsorted(knots, t.detach(), right=True).sub(1).clamp(0, 3)
+        return c[i] + (t - knots[i]) / 0.25 * (c[i + 1] - c[i]) - u
+
+    u0 = torch.zeros(1, dtype=torch.float64)
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0), p=values)
+    stops = knots[1:-1].tolist()
+    u1 = psn.solve(problem, psn.Tsit5(), tstops=stops, adjoint=adjoint, **TIGHT).u1
+    # By parts: `u = c - c'` solves the equation on a piece, up to a multiple of exp(-t).
+    past = torch.exp(knots - 1)
+    exact = values[-1] - past[0] * values[0] - (slopes * past.diff()).sum()
+    torch.testing.assert_close(u1[0], exact, rtol=1e-8, atol=0)
+    found, expected = (
+        torch.autograd.grad(x.sum(), values, retain_graph=True)[0] for x in (u1, exact)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("tspan", [(0.0, 2.0), (2.0, 0.0)])
 def test_a_stop_saves_the_steps_that_a_jump_costs(tspan: tuple[float, float]) -> None:
     problem = psn.ODEProblem(jumping, torch.ones(1, dtype=torch.float64), tspan)
