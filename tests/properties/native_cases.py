@@ -20,6 +20,7 @@ from torch import Tensor
 import pysciml_node as psn
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.switching import SwitchingMethod
+from pysciml_node.problems.ode import time_number
 from pysciml_node.torch_engine import switching
 from pysciml_node.torch_engine.native import departure
 
@@ -139,7 +140,7 @@ class Case:
             solution = self.solution(compile)
             found = [*self.field.parts(solution.u), *self.field.parts(solution.u1)]
             if self.dense is not None and solution.success and solution.event is None:
-                a, b = (float(x) for x in self.span)
+                a, b = map(time_number, self.span)
                 found += self.field.parts(solution(a + self.dense * (b - a)))
             found += [jump.t.reshape(1) for jump in solution.jumps]
             bars = self.gradients([x for x in found if x.requires_grad])
