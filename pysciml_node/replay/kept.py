@@ -114,11 +114,27 @@ class KeptStages(Stages):
         first: Tensor,
         kept: KeptSteps,
     ) -> None:
-        def copied(t: Tensor, u: Tensor) -> Tensor:
-            # The memory of a value may be the field's, and used again.
-            return field(t, u).clone()
+        # Whether the field has gone back through what its state was computed from.
+        crossed: list[None] = []
 
-        super().__init__(method, copied, marks, RecordedVectors())
+        def evaluated(t: Tensor, u: Tensor) -> Tensor:
+            # A field may differentiate something inside, by its parameters. The evaluations that
+            # its state comes from have no part in that: where gradients reach them, the value is
+            # made again without them, and from this step on nothing is kept.
+            if u.grad_fn is not None and not crossed:
+                handle = u.grad_fn.register_prehook(lambda _: crossed.append(None))
+                try:
+                    value = field(t, u)
+                finally:
+                    handle.remove()
+                if not crossed:
+                    # The memory of a value may be the field's, and used again.
+                    return value.clone()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not crossed):
+                return field(t, u).clone()
+
+        super().__init__(method, evaluated, marks, RecordedVectors())
+        self._crossed = crossed
         self._plain, self._kept = field, kept
         # What the next step begins with, in the graph; the latter where it is known.
         self._state = kept.start
@@ -130,7 +146,7 @@ class KeptStages(Stages):
 
     def _expect_room(self) -> None:
         """Take the next step without its graph, if there is no room for it."""
-        if self._recording and self._kept.room < self.method.all_stages:
+        if self._recording and (self._crossed or self._kept.room < self.method.all_stages):
             self._recording = False
             self.field = self._plain
             self.vectors = vectors_like(self._kept.start.detach(), self.method.all_stages)
@@ -173,8 +189,9 @@ class KeptStages(Stages):
         if not self._recording:
             return super().leave(goes_on)
         assert self._end is not None
-        stages = [self.vectors.get(i) for i in range(self.count)]
-        self._kept.add(KeptStep(self._end, stages, self._joined))
+        if not self._crossed:
+            stages = [self.vectors.get(i) for i in range(self.count)]
+            self._kept.add(KeptStep(self._end, stages, self._joined))
         self._first = super().leave(goes_on)
         self._state, self._joined = self._end, self._first is not None
         k = None if self._first is None else self._first.detach()

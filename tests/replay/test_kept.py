@@ -409,6 +409,32 @@ def test_graphs_are_kept_of_fields_that_differentiate_recompute_or_have_sparse_p
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_derivatives_inside_a_field_are_those_at_a_given_state(name: str) -> None:
+    """`u' = -w u d/dw (w u^2 / 2)`, of which the solution is `u = (1 + w t)^(-1/2)` from 1.
+
+    What the state owes to `w` is no part of the inner derivative.
+    """
+    w = nn.Parameter(torch.tensor(1.3, dtype=D))
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad((w * u * u).sum() / 2, w, create_graph=True)
+        return -slope * u * w
+
+    u0 = torch.ones(1, dtype=D, requires_grad=True)
+    options = {"algorithm": getattr(psn, name)(), "controller": psn.FixedStep(), "dt0": 0.125}
+    with torch.no_grad():
+        expected = solve(field, u0, KEPT, **options).u1
+    gradients = []
+    for adjoint in (KEPT, REPLAYED):
+        u1 = solve(field, u0, adjoint, **options).u1
+        torch.testing.assert_close(u1, expected, rtol=1e-14, atol=0)
+        gradients.append(torch.autograd.grad(u1.sum(), (u0, w)))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
 HIDDEN = threading.local()
 
 
