@@ -181,7 +181,9 @@ class EnsembleProblem(checks.Configured):
         if self.batched:
             problem: Any = self.problem
             changes["f"] = OfOne(problem.f, self.p is not None)
-        # What the members are made of has been checked.
+        # What the members are made of has been checked, but not that their function takes a `p`.
+        if self.p is not None:
+            changes["_called"] = False
         single = copy.copy(self.problem)
         checks.settle(single, **changes)
         return single

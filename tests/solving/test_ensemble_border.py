@@ -87,6 +87,14 @@ def test_what_is_wrong_with_an_ensemble_is_said(given: dict[str, Any], words: st
         psn.EnsembleProblem(problem(), **given)
 
 
+def test_a_function_that_does_not_take_the_parameters_of_members_is_refused() -> None:
+    """Also where it takes what its problem gives it."""
+    ensemble = psn.EnsembleProblem(problem(), p=torch.tensor([1.0, 2.0], dtype=D))
+    for members in (None, psn.Parallel()):
+        with pytest.raises(TypeError, match=r"callable as f\(t, u, p\)[\s\S]*leave p out"):
+            psn.solve(ensemble, members=members)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
