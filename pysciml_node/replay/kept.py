@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from pysciml_node.replay.adjoint_recorded import Totals
@@ -63,13 +64,26 @@ class KeptStep:
 class KeptSteps:
     """The first steps of a solve with their graph, as many as there is room for.
 
+    A graph reads tensors outside of it, such as weights, when it is pulled back. Torch does not
+    count every change of them: none by `.data`, or by memory that something else shares. So copies
+    of all that are within reach are kept too, and take a part of the room.
+
     Args:
         start: the leaf that stands for the initial state, `(N,)`.
-        room: how many evaluations of the field may be kept.
+        captured: what the field can reach.
+        memory: how many bytes may be kept.
+        each: how many of them an evaluation of the field takes.
+
+    Attributes:
+        room: how many further evaluations may be kept.
     """
 
-    def __init__(self, start: Tensor, room: int) -> None:
-        self.start, self.room = start, room
+    def __init__(self, start: Tensor, captured: Inputs, memory: int, each: int) -> None:
+        # The first graph has shown that no other tensors are saved for backward.
+        read = [x for x in captured.within_reach() if _is_comparable(x)]
+        self.start, self.room = start, max(memory - sum(x.nbytes for x in read), 0) // each
+        with torch.no_grad():
+            self._contents = {id(x): x.clone() for x in read} if self.room else {}
         self._steps: list[KeptStep] = []
 
     def add(self, step: KeptStep) -> None:
@@ -85,14 +99,25 @@ class KeptSteps:
         steps = self._steps.copy()
         if not graph_is_retained():
             self._steps.clear()
-        if captured.unchanged and self._are_known(steps, captured):
+        if captured.unchanged and self._are_known(steps, captured) and self._reads_same(captured):
             return steps
         return []
+
+    def _reads_same(self, captured: Inputs) -> bool:
+        """Whether everything within reach has the values that it had."""
+        # The solve may have let go of tensors that it has not used.
+        pairs = ((x, self._contents.get(id(x))) for x in captured.within_reach())
+        return all(seen is None or torch.equal(x, seen) for x, seen in pairs)
 
     def _are_known(self, steps: list[KeptStep], captured: Inputs) -> bool:
         """Whether the graph leads to nothing but the start and the field's inputs."""
         values = [x for step in steps for x in (step.end, *step.stages)]
         return all(leaf is self.start for leaf in captured.unknown_leaves(values))
+
+
+def _is_comparable(x: Tensor) -> bool:
+    """Whether a tensor has values that `torch.equal` compares."""
+    return x.layout is torch.strided and not x.is_meta and not is_lazy(x)
 
 
 class KeptStages(Stages):

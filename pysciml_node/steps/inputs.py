@@ -329,6 +329,10 @@ class Inputs:
             or self._surroundings.keeps_graphs()
         )
 
+    def within_reach(self) -> list[Tensor]:
+        """All tensors that the field may read, as far as they are known."""
+        return [*self._surroundings.tensors, *(x for x, _ in self._hidden.values())]
+
     @property
     def watch(self) -> Callable[[Tensor], None] | None:
         """Makes inputs of the doubtful tensors that a value depends on, where there are any."""

@@ -243,7 +243,7 @@ class ODESolve(Solve):
         kept = None
         if graph is not None and graph.evaluation is not None and self._keeps(field):
             (first,), (start,) = graph.evaluation
-            kept = KeptSteps(start, memory // graph.bytes)
+            kept = KeptSteps(start, field.captured, memory, graph.bytes)
             parts: list[Stages] = [KeptStages(self.method, field.field, self.marks, first, kept)]
         else:
             parts = self.stages(field.field)

@@ -302,6 +302,26 @@ def test_a_change_that_the_start_does_not_show_is_refused(name: str) -> None:
         solution.u1.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["Euler", "RK4", "Tsit5"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_change_that_neither_end_shows_is_refused(name: str, shared: bool) -> None:
+    """`du/dt = a c(t) u` with `c` from a table, of which the ends read other entries."""
+    a, table = nn.Parameter(torch.tensor(0.7, dtype=D)), torch.ones(10, dtype=D)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(a * u * table[min(int(10 * t), 9)])
+
+    steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.1}
+    for adjoint in (KEPT, REPLAYED):
+        solution = solve(field, start(), adjoint, algorithm=getattr(psn, name)(), **steps)
+        if shared:
+            table.numpy()[5] += 2
+        else:
+            table.data[5] += 2
+        with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+            solution.u1.sum().backward()
+
+
 def test_what_the_field_does_not_use_may_change_and_parts_may_be_replaced() -> None:
     field, u0 = Field(), start()
     field.register_buffer("other", torch.zeros(1, dtype=D))
