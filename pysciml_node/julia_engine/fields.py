@@ -1,17 +1,13 @@
-"""Right-hand sides as Julia evaluates them: translated modules, source, Python callables."""
+"""Right-hand sides that Julia evaluates by itself: translated modules and functions, and source."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable
-from functools import cached_property
 from itertools import compress
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.julia_engine.evaluation import evaluate
@@ -20,16 +16,15 @@ from pysciml_node.julia_engine.process.buffers import (
     CODES,
     from_real,
     real_length,
-    real_size,
     to_real,
 )
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
 from pysciml_node.problems.modes import InModes, foreign_mode
-from pysciml_node.problems.ode import ODEProblem, Problem
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
+from pysciml_node.steps.field import FlatField
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.recent import Recent
@@ -37,9 +32,6 @@ from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, have_contents
 from pysciml_node.translation.ways import keep, known_of
-
-FlatFunction = Callable[[Tensor, Tensor], Tensor]
-"""Takes the time, a 0-d tensor, and a flat state; gives a flat result."""
 
 
 class Field(Protocol):
@@ -62,6 +54,20 @@ class Field(Protocol):
 
     def split(self, gradient: Tensor) -> list[Tensor | None]:
         """A gradient of `parameters` as those of `inputs`."""
+
+
+class ODEField(Field, Protocol):
+    """The right-hand side of an ordinary equation, for what looks at a solve afterwards."""
+
+    def flat(self, problem: ODEProblem) -> FlatField:
+        """The field for single steps that torch takes, of the solve or its leading part."""
+
+    def as_solved(self) -> contextlib.AbstractContextManager[None]:
+        """All that the field reads as the solve saw it.
+
+        Raises:
+            RuntimeError: in the end, where its values are others all the same.
+        """
 
 
 def flat_parameters(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -91,25 +97,6 @@ def split_parameters(gradient: Tensor, tensors: list[Tensor]) -> list[Tensor | N
 def _are_alike(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether all tensors are of a real dtype, and on a device."""
     return all(x.dtype is dtype and x.device == device for x in tensors)
-
-
-def field_of(problem: ODEProblem, u0: Tensor, gradients: bool, implicit: bool) -> Field:
-    """The right-hand side of a problem as Julia evaluates it.
-
-    Modules and functions are translated, and a `JuliaField` is taken as it is. A function that
-    cannot be translated is called back, and so is one that counts, records or prints.
-
-    Args:
-        problem: gives the callable, the state's structure and `p`.
-        u0: flat initial state.
-        gradients: whether the field's inputs will receive gradients.
-        implicit: whether the solve may ask for Jacobians.
-
-    Raises:
-        UnsupportedModule: a module has an operation that cannot be translated.
-    """
-    field = field_in_julia(problem, gradients, implicit)
-    return CallbackField(problem, u0, gradients) if field is None else field
 
 
 def field_in_julia(problem: ODEProblem, gradients: bool, implicit: bool) -> FieldInJulia | None:
@@ -157,15 +144,19 @@ class FieldInJulia:
         tensors: what its flat vector of parameters is made of.
         wanted: which of them receive gradients.
         spec: structure of the state.
+
+    Attributes:
+        packages: Julia packages that its vector-Jacobian product needs.
     """
 
+    packages: tuple[str, ...] = ()
     calls_python = False
     host = False
 
     def __init__(
         self, handle: Handle, tensors: list[Tensor], wanted: list[bool], spec: StateSpec
     ) -> None:
-        self.handle, self.tensors, self.wanted = handle, tensors, wanted
+        self.handle, self.tensors, self.wanted, self.spec = handle, tensors, wanted, spec
         self.inputs = list(compress(tensors, wanted))
         # What the solve sees, so that its gradient sees the same.
         self._flat = flat_parameters(tensors, spec.real_dtype, spec.device)
@@ -179,6 +170,24 @@ class FieldInJulia:
         if not self.inputs:
             return []
         return list(compress(split_parameters(gradient, self.tensors), self.wanted))
+
+    def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
+        """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
+        flat = self.parameters()
+        if torch.is_grad_enabled() and self.inputs:
+            flat = torch.cat([x.reshape(-1).to(u) for x in self.tensors])
+            # The graph is that of the tensors, the numbers are those that the solve saw.
+            with torch.no_grad():
+                flat.copy_(self.parameters())
+        return evaluate(self.handle, t, u, flat, self.packages)
+
+    def flat(self, problem: ODEProblem) -> FlatField:
+        """The field for single steps that torch takes."""
+        return FlatFieldInJulia(self, problem)
+
+    def as_solved(self) -> contextlib.AbstractContextManager[None]:
+        """Its program and its numbers are the solve's, whatever has changed."""
+        return contextlib.nullcontext()
 
 
 class _Ready(NamedTuple):
@@ -237,33 +246,29 @@ class ProgramField(FieldInJulia):
         super().__init__(_program(*ready.key), tensors, wanted, spec)
         self.see = surroundings_of(f, p, now)
 
-    def evaluate(self, t: Tensor, u: Tensor) -> Tensor:
-        """The derivative at `(t, u)`, flat, differentiable in all that it depends on."""
-        flat = self.parameters()
-        if torch.is_grad_enabled() and self.inputs:
-            flat = torch.cat([x.reshape(-1).to(u) for x in self.tensors])
-            # The graph is that of the tensors, the numbers are those that the solve saw.
-            with torch.no_grad():
-                flat.copy_(self.parameters())
-        return evaluate(self.handle, t, u, flat, ())
 
-
-class TranslatedFlatField(FlatField):
-    """A translated module for replayed steps, evaluated in Julia.
+class FlatFieldInJulia(FlatField):
+    """A field for single steps that torch takes, evaluated in Julia with what the solve saw.
 
     Args:
-        field: the module in Julia.
-        problem: of the solve.
+        field: in Julia.
+        problem: of the solve, a copy of it in another precision, or one of the leading part of its
+            state, whose derivative does not depend on the rest.
     """
 
-    def __init__(self, field: ProgramField, problem: ODEProblem) -> None:
+    def __init__(self, field: FieldInJulia, problem: ODEProblem) -> None:
         super().__init__(problem)
         self._field = field
+        self._missing = sum(field.spec.sizes) - sum(problem.spec.sizes)
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         """Evaluate the derivative; shape `(N,)`."""
         self.nfe += 1
-        return self._field.evaluate(t, u)
+        state = u.to(self._field.spec.device, self._field.spec.dtype)
+        if self._missing:
+            whole = torch.cat([state, state.new_zeros(self._missing)])
+            return self._field.evaluate(t, whole)[: len(u)].to(u)
+        return self._field.evaluate(t, state).to(u)
 
 
 class SourceField(FieldInJulia):
@@ -277,6 +282,8 @@ class SourceField(FieldInJulia):
     Raises:
         TypeError: complex states, or states and parameters of several parts.
     """
+
+    packages = ("Zygote",)
 
     def __init__(self, problem: ODEProblem, gradients: bool, implicit: bool) -> None:
         spec, p = problem.spec, problem.p
@@ -293,147 +300,3 @@ class SourceField(FieldInJulia):
         tensors = [] if p is None else [p]
         wanted = [gradients and x.requires_grad for x in tensors]
         super().__init__(problem.f.handle(spec.dtype, spec.shapes[0]), tensors, wanted, spec)
-
-
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method as a function that does not keep its object alive.
-
-    Julia holds on to what it may call, and a field owns its handle in Julia: a cycle that neither
-    side's collector would see.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: float) -> Any:
-        bound = reference()
-        assert bound is not None
-        return bound(*arguments)
-
-    return call
-
-
-class CalledField:
-    """A Python callable that Julia evaluates through memory that both sides see.
-
-    Args:
-        problem: gives the structure of the state.
-        evaluate: the callable on flat states.
-        outputs: length of its flat result.
-        inputs: tensors that receive gradients.
-        pullback: `linearize(t, slot)` and `pull(slot)`, where Julia differentiates it.
-    """
-
-    calls_python = True
-    host = True
-
-    def __init__(
-        self,
-        problem: Problem,
-        evaluate: FlatFunction,
-        outputs: int,
-        inputs: list[Tensor],
-        pullback: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
-    ) -> None:
-        self.problem, self.inputs, self._function = problem, inputs, evaluate
-        spec = problem.spec
-        parts = 2 if spec.dtype.is_complex else 1
-        self._state = torch.empty(real_size(spec), dtype=spec.real_dtype)
-        self._slope = torch.empty(outputs * parts, dtype=spec.real_dtype)
-        self._gradient = torch.zeros_like(self.parameters())
-        linearize, pull = map(_weakly, pullback) if pullback else (None, None)
-        self.handle = Handle(
-            enter(
-                "make_python_field",
-                dtype=CODES[spec.real_dtype],
-                evaluate=_weakly(self._evaluate),
-                linearize=linearize,
-                pull=pull,
-                n=self._state.numel(),
-                state=self._state,
-                m=self._slope.numel(),
-                slope=self._slope,
-                np=self._gradient.numel(),
-                gradient=self._gradient,
-            )
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Julia knows this object and its memory.
-        return self
-
-    def parameters(self) -> Tensor:
-        """Their values are read by the callable itself; Julia needs the length."""
-        return flat_parameters(self.inputs, self.problem.spec.real_dtype, torch.device("cpu"))
-
-    def split(self, gradient: Tensor) -> list[Tensor | None]:
-        """A gradient of `parameters` as those of `inputs`."""
-        return split_parameters(gradient, self.inputs)
-
-    def _time(self, t: float) -> Tensor:
-        return self.problem.time_tensor([t])[0]
-
-    def _current(self) -> Tensor:
-        # A copy: the callable may keep its argument, and this memory is used again.
-        spec = self.problem.spec
-        return from_real(self._state.clone(), spec.dtype).to(spec.device)
-
-    def _evaluate(self, t: float) -> None:
-        with torch.no_grad():
-            self._slope.copy_(to_real(self._function(self._time(t), self._current())))
-
-
-class CallbackField(CalledField):
-    """The right-hand side of an ordinary equation, called back.
-
-    Args:
-        problem: gives the callable, the state's structure and `p`.
-        u0: flat initial state.
-        gradients: whether inputs are looked for, by one evaluation at the start.
-    """
-
-    def __init__(self, problem: ODEProblem, u0: Tensor, gradients: bool) -> None:
-        self._equation, self._u0 = problem, u0.detach()
-        self._lines: dict[int, Linearized] = {}
-        self._read: set[int] = set()  # numbers of the inputs that a pullback has reached
-        field = self._differentiable.field if gradients else FlatField(problem)
-        inputs = self._differentiable.inputs if gradients else []
-        super().__init__(problem, field, u0.numel(), inputs, (self._linearize, self._pull))
-
-    @cached_property
-    def _differentiable(self) -> DifferentiableField:
-        problem = self._equation
-        return DifferentiableField(problem, problem.time_tensor([problem.t0])[0], self._u0)
-
-    @property
-    def linearizer(self) -> DifferentiableField:
-        """The callable prepared for gradients, for the sweep of the torch engine."""
-        return self._differentiable
-
-    def _linearize(self, t: float, slot: int) -> None:
-        line = self._differentiable.linearize(self._time(t), self._current(), time_gradient=True)
-        self._slope.copy_(to_real(line.value))
-        self._lines[slot] = line
-
-    def _pull(self, slot: int) -> float:
-        spec = self.problem.spec
-        cotangent = from_real(self._slope.clone(), spec.dtype).to(spec.device)
-        # Implicit methods ask for Jacobians without any input needing a gradient.
-        line = self._lines[slot]
-        state, time, inputs = line.vjp(cotangent, with_leaves=bool(self.inputs))
-        inputs = inputs if self.inputs else []
-        if state is None:
-            self._state.zero_()
-        else:
-            self._state.copy_(to_real(state))
-        parts = torch.split(self._gradient, [real_length(x) for x in self.inputs])
-        for i, (part, gradient) in enumerate(zip(parts, inputs, strict=True)):
-            if gradient is None:
-                part.zero_()
-            else:
-                self._read.add(i)
-                part.copy_(to_real(gradient.reshape(-1)))
-        return 0.0 if time is None else float(time)
-
-    @override
-    def split(self, gradient: Tensor) -> list[Tensor | None]:
-        parts = super().split(gradient)
-        return [part if i in self._read else None for i, part in enumerate(parts)]

@@ -15,14 +15,9 @@ from pysciml_node.algorithms.adjoints import DiscreteAdjoint, ForwardDiffSensiti
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine import plans
+from pysciml_node.julia_engine.called import CallbackField, field_of
 from pysciml_node.julia_engine.departure import Departure, departure_of
-from pysciml_node.julia_engine.fields import (
-    CallbackField,
-    Field,
-    ProgramField,
-    TranslatedFlatField,
-    field_of,
-)
+from pysciml_node.julia_engine.fields import FieldInJulia, ODEField, ProgramField
 from pysciml_node.julia_engine.forward import Forward, Tally, moving_ends, place, run
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.source import JuliaField
@@ -51,6 +46,8 @@ class ODESolve(Solve):
 
     Attributes:
         solution_in_julia: SciML's own solution, where it is kept.
+        field: the right-hand side.
+        recorded: whether what is read off the solve has gradients.
     """
 
     problem: ODEProblem
@@ -72,25 +69,17 @@ class ODESolve(Solve):
         # The stages of explicit methods are replayed by the tableau; others need SciML's own.
         discrete = isinstance(options.adjoint, DiscreteAdjoint | ForwardDiffSensitivity)
         self.replayed = self.explicit and discrete
-        keep = not (self.replayed if torch.is_grad_enabled() else self.explicit)
+        self.recorded = torch.is_grad_enabled()
+        keep = not (self.replayed if self.recorded else self.explicit)
         self.departure = departure_of(problem, algorithm, options, keep)
         self.solution_in_julia: Handle | None = None
         self.make_field: Callable[[ODEProblem], FlatField] = FlatField
         self._see: Callable[[], Surroundings] | None = None
-        self._field: Field | None = None
 
-    @property
-    def field(self) -> Field:
+    @cached_property
+    def field(self) -> ODEField:
         """The right-hand side, made when it is first asked for."""
-        if self._field is None:
-            self._field = field_of(
-                self.problem, self.u0, torch.is_grad_enabled(), implicit=not self.explicit
-            )
-        return self._field
-
-    @field.setter
-    def field(self, field: Field) -> None:
-        self._field = field
+        return field_of(self.problem, self.u0, self.recorded, implicit=not self.explicit)
 
     @cached_property
     def fixed(self) -> bool:
@@ -154,19 +143,21 @@ class ODESolve(Solve):
     def _flown(self) -> tuple[Load, Tensor, Tensor]:
         """Solve: what gives the steps and their states, the saved states, and the last one."""
         field = self.field
+        if isinstance(field, FieldInJulia):
+            self.make_field = field.flat
         if isinstance(field, ProgramField):
-            self.make_field = partial(TranslatedFlatField, field)
             self._see = field.see
-        if not torch.is_grad_enabled():
+        if not self.recorded:
             forward = self._fly(field, self.u0)
-            self._field = None
+            if isinstance(field, CallbackField) and not self.explicit:
+                field.settle()
             return forward, forward.saved, forward.last
         # Looked at here: a node's forward pass has no gradients.
         _ = self.fixed
         outcome = self.node(partial(self.forward, field), field, self.options)
         if isinstance(field, CallbackField):
             # Here alone: what changes before dense output is asked for is not the solve's doing.
-            field.linearizer.captured.settle()
+            field.settle()
         return Kept(outcome.record, outcome.states), outcome.saved, outcome.states[-1]
 
     @override
@@ -187,13 +178,13 @@ class ODESolve(Solve):
             rounded_times=True,
         )
 
-    def forward(self, field: Field, u0: Tensor) -> Outcome:
+    def forward(self, field: ODEField, u0: Tensor) -> Outcome:
         """Solve forward, ending at the first event."""
         forward = self._fly(field, u0)
         forward.record.fixed = self.fixed
         return Outcome(*forward(), forward.saved)
 
-    def _fly(self, field: Field, u0: Tensor) -> Forward:
+    def _fly(self, field: ODEField, u0: Tensor) -> Forward:
         parameters = field.parameters()
         solve = partial(run, self.departure, self.problem, field, u0, parameters)
         if self.watcher is None:
@@ -209,7 +200,7 @@ class ODESolve(Solve):
         return forward
 
     def _end_at_event(
-        self, watcher: Watcher, forward: Forward, field: Field, parameters: Tensor
+        self, watcher: Watcher, forward: Forward, field: ODEField, parameters: Tensor
     ) -> None:
         """Take the last step again, so that the state at the event is a step's own result."""
         record, end = forward.record, watcher.t
@@ -232,7 +223,7 @@ class ODESolve(Solve):
         place(record, saveat, moving_ends(self.problem, self.options.saveat_tensor))
 
     def node(
-        self, forward: Callable[[Tensor], Outcome], field: Field, options: SolveOptions
+        self, forward: Callable[[Tensor], Outcome], field: ODEField, options: SolveOptions
     ) -> Outcome:
         """Record a solve as one node of the graph, its backward the sweep of the adjoint."""
 
@@ -242,7 +233,10 @@ class ODESolve(Solve):
             # Only the replay in torch compares what it evaluates with what the solve found.
             compares = isinstance(options.adjoint, DiscreteAdjoint)
             with field.linearizer.captured.sweep(compares):
-                return self._sweep(field, options, backward)
+                gradients = self._sweep(field, options, backward)
+                if not compares:
+                    field.expect_unchanged()
+                return gradients
 
         times = (*self.problem.tspan, options.saveat_tensor)
         return as_node(forward, sweep, self.u0, field.inputs, times, watched=False)
@@ -262,7 +256,7 @@ class ODESolve(Solve):
             moving: the same as a tensor, where they receive gradients.
             interpolate: dense output without gradients.
         """
-        if self._field is None:
+        if not self.recorded:
             # Solved without gradients: there is nothing to pass them on to.
             return interpolate(times)
 
@@ -270,9 +264,9 @@ class ODESolve(Solve):
             return Outcome(record, [u0], interpolate(times))
 
         options = dataclasses.replace(self.options, saveat=tuple(times), saveat_tensor=moving)
-        return self.node(forward, self._field, options).saved
+        return self.node(forward, self.field, options).saved
 
-    def _sweep(self, field: Field, options: SolveOptions, backward: BackwardPass) -> Gradients:
+    def _sweep(self, field: ODEField, options: SolveOptions, backward: BackwardPass) -> Gradients:
         """The sweep of the solve's adjoint."""
         if not self.replayed:
             solution = self.solution_in_julia
@@ -288,10 +282,12 @@ class ODESolve(Solve):
             return continuous_sweep(kept, field, backward, self.stats)
         gradients = self._replayed(field, options, backward)
         if backward.with_times and backward.record.fixed:
-            complete_times(gradients, self.problem, FlatField(self.problem), backward, ends=True)
+            complete_times(gradients, self.problem, field.flat(self.problem), backward, ends=True)
         return gradients
 
-    def _replayed(self, field: Field, options: SolveOptions, backward: BackwardPass) -> Gradients:
+    def _replayed(
+        self, field: ODEField, options: SolveOptions, backward: BackwardPass
+    ) -> Gradients:
         """The sweep over explicit steps."""
         assert isinstance(self.algorithm, ExplicitRungeKutta)
         forward = isinstance(options.adjoint, ForwardDiffSensitivity)

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.julia_engine import plans
-from pysciml_node.julia_engine.fields import CalledField, Field, native_field
+from pysciml_node.julia_engine.called import CalledField
+from pysciml_node.julia_engine.fields import Field, native_field
 from pysciml_node.julia_engine.forward import RETCODES
 from pysciml_node.julia_engine.process.buffers import CODES, device_code, doubles
 from pysciml_node.julia_engine.process.entries import enter

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions, without_closures
+from pysciml_node.julia_engine.fields import ODEField
 from pysciml_node.julia_engine.forward import moving_ends, place
 from pysciml_node.julia_engine.process.buffers import doubles, from_real, real_size
 from pysciml_node.julia_engine.process.entries import enter
@@ -20,20 +21,19 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
-from pysciml_node.steps.inputs import changed_message
 from pysciml_node.steps.record import Kept, Record, Recorded
-from pysciml_node.steps.surroundings import Surroundings
 
 
 class InJulia(Protocol):
     """A solve whose solution SciML has kept."""
 
+    problem: ODEProblem
     algorithm: Algorithm
     solution_in_julia: Handle | None
 
     @property
-    def surroundings(self) -> Surroundings | None:
-        """What a translated field could reach when it was solved."""
+    def field(self) -> ODEField:
+        """The right-hand side."""
 
     def dense(
         self,
@@ -103,14 +103,15 @@ class SciMLTrajectory(Recorded):
         return rows[back]
 
     def _interpolate(self, times: list[float]) -> Tensor:
-        spec = self.problem.spec
-        solution = self._here.solution_in_julia
+        # Of a copy in another precision, the solve's.
+        spec, solution = self._here.problem.spec, self._here.solution_in_julia
         assert solution is not None
         size = real_size(spec)
         out = torch.empty((len(times), size), dtype=spec.real_dtype)
         numbers = doubles(times)
         enter("interpolate!", record=solution, n=size, m=len(times), times=numbers, out=out)
-        return from_real(out, spec.dtype).to(spec.device)
+        rows = from_real(out, spec.dtype)
+        return rows.to(self.problem.spec.device, self.problem.spec.dtype)
 
     def stiffness(self) -> Tensor:
         """NaN for each step: these methods have no such estimate."""
@@ -131,16 +132,16 @@ class SciMLTrajectory(Recorded):
                 f"a local step needs an explicit Runge-Kutta pair, not {algorithm!r}.\n"
                 "  Name one: LocalError(..., algorithm=Tsit5())."
             )
-        spec, seen = self.problem.spec, self._here.surroundings
-        # SciML's steps cannot be taken again here, to see whether a change matters.
-        if seen is not None and (changed := seen.changed_in_place()):
-            raise RuntimeError(changed_message(seen.names[id(changed[0])]))
+        spec, field = self.problem.spec, self._here.field
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
         methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
         load = Kept(self.record, self.flat_states)
-        local = TorchTrajectory(self.problem, methods, load, self.stats, self.options)
-        return local.estimate_from(t, u, methods[0], stop_gradient, dt)
+        with field.as_solved():
+            local = TorchTrajectory(
+                self.problem, methods, load, self.stats, self.options, field.flat
+            )
+            return local.estimate_from(t, u, methods[0], stop_gradient, dt)
 
     def step_estimates(self) -> list[StepEstimate]:
         """Not for these methods.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
-from pysciml_node.julia_engine.fields import CallbackField, Field, ProgramField, field_of
+from pysciml_node.julia_engine.called import CallbackField, field_of
+from pysciml_node.julia_engine.fields import Field, ProgramField
 
 pytestmark = pytest.mark.julia
 

@@ -88,13 +88,15 @@ class MembersField:
     def of(self, m: int) -> FieldInJulia:
         """The field of one member alone."""
         tensors = [part.tensor if part.own is None else part.tensor[m] for part in self._parts]
-        return _OfOne(self._field, tensors)
+        flat = self.shared.clone()
+        flat[self.places - 1] = self.own[m]
+        return _OfOne(self._field, tensors, flat)
 
 
 class _OfOne(FieldInJulia):
     """The field of one member."""
 
-    def __init__(self, first: FieldInJulia, tensors: list[Tensor]) -> None:
-        self.handle, self.wanted, self.tensors = first.handle, first.wanted, tensors
-        self.inputs = list(compress(tensors, first.wanted))
-        self._flat = first.parameters()
+    def __init__(self, first: FieldInJulia, tensors: list[Tensor], flat: Tensor) -> None:
+        self.handle, self.wanted, self.spec = first.handle, first.wanted, first.spec
+        self.tensors, self.inputs = tensors, list(compress(tensors, first.wanted))
+        self.packages, self._flat = first.packages, flat

@@ -109,7 +109,7 @@ class MembersSolve:
                 *self.times.values(),
                 *self.field.inputs,
             )
-            members.at_times, members.states, members.field = at_times, states, self.field
+            members.at_times, members.states, members.recorded = at_times, states, True
         return members
 
     def _members(self, flown: Flown) -> JuliaMembers:
@@ -130,6 +130,7 @@ class MembersSolve:
             # Now: what changes later is not what the solve saw.
             surroundings=Surroundings({**roots_of(problem), "p": p}),
             solutions=flown.solutions,
+            field=self.field,
         )
 
     def _cut(self, flown: Flown) -> None:

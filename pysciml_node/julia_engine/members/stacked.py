@@ -27,7 +27,8 @@ class JuliaMembers(StackedMembers):
 
     Attributes:
         solutions: in Julia, one for each member, or none.
-        field: where dense output receives gradients.
+        field: of all, where they are kept.
+        recorded: whether dense output has gradients.
     """
 
     rounded_times: ClassVar[bool] = True
@@ -35,6 +36,7 @@ class JuliaMembers(StackedMembers):
 
     solutions: Sequence[Handle] = ()
     field: MembersField | None = None
+    recorded: bool = False
 
     @override
     def trajectory(
@@ -55,6 +57,7 @@ class JuliaMembers(StackedMembers):
         if self.solutions:
             solve = ODESolve(problem, self.algorithm, options, self.engine)
             solve.stats, solve.solution_in_julia = stats, self.solutions[m]
+            solve.recorded = self.recorded
             if self.field is not None:
                 solve.field = self.field.of(m)
         return SciMLTrajectory(problem, kept, stats, options, solve)
@@ -63,9 +66,10 @@ class JuliaMembers(StackedMembers):
     def detach(self) -> JuliaMembers:
         copy = super().detach()
         assert isinstance(copy, JuliaMembers)
-        copy.field = None
+        copy.recorded = False
         return copy
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "solutions": ()}
+        gone = {"solutions": (), "field": None, "recorded": False}
+        return {**super().__getstate__(), **gone}
