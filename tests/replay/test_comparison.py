@@ -192,7 +192,7 @@ def test_changes_that_torch_does_not_count_are_seen(
         (psn.Tsit5(), {}, False),
         (psn.Tsit5(), {"adjoint": psn.DirectAdjoint()}, False),
         (psn.Tsit5(), {"compile": True}, True),
-        (psn.Rodas5P(), {"compile": True}, False),
+        (psn.Rodas5P(), {"compile": True}, True),
     ],
     ids=["discrete", "direct", "native", "native Rodas5P"],
 )
