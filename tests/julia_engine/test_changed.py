@@ -63,8 +63,11 @@ def solved(
     return psn.solve(problem, algorithm, engine="julia", **options), [p, u0, t1]
 
 
-def estimate(solution: psn.Solution) -> Tensor:
-    return solution.local_estimate(0.3, psn.Tsit5(), dt=0.7, stop_gradient=False).error
+TSIT5 = psn.Tsit5()
+
+
+def estimate(solution: psn.Solution, pair: psn.Algorithm = TSIT5) -> Tensor:
+    return solution.local_estimate(0.3, pair, dt=0.7, stop_gradient=False).error
 
 
 @pytest.mark.parametrize("change", [by_data, by_numpy])
@@ -148,4 +151,6 @@ def test_copies_in_single_precision(algorithm: psn.Algorithm, recorded: bool) ->
         copy = solution.to(torch.float32)
         assert copy(0.3).dtype == torch.float32
         torch.testing.assert_close(copy(0.3), solution(0.3).float())
-        torch.testing.assert_close(estimate(copy), estimate(solution).float(), rtol=1e-2, atol=0)
+        # Of low order, so that it is far above the rounding errors of single precision.
+        found, expected = (estimate(x, psn.BS3()) for x in (copy, solution))
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=0)
