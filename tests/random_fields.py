@@ -374,7 +374,7 @@ class _Drawing:
             y = y.reshape(rows, -1) if fixed else y.reshape(-1)
             if j is not None:
                 return F.linear(y, w[j]).reshape(shape)
-            copies = -(-width // max(y.shape[-1], 1))
+            copies = max(1, -(-width // max(y.shape[-1], 1)))
             return torch.cat([y] * copies, -1)[..., :width].reshape(shape)
 
         decay = self.one(0.0, 0.3, 0.7)

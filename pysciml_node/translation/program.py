@@ -202,7 +202,7 @@ def _linear(step: Operation, inputs: list[Tensor]) -> Tensor:
     pieces, scalars = len(a["columns"]), len(a["scalars"])
     weight = inputs[pieces + scalars]
     weight = weight if a["by_input"] else weight.mT
-    out = weight.new_zeros(math.prod(step.shape) // a["out_features"], a["out_features"])
+    out = weight.new_zeros(math.prod(step.shape[:-1]), a["out_features"])
     for x, (start, width) in zip(inputs, a["columns"], strict=False):
         out = out + x @ weight[:, start : start + width].mT
     for x, start in zip(inputs[pieces:], a["scalars"], strict=False):

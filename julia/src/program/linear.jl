@@ -175,7 +175,7 @@ function linear(T, layout, node::Node)
     weight = node.inputs[split + scalar + 1]
     bias = a["bias"] ? node.inputs[split + scalar + 2] : nothing
     inputs, outputs = a["in_features"], a["out_features"]
-    columns = node.output.block.length ÷ outputs
+    columns = node.output.block.length ÷ max(outputs, 1)
     want_scratch!(layout, aligned(outputs) + outputs * columns)
     return Linear(
         f, terms, scalars, weight, bias, node.output, inputs, outputs, columns, a["by_input"]

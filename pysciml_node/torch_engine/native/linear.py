@@ -34,7 +34,7 @@ class _Linear:
         a = step.attributes
         count, scalars = len(a["columns"]), len(a["scalars"])
         return cls(
-            rows=math.prod(step.shape) // a["out_features"],
+            rows=math.prod(step.shape[:-1]),
             inner=a["in_features"],
             columns=a["out_features"],
             pieces=[

@@ -292,7 +292,7 @@ class _Cut:
         """A product with a weight."""
         a, shapes = step.attributes, list(step.in_shapes)
         pieces = len(a["columns"])
-        rows = math.prod(step.shape) // a["out_features"]
+        rows = math.prod(step.shape[:-1])
         if rows % self.total:
             raise _Mixed
         for i, (id, (_, width)) in enumerate(zip(step.inputs, a["columns"], strict=False)):
