@@ -21,7 +21,6 @@ from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.translation.builder import Builder, Joined, Traced, View
-from pysciml_node.translation.choices import cast
 from pysciml_node.translation.decompose import decomposed
 from pysciml_node.translation.layers import HANDLERS
 from pysciml_node.translation.lookups import LOOKUPS, SEARCHES, look_up
@@ -43,7 +42,7 @@ from pysciml_node.translation.names import (
     has_numbers,
     name_of,
 )
-from pysciml_node.translation.precision import computed_in, has_cast, in_single
+from pysciml_node.translation.precision import computed_in, has_cast, in_single, rounded_cast
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.reductions import Unknown
 from pysciml_node.translation.snapshot import Snapshot
@@ -245,7 +244,7 @@ class GraphWalk:
             (source, target), x = _dtypes(node), next(iter(given.values()))
             if target in _SHORT or not has_cast(source, target, self.spec.dtype):
                 raise self._refusal(node, target)
-            return cast(self.builder, self._trace(x), source, target)
+            return rounded_cast(self.builder, self._trace(x), source, target)
         dtypes = {x.dtype for x in pytree.tree_leaves(node.meta.get("val")) if _is_tensor(x)}
         if name in SEARCHES and not self._reads(node):
             raise self._refusal(node)

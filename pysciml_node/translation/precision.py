@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from pysciml_node.translation.builder import Builder, Traced
+from pysciml_node.translation.choices import cast
 from pysciml_node.translation.moves import is_traced
 from pysciml_node.translation.names import CASTS, VIEWS, arguments_of, name_of
 
@@ -66,6 +67,12 @@ def has_cast(source: torch.dtype, target: torch.dtype, dtype: torch.dtype) -> bo
     return whole or source is torch.bool
 
 
+def rounded_cast(g: Builder, x: Traced, source: torch.dtype, target: torch.dtype) -> Traced:
+    """A value of one dtype as one of another, rounded where whole numbers become single ones."""
+    large = g.dtype is torch.float64 and target is torch.float32 and _is_whole(source)
+    return _single(g, x) if large else cast(g, x, source, target)
+
+
 def in_single(
     g: Builder,
     node: Node,
@@ -88,9 +95,10 @@ def in_single(
     name = name_of(node.target)
     if g.dtype is not torch.float64 or computed_in(node, name) is not torch.float32:
         return None
-    of_wholes = all(map(_is_whole, node.all_input_nodes))
-    exact = name in _EXACT or name in _FILLED or (name == "sum" and of_wholes)
-    if not exact and name not in _ROUNDED and not (name == "mean" and of_wholes):
+    # Sums of truths are exact; those of whole numbers may be too large, and rounded in any order.
+    of_truths = all(map(_is_truth, node.all_input_nodes))
+    exact = name in _EXACT or name in _FILLED or (name == "sum" and of_truths)
+    if not exact and name not in _ROUNDED and not (name == "mean" and of_truths):
         return None
     if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
         return None
@@ -118,24 +126,28 @@ def _rounded(g: Builder, source: Any, x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.to(torch.float32)
     if is_traced(x):
-        whole = _counts(_dtype(source)) and _dtype(source) is not torch.bool
-        return _single(g, x) if whole else x
+        return _single(g, x) if _is_whole(_dtype(source)) else x
     return x if x is None else float(torch.tensor(x, dtype=torch.float32))
 
 
-def _is_whole(node: Node) -> bool:
-    """Whether a value is made of whole numbers or truths without rounding."""
-    while not _counts(_dtype(node)) and node.op == "call_function":
+def _is_truth(node: Node) -> bool:
+    """Whether a value is 0 or 1, made of truths by casts alone."""
+    while _dtype(node) is not torch.bool and node.op == "call_function":
         source = node.args[0] if node.args else None
         if name_of(node.target) not in VIEWS | CASTS or not isinstance(source, Node):
             return False
         node = source
-    return _counts(_dtype(node))
+    return _dtype(node) is torch.bool
 
 
 def _counts(dtype: torch.dtype | None) -> bool:
     """Whether a dtype is one of whole numbers or truths."""
     return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _is_whole(dtype: torch.dtype | None) -> bool:
+    """Whether a dtype is one of whole numbers."""
+    return _counts(dtype) and dtype is not torch.bool
 
 
 def _dtype(node: Node) -> torch.dtype | None:

@@ -52,6 +52,9 @@ MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "held in single precision": lambda u: HELD * (u > 0) + 0.1,
     "made full": lambda u: torch.full_like(u, 0.1, dtype=torch.float32) * (u > 0),
     "moved": lambda u: third(u).flip(0).roll(1) * 0.3,
+    "large whole numbers": lambda u: (index(u) * 3 + 2**25).float() - 2.0**25,
+    "large sums": lambda u: (index(u) + 2**25 + 1).sum().float() * 0.1,
+    "shares of choices": lambda u: (index(u)[:, None] == torch.arange(5)).float().mean(-1) * 0.1,
 }
 
 
@@ -75,6 +78,8 @@ REFUSED: dict[str, Field] = {
     "a state that is cast": lambda t, u: (u.float() * 3).double(),
     "a time that is cast": lambda t, u: u * t.float(),
     "a sine": lambda t, u: u * torch.sin(third(u)),
+    "a sum of whole numbers": lambda t, u: u * index(u).float().sum(),
+    "a mean of whole numbers": lambda t, u: u * index(u).float().mean(),
     "a sum of rounded numbers": lambda t, u: u * third(u).sum(),
     "a mean of rounded numbers": lambda t, u: u * third(u).mean(),
     "a power": lambda t, u: u * 0.3 ** index(u),
