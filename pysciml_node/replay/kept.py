@@ -117,7 +117,7 @@ class KeptSteps:
 
 def _is_comparable(x: Tensor) -> bool:
     """Whether a tensor has values that `torch.equal` compares."""
-    return x.layout is torch.strided and not x.is_meta and not is_lazy(x)
+    return x.layout is torch.strided and not (x.is_meta or x.is_nested or is_lazy(x))
 
 
 class KeptStages(Stages):

@@ -355,6 +355,13 @@ class Inputs:
             RuntimeError: a tensor without gradients has been changed in place and nobody compares,
                 or a gradient would be lost.
         """
+        # One at a time: threads may go backward through one solve.
+        with self._surroundings.undisturbed(), self._swept(replayed):
+            yield
+
+    @contextmanager
+    def _swept(self, replayed: bool) -> Iterator[None]:
+        """As `sweep`, in one thread."""
         surroundings = self._surroundings
         changed = {id(x): x for x in surroundings.changed_in_place()}
         changed |= {key: x for key, (x, version) in self._hidden.items() if version != x._version}

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -240,6 +241,20 @@ def test_a_solve_and_its_sweep_leave_nothing_to_the_garbage_collector() -> None:
         assert left == 0
 
 
+@pytest.mark.parametrize("adjoint", [KEPT, REPLAYED, psn.InterpolatingAdjoint()])
+def test_threads_go_backward_through_one_solve(adjoint: Any) -> None:
+    field, u0 = Field(), start()
+    u1 = solve(field, u0, adjoint).u1
+
+    def pull(_: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(u1.sum(), [u0, *field.parameters()], retain_graph=True)
+
+    expected = pull(0)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(pull, range(12)):
+            assert all(map(torch.equal, found, expected))
+
+
 def test_memory_bounds_what_is_kept() -> None:
     for memory, most in ((0, 0), (2**16, 2**16 // 4000), (2**17, 2**17 // 4000)):
         field = Counting()
@@ -406,12 +421,14 @@ class Recomputing(Field):
 
 
 class Sparse(Field):
-    """Has matrices that have no storage: one that is used, and one that is not."""
+    """Has a matrix without a storage, and tensors that cannot be compared and are not used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("matrix", torch.eye(3, dtype=D).to_sparse())
         self.register_buffer("other", torch.eye(3, dtype=D).to_sparse_csr())
+        self.ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        self.shapeless = torch.ones(3, device="meta")
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
         return super().forward(t, u @ self.matrix.to_dense())
