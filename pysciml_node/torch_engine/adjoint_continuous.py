@@ -132,6 +132,7 @@ def continuous_sweep(
     gradients = Gradients(u0=costate, inputs=list(sums.sums))
     if backward.with_times:
         _time_gradients(gradients, field, mass, jumps, backward, dense)
+    dense.comparison.expect_equal(field.captured.suspects)
     begin = methods[0].nodes.new_tensor(t0)
     expect_same((field.field(begin, backward.states[0]),), (field.k0,), field.captured.suspects)
     stats.nfe_backward += field.nfe - start_nfe

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.implicit import stages_for
 from pysciml_node.replay.jacobians import jacobian_of
 from pysciml_node.replay.linearization import (
@@ -19,12 +20,14 @@ from pysciml_node.replay.linearization import (
     lu_solver,
     shifted,
 )
+from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, vectors_like
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import Accumulator, DifferentiableField
 from pysciml_node.steps.inputs import pull_back
+from pysciml_node.tableaus import ImplicitTableau
 
 
 class MassMatrix:
@@ -56,7 +59,11 @@ class MassMatrix:
 
 
 class DenseForward:
-    """The forward solution at any time, its last used step's stages kept."""
+    """The forward solution at any time, its last used step's stages kept.
+
+    Attributes:
+        comparison: of the steps that are taken again with those of the solve.
+    """
 
     def __init__(
         self, field: DifferentiableField, methods: Sequence[Method], backward: BackwardPass
@@ -75,7 +82,7 @@ class DenseForward:
             )
             for method in methods
         ]
-        self.current = -1
+        self.current, self.comparison = -1, Comparison()
 
     def __call__(self, t: float) -> Tensor:
         """The state `(N,)` at `t`."""
@@ -84,9 +91,16 @@ class DenseForward:
         n, theta = self._place(t)
         if t == self.record.times[n]:
             return self.states[n]
+        fresh, start = n != self.current, self._start(n)
         stages = self._step(n)
         with torch.no_grad():
-            return stages.dense(*self._start(n), torch.tensor([theta], dtype=torch.float64))[0]
+            value = stages.dense(*start, torch.tensor([theta], dtype=torch.float64))[0]
+            if fresh:
+                again = stages.solution(*start, with_error=False)
+                implicit = isinstance(stages.method.tableau, ImplicitTableau)
+                missing = left_missing(again.dtype) if implicit else 0.0
+                self.comparison.add(again, self.states[n + 1], start[2], missing)
+        return value
 
     def slope(self, t: float) -> Tensor:
         """Derivative of that in time, `(N,)`."""

@@ -327,7 +327,7 @@ def test_a_change_that_neither_end_shows_is_refused(name: str, shared: bool) -> 
         return torch.tanh(a * u * table[min(int(10 * t), 9)])
 
     steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.1}
-    for adjoint in (KEPT, REPLAYED):
+    for adjoint in (KEPT, REPLAYED, psn.InterpolatingAdjoint(), psn.GaussAdjoint()):
         solution = solve(field, start(), adjoint, algorithm=getattr(psn, name)(), **steps)
         if shared:
             table.numpy()[5] += 2
