@@ -32,13 +32,7 @@ from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
-from pysciml_node.torch_engine.native.prepared import (
-    See,
-    expect_fitting,
-    is_told,
-    no_code,
-    prepare,
-)
+from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Flight,
     States,
@@ -226,8 +220,6 @@ class NativeSolve(SingleSolve):
         self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
     ) -> None:
         prepared, self.parameters, see = prepare(problem, algorithm, options)
-        if not prepared.explicit and is_told(problem, algorithm):
-            expect_fitting(problem, prepared.algorithm)
         super().__init__(problem, algorithm, options, engine, see)
         self.prepared = prepared
         self.departure = prepared.departure

@@ -253,6 +253,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
                 if not known.explicit:
                     _check_implicit(problem, algorithm)
                 check_surroundings(options)
+                _expect_fitting(problem, known.algorithm)
                 return Ready(known, parameters, surroundings_of(f, p, now))
     return _prepare(problem, algorithm, options)
 
@@ -261,6 +262,7 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
+    _expect_fitting(problem, algorithm)
     f, p, spec, tableaus = problem.f, problem.p, problem.spec, algorithm.tableaus
     rosenbrock = any(isinstance(x, RosenbrockTableau) for x in tableaus)
     # Events are looked for in the whole state, and methods take turns with it.
@@ -308,12 +310,14 @@ def is_told(problem: ODEProblem, algorithm: Algorithm) -> bool:
     return said and not isinstance(algorithm, ExplicitRungeKutta)
 
 
-def expect_fitting(problem: ODEProblem, algorithm: OneStepMethod) -> None:
-    """Compare what a problem says of its Jacobian, as the loop in Python does at the first state.
+def _expect_fitting(problem: ODEProblem, algorithm: OneStepMethod) -> None:
+    """Compare what steps read of a Jacobian, as the loop in Python does at the first state.
 
     Raises:
         ValueError: it does not fit the field.
     """
+    if not is_told(problem, algorithm):
+        return
     field, (t,) = FlatField(problem), problem.time_tensor([problem.t0])
     u = problem.spec.flatten(problem.u0).detach()
     rosenbrock = any(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus)

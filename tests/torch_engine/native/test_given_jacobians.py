@@ -209,9 +209,11 @@ def test_refusals(algorithm: Any) -> None:
     attempt._told.clear()
     with pytest.warns(psn.PsnWarning, match="jac has no native code"):
         assert psn.solve(problem, algorithm, compile="auto").success
-    wrong = psn.ODEProblem(Decay(), tensor(1.0, 2.0), (0.0, 1.0), jac=lambda t, u: -u)
-    with pytest.raises(ValueError, match=r"jac must return .* of shape \(2, 2\)"):
-        psn.solve(wrong, algorithm, compile=True)
+    for given in (lambda t, u: -u, lambda t, u: -torch.eye(2), lambda t, u: [[-1.0, 0], [0, -1]]):
+        wrong = psn.ODEProblem(Decay(), tensor(1.0, 2.0), (0.0, 1.0), jac=given)
+        for compile in (True, "auto", False):
+            with pytest.raises(ValueError, match=r"jac must return .* of shape \(2, 2\)"):
+                psn.solve(wrong, algorithm, compile=compile)
     for said in ({"jac": lambda t, u: -torch.eye(2, dtype=D)}, {"jac_sparsity": torch.eye(2)}):
         one = psn.ODEProblem(Decay(), tensor(1.0, 2.0), (0.0, 1.0), **said)
         many = psn.EnsembleProblem(one, torch.ones(3, 2, dtype=D))
