@@ -46,7 +46,7 @@ _PACKAGES = {
 FIXED_ONLY = {"Euler": "Tsit5()", "EM": "LambaEM()"}
 """Methods that have no error estimate in SciML, and replacements for them."""
 
-_LAZY = re.compile(r"(Auto)?Vern[6-9]\(")
+_LAZY = re.compile(r"((Auto)?Vern[6-9]|RKV76IIa|BS5)\(")
 
 _plans: Recent[tuple[Any, ...], Handle] = Recent(256)
 # The coefficients are kept too: as long as they live, no others can have their identity.
@@ -56,8 +56,9 @@ _tableaus: Recent[int, tuple[object, Handle]] = Recent(256)
 def expression_of(algorithm: Algorithm, keep_solution: bool) -> tuple[str, tuple[str, ...]]:
     """The Julia expression of an algorithm, and the packages that export its names.
 
-    Verner's methods evaluate the stages of dense output on demand, which the adjoints of
-    SciMLSensitivity do not do. So they are evaluated at once where the solution is kept.
+    Verner's methods and `BS5` evaluate the stages of dense output on demand, by what the field has
+    become, and the adjoints of SciMLSensitivity do not evaluate them. So they are evaluated at once
+    where the solution is kept.
     """
     if isinstance(algorithm, SciMLAlgorithm):
         expression, packages = algorithm.expression, algorithm.packages

@@ -96,6 +96,19 @@ def test_local_estimates(
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("BS5()", "OrdinaryDiffEqLowOrderRK"), ("RKV76IIa()", "OrdinaryDiffEqVerner")],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_that_only_dense_output_has(kind: str, name: str, package: str) -> None:
+    """SciML would evaluate them where dense output is asked for."""
+    algorithm = psn.SciMLAlgorithm(name, (package,))
+    (changed, (p, *_)), (kept, _) = (solved(kind, algorithm) for _ in range(2))
+    by_data(p)
+    torch.testing.assert_close(changed(0.3), kept(0.3), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["called", "translated"])
 @pytest.mark.parametrize(("algorithm", "adjoint"), ADJOINTS, ids=lambda x: type(x).__name__)
 def test_gradients(kind: str, algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
