@@ -155,10 +155,11 @@ def test_an_integrand_is_one_real_number_a_sample(value: Any) -> None:
 
 def test_a_flow_of_numbers_takes_its_batch_from_the_first_axis() -> None:
     """`u' = -u` of one number each: `log det = -1` for every sample."""
-    base = torch.distributions.Normal(torch.tensor(0.0).double(), torch.tensor(1.0).double())
+    zero = torch.tensor(0.0, dtype=torch.float64)
+    base = torch.distributions.Normal(zero, zero.exp())
     flow = psn.CNF(lambda t, u: -u, event_shape=(), base=base, rtol=1e-10, atol=1e-10)
     x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
-    exact = torch.distributions.Normal(0.0, math.e).log_prob(x)
+    exact = torch.distributions.Normal(zero, zero + math.e).log_prob(x)
     torch.testing.assert_close(flow.log_prob(x), exact, rtol=1e-8, atol=1e-8)
 
 

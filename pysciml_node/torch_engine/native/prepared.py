@@ -271,7 +271,10 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
         translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
         recorded = _records(problem, options, translated.parameters, rosenbrock)
         pulled = pulled_program(f, spec, translated) if recorded else None
-        derivatives = Derivatives(pulled, _given(problem, algorithm, translated))
+        # As in Python, steps that are differentiated take the field's own Jacobian, of which they
+        # have the derivatives.
+        given = None if recorded else _given(problem, algorithm, translated)
+        derivatives = Derivatives(pulled, given)
         methods = [Method.of(tableau, spec.dtype, spec.device) for tableau in tableaus]
         libraries = [_library(problem, translated, derivatives, x, whole) for x in methods]
     except UnsupportedModule as error:

@@ -198,7 +198,30 @@ def test_a_field_whose_derivative_is_infinite_where_its_jacobian_is_not() -> Non
     torch.testing.assert_close(end, tensor(0.0, 1.5**2), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("algorithm", STIFF[:2], ids=lambda a: a.expression)
+def test_gradients_are_those_of_the_solve_where_one_fits_the_first_state_alone(
+    algorithm: Any,
+) -> None:
+    """A Rosenbrock step depends on its Jacobian, and its gradient on the Jacobian's derivative."""
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return torch.stack([-7 * u[0] + u[1] * torch.sin(t), u[0] - u[1] ** 2])
+
+    def jac(t: Tensor, u: Tensor) -> Tensor:
+        zero = 0 * u[0]
+        rows = [torch.stack([zero - 7, torch.sin(t) + zero]), torch.stack([zero + 1, -2 * u[1]])]
+        return torch.stack(rows) * (1 + 0.3 * (t > 0.1).to(u.dtype))
+
+    def end(u: Tensor) -> Tensor:
+        problem = psn.ODEProblem(f, u, (0.0, 1.0), jac=jac)
+        return psn.solve(problem, algorithm, compile=True, **STEPS | {"dt0": 0.125}).u1
+
+    start = tensor(1.0, 0.5, gradient=True)
+    assert torch.autograd.gradcheck(end, start, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("algorithm", STIFF[1:3], ids=lambda a: a.expression)
+@torch.no_grad()
 def test_refusals(algorithm: Any) -> None:
     def branching(t: Tensor, u: Tensor) -> Tensor:
         return -torch.eye(2, dtype=D) if float(u.sum()) > -1e9 else torch.zeros(2, 2, dtype=D)
