@@ -104,6 +104,10 @@ ROWS: dict[str, tuple[Row, nn.Module | None]] = {
     "outer": (lambda m, t, u: torch.outer(u[:, 0], u[1]) + torch.kron(u[:2, :2], u[:2, :3]), None),
     "cross": (lambda m, t, u: torch.linalg.cross(u[:, :3], u[:, 3:]).repeat(1, 2), None),
     "Bilinear": (lambda m, t, u: m(u, u), nn.Bilinear(6, 6, 6)),
+    "norm of one": (
+        lambda m, t, u: u.sin() + F.layer_norm(u[:1, :1], (1,), eps=0.1) * u,
+        None,
+    ),
     "no outputs": (
         lambda m, t, u: torch.cat([F.linear(u, u.new_zeros(0, 6)).tanh(), u.sin() * t], 1),
         None,

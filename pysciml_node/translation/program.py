@@ -236,7 +236,8 @@ def _norm(step: Operation, inputs: list[Tensor]) -> Tensor:
     x = rest.pop(0).reshape(-1, groups * channels, pixels)
     weight = rest.pop(0).reshape(-1) if a["weight"] else None
     bias = rest.pop(0).reshape(-1) if a["bias"] else None
-    return functional.group_norm(x, groups, weight, bias, a["eps"])
+    # Not that of torch.nn.functional, which refuses groups of one entry.
+    return torch.group_norm(x, groups, weight, bias, a["eps"])
 
 
 def _sum(step: Operation, inputs: list[Tensor]) -> Tensor:

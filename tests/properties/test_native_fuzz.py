@@ -94,6 +94,8 @@ def cases(draw: st.DrawFn, made: RandomField, algorithm: Any, dtype: torch.dtype
     return Case(made, u0, span, options, graded, dense, list(made.given))
 
 
+# Times of conditions are numbers, which are told after eight of them.
+@pytest.mark.filterwarnings("ignore:<lambda> has been translated")
 @examples(4)
 @given(data=st.data(), made=fields())
 def test_a_random_solve_is_that_of_the_loop_in_python(
@@ -225,6 +227,7 @@ def ensembles(
     return MembersCase(made, u0, (start, start + length), options, graded, None, p, own, spans)
 
 
+@pytest.mark.filterwarnings("ignore:<lambda> has been translated")
 @examples(1)
 @given(data=st.data(), made=fields(member=True))
 def test_random_members_are_those_of_the_loop_in_python(

@@ -141,7 +141,7 @@ class _Widening:
     def _linear(self, step: Operation) -> None:
         a = step.attributes
         inner, columns = a["in_features"], a["out_features"]
-        rows = math.prod(step.shape) // columns
+        rows = math.prod(step.shape[:-1])
         parts, singles = len(a["columns"]), len(a["scalars"])
         pieces = [
             (start, width, id, False)

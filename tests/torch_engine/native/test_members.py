@@ -486,3 +486,14 @@ def test_widths_follow_the_memory_of_a_core(monkeypatch: pytest.MonkeyPatch) -> 
     member_library._library.cache_clear()
     assert narrow.members.solve.library.abreast == 1
     torch.testing.assert_close(wide.u1, narrow.u1, rtol=1e-12, atol=1e-12)
+
+
+def test_products_without_columns() -> None:
+    """`u' = -u` beside a part without entries, which has a weight of each member's own."""
+    start, weight = torch.rand(M, 3, dtype=D), torch.zeros(M, 3, 0, dtype=D)
+    state = start, torch.zeros(M, 0, dtype=D)
+    one = psn.ODEProblem(
+        lambda t, u, p: (-u[0], u[0] @ p), (start[0], state[1][0]), (0.0, 1.0), p=weight[0]
+    )
+    end = solve(psn.EnsembleProblem(one, state, weight), rtol=1e-9, atol=1e-9).u1[0]
+    torch.testing.assert_close(end, start / math.e, rtol=1e-8, atol=0)
