@@ -117,7 +117,10 @@ class KeptSteps:
 
 def _is_comparable(x: Tensor) -> bool:
     """Whether a tensor has values that `torch.equal` compares."""
-    return x.layout is torch.strided and not (x.is_meta or x.is_nested or is_lazy(x))
+    if x.is_meta or x.is_nested or is_lazy(x):
+        return False
+    # A field may keep what a transform of torch.func has shown it, and that is dead behind it.
+    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class KeptStages(Stages):
