@@ -138,6 +138,9 @@ def test_copies_without_gradients() -> None:
 def test_rows_of_a_layer() -> None:
     x, penalties = torch.linspace(-1, 1, 12, dtype=D).reshape(6, 2), []
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for weights in net.parameters():  # large, so that errors are far above those of rounding
+        numbers = torch.arange(1.0, weights.numel() + 1, dtype=D)
+        weights.data = 2 * torch.sin(7 * numbers).reshape(weights.shape)
     for compile in (True, False):
         node = psn.NeuralODE(
             lambda t, u: net(u), psn.Tsit5(), compile=compile, independent=True,
