@@ -19,13 +19,7 @@ from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
-from pysciml_node.translation.graph import (
-    ConditionWalk,
-    DiffusionWalk,
-    GraphWalk,
-    JacobianWalk,
-    label,
-)
+from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, tell_of_numbers
 from pysciml_node.translation.program import Program
@@ -33,6 +27,7 @@ from pysciml_node.translation.recent import RecentOf
 from pysciml_node.translation.saved import as_it_is, numbers_put_back, saved_by, without_graph
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.tracing import exporting, full_precision, trace
+from pysciml_node.translation.walks import ConditionWalk, DiffusionWalk, JacobianWalk
 from pysciml_node.translation.watch import Contents, have_contents, have_same
 
 

@@ -32,14 +32,9 @@ from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
+from pysciml_node.torch_engine.native.flight import Flight, States
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
-from pysciml_node.torch_engine.native.run import (
-    Flight,
-    States,
-    Swept,
-    fly,
-    sweep_back,
-)
+from pysciml_node.torch_engine.native.run import Swept, fly, sweep_back
 from pysciml_node.torch_engine.native.trajectory import FieldProgram, NativeTrajectory
 
 

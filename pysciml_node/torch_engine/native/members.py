@@ -32,6 +32,7 @@ from pysciml_node.tableaus import DiagonallyImplicitTableau, RosenbrockTableau, 
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
+from pysciml_node.torch_engine.native.flight import Flight, Notes, States
 from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
 from pysciml_node.torch_engine.native.member_run import (
@@ -49,7 +50,7 @@ from pysciml_node.torch_engine.native.member_run import (
 from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
 from pysciml_node.torch_engine.native.prepared import See, check, is_told, no_code, refusal
 from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.run import RETCODES, Flight, Notes, States
+from pysciml_node.torch_engine.native.run import RETCODES
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.numbers import first_to_succeed
 
