@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import sysconfig
 from collections.abc import Callable, Iterable
 from importlib.resources import files
 from itertools import chain
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pysciml_node.translation.given import Given
+from pysciml_node.translation.stable_abi import function_of
 from pysciml_node.translation.watch import CHANGED, Places, Watch
 
 # Functions of Python's stable ABI, and objects, in the order of again.c.
@@ -34,22 +34,13 @@ def source() -> str:
 
 
 def use(library: ctypes.CDLL) -> None:
-    """Take second looks by a library from now on.
-
-    It goes through dicts, and borrows objects, which is safe under the interpreter's lock: where
-    there is none, looks go on in Python.
+    """Take second looks by a library from now on; where there is no interpreter's lock, in Python.
 
     Args:
         library: made of `source()`.
     """
     global _look
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return
-    functions = (ctypes.cast(getattr(ctypes.pythonapi, x), ctypes.c_void_p) for x in _FUNCTIONS)
-    addresses = [*(x.value for x in functions), *map(id, _OBJECTS)]
-    begin = ctypes.PyDLL(library._name, handle=library._handle).begin
-    begin.restype = ctypes.py_object
-    _look = begin((ctypes.c_void_p * len(addresses))(*addresses))
+    _look = function_of(library, _FUNCTIONS, _OBJECTS)
 
 
 def tensors(watch: Watch, parts: tuple[Any, ...]) -> list[Tensor] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import sysconfig
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.torch_engine.native.structures import INTEGER, POINTER
+from pysciml_node.translation.stable_abi import function_of
 
 IN_REQUEST, BEHIND = -2, -1
 """Numbers of what is not given: an address in the request, or behind it."""
@@ -48,13 +48,7 @@ def use(library: ctypes.CDLL) -> None:
         library: made of src/crossing.c.
     """
     global _cross
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return
-    functions = (ctypes.cast(getattr(ctypes.pythonapi, x), POINTER) for x in _FUNCTIONS)
-    addresses = [*(x.value for x in functions), *map(id, _OBJECTS)]
-    begin = ctypes.PyDLL(library._name, handle=library._handle).begin
-    begin.restype = ctypes.py_object
-    _cross = begin((POINTER * len(addresses))(*addresses))
+    _cross = function_of(library, _FUNCTIONS, _OBJECTS)
 
 
 class Hole(NamedTuple):
