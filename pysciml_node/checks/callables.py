@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Self
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pysciml_node.checks.values import did_you_mean, refuse
 
@@ -139,7 +140,8 @@ class Arguments:
 _SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[Any], Arguments]] = {}
 
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_AROUND = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+"""Modules that hand what they are given on to another one, their `module`."""
 
 _CALLED_AS_SAID = (types.FunctionType, types.MethodType)
 
@@ -148,8 +150,8 @@ _OWN_WORDS = ("__signature__", "__wrapped__")
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
-    """`forward` of a module, or of the one that a compiled or parallel module stands for."""
-    name = "module" if isinstance(module, _PARALLEL) else "_orig_mod"
+    """`forward` of a module, or of the one that a compiled or averaged module, say, stands for."""
+    name = "module" if isinstance(module, _AROUND) else "_orig_mod"
     held = module._modules  # of a scripted module no dict
     inner = held[name] if name in held else None  # noqa: SIM401
     return module.forward if inner is None else _forward_of(inner)

@@ -263,9 +263,10 @@ class ODEProblem(Problem):
         f: the vector field; takes `t` (a 0-d tensor of the state's real dtype) and the state, and
             returns its derivative in the same structure, shapes and dtype. It is any callable. The
             parameters of an `nn.Module` receive gradients, and so does every tensor that `f` uses.
-        u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
-            one dtype and device; float32, float64, complex64 or complex128. NumPy's arrays, a
-            number and a list of numbers become a tensor, the latter two of torch's default dtype.
+        u0: initial state: a tensor of any shape (batch first), or a tuple, named tuple
+            or dict of tensors of one dtype and device; float32, float64, complex64 or complex128.
+            NumPy's arrays, a number and a list of numbers become a tensor, the latter two of
+            torch's default dtype.
         tspan: `(t0, t1)`, numbers or 0-d tensors (which then receive gradients);
             `t1 < t0` integrates backward in time.
         p: extra argument of `f`: a tensor, or a tuple, list or dict of tensors; receives

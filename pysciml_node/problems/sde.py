@@ -35,9 +35,9 @@ class SDEProblem(Problem):
     Args:
         drift: `f`; takes `t` (a 0-d tensor) and the state, and returns the state's structure.
         diffusion: `g`, likewise, in the shape that `noise` asks for.
-        u0: initial state: a tensor of any shape (batch first), or a tuple or dict of tensors of
-            one dtype and device (diagonal noise, and additive noise of the state's structure);
-            float32 or float64.
+        u0: initial state: a tensor of any shape (batch first), or a tuple, named tuple
+            or dict of tensors of one dtype and device (diagonal noise, and additive noise of the
+            state's structure); float32 or float64.
         tspan: `(t0, t1)`, numbers with `t0 < t1`; tensors are read now.
         noise: the structure of `g`.
         interpretation: of the integral: `"ito"`, or `"stratonovich"`.

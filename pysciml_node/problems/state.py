@@ -1,4 +1,4 @@
-"""States: a tensor of any shape, or a tuple or dict of tensors, as one flat vector."""
+"""States as one flat vector: a tensor of any shape, or a tuple, named tuple or dict of tensors."""
 
 from __future__ import annotations
 
@@ -68,14 +68,19 @@ def as_state(u0: Any) -> Any:
         if all(isinstance(part, Tensor) for part in parts):
             return u0
         converted = [_as_part(part) for part in parts]
-        return (
-            dict(zip(u0, converted, strict=True)) if isinstance(u0, Mapping) else tuple(converted)
-        )
+        if isinstance(u0, Mapping):
+            return dict(zip(u0, converted, strict=True))
+        return _named(u0)._make(converted) if _named(u0) else tuple(converted)
     if _of_numbers(u0):
         with contextlib.suppress(ValueError):  # rows of different lengths
             tensor = torch.tensor(u0)
             return tensor if tensor.is_complex() else tensor.to(torch.get_default_dtype())
     return _as_part(u0)
+
+
+def _named(state: tuple[Any, ...]) -> Any:
+    """The class of a named tuple, `None` for another tuple."""
+    return type(state) if hasattr(state, "_fields") else None
 
 
 def _as_part(part: Any) -> Any:
@@ -214,12 +219,14 @@ class StateSpec:
         shapes: shape of each part.
         dtype: the parts' common dtype.
         device: the parts' common device.
+        named: class of a state that is a named tuple.
     """
 
     keys: tuple[Any, ...] | None
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     device: torch.device
+    named: Any = None
 
     @classmethod
     def of(cls, u0: Any) -> StateSpec:
@@ -230,6 +237,7 @@ class StateSpec:
             ValueError: there are no entries, or the parts differ in dtype or device.
         """
         keys: tuple[Any, ...] | None
+        named = None
         if isinstance(u0, Tensor):
             shape = u0.shape
             if u0.dtype not in _DTYPES or u0.layout is not torch.strided or 0 in shape:
@@ -237,7 +245,7 @@ class StateSpec:
                 _check_filled(u0.numel())
             return _spec(None, (shape,), u0.dtype, u0.device)
         if isinstance(u0, tuple):
-            keys, parts = tuple(range(len(u0))), u0
+            keys, parts, named = tuple(range(len(u0))), u0, _named(u0)
         elif isinstance(u0, Mapping):
             keys, parts = tuple(u0), tuple(u0.values())
             names: list[Any] = list(u0)
@@ -265,7 +273,7 @@ class StateSpec:
                     + ", ".join(str(value) for value in values)
                     + ".\n  Convert them with .to(...) before the solve."
                 )
-        return _spec(keys, tuple(part.shape for part in parts), first.dtype, first.device)
+        return _spec(keys, tuple(part.shape for part in parts), first.dtype, first.device, named)
 
     @cached_property
     def real_dtype(self) -> torch.dtype:
@@ -296,7 +304,7 @@ class StateSpec:
         if self.keys is None:
             return parts[0]
         if isinstance(self.keys[0], int):
-            return tuple(parts)
+            return tuple(parts) if self.named is None else self.named._make(parts)
         return dict(zip(self.keys, parts, strict=True))
 
     def flatten(self, state: Any) -> Tensor:
@@ -339,6 +347,7 @@ def _spec(
     shapes: tuple[torch.Size, ...],
     dtype: torch.dtype,
     device: torch.device,
+    named: Any = None,
 ) -> StateSpec:
     """One for equal structures, which are told apart at once, and whose sizes are known."""
-    return StateSpec(keys, shapes, dtype, device)
+    return StateSpec(keys, shapes, dtype, device, named)

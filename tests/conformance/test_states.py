@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -99,6 +99,39 @@ def test_structures_are_their_flat_tensor(kind: str, engine: str) -> None:
     join(kind, built.u1).square().sum().backward()
     flat.u1.square().sum().backward()
     torch.testing.assert_close(start.grad, flat_start.grad, rtol=1e-9, atol=1e-9)
+
+
+class Motion(NamedTuple):
+    """A place, and the velocity at it."""
+
+    x: Tensor
+    v: Tensor
+
+
+def test_named_tuples_are_named_in_field_events_and_solution(engine: str) -> None:
+    """Half a quarter swing of `x'' = -k x`, a stop of half the velocity at `x = 0`, the rest."""
+    k = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+
+    def swing(t: Tensor, s: Motion) -> Motion:
+        return Motion(s.v, -k * s.x)
+
+    brake = psn.Event(lambda t, s: s.x[0], affect=lambda t, s: Motion(s.x, s.v / 2))
+    problem = psn.ODEProblem(swing, Motion(one, 0 * one), (0.0, 1.0))
+    tight = Motion(1e-10, 1e-10)
+    solution = psn.solve(
+        problem, rtol=1e-10, atol=tight, saveat=[0.5, 1.0], events=brake, engine=engine
+    )
+    for state in (solution.u, solution.u1, solution(0.7), solution.jumps[0].after):
+        assert type(state) is Motion
+    w = k.detach().sqrt().requires_grad_()
+    exact = -torch.sin(w - math.pi / 2) / 2
+    assert solution.u1.x.item() == pytest.approx(exact.item(), rel=1e-8)
+    solution.u1.x.sum().backward()
+    exact.backward()
+    assert k.grad.item() == pytest.approx(w.grad.item() / (2 * w.item()), rel=1e-7)
+    arrays = psn.ODEProblem(swing, Motion(one.numpy(), 0 * one.numpy()), (0.0, 0.5))
+    assert type(psn.solve(arrays, engine=engine).u1) is Motion
 
 
 def test_parts_keep_their_shapes_and_order(engine: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import pysciml_node as psn
 from pysciml_node.solving import checks as solving_checks
@@ -260,8 +261,8 @@ def test_an_adapter_that_looks_like_what_it_wraps_is_called_as_itself(adapter: A
 
 @pytest.mark.parametrize(
     "around",
-    [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, torch.jit.script],
-    ids=["compile", "data", "script"],
+    [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, torch.jit.script, AveragedModel],
+    ids=["compile", "data", "script", "average"],
 )
 def test_modules_that_stand_for_others_take_what_those_take(around: Any) -> None:
     net = nn.Sequential(nn.Linear(2, 2, bias=False, dtype=torch.float64))
