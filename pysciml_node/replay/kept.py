@@ -20,6 +20,7 @@ from typing_extensions import override
 from pysciml_node.replay.adjoint_recorded import Totals
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
+from pysciml_node.steps.apart import WentBack, apart
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
@@ -149,15 +150,13 @@ class KeptStages(Stages):
             # A field may differentiate something inside, by its parameters. The evaluations that
             # its state comes from have no part in that: where gradients reach them, the value is
             # made again without them, and from this step on nothing is kept.
-            if u.grad_fn is not None and not crossed:
-                handle = u.grad_fn.register_prehook(lambda _: crossed.append(None))
+            if not crossed:
                 try:
-                    value = field(t, u)
-                finally:
-                    handle.remove()
-                if not crossed:
-                    # The memory of a value may be the field's, and used again.
-                    return value.clone()
+                    with apart("the field", (u,), always_refused=True):
+                        # The memory of a value may be the field's, and used again.
+                        return field(t, u).clone()
+                except WentBack:
+                    crossed.append(None)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not crossed):
                 return field(t, u).clone()
 

@@ -159,13 +159,14 @@ class _AtSolution(torch.autograd.Function):
     @override
     def forward(ctx: Any, residual: Tensor, backward: Apply) -> Tensor:
         ctx.pull = backward
+        ctx.set_materialize_grads(False)
         return torch.zeros_like(residual)
 
     @staticmethod
     @once_differentiable
     @override
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        return ctx.pull(cotangent), None
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if cotangent is None else ctx.pull(cotangent), None
 
 
 def _transposed(nearly: Apply, like: Tensor) -> Apply:

@@ -126,12 +126,15 @@ class _Solved(torch.autograd.Function):
         matrix, _, factors, pivots, ctx.adjoint = inputs
         ctx.save_for_backward(matrix, factors, pivots, output)
         ctx.save_for_forward(matrix, factors, pivots, output)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @override
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, factors, pivots, solved = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,) * 5
+        matrix, factors, pivots, solved = ctx.saved_tensors
         right = _Solved.apply(matrix, cotangent, factors, pivots, not ctx.adjoint)  # type: ignore[no-untyped-call]
         left, row = (solved, right) if ctx.adjoint else (right, solved)
         return -left * row.mH, right, None, None, None
@@ -151,9 +154,13 @@ class _Solved(torch.autograd.Function):
     @override
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         matrix, factors, pivots, solved = ctx.saved_tensors
-        moved = tangents[0].mH if ctx.adjoint else tangents[0]
+        of_matrix, of_right = tangents[:2]
+        if of_right is None:
+            of_right = torch.zeros_like(solved)
+        if of_matrix is not None:
+            of_right = of_right - (of_matrix.mH if ctx.adjoint else of_matrix) @ solved
         change: Tensor = _Solved.apply(  # type: ignore[no-untyped-call]
-            matrix, tangents[1] - moved @ solved, factors, pivots, ctx.adjoint
+            matrix, of_right, factors, pivots, ctx.adjoint
         )
         return change
 

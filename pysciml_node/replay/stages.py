@@ -285,5 +285,9 @@ class Stages:
 
         One host read, behind a step that has been taken.
         """
+        pair = self.method.tableau.stiffness_stages
+        if pair is not None:
+            # With its graph, where there is one: the next step may begin with the last of them.
+            self.evaluate(t, h, u, max(pair) + 1)
         with torch.no_grad():
             return float(self.stiffness(t, h, u))

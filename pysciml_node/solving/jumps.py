@@ -22,11 +22,12 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem, Problem, Time, time_number
-from pysciml_node.problems.state import StateSpec, map_tensors
+from pysciml_node.problems.state import StateSpec, map_tensors, tensors_of
 from pysciml_node.solutions.joined import JoinedStats, joined_trajectory
 from pysciml_node.solutions.jump import Jump
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving.engines import Engine
+from pysciml_node.steps.apart import apart
 from pysciml_node.steps.event_gradient import differentiable_event
 from pysciml_node.steps.event_search import condition_value
 from pysciml_node.steps.field import FlatField
@@ -231,7 +232,8 @@ class _Solve:
         # What is changed in place is not what the solution keeps.
         given = map_tensors(torch.clone, u)
         extra = () if self.problem.p is None else (self.problem.p,)
-        after = event.affect(t, given, *extra)
+        with apart(f"events[{i}].affect", (t, *tensors_of(given))):
+            after = event.affect(t, given, *extra)
         spec = self.problem.spec
         try:
             made = StateSpec.of(after)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import Solution
+from pysciml_node.steps.apart import apart
 from pysciml_node.steps.autograd import first_derivative
 from pysciml_node.steps.field import FlatField
 
@@ -124,7 +125,8 @@ def root_shift(
     shift, unknown = torch.zeros_like(time), slope == 0
     if not bool(unknown.all()):
         # Of one number the shape may be another: `(1,)` for a network.
-        value = condition(t, u).reshape(t.shape)
+        with apart("an event's condition", (t, u)):
+            value = condition(t, u).reshape(t.shape)
         shift = _NewtonShift.apply(value, slope.detach())  # type: ignore[no-untyped-call]
     if bool(unknown.any()):
         shift = shift + _UnknownShift.apply(t, u, unknown)  # type: ignore[no-untyped-call]

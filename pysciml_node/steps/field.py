@@ -13,6 +13,7 @@ from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.apart import apart
 from pysciml_node.steps.inputs import FirstGraph, Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
@@ -111,7 +112,8 @@ class FlatField:
         """Evaluate the derivative; shape `(N,)`."""
         self.nfe += 1
         if torch.is_grad_enabled():
-            return self._evaluate(t, u)
+            with apart("the field", (t, u)):
+                return self._evaluate(t, u)
         if self.watch is not None or u.requires_grad:
             return without_gradients(self._evaluate, t, u, self.watch)
         value = self._evaluate(t, u)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.steps.apart import apart
 from pysciml_node.steps.field import (
     FlatField,
     expect_copies,
@@ -167,7 +168,8 @@ class Fields:
     def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         """The diffusion; flat, `(N,)` or `(N * m,)`."""
         if torch.is_grad_enabled():
-            return self._diffusion(t, u)
+            with apart("the diffusion", (t, u)):
+                return self._diffusion(t, u)
         return without_gradients(self._diffusion, t, u, self.drift.watch)
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:

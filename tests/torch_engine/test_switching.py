@@ -159,3 +159,17 @@ def test_stiffness_estimates_and_refusals() -> None:
         solve(psn.AutoTsit5(psn.FBDF()))
     with pytest.raises(ValueError, match="stiffness estimate"):
         psn.GlobalStiffness()(solve(psn.AutoTsit5()))
+
+
+@pytest.mark.parametrize("algorithm", SWITCHING, ids=repr)
+def test_fixed_steps_keep_the_graph_of_the_stages_that_stiffness_is_measured_by(
+    algorithm: Any,
+) -> None:
+    """`u1 = exp(-rate)`. The last stage, which the next step begins with, is one of them."""
+    rate = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    u0 = torch.ones(1, dtype=torch.float64)
+    problem = psn.ODEProblem(lambda t, u: -rate * u, u0, (0.0, 1.0))
+    for adjoint in (psn.DirectAdjoint(), psn.DiscreteAdjoint()):
+        u1 = psn.solve(problem, algorithm, dt0=0.1, controller=psn.FixedStep(), adjoint=adjoint).u1
+        (slope,) = torch.autograd.grad(u1.sum(), rate)
+        torch.testing.assert_close(slope, -torch.exp(-rate).detach(), rtol=1e-7, atol=0)

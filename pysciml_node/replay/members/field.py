@@ -16,6 +16,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.comparison import entry_sizes, rounding
 from pysciml_node.replay.jacobians import Expectation
+from pysciml_node.steps.apart import apart
 from pysciml_node.steps.field import (
     FlatField,
     Watch,
@@ -136,7 +137,8 @@ class MembersField:
         """
         evaluate = self._batch if self.batched else self._mapped
         if torch.is_grad_enabled():
-            return evaluate(t, u, p)
+            with apart("the field", (t, u)):
+                return evaluate(t, u, p)
         if self.watch is None and not u.requires_grad:
             k = evaluate(t, u, p)
             return k.detach() if k.requires_grad else k
