@@ -25,10 +25,9 @@ from pysciml_node.torch_engine.native.member_run import (
     ACCEPTED,
     Flights,
     Passengers,
-    SweptMembers,
-    chunk_of,
     threads_for,
 )
+from pysciml_node.torch_engine.native.member_sweep import SweptMembers, chunk_of
 from pysciml_node.torch_engine.native.run import RUNNING
 from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import whole
@@ -230,8 +229,8 @@ class Crew:
                 )
             finally:
                 loaded.members_release(ctypes.byref(request))
-        packed, marks = u0.new_empty(0), np.empty(0)
-        return Flights(passengers, packed, marks, ends, steps, offsets, saved, places, counts, last)
+        marks = np.empty(0)
+        return Flights(passengers, (), marks, ends, steps, offsets, saved, places, counts, last)
 
     def sweep(self, flights: Flights, *arriving: Tensor | None) -> SweptMembers:
         """Pull the cotangents of a solve back to its inputs.

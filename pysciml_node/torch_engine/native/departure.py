@@ -85,6 +85,28 @@ def set_control(request: Any, controller: Controller, error_order: float) -> tup
     return 1.0, 1.0
 
 
+def set_turns(
+    request: Any, method: int, tableaus: Sequence[Tableau | SDETableau], controller: Controller
+) -> None:
+    """Put into a request, of one solve or of members, when the other method is to go on.
+
+    Args:
+        request: of steps of one method, alone or of two that take turns.
+        method: which of them takes the steps.
+        tableaus: theirs, the explicit one's first.
+        controller: of the sizes.
+    """
+    if len(tableaus) == 1:
+        return
+    radius = tableaus[0].stability_radius
+    assert radius is not None
+    factor = FACTOR if controller.adaptive else 1.0
+    request.limit = SHARE * radius
+    request.patience, request.factor_of_turn = (
+        (-MOST_SMOOTH - 1, 1 / factor) if method else (MOST_STIFF + 1, factor)
+    )
+
+
 class Departure:
     """What solves of the same options begin with: a request that lacks only its tensors.
 
@@ -175,15 +197,7 @@ class Departure:
         """Let a method take the steps, the other one in its turn."""
         tableau, controller = self._tableaus[method], self.options.controller
         request.history[:] = set_control(request, controller, tableau.error_order)
-        if len(self.libraries) == 1:
-            return
-        explicit, _ = self._tableaus
-        assert explicit.stability_radius is not None
-        factor = FACTOR if controller.adaptive else 1.0
-        request.limit = SHARE * explicit.stability_radius
-        request.patience, request.factor_of_turn = (
-            (-MOST_SMOOTH - 1, 1 / factor) if method else (MOST_STIFF + 1, factor)
-        )
+        set_turns(request, method, self._tableaus, controller)
 
     def _set_tolerances(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Put the tolerances into the request; returns what has to be kept alive."""

@@ -103,6 +103,20 @@ def emit_method(method: Method, size: int, abreast: int = 0) -> str:
     return "\n".join([*lines, *_bars(method, style, restrict)])
 
 
+def emit_alike(method: Method, dtype: torch.dtype) -> str:
+    """The stages of a step from which its stiffness follows, and the unit of rounding.
+
+    Args:
+        method: the method.
+        dtype: of the state.
+    """
+    first, second = method.tableau.stiffness_stages or (-1, -1)
+    return (
+        f"enum {{ FIRST_ALIKE = {first}, SECOND_ALIKE = {second} }};\n"
+        f"static const double ROUNDING = {torch.finfo(dtype).eps!r};\n"
+    )
+
+
 def emit_estimates(method: Method, dtype: torch.dtype) -> str:
     """What src/taken.h reads of a tableau: the weights of its estimates.
 
@@ -111,10 +125,9 @@ def emit_estimates(method: Method, dtype: torch.dtype) -> str:
         dtype: of the state.
     """
     tableau = method.tableau
-    first, second = tableau.stiffness_stages or (-1, -1)
     between = [0.0] * method.all_stages
     if tableau.stiffness_stages is not None:
-        for sign, stage in ((1.0, first), (-1.0, second)):
+        for sign, stage in zip((1.0, -1.0), tableau.stiffness_stages, strict=True):
             for j, weight in enumerate(method.host_rows[stage]):
                 between[j] += sign * weight
     rows = {"ERROR": tableau.b_error, "BETWEEN": between}
@@ -122,8 +135,7 @@ def emit_estimates(method: Method, dtype: torch.dtype) -> str:
         rows["ERROR_LOW"] = tableau.b_error_low
     return "\n".join(
         [
-            f"enum {{ FIRST_ALIKE = {first}, SECOND_ALIKE = {second} }};",
-            f"static const double ROUNDING = {torch.finfo(dtype).eps!r};",
+            emit_alike(method, dtype),
             *(
                 f"static const REAL {name}[ALL_STAGES] = {{{', '.join(map(number, row))}}};"
                 for name, row in rows.items()

@@ -178,7 +178,7 @@ class MembersSearch:
     def __init__(self, events: Sequence[Watched], crossings: Crossings) -> None:
         self._events, self.count = events, len(events)
         self.crossings = crossings
-        self.before = np.ascontiguousarray(crossings.before)
+        self.before = np.array(crossings.before, order="C")  # C writes into it
         self.open = crossings.unsettled.astype(np.int64)
         self.found = crossings.first
         self._kept: list[Any] = []

@@ -13,7 +13,7 @@ from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.abreast import WideEmitter, abreast
 from pysciml_node.torch_engine.native.emit import Emitted, Emitter
 from pysciml_node.torch_engine.native.emit_implicit import emit_implicit
-from pysciml_node.torch_engine.native.emit_method import emit_method
+from pysciml_node.torch_engine.native.emit_method import emit_alike, emit_method
 from pysciml_node.torch_engine.native.library import (
     header,
     packed_together,
@@ -196,12 +196,14 @@ class WrittenMembers:
         loop = ["codes.h", "team.h", "steps.h", "event.h", "members.h", "members_control.h"]
         sweep = ["members_sweep.h"] if how.sweeps else []
         method = emit_method(how.method, self.size, width)
+        alike = emit_alike(how.method, how.method.nodes.dtype)
         if how.is_implicit:
             cost += self.size * first.emitted.cost + self.size**3 // 3 * width
             method = emit_implicit(how.method, self.size, how.mass, width)
             loop.append("members_linear.h")
             sweep += ["members_linear_sweep.h"] if how.sweeps else []
-        loop += [f"members_{how.kind}.h", "members_events.h", "workers.h", "members_calls.h"]
+        loop += [f"members_{how.kind}.h", "members_events.h", "members_turns.h"]
+        loop += ["workers.h", "members_calls.h"]
         sweep += [f"members_{how.kind}_sweep.h"] if how.sweeps else []
         return [
             "#include <stdlib.h>",
@@ -209,6 +211,7 @@ class WrittenMembers:
             f"TIMED = {int(program.reads_time)}, TIME_ROW = {padded(width)} }};",
             *_own(emissions),
             method,
+            alike,
             first.emitted.source,
             *(one.emitted.source for one in others),
             self._packed(emissions, width),

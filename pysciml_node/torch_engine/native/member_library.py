@@ -25,6 +25,9 @@ from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER
 COUNTS = 7
 """Numbers that the loop leaves of each member: `ACCEPTED` to `FIRST` of src/members.h."""
 
+PAUSE = 5
+"""Numbers of a member that the other method goes on with: those of `Pause` of src/members.h."""
+
 # The bytes of steps that the workers of a library keep for the next solve.
 _MOST_RESTING = 1 << 24
 
@@ -41,11 +44,15 @@ class MembersRequest(ctypes.Structure):
     _fields_ = (
         *fields(POINTER, "t0 t1 shift factor stops marks saves rtol atol u0 packed own"),
         ("accuracy", AccuracyRequest),
+        ("rows", POINTER),
         *fields(INTEGER, "span_stride scale_stride tolerance_stride save_stride start_stride"),
         *fields(INTEGER, "members stop_count mark_count save_count control max_steps driven"),
         *fields(INTEGER, "free threads"),
         *fields(POINTER, "events before open spent found"),
         ("event_count", INTEGER),
+        *fields(DOUBLE, "limit factor_of_turn"),
+        ("patience", INTEGER),
+        ("pauses", POINTER),
         *fields(DOUBLE, "dt0 dtmin dtmax"),
         ("beta", DOUBLE * 3),
         *fields(DOUBLE, "gamma qmin qmax seconds"),
@@ -61,7 +68,7 @@ class MembersSweepRequest(ctypes.Structure):
     _fields_ = (
         *fields(POINTER, "t0 t1 marks steps places u0 packed ends own"),
         ("accuracy", AccuracyRequest),
-        *fields(POINTER, "offsets counts"),
+        *fields(POINTER, "offsets rows first behind left"),
         *fields(POINTER, "saved_bar ends_bar last_bar start_bar packed_bar own_bar"),
         *fields(POINTER, "t_bar h_bar theta_bar costs"),
         *fields(INTEGER, "span_stride start_stride mark_count save_count members chunk threads"),

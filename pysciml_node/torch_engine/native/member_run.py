@@ -1,39 +1,40 @@
-"""Runs the native loop over members and its sweep, in turns: Python hears of an interrupt."""
+"""Runs the native loop over members, in turns: Python hears of an interrupt."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
-from pysciml_node.replay.members.moving import StepMoves
 from pysciml_node.replay.members.stacked import MemberSteps
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
-from pysciml_node.torch_engine.native.departure import TURN, set_control
+from pysciml_node.tableaus import Tableau
+from pysciml_node.torch_engine.native.departure import TURN, set_control, set_turns
 from pysciml_node.torch_engine.native.events import MembersSearch
 from pysciml_node.torch_engine.native.library import addresses
 from pysciml_node.torch_engine.native.member_library import (
     COUNTS,
+    PAUSE,
     MemberLibrary,
     MembersRequest,
     MembersSweepRequest,
 )
-from pysciml_node.torch_engine.native.run import RUNNING
+from pysciml_node.torch_engine.native.run import CHANGED, RUNNING
 
 ACCEPTED, REJECTED, EVALUATIONS, REACHED, CODE = range(5)
-_OUT_OF_MEMORY = 6
-_LESS_MEMORY = "Solve fewer members at a time, or with larger tolerances."
+OUT_OF_MEMORY = 6
+LESS_MEMORY = "Solve fewer members at a time, or with larger tolerances."
 _MOST_THREADS = 256
-# Members of a chunk of the sweep, at least, and chunks, at most: whatever the threads are.
-_LEAST_CHUNK, _MOST_CHUNKS = 64, 64
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Missing:
         """Write it into a request."""
         accuracy = request.accuracy
         accuracy.rtol, accuracy.atol = self.rtol.data_ptr(), self.atol.data_ptr()
-        accuracy.stride = _stride(self.rtol, self.rtol.shape[1])
+        accuracy.stride = stride(self.rtol, self.rtol.shape[1])
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Flights:
 
     Attributes:
         passengers: what it was given.
-        packed: the shared parameters as the field reads them.
+        packed: the shared parameters as the field reads them, for each method.
         marks: where the field jumps.
         ends: states at the ends of the accepted steps, member after member, `(P, N)`.
         steps: end, size, error, and the stop or -1 of each, `(P, 4)`.
@@ -168,10 +169,12 @@ class Flights:
         places: of each its step and its place in it, or the state that it is and NaN, `(M, T, 2)`.
         counts: of each member, `(M, COUNTS)`.
         last: the state that each got to, `(M, N)`.
+        turns: how many steps each had taken when the methods took turns, for the first time and so
+            on, of all of those that had not ended by then; each `(M,)`.
     """
 
     passengers: Passengers
-    packed: Tensor
+    packed: Sequence[Tensor]
     marks: Array
     ends: Tensor
     steps: Tensor
@@ -180,6 +183,15 @@ class Flights:
     places: Tensor
     counts: Array
     last: Tensor
+    turns: Sequence[Array] = ()
+
+    @property
+    def legs(self) -> list[tuple[Array, Array]]:
+        """Of what one method does in its turn the first step of each member, and the one behind its
+        last, `(M,)`; the methods take turns.
+        """
+        steps = np.diff(self.offsets)
+        return list(itertools.pairwise((0 * steps, *self.turns, steps)))
 
     @cached_property
     def accepted(self) -> MemberSteps:
@@ -192,14 +204,15 @@ class Flights:
         return MemberSteps(self.offsets, starts, sizes, ends, errors, stops.astype(np.int64))
 
 
-def _address(x: Array | Tensor | None) -> int | None:
+def address(x: Array | Tensor | None) -> int | None:
+    """Where C finds it."""
     if isinstance(x, Tensor):
         return x.data_ptr()
     address: int | None = None if x is None else x.__array_interface__["data"][0]
     return address
 
 
-def _stride(x: Array | Tensor | None, step: int = 1) -> int:
+def stride(x: Array | Tensor | None, step: int = 1) -> int:
     """Entries from one member's row to the next; 0 where all share one."""
     return 0 if x is None or len(x) == 1 else step
 
@@ -215,27 +228,22 @@ def threads_for(abreast: int, members: int) -> int:
     return min(torch.get_num_threads(), most, _MOST_THREADS)
 
 
-def chunk_of(members: int) -> int:
-    """How many members of a sweep are summed by themselves, whatever the threads are."""
-    return max(_LEAST_CHUNK, -(-members // _MOST_CHUNKS))
-
-
 def fly_members(
-    library: MemberLibrary,
+    libraries: Sequence[MemberLibrary],
+    tableaus: Sequence[Tableau],
     passengers: Passengers,
     options: SolveOptions,
-    error_order: float,
-    packed: Tensor,
+    packed: Sequence[Tensor],
     search: MembersSearch | None = None,
 ) -> Flights:
     """Solve forward.
 
     Args:
-        library: the field and the method.
+        libraries: the field and the method, or each of two that take turns.
+        tableaus: of the methods.
         passengers: the members.
         options: what they share.
-        error_order: of the method, for the controller.
-        packed: the shared parameters.
+        packed: the shared parameters, for each method.
         search: the events that are looked for in the steps.
 
     Raises:
@@ -248,183 +256,124 @@ def fly_members(
     saved, last = u0.new_empty((members, times, size)), torch.empty_like(u0)
     places = torch.empty((members, times, 2), dtype=torch.float64, device="cpu")
     counts = np.zeros((members, COUNTS), dtype=np.int64)
-    own, threads = addresses(passengers.own), threads_for(library.abreast, members)
+    pauses = np.empty((members, PAUSE)) if len(libraries) > 1 else None
+    own = addresses(passengers.own)
     request = MembersRequest(
-        span_stride=_stride(passengers.t0),
-        scale_stride=_stride(scales.factor),
-        tolerance_stride=_stride(scales.rtol, size),
-        save_stride=_stride(passengers.saveat, times),
+        span_stride=stride(passengers.t0),
+        scale_stride=stride(scales.factor),
+        tolerance_stride=stride(scales.rtol, size),
+        save_stride=stride(passengers.saveat, times),
         start_stride=size,
-        members=members,
         stop_count=len(stops),
         mark_count=len(marks),
         save_count=times,
         max_steps=options.max_steps,
         driven=options.tolerances.driven,
         free=passengers.free,
-        threads=threads,
         dt0=math.nan if options.dt0 is None else options.dt0,
         dtmin=options.dtmin,
         dtmax=options.dtmax,
         seconds=TURN,
         own=ctypes.addressof(own),
-        memory_stride=library.march_memory,
-        room=library.steps * (4 + members // (threads * library.abreast)),
     )
     for name, value in (
         *(("t0", passengers.t0), ("t1", passengers.t1), ("saves", passengers.saveat)),
         *(("shift", scales.shift), ("factor", scales.factor)),
         *(("rtol", scales.rtol), ("atol", scales.atol), ("stops", stops), ("marks", marks)),
-        *(("u0", u0), ("packed", packed), ("last", last), ("saved", saved)),
+        *(("u0", u0), ("last", last), ("saved", saved), ("pauses", pauses)),
         *(("places", places), ("counts", counts), ("spent", passengers.spent)),
     ):
-        setattr(request, name, _address(value))
+        setattr(request, name, address(value))
+    if passengers.missing is not None:
+        passengers.missing.put(request)
+    parts, taken, rows, method = list[_Part](), [0 * counts[:, ACCEPTED]], np.arange(members), 0
+    while len(rows):
+        request.packed = packed[method].data_ptr()
+        set_control(request, options.controller, tableaus[method].error_order)
+        set_turns(request, method, tableaus, options.controller)
+        parts.append(_march(libraries[method], request, rows, counts, search))
+        taken.append(counts[:, ACCEPTED].copy())
+        rows, method = np.flatnonzero(counts[:, CODE] == CHANGED), 1 - method
+    ends, steps = _in_order(parts)
+    offsets = np.zeros(members + 1, dtype=np.int64)
+    np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
+    return Flights(
+        passengers, packed, marks, ends, steps, offsets, saved, places, counts, last, taken[1:-1]
+    )
+
+
+class _Part(NamedTuple):
+    """The steps that a method has taken in its turn.
+
+    Attributes:
+        of: whose each is, `(Q,)`.
+        ends: states at their ends, `(Q, N)`.
+        steps: as of `Flights`.
+    """
+
+    of: Array
+    ends: Tensor
+    steps: Tensor
+
+
+def _march(
+    library: MemberLibrary,
+    request: MembersRequest,
+    rows: Array,
+    counts: Array,
+    search: MembersSearch | None,
+) -> _Part:
+    """Step until each of some members is done, or the other method is to go on with it.
+
+    Args:
+        library: the field and the method.
+        request: what it is asked.
+        rows: which members, in ascending order.
+        counts: numbers of all members, which are changed.
+        search: the events that are looked for.
+
+    Raises:
+        MemoryError: there is none left for the steps.
+    """
+    members, threads = len(rows), threads_for(library.abreast, len(rows))
+    before = counts[rows, ACCEPTED]
+    request.rows = address(rows)
+    request.members, request.next, request.threads = members, 0, threads
+    request.memory_stride = library.march_memory
+    request.room = library.steps * (4 + members // (threads * library.abreast))
     if search is not None:
         request.event_count = search.count
         request.events = search.requests(threads, library.abreast)
         for name in ("before", "open", "found"):
-            setattr(request, name, _address(getattr(search, name)))
-    if passengers.missing is not None:
-        passengers.missing.put(request)
-    set_control(request, options.controller, error_order)
+            setattr(request, name, address(getattr(search, name)))
     loaded = library.loaded
     memory = library.take_memory(library.march_memory * threads)
     with library.workers(request):
         request.memory = memory.data_ptr()
         while (status := loaded.members_march(ctypes.byref(request))) == RUNNING:
             pass
-        if status == _OUT_OF_MEMORY or (counts[:, CODE] == _OUT_OF_MEMORY).any():
+        if status == OUT_OF_MEMORY or (counts[:, CODE] == OUT_OF_MEMORY).any():
             raise MemoryError(
-                f"there is no memory left for the steps of {members} members.\n  {_LESS_MEMORY}"
+                f"there is no memory left for the steps of {members} members.\n  {LESS_MEMORY}"
             )
+        taken = counts[rows, ACCEPTED] - before
         offsets = np.zeros(members + 1, dtype=np.int64)
-        np.cumsum(counts[:, ACCEPTED], out=offsets[1:])
-        library.steps = 1 + int(offsets[-1] * 1.1) // members
-        ends = u0.new_empty((int(offsets[-1]), size))
-        steps = torch.empty((len(ends), 4), dtype=torch.float64, device="cpu")
+        np.cumsum(taken, out=offsets[1:])
+        count = int(offsets[-1])
+        library.steps = 1 + int(count * 1.1) // members
+        ends = torch.empty((count, library.size), dtype=library.dtype, device="cpu")
+        steps = torch.empty((count, 4), dtype=torch.float64, device="cpu")
         loaded.members_gather(
             ctypes.byref(request), offsets.ctypes.data, ends.data_ptr(), steps.data_ptr()
         )
     library.give_memory(memory)
-    return Flights(passengers, packed, marks, ends, steps, offsets, saved, places, counts, last)
+    return _Part(np.repeat(rows, taken), ends, steps)
 
 
-@dataclass(frozen=True)
-class SweptMembers:
-    """What a native sweep of many members returns.
-
-    Attributes:
-        u0: cotangents of the initial states `(M, N)`.
-        own: of the members' own parameters, flat, each `(M, n)`.
-        shared: of the shared parameters, flat.
-        spans: of the intervals, `(M, 2)` in float64; `None` where they need none.
-        costs: evaluations and replayed steps of each member, `(M, 2)`.
-    """
-
-    u0: Tensor
-    own: list[Tensor]
-    shared: list[Tensor]
-    spans: Tensor | None
-    costs: Array
-
-
-def sweep_members(
-    library: MemberLibrary,
-    flights: Flights,
-    saved_bar: Tensor | None,
-    ends_bar: Tensor | None,
-    last_bar: Tensor | None,
-) -> SweptMembers:
-    """Pull the cotangents of a solve back to its inputs.
-
-    Args:
-        library: the field and the method.
-        flights: the solve.
-        saved_bar: cotangents of the saved states.
-        ends_bar: of the states at the ends of the steps.
-        last_bar: of the last of these, once more.
-    """
-    passengers = flights.passengers
-    u0 = passengers.u0
-    members, size = u0.shape
-    bars = [None if x is None else x.to(u0).contiguous() for x in (saved_bar, ends_bar, last_bar)]
-    chunk = chunk_of(members)
-    packed_bar = torch.zeros((-(-members // chunk), library.packed_size), dtype=u0.dtype)
-    start_bar = torch.empty_like(u0)
-    own_bars = [u0.new_empty((members, x.numel() // members)) for x in passengers.own]
-    costs = np.zeros((members, 2), dtype=np.int64)
-    steps = len(flights.steps)
-    moves = [np.zeros(n) for n in (steps, steps, members * passengers.times)]
-    own, own_places = addresses(passengers.own), addresses(own_bars)
-    threads = min(threads_for(library.abreast, members), len(packed_bar))
-    request = MembersSweepRequest(
-        span_stride=_stride(passengers.t0),
-        start_stride=size,
-        mark_count=len(flights.marks),
-        save_count=passengers.times,
-        members=members,
-        chunk=chunk,
-        threads=threads,
-        seconds=TURN,
-        own=ctypes.addressof(own),
-        own_bar=ctypes.addressof(own_places),
-        memory_stride=library.sweep_memory,
-    )
-    for name, value in (
-        *(("t0", passengers.t0), ("t1", passengers.t1), ("marks", flights.marks)),
-        *(("steps", flights.steps), ("places", flights.places), ("u0", u0)),
-        *(("packed", flights.packed), ("ends", flights.ends), ("offsets", flights.offsets)),
-        *(("counts", flights.counts), ("saved_bar", bars[0] if passengers.times else None)),
-        *(("ends_bar", bars[1]), ("last_bar", bars[2]), ("start_bar", start_bar)),
-        *(("packed_bar", packed_bar), ("costs", costs)),
-    ):
-        setattr(request, name, _address(value))
-    if passengers.missing is not None:
-        passengers.missing.put(request)
-    if passengers.free:
-        for name, places in zip(("t_bar", "h_bar", "theta_bar"), moves, strict=True):
-            setattr(request, name, _address(places))
-    loaded = library.loaded
-    memory = library.take_memory(library.sweep_memory * threads)
-    request.memory = memory.data_ptr()
-    try:
-        while (status := loaded.members_sweep(ctypes.byref(request))) == RUNNING:
-            pass
-        if status == _OUT_OF_MEMORY:
-            raise MemoryError(
-                f"there is no memory left for a sweep over {members} members.\n  {_LESS_MEMORY}"
-            )
-        loaded.members_finish(ctypes.byref(request), memory.data_ptr())
-    finally:
-        loaded.members_let_go(ctypes.byref(request))
-    library.give_memory(memory)
-    total = packed_bar[0]
-    shared = [total[start : start + length] for start, length in library.places]
-    spans = _spans_bar(flights, *moves) if passengers.free else None
-    return SweptMembers(start_bar, own_bars, shared, spans, costs)
-
-
-def _spans_bar(flights: Flights, t_bar: Array, h_bar: Array, theta_bar: Array) -> Tensor:
-    """Cotangents of the intervals, `(M, 2)`, from those of steps and of places in them.
-
-    Args:
-        flights: the solve.
-        t_bar: of the starts of the steps, `(P,)`.
-        h_bar: of their sizes, `(P,)`.
-        theta_bar: of the places of saved states, `(M T,)`.
-    """
-    steps, members = flights.accepted, len(flights.counts)
-    places = flights.places.numpy().reshape(-1, 2)
-    inside = np.flatnonzero((theta_bar != 0) & ~np.isnan(places[:, 1]))
-    if len(inside):
-        theta = places[inside, 1]
-        of = steps.offsets[inside // flights.passengers.times] + places[inside, 0].astype(np.int64)
-        # theta = (s - t) / h
-        along = theta_bar[inside] / steps.sizes[of]
-        np.subtract.at(t_bar, of, along)
-        np.subtract.at(h_bar, of, along * theta)
-    moves = StepMoves.of(steps, np.broadcast_to(flights.passengers.t1, members))
-    start = np.where(moves.free, t_bar - np.where(moves.lands, h_bar, 0.0), 0.0)
-    columns = start, np.where(moves.last, h_bar, 0.0)
-    sums = [np.bincount(moves.rows, column, members) for column in columns]
-    return torch.from_numpy(np.stack(sums, axis=1))
+def _in_order(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
+    """Ends and steps of all members, one after the other, from those of all turns."""
+    if len(parts) == 1:
+        return parts[0].ends, parts[0].steps
+    order = torch.from_numpy(np.concatenate([x.of for x in parts]).argsort(kind="stable"))
+    ends, steps = (torch.cat(columns)[order] for columns in list(zip(*parts, strict=True))[1:])
+    return ends, steps

@@ -24,8 +24,8 @@ from pysciml_node.torch_engine.native.member_run import (
     Flights,
     Passengers,
     Scales,
-    SweptMembers,
 )
+from pysciml_node.torch_engine.native.member_sweep import SweptMembers
 from pysciml_node.torch_engine.native.prepared import refusal
 
 
@@ -52,7 +52,7 @@ class MembersSolve:
         own: of each parameter of the code, whether it is each member's own.
         swept: what sweeps have cost each member, by the columns of `NativeMembers.swept`.
         search: the events that are watched.
-        library: the code.
+        library: the code that reads all parameters.
     """
 
     ensemble: EnsembleProblem

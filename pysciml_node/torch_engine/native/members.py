@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import Array, MemberOptions, SolveOptions
-from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
+from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.ode import ODEProblem, Problem
@@ -28,7 +28,12 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import ListedMembers
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats
 from pysciml_node.steps.surroundings import Surroundings
-from pysciml_node.tableaus import DiagonallyImplicitTableau, RosenbrockTableau, Tableau
+from pysciml_node.tableaus import (
+    DiagonallyImplicitTableau,
+    ImplicitTableau,
+    RosenbrockTableau,
+    Tableau,
+)
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
@@ -43,11 +48,10 @@ from pysciml_node.torch_engine.native.member_run import (
     REJECTED,
     Flights,
     Missing,
-    SweptMembers,
     fly_members,
-    sweep_members,
 )
 from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
+from pysciml_node.torch_engine.native.member_sweep import SweptMembers, sweep_members
 from pysciml_node.torch_engine.native.prepared import See, check, is_told, no_code, refusal
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES
@@ -59,8 +63,6 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
-    if isinstance(algorithm, SwitchingMethod):
-        raise refusal(f"{algorithm!r} for members", "Rodas5P(), or compile=False")
     if is_told(problem, algorithm):
         raise refusal("jac and jac_sparsity of members")
     if ensemble.batched:
@@ -72,29 +74,31 @@ def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptio
 class _Solve(MembersSolve):
     """That of ordinary equations."""
 
-    library: MemberLibrary
-    tableau: Tableau
+    libraries: Sequence[MemberLibrary]  # of the method, or of each of two that take turns
+    tableaus: Sequence[Tableau]
     free: bool  # whether the ends of the intervals receive gradients
 
     @override
     def run(self, u0: Tensor, parameters: Sequence[Tensor]) -> Flights:
-        library = self.library
-        shared = [x for x, own in zip(parameters, self.own, strict=True) if not own]
+        library = self.libraries[-1]
         mine = [
             library.lying(x.detach()).clone()
             for x, own in zip(parameters, self.own, strict=True)
             if own
         ]
         passengers = self.passengers(u0, mine, library.size, self.free)
-        if isinstance(self.tableau, DiagonallyImplicitTableau):
+        if isinstance(self.tableaus[-1], DiagonallyImplicitTableau):
             missing = Missing.of(self.options, passengers.u0)
             passengers = dataclasses.replace(passengers, missing=missing)
-        packed, common, order = library.pack(shared), self.options.common, self.tableau.error_order
-        return fly_members(library, passengers, common, order, packed, self.search)
+        shared = [x for x, own in zip(parameters, self.own, strict=True) if not own]
+        packed = [one.pack(shared[: len(one.places)]) for one in self.libraries]
+        return fly_members(
+            self.libraries, self.tableaus, passengers, self.options.common, packed, self.search
+        )
 
     @override
     def sweep(self, flights: Flights, *arriving: Tensor | None) -> SweptMembers:
-        return sweep_members(self.library, flights, *arriving)
+        return sweep_members(self.libraries, flights, *arriving)
 
 
 class FlownMember(FlownSolve):
@@ -258,6 +262,7 @@ class NativeMembers:
             attempt=None,
             finite=bool(torch.isfinite(last[m]).all()),
             event=None if self.events is None else _event(self.events.first[m]),
+            changes=[int(steps[m]) for steps in flights.turns],
         )
         stats = Stats(
             **{name: int(self.count(name)[m]) for name in (*self.counted, *self.swept)},
@@ -311,35 +316,36 @@ class _Prepared:
     """What a solve of members needs beside its numbers.
 
     Attributes:
-        library: the native code.
-        parameters: the tensors that it reads.
+        libraries: the native code, with each method.
+        parameters: the tensors that it reads, the last one all of them.
         own: which of them are each member's own.
         jumps: whether operations without a derivative may hide the time.
     """
 
-    library: MemberLibrary
+    libraries: list[MemberLibrary]
     parameters: list[Tensor]
     own: list[bool]
     jumps: bool
 
 
-def _prepare(ensemble: EnsembleProblem, method: Method) -> _Prepared:
+def _prepare(ensemble: EnsembleProblem, methods: Sequence[Method]) -> _Prepared:
     """The native code and what it reads."""
     problem, stacked = cast(ODEProblem, ensemble.problem), list(tensors_of(ensemble.p))
     first = map_tensors(lambda x: x[0], ensemble.p) if stacked else problem.p
     leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
-    json, mass, pulled = "", problem.mass, None
+    mass, pulled = problem.mass, None
     try:
         reading = partial(translate, problem.f, problem.spec, first)
         translated = first_to_succeed(first, problem.spec, reading)
-        read, json = translated.parameters, translated.json
+        read, texts = translated.parameters, [translated.json]
         programs = [translated.program]
         inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *read)
-        is_rosenbrock = isinstance(method.tableau, RosenbrockTableau)
+        is_rosenbrock = isinstance(methods[-1].tableau, RosenbrockTableau)
         if is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs)):
             back = pulled_program(problem.f, problem.spec, translated)
-            read, json = [*read, *back.parameters(read)], json + back.json
+            read = [*read, *back.parameters(read)]
             programs.append(back.program)
+            texts.append(back.json)
         places = [leaves.get(id(x)) for x in read]
         rest = iter(places)
         own = [
@@ -348,17 +354,23 @@ def _prepare(ensemble: EnsembleProblem, method: Method) -> _Prepared:
             )
             for program in programs
         ]
-        json += "" if mass is None else repr(mass.tolist())
+        texts.append("" if mass is None else repr(mass.tolist()))
         pulled = own[1] if len(own) > 1 else None
-        how = MemberMethod(method, mass, pulled)
-        library = member_library(json, own[0], how, problem.spec.dtype)
+        libraries = [
+            member_library(
+                "".join(texts), own[0], MemberMethod(method, mass, pulled), problem.spec.dtype
+            )
+            if isinstance(method.tableau, ImplicitTableau)
+            else member_library(texts[0], own[0], MemberMethod(method), problem.spec.dtype)
+            for method in methods
+        ]
     except UnsupportedModule as error:
         raise no_code(error) from error
     parameters = [
         x if place is None else stacked[place] for x, place in zip(read, places, strict=True)
     ]
     return _Prepared(
-        library, parameters, [place is not None for place in places], translated.program.jumps
+        libraries, parameters, [place is not None for place in places], translated.program.jumps
     )
 
 
@@ -403,15 +415,17 @@ def solve_native_members(
     _check(ensemble, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
     problem = cast(ODEProblem, ensemble.problem)
-    (tableau,) = algorithm.tableaus
-    method = Method.of(tableau, problem.spec.dtype, problem.spec.device)
-    prepared, starts = _prepare(ensemble, method), ensemble.starts()
+    methods = Method.all_of(algorithm.tableaus, problem.spec.dtype, problem.spec.device)
+    prepared, starts = _prepare(ensemble, methods), ensemble.starts()
     free = torch.is_grad_enabled() and moves(ensemble.tspan)
     if prepared.jumps and free:
-        _check_times(ensemble, method, starts)
+        _check_times(ensemble, methods[0], starts)
     search = _search(ensemble, options, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
-    solve = _Solve(ensemble, options, prepared.own, swept, search, prepared.library, tableau, free)
+    libraries, tableaus = prepared.libraries, algorithm.tableaus
+    solve = _Solve(
+        ensemble, options, prepared.own, swept, search, libraries[-1], libraries, tableaus, free
+    )
     p = problem.p if ensemble.p is None else ensemble.p
     surroundings = Surroundings({"f": problem.f, "p": p})
     flights, tensors = solve.fly(starts, prepared.parameters)

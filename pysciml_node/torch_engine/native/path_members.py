@@ -24,8 +24,9 @@ from pysciml_node.stochastic.solve import check_additive
 from pysciml_node.stochastic.step import SDEMethod
 from pysciml_node.torch_engine.native.crew import OF_DIFFUSION, Crew
 from pysciml_node.torch_engine.native.library import Library
-from pysciml_node.torch_engine.native.member_run import Flights, SweptMembers
+from pysciml_node.torch_engine.native.member_run import Flights
 from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
+from pysciml_node.torch_engine.native.member_sweep import SweptMembers
 from pysciml_node.torch_engine.native.members import FlownMember, NativeMembers
 from pysciml_node.torch_engine.native.prepared import See, check_kind, check_surroundings, no_code
 from pysciml_node.torch_engine.native.stochastic import PathSolve

@@ -472,7 +472,7 @@ def test_shapes_at_random(seed: int) -> None:
 
 
 def test_memory_runs_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(member_run, "_OUT_OF_MEMORY", 2)  # as if success were that
+    monkeypatch.setattr(member_run, "OUT_OF_MEMORY", 2)  # as if success were that
     with pytest.raises(MemoryError, match="steps of 11 members"):
         solve(net_problem())
 

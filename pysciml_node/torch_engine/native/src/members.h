@@ -27,6 +27,10 @@ typedef struct {
   int64_t accepted[ABREAST], rejected[ABREAST], evaluations[ABREAST], reached[ABREAST];
   /* How many attempts it may make; whether its step is taken again up to an event, and which one. */
   int64_t most[ABREAST], cut[ABREAST], found[ABREAST];
+  /* Of two methods that take turns: the steps before this one's, and the attempts in a row and the
+     estimate of the largest eigenvalue, as in control.h. */
+  int64_t before[ABREAST], run[ABREAST];
+  double eigenvalue[ABREAST];
   int have; /* stages of the attempt that all lanes have */
   /* Steps of the members of each lane, one member after the other. */
   REAL *ends[ABREAST];
@@ -36,12 +40,19 @@ typedef struct {
   REAL *memory;
 } Worker;
 
+/* Where a member stands that the other method goes on with. */
+typedef struct {
+  double t, h, error;
+  int64_t run, next_stop;
+} Pause;
+
 typedef struct {
   /* The problem; rows of each member where a stride is not 0. */
   const double *t0, *t1, *shift, *factor, *stops, *marks, *saves;
   const REAL *rtol, *atol, *u0, *packed;
   const REAL *const *own;
   Accuracy accuracy;
+  const int64_t *rows; /* which members are to be solved; 0 where it is all of them */
   int64_t span_stride, scale_stride, tolerance_stride, save_stride, start_stride;
   int64_t members, stop_count, mark_count, save_count, control, max_steps, driven;
   int64_t free, threads; /* free: whether ends of the intervals receive gradients */
@@ -49,10 +60,15 @@ typedef struct {
      conditions at its start, whether it is not known with which sign they leave it, the attempts that
      it has made before, and which event has ended it, or -1. */
   Event *events;
-  const double *before;
-  const int64_t *open, *spent;
+  double *before;
+  int64_t *open;
+  const int64_t *spent;
   int64_t *found;
   int64_t event_count;
+  /* Of two methods that take turns, as in control.h, or 0; and where members stand meanwhile. */
+  double limit, factor_of_turn;
+  int64_t patience;
+  Pause *pauses;
   double dt0, dtmin, dtmax, beta[3], gamma, qmin, qmax, seconds;
   /* Where results go: of each member the state that it got to, the saved states, the numbers of its
      accepted and rejected steps, evaluations and saved times, how it ended, and where its steps are:
@@ -108,6 +124,9 @@ static int psn_lacks_first(const Worker *w, int l, const int *asked) {
    last stage is the end of the step leaves that one's argument in LAST. */
 static void psn_lanes_first(const Many *m, Worker *w, const int *asked);
 static void psn_lanes_stages(const Many *m, Worker *w, int upto);
+
+/* Estimates of the largest eigenvalues of df/du, behind an attempt. */
+static void psn_lanes_eigenvalues(Worker *w);
 
 /* Count the evaluations of an attempt behind the first one. A step that is taken again has no error
    estimate. */
@@ -195,6 +214,10 @@ static void psn_watch_events(const Many *m, const Worker *w, int l) {
     events[i].before = m->before[at], events[i].open = m->open[at];
 }
 
+/* In members_turns.h: whether the other method has left a member off, and go on with it. */
+static int psn_is_paused(const Many *m, int64_t member);
+static void psn_resume(const Many *m, Worker *w, int l);
+
 /* Give a lane to a member. */
 static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   double t0 = m->t0[member * m->span_stride], t1 = m->t1[member * m->span_stride];
@@ -213,7 +236,7 @@ static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   w->stop_count[l] = last - first;
   w->first_stop[l] = t1 > t0 ? first : last - 1;
   w->accepted[l] = w->rejected[l] = w->evaluations[l] = w->reached[l] = 0;
-  w->cut[l] = 0, w->found[l] = -1;
+  w->cut[l] = 0, w->found[l] = -1, w->before[l] = w->run[l] = 0;
   w->most[l] = m->max_steps - (m->spent ? m->spent[member] : 0);
   psn_watch_events(m, w, l);
   psn_aim(m, w, l);
@@ -221,6 +244,10 @@ static void psn_begin(const Many *m, Worker *w, int l, int64_t member) {
   for (int j = 0; j < OWN; j++)
     for (int i = 0; i < OWN_SIZES[j]; i++)
       AT(OWN_VALUES + OWN_PLACES[j], i, l) = m->own[j][member * OWN_SIZES[j] + i];
+  if (psn_is_paused(m, member)) {
+    psn_resume(m, w, l);
+    return;
+  }
   while (w->reached[l] < m->save_count && psn_save_time(m, w, l) == t0) psn_keep_saved(m, w, l, 0, U);
   w->h[l] = copysign(m->dt0, w->direction[l]);
 }
@@ -230,8 +257,12 @@ static int psn_fill(Many *m, Worker *w) {
   int busy = 0, any = 0, fresh[ABREAST] = {0};
   LANES_ALL {
     if (w->member[l] < 0 && __atomic_load_n(&m->next, __ATOMIC_RELAXED) < m->members) {
-      int64_t member = __atomic_fetch_add(&m->next, 1, __ATOMIC_RELAXED);
-      if (member < m->members) psn_begin(m, w, l, member), any = fresh[l] = 1;
+      int64_t i = __atomic_fetch_add(&m->next, 1, __ATOMIC_RELAXED);
+      if (i < m->members) {
+        int64_t member = m->rows ? m->rows[i] : i;
+        any |= fresh[l] = !psn_is_paused(m, member);
+        psn_begin(m, w, l, member);
+      }
     }
     busy |= w->member[l] >= 0;
   }
@@ -249,7 +280,7 @@ static void psn_end(Many *m, Worker *w, int l, int64_t code) {
   counts[EVALUATIONS] = w->evaluations[l], counts[REACHED] = w->reached[l];
   counts[CODE] = code;
   counts[LANE] = (w - m->workers) * ABREAST + l;
-  counts[FIRST] = w->used[l] - w->accepted[l];
+  counts[FIRST] = w->used[l] - (w->accepted[l] - w->before[l]);
   if (m->found) m->found[member] = code == STOPPED ? w->found[l] : -1;
   FOR_ENTRIES m->last[member * N + i] = AT(U, i, l);
   for (int64_t i = w->reached[l] * N; i < m->save_count * N; i++)
@@ -293,6 +324,7 @@ static void psn_attempt(const Many *m, Worker *w, int upto) {
   if (!(FSAL && adaptive)) combine(END, w->real_size, U, K(0), LAST);
   LANES_ALL w->known[l] = upto;
   w->have = upto;
+  if (m->patience) psn_lanes_eigenvalues(w);
   if (!adaptive) {
     LANES_ALL w->error[l] = NAN;
     return;
@@ -436,13 +468,15 @@ static void psn_advance(Many *m, Worker *w) {
   LANES_ALL if (w->member[l] >= 0 && w->code[l] != RUNNING) psn_end(m, w, l, w->code[l]);
 }
 
-/* In members_events.h. */
+/* In members_events.h, and in members_turns.h. */
 static void psn_lanes_cut(const Many *m, Worker *w);
+static void psn_lanes_turn(Many *m, Worker *w);
 
 /* Step until all members are done, or for a while. */
 static int64_t psn_members_march(Many *m, Worker *w) {
   double until = psn_seconds() + m->seconds;
-  int upto = FSAL && m->control == FIXED ? STAGES - 1 : STAGES;
+  /* The last stage of such a method serves the error, the next step, and the eigenvalue. */
+  int upto = FSAL && m->control == FIXED && !m->patience ? STAGES - 1 : STAGES;
   if (!w->started) {
     LANES_ALL w->member[l] = -1;
     w->started = 1;
@@ -454,6 +488,7 @@ static int64_t psn_members_march(Many *m, Worker *w) {
     psn_control(m, w);
     if (m->event_count) psn_lanes_cut(m, w);
     psn_advance(m, w);
+    if (m->patience) psn_lanes_turn(m, w);
   }
   return SUCCESS;
 }

@@ -11,10 +11,10 @@ int64_t members_march(Many *m) {
   return m->workers ? psn_in_threads(m, psn_march_worker, m->threads) : OUT_OF_MEMORY;
 }
 
-/* The steps of all members, one after the other. */
+/* The steps of all members that have been solved, one after the other. */
 void members_gather(const Many *m, const int64_t *offsets, REAL *ends, double *steps) {
   for (int64_t i = 0; i < m->members; i++) {
-    const int64_t *counts = m->counts + i * COUNTS;
+    const int64_t *counts = m->counts + (m->rows ? m->rows[i] : i) * COUNTS;
     const Worker *w = m->workers + counts[LANE] / ABREAST;
     int64_t l = counts[LANE] % ABREAST, from = counts[FIRST], n = offsets[i + 1] - offsets[i];
     if (!n) continue;

@@ -102,25 +102,6 @@ static void psn_newton(const Newton *n, const int *asked, const Linear *start, c
     FOR_ENTRIES AT(slope, i, l) = (REAL)NAN;
 }
 
-/* The Jacobians at the starts of steps, which serve every attempt at them. */
-static void psn_lanes_linearize(const Many *m, Worker *w, const int *takes) {
-  Linear at;
-  LINEAR(w, &at, 0);
-  psn_linearize_some(&at, takes, TIMES, U, m->packed, OWN_VALUES, VALUES, at.rate);
-  LANES_ALL if (takes[l]) w->linearized[l] = 1, w->evaluations[l]++;
-}
-
-static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
-  int missing = 0, takes[ABREAST];
-  LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);
-  if (!missing) return;
-  Linear at;
-  LINEAR(w, &at, 0);
-  psn_lanes_linearize(m, w, takes);
-  FOR_ENTRIES LANES_ALL if (takes[l]) AT(K(0), i, l) = AT(at.rate, i, l);
-  LANES_ALL if (takes[l]) w->known[l] = 1;
-}
-
 static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
   int missing = 0, asked[ABREAST], takes[ABREAST];
   LANES_ALL {

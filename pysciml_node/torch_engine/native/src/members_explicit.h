@@ -21,3 +21,16 @@ static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
     psn_lanes_evaluate(m, w, i, g, K(i));
   }
 }
+
+/* Shampine's estimate, as in explicit.h: |k_i - k_j| / |g_i - g_j| of two stages at one time. */
+static void psn_lanes_eigenvalues(Worker *w) {
+  double top[ABREAST] = {0}, bottom[ABREAST] = {0};
+  int first = FIRST_ALIKE < 0 ? 0 : FIRST_ALIKE, second = FIRST_ALIKE < 0 ? 0 : SECOND_ALIKE;
+  combine(first, w->real_size, U, K(0), EXTRA);
+  combine(second, w->real_size, U, K(0), G);
+  FOR_ENTRIES LANES_ALL {
+    double rate = AT(K(first), i, l) - AT(K(second), i, l), state = AT(EXTRA, i, l) - AT(G, i, l);
+    top[l] += rate * rate, bottom[l] += state * state;
+  }
+  LANES_ALL w->eigenvalue[l] = FIRST_ALIKE < 0 ? NAN : sqrt(top[l]) / (sqrt(bottom[l]) + ROUNDING);
+}

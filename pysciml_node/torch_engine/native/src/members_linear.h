@@ -120,3 +120,39 @@ static void psn_linearize_some(const Linear *at, const int *takes, const REAL *t
   for (int e = 0; e < N * N; e++)
     LANES_ALL AT(at->jacobian, e, l) = takes[l] ? AT(made.jacobian, e, l) : AT(at->jacobian, e, l);
 }
+
+/* The field with its derivatives at the starts of steps, which serve every attempt at them. */
+static void psn_lanes_linearize(const Many *m, Worker *w, const int *takes) {
+  Linear at;
+  LINEAR(w, &at, 0);
+  psn_linearize_some(&at, takes, TIMES, U, m->packed, OWN_VALUES, VALUES, EXTRA);
+  FOR_ENTRIES LANES_ALL if (takes[l]) {
+    AT(at.rate, i, l) = AT(EXTRA, i, l);
+    AT(at.slope, i, l) = AT(at.pivots, i, l);
+  }
+  LANES_ALL if (takes[l]) w->linearized[l] = 1, w->evaluations[l]++;
+}
+
+static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
+  int missing = 0, takes[ABREAST];
+  LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);
+  if (!missing) return;
+  Linear at;
+  LINEAR(w, &at, 0);
+  psn_lanes_linearize(m, w, takes);
+  FOR_ENTRIES LANES_ALL if (takes[l]) AT(K(0), i, l) = AT(at.rate, i, l);
+  LANES_ALL if (takes[l]) w->known[l] = 1;
+}
+
+/* Bounds of the largest eigenvalues: the norms of the Jacobians at the starts. */
+static void psn_lanes_eigenvalues(Worker *w) {
+  Linear at;
+  REAL largest[ABREAST] = {0};
+  LINEAR(w, &at, 0);
+  FOR_ENTRIES {
+    REAL sum[ABREAST] = {0};
+    for (int j = 0; j < N; j++) LANES_ALL sum[l] += F(__builtin_fabs)(AT(at.jacobian, i * N + j, l));
+    LANES_ALL largest[l] = psn_maximum(largest[l], sum[l]);
+  }
+  LANES_ALL w->eigenvalue[l] = largest[l];
+}

@@ -31,21 +31,6 @@ static void psn_slope(const Linear *at, int stage, const REAL *h, const REAL *ra
 /* The field at the start of a step. */
 #define START_RATE(w) (VALUES + WORK + BARS + 2 * MATRIX)
 
-/* The derivatives at the starts of the steps belong to the first stage. */
-static void psn_lanes_first(const Many *m, Worker *w, const int *asked) {
-  int missing = 0, takes[ABREAST];
-  LANES_ALL missing |= takes[l] = psn_lacks_first(w, l, asked);
-  if (!missing) return;
-  Linear at;
-  LINEAR(w, &at, 0);
-  psn_linearize_some(&at, takes, TIMES, U, m->packed, OWN_VALUES, VALUES, EXTRA);
-  FOR_ENTRIES LANES_ALL if (takes[l]) {
-    AT(at.rate, i, l) = AT(K(0), i, l) = AT(EXTRA, i, l);
-    AT(at.slope, i, l) = AT(at.pivots, i, l);
-  }
-  LANES_ALL if (takes[l]) w->known[l] = 1, w->evaluations[l]++;
-}
-
 static void psn_lanes_stages(const Many *m, Worker *w, int upto) {
   Linear at;
   LINEAR(w, &at, 0);

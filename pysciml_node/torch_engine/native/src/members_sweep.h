@@ -6,7 +6,7 @@
 typedef struct {
   double t0[ABREAST], t1[ABREAST], t[ABREAST], h[ABREAST], t_bar[ABREAST], h_bar[ABREAST];
   REAL size[ABREAST];
-  int64_t member[ABREAST], n[ABREAST], q[ABREAST], inside[ABREAST], live[ABREAST];
+  int64_t member[ABREAST], n[ABREAST], first[ABREAST], q[ABREAST], inside[ABREAST], live[ABREAST];
   int64_t chunk, next, last, started, status;
   REAL *memory;
 } Sweeper;
@@ -16,9 +16,12 @@ typedef struct {
   const REAL *u0, *packed, *ends;
   const REAL *const *own;
   Accuracy accuracy;
-  const int64_t *offsets, *counts;
+  /* Where each member's steps begin; which members are to be gone back through, or 0 where it is all of
+     them; the first of the method's steps and the one behind its last. */
+  const int64_t *offsets, *rows, *first, *behind;
+  int64_t *left; /* (members, 2): saved times that are left, and whether cotangents have arrived */
   /* Cotangents that arrive, or 0; and those that leave: of the starts, of each member's own
-     parameters, and of the packed parameters by chunks. */
+     parameters, to which both are added, and of the packed parameters by chunks. */
   const REAL *saved_bar, *ends_bar, *last_bar;
   REAL *start_bar, *packed_bar;
   REAL *const *own_bar;
@@ -86,9 +89,10 @@ static void psn_arrive_at(const Back *b, Sweeper *w, int l, int64_t state) {
   }
 }
 
-/* Go back to a step that cotangents have reached; 0 where there is none any more. */
+/* Go back to a step that cotangents have reached; 0 where there is none any more. What arrives where
+   the method's first step starts comes with the steps before it. */
 static int psn_seek(const Back *b, Sweeper *w, int l) {
-  while (w->n[l] > 0) {
+  while (w->n[l] > w->first[l]) {
     psn_arrive_at(b, w, l, w->n[l]);
     w->n[l]--;
     if (w->live[l] || psn_lies_inside(b, w, l, w->n[l])) {
@@ -96,26 +100,26 @@ static int psn_seek(const Back *b, Sweeper *w, int l) {
       return 1;
     }
   }
-  psn_arrive_at(b, w, l, 0);
+  if (!w->first[l]) psn_arrive_at(b, w, l, 0);
   return 0;
 }
 
 static void psn_back_begin(const Back *b, Sweeper *w, int l, int64_t m) {
   w->member[l] = m;
-  w->n[l] = b->offsets[m + 1] - b->offsets[m];
-  w->q[l] = b->counts[m * COUNTS + REACHED] - 1;
-  w->live[l] = 0;
+  w->first[l] = b->first[m], w->n[l] = b->behind[m];
+  w->q[l] = b->left[2 * m] - 1, w->live[l] = b->left[2 * m + 1];
   w->t0[l] = b->t0[m * b->span_stride], w->t1[l] = b->t1[m * b->span_stride];
-  FOR_ENTRIES AT(BAR, i, l) = 0;
+  FOR_ENTRIES AT(BAR, i, l) = b->start_bar[m * N + i];
   for (int j = 0; j < OWN; j++)
     for (int i = 0; i < OWN_SIZES[j]; i++) {
       AT(OWN_VALUES + OWN_PLACES[j], i, l) = b->own[j][m * OWN_SIZES[j] + i];
-      AT(OWN_BARS + OWN_PLACES[j], i, l) = 0;
+      AT(OWN_BARS + OWN_PLACES[j], i, l) = b->own_bar[j][m * OWN_SIZES[j] + i];
     }
 }
 
 static void psn_back_end(const Back *b, Sweeper *w, int l) {
   int64_t m = w->member[l];
+  b->left[2 * m] = w->q[l] + 1, b->left[2 * m + 1] = w->live[l];
   FOR_ENTRIES b->start_bar[m * N + i] = AT(BAR, i, l), AT(BAR, i, l) = 0;
   for (int j = 0; j < OWN; j++)
     for (int i = 0; i < OWN_SIZES[j]; i++)
@@ -149,7 +153,8 @@ static int psn_position(const Back *b, Sweeper *w) {
     for (;;) {
       if (w->member[l] < 0) {
         if (w->next == w->last) break;
-        psn_back_begin(b, w, l, w->next++);
+        int64_t i = w->next++;
+        psn_back_begin(b, w, l, b->rows ? b->rows[i] : i);
       }
       if (psn_seek(b, w, l)) break;
       psn_back_end(b, w, l);
