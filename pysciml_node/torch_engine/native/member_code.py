@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,6 @@ from pysciml_node.translation.program import Program
 _MOST_MEMORY = 1 << 20
 _VECTOR = 64
 
-_SUFFIXES = ("", "_pulled")
-"""Of the names of a field and of its pullback."""
-
 
 @dataclass(frozen=True)
 class MemberProgram:
@@ -54,11 +52,13 @@ class MemberMethod:
         mass: the mass matrix; `None` stands for the identity.
         pulled: the field's pullback, for gradients of a Rosenbrock method; `None` for others, and
             for the loop alone.
+        given: the Jacobian that the problem brings, for steps that need no pullback.
     """
 
     method: Method
     mass: Tensor | None = None
     pulled: MemberProgram | None = None
+    given: MemberProgram | None = None
 
     @property
     def is_implicit(self) -> bool:
@@ -78,6 +78,12 @@ class MemberMethod:
         return {"explicit": (0, 0), "rosenbrock": (1, 1), "diagonal": (2, self.method.stages)}[
             self.kind
         ]
+
+    @property
+    def further(self) -> dict[str, MemberProgram]:
+        """What it has beside the field, by the suffix of the names in the code; one at the most."""
+        both = {"_pulled": self.pulled, "_given": self.given}
+        return {suffix: one for suffix, one in both.items() if one is not None}
 
     @property
     def sweeps(self) -> bool:
@@ -131,25 +137,27 @@ class WrittenMembers:
 
     def __init__(self, field: MemberProgram, how: MemberMethod, dtype: torch.dtype) -> None:
         self._how, self.size = how, size_of(field.program)
-        programs = [field, *([] if how.pulled is None else [how.pulled])]
+        programs = {"": field, **how.further}
         wide = self._emit(programs, _VECTOR // dtype.itemsize)
         if wide is None or max(self._memory(wide)) * dtype.itemsize > _MOST_MEMORY:
             wide = self._emit(programs, 1)
         assert wide is not None
-        first = wide[0]
+        first = wide[""]
         self.abreast = first.emitter.abreast
         self.cost = first.emitted.cost // self.abreast
         self.march_memory, self.sweep_memory = self._memory(wide)
         self.packed, self.places = 0, list[tuple[int, int]]()
-        for one in wide:
+        for one in wide.values():
             self.places += one.places(self.packed)
             self.packed += one.emitted.packed
         self.text = "\n".join((header(dtype, self.abreast), *self._parts(wide)))
 
-    def _emit(self, programs: list[MemberProgram], width: int) -> list[_Emission] | None:
+    def _emit(
+        self, programs: Mapping[str, MemberProgram], width: int
+    ) -> dict[str, _Emission] | None:
         """The programs as C; `None` where they have no such form."""
-        emissions = []
-        for one, suffix in zip(programs, _SUFFIXES, strict=False):
+        emissions = {}
+        for suffix, one in programs.items():
             emitter = Emitter(one.program, one.own, width, suffix)
             if width > 1:
                 program = abreast(one.program, one.own, width)
@@ -157,40 +165,52 @@ class WrittenMembers:
                     return None
                 emitter = WideEmitter(program, one.own, width, suffix)
             state_alone = self._how.is_implicit and not suffix
-            emissions.append(_Emission(emitter, emitter.emit(state_alone)))
+            emissions[suffix] = _Emission(emitter, emitter.emit(state_alone))
         return emissions
 
-    def _memory(self, emissions: list[_Emission]) -> tuple[int, int]:
+    def _memory(self, emissions: Mapping[str, _Emission]) -> tuple[int, int]:
         """Entries of a worker's memory, of the loop and of the sweep."""
-        emitter, *others = (one.emitter for one in emissions)
+        emitter = emissions[""].emitter
         size, width, stages = self.size, emitter.abreast, self._how.method.all_stages
         row, time_row = padded(size * width), padded(width)
-        own = sum(padded(one.emitter.mine.size) for one in emissions)
+        own = sum(padded(one.emitter.mine.size) for one in emissions.values())
         work, bars = padded(emitter.work.size), padded(emitter.bars.size)
         march = (stages + 4) * row + (stages + 1) * time_row + own + work
         sweep = (2 * stages + 3) * row + stages * time_row + 2 * own + bars
         sweep += stages * (2 * row + work)
         if self._how.is_implicit:
-            linear = 2 * padded(size * size * width) + 5 * row
+            linear = 2 * padded(size * size * width) + 5 * row + _given_work(emissions)
             held, held_back = self._how.linearizations
             march += bars + held * linear
             sweep += 2 * stages * row + held_back * linear
-        for other in others:
+        if "_pulled" in emissions:
+            other = emissions["_pulled"].emitter
             sweep += 4 * self._point(width) + padded(other.work.size) + padded(other.bars.size)
         return march, sweep if self._how.sweeps else 0
 
-    def _packed(self, emissions: list[_Emission], width: int) -> str:
+    def _packed(self, emissions: Mapping[str, _Emission], width: int) -> str:
         """The packing of the parameters that members share."""
-        counts = [len(one.places(0)) for one in emissions]
-        text = packed_together(dict(zip(_SUFFIXES, counts, strict=False)))
+        counts = {suffix: len(one.places(0)) for suffix, one in emissions.items()}
+        text = packed_together(counts, ("_given",))
         return f"{text}enum {{ POINT_ROW = {self._point(width)} }};\n"
+
+    def _given(self, emissions: Mapping[str, _Emission]) -> list[str]:
+        """What steps by a Jacobian that the problem brings have beside its program."""
+        lines, first = [f"enum {{ GIVEN_WORK = {_given_work(emissions)} }};"], emissions[""]
+        if "_given" in emissions:
+            slopes = self._how.kind == "rosenbrock" and first.emitter.program.reads_time
+            lines.append(
+                "#define WITH_GIVEN\n"
+                f"enum {{ GIVEN_AT = {first.emitted.packed}, GIVEN_SLOPES = {int(slopes)} }};"
+            )
+        return lines
 
     def _point(self, width: int) -> int:
         return padded((2 * self.size + 1) * width)
 
-    def _parts(self, emissions: list[_Emission]) -> list[str]:
+    def _parts(self, emissions: Mapping[str, _Emission]) -> list[str]:
         how, width = self._how, self.abreast
-        first, *others = emissions
+        first = emissions[""]
         program = first.emitter.program
         cost = first.emitted.cost + (10 * self.size + 50) * width
         loop = ["codes.h", "team.h", "steps.h", "event.h", "members.h", "members_control.h"]
@@ -212,19 +232,24 @@ class WrittenMembers:
             *_own(emissions),
             method,
             alike,
-            first.emitted.source,
-            *(one.emitted.source for one in others),
+            *(one.emitted.source for one in emissions.values()),
+            *self._given(emissions),
             self._packed(emissions, width),
             *map(source, [*loop, *sweep]),
         ]
 
 
-def _own(emissions: list[_Emission]) -> list[str]:
+def _given_work(emissions: Mapping[str, _Emission]) -> int:
+    """Entries for the values of a Jacobian that the problem brings."""
+    return padded(emissions["_given"].emitter.work.size) if "_given" in emissions else 0
+
+
+def _own(emissions: Mapping[str, _Emission]) -> list[str]:
     """Where the parameters lie that are each member's own, those of all programs."""
     sizes: list[int] = []
     places: list[int] = []
     starts = [0]
-    for one in emissions:
+    for one in emissions.values():
         sizes += one.own_sizes
         places += [starts[-1] + place for place in one.emitter.own_offsets]
         starts.append(starts[-1] + padded(one.emitter.mine.size))

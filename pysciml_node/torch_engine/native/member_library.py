@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,7 +139,7 @@ _SWEEP_CALLS: dict[str, tuple[Any, ...]] = {
 
 @functools.lru_cache(maxsize=256)
 def _library(
-    json: str, own: tuple[frozenset[int], ...], tableau: int, dtype: torch.dtype
+    json: str, own: tuple[tuple[str, frozenset[int]], ...], tableau: int, dtype: torch.dtype
 ) -> list[MemberLibrary]:
     """Room for a library, found by what it is made of."""
     return []
@@ -157,10 +156,16 @@ def member_library(
         how: the method.
         dtype: of the state.
     """
-    programs = (field,) if how.pulled is None else (field, how.pulled)
-    place = _library(json, tuple(one.own for one in programs), id(how.method.tableau), dtype)
+    programs = {"": field, **how.further}
+    own = tuple((suffix, one.own) for suffix, one in programs.items())
+    place = _library(json, own, id(how.method.tableau), dtype)
     if not place:
-        pulled = tuple(itertools.chain(*(one.program.pulled for one in programs)))
+        # No gradients flow through what steps are solved with.
+        pulled = tuple(
+            is_pulled and suffix != "_given"
+            for suffix, one in programs.items()
+            for is_pulled in one.program.pulled
+        )
         written = WrittenMembers(field, how, dtype)
         place.append(MemberLibrary(written, pulled, how.sweeps, dtype))
     return place[0]

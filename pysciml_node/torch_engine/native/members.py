@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, cast
@@ -37,6 +37,7 @@ from pysciml_node.tableaus import (
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.native.engine import FlownSolve
 from pysciml_node.torch_engine.native.events import MembersSearch, watched
+from pysciml_node.torch_engine.native.fitting import expect_members_fitting
 from pysciml_node.torch_engine.native.flight import Flight, Notes, States
 from pysciml_node.torch_engine.native.member_code import MemberMethod, MemberProgram
 from pysciml_node.torch_engine.native.member_library import MemberLibrary, member_library
@@ -52,19 +53,24 @@ from pysciml_node.torch_engine.native.member_run import (
 )
 from pysciml_node.torch_engine.native.member_solve import MembersSolve, check_times
 from pysciml_node.torch_engine.native.member_sweep import SweptMembers, sweep_members
-from pysciml_node.torch_engine.native.prepared import See, check, is_told, no_code, refusal
+from pysciml_node.torch_engine.native.prepared import (
+    See,
+    check,
+    given_jacobian,
+    no_code,
+    refusal,
+)
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES
 from pysciml_node.translation.export import translate
 from pysciml_node.translation.numbers import first_to_succeed
+from pysciml_node.translation.program import Program
 
 
 def _check(ensemble: EnsembleProblem, algorithm: Algorithm, options: MemberOptions) -> None:
     """Refuse what cannot be native whatever the field is, by name."""
     problem = cast(ODEProblem, ensemble.problem)
     check(problem, algorithm, options.common)
-    if is_told(problem, algorithm):
-        raise refusal("jac and jac_sparsity of members")
     if ensemble.batched:
         raise refusal("fields of a batch of members", "batched=False, and the field of one member")
     check_times((*problem.tspan, options.saveat_tensor), options)
@@ -316,62 +322,82 @@ class _Prepared:
     """What a solve of members needs beside its numbers.
 
     Attributes:
-        libraries: the native code, with each method.
+        methods: which take the steps.
+        libraries: the native code, with each of them.
         parameters: the tensors that it reads, the last one all of them.
         own: which of them are each member's own.
         jumps: whether operations without a derivative may hide the time.
     """
 
+    methods: Sequence[Method]
     libraries: list[MemberLibrary]
     parameters: list[Tensor]
     own: list[bool]
     jumps: bool
 
 
-def _prepare(ensemble: EnsembleProblem, methods: Sequence[Method]) -> _Prepared:
+def _prepare(ensemble: EnsembleProblem, algorithm: OneStepMethod) -> _Prepared:
     """The native code and what it reads."""
     problem, stacked = cast(ODEProblem, ensemble.problem), list(tensors_of(ensemble.p))
     first = map_tensors(lambda x: x[0], ensemble.p) if stacked else problem.p
     leaves = {id(x): i for i, x in enumerate(tensors_of(first))} if stacked else {}
-    mass, pulled = problem.mass, None
+    spec, mass = problem.spec, problem.mass
+    methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
     try:
-        reading = partial(translate, problem.f, problem.spec, first)
-        translated = first_to_succeed(first, problem.spec, reading)
-        read, texts = translated.parameters, [translated.json]
-        programs = [translated.program]
-        inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *read)
+        translated = first_to_succeed(first, spec, partial(translate, problem.f, spec, first))
+        inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *translated.parameters)
         is_rosenbrock = isinstance(methods[-1].tableau, RosenbrockTableau)
-        if is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs)):
-            back = pulled_program(problem.f, problem.spec, translated)
-            read = [*read, *back.parameters(read)]
-            programs.append(back.program)
-            texts.append(back.json)
-        places = [leaves.get(id(x)) for x in read]
-        rest = iter(places)
-        own = [
-            MemberProgram(
-                program, frozenset(p.id for p in program.parameters if next(rest) is not None)
-            )
-            for program in programs
-        ]
-        texts.append("" if mass is None else repr(mass.tolist()))
-        pulled = own[1] if len(own) > 1 else None
+        recorded = is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs))
+        # As in Python, steps that are differentiated take the field's own Jacobian.
+        back = pulled_program(problem.f, spec, translated) if recorded else None
+        given = None if recorded else given_jacobian(problem, algorithm, first, translated.read)
+        read, json, pulled, jac = translated.parameters, translated.json, None, None
+        field, places = _member_program(translated.program, read, leaves)
+        if back is not None:
+            more = back.parameters(read)
+            pulled, further = _member_program(back.program, more, leaves)
+            read, places, json = [*read, *more], [*places, *further], json + back.json
+        if given is not None:
+            jac, further = _member_program(given.program, given.parameters, leaves)
+            read, places = [*read, *given.parameters], [*places, *further]
+            json += given.json
+        json += "" if mass is None else repr(mass.tolist())
         libraries = [
-            member_library(
-                "".join(texts), own[0], MemberMethod(method, mass, pulled), problem.spec.dtype
-            )
-            if isinstance(method.tableau, ImplicitTableau)
-            else member_library(texts[0], own[0], MemberMethod(method), problem.spec.dtype)
-            for method in methods
+            member_library(json, field, MemberMethod(x, mass, pulled, jac), spec.dtype)
+            if isinstance(x.tableau, ImplicitTableau)
+            else member_library(translated.json, field, MemberMethod(x), spec.dtype)
+            for x in methods
         ]
     except UnsupportedModule as error:
         raise no_code(error) from error
+    own = [place is not None for place in places]
     parameters = [
         x if place is None else stacked[place] for x, place in zip(read, places, strict=True)
     ]
-    return _Prepared(
-        libraries, parameters, [place is not None for place in places], translated.program.jumps
-    )
+    if given is not None:
+        # No gradients flow through what steps are solved with.
+        behind = len(read) - len(given.parameters)
+        parameters[behind:] = [x.detach() for x in parameters[behind:]]
+    return _Prepared(methods, libraries, parameters, own, translated.program.jumps)
+
+
+def _member_program(
+    program: Program, read: Sequence[Tensor], leaves: Mapping[int, int]
+) -> tuple[MemberProgram, list[int | None]]:
+    """A program, with its parameters that each member has for itself.
+
+    Args:
+        program: of one member.
+        read: the tensors that it reads.
+        leaves: numbers of the leaves of the first member's `p`, by their identities.
+
+    Returns:
+        The program; and of each tensor which leaf of `p` it is, or `None`.
+    """
+    places = [leaves.get(id(x)) for x in read]
+    pairs = zip(program.parameters, places, strict=True)
+    own = frozenset(parameter.id for parameter, place in pairs if place is not None)
+    return MemberProgram(program, own), places
 
 
 def _check_times(ensemble: EnsembleProblem, method: Method, starts: Tensor) -> None:
@@ -415,11 +441,12 @@ def solve_native_members(
     _check(ensemble, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
     problem = cast(ODEProblem, ensemble.problem)
-    methods = Method.all_of(algorithm.tableaus, problem.spec.dtype, problem.spec.device)
-    prepared, starts = _prepare(ensemble, methods), ensemble.starts()
+    starts = ensemble.starts()
+    expect_members_fitting(ensemble, algorithm, options, starts)
+    prepared = _prepare(ensemble, algorithm)
     free = torch.is_grad_enabled() and moves(ensemble.tspan)
     if prepared.jumps and free:
-        _check_times(ensemble, methods[0], starts)
+        _check_times(ensemble, prepared.methods[0], starts)
     search = _search(ensemble, options, starts)
     swept = np.zeros((len(ensemble), 2), dtype=np.int64)
     libraries, tableaus = prepared.libraries, algorithm.tableaus

@@ -31,13 +31,12 @@ from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, moves, tensors_of
-from pysciml_node.replay.jacobians import linearizer_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
-from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.native.departure import Departure, departure_of
+from pysciml_node.torch_engine.native.fitting import expect_fitting, is_told
 from pysciml_node.torch_engine.native.implicit import LARGEST, Derivatives, write_implicit
 from pysciml_node.torch_engine.native.library import (
     REALS,
@@ -253,7 +252,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
                 if not known.explicit:
                     _check_implicit(problem, algorithm)
                 check_surroundings(options)
-                _expect_fitting(problem, known.algorithm)
+                expect_fitting(problem, known.algorithm)
                 return Ready(known, parameters, surroundings_of(f, p, now))
     return _prepare(problem, algorithm, options)
 
@@ -262,7 +261,7 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
     """The same, made from the beginning, and kept."""
     check(problem, algorithm, options)
     assert isinstance(algorithm, OneStepMethod)
-    _expect_fitting(problem, algorithm)
+    expect_fitting(problem, algorithm)
     f, p, spec, tableaus = problem.f, problem.p, problem.spec, algorithm.tableaus
     rosenbrock = any(isinstance(x, RosenbrockTableau) for x in tableaus)
     # Events are looked for in the whole state, and methods take turns with it.
@@ -273,7 +272,7 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
         pulled = pulled_program(f, spec, translated) if recorded else None
         # As in Python, steps that are differentiated take the field's own Jacobian, of which they
         # have the derivatives.
-        given = None if recorded else _given(problem, algorithm, translated)
+        given = None if recorded else given_jacobian(problem, algorithm, p, translated.read)
         derivatives = Derivatives(pulled, given)
         methods = [Method.of(tableau, spec.dtype, spec.device) for tableau in tableaus]
         libraries = [_library(problem, translated, derivatives, x, whole) for x in methods]
@@ -307,36 +306,24 @@ def _looks_whole(problem: ODEProblem) -> bool:
     return problem.mass_matrix is None and problem.jac is None
 
 
-def is_told(problem: ODEProblem, algorithm: Algorithm) -> bool:
-    """Whether steps read what a problem says of its Jacobian."""
-    said = problem.jac is not None or problem.jac_sparsity is not None
-    return said and not isinstance(algorithm, ExplicitRungeKutta)
+def given_jacobian(
+    problem: ODEProblem, algorithm: OneStepMethod, p: Any, read: Any
+) -> TranslatedModule | None:
+    """The Jacobian that a problem brings, where steps read it.
 
-
-def _expect_fitting(problem: ODEProblem, algorithm: OneStepMethod) -> None:
-    """Compare what steps read of a Jacobian, as the loop in Python does at the first state.
+    Args:
+        problem: brings it.
+        algorithm: how it is solved.
+        p: of the problem, or of its first member.
+        read: the same as the field's program reads it.
 
     Raises:
-        ValueError: it does not fit the field.
+        CompileError: it has no native code.
     """
-    if not is_told(problem, algorithm):
-        return
-    field, (t,) = FlatField(problem), problem.time_tensor([problem.t0])
-    u = problem.spec.flatten(problem.u0).detach()
-    rosenbrock = any(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus)
-    with torch.no_grad():
-        linearize = linearizer_of(field, None)
-        linearize(field, t, u, with_time=rosenbrock, recorded=False, differentiable=False)
-
-
-def _given(
-    problem: ODEProblem, algorithm: OneStepMethod, translated: TranslatedModule
-) -> TranslatedModule | None:
-    """The Jacobian that a problem brings, where steps read it, beside the translated field."""
     if problem.jac is None or not is_told(problem, algorithm):
         return None
     try:
-        return translate_jacobian(problem.jac, problem.spec, problem.p, translated.read)
+        return translate_jacobian(problem.jac, problem.spec, p, read)
     except UnsupportedModule as error:
         raise no_code(error, "jac") from error
 

@@ -237,10 +237,5 @@ def test_refusals(algorithm: Any) -> None:
         for compile in (True, "auto", False):
             with pytest.raises(ValueError, match=r"jac must return .* of shape \(2, 2\)"):
                 psn.solve(wrong, algorithm, compile=compile)
-    for said in ({"jac": lambda t, u: -torch.eye(2, dtype=D)}, {"jac_sparsity": torch.eye(2)}):
-        one = psn.ODEProblem(Decay(), tensor(1.0, 2.0), (0.0, 1.0), **said)
-        many = psn.EnsembleProblem(one, torch.ones(3, 2, dtype=D))
-        with pytest.raises(psn.CompileError, match="jac and jac_sparsity of members"):
-            psn.solve(many, algorithm, compile=True)
     # A method that takes no Jacobian does not ask.
     assert psn.solve(problem, psn.Tsit5(), compile=True).success

@@ -363,14 +363,8 @@ def test_a_member_that_fails_leaves_its_neighbours_alone() -> None:
 # Borders ---------------------------------------------------------------------------------------
 
 
-def test_what_members_do_not_have_is_refused_by_name() -> None:
+def test_second_derivatives_are_refused_by_name() -> None:
     ensemble = robertsons()
-    one = ensemble.problem
-    given = psn.ODEProblem(
-        one.f, one.u0, one.tspan, p=one.p, jac=lambda t, u, p: torch.eye(3, dtype=D)
-    )
-    with pytest.raises(psn.CompileError, match="jac"):
-        solve(psn.EnsembleProblem(given, p=ensemble.p), psn.Rodas5P())
     bar = torch.autograd.grad(
         solve(ensemble, psn.Rodas5P()).u1.sum(), ensemble.p, create_graph=True
     )

@@ -5,29 +5,49 @@
 
 /* The field at a time and a state of each with its derivatives, and room for what comes of them. */
 typedef struct {
-  REAL *jacobian, *factors, *rate, *slope, *unit, *row, *pivots, *bars;
+  REAL *jacobian, *factors, *rate, *slope, *unit, *row, *pivots, *values, *bars;
 } Linear;
 
-#define LINEAR_MEMORY (2 * MATRIX + 5 * ROW)
+#define LINEAR_MEMORY (2 * MATRIX + 5 * ROW + GIVEN_WORK)
 
 static void psn_place(Linear *l, REAL *memory, REAL *bars) {
   l->jacobian = memory, l->factors = memory + MATRIX;
   l->rate = memory + 2 * MATRIX, l->slope = l->rate + ROW;
   l->unit = l->slope + ROW, l->row = l->unit + ROW, l->pivots = l->row + ROW;
+  l->values = l->pivots + ROW;
   l->bars = bars;
+}
+
+/* Row i of the Jacobians, into `row`, and that entry's derivatives in time. */
+static void psn_pull_row(const Linear *at, int i, const REAL *time, const REAL *u, const REAL *packed,
+                         const REAL *own, const REAL *work) {
+  REAL time_bar[TIME_ROW] = {0};
+  memset(at->unit, 0, N * ABREAST * sizeof(REAL));
+  LANES_ALL AT(at->unit, i, l) = 1;
+  pull_state(time, u, packed, own, at->rate, work, at->unit, at->row, time_bar, 0, 0, at->bars);
+  LANES_ALL AT(at->slope, i, l) = time_bar[l];
 }
 
 static void psn_linearize(const Linear *at, const REAL *time, const REAL *u, const REAL *packed,
                           const REAL *own, REAL *work) {
   field(time, u, packed, own, at->rate, work);
   FOR_ENTRIES {
-    REAL time_bar[TIME_ROW] = {0};
-    memset(at->unit, 0, N * ABREAST * sizeof(REAL));
-    LANES_ALL AT(at->unit, i, l) = 1;
-    pull_state(time, u, packed, own, at->rate, work, at->unit, at->row, time_bar, 0, 0, at->bars);
+    psn_pull_row(at, i, time, u, packed, own, work);
     memcpy(at->jacobian + i * N * ABREAST, at->row, N * ABREAST * sizeof(REAL));
-    LANES_ALL AT(at->slope, i, l) = time_bar[l];
   }
+}
+
+/* The same for steps that are not differentiated: by the Jacobian that the problem brings, if any. */
+static void psn_linearize_step(const Linear *at, const REAL *time, const REAL *u, const REAL *packed,
+                               const REAL *own, REAL *work) {
+#ifdef WITH_GIVEN
+  field(time, u, packed, own, at->rate, work);
+  field_given(time, u, packed + GIVEN_AT, own + OWN_FIRST, at->jacobian, at->values);
+  memset(at->slope, 0, N * ABREAST * sizeof(REAL));
+  for (int i = 0; GIVEN_SLOPES && i < N; i++) psn_pull_row(at, i, time, u, packed, own, work);
+#else
+  psn_linearize(at, time, u, packed, own, work);
+#endif
 }
 
 /* Bring up row `pivot` of a matrix of rows of `width` entries, to row c, in every lane. */
@@ -116,7 +136,7 @@ static void psn_linearize_some(const Linear *at, const int *takes, const REAL *t
                                const REAL *packed, const REAL *own, REAL *work, REAL *rate) {
   Linear made = *at;
   made.jacobian = at->factors, made.rate = rate, made.slope = at->pivots;
-  psn_linearize(&made, time, u, packed, own, work);
+  psn_linearize_step(&made, time, u, packed, own, work);
   for (int e = 0; e < N * N; e++)
     LANES_ALL AT(at->jacobian, e, l) = takes[l] ? AT(made.jacobian, e, l) : AT(at->jacobian, e, l);
 }
