@@ -66,7 +66,8 @@ class _GlobalRegularizer(Regularizer):
     def _over_members(self, solution: EnsembleSolution) -> Tensor | None:
         """The mean over members, each of which aggregates its own steps."""
         found = estimates_of(solution.members)
-        if found is None or type(self).forward is not _GlobalRegularizer.forward:
+        own_rule = type(self).forward is not _GlobalRegularizer.forward
+        if found is None or found.members.quicker_alone or own_rule:
             return super()._over_members(solution)
         values = self._values(found.every_step(), solution[0].algorithm)
         rows = torch.from_numpy(found.rows).to(values.device)

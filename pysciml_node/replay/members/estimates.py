@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import MemberOptions
+from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.problems.ensemble import Array, EnsembleProblem
 from pysciml_node.problems.modes import ordinary_modes
 from pysciml_node.problems.state import moves, recording
@@ -19,18 +21,22 @@ from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.replay.measure import checkpointed
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.first_sizes import first_sizes
+from pysciml_node.replay.members.implicit import member_stages_for
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.norm import MembersNorm
 from pysciml_node.replay.members.stacked import MembersUpToEvents
 from pysciml_node.replay.members.stages import MemberStages
+from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.record import check_discrete
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.tableaus import ImplicitTableau
 
-# So many steps are taken again at once, and their graphs are not kept.
-_ROWS = 8192
+# So many steps are taken again at once, with so many entries of their Jacobians, or those of one,
+# and their graphs are not kept.
+_ROWS, _ENTRIES = 8192, 2**22
 
 
 class MappedMembers(MembersUpToEvents, Protocol):
@@ -72,14 +78,18 @@ class MappedMembers(MembersUpToEvents, Protocol):
     def rounded_times(self) -> bool:
         """Whether times are as precise as states, and not doubles."""
 
+    @property
+    def quicker_alone(self) -> bool:
+        """Whether each takes all of its steps again in less time than all of them at once."""
+
 
 def estimates_of(members: Members) -> StackedEstimates | None:
     """Estimates of the steps of all members at once; `None` where each has to give its own.
 
     Those of another engine may have a field that `torch.vmap` does not take.
     """
-    explicit = isinstance(getattr(members, "algorithm", None), ExplicitRungeKutta)
-    if not (explicit and getattr(members, "maps_field", False)):
+    known = isinstance(getattr(members, "algorithm", None), OneStepMethod)
+    if not (known and getattr(members, "maps_field", False)):
         return None
     mapped = cast(MappedMembers, members)
     tspan = mapped.ensemble.tspan
@@ -103,6 +113,10 @@ class StackedEstimates:
         self.rows = np.repeat(np.arange(len(counts)), counts)
         self.ends: Array = self.steps.ends[self.steps.offsets[1:] - 1]
         spec = members.ensemble.problem.spec
+        assert isinstance(members.algorithm, OneStepMethod)
+        # How the steps were taken; and which of two methods took each.
+        self.methods = Method.all_of(members.algorithm.tableaus, spec.dtype, spec.device)
+        self.of = 0 * self.rows if self.steps.methods is None else self.steps.methods
         self.limits = StepLimits(options, spec.real_dtype)
         # The state before each step: starts stand first.
         before = np.arange(len(self.rows)) + len(counts) - 1
@@ -136,8 +150,10 @@ class StackedEstimates:
     def _stages(
         self, method: Method, field: MembersField, rows: Array, u: Tensor, t: Array, h: Array
     ) -> MemberStages:
-        p = field.parameters(rows)
-        stages = MemberStages(method, field, rows, p, u, recording())
+        options, p = self.members.options, field.parameters(rows)
+        derivatives = 2 if isinstance(options.common.adjoint, DirectAdjoint) else 1
+        make = member_stages_for(method, options, derivatives)
+        stages = make(method, field, rows, p, u, recording())
         stages.begin(u, t, h, self.limits(rows, t, h))
         return stages
 
@@ -146,9 +162,13 @@ class StackedEstimates:
         ends, late = self.members.states.detach(), None
         if self.members.rounded_times:
             late = torch.from_numpy(abs(self.steps.starts[n] / self.steps.sizes[n])).unsqueeze(-1)
+        missing = 0.0
+        if isinstance(stages.method.tableau, ImplicitTableau):
+            missing = left_missing(ends.dtype)
         with torch.no_grad():
             again, index = stages.solution(with_error=False), torch.from_numpy(n).to(ends.device)
-            comparison.add(again, ends.index_select(0, index), stages.u.detach(), late=late)
+            ended = ends.index_select(0, index)
+            comparison.add(again, ended, stages.u.detach(), missing, late)
 
     def step_of(self, t: Array) -> Array:
         """Which step of each member contains a time of its own, the later one at a boundary."""
@@ -222,16 +242,24 @@ class StackedEstimates:
 
     def _states_at(self, field: MembersField, comparison: Comparison, t: Array) -> Tensor:
         """Dense output at a time of each member, `(M, N)`."""
-        steps, n = self.steps, self.step_of(t)
-        u = self._states(n)
-        start, h = steps.starts[n], steps.sizes[n]
-        assert isinstance(self.members.algorithm, ExplicitRungeKutta)
-        method, rows = self._method(self.members.algorithm), np.arange(len(t))
-        stages = self._stages(method, field, rows, u, start, h)
-        if (t != start).any():
-            u = stages.inside(rows, (t - start) / h, t)[0]
-        self._compare(comparison, n, stages)
-        return u
+        steps, every = self.steps, self.step_of(t)
+        start, h, found = steps.starts, steps.sizes, list[Tensor]()
+        parts = self._by_methods(every)
+        for method, members in parts:
+            n, when = every[members], t[members]
+            u = self._states(n)
+            stages = self._stages(method, field, members, u, start[n], h[n])
+            if (when != start[n]).any():
+                u = stages.inside(np.arange(len(n)), (when - start[n]) / h[n], when)[0]
+            self._compare(comparison, n, stages)
+            found.append(u)
+        return _in_order(found, [members for _, members in parts])
+
+    def _by_methods(self, steps: Array) -> list[tuple[Method, Array]]:
+        """Places in a list of steps, by the methods that took them."""
+        of = self.of[steps]
+        places = [(method, np.flatnonzero(of == i)) for i, method in enumerate(self.methods)]
+        return [(method, some) for method, some in places if len(some)]
 
     def _states(self, steps: Array) -> Tensor:
         """The states before some steps, with their graph."""
@@ -247,21 +275,22 @@ class StackedEstimates:
         """
         check_discrete(self.members.options.common.adjoint)
         graph = torch.is_grad_enabled() and not self.members.detached
-        parts = []
-        for first in range(0, len(self.rows), _ROWS):
-            n = np.arange(first, min(first + _ROWS, len(self.rows)))
-            u = self._states(n)
-            found = checkpointed(self._again, n, u) if graph else None
-            parts.append(self._again(n, u) if found is None else found)
-        error, stiffness = (torch.cat(column) for column in zip(*parts, strict=True))
+        parts, taken, size = [], list[Array](), self.members.u0.shape[1]
+        for method, steps in self._by_methods(np.arange(len(self.rows))):
+            is_implicit = isinstance(method.tableau, ImplicitTableau)
+            most = max(1, min(_ROWS, _ENTRIES // size**2)) if is_implicit else _ROWS
+            for n in np.array_split(steps, -(-len(steps) // most)):
+                u = self._states(n)
+                found = checkpointed(self._again, method, n, u) if graph else None
+                parts.append(self._again(method, n, u) if found is None else found)
+                taken.append(n)
+        error, stiffness = (_in_order(column, taken) for column in zip(*parts, strict=True))
         return StepEstimate(torch.from_numpy(self.steps.sizes).to(error), error, stiffness)
 
-    def _again(self, n: Array, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors and stiffness of some steps from the states at their starts."""
+    def _again(self, method: Method, n: Array, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors and stiffness of some steps of a method from the states at their starts."""
         members, steps, rows = self.members, self.steps, self.rows[n]
-        assert isinstance(members.algorithm, ExplicitRungeKutta)
         with self._computing() as (field, comparison):
-            method = self._method(members.algorithm)
             stages = self._stages(method, field, rows, u, steps.starts[n], steps.sizes[n])
             norm = MembersNorm(members.options, members.u0)
             norm.keep(rows)
@@ -274,3 +303,11 @@ class StackedEstimates:
         u1 = stages.solution(with_error=True)
         error = stages.error(u1, norm.recorded)
         return StepEstimate(torch.from_numpy(h).to(error), error, stages.stiffness())
+
+
+def _in_order(parts: Sequence[Tensor], places: Sequence[Array]) -> Tensor:
+    """Rows of tensors together, each in its place."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.from_numpy(np.concatenate(places).argsort(kind="stable"))
+    return torch.cat([*parts])[order.to(parts[0].device)]

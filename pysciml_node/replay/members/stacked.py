@@ -40,6 +40,7 @@ class MemberSteps:
         ends: their ends, `(P,)`.
         errors: their scaled errors, `(P,)`; NaN for fixed steps.
         stops: which of its member's stops each ends on, or -1, `(P,)`.
+        methods: which of two methods that take turns took each, `(P,)`; `None` with one.
     """
 
     offsets: Array
@@ -48,6 +49,7 @@ class MemberSteps:
     ends: Array
     errors: Array
     stops: Array
+    methods: Array | None = None
 
     @property
     def counts(self) -> Array:
@@ -150,10 +152,12 @@ class StackedMembers:
         detached: whether gradients have been left behind.
         rounded_times: whether times are as precise as states, and not doubles.
         maps_field: whether `torch.vmap` maps the field over them.
+        quicker_alone: as of `MappedMembers`.
     """
 
     rounded_times: ClassVar[bool] = False
     maps_field: ClassVar[bool] = True
+    quicker_alone: ClassVar[bool] = False
 
     ensemble: EnsembleProblem
     algorithm: Algorithm

@@ -201,7 +201,13 @@ class Flights:
         starts, counts = np.roll(ends, 1), np.diff(self.offsets)
         moved = counts > 0
         starts[self.offsets[:-1][moved]] = t0[moved]
-        return MemberSteps(self.offsets, starts, sizes, ends, errors, stops.astype(np.int64))
+        methods = None
+        if self.turns:
+            number = np.arange(len(ends)) - np.repeat(self.offsets[:-1], counts)
+            passed = [number >= np.repeat(taken, counts) for taken in self.turns]
+            methods = np.sum(passed, axis=0) % 2
+        stops = stops.astype(np.int64)
+        return MemberSteps(self.offsets, starts, sizes, ends, errors, stops, methods)
 
 
 def address(x: Array | Tensor | None) -> int | None:

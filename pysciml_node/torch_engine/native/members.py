@@ -171,10 +171,21 @@ class NativeMembers:
         t, rows = torch.from_numpy(t0).to(self.u0.dtype), np.arange(len(t0))
         try:
             with torch.no_grad():
-                evaluate(t, self.u0.detach(), evaluate.parameters(rows))
+                given = t, self.u0.detach(), evaluate.parameters(rows)
+                evaluate(*given)
+                if evaluate.has_jacobian:
+                    evaluate.jacobian(*given)
         except Exception:  # whatever vmap cannot do: each member then has estimates of its own
             return False
         return True
+
+    @property
+    def quicker_alone(self) -> bool:
+        """Whether each takes all of its steps again in less time: natively, where Newton's
+        iterations take most of it.
+        """
+        assert isinstance(self.algorithm, OneStepMethod)
+        return any(isinstance(x, DiagonallyImplicitTableau) for x in self.algorithm.tableaus)
 
     @property
     def ensemble(self) -> EnsembleProblem:

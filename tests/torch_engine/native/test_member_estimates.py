@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from properties.native_cases import quick_turns
 from stiff_fields import D, random
 from torch import Tensor, nn
 
@@ -41,17 +42,20 @@ class Swirl(nn.Module):
         return 4 * self.net(2 * u) * p + torch.sin(9 * t) * u.flip(-1)
 
 
-FIELD = Swirl()
+FIELD, TSIT5 = Swirl(), psn.Tsit5()
+STIFF = (psn.Rodas5P(), psn.TRBDF2(), psn.AutoTsit5(psn.Rosenbrock23()))
 
 
-def solve(compile: bool, **options: Any) -> tuple[EnsembleSolution, list[Tensor]]:
+def solve(
+    compile: bool, algorithm: Any = TSIT5, **options: Any
+) -> tuple[EnsembleSolution, list[Tensor]]:
     p = torch.linspace(0.5, 2, 11, dtype=D).requires_grad_()
     u0 = random(11, 2).requires_grad_()
     one = psn.ODEProblem(FIELD, u0[0], (0.0, 1.0), p=p[0])
     tspan = torch.stack((torch.zeros(11, dtype=D), torch.linspace(0.7, 1.5, 11, dtype=D)), 1)
     members = psn.EnsembleProblem(one, u0, p=p, tspan=tspan)
     steps = {"controller": psn.FixedStep(), "dt0": 0.21, "rtol": 1e-2, "atol": 1e-3} | options
-    solution = psn.solve(members, psn.Tsit5(), compile=compile, engine="torch", **steps)
+    solution = psn.solve(members, algorithm, compile=compile, engine="torch", **steps)
     return solution, [u0, p, *FIELD.parameters()]
 
 
@@ -92,6 +96,35 @@ def test_they_are_those_of_members_in_python_and_of_each_alone(name: str, option
     with mock.patch.object(NativeMembers, "maps_field", False):
         alone = penalized(name, *solve(True, **OPTIONS[options]))
     close(together, alone, 1e-7)
+
+
+@pytest.mark.parametrize("algorithm", STIFF, ids=lambda a: a.expression)
+@pytest.mark.parametrize("name", [x for x in PENALTIES if "greatest" not in x])
+def test_those_of_stiff_members_too(name: str, algorithm: Any) -> None:
+    """And of those that change their method: each step by the one that took it."""
+    steps = {"algorithm": algorithm, "dt0": 0.1}
+    with quick_turns(0.05):
+        found, expected = (solve(compile, **steps) for compile in (True, False))
+        again = solve(True, **steps)
+    taken = found[0].members.steps.methods
+    assert taken is None or {*taken.tolist()} == {0, 1}
+    with mock.patch.object(NativeMembers, "solution", side_effect=AssertionError):
+        assert isinstance(estimates_of(found[0].members), StackedEstimates)
+    together = penalized(name, *found)
+    close(together, penalized(name, *expected), 1e-6)
+    with mock.patch.object(NativeMembers, "maps_field", False):
+        close(together, penalized(name, *again), 1e-6)
+
+
+@pytest.mark.parametrize("algorithm", STIFF, ids=lambda a: a.expression)
+def test_steps_of_stiff_members_are_compared(algorithm: Any) -> None:
+    field = Swirl()
+    with mock.patch(f"{__name__}.FIELD", field), quick_turns(0.05):
+        solution, _ = solve(True, algorithm, dt0=0.1)
+    with torch.no_grad():
+        field.net[0].weight.data.mul_(1.1)
+    with pytest.raises(RuntimeError, match="could not reproduce"):
+        PENALTIES["all errors"](None)._over_members(solution)
 
 
 def test_a_field_that_vmap_does_not_map_has_those_of_each() -> None:
