@@ -234,19 +234,21 @@ def test_random_members_are_those_of_the_loop_in_python(
     data: st.DataObject, made: RandomField
 ) -> None:
     draw = data.draw
-    algorithm, dtype = draw(algorithms(made, 5, ROSENBROCK + DIAGONAL)), draw(dtypes)
+    algorithm, dtype = draw(algorithms(made, 5, ROSENBROCK + DIAGONAL + SWITCHING)), draw(dtypes)
     made = made.to(dtype)
     for _ in range(SOLVES):
         case = draw(ensembles(made, algorithm, dtype))
-        with threads(draw(st.integers(1, 3))):
+        with threads(draw(st.integers(1, 3))), quick_turns(0.03):
             native = case.outcome(True)
-        eager = case.outcome(False)
+        with quick_turns(0.03):
+            eager = case.outcome(False)
         if dtype is D or case.fixed:
             assert native.counts == eager.counts
             bound = case.exact if case.fixed else 1e-6
             expect_near(native.states, eager.states, bound)
             expect_near(native.bars, eager.bars, bound)
-        one = case.outcome(True)
+        with quick_turns(0.03):
+            one = case.outcome(True)
         assert one.counts == native.counts
         expect_near(one.states, native.states, 0.0)
         expect_near(one.bars, native.bars, 0.0)
