@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from pysciml_node.replay.adjoint_recorded import Totals
@@ -22,6 +21,7 @@ from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.steps.apart import WentBack, apart
 from pysciml_node.steps.autograd import graph_is_retained
+from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.inputs import Inputs, pull_back_all
@@ -81,7 +81,7 @@ class KeptSteps:
 
     def __init__(self, start: Tensor, captured: Inputs, memory: int, each: int) -> None:
         # The first graph has shown that no other tensors are saved for backward.
-        read = [x for x in captured.within_reach() if _is_comparable(x)]
+        read = [x for x in captured.within_reach() if is_comparable(x)]
         self.start, self.room = start, max(memory - sum(x.nbytes for x in read), 0) // each
         with torch.no_grad():
             self._contents = {id(x): x.clone() for x in read} if self.room else {}
@@ -114,14 +114,6 @@ class KeptSteps:
         """Whether the graph leads to nothing but the start and the field's inputs."""
         values = [x for step in steps for x in (step.end, *step.stages)]
         return all(leaf is self.start for leaf in captured.unknown_leaves(values))
-
-
-def _is_comparable(x: Tensor) -> bool:
-    """Whether a tensor has values that `torch.equal` compares."""
-    if x.is_meta or x.is_nested or is_lazy(x):
-        return False
-    # A field may keep what a transform of torch.func has shown it, and that is dead behind it.
-    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class KeptStages(Stages):

@@ -23,6 +23,7 @@ from torch.autograd import Variable
 
 from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.state import tensors_of
+from pysciml_node.steps.contents import Contents
 from pysciml_node.steps.surroundings import Surroundings
 
 Edge = tuple[Any, int]
@@ -291,6 +292,7 @@ class Inputs:
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
         self.unchanged = True
+        self._contents: Contents | None = None
 
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
@@ -302,6 +304,8 @@ class Inputs:
             self._surroundings.forget(unused)
             self._trainable = [x for x in self._trainable if id(x) in used]
         self.doubtful = {}
+        if self._contents is not None:
+            self._contents.settle(self.within_reach())
 
     def tell_of_cut_graph(self, gradients: Sequence[Tensor | None]) -> None:
         """Warn where no input receives a gradient, which torch itself would raise an error for."""
@@ -330,8 +334,13 @@ class Inputs:
         )
 
     def within_reach(self) -> list[Tensor]:
-        """All tensors that the field may read, as far as they are known."""
-        return [*self._surroundings.tensors, *(x for x, _ in self._hidden.values())]
+        """All tensors and arrays that the field may read, as far as they are known."""
+        surroundings, hidden = self._surroundings, (x for x, _ in self._hidden.values())
+        return [*surroundings.tensors, *surroundings.arrays, *hidden]
+
+    def remember(self) -> None:
+        """Remember the contents of these: the sweep does not take the steps again to compare."""
+        self._contents = Contents(self.within_reach())
 
     @property
     def watch(self) -> Callable[[Tensor], None] | None:
@@ -369,6 +378,12 @@ class Inputs:
         self.suspects = [self._name(x) for x in constants]
         if constants and not replayed:
             raise RuntimeError(changed_message(self.suspects[0]))
+        if self._contents is not None:
+            # What torch counts is looked at where the field uses it.
+            counted = changed.keys() | {id(x) for x in surroundings.written}
+            others = (x for x in self.within_reach() if id(x) not in counted)
+            for x in self._contents.changed(others):
+                raise RuntimeError(changed_message(self._name(x)))
         stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):

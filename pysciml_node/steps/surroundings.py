@@ -51,7 +51,7 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors, names, generators, lazy, chosen: as those of the `Walk`.
+        tensors, arrays, names, generators, lazy, chosen: as those of the `Walk`.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Surroundings:
             found = Walk(roots)
         self.roots = roots
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
-        self.lazy, self.chosen = found.lazy, found.chosen
+        self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
         self._modules, self._written, self._places = found.modules, found.written, found.places
         if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
@@ -103,6 +103,7 @@ class Surroundings:
         new = [i for i, x in enumerate(other.tensors) if id(x) not in self.names]
         both.tensors = [*self.tensors, *(other.tensors[i] for i in new)]
         both._versions = [*self._versions, *(other._versions[i] for i in new)]
+        both.arrays = [*self.arrays, *other.arrays]
         both.names = {**other.names, **self.names}
         both.generators = list(dict.fromkeys([*self.generators, *other.generators]))
         both.lazy = self.lazy or other.lazy
@@ -206,9 +207,9 @@ class Surroundings:
         )
 
     @property
-    def written(self) -> bool:
-        """Whether the solve itself has changed tensors in place, once it is settled."""
-        return bool(self._written)
+    def written(self) -> list[Tensor]:
+        """The tensors that the solve itself has changed in place, once it is settled."""
+        return self._written
 
     def changed(self) -> bool:
         """Whether places hold other objects now."""

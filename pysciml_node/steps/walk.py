@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -52,6 +53,7 @@ class Walk:
 
     Attributes:
         tensors: all tensors, each once.
+        arrays: all arrays of NumPy, as tensors that share their memory.
         names: names of their places, by their ids.
         generators: the random generators.
         lazy: whether there are parameters that the first evaluation will make.
@@ -64,6 +66,7 @@ class Walk:
 
     def __init__(self, roots: dict[str, Any]) -> None:
         self.tensors: list[Tensor] = []
+        self.arrays: list[Tensor] = []
         self.names: dict[int, str] = {}
         self.generators: list[torch.Generator] = []
         self.lazy = False
@@ -112,6 +115,16 @@ class Walk:
             return
         self.tensors.append(value)
         self.names[id(value)] = name
+
+    def _array(self, value: np.ndarray[Any, Any], name: str) -> None:
+        """What a field may make a tensor of whenever it likes; constants are passed over."""
+        if value.flags.writeable:
+            try:
+                shared = torch.from_numpy(value)
+            except (TypeError, ValueError):  # of words, say, or against its order
+                return
+            self.arrays.append(shared)
+            self.names[id(shared)] = name
 
     def _for_these(self, value: ForThese, name: str) -> None:
         self.chosen = value.tensors
@@ -356,6 +369,7 @@ def _visitor(kind: type) -> _Visit | None:
 
 _KINDS: dict[type, _Visit] = {
     Tensor: Walk._tensor,
+    np.ndarray: Walk._array,
     **dict.fromkeys(APART, Walk._apart),
     torch.jit.ScriptModule: Walk._script,
     nn.Module: Walk._module,

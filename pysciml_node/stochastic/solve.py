@@ -221,6 +221,8 @@ class SDESolve(Solve):
         """As one node of the graph, its backward the sweep of the adjoint."""
         self.refuse_transforms()
         prepared = DifferentiableFields(self.problem, self.u0)
+        if isinstance(self.options.adjoint, BacksolveAdjoint):
+            prepared.captured.remember()
         start = self._with(prepared.fields)
         # Before the node is made: what the fields use on the way is among its inputs.
         if self.parts.watches:

@@ -240,6 +240,8 @@ class ODESolve(Solve):
         field = DifferentiableField(self.problem, t_start, self.u0, graph)
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
+        if not self.options.adjoint.discrete:
+            field.captured.remember()
         kept = None
         if graph is not None and graph.evaluation is not None and self._keeps(field):
             (first,), (start,) = graph.evaluation

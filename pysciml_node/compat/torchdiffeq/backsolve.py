@@ -158,6 +158,7 @@ class Backsolve:
             with self.field.captured.sweep(replayed=False):
                 return self._sweep(kept[0], kept[1], arrived.saved, arrived.with_times)
 
+        self.field.captured.remember()
         moving = self.t if self.t.requires_grad else None
         (rows,) = SolveNode.apply(  # type: ignore[no-untyped-call]
             forward, sweep, [], self.u0, None, None, moving, True, *self.field.inputs

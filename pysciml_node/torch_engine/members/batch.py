@@ -248,6 +248,8 @@ class Batch(ABC):
             captured = Inputs(self.surroundings, self._checked(evaluate), self.field.given["p"])
         (k,) = captured.first
         self._expect_alike(k)
+        if not self.options.common.adjoint.discrete:
+            captured.remember()
         self.field.watch = captured.watch
         with torch.no_grad():
             march, tape = self._march(k, False)

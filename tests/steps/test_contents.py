@@ -1,0 +1,152 @@
+"""Changes that torch does not count, between a solve and its backward sweep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node.steps.contents import Contents, fingerprint
+
+D = torch.float64
+
+
+def example(dtype: torch.dtype, size: int) -> Tensor:
+    seeded = torch.Generator().manual_seed(size)
+    return torch.randint(0, 2, (size,), generator=seeded).to(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 7, 300_001])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, D, torch.cfloat]
+)
+def test_a_change_of_any_entry_changes_the_fingerprint(dtype: torch.dtype, size: int) -> None:
+    x = example(dtype, size)
+    seen = fingerprint(x)
+    assert fingerprint(x.clone()) == seen
+    for place in {0, size // 2, size - 1}:
+        other = x.clone()
+        other[place] = 1 - x[place].to(torch.cfloat).real
+        assert fingerprint(other) != seen
+
+
+def test_the_order_of_entries_counts_in_a_block_and_between_blocks() -> None:
+    x = torch.arange(400_000, dtype=D)
+    swapped = x.clone()
+    swapped[[3, 4]] = x[[4, 3]]
+    far = torch.cat((x[200_000:], x[:200_000]))
+    assert len({fingerprint(x), fingerprint(swapped), fingerprint(far), fingerprint(-x)}) == 4
+
+
+@pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x.view(2, -1).T, lambda x: x[1:]])
+def test_views_have_the_fingerprints_of_their_copies(view: Callable[[Tensor], Tensor]) -> None:
+    for dtype in (torch.float32, D, torch.cdouble):
+        x = view(torch.linspace(0, 1, 10).to(dtype))
+        assert fingerprint(x) == fingerprint(x.clone())
+    conjugate = (torch.linspace(0, 1, 10).to(torch.cdouble) * 1j).conj()
+    assert fingerprint(conjugate) == fingerprint(conjugate.resolve_conj())
+    assert fingerprint(conjugate) != fingerprint(conjugate.conj())
+
+
+def test_what_changes_before_it_is_settled_is_passed_over() -> None:
+    x, y = torch.zeros(3), torch.ones(2)
+    contents = Contents([x, y])
+    x.data[0] = 1.0
+    assert contents.changed([x, y]) == [x]
+    contents.settle([x, y])
+    x.data[1] = 1.0
+    y.data[0] = 0.0
+    assert contents.changed([x, y]) == [y]
+
+
+class Late(nn.Module):
+    """`-rate u`, and for `t` from 0.3 to 0.31 by as much more as something says."""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor([0.5], dtype=D))
+        self.array = np.array([3.0])
+        self.calls = np.zeros(1)
+        if held == "parameter":
+            self.more = nn.Parameter(torch.tensor([3.0], dtype=D))
+        elif held == "memory of an array":
+            self.tensor = torch.from_numpy(self.array)
+        self.held = held
+
+    @property
+    def now(self) -> Tensor:
+        if self.held == "parameter":
+            return self.more
+        return self.tensor if self.held == "memory of an array" else torch.from_numpy(self.array)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        self.calls += 1
+        within = (t > 0.3) & (t < 0.31)
+        return -self.rate * u * (1 + torch.where(within, self.now, 0.0))
+
+    def change(self) -> None:
+        if self.held == "parameter":
+            self.more.data.fill_(6.0)
+        else:
+            self.array[0] = 6.0
+
+
+def end(kind: str, field: Late, adjoint: Any) -> Tensor:
+    """`exp(-rate (1 + 0.03))`, of stochastic equations nearly."""
+    u0, span = torch.ones(1, dtype=D), (0.0, 1.0)
+    options: dict[str, Any] = {"adjoint": adjoint, "tstops": [0.3, 0.31]}
+    if kind == "stochastic":
+        problem = psn.SDEProblem(
+            field, lambda t, u: 1e-6 * u, u0, span, interpretation="stratonovich"
+        )
+        steps = {"dt0": 0.01, "controller": psn.FixedStep()}
+        seeded = torch.Generator().manual_seed(0)
+        return psn.solve(problem, psn.EulerHeun(), generator=seeded, **steps, **options).u1
+    options |= {"rtol": 1e-8, "atol": 1e-8}
+    one = psn.ODEProblem(field, u0, span)
+    if kind == "members":
+        return psn.solve(psn.EnsembleProblem(one, u0=u0.expand(3, 1)), **options).u1[1]
+    return psn.solve(one, **options).u1
+
+
+CONTINUOUS = (psn.InterpolatingAdjoint(), psn.GaussAdjoint(), psn.BacksolveAdjoint())
+WAYS = [
+    *(("one", adjoint) for adjoint in CONTINUOUS),
+    *(("members", adjoint) for adjoint in CONTINUOUS),
+    ("stochastic", psn.BacksolveAdjoint()),
+    *((kind, psn.DiscreteAdjoint()) for kind in ("one", "members", "stochastic")),
+]
+
+
+@pytest.mark.parametrize("held", ["parameter", "memory of an array", "array"])
+@pytest.mark.parametrize(("kind", "adjoint"), WAYS)
+def test_a_change_of_what_the_start_does_not_show_is_refused(
+    kind: str, adjoint: Any, held: str
+) -> None:
+    field = Late(held)
+    # Steps of 0.01 see the ends of the short interval in their trapezoidal rule.
+    bound = 0.04 if kind == "stochastic" else 1e-5
+    u1 = end(kind, field, adjoint)
+    # The field counts its calls in an array: that is its own.
+    for _ in range(2):
+        (slope,) = torch.autograd.grad(u1.sum(), field.rate, retain_graph=True)
+        assert slope.item() == pytest.approx(-1.03 * math.exp(-1.03 / 2), rel=bound)
+    field.change()
+    with pytest.raises(RuntimeError, match=r"changed in place|could not reproduce"):
+        torch.autograd.grad(u1.sum(), field.rate)
+
+
+def test_kept_steps_look_at_arrays_that_are_read_in_the_middle() -> None:
+    """Neither the start nor the last step shows the change."""
+    field = Late("array")
+    problem = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
+    u1 = psn.solve(problem, tstops=[0.3, 0.31], adjoint=psn.DiscreteAdjoint(memory=2**26)).u1
+    field.change()
+    with pytest.raises(RuntimeError, match="could not reproduce"):
+        torch.autograd.grad(u1.sum(), field.rate)
