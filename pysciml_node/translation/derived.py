@@ -1,9 +1,9 @@
-"""Fields made of another one's derivatives: its exported graph, differentiated into one graph."""
+"""Fields made of derivatives, another one's or their own, as one graph of operations."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,17 +137,62 @@ def differentiated(
 
     examples = [_example(node.meta["val"]) for node in inputs]
     further = [torch.zeros(s, dtype=spec.dtype, device=spec.device) for s in spec.shapes[count:]]
+    return Differentiated(*_one_graph(derivative, [*examples, *further]))
+
+
+def with_derivatives(f: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """A function in whose graph the derivatives that it takes inside are operations like others.
+
+    Such are `torch.autograd.grad` with `create_graph=True`, and the transforms of `torch.func`.
+
+    Args:
+        f: the function.
+        arguments: what it is called with: trees of tensors and other values.
+    """
+    leaves, structure = pytree.tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    returned: list[pytree.TreeSpec] = []
+
+    def flat(*tensors: Any) -> list[Any]:
+        filled = list(leaves)
+        for place, x in zip(places, tensors, strict=True):
+            filled[place] = x
+        with torch.enable_grad(), _Stops():
+            out = f(*pytree.tree_unflatten(filled, structure))
+        parts, spec = pytree.tree_flatten(out)
+        returned.append(spec)
+        return parts
+
+    graph, held = _one_graph(flat, [leaves[i].detach().requires_grad_() for i in places])
+    for node in [node for node in graph.nodes if node.target is torch.ops.aten.detach.default]:
+        node.replace_all_uses_with(node.args[0])  # autograd's own: the field's are stops
+        graph.erase_node(node)
+    if any(map(changes_argument, graph.nodes)):
+        what = (
+            "a field that takes derivatives inside and changes what it holds or is given in place"
+        )
+        raise refuse(what, "aten.copy_")
+    module = GraphModule({}, graph)
+
+    def with_operations(*given: Any) -> Any:
+        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        return pytree.tree_unflatten(module(*tensors, *held), returned[0])
+
+    return with_operations
+
+
+def _one_graph(function: Callable[..., Any], examples: list[Any]) -> tuple[Graph, list[Tensor]]:
+    """The graph of a function's operations, and the tensors that it takes beside its arguments."""
     # Without a table of its own, torch 2.14 and later write an alias for each detach.
     trace = functools.partial(
         make_fx, decomposition_table={}, tracing_mode="fake", _allow_non_fake_inputs=True
     )
-    module = trace(derivative)(*examples, *further)
+    module = trace(function)(*examples)
     held = _lifted(module)
     if any(changes_argument(node) for node in module.graph.nodes):
         apart = torch.func.functionalize(module, remove="mutations")
-        inputs = [*examples, *further, *map(_example, held)]
-        module = trace(apart)(*inputs)
-    return Differentiated(module.graph, held)
+        module = trace(apart)(*map(_example, [*examples, *held]))
+    return module.graph, held
 
 
 def _lifted(module: GraphModule) -> list[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from pysciml_node.steps.autograd import saved_tensors_stay
 
 Saved = tuple[Tensor, int | None]
 
@@ -15,7 +17,12 @@ _MOST_COPIED = 1 << 16
 
 
 def saved_by(saved: Callable[[Tensor], Saved]) -> AbstractContextManager[None]:
-    """What is saved for derivatives stays here: a checkpoint around the solve counts it."""
+    """What is saved for derivatives stays here: a checkpoint around the solve counts it.
+
+    Where nobody counts there are no hooks, which transforms of `torch.func` do not bear.
+    """
+    if saved_tensors_stay():
+        return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(saved, _unchanged)
 
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec, map_tensors
-from pysciml_node.translation.derived import changes_argument
+from pysciml_node.translation.derived import changes_argument, with_derivatives
 from pysciml_node.translation.graph import label
 from pysciml_node.translation.leaves import fickle_class, is_value
 
@@ -28,6 +28,7 @@ _INSIDE = (
     "Cannot access data pointer of Tensor that doesn't have storage",
     "Cannot access storage of TensorWrapper",
     "'Tensor' object has no attribute 'constant'",
+    "conversion to view functorch tensor",
     "don't yet support saved tensor hooks",
 )
 """What torch.export says of derivatives that are taken while it traces."""
@@ -49,20 +50,23 @@ _READING = frozenset(
 
 
 class _Reading(TorchFunctionMode):
-    """Notes of which tensors Python is given the numbers.
+    """Notes of which tensors Python is given the numbers, and whether derivatives are taken.
 
     Attributes:
         seen: these tensors.
+        derives: whether `torch.autograd.grad` was called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+        self.derives = False
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", None) in _READING:
             self.seen += [x for x in args if isinstance(x, Tensor)]
+        self.derives |= func is torch.autograd.grad
         return func(*args, **(kwargs or {}))
 
 
@@ -127,16 +131,28 @@ def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
         module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
         arguments = (t, spec.assemble(parts), *further)
         with _Reading() as reading:
-            exported = torch.export.export(module, arguments, strict=False)
+            exported = _exported(module, arguments)
+            if exported is None or reading.derives:
+                module = _Called(with_derivatives(f, arguments))
+                exported = torch.export.export(module, arguments, strict=False)
         if any(changes_argument(node) for node in exported.graph.nodes):
             exported = exported.run_decompositions({})
     changed = exported.graph_signature.buffers_to_mutate
     if changed:
         names = ", ".join(changed.values())
         raise UnsupportedModule(f"{label(f)} changes its buffers ({names}) when it is evaluated.")
-    if _transforms(exported):
-        raise UnsupportedModule(f"{label(f)} cannot be exported by torch.export: {_DERIVATIVES}")
     return Traced(exported, bool(printed.getvalue()), reading.seen)
+
+
+def _exported(module: nn.Module, arguments: tuple[Any, ...]) -> ExportedProgram | None:
+    """What torch.export makes of a module; nothing where it takes derivatives inside."""
+    try:
+        exported = torch.export.export(module, arguments, strict=False)
+    except Exception as error:
+        if any(words in str(error) for words in _INSIDE):
+            return None
+        raise
+    return None if _transforms(exported) else exported
 
 
 def _exportable(f: Callable[..., Any], p: Any) -> tuple[tuple[Any, ...], Callable[..., Any]]:
