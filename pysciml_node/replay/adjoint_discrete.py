@@ -215,7 +215,7 @@ def discrete_sweep(
     start_nfe = field.nfe
     record, states = backward.record, backward.states
     totals = Totals(field)
-    graphs = [] if kept is None else kept.take(field.captured)[: len(record.sizes)]
+    graphs = [] if kept is None else kept.take(field.captured, backward)
     count = len(graphs)
 
     # Each has buffers of its own, and most sweeps need only one.
@@ -245,16 +245,17 @@ def discrete_sweep(
         stats.naccept_backward += 1
         if times is not None:
             times.step(n, pulled.t, pulled.h, pulled.theta)
-    if kept is not None and graphs:
-        pull_back = KeptPullback(field, methods[0], backward, totals)
-        cotangent = pull_back(kept.start, graphs, cotangent if live else None)
+    through: list[Tensor | None] = []
+    if graphs:
+        hand_on = KeptPullback(field, methods[0], backward, totals)
+        cotangent, through = hand_on(graphs, cotangent, live)
         stats.naccept_backward += len(graphs)
     totals.comparison.expect_equal(field.captured.suspects)
     for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += field.nfe - start_nfe
     stats.nvjp += totals.nvjp
-    gradients = Gradients(u0=cotangent, inputs=totals.sums.sums)
+    gradients = Gradients(u0=cotangent, inputs=totals.sums.sums, kept=through)
     if times is not None:
         times.put_into(gradients)
     return gradients

@@ -7,10 +7,12 @@ nothing behind. A step whose graph was not kept is taken again by the sweep.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,12 +21,13 @@ from typing_extensions import override
 from pysciml_node.replay.adjoint_recorded import Totals
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
-from pysciml_node.steps.apart import WentBack, apart
+from pysciml_node.steps.apart import WentBack
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
-from pysciml_node.steps.inputs import Inputs, pull_back_all
+from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.record import Record
 
 _solves = threading.local()
 
@@ -70,7 +73,7 @@ class KeptSteps:
     of all that are within reach are kept too, and take a part of the room.
 
     Args:
-        start: the leaf that stands for the initial state, `(N,)`.
+        start: the initial state, `(N,)`, or a leaf where it has no graph.
         captured: what the field can reach.
         memory: how many bytes may be kept.
         each: how many of them an evaluation of the field takes.
@@ -92,28 +95,36 @@ class KeptSteps:
         self._steps.append(step)
         self.room -= len(step.stages)
 
-    def take(self, captured: Inputs) -> list[KeptStep]:
+    def values(self, record: Record) -> list[Tensor]:
+        """What cotangents may arrive at: the ends of the steps, and stages of those with outputs.
+
+        Args:
+            record: of the solve.
+        """
+        steps = self._steps[: len(record.sizes)]
+        stages = [step.stages for n, step in enumerate(steps) if n in record.inside]
+        return [*(step.end for step in steps), *chain.from_iterable(stages)]
+
+    def take(self, captured: Inputs, backward: BackwardPass) -> list[KeptStep]:
         """The steps, where their graph is that of a replay.
 
         They are let go here, unless the graph of the solve is retained.
         """
-        steps = self._steps.copy()
+        steps = self._steps[: len(backward.record.sizes)]
         if not graph_is_retained():
             self._steps.clear()
-        if captured.unchanged and self._are_known(steps, captured) and self._reads_same(captured):
+        if backward.goes_on and captured.unchanged and self._reads_same(captured):
             return steps
         return []
 
     def _reads_same(self, captured: Inputs) -> bool:
         """Whether everything within reach has the values that it had."""
         # The solve may have let go of tensors that it has not used.
-        pairs = ((x, self._contents.get(id(x))) for x in captured.within_reach())
-        return all(seen is None or torch.equal(x, seen) for x, seen in pairs)
-
-    def _are_known(self, steps: list[KeptStep], captured: Inputs) -> bool:
-        """Whether the graph leads to nothing but the start and the field's inputs."""
-        values = [x for step in steps for x in (step.end, *step.stages)]
-        return all(leaf is self.start for leaf in captured.unknown_leaves(values))
+        for x in captured.within_reach():
+            seen = self._contents.get(id(x))
+            if seen is not None and not torch.equal(x, seen):
+                return False
+        return True
 
 
 class KeptStages(Stages):
@@ -135,25 +146,22 @@ class KeptStages(Stages):
         first: Tensor,
         kept: KeptSteps,
     ) -> None:
-        # Whether the field has gone back through what its state was computed from.
-        crossed: list[None] = []
+        # Whether a derivative inside of the field has let go of the graph of the steps before: it
+        # is then taken again without them, and from this step on nothing is kept.
+        went_back: list[None] = []
 
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
-            # A field may differentiate something inside, by its parameters. The evaluations that
-            # its state comes from have no part in that: where gradients reach them, the value is
-            # made again without them, and from this step on nothing is kept.
-            if not crossed:
+            if not went_back:
                 try:
-                    with apart("the field", (u,), always_refused=True):
-                        # The memory of a value may be the field's, and used again.
-                        return field(t, u).clone()
+                    # The memory of a value may be the field's, and used again.
+                    return field(t, u).clone()
                 except WentBack:
-                    crossed.append(None)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not crossed):
+                    went_back.append(None)
+            with torch.no_grad():
                 return field(t, u).clone()
 
         super().__init__(method, evaluated, marks, RecordedVectors())
-        self._crossed = crossed
+        self._went_back = went_back
         self._plain, self._kept = field, kept
         # What the next step begins with, in the graph; the latter where it is known.
         self._state = kept.start
@@ -165,7 +173,7 @@ class KeptStages(Stages):
 
     def _expect_room(self) -> None:
         """Take the next step without its graph, if there is no room for it."""
-        if self._recording and (self._crossed or self._kept.room < self.method.all_stages):
+        if self._recording and (self._went_back or self._kept.room < self.method.all_stages):
             self._recording = False
             self.field = self._plain
             self.vectors = vectors_like(self._kept.start.detach(), self.method.all_stages)
@@ -190,7 +198,8 @@ class KeptStages(Stages):
 
     @override
     def evaluate(self, t: Real, h: Real, u: Tensor, upto: int) -> Tensor | None:
-        if not self._recording or u is self._state:  # which is of a solution
+        # Of a solution it is asked in the graph.
+        if not self._recording or u is self._state:
             return super().evaluate(t, h, u, upto)
         with torch.enable_grad():
             return super().evaluate(t, h, self._state, upto)
@@ -208,7 +217,7 @@ class KeptStages(Stages):
         if not self._recording:
             return super().leave(goes_on)
         assert self._end is not None
-        if not self._crossed:
+        if not self._went_back:
             stages = [self.vectors.get(i) for i in range(self.count)]
             self._kept.add(KeptStep(self._end, stages, self._joined))
         self._first = super().leave(goes_on)
@@ -219,13 +228,13 @@ class KeptStages(Stages):
 
 
 class KeptPullback:
-    """Pulls cotangents back through the first steps of a solve, whose graph was kept.
+    """Hands cotangents to the first steps of a solve, whose graph was kept.
 
     Args:
         field: the field prepared for gradients.
         method: the method of the forward solve.
         backward: the solve, and the cotangents that arrive at it.
-        totals: receives what is pulled back to the field's inputs, and compares the field.
+        totals: compares the field.
     """
 
     def __init__(
@@ -233,40 +242,45 @@ class KeptPullback:
     ) -> None:
         self.field, self.method, self.backward, self.totals = field, method, backward, totals
 
-    def __call__(self, start: Tensor, steps: list[KeptStep], behind: Tensor | None) -> Tensor:
-        """Pull back what arrives at the ends of steps and inside of them, in one pass.
+    def __call__(
+        self, steps: list[KeptStep], behind: Tensor, live: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """What arrives at the ends of steps and inside of them, for torch to pull back.
 
         Args:
-            start: the leaf that stands for the initial state.
             steps: the steps; those behind the last one that a cotangent arrives at are let go.
             behind: the cotangent of the last one's end, from the steps behind it.
+            live: whether it is other than zero.
 
         Returns:
-            The cotangent of the initial state.
+            The cotangent of the initial state, beside what comes through the graph; and those of
+            `KeptSteps.values`.
         """
-        backward, values, cotangents = self.backward, list[Tensor](), list[Tensor]()
+        backward, record = self.backward, self.backward.record
+        bars: list[Tensor | None] = [None]  # of the states at `record.times`
+        stages: list[Tensor | None] = []
         count = 0  # of the steps that have a part in it
         for n, step in enumerate(steps):
             arriving, inside = backward.entering(n + 1), backward.inside(n)
-            if behind is not None and n + 1 == len(steps):
+            if live and n + 1 == len(steps):
                 arriving.append(behind)
-            values += [step.end] * len(arriving)
-            cotangents += arriving
+            bars.append(functools.reduce(torch.add, arriving) if arriving else None)
             if inside is not None:
-                theta = torch.tensor(backward.record.fractions(n), dtype=torch.float64)
-                weights = backward.record.sizes[n] * self.method.dense_weights(theta)
-                values += [start if n == 0 else steps[n - 1].end, *step.stages]
-                cotangents += [inside.sum(0), *(weights.T @ inside).unbind()]
+                theta = torch.tensor(record.fractions(n), dtype=torch.float64)
+                weights = record.sizes[n] * self.method.dense_weights(theta)
+                start, upon = bars[n], inside.sum(0)
+                bars[n] = upon if start is None else start + upon
+                stages += (weights.T @ inside).unbind()
+            elif n in record.inside:
+                stages += [None] * len(step.stages)
             if arriving or inside is not None:
                 count = n + 1
         del steps[count:]
-        if not steps:
-            return torch.zeros_like(start)
-        start_bar, *others = pull_back_all(values, [start, *self.field.leaves], cotangents)
-        self.totals.sums.add(others)
-        self.totals.nvjp += self._products(steps)
-        self._compare(steps)
-        return torch.zeros_like(start) if start_bar is None else start_bar
+        if steps:
+            self.totals.nvjp += self._products(steps)
+            self._compare(steps)
+        start = torch.zeros_like(behind) if bars[0] is None else bars[0]
+        return start, bars[1:] + stages
 
     def _products(self, steps: list[KeptStep]) -> int:
         """How many evaluations of the field were pulled back, each once."""

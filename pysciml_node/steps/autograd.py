@@ -138,6 +138,16 @@ def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Te
     )
 
 
+def _is_recorded(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether a sweep runs in a transform or a mode, or where a graph of it is made."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or any(map(_is_legacy_batch, cotangents))
+        or not are_ordinary()
+    )
+
+
 def pulled(
     pull: Pull, inputs: tuple[Tensor | None, ...], *cotangents: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -149,10 +159,10 @@ def pulled(
         inputs: what they depend on, the first on the device of the solve.
         cotangents: as `backward` was given them.
     """
+    if not _is_recorded(cotangents):
+        return pull(*cotangents)
     transformed = torch._C._are_functorch_transforms_active()
     batched = any(map(_is_legacy_batch, cotangents))
-    if not (transformed or batched or torch.is_grad_enabled()) and are_ordinary():
-        return pull(*cotangents)
     first = inputs[0]
     assert first is not None
     place = first.device
@@ -197,6 +207,9 @@ class SolveNode(torch.autograd.Function):
     step states are kept by `save_for_backward`, as outputs must be (no reference cycle). So are the
     inputs, where torch is to notice that one of them has been changed in place; a sweep that looks
     at every evaluation notices it by itself, and only for those that the field uses.
+
+    Behind the inputs come values whose graphs were kept. A sweep may hand its cotangents to them,
+    for torch to go on with.
     """
 
     @staticmethod
@@ -211,8 +224,10 @@ class SolveNode(torch.autograd.Function):
         t1: Tensor | None,
         saveat: Tensor | None,
         watched: bool,
+        count: int,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
+        inputs, ctx.kept = inputs[:count], len(inputs) - count
         record, states, saved = run(u0)
         keep.append(record)
         ctx.record, ctx.sweep = record, sweep
@@ -243,6 +258,7 @@ class SolveNode(torch.autograd.Function):
                 saved=saved,
                 at_steps=[None, *at_steps[: len(states) - 1]],
                 with_times=any(wanted),
+                goes_on=goes_on,
             )
             gradients = ctx.sweep(backward)
             if gradients.saveat is not None and len(gradients.saveat) < ctx.asked:
@@ -257,8 +273,10 @@ class SolveNode(torch.autograd.Function):
                     (gradients.t0, gradients.t1, gradients.saveat), sources, wanted, strict=False
                 )
             ]
-            return (gradients.u0, *times, None, *gradients.inputs)
+            kept = gradients.kept or [None] * ctx.kept
+            return (gradients.u0, *times, None, None, *gradients.inputs, *kept)
 
+        goes_on = not _is_recorded(cotangents)
         gradients = pulled(pull, (states[0], *sources), *cotangents)
         return (None, None, None, *gradients)
 
@@ -270,6 +288,7 @@ def as_node(
     inputs: Sequence[Tensor],
     times: tuple[object, object, Tensor | None] = (None, None, None),
     watched: bool = True,
+    kept: Sequence[Tensor] = (),
 ) -> Outcome:
     """Run a solve as one node of the graph, its backward a sweep.
 
@@ -280,11 +299,13 @@ def as_node(
         inputs: everything else that receives gradients.
         times: start, end and saved times; those that are tensors may receive gradients.
         watched: whether the sweep notices by itself that inputs were changed in place.
+        kept: values whose graphs lead from the state and the inputs to the steps.
 
     Returns:
         What the solve leaves, as the graph has it.
     """
     keep: list[Record] = []
     moving = (t if isinstance(t, Tensor) else None for t in times)
-    saved, *states = SolveNode.apply(run, sweep, keep, u0, *moving, watched, *inputs)  # type: ignore[no-untyped-call]
+    given = (u0, *moving, watched, len(inputs), *inputs, *kept)
+    saved, *states = SolveNode.apply(run, sweep, keep, *given)  # type: ignore[no-untyped-call]
     return Outcome(keep[0], [u0, *states], saved)

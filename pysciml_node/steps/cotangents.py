@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ class BackwardPass:
     saved: Tensor | None  # (saved, N), cotangents of the saved states
     at_steps: Sequence[Tensor | None]  # (N,) each, n + 1 of them, cotangents of `states`
     with_times: bool  # whether `t0`, `t1` and `saveat` need gradients
+    # Whether what it returns goes on through graphs that were kept, and not to the inputs alone.
+    goes_on: bool = False
 
     @property
     def saved_count(self) -> int:
@@ -64,6 +66,7 @@ class Gradients:
 
     u0: Tensor  # (N,)
     inputs: list[Tensor | None]  # each of its input's shape
+    kept: list[Tensor | None] = field(default_factory=list)  # (N,) each, of values with a graph
     t0: Tensor | None = None  # ()
     t1: Tensor | None = None  # ()
     saveat: Tensor | None = None  # (saved,)

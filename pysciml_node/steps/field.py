@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.steps.apart import apart
+from pysciml_node.steps.apart import WentBack, apart
 from pysciml_node.steps.inputs import FirstGraph, Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
@@ -53,10 +53,19 @@ def expect_untouched(given: list[Tensor], versions: list[int | None], what: str)
         RuntimeError: it has changed one.
     """
     if versions != versions_of(given):
-        raise RuntimeError(
-            f"{what} has changed its input in place, which is the solver's own.\n"
-            "  Work on a copy, for example u.neg() instead of u.neg_()."
-        )
+        refuse_touched(what)
+
+
+def refuse_touched(what: str) -> NoReturn:
+    """Say that a function has changed what it was given.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{what} has changed its input in place, which is the solver's own.\n"
+        "  Work on a copy, for example u.neg() instead of u.neg_()."
+    )
 
 
 def expect_copies(error: RuntimeError, what: str) -> None:
@@ -122,14 +131,14 @@ class FlatField:
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
-        versions = versions_of([t, u])
-        state = spec.unflatten(u)
+        before, state = versions_of((t, u)), spec.unflatten(u)
         try:
             out = f(t, state) if p is None else f(t, state, p)
         except RuntimeError as error:
             expect_copies(error, "the field")
             raise
-        expect_untouched([t, u], versions, "the field")
+        if versions_of((t, u)) != before:
+            refuse_touched("the field")
         if spec.keys is None:
             if (
                 type(out) is not Tensor
@@ -236,8 +245,14 @@ class DifferentiableField:
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             # A time without a gradient may be a number in NumPy or `math`, as in every later step.
+            t = t0.detach()
+            if graph is not None and u0.requires_grad:
+                try:
+                    return (field(t, u0),), (u0,)
+                except WentBack:
+                    graph.refused = True
             start = u0.detach().requires_grad_()
-            return (field(t0.detach(), start),), (start,)
+            return (field(t, start),), (start,)
 
         with torch.enable_grad():
             self.captured = Inputs(

@@ -161,8 +161,9 @@ class FirstGraph:
     refuses to differentiate where there are any.
 
     Attributes:
-        evaluation: the values, and the leaves made for them; `None` where the graph leads to leaves
-            that are not known.
+        evaluation: the values, and what stands for the state; `None` where the graph leads to
+            leaves that are not known.
+        refused: whether the evaluation was one of a state without its graph, which is not kept.
         bytes: of the values, of the tensors saved for backward and of the nodes, without what lives
             outside.
     """
@@ -172,16 +173,34 @@ class FirstGraph:
 
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None
+        self.refused = False
         self.bytes = 0
 
-    def keep(self, evaluation: Evaluation, nodes: Collection[Any], outside: list[Tensor]) -> None:
+    def keep(
+        self, evaluation: Evaluation, nodes: Collection[Any], surroundings: Surroundings
+    ) -> None:
         """Keep an evaluation, where its graph can be measured.
 
         Args:
             evaluation: the values, and the leaves made for them.
             nodes: those of its graph.
-            outside: tensors that live with and without it.
+            surroundings: have the tensors that live with and without it. As long as they are the
+                same, as large a graph of states of a size takes as many bytes.
         """
+        if self.refused:
+            return
+        sizes = *(x.nbytes for x in chain(*evaluation)), len(nodes)
+        known = surroundings.memory.get((FirstGraph, *sizes))
+        if known is None:
+            known = self._measured(evaluation, nodes, surroundings.tensors)
+            surroundings.memory[(FirstGraph, *sizes)] = known
+        if known:
+            self.evaluation, self.bytes = evaluation, known
+
+    def _measured(
+        self, evaluation: Evaluation, nodes: Collection[Any], outside: list[Tensor]
+    ) -> int:
+        """The bytes that an evaluation takes; 0 where that is not known."""
         # By the addresses of their memory; `None` for what has none, such as sparse tensors.
         sizes: dict[int | None, int] = {}
         outer: dict[int | None, int] = {}
@@ -190,14 +209,13 @@ class FirstGraph:
                 _count(x, sizes)
         except (RuntimeError, AttributeError):
             # What was saved has been freed, or this version of torch does not show it.
-            return
+            return 0
         if None in sizes:
-            return
+            return 0
         for x in outside:
             _count(x, outer)
-        self.evaluation = evaluation
-        self.bytes = sum(sizes[address] for address in sizes.keys() - outer.keys())
-        self.bytes += self.NODE * len(nodes)
+        own = sum(sizes[address] for address in sizes.keys() - outer.keys())
+        return own + self.NODE * len(nodes)
 
 
 class Inputs:
@@ -251,32 +269,34 @@ class Inputs:
                     "  Make it inside of the field, from its indices and values; or solve with "
                     "adjoint=DirectAdjoint()."
                 )
-        edges = {edge_of(x): x for x in trainable}
+        # Leaves are told by themselves. What has hooks is doubtful, as computed tensors are.
+        leaves = {id(x): x for x in trainable if x.is_leaf and not x._backward_hooks}
+        edges = {edge_of(x): x for x in trainable if id(x) not in leaves}
         reached: set[Edge] = set()
         with surroundings.undisturbed():
             values, fresh = evaluate()
-        fresh_ids, nodes = {id(x) for x in fresh}, set[Any]()
-        leaves = graph_leaves(values, edges, reached, nodes)
-        strangers = [x for x in leaves if id(x) not in fresh_ids]
+        known, nodes = leaves.keys() | map(id, fresh), set[Any]()
+        # What the state was computed from is not the field's.
+        stops = edges.keys() | {edge_of(x) for x in fresh if x.grad_fn is not None}
+        strangers = [x for x in graph_leaves(values, stops, reached, nodes) if id(x) not in known]
         self.first = tuple(x.detach() for x in values)
         self.cut = not any(x.requires_grad for x in values)
         references = [weakref.ref(x) for x in strangers]
         if graph is not None and not strangers:
-            graph.keep((values, fresh), nodes, surroundings.tensors)
-        del values, fresh, strangers, leaves, nodes
+            graph.keep((values, fresh), nodes, surroundings)
+        del values, fresh, strangers, nodes
         # Strangers that are still alive belong to somebody, but to no place that was found.
         hidden = [x for x in (reference() for reference in references) if x is not None]
         self._hidden = {id(x): (x, x._version) for x in hidden}
-        certain = {id(edges[edge]) for edge in reached} | {
-            id(x) for x in tensors_of(p) if not x._backward_hooks
-        }
-        self.inputs = list(hidden)
         self.doubtful: dict[Edge, Tensor] = {}
-        for edge, x in edges.items():
-            if id(x) in certain or (x.is_leaf and not x._backward_hooks):
-                self.inputs.append(x)
-            elif surroundings.still_hold(x):
-                self.doubtful[edge] = x
+        self.inputs = hidden + trainable
+        if edges:
+            certain = {id(edges[edge]) for edge in reached if edge in edges} | leaves.keys()
+            certain |= {id(x) for x in tensors_of(p) if not x._backward_hooks}
+            for edge, x in edges.items():
+                if id(x) not in certain and surroundings.still_hold(x):
+                    self.doubtful[edge] = x
+            self.inputs = [*hidden, *(x for x in trainable if id(x) in certain)]
         # Tensors that the field may use, but that get no gradient.
         self._constants: list[Tensor] = []
         if surroundings.chosen is not None:
@@ -288,7 +308,8 @@ class Inputs:
         self.suspects: list[str] = []
         self._trainable = trainable
         self.leaves = self.inputs
-        self._stops: set[Edge] | None = None
+        # The leaves that values depend on, in a sweep, by their identities.
+        self._known: set[int] | None = None
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
         self.unchanged = True
@@ -322,11 +343,13 @@ class Inputs:
     def steady(self) -> bool:
         """Whether graphs of the solve itself can serve its sweep.
 
-        They cannot where the sweep has stand-ins for tensors, where hooks of modules would see
-        graphs, and where the field keeps what it computes, which would then hold them.
+        They cannot where the sweep has stand-ins for tensors, where some that require gradients get
+        none, where hooks of modules would see graphs, and where the field keeps what it computes,
+        which would then hold them.
         """
         return not (
             self.doubtful
+            or self._constants
             or any(map(self._needs_stand_in, self._trainable))
             or any(self._needs_stand_in(x) for x, _ in self._hidden.values())
             or self._surroundings.hooked
@@ -397,30 +420,24 @@ class Inputs:
                 "would run at every evaluation.\n  Pass it as p=."
             )
         self.unchanged = not (changed or stand_ins or surroundings.written)
-        leaves = [stand_ins.get(id(x), x) for x in self.inputs]
-        pairs = list(zip(self.inputs, leaves, strict=True))
-        self._refused = {id(leaf): x for x, leaf in pairs if id(x) in changed}
-        stops = [leaf for x, leaf in pairs if id(x) not in changed]
-        stops += [stand_ins.get(id(x), x) for x in self._constants]
-        with torch.enable_grad():
-            self._stops = {edge_of(x) for x in stops}
-        self.leaves = leaves
+        self.leaves = [stand_ins.get(id(x), x) for x in self.inputs] if stand_ins else self.inputs
+        self._refused, self._known = {}, set(map(id, self.leaves))
+        for x, leaf in zip(self.inputs, self.leaves, strict=True) if changed else ():
+            if id(x) in changed:
+                self._refused[id(leaf)] = x
+                self._known.discard(id(leaf))
+        self._known.update(id(stand_ins.get(id(x), x)) for x in self._constants)
         try:
             with surroundings.as_seen(stand_ins):
                 yield
             self._expect_gone()
         finally:
-            self.leaves, self._stops, self._strangers = self.inputs, None, []
+            self.leaves, self._known, self._strangers = self.inputs, None, []
 
     @staticmethod
     def _needs_stand_in(x: Tensor) -> bool:
         # A parameter may have been frozen since the solve, which it was a part of.
         return not x.is_leaf or bool(x._backward_hooks) or not x.requires_grad
-
-    def unknown_leaves(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves beside the inputs that values of the solve depend on, in a sweep."""
-        assert self._stops is not None
-        return graph_leaves(values, self._stops)
 
     def expect_known(self, value: Tensor, *fresh: Tensor) -> None:
         """Check that a value depends on nothing but the inputs.
@@ -432,10 +449,10 @@ class Inputs:
         Raises:
             RuntimeError: it uses a tensor that was changed in place.
         """
-        if self._stops is None:
+        if self._known is None:
             return
-        for leaf in graph_leaves((value,), self._stops):
-            if any(leaf is x for x in fresh):
+        for leaf in graph_leaves((value,)):
+            if id(leaf) in self._known or any(leaf is x for x in fresh):
                 continue
             if id(leaf) in self._refused:
                 raise RuntimeError(changed_message(self._name(self._refused[id(leaf)])))

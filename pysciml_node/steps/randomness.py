@@ -11,22 +11,13 @@ from pysciml_node.steps.inputs import Evaluate
 from pysciml_node.steps.surroundings import Surroundings
 
 
-class _RandomState:
-    """The states of the generators that a field may draw from."""
-
-    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
-        self._generators = [torch.default_generator, *generators]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._generators.append(torch.cuda.default_generators[index])
-        self._states = [generator.get_state() for generator in self._generators]
-
-    def moved(self) -> bool:
-        """Whether a number has been drawn since."""
-        return not all(
-            torch.equal(state, generator.get_state())
-            for state, generator in zip(self._states, self._generators, strict=True)
-        )
+def _generators(given: Sequence[torch.Generator], device: torch.device) -> list[torch.Generator]:
+    """The generators that a field may draw from: those that it can reach, and torch's own."""
+    generators = [torch.default_generator, *given]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    return generators
 
 
 def expect_repeatable(
@@ -45,10 +36,12 @@ def expect_repeatable(
     """
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        before = _RandomState(surroundings.generators, device)
+        generators = _generators(surroundings.generators, device)
+        before = [generator.get_state() for generator in generators]
         values, fresh = evaluate()
+        after = [generator.get_state() for generator in generators]
         # Another thread may have drawn them, and the values may not depend on them.
-        if before.moved() and not _same(values, evaluate()[0]):
+        if not all(map(torch.equal, before, after)) and not _same(values, evaluate()[0]):
             raise ValueError(
                 f"the field draws random numbers{_drawers(surroundings)}, so that two evaluations "
                 f"differ, and {who} needs them to agree.\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -82,7 +82,7 @@ def version_of(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def versions_of(tensors: list[Tensor]) -> list[int | None]:
+def versions_of(tensors: Sequence[Tensor]) -> list[int | None]:
     """The same of several."""
     try:
         return list(map(_COUNT, tensors))

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
+from pysciml_node.steps.known import walk_from
 from pysciml_node.steps.places import Names, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
-from pysciml_node.steps.walk import APART, Walk
+from pysciml_node.steps.walk import APART
 
 # While a sweep has put other values into places, the solves of other threads wait, and so does a
 # process that forks: in the child nobody would put them back, or let go of the lock.
@@ -51,21 +52,24 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors, arrays, names, generators, lazy, chosen: as those of the `Walk`.
+        tensors, arrays, names, generators, lazy, chosen, memory: as those of the `Walk`.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
         with _lock:
-            found = Walk(roots)
-        self.roots = roots
+            found = walk_from(roots)
+        self.roots, self.memory = roots, found.memory
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
-        self._modules, self._written, self._places = found.modules, found.written, found.places
+        self._modules, self._places = found.modules, found.places
+        self._written = found.written.copy()
+        # Places that later solves look at too are not settled, but copies of them.
+        self._glance = found.glance
+        self._lent = found.further.lasts
         if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, APART))
         self._versions = versions_of(self.tensors)
-        self._lent = False
 
     def lasting(self) -> Surroundings:
         """What a later solve can begin `again` with: without the field, and what it was given."""
@@ -73,7 +77,8 @@ class Surroundings:
         f, *_ = self.roots.values()
         cells, own = set(map(id, cells_of(f))), {id(f), *map(id, parts_of(f))}
         # The walk has begun with the roots.
-        kept.roots, kept._places = {}, [x for x in self._places[1:] if id(x.cell) not in cells]
+        kept.roots, kept._glance = {}, None
+        kept._places = [x for x in self._places[1:] if id(x.cell) not in cells]
         kept._modules = [(name, x) for name, x in self._modules if id(x) not in own]
         kept.tensors = [x for x in self.tensors if id(x) not in own]
         kept.names = {i: name for i, name in self.names.items() if i not in own}
@@ -113,13 +118,14 @@ class Surroundings:
         roots = Names(both.roots, both.roots.copy(), "")
         both._places = [roots, *self._places[1:], *other._places[1:]]
         both._written = [*self._written, *other._written]
-        both._lent = True
+        both._lent, both._glance = True, None
         return both
 
     def _own_places(self) -> None:
         """Settle no places that other solves look at too."""
         if self._lent:
             self._places, self._lent = [place.copy() for place in self._places], False
+        self._glance = None
 
     @staticmethod
     def undisturbed() -> AbstractContextManager[object]:
@@ -132,11 +138,12 @@ class Surroundings:
         A field may count its calls, keep its last output, or update running statistics. Such
         entries are left to it.
         """
-        self._own_places()
-        with _lock:
-            for place in self._places:
-                if place.changed():
-                    place.settle()
+        if self.changed():
+            self._own_places()
+            with _lock:
+                for place in self._places:
+                    if place.changed():
+                        place.settle()
         now = versions_of(self.tensors)
         if now == self._versions:
             return
@@ -213,6 +220,9 @@ class Surroundings:
 
     def changed(self) -> bool:
         """Whether places hold other objects now."""
+        if self._glance is not None:
+            # It has not looked at the first, that of the roots.
+            return self._places[0].changed() or not self._glance.stand()
         return any(place.changed() for place in self._places)
 
     def keeps_mapped(self) -> bool:
@@ -229,6 +239,8 @@ class Surroundings:
     def _has_come_to_hold(self, test: Callable[[Tensor], bool]) -> bool:
         """Whether a tensor passes a test in a place that has changed, or in a container there."""
 
+        if not self.changed():
+            return False
         changed = (place for place in self._places if place.changed())
         return any(_contains(value, test) for place in changed for value in place.present())
 
@@ -254,7 +266,7 @@ class Surroundings:
         written = [(x, x.detach().clone()) for x in self._written]
         with _lock:
             try:
-                for place in self._places:
+                for place in self._places if stand_ins or self.changed() else ():
                     back = place.restore(stand_ins or {})
                     if back is not None:
                         undo.append(back)

@@ -31,6 +31,7 @@ from pysciml_node.steps.anatomy import (
     slots_of,
 )
 from pysciml_node.steps.chosen import ForThese
+from pysciml_node.steps.further import Further, Glance
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
 from pysciml_node.steps.record import Recorded
 
@@ -38,6 +39,12 @@ from pysciml_node.steps.record import Recorded
 # to the check of every evaluation.
 _MOST_OBJECTS = 20_000
 _MOST_ENTRIES = 4_096
+
+# Entries of a tensor that may be kept although the field holds another one by now.
+_SMALL = 1024
+
+# Of a function, what may be exchanged.
+FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
 
 # Modules of the standard library whose instances merely hold others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
@@ -62,7 +69,12 @@ class Walk:
         written: buffers that torch changes without counting.
         places: what was read, the entries of `roots` first.
         met_apart: whether there was an object of `APART`.
+        further: what else decides where the walk goes, for a second look.
+        glance: a quick look at the places but the first, of a walk that is kept.
+        memory: what others keep with it, by keys of their own.
     """
+
+    glance: Glance | None = None
 
     def __init__(self, roots: dict[str, Any]) -> None:
         self.tensors: list[Tensor] = []
@@ -75,14 +87,22 @@ class Walk:
         self.written: list[Tensor] = []
         self.places: list[Place] = []
         self.met_apart = False
+        self.further, self.memory = Further(), dict[Any, Any]()
+        self._roots = set(map(id, roots.values()))
         # Keeps visited objects alive, so that no id is used twice.
         self._visited: dict[int, Any] = {}
+        self._classes: set[type] = set()
         self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[_Visit, Any, str]] = deque()
         self._attributes(roots, "")
         while self._todo:
             visit, value, name = self._todo.popleft()
             visit(self, value, name)
+
+    def let_go(self) -> None:
+        """Hold nothing but what the attributes say, and no field."""
+        self.places, self.modules = [], []
+        self._visited, self._roots, self._entered, self._classes = {}, set(), set(), set()
 
     def _see(self, value: Any, name: str) -> None:
         """Put a value in the queue, where it can lead to a tensor."""
@@ -96,6 +116,9 @@ class Walk:
         if visit is None:
             return
         if id(value) in self._visited or len(self._visited) > _MOST_OBJECTS:
+            # What is kept of a walk must not keep the field alive.
+            if id(value) in self._roots or id(value) not in self._visited:
+                self.further.lasts = False
             return
         self._visited[id(value)] = value
         self._todo.append((visit, value, name))
@@ -113,11 +136,13 @@ class Walk:
         if is_lazy(value):
             self.lazy = True
             return
+        self.further.lasts &= _lasts(value)
         self.tensors.append(value)
         self.names[id(value)] = name
 
     def _array(self, value: np.ndarray[Any, Any], name: str) -> None:
         """What a field may make a tensor of whenever it likes; constants are passed over."""
+        self.further.lasts &= value.size <= _SMALL and value.flags.writeable
         if value.flags.writeable:
             try:
                 shared = torch.from_numpy(value)
@@ -131,13 +156,14 @@ class Walk:
         self._object(value, name)
 
     def _apart(self, value: Any, name: str) -> None:
-        self.met_apart = True
+        self.met_apart, self.further.lasts = True, False
 
     def _generator(self, value: torch.Generator, name: str) -> None:
         self.generators.append(value)
 
     def _module(self, value: nn.Module, name: str) -> None:
         self._class(type(value), name)
+        self._expect_kind(value)
         self.modules.append((name, value))
         if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
             # Torch does not count these changes as such.
@@ -148,6 +174,7 @@ class Walk:
         self.places.append(Names(attributes, seen, f"{name}."))
         for key, held in seen.items():
             if type(held) in _EMPTY and not held:
+                self.further.expect_empty(held)
                 continue
             if key in _MODULE_DICTS:
                 self._visited[id(held)] = held
@@ -157,6 +184,7 @@ class Walk:
 
     def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
         """A compiled module hides its tensors: they can be named, but not replaced."""
+        self.further.lasts = False
         for key, held in (*value.named_parameters(), *value.named_buffers()):
             if id(held) not in self._visited:
                 self._visited[id(held)] = held
@@ -164,6 +192,7 @@ class Walk:
 
     def _mapping(self, value: dict[Any, Any], name: str) -> None:
         if len(value) > _MOST_ENTRIES:
+            self.further.lasts = False
             return
         seen = dict(value)
         self.places.append(Names(value, seen, name))
@@ -173,12 +202,14 @@ class Walk:
 
     def _sequence(self, value: list[Any] | deque[Any], name: str) -> None:
         if len(value) > _MOST_ENTRIES:
+            self.further.lasts = False
             return
         self.places.append(Items(value, name))
         self._fixed(value, name)
 
     def _fixed(self, value: Iterable[Any], name: str) -> None:
         """The members of a container that cannot be changed, or of a set, which has no places."""
+        self.further.lasts &= not isinstance(value, set)
         for i, held in enumerate(value):
             if i > _MOST_ENTRIES:
                 return
@@ -186,6 +217,9 @@ class Walk:
 
     def _function(self, value: types.FunctionType, name: str) -> None:
         code = value.__code__
+        if id(value) not in self._roots:
+            for part in FUNCTION_PARTS:
+                self.further.expect_attribute(value, part)
         for variable, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
             self._cell(cell, variable)
         if value.__defaults__:
@@ -195,6 +229,8 @@ class Walk:
         if value.__dict__:
             self._visited.setdefault(id(value.__dict__), value.__dict__)
             self._attributes(value.__dict__, f"{name}.")
+        else:
+            self.further.expect_empty(value.__dict__)
         if not is_library(value.__module__):
             self._globals(value.__globals__, globals_in(code), names_in(code), "")
 
@@ -211,8 +247,10 @@ class Walk:
         for key in names:
             value = owner.get(key, MISSING)
             if value is MISSING:
+                self.further.expect_none(owner, key)
                 continue
             if type(value) is types.ModuleType:
+                self.further.expect_item(owner, key, value)
                 if value.__dict__ is not owner and not is_library(value.__name__):
                     self._globals(value.__dict__, inner, inner, f"{key}.")
             else:
@@ -230,9 +268,12 @@ class Walk:
         if seen is not UNBOUND:
             self.places.append(Single.of_cell(cell, seen, name))
             self._see(seen, name)
+        else:
+            self.further.lasts = False
 
     def _single(self, owner: Any, key: str, name: str) -> None:
         """An attribute that is no entry of a dict."""
+        self.further.lasts &= id(owner) not in self._roots
         seen = getattr(owner, key)
         self.places.append(
             Single(
@@ -252,6 +293,9 @@ class Walk:
         def put(args: Any) -> None:
             cast(Any, value).__setstate__((value.func, args, value.keywords, value.__dict__))
 
+        self.further.lasts &= id(value) not in self._roots
+        self.further.expect_attribute(value, "func")
+        self.further.expect_attribute(value, "keywords")
         self._see(value.func, name)
         self.places.append(Single(lambda: value.args, put, value.args, name))
         self._see(value.args, name)
@@ -259,10 +303,13 @@ class Walk:
 
     def _wrapper(self, value: Any, name: str) -> None:
         """A cached function."""
+        self.further.lasts &= id(value) not in self._roots
+        self.further.expect_attribute(value, "__wrapped__")
         self._see(value.__wrapped__, name)
 
     def _problem(self, value: Problem, name: str) -> None:
         """The functions of a problem, and `p`; the states are arguments of the functions."""
+        self._expect_kind(value)
         attributes = value.__dict__
         seen = {
             key: attributes[key] for key in ("f", "drift", "diffusion", "p") if key in attributes
@@ -274,14 +321,17 @@ class Walk:
     def _object(self, value: Any, name: str) -> None:
         kind = type(value)
         self._class(kind, name)
+        self._expect_kind(value)
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict and id(attributes) not in self._visited:
             self._visited[id(attributes)] = attributes
             self._attributes(attributes, f"{name}.")
         for key, slot in slots_of(kind):
+            self.further.lasts &= id(value) not in self._roots
             try:
                 seen = slot.__get__(value, kind)
             except AttributeError:  # not set
+                self.further.lasts = False
                 continue
             self.places.append(
                 Single(
@@ -293,12 +343,21 @@ class Walk:
             )
             self._see(seen, f"{name}.{key}")
 
+    def _expect_kind(self, value: Any) -> None:
+        """Look later whether an object still has its class, and the same dict of attributes."""
+        if id(value) not in self._roots:
+            self.further.expect_attribute(value, "__class__")
+            if getattr(value, "__dict__", None) is not None:
+                self.further.expect_attribute(value, "__dict__")
+
     def _class(self, kind: type, name: str) -> None:
         """The attributes of a class, and the globals that its methods name."""
         for ancestor in _own_classes(kind):
-            if id(ancestor) in self._visited:
+            # Apart from what is visited: code may have named the class before.
+            if ancestor in self._classes:
                 continue
-            self._visited[id(ancestor)] = ancestor
+            self._classes.add(ancestor)
+            self.further.expect_class(ancestor)
             for key, held in list(ancestor.__dict__.items()):
                 if type(held) is types.FunctionType:
                     self._see(held, key)
@@ -327,6 +386,11 @@ class Walk:
 # Dicts of a module whose entries read as attributes in its code.
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
+
+
+def _lasts(x: Tensor) -> bool:
+    """Whether a tensor may be kept beyond a solve: large ones, and graphs, may come and go."""
+    return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= _SMALL))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from pysciml_node.algorithms.adjoints import (
 )
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod, linsolve_of
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.problems.state import moves, recording
 from pysciml_node.replay.adjoint_discrete import discrete_sweep
 from pysciml_node.replay.end_times import (
@@ -75,7 +75,8 @@ class ODESolve(Solve):
         self.u0 = spec.flatten(problem.u0).clone()
         self.surroundings: Surroundings
         # Start, stops and end.
-        self.marks = (problem.t0, *options.tstops, problem.t1)
+        t0, t1 = ends_of(problem)
+        self.marks = (t0, *options.tstops, t1)
 
     @override
     def run(self) -> Outcome:
@@ -103,7 +104,7 @@ class ODESolve(Solve):
     ) -> Outcome:
         """Run the time loop and keep what the options ask for."""
         options, problem = self.options, self.problem
-        landings = options.landings(problem.direction)
+        landings = options.landings(1 if self.marks[-1] > self.marks[0] else -1)
         march = march_of(
             parts,
             u0,
@@ -229,8 +230,11 @@ class ODESolve(Solve):
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         outcome.record.fixed = not options.adjoint.discrete or self._fixed()
         times = (*problem.tspan, options.saveat_tensor)
+        if self.surroundings.written:
+            kept = None  # graphs of what the field itself has changed are none of a replay
         sweep = partial(self._sweep, field, kept)
-        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times)
+        through = [] if kept is None else kept.values(outcome.record)
+        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times, kept=through)
 
     def _forward(
         self, memory: int, t_start: Tensor
@@ -285,7 +289,7 @@ class ODESolve(Solve):
             if backward.with_times:
                 ends = backward.record.fixed and adjoint.discrete
                 complete_times(gradients, problem, field.field, backward, ends)
-        if not (self.u0.requires_grad or backward.with_times):
+        if not (self.u0.requires_grad or backward.with_times or gradients.kept):
             field.captured.tell_of_cut_graph(gradients.inputs)
         return gradients
 

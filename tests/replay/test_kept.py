@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
+from pysciml_node.compat.torchdiffeq import odeint_adjoint
 
 D = torch.float64
 ALGORITHMS = ("Euler", "Midpoint", "Heun", "BS3", "RK4", "Tsit5", "DP5", "DP8", "Vern7", "Vern9")
@@ -181,7 +182,7 @@ def test_nothing_is_kept_where_nothing_needs_gradients() -> None:
 
 
 class Counting(nn.Module):
-    """Keeps weak references to what its graphs hold."""
+    """Keeps weak references to what its graphs save for backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,23 +190,21 @@ class Counting(nn.Module):
         self.held: list[weakref.ref[Tensor]] = []
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        inner = _Watched.apply(self.weight * torch.sin(20 * t) * u)
-        self.held.append(weakref.ref(inner.grad_fn) if inner.grad_fn is not None else _gone())
+        saved = torch.zeros(1)
+        self.held.append(weakref.ref(saved))
+        inner: Tensor = _Watched.apply(self.weight * torch.sin(20 * t) * u, saved)
         return inner
 
 
 class _Watched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, saved: Tensor) -> Tensor:
+        ctx.save_for_backward(saved)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
-        return cotangents[0]
-
-
-def _gone() -> Any:
-    return weakref.ref(type("Nothing", (), {})())
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return cotangents[0], None
 
 
 def alive(field: Counting) -> int:
@@ -475,7 +474,7 @@ def test_derivatives_inside_a_field_are_those_at_a_given_state(name: str) -> Non
 HIDDEN = threading.local()
 
 
-def test_a_hidden_tensor_that_turns_up_late_is_refused() -> None:
+def test_a_hidden_tensor_that_turns_up_late_has_its_gradient_or_is_refused() -> None:
     HIDDEN.late = torch.tensor(2.0, dtype=D, requires_grad=True)
     field = Field()
 
@@ -483,9 +482,61 @@ def test_a_hidden_tensor_that_turns_up_late_is_refused() -> None:
         out = field(t, u)
         return out * HIDDEN.late if t > 0.5 else out
 
-    solution = solve(late, start(), KEPT, tstops=[0.5])
+    found = []
+    for adjoint in (KEPT, psn.DirectAdjoint()):
+        u1 = solve(late, start(), adjoint, tstops=[0.5]).u1
+        found += torch.autograd.grad(u1.sum(), HIDDEN.late)
+    torch.testing.assert_close(*found, rtol=1e-11, atol=0)
+    solution = solve(late, start(), REPLAYED, tstops=[0.5])
     with pytest.raises(RuntimeError, match="were not seen at t0"):
         solution.u1.sum().backward()
+
+
+def test_second_derivatives_are_refused_whether_graphs_are_kept_or_not() -> None:
+    field, u0 = Field(), start()
+    for adjoint in (KEPT, REPLAYED):
+        u1 = solve(field, u0, adjoint).u1
+        (first,) = torch.autograd.grad(u1.square().sum(), u0, create_graph=True)
+        with pytest.raises(RuntimeError, match="a second derivative"):
+            torch.autograd.grad(first.sum(), u0)
+
+
+def test_a_field_may_differentiate_by_what_its_initial_state_was_computed_from() -> None:
+    """`u' = -u d/dw (w^2 / 2)` from `u = 3 w` with `u = 3 w exp(-w t)`; once without a graph."""
+    w = nn.Parameter(torch.tensor([0.8], dtype=D))
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        with torch.enable_grad():
+            torch.autograd.grad((u * w).sum(), w)
+            (slope,) = torch.autograd.grad((w * w).sum() / 2, w, create_graph=True)
+        return -slope * u
+
+    for adjoint in (KEPT, REPLAYED):
+        u1 = solve(field, 3 * w, adjoint, rtol=1e-9, atol=1e-9).u1
+        u1.sum().backward()
+        expected = 3 * (1 - w.detach()) * torch.exp(-w.detach())
+        torch.testing.assert_close(w.grad, expected, rtol=1e-7, atol=0)
+        w.grad = None
+
+
+def test_adjoint_params_alone_receive_gradients() -> None:
+    """Of `u' = -a b u` only `a` is asked for, and the graph of the steps has both."""
+    a, b = (nn.Parameter(torch.tensor([x], dtype=D)) for x in (0.7, 0.3))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = a, b
+
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.a * self.b * u
+
+    times = torch.tensor([0.0, 1.0], dtype=D)
+    ones = torch.ones(1, dtype=D)
+    end = odeint_adjoint(Both(), ones, times, rtol=1e-9, atol=1e-9, adjoint_params=(a,))[-1]
+    end.sum().backward()
+    torch.testing.assert_close(a.grad, -b.detach() * torch.exp(-(a * b).detach()))
+    assert b.grad is None
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "save_on_cpu"])

@@ -161,7 +161,16 @@ class Backsolve:
         self.field.captured.remember()
         moving = self.t if self.t.requires_grad else None
         (rows,) = SolveNode.apply(  # type: ignore[no-untyped-call]
-            forward, sweep, [], self.u0, None, None, moving, True, *self.field.inputs
+            forward,
+            sweep,
+            [],
+            self.u0,
+            None,
+            None,
+            moving,
+            True,
+            len(self.field.inputs),
+            *self.field.inputs,
         )
         self.field.captured.settle()
         if event_fn is None:

@@ -1,0 +1,109 @@
+"""Walks that later solves of the same field begin with, while nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from pysciml_node.steps.further import Glance
+from pysciml_node.steps.places import Names
+from pysciml_node.steps.walk import FUNCTION_PARTS, Walk
+
+_MOST_FIELDS = 64
+# So often in a row a field may have changed, before its walks are not kept any more.
+_MOST_MISSES = 4
+
+
+class _Known:
+    """A walk that began with a field, without the field: it is not kept alive.
+
+    Attributes:
+        misses: how often in a row the field had changed.
+    """
+
+    def __init__(self, roots: dict[str, Any], walk: Walk, misses: int) -> None:
+        f, *_ = roots.values()
+        self.misses = misses
+        self.field, self.names, self._as_made = _reference(f), tuple(roots), _as_made(f)
+        # Some functions are called by a `__dict__` of their own, which is empty here.
+        self._attributes = f.__dict__
+        self._further, self._modules = walk.further, [x for x in walk.modules if x[1] is not f]
+        self._walk = copy.copy(walk)
+        # The first is that of the roots.
+        self._places = walk.places[1:]
+        self._walk.let_go()
+        self._walk.glance = Glance(self._places)
+
+    def stands(self, roots: dict[str, Any]) -> bool:
+        """Whether a walk that begins with these would meet the same again."""
+        f, *_ = roots.values()
+        glance = self._walk.glance
+        return (
+            self.names == tuple(roots)
+            and f.__dict__ is self._attributes
+            and all(x is y for x, y in zip(_as_made(f), self._as_made, strict=True))
+            and glance is not None
+            and glance.stand()
+            and self._further.stand()
+        )
+
+    def walk(self, roots: dict[str, Any]) -> Walk:
+        """The walk, beginning with the field."""
+        again = copy.copy(self._walk)
+        name, f = next(iter(roots.items()))
+        again.places = [Names(roots, roots.copy(), ""), *self._places]
+        own = [(name, f)] if isinstance(f, nn.Module) else []
+        again.modules, again.written = own + self._modules, self._walk.written.copy()
+        return again
+
+
+_known: OrderedDict[int, _Known] = OrderedDict()
+"""By the identity of the field, the one used last at the end."""
+
+
+def walk_from(roots: dict[str, Any]) -> Walk:
+    """A walk through all that is reached now; the last one from there, while it is the same.
+
+    Args:
+        roots: as of `Walk`.
+    """
+    f, *others = roots.values()
+    if others != [None] or not isinstance(f, nn.Module | types.FunctionType):
+        return Walk(roots)
+    known = _known.get(id(f))
+    if known is not None and known.field() is f:
+        if known.misses > _MOST_MISSES:
+            return Walk(roots)
+        if known.stands(roots):
+            known.misses = 0
+            return known.walk(roots)
+    walk = Walk(roots)
+    if walk.further.lasts:
+        _known[id(f)] = _Known(roots, walk, 0 if known is None else known.misses + 1)
+        if len(_known) > _MOST_FIELDS:
+            _known.popitem(last=False)
+    return walk
+
+
+def _reference(f: Any) -> weakref.ref[Any]:
+    """A reference to a field, with which what is known of it goes."""
+    return weakref.ref(f, functools.partial(_forget, id(f)))
+
+
+def _forget(key: int, gone: weakref.ref[Any]) -> None:
+    known = _known.get(key)
+    if known is not None and known.field is gone:
+        _known.pop(key, None)
+
+
+def _as_made(f: Any) -> tuple[Any, ...]:
+    """What a field is by itself, apart from what it holds."""
+    if isinstance(f, types.FunctionType):
+        return type(f), *(getattr(f, part) for part in FUNCTION_PARTS)
+    return (type(f),)

@@ -1,0 +1,137 @@
+"""A field is walked through once, and again when anything has changed that it can reach."""
+
+from __future__ import annotations
+
+import gc
+import math
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node.steps import known
+from pysciml_node.steps.surroundings import Surroundings
+
+D = torch.float64
+
+
+def leaf(value: float) -> Tensor:
+    return torch.tensor(value, dtype=D, requires_grad=True)
+
+
+class Inner(nn.Module):
+    """Adds up all that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=D))
+        self.parts: list[Any] = []
+        self.table: dict[str, Any] = {}
+        self.unordered: set[Any] = set()
+
+    def rate(self) -> Tensor:
+        found = [self.weight, *self.parts, *self.table.values(), *self.unordered]
+        found += [*self._buffers.values(), *vars(Inner).get("further", ())]
+        return torch.stack([x for x in found if isinstance(x, Tensor)]).sum()
+
+
+class Field(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = Inner()
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        rate = self.inner.rate()
+        if "LATE" in globals():
+            rate = rate + LATE  # type: ignore[name-defined]  # noqa: F821
+        return -rate * u * (1 if t < 2 else 0)
+
+
+def _swap(field: Field, x: Tensor) -> None:
+    field.inner = Inner()
+    field.inner.parts.append(x)
+
+
+def _method(field: Field, x: Tensor) -> None:
+    weight = field.inner.weight
+    field.inner.rate = lambda: weight + x
+
+
+WAYS: dict[str, Callable[[Field, Tensor], object]] = {
+    "list": lambda field, x: field.inner.parts.append(x),
+    "dict": lambda field, x: field.inner.table.update(x=x),
+    "set": lambda field, x: field.inner.unordered.add(x),
+    "buffer": lambda field, x: field.inner.register_buffer("extra", x),
+    "module": _swap,
+    "method": _method,
+    "global": lambda field, x: globals().update(LATE=x),
+    "class": lambda field, x: setattr(Inner, "further", (x,)),
+    "attributes": lambda field, x: setattr(
+        field.inner, "__dict__", {**field.inner.__dict__, "parts": [x]}
+    ),
+}
+
+
+def gradient(field: Field, x: Tensor, adjoint: Any) -> Tensor | None:
+    u1 = psn.solve(
+        psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0)),
+        rtol=1e-9,
+        atol=1e-9,
+        adjoint=adjoint,
+    ).u1
+    return torch.autograd.grad(u1.sum(), x, allow_unused=True)[0]
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DiscreteAdjoint(memory=0)])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_been_added_since_the_last_solve_has_its_gradient(way: str, adjoint: Any) -> None:
+    """`u1 = exp(-(w + x))`, whose derivative in `x` is `-u1`; without `x` there is none."""
+    field, x = Field(), leaf(0.25)
+    try:
+        for _ in range(3):
+            assert gradient(field, field.inner.weight, adjoint) is not None
+        WAYS[way](field, x)
+        for _ in range(3):
+            found = gradient(field, x, adjoint)
+            assert found is not None
+            assert found.item() == pytest.approx(-math.exp(-0.75), rel=1e-7)
+        # What is there is found by the walk, and so replays give it back.
+        assert way in ("method",) or id(x) in Surroundings({"f": field, "p": None}).names
+    finally:
+        globals().pop("LATE", None)
+        if "further" in vars(Inner):
+            del Inner.further  # type: ignore[attr-defined]
+
+
+def test_a_walk_is_kept_while_nothing_changes_and_the_field_lives() -> None:
+    field, x = Field(), leaf(0.25)
+    field.inner.__dict__.pop("unordered")
+    field.inner.unordered = ()
+    for _ in range(3):
+        gradient(field, field.inner.weight, psn.DiscreteAdjoint())
+    seen = known._known[id(field)]
+    assert seen.stands({"f": field, "p": None})
+    field.inner.parts.append(x)
+    assert not seen.stands({"f": field, "p": None})
+    gone, key = weakref.ref(field), id(field)
+    del field, seen
+    gc.collect()
+    assert gone() is None
+    assert key not in known._known
+
+
+def test_a_field_that_can_be_reached_from_itself_is_not_kept_alive() -> None:
+    field = Field()
+    field.inner.table["owner"] = types.SimpleNamespace(field=[field])
+    u0 = torch.ones(1, dtype=D, requires_grad=True)
+    for _ in range(3):
+        psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0))).u1.sum().backward()
+    gone = weakref.ref(field)
+    del field
+    gc.collect()
+    assert gone() is None
