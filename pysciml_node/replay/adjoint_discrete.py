@@ -246,9 +246,10 @@ def discrete_sweep(
         if times is not None:
             times.step(n, pulled.t, pulled.h, pulled.theta)
     through: list[Tensor | None] = []
-    if graphs:
+    if kept is not None and graphs:
         hand_on = KeptPullback(field, methods[0], backward, totals)
-        cotangent, through = hand_on(graphs, cotangent, live)
+        cotangent, *upon = hand_on(graphs, cotangent, live)
+        through = kept.placed(*upon)
         stats.naccept_backward += len(graphs)
     totals.comparison.expect_equal(field.captured.suspects)
     for extra in backward.entering(0):

@@ -89,6 +89,7 @@ class KeptSteps:
         with torch.no_grad():
             self._contents = {id(x): x.clone() for x in read} if self.room else {}
         self._steps: list[KeptStep] = []
+        self._ends = self._values = 0
 
     def add(self, step: KeptStep) -> None:
         """Keep the next step."""
@@ -102,8 +103,16 @@ class KeptSteps:
             record: of the solve.
         """
         steps = self._steps[: len(record.sizes)]
+        ends = [step.end for step in steps]
         stages = [step.stages for n, step in enumerate(steps) if n in record.inside]
-        return [*(step.end for step in steps), *chain.from_iterable(stages)]
+        values = [*ends, *chain.from_iterable(stages)]
+        self._ends, self._values = len(ends), len(values)
+        return values
+
+    def placed(self, ends: list[Tensor | None], stages: list[Tensor | None]) -> list[Tensor | None]:
+        """Cotangents in the order of the values; a failed solve may have been cut back since."""
+        placed = [*ends, *[None] * (self._ends - len(ends)), *stages]
+        return placed + [None] * (self._values - len(placed))
 
     def take(self, captured: Inputs, backward: BackwardPass) -> list[KeptStep]:
         """The steps, where their graph is that of a replay.
@@ -244,7 +253,7 @@ class KeptPullback:
 
     def __call__(
         self, steps: list[KeptStep], behind: Tensor, live: bool
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """What arrives at the ends of steps and inside of them, for torch to pull back.
 
         Args:
@@ -253,8 +262,8 @@ class KeptPullback:
             live: whether it is other than zero.
 
         Returns:
-            The cotangent of the initial state, beside what comes through the graph; and those of
-            `KeptSteps.values`.
+            The cotangent of the initial state, beside what comes through the graph; those of the
+            ends, and of the stages of steps with outputs.
         """
         backward, record = self.backward, self.backward.record
         bars: list[Tensor | None] = [None]  # of the states at `record.times`
@@ -280,7 +289,7 @@ class KeptPullback:
             self.totals.nvjp += self._products(steps)
             self._compare(steps)
         start = torch.zeros_like(behind) if bars[0] is None else bars[0]
-        return start, bars[1:] + stages
+        return start, bars[1:], stages
 
     def _products(self, steps: list[KeptStep]) -> int:
         """How many evaluations of the field were pulled back, each once."""

@@ -39,7 +39,7 @@ def apart(
         WentBack: inside, where a derivative frees the graph that it would have to end at.
     """
     # Inside of torch.vmap nothing is seen to have a graph.
-    found = [x for x in given if not _is_batched(x) and x.grad_fn is not None]
+    found = [x for x in given if x.grad_fn is not None and not _is_batched(x)]
     return _Apart(what, found, always_refused) if found else _NOTHING
 
 
