@@ -370,6 +370,28 @@ def test_a_jump_begins_anew_with_the_explicit_method() -> None:
 
 
 @by_some
+def test_gradients_go_through_events_and_their_effects(algorithm: Any) -> None:
+    results = []
+    for compile in (True, False):
+        p = torch.logspace(0, 2, 5, dtype=D).requires_grad_()
+        problem = psn.ODEProblem(
+            lambda t, u, p: -p * (u - torch.cos(t)) - torch.sin(t), tensor(1.0), (0.0, 3.0),
+            p=p[0].detach(),
+        )  # fmt: skip
+        event = psn.Event(lambda t, u: u[0], affect=lambda t, u, p: u - 0.1 * p.log1p())
+        with quick_turns(0.02):
+            found = solve(
+                psn.EnsembleProblem(problem, p=p), algorithm, compile, events=event,
+                saveat=[0.5, 1.5, 1.7, 3.0], controller=psn.FixedStep(), dt0=0.013,
+            )  # fmt: skip
+        assert [len(x.jumps) for x in found] == [1] * 5
+        (bar,) = torch.autograd.grad((found.u**2).sum() + found.u1.sum(), p)
+        results.append([found.u.detach(), bar])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@by_some
 def test_single_precision(algorithm: Any) -> None:
     p = torch.logspace(0, 3, 40).requires_grad_()
     problem = psn.ODEProblem(lambda t, u, p: -p * u, torch.ones(2), (0.0, 1.0), p=torch.tensor(1.0))
