@@ -84,6 +84,7 @@ class Walk:
         self.lazy = False
         self.chosen: tuple[Tensor, ...] | None = None
         self.modules: list[tuple[str, nn.Module]] = []
+        self.scripts: list[str] = []
         self.written: list[Tensor] = []
         self.places: list[Place] = []
         self.met_apart = False
@@ -185,6 +186,7 @@ class Walk:
     def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
         """A compiled module hides its tensors: they can be named, but not replaced."""
         self.further.lasts = False
+        self.scripts.append(name)
         for key, held in (*value.named_parameters(), *value.named_buffers()):
             if id(held) not in self._visited:
                 self._visited[id(held)] = held

@@ -205,7 +205,8 @@ def _expect_trained(name: str, out: Tensor, known: list[Tensor]) -> None:
         if not any(node.variable is x for x in known):
             raise UnsupportedModule(
                 f"{name} trains a tensor of shape {tuple(node.variable.shape)} that is found in "
-                "none of its attributes, closures or globals.",
+                "none of its attributes, closures or globals, or is made in the field, as by "
+                "u.detach().requires_grad_().",
                 captured=True,
             )
 

@@ -17,6 +17,7 @@ from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.anatomy import anchor_of
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.walk import Walk
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
 from pysciml_node.translation.graph import GraphWalk, label
@@ -374,7 +375,11 @@ def _outcome(
         with numbers_put_back(before.tensors):
             result, used = _translate(module, spec, given, walk, before)
     except UnsupportedModule as error:
-        result = (error.message, error.operation, error.captured)
+        message, scripts = error.message, Walk({"f": module}).scripts
+        if scripts:
+            why = "whose operations torch.jit hides; take the module that it was made from"
+            message = f"{label(module)} calls {scripts[0]}, {why}."
+        result = (message, error.operation, error.captured)
     after = Snapshot.of(module)
     if not surroundings.lazy:
         # A field that counts or records has done so with numbers that are none.

@@ -189,7 +189,12 @@ class GraphWalk:
         if tensor.requires_grad or (trained and not _counts(kept)):
             raise UnsupportedModule(
                 f"{self._name} uses a tensor of shape {tuple(tensor.shape)} and dtype "
-                f"{tensor.dtype} that can require gradients and is not one of its parameters.",
+                f"{tensor.dtype} that can require gradients and "
+                + (
+                    f"is beside a state of {self.spec.dtype}: make both of one dtype."
+                    if place is not None
+                    else "is not one of its parameters."
+                ),
                 captured=True,
             )
         if place is not None:

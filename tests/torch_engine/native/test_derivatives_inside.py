@@ -142,3 +142,17 @@ def test_what_cannot_be_one_program_is_refused(what: str) -> None:
     }[what]
     with pytest.raises(psn.CompileError, match=words):
         solved(field)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, START)])
+def test_modules_of_jit_are_named_where_they_are_refused(make: Callable[..., Any]) -> None:
+    inner = make(nn.Sequential(nn.Linear(2, 2, dtype=D), nn.Tanh()))
+    with pytest.raises(psn.CompileError, match=r"calls inner, whose operations torch\.jit"):
+        solved(lambda t, u: inner(u))
+
+
+def test_a_parameter_of_another_dtype_is_refused_by_both_dtypes() -> None:
+    rate = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(psn.CompileError, match=r"float32 .* beside a state of torch\.float64"):
+        solved(lambda t, u: -rate * u)
