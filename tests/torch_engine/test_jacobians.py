@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -94,6 +95,46 @@ def test_evaluations_of_a_sparse_jacobian() -> None:
 def test_a_pattern_with_holes_is_refused(algorithm: Any) -> None:
     with pytest.raises(ValueError, match="jac_sparsity does not fit"):
         solve(algorithm, jac_sparsity=torch.eye(9))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("many", [False, True])
+def test_what_fits_the_start_alone_is_refused(recorded: bool, many: bool) -> None:
+    """The couplings are zero at the start, and grow with time."""
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return torch.stack((20 * t * u[1] - 3 * u[0], 10 * t * u[0] - u[1]))
+
+    u0 = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=recorded)
+    jac = torch.diag(torch.tensor([-3.0, -1.0], dtype=torch.float64))
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        *(
+            (algorithm, {"jac": lambda t, u: jac})
+            for algorithm in (psn.Rodas5P(), psn.Rosenbrock23())
+        ),
+        *((algorithm, {"jac_sparsity": torch.eye(2)}) for algorithm in ALGORITHMS),
+    ]
+    for algorithm, given in cases:
+        problem: Any = psn.ODEProblem(f, u0, (0.0, 1.0), **given)
+        if many:
+            problem = psn.EnsembleProblem(problem, u0=torch.stack((u0, 2 * u0)))
+        name = next(iter(given))
+        with pytest.raises(ValueError, match=f"{name} does not fit the derivative of f"):
+            psn.solve(problem, algorithm, compile=False)
+
+
+def test_products_that_cancel_are_no_misfit() -> None:
+    """A derivative that is zero but for rounding, beside one that is large."""
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        large = 1e6 * u[0]
+        return torch.stack((-large, large * 0.3 - 3e5 * u[0] - u[1]))
+
+    problem = psn.ODEProblem(
+        f, torch.ones(2, dtype=torch.float64), (0.0, 1.0), jac_sparsity=torch.eye(2)
+    )
+    u1 = psn.solve(problem, psn.Rodas5P(), rtol=1e-8, atol=1e-10).u1
+    assert u1[1].item() == pytest.approx(math.exp(-1), rel=1e-6)
 
 
 def test_a_wrong_jacobian() -> None:

@@ -311,6 +311,9 @@ def given_jacobian(
 ) -> TranslatedModule | None:
     """The Jacobian that a problem brings, where steps read it.
 
+    Rosenbrock methods need it exactly, at every state, and would lose their order without a word:
+    they take the field's own.
+
     Args:
         problem: brings it.
         algorithm: how it is solved.
@@ -320,7 +323,8 @@ def given_jacobian(
     Raises:
         CompileError: it has no native code.
     """
-    if problem.jac is None or not is_told(problem, algorithm):
+    rosenbrock = any(isinstance(x, RosenbrockTableau) for x in algorithm.tableaus)
+    if problem.jac is None or rosenbrock or not is_told(problem, algorithm):
         return None
     try:
         return translate_jacobian(problem.jac, problem.spec, p, read)
