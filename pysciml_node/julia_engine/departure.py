@@ -74,12 +74,12 @@ def departure_of(
     departure = _known.get(key)
     if departure is None:
         departure = Departure(problem, algorithm, options, keep_solution)
-        if _is_lasting(options):
+        if is_lasting(options):
             _known[key] = departure
     return departure
 
 
-def _is_lasting(options: SolveOptions) -> bool:
+def is_lasting(options: SolveOptions) -> bool:
     """Whether nothing in options is of one solve alone."""
     tolerances = options.tolerances
     of_its_own = isinstance(tolerances.rtol, Tensor) or isinstance(tolerances.atol, Tensor)

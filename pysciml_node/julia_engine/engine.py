@@ -12,7 +12,9 @@ from pysciml_node.algorithms.options import MemberOptions, SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta, usual_algorithm
 from pysciml_node.algorithms.switching import SwitchingMethod
 from pysciml_node.julia_engine import plans
+from pysciml_node.julia_engine.flight import PreparedSolve
 from pysciml_node.julia_engine.members.solve import solve_together
+from pysciml_node.julia_engine.prepared import prepare
 from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.solve import ODESolve
 from pysciml_node.julia_engine.source import JuliaField
@@ -88,6 +90,9 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
         assert isinstance(algorithm, StochasticRungeKutta)
         return SDESolve(problem, algorithm, options, NAME, JuliaParts(algorithm)).solution()
     assert isinstance(problem, ODEProblem)
+    ready = prepare(problem, algorithm, options)
+    if ready is not None:
+        return PreparedSolve(problem, algorithm, options, NAME, ready).solution()
     return ODESolve(problem, algorithm, options, NAME).solution()
 
 

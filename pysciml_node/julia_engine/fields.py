@@ -127,12 +127,16 @@ def native_field(problem: ODEProblem, gradients: bool, implicit: bool) -> FieldI
 _programs: Recent[tuple[str, torch.dtype], Handle] = Recent(32)
 
 
-def _program(json: str, dtype: torch.dtype) -> Handle:
-    """A program in Julia, made once while it is in use."""
-    handle = _programs.get((json, dtype))
+def program_of(key: tuple[str, torch.dtype]) -> Handle:
+    """A program in Julia, made once while it is in use.
+
+    Args:
+        key: the program as text, and its dtype.
+    """
+    handle = _programs.get(key)
     if handle is None:
-        number = enter("make_program", json=json, dtype=CODES[dtype])
-        handle = _programs[json, dtype] = Handle(number)
+        json, dtype = key
+        handle = _programs[key] = Handle(enter("make_program", json=json, dtype=CODES[dtype]))
     return handle
 
 
@@ -144,6 +148,7 @@ class FieldInJulia:
         tensors: what its flat vector of parameters is made of.
         wanted: which of them receive gradients.
         spec: structure of the state.
+        flat: the vector as the solve has seen it; default as it is now.
 
     Attributes:
         packages: Julia packages that its vector-Jacobian product needs.
@@ -154,12 +159,19 @@ class FieldInJulia:
     host = False
 
     def __init__(
-        self, handle: Handle, tensors: list[Tensor], wanted: list[bool], spec: StateSpec
+        self,
+        handle: Handle,
+        tensors: list[Tensor],
+        wanted: list[bool],
+        spec: StateSpec,
+        flat: Tensor | None = None,
     ) -> None:
         self.handle, self.tensors, self.wanted, self.spec = handle, tensors, wanted, spec
         self.inputs = list(compress(tensors, wanted))
         # What the solve sees, so that its gradient sees the same.
-        self._flat = flat_parameters(tensors, spec.real_dtype, spec.device)
+        if flat is None:
+            flat = flat_parameters(tensors, spec.real_dtype, spec.device)
+        self._flat = flat
 
     def parameters(self) -> Tensor:
         """All that it depends on, as the solve saw it."""
@@ -190,11 +202,11 @@ class FieldInJulia:
         return contextlib.nullcontext()
 
 
-class _Ready(NamedTuple):
+class Known(NamedTuple):
     """A translation, found again by a look at the field.
 
     Attributes:
-        key: by which Julia's program is kept.
+        key: by which Julia's program is kept: see `program_of`.
         sources: of each parameter the number of its tensor, the field's before those of `p`; the
             tensor itself for a constant.
         pulled: whether each of them has a gradient.
@@ -207,6 +219,15 @@ class _Ready(NamedTuple):
     pulled: tuple[bool, ...]
     contents: Contents
     spec: StateSpec
+
+    def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that the program reads, of those of the field and of `p`."""
+        return [tensors[x] if isinstance(x, int) else x for x in self.sources]
+
+    def wanted(self, parameters: list[Tensor]) -> list[bool]:
+        """Which of the parameters receive gradients."""
+        pairs = zip(parameters, self.pulled, strict=True)
+        return [pulled and x.requires_grad for x, pulled in pairs]
 
 
 class ProgramField(FieldInJulia):
@@ -231,19 +252,16 @@ class ProgramField(FieldInJulia):
         now = Snapshot.again(f)
         ready = None
         if now is not None and foreign_mode() is None:
-            ready = known_of(now.watch, (id(spec), form_for(now, leaves)), _Ready)
+            ready = known_of(now.watch, (id(spec), form_for(now, leaves)), Known)
         if now is None or ready is None or not have_contents(now.tensors, ready.contents):
             module = isinstance(f, nn.Module) and p is None
             translated = translate(f, spec, p, silent=not module)
             now, key = translated.snapshot, (translated.json, spec.dtype)
             pulled = translated.program.pulled
-            ready = _Ready(key, translated.sources, pulled, translated.contents, spec)
+            ready = Known(key, translated.sources, pulled, translated.contents, spec)
             keep(now.watch, (id(spec), form_for(now, leaves)), ready)
-        every = [*now.tensors, *leaves[0]]
-        tensors = [every[x] if isinstance(x, int) else x for x in ready.sources]
-        pairs = zip(tensors, ready.pulled, strict=True)
-        wanted = [pulled and x.requires_grad for x, pulled in pairs]
-        super().__init__(_program(*ready.key), tensors, wanted, spec)
+        tensors = ready.parameters([*now.tensors, *leaves[0]])
+        super().__init__(program_of(ready.key), tensors, ready.wanted(tensors), spec)
         self.see = surroundings_of(f, p, now)
 
 

@@ -6,9 +6,11 @@ thread that started it and by no forked child: its memory manager knows of neith
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,7 @@ class _Runtime:
         self.failure: str | None = None
         self.functions: dict[str, Callable[..., Any]] = {}
         self.released: dict[str, Callable[..., Any]] = {}
+        self.crossings: dict[str, Callable[[int], int]] = {}
         self.loaded: set[str] = set()
         self.blas_threads = 0
 
@@ -162,6 +165,45 @@ def call_released(
         return result if wrap is None else wrap(result)
 
 
+def cross(name: str, *words: int) -> int:
+    """Call an entry that takes whole numbers and addresses alone, by its own address.
+
+    It runs for long, as those of `call_released` do, and calls nothing of Python's.
+
+    Args:
+        name: of the entry.
+        *words: its arguments behind the descriptor, in order; what they are the addresses of has
+            to stay.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        JuliaError: Julia raised.
+        KeyboardInterrupt: Ctrl-C, once Julia has stopped.
+        RuntimeError: wrong thread or process.
+    """
+    if threading.get_ident() != _runtime.owner:
+        _enter()
+    function = _runtime.crossings.get(name) or _crossing(name)
+    if handles.pending:
+        free_pending()
+    if torch.get_num_threads() != _runtime.blas_threads:
+        _match_threads()
+    with Listening() as descriptor:
+        row = array("q", (descriptor, *words))
+        if function(row.buffer_info()[0]):
+            error = _raised()
+            raise error
+        return row[0]
+
+
+def _raised() -> BaseException:
+    """What the last crossing raised."""
+    name, message, trace = map(str, call("raised"))
+    return KeyboardInterrupt() if name == "InterruptException" else JuliaError(name, message, trace)
+
+
 def free_pending() -> None:
     """Free the objects of closed and collected handles; every call does this first."""
     if threading.get_ident() != _runtime.owner:
@@ -214,6 +256,13 @@ def _released(name: str) -> Callable[..., Any]:
     released: Callable[..., Any] = function._jl_call_nogil
     _runtime.released[name] = released
     return released
+
+
+def _crossing(name: str) -> Callable[[int], int]:
+    # Python's lock is let go of.
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(call("address_of", name))
+    _runtime.crossings[name] = function
+    return function
 
 
 def _match_threads() -> None:

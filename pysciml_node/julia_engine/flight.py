@@ -1,0 +1,348 @@
+"""Prepared solves: one crossing forward, one back; of the steps only what is asked for is read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.julia_engine.forward import RETCODES
+from pysciml_node.julia_engine.prepared import Prepared, Ready
+from pysciml_node.julia_engine.process.buffers import address, integers
+from pysciml_node.julia_engine.process.entries import enter
+from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.julia_engine.process.runtime import cross
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.replay.stages import Method
+from pysciml_node.replay.trajectory import TorchTrajectory
+from pysciml_node.solutions.parts import in_parts
+from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.steps.autograd import pulled
+from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.record import Kept, Outcome, Record
+
+_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
+
+
+class States(NamedTuple):
+    """The states that a solve leaves, with their graph where there is one.
+
+    Attributes:
+        saved: at the saved times that were reached, as the initial one was given.
+        ends: the initial one, and those at the ends of the accepted steps, `(n + 1, N)`.
+        last: the one that it got to.
+    """
+
+    saved: Tensor
+    ends: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What a solve leaves besides states.
+
+    Attributes:
+        prepared: what was solved, and how.
+        packed: the parameters in one piece.
+        log: as `fly!` of `julia/src/flight.jl` writes it.
+        count: accepted steps.
+        reached: saved times that were reached.
+        nfe: evaluations.
+        nreject: rejected steps.
+        retcode: how it ended.
+        finite: whether the last state is, and so all of them are.
+    """
+
+    prepared: Prepared
+    packed: Tensor
+    log: Tensor
+    count: int
+    reached: int
+    nfe: int
+    nreject: int
+    retcode: ReturnCode
+    finite: bool
+
+    @cached_property
+    def record(self) -> Record:
+        """The accepted steps, and where the saved times lie in them."""
+        departure = self.prepared.departure
+        options, marks, asked = departure.options, departure.marks, departure.saves
+        numbers: list[float] = self.log[: 2 * asked + 4 * self.count].tolist()
+        places, steps = numbers[: 2 * self.reached], numbers[2 * asked :]
+        record = Record(
+            times=[marks[0], *steps[::4]],
+            sizes=steps[1::4],
+            errors=steps[2::4],
+            stops=[None if stop < 0 else int(stop) for stop in steps[3::4]],
+            saved=self.reached,
+            naccept=self.count,
+            nreject=self.nreject,
+            retcode=self.retcode,
+            marks=marks,
+            t1_stop=len(options.tstops),
+        )
+        pairs = zip(options.saveat or (), places[::2], places[1::2], strict=False)
+        for i, (t, place, theta) in enumerate(pairs):
+            if math.isnan(theta):
+                record.at_end.setdefault(int(place), []).append(i)
+            else:
+                indices, times = record.inside.setdefault(int(place), ([], []))
+                indices.append(i)
+                times.append(t)
+        return record
+
+    def good(self, ends: Tensor) -> tuple[int, int]:
+        """Steps and saved times up to what is not finite: a solution has no more of them.
+
+        Args:
+            ends: states at the ends of the steps, the initial one first.
+        """
+        if self.finite:
+            return self.count, self.reached
+        finite: list[bool] = torch.isfinite(ends[1:]).all(1).tolist()
+        steps = (*finite, False).index(False)
+        record = self.record
+        inside = (len(x) for n, (x, _) in record.inside.items() if n < steps)
+        at_end = (len(x) for n, x in record.at_end.items() if n <= steps)
+        return steps, sum(itertools.chain(inside, at_end))
+
+
+def _lying(x: Tensor) -> Tensor:
+    """A tensor as Julia reads it; itself, where it is."""
+    if x.is_contiguous() and not x.is_neg():
+        return x
+    return x.detach().resolve_neg().contiguous()
+
+
+def fly(prepared: Prepared, u0: Tensor, parameters: list[Tensor]) -> tuple[Flight, States]:
+    """Solve forward, where no gradients are taken.
+
+    Args:
+        prepared: what to solve, and how.
+        u0: the state.
+        parameters: of the field.
+    """
+    departure, start = prepared.departure, _lying(u0)
+    size, room, saves = departure.size, departure.room, departure.saves
+    ends, last = start.new_empty((room + 1, size)), start.new_empty(start.shape)
+    saved = start.new_empty((saves, *start.shape))
+    packed = start.new_empty(prepared.length)
+    log = _DOUBLE.new_empty(2 * saves + 4 * room)
+    read = list(map(_lying, parameters))
+    tensors, report = integers([x.data_ptr() for x in read]), integers((0,) * 6)
+    left = cross(
+        "fly!",
+        prepared.handle.number,
+        start.data_ptr(),
+        address(tensors),
+        packed.data_ptr(),
+        saved.data_ptr(),
+        last.data_ptr(),
+        room,
+        ends.data_ptr(),
+        log.data_ptr(),
+        address(report),
+    )
+    count, reached, nfe, nreject, code, finite = report
+    if left:
+        ends = start.new_empty((count + 1, size))
+        log = _DOUBLE.new_empty(2 * saves + 4 * count)
+        record = Handle(left)
+        enter("fetch_flight!", prepared=prepared.handle, record=record, ends=ends, log=log)
+        record.forget()
+    elif count < room:
+        # In place: a view would keep what is not needed of the room in sight.
+        ends.resize_(count + 1, size)
+    if reached < saves:
+        saved.resize_(reached, *start.shape)
+    retcode = RETCODES[code]
+    flight = Flight(prepared, packed, log, count, reached, nfe, nreject, retcode, bool(finite))
+    return flight, States(saved, ends, last)
+
+
+class PreparedSolve(Solve):
+    """One prepared solve: its parts, and the ways to run it.
+
+    Attributes:
+        prepared: what it shares with others.
+        parameters: the tensors that the program reads.
+        flight: what has been flown.
+    """
+
+    problem: ODEProblem
+    flight: Flight
+
+    def __init__(
+        self,
+        problem: ODEProblem,
+        algorithm: Algorithm,
+        options: SolveOptions,
+        engine: str,
+        ready: Ready,
+    ) -> None:
+        super().__init__(problem, algorithm, options, engine)
+        self.prepared, self.parameters, self._see = ready
+        spec, u0 = problem.spec, problem.u0
+        self.u0: Any = u0 if spec.keys is None else spec.flatten(u0)
+
+    def fly(self, u0: Tensor) -> States:
+        """Solve forward from a state, where no gradients are taken."""
+        self.flight, states = fly(self.prepared, u0, self.parameters)
+        self.stats.nfe = self.flight.nfe
+        return states
+
+    def _flown(self) -> States:
+        if not torch.is_grad_enabled():
+            return self.fly(self.u0)
+        return States(*_as_node(self, self.u0, *self.parameters))
+
+    @override
+    def run(self) -> Outcome:
+        return self._outcome(self._flown())
+
+    def _outcome(self, states: States) -> Outcome:
+        # Not the last state itself, which its owner may change.
+        saved = states.saved.reshape(len(states.saved), self.u0.numel())
+        return Outcome(self.flight.record, list(states.ends.unbind()), saved)
+
+    @override
+    def trajectory(self, outcome: Outcome) -> Trajectory:
+        return self._trajectory(Kept(outcome.record, outcome.states))
+
+    def _trajectory(self, load: Callable[[], tuple[Record, list[Tensor]]]) -> Trajectory:
+        spec = self.problem.spec
+        assert isinstance(self.algorithm, ExplicitRungeKutta)
+        return TorchTrajectory(
+            self.problem,
+            Method.all_of(self.algorithm.tableaus, spec.dtype, spec.device),
+            load,
+            self.stats,
+            self.options,
+            self.prepared.seen(self.parameters, self.flight.packed).flat,
+            self._see(),
+            rounded_times=True,
+        )
+
+    @override
+    def solution(self) -> Solution:
+        states = self._flown()
+        flight = self.flight
+        if not (flight.finite or self.watched):
+            return self.looked_through(self._outcome(states))
+        # Where nothing looks at the steps they stay as they are.
+        self.stats.naccept, self.stats.nreject = flight.count, flight.nreject
+        parts: dict[str, Any] = {
+            "problem": self.problem,
+            "algorithm": self.algorithm,
+            "engine": self.engine,
+            "retcode": flight.retcode,
+            "stats": self.stats,
+            "u1": self._shaped(states.last),
+            "event": None,
+        }
+        if self.options.saveat is not None:
+            parts["saved"] = self._shaped(states.saved)
+        return in_parts(Solution, partial(self._part, states), parts)
+
+    def _shaped(self, x: Tensor) -> Any:
+        """States in the structure of the initial one."""
+        spec = self.problem.spec
+        return x if spec.keys is None else spec.unflatten(x)
+
+    def _part(self, states: States, name: str) -> Any:
+        """The trajectory for a solution, or the times of its states."""
+        flight = self.flight
+        if name == "trajectory":
+            return self._trajectory(lambda: self._outcome(states)[:2])
+        ends = flight.record.times if self.options.saveat is None else ()
+        return self.times(flight.reached, ends)
+
+
+class _Node(torch.autograd.Function):
+    """A prepared solve in the graph: its `States`."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, solve: PreparedSolve, u0: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        states = solve.fly(u0)
+        ctx.flight, ctx.stats = solve.flight, solve.stats
+        ctx.save_for_backward(states.ends, u0, *parameters)
+        ctx.set_materialize_grads(False)
+        return states
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if all(x is None for x in cotangents):
+            return (None,) * len(needed)
+        # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
+        kept = ctx.saved_tensors
+        pull = partial(_pull, ctx.flight, ctx.stats, kept, needed[1:])
+        return (None, *pulled(pull, kept, *cotangents))
+
+
+def _pull(
+    flight: Flight,
+    stats: Stats,
+    kept: tuple[Tensor, ...],
+    wanted: tuple[bool, ...],
+    *cotangents: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the initial state and of the parameters that are wanted.
+
+    Args:
+        flight: the solve.
+        stats: its backward fields are filled.
+        kept: the states at the ends of the steps, the initial state and the parameters.
+        wanted: which of the latter two have gradients.
+        *cotangents: of its `States`.
+    """
+    ends, u0, *parameters = kept
+    prepared, (count, reached) = flight.prepared, flight.good(ends)
+    arriving = [None if x is None else _lying(x) for x in cotangents]
+    if count < flight.count:
+        arriving[-1] = None  # of a failed solve the last good state is the last of the steps'
+    saved, at_ends, last = (0 if x is None else x.data_ptr() for x in arriving)
+    bars, report = ends.new_empty(prepared.length + u0.numel()), integers((0, 0))
+    cross(
+        "pull_flight!",
+        prepared.handle.number,
+        count,
+        reached,
+        flight.packed.data_ptr(),
+        ends.data_ptr(),
+        flight.log.data_ptr(),
+        saved,
+        at_ends,
+        last,
+        bars.data_ptr(),
+        address(report),
+    )
+    replayed, evaluations = report
+    stats.naccept_backward += replayed
+    stats.nfe_backward += evaluations
+    stats.nvjp += evaluations
+    *parts, start = bars.split_with_sizes([*prepared.sizes, u0.numel()])
+    rest = zip(parts, parameters, wanted[1:], prepared.field.pulled, strict=True)
+    return (
+        start.view(u0.shape) if wanted[0] else None,
+        *(part.view(x.shape) if needed and pulls else None for part, x, needed, pulls in rest),
+    )
+
+
+# Without what torch does for its transforms, in which solves are not prepared.
+_as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
