@@ -140,7 +140,7 @@ class Arguments:
 _SIGNATURES: dict[tuple[int, bool], tuple[weakref.ref[Any], Arguments]] = {}
 
 
-_AROUND = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_AROUND = frozenset((nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel))
 """Modules that hand what they are given on to another one, their `module`."""
 
 _CALLED_AS_SAID = (types.FunctionType, types.MethodType)
@@ -151,7 +151,7 @@ _OWN_WORDS = ("__signature__", "__wrapped__")
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """`forward` of a module, or of the one that a compiled or averaged module, say, stands for."""
-    name = "module" if isinstance(module, _AROUND) else "_orig_mod"
+    name = "_orig_mod" if _AROUND.isdisjoint(type(module).__mro__) else "module"
     held = module._modules  # of a scripted module no dict
     inner = held[name] if name in held else None  # noqa: SIM401
     return module.forward if inner is None else _forward_of(inner)

@@ -213,24 +213,32 @@ def _outside(
     return device, Surrounding.now(device), check
 
 
-_PLAIN = frozenset((float, type(None)))
+# Asked at every solve.
+_is_inference, _is_autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
     if isinstance(problem, EnsembleProblem):
         return False
-    for value in (problem.u0, *problem.tspan, problem.p):
-        if type(value) is Tensor:
-            if value.is_inference():
-                return False
-        elif type(value) not in _PLAIN and any(map(Tensor.is_inference, tensors_of(value))):
+    u0, (t0, t1) = problem.u0, problem.tspan
+    if type(u0) is Tensor and type(t0) is type(t1) is float and problem.p is None:
+        if u0.is_inference():
             return False
-    return are_ordinary() and not (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+    elif any(map(Tensor.is_inference, tensors_of((u0, t0, t1, problem.p)))):
+        return False
+    return not (
+        _is_inference()
+        or _is_autocast()
+        or _function_modes()
+        or forward_ad._current_level >= 0
+        or _transforms_are_active()
+        or _dispatch_modes()
+        or _tracing_state() is not None
     )
 
 

@@ -23,7 +23,7 @@ from pysciml_node.problems.modes import in_ordinary_modes
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
-from pysciml_node.solutions.solution import Solution
+from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.solving import engines
 from pysciml_node.solving.checks import USUAL, check_problem, explain_calls
 from pysciml_node.solving.diagnosis import failure_message
@@ -177,7 +177,7 @@ def _solve_one(problem: Problem, algorithm: Algorithm | None, given: dict[str, A
     begun = time.perf_counter()
     solution = run(chosen, problem, algorithm, options)
     solution.seconds = time.perf_counter() - begun
-    if options.throw and not solution.success:
+    if solution.retcode is not ReturnCode.Success and options.throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)
     return solution
 

@@ -40,16 +40,14 @@ class Start:
         self.name, self.f, self.p, self._parts, self._walk = name, f, p, parts, None
         if parts:
             shared = [*shared, *(x for x in parts if isinstance(x, Tensor))]
+        self.is_plain = True
         if type(p) in _TENSORS:
             shared = [*shared, p]
         elif p is not None:
-            self._walk = Walk({"p": p})
-            shared = [*shared, *self._walk.tensors]
+            x = self._walk = Walk({"p": p})
+            shared = [*shared, *x.tensors]
+            self.is_plain = not (x.modules or x.generators or x.lazy or x.chosen or x.met_apart)
         self._tensors, self._versions = shared, versions_of(shared)
-        x = self._walk
-        self.is_plain = x is None or not (
-            x.modules or x.generators or x.lazy or x.chosen or x.met_apart
-        )
 
     def versions(self) -> dict[int, int | None]:
         """How often each tensor had been changed in place, by their ids."""

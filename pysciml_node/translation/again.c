@@ -226,7 +226,8 @@ static int all_stands(const Word *at, Object *parts, Object *found) {
   if (same == 1) same = have_order(&at);
   if (same == 1) same = are_absent(&at);
   if (same == 1) same = are_repeated(&at, found);
-  return same == 1 ? are_described(&at, found) : same;
+  if (same == 1) same = are_described(&at, found);
+  return same == 1 ? is(py.call(at[0].object), at[1].object) : same; /* the default dtype */
 }
 
 /* `look(noted, parts)`: the tensors that are there now; None where anything has changed. */

@@ -9,6 +9,7 @@ from importlib.resources import files
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pysciml_node.translation.given import Given
@@ -23,6 +24,7 @@ _FUNCTIONS = (
     *("PyList_New", "PyList_Append", "PyList_GetItem", "PyErr_Occurred", "PyCFunction_NewEx"),
     *("Py_IncRef", "Py_DecRef"),
 )
+_DEFAULT = torch.get_default_dtype
 _OBJECTS = (None, "dtype", "shape", "device", "layout", "requires_grad", "__dict__")
 
 _look: Callable[[bytes, tuple[Any, ...]], list[Tensor] | None] | None = None
@@ -52,18 +54,25 @@ def tensors(watch: Watch, parts: tuple[Any, ...]) -> list[Tensor] | None:
     """
     if _look is None:
         return watch.tensors(parts)
-    noted = watch.memory.get(_look)
+    try:
+        found = _look(watch.memory.get(_look) or note(watch), parts)
+        # It has asked torch itself.
+        if found is None or not watch.asked or watch.answer(found):
+            return found
+    except CHANGED:
+        pass
+    return None
+
+
+def note(watch: Watch) -> bytes:
+    """The columns of a watch, which keeps what stands there in use, as C reads them."""
+    noted: bytes | None = watch.memory.get(_look)
     if noted is None:
         noted = watch.memory[_look] = _noted(watch)
-    try:
-        found = _look(noted, parts)
-        return found if found is not None and watch.answer(found) else None
-    except CHANGED:
-        return None
+    return noted
 
 
 def _noted(watch: Watch) -> bytes:
-    """The columns of a watch, which keeps what stands there in use, as C reads them."""
     given, repeated = watch.given, watch.repeated
     words = (
         *_rows(() if given is None else given.first),
@@ -73,6 +82,7 @@ def _noted(watch: Watch) -> bytes:
         *_rows(*map(_places, watch.absent)),
         *_rows(*map(_places, repeated[:2]), repeated[2]),
         *_rows(*zip(*map(_tensor, watch.described), strict=True)),
+        *(id(_DEFAULT), id(watch.default)),
     )
     return struct.pack(f"{len(words)}n", *words)
 

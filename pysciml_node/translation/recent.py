@@ -18,6 +18,9 @@ class Recent(Generic[K, V]):
     Args:
         size: how many are kept.
 
+    Attributes:
+        entries: the one that was used last at the end.
+
     Examples:
         >>> recent = Recent(2)
         >>> recent["a"], recent["b"] = 1, 2
@@ -30,33 +33,33 @@ class Recent(Generic[K, V]):
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._entries: OrderedDict[K, V] = OrderedDict()
+        self.entries: OrderedDict[K, V] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def get(self, key: K) -> V | None:
         """An entry, which counts as used last from now on; `None` where there is none."""
-        entry = self._entries.get(key)
+        entry = self.entries.get(key)
         if entry is not None:
             self._touch(key)
         return entry
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._entries[key] = value
+        self.entries[key] = value
         self._touch(key)
-        if len(self._entries) > self._size:
-            self._entries.popitem(last=False)
+        if len(self.entries) > self._size:
+            self.entries.popitem(last=False)
 
     def _touch(self, key: K) -> None:
         try:
-            self._entries.move_to_end(key)
+            self.entries.move_to_end(key)
         except KeyError:
             return  # another thread has taken it out
 
     def pop(self, key: K) -> V | None:
         """Take an entry out; `None` where there is none."""
-        return self._entries.pop(key, None)
+        return self.entries.pop(key, None)
 
 
 class RecentOf(Generic[V]):
@@ -82,15 +85,21 @@ class RecentOf(Generic[V]):
     def __init__(self, size: int) -> None:
         self._entries: Recent[int, tuple[Callable[[], Any], type, V]] = Recent(size)
 
+    @property
+    def entries(self) -> dict[int, tuple[Callable[[], Any], type, V]]:
+        """By the identity of an object: what gives it, its class, and what is kept of it."""
+        return self._entries.entries
+
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, x: Any) -> V | None:
         """What is kept of an object, which counts as used last from now on."""
         entry = self._entries.get(id(x))
-        if entry is None or entry[0]() is not x or entry[1] is not type(x):
+        if entry is None:
             return None
-        return entry[2]
+        referent, kind, value = entry
+        return value if referent() is x and type(x) is kind else None
 
     def __setitem__(self, x: Any, value: V) -> None:
         # A method has what it needs at the end of a process too, when a module's names are gone.

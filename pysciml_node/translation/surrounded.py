@@ -22,7 +22,7 @@ _SMALL = 1024
 
 
 @dataclass(frozen=True)
-class _Walked:
+class Walked:
     """The surroundings of a field as a snapshot has seen them.
 
     Attributes:
@@ -32,6 +32,30 @@ class _Walked:
 
     tensors: list[Tensor]
     surroundings: Surroundings
+
+    def has(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the tensors."""
+        return all(map(is_, self.tensors, tensors))
+
+    def again(self, f: Any, parts: tuple[Any, ...]) -> Callable[[], Surroundings]:
+        """A function that gives the surroundings of a field, without `p`, for a solve now.
+
+        Args:
+            f: the field; it has the same tensors.
+            parts: what it was given.
+        """
+        start = Start("f", f, None, parts, self.tensors)
+        return functools.partial(self.surroundings.again, start)
+
+    @staticmethod
+    def known(now: Snapshot) -> Walked | None:
+        """The surroundings of a field, where they are kept."""
+        walked: Walked | None = now.watch.memory.get(WALKED)
+        return walked if walked is not None and walked.has(now.held) else None
+
+
+WALKED = (Walked, "f")
+"""By what the memory of a watch has the surroundings of a field."""
 
 
 def surroundings_of(
@@ -45,14 +69,14 @@ def surroundings_of(
         now: what was seen of the field just now.
         name: what messages call the field.
     """
-    held, memory, key = now.held, now.watch.memory, (_Walked, name)
-    known: _Walked | None = memory.get(key)
+    held, memory, key = now.held, now.watch.memory, (Walked, name)
+    known: Walked | None = memory.get(key)
     # Large tensors that come and go, and graphs, are not kept beyond their time.
-    if known is None or not all(map(is_, known.tensors, held)):
+    if known is None or not known.has(held):
         known = None
         if _is_whole(f, now) and all(map(_lasts, held)):
             walked = Surroundings({name: f, "p": None}).lasting()
-            known = memory[key] = _Walked(held, walked)
+            known = memory[key] = Walked(held, walked)
     if known is not None:
         start = Start(name, f, p, now.parts, known.tensors)
         if start.is_plain:

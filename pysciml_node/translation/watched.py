@@ -27,6 +27,11 @@ def watches_on(anchor: Any) -> tuple[Watch, ...]:
     return _watched.get(anchor) or ()
 
 
+def entries() -> Any:
+    """What is kept, by the identity of an anchor: what gives it, its class, and its watches."""
+    return _watched.entries
+
+
 def keep(f: Any, watch: Watch) -> None:
     """Keep a watch: in place of the one before, or beside those of functions of the same code."""
     anchor = anchor_of(f)

@@ -173,3 +173,30 @@ def test_whether_julia_is_there_is_asked_each_time_where_nobody_names_it(
     with pytest.raises(psn.EngineUnavailable, match="it is gone"):
         plan("auto")
     assert plan("julia") is plan("julia")
+
+
+def test_the_same_objects_for_another_kind_of_problem_are_another_solve() -> None:
+    u0, span, how = torch.ones(1, dtype=torch.float64), (0.0, 1.0), psn.Euler()
+    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.5, "engine": "torch"}
+    plain = psn.ODEProblem(lambda t, u: -u, u0, span)
+    with_mass = psn.ODEProblem(lambda t, u: -u, u0, span, mass_matrix=2 * torch.eye(1))
+    for _ in range(2):
+        assert float(psn.solve(plain, how, **options).u1) == 0.25
+        with pytest.raises(psn.EngineUnavailable, match="mass"):
+            psn.solve(with_mass, how, **options)
+
+
+def test_the_engine_that_is_set_is_asked_for_at_each_solve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "unavailable_reason", lambda: "it is gone")
+    problem, options = _problem(), {"rtol": 1e-6, "atol": 1e-6}
+    for _ in range(2):
+        assert psn.solve(problem, **options).engine == "torch"
+    psn.set_engine("julia")
+    try:
+        with pytest.raises(psn.EngineUnavailable):
+            psn.solve(problem, **options)
+    finally:
+        psn.set_engine(None)
+    assert psn.solve(problem, **options).engine == "torch"

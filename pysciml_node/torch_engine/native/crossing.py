@@ -17,6 +17,9 @@ from pysciml_node.translation.stable_abi import function_of
 IN_REQUEST, BEHIND = -2, -1
 """Numbers of what is not given: an address in the request, or behind it."""
 
+RUNNING = 0
+"""What a loop or a sweep returns that has not gone through."""
+
 ALIGNED = 64
 """What is behind a request begins at a multiple of so many bytes, as vectors of C do best."""
 
@@ -24,8 +27,8 @@ ALIGNED = 64
 _FUNCTIONS = (
     *("PyBytes_AsString", "PyByteArray_FromStringAndSize", "PyByteArray_AsString"),
     *("PyObject_Type", "PyObject_GetAttr", "PyObject_CallOneArg", "PyLong_AsSsize_t"),
-    *("PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread", "PyCFunction_NewEx"),
-    *("Py_IncRef", "Py_DecRef"),
+    *("PyErr_Occurred", "PyErr_CheckSignals", "PyEval_SaveThread", "PyEval_RestoreThread"),
+    *("PyCFunction_NewEx", "Py_IncRef", "Py_DecRef"),
 )
 _OBJECTS = (
     *(None, True, False, int, bytearray),
@@ -65,8 +68,27 @@ class Hole(NamedTuple):
     added: int = 0
 
 
+class Result(NamedTuple):
+    """What a call writes to a given tensor, or to `None`, once the function has gone through.
+
+    Attributes:
+        to: the number of what is given.
+        start: where it lies, in bytes from the first address of the block that is aligned.
+        size: in bytes.
+    """
+
+    to: int
+    start: int
+    size: int
+
+
 def call_of(
-    function: Any, start: bytes, dtype: torch.dtype, holes: Sequence[Hole], behind: int = 0
+    function: Any,
+    start: bytes,
+    dtype: torch.dtype,
+    holes: Sequence[Hole],
+    behind: int = 0,
+    results: Sequence[Result] = (),
 ) -> Call:
     """A call of a function of C.
 
@@ -76,14 +98,16 @@ def call_of(
         dtype: of the tensors that are given.
         holes: what it lacks.
         behind: bytes behind the request, where `BEHIND` is.
+        results: what it writes to tensors in the end. Such a function is called until it has gone
+            through, and others once.
     """
     room = first_behind(len(start)) + behind + ALIGNED
     if _cross is None:
-        return partial(_call, function, start, dtype, holes, room)
-    address = ctypes.cast(function, POINTER).value
-    numbers = [x for hole in holes for x in hole]
+        return partial(_call, function, start, dtype, holes, room, results)
+    address, counts = ctypes.cast(function, POINTER).value, (len(holes), len(results))
+    numbers = [x for row in (*holes, *results) for x in row]
     head = struct.pack(
-        f"P2nPn{len(numbers)}n", address, room, len(start), id(dtype), len(holes), *numbers
+        f"P2nP2n{len(numbers)}n", address, room, len(start), id(dtype), *counts, *numbers
     )
     return partial(_cross, head + start)
 
@@ -104,6 +128,7 @@ def _call(
     dtype: torch.dtype,
     holes: Sequence[Hole],
     room: int,
+    results: Sequence[Result],
     *given: Tensor | Block | int | None,
 ) -> Block | None:
     """What src/crossing.c does."""
@@ -116,7 +141,14 @@ def _call(
         if place is None:
             return None
         INTEGER.from_buffer(block, at).value = place + added
-    function(request)
+    places = [_place(given[to], dtype) for to, _, _ in results]
+    if None in places:
+        return None
+    while function(request) == RUNNING and results:
+        pass
+    for place, (_, start_of, size) in zip(places, results, strict=True):
+        if place:
+            ctypes.memmove(place, own[BEHIND] + start_of, size)
     return block
 
 

@@ -31,6 +31,7 @@ from pysciml_node.torch_engine.native.crossing import (
     IN_REQUEST,
     Call,
     Hole,
+    Result,
     call_of,
     first_behind,
 )
@@ -53,6 +54,12 @@ GIVEN_BACK = (
     *("memory", "kept", "n", "first", "count", "q", "kept_count", "noise", "threads", "reached"),
 )
 """What a sweep is given, likewise; cotangents of the initial state go behind the packed ones."""
+
+GIVEN_AT_ONCE = (
+    *("ends", "saved_bar", "ends_bar", "last_bar", "memory", "kept"),
+    *("n", "count", "q", "kept_count", "noise"),
+)
+"""What a whole sweep is given of these, where there is one method and times need no gradients."""
 
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
@@ -216,8 +223,9 @@ class Departure:
     @property
     def lasting(self) -> bool:
         """Whether other solves may depart in the same way: nothing of this one alone is in it."""
-        options = self.options
-        return options.saveat_tensor is None and not options.events and not self._tolerances
+        options, tolerances = self.options, self.options.tolerances
+        given = options.saveat_tensor, tolerances.rtol, tolerances.atol
+        return not (options.events or any(isinstance(x, Tensor) for x in given))
 
     def serves(self, problem: Problem, options: SolveOptions) -> bool:
         """Whether it is how a solve departs."""
@@ -272,6 +280,35 @@ class Departure:
             known = call_of(library.loaded.sweep, start, library.dtype, holes)
             self._sweeps[method] = known
         return known
+
+    @cached_property
+    def pull(self) -> Call | None:
+        """The whole sweep of a solve whose times need no gradients; `None` of two methods or parts.
+
+        It is given what `GIVEN_AT_ONCE` names, the log, and what the gradients of the initial state
+        and of the parameters are written to.
+        """
+        library, log = self.libraries[0], len(GIVEN_AT_ONCE)
+        if len(self.libraries) > 1 or library.parts is not None:
+            return None
+        start, size = bytes(self._way_back), library.dtype.itemsize
+        bars = first_behind(len(start))
+        holes = [
+            *(Hole(getattr(SweepRequest, x).offset, i) for i, x in enumerate(GIVEN_AT_ONCE)),
+            Hole(SweepRequest.packed_bar.offset, BEHIND, bars),
+            Hole(SweepRequest.start_bar.offset, BEHIND, bars + library.start_at),
+            Hole(SweepRequest.packed.offset, log, self.packed_at[0]),
+            Hole(SweepRequest.places.offset, log, self.places_at),
+            Hole(SweepRequest.steps.offset, log, self.steps_at),
+        ]
+        results = [
+            Result(log + 1 + i, bars + size * first, size * length)
+            for i, (first, length) in enumerate(
+                [(library.packed_size, library.size), *library.places]
+            )
+        ]
+        behind = size * (library.packed_size + library.size)
+        return call_of(library.loaded.sweep, start, library.dtype, holes, behind, results)
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""

@@ -34,7 +34,7 @@ from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.flight import Flight, States
 from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
-from pysciml_node.torch_engine.native.run import Swept, fly, sweep_back
+from pysciml_node.torch_engine.native.run import Swept, fly, pull_back, sweep_back
 from pysciml_node.torch_engine.native.trajectory import FieldProgram, NativeTrajectory
 
 
@@ -190,14 +190,14 @@ class SingleSolve(FlownSolve):
 
     @override
     def flown(self) -> tuple[Flight, States]:
+        u0 = self.u0 = torch._C._functorch.unwrap_if_dead(self.u0)
         if not torch.is_grad_enabled():
-            states = self.fly(torch._C._functorch.unwrap_if_dead(self.u0))
+            states = self.fly(u0)
             return self.flight, states
         (t0, t1), saveat = self.problem.tspan, self.options.saveat_tensor
         # Torch takes its time for each thing that a node is given.
         if not (type(t0) is type(t1) is float and saveat is None):
             self.moving = t0, t1, saveat
-        u0 = torch._C._functorch.unwrap_if_dead(self.u0)
         saved, ends, last = _as_node(self, u0, *self.moving, *self.parameters)
         return self.flight, States(self.departure.nothing if saved is None else saved, ends, last)
 
@@ -296,6 +296,10 @@ def _pull(
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
     ends, *sources = kept
     assert ends is not None
+    if not solve.moving and solve.departure.pull is not None:
+        found = _pull_at_once(solve, ends, sources, wanted, arriving)
+        if found is not None:
+            return found
     moving = len(solve.moving)
     of_times = wanted[1 : 1 + moving]
     with_times = bool(moving) and any(of_times)
@@ -316,6 +320,28 @@ def _pull(
     rest = _of_parameters(solve, swept, sources[moving:], wanted[1 + moving :])
     u0 = swept.start_like(solve.u0) if wanted[0] else None
     return (u0, *times, *rest)
+
+
+def _pull_at_once(
+    solve: SingleSolve,
+    ends: Tensor,
+    sources: Sequence[Tensor | None],
+    wanted: tuple[bool, ...],
+    arriving: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...] | None:
+    """The same where C writes them where they belong; `None` where it does not."""
+    pulled = solve.departure.libraries[0].pulled
+    # A parameter that is wanted may be one that no gradient goes to.
+    flows = zip((solve.u0, *sources), wanted, (True, *pulled), strict=True)
+    gradients = tuple([torch.empty_like(x) if a and b else None for x, a, b in flows])
+    counts = pull_back(solve.flight, ends, arriving, gradients, solve.noise())
+    if counts is None:
+        return None
+    stats = solve.stats
+    stats.nfe_backward += counts[0]
+    stats.nvjp += counts[1]
+    stats.naccept_backward += counts[2]
+    return gradients
 
 
 def _of_parameters(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pysciml_node.errors import CompileError
 from pysciml_node.replay.stages import Method
-from pysciml_node.torch_engine.native import crossing
+from pysciml_node.torch_engine.native import crossing, repeated
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_estimates, emit_method
@@ -180,10 +180,11 @@ def header(dtype: torch.dtype, abreast: int = 0) -> str:
 
 @functools.cache
 def cross_in_c() -> None:
-    """Have native code look again at what fields reach, and fill requests, from now on."""
+    """Have C look again at what fields reach, fill requests, and find solves, from now on."""
     with contextlib.suppress(CompileError):
         again.use(build(again.source()))
         crossing.use(build(source("crossing.c")))
+        repeated.use(build(source("repeat.c")))
 
 
 class Code(Settled):

@@ -29,7 +29,7 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.problems.state import StateSpec, moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
@@ -41,10 +41,13 @@ from pysciml_node.torch_engine.native.implicit import LARGEST, Derivatives, writ
 from pysciml_node.torch_engine.native.library import (
     REALS,
     Library,
+    cross_in_c,
     library_of,
     write_explicit,
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
+from pysciml_node.torch_engine.native.repeated import Repeated, repeat
+from pysciml_node.translation import again
 from pysciml_node.translation.export import (
     TranslatedModule,
     translate,
@@ -54,7 +57,7 @@ from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.surrounded import surroundings_of
+from pysciml_node.translation.surrounded import Walked, surroundings_of
 from pysciml_node.translation.watch import Contents, have_contents
 from pysciml_node.translation.ways import keep, known_of
 
@@ -233,6 +236,33 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
+    found = repeat(problem, algorithm, options)
+    if found is None:
+        return _look_up(problem, algorithm, options)
+    prepared, tensors, see = found
+    return Ready(prepared, prepared.parameters(tensors), see)
+
+
+def _keep_for_repeats(
+    problem: ODEProblem, options: SolveOptions, known: Prepared, now: Snapshot
+) -> None:
+    """Have later solves begin at once that differ in states, and in numbers of tensors, alone."""
+    walked, given = Walked.known(now), now.watch.given
+    (t0, t1), moving = ends_of(problem), set(map(type, problem.tspan)) != {float}
+    told = problem.p is not None or is_told(problem, known.algorithm)
+    further = known.contents or known.rosenbrock
+    lasting = known.departure.lasting and isinstance(options.adjoint, DiscreteAdjoint)
+    if walked is None or told or moving or further or not lasting:
+        return
+    cross_in_c()
+    again.note(now.watch)
+    count = 0 if given is None else len(given.first)
+    way = id(problem.spec), id(options), id(known.algorithm)
+    keep(now.watch, way, Repeated(known, t0, t1, count, now.watch.asked, now.watch.answers))
+
+
+def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
+    """What a solve needs: what is known by the field, `p`, the method and the options, or made."""
     f, p = problem.f, problem.p
     now = Snapshot.again(f) if _looks_whole(problem) else None
     if now is None:
@@ -253,7 +283,9 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
                     _check_implicit(problem, algorithm)
                 check_surroundings(options)
                 expect_fitting(problem, known.algorithm)
-                return Ready(known, parameters, surroundings_of(f, p, now))
+                see = surroundings_of(f, p, now)
+                _keep_for_repeats(problem, options, known, now)
+                return Ready(known, parameters, see)
     return _prepare(problem, algorithm, options)
 
 
@@ -297,8 +329,10 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
     )  # fmt: skip
     if departure.lasting and _looks_whole(problem):
         keep(now.watch, (id(spec), id(options), id(algorithm), form_for(now, leaves)), made)
-    tensors = [*now.tensors, *leaves[0]]
-    return Ready(made, made.parameters(tensors), surroundings_of(f, p, now))
+    tensors, see = [*now.tensors, *leaves[0]], surroundings_of(f, p, now)
+    if _looks_whole(problem):
+        _keep_for_repeats(problem, options, made, now)
+    return Ready(made, made.parameters(tensors), see)
 
 
 def _looks_whole(problem: ODEProblem) -> bool:

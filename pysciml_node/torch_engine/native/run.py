@@ -263,6 +263,52 @@ class Swept:
         self.steps += replayed
 
 
+def pull_back(
+    flight: Flight,
+    ends: Tensor,
+    arriving: tuple[Tensor | None, ...],
+    gradients: Sequence[Tensor | None],
+    noise: Noise | None = None,
+) -> tuple[int, ...] | None:
+    """Write the gradients of a solve where they belong, by one call of C.
+
+    Args:
+        flight: the solve.
+        ends: its initial state, and those at the ends of its steps.
+        arriving: cotangents of its `States`.
+        gradients: what is written to, of the initial state and of the parameters; not to `None`.
+        noise: the Brownian motions of a stochastic equation, as new ones.
+
+    Returns:
+        Evaluations, pullbacks and replayed steps; `None` where `sweep_back` has to do it.
+    """
+    log, count, kept = flight.log, flight.count, flight.kept
+    assert type(log) is Log
+    library, pull = log.departure.libraries[0], log.departure.pull
+    assert pull is not None
+    if not flight.finite:
+        return None
+    saved, steps, last = arriving
+    memory = library.take_memory(library.sweep_memory)
+    block = pull(
+        ends,
+        saved if saved is None else library.lying(saved),
+        steps if steps is None else library.lying(steps),
+        last if last is None else library.lying(last),
+        memory,
+        kept,
+        count,
+        count,
+        flight.reached - 1,
+        0 if kept is None else min(count, kept.numel() // library.slot),
+        0 if noise is None else ctypes.addressof(noise),
+        log.block,
+        *gradients,
+    )
+    library.give_memory(memory)
+    return None if block is None else SweepRequest.swept(block)[5:8]
+
+
 def sweep_back(
     flight: Flight,
     ends: Tensor,

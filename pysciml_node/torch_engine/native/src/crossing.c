@@ -4,6 +4,7 @@
    functions of the stable ABI. What it does is said in Python by `_call` of crossing.py. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct Object Object;
@@ -19,6 +20,7 @@ static struct {
   Object *(*call)(Object *, Object *);
   Size (*number)(Object *);
   Object *(*failed)(void);
+  int (*interrupted)(void);
   void *(*release)(void);
   void (*acquire)(void *);
   Object *(*function)(void *, Object *, Object *);
@@ -30,6 +32,7 @@ static struct {
 enum { WITH_ARRAY = 0x80 }; /* METH_FASTCALL */
 enum { IN_REQUEST = -2, BEHIND = -1 };
 enum { ALIGNED = 64 };
+enum { RUNNING = 0 };
 
 /* A place in the request that holds an address or a number: of what is given, by its number, behind
    the request, or in it; and what is added. */
@@ -37,14 +40,22 @@ typedef struct {
   Size at, of, added;
 } Hole;
 
-/* A function, the bytes of a block and of the request in it, and what the request lacks. */
+/* What is written to a given tensor in the end: so many bytes, from a place behind the request. */
+typedef struct {
+  Size to, from, size;
+} Result;
+
+/* A function, the bytes of a block and of the request in it, and what the request lacks. One that has
+   results is called until it has gone through. */
 typedef struct {
   int64_t (*run)(void *);
   Size size, filled;
   Object *dtype;
-  Size holes;
+  Size holes, results;
   Hole hole[];
 } Call;
+
+static const Result *results_of(const Call *call) { return (const Result *)(call->hole + call->holes); }
 
 static char *aligned(char *block) {
   return (char *)(((uintptr_t)block + ALIGNED - 1) & ~(uintptr_t)(ALIGNED - 1));
@@ -87,7 +98,7 @@ static int find(Object *x, Object *dtype, Size *found) {
 }
 
 static int fill(const Call *call, char *request, Object *const *given) {
-  memcpy(request, call->hole + call->holes, call->filled);
+  memcpy(request, results_of(call) + call->results, call->filled);
   for (Size i = 0; i < call->holes; i++) {
     Hole hole = call->hole[i];
     Size place = (Size)(hole.of == IN_REQUEST ? request : aligned(request));
@@ -99,23 +110,55 @@ static int fill(const Call *call, char *request, Object *const *given) {
   return 1;
 }
 
+/* Run it, once or to its end, while other threads may go on. */
+static int run(const Call *call, char *request) {
+  for (;;) {
+    void *thread = py.release();
+    int64_t status = call->run(request);
+    py.acquire(thread);
+    if (!call->results || status != RUNNING) return 1;
+    if (py.interrupted()) return -1;
+  }
+}
+
+/* Where results go to; there are none for None. */
+static int find_places(const Call *call, Object *const *given, Size *places) {
+  for (Size i = 0; i < call->results; i++) {
+    int known = find(given[results_of(call)[i].to], call->dtype, places + i);
+    if (known < 1) return known;
+  }
+  return 1;
+}
+
+static void give(const Call *call, char *request, const Size *places) {
+  const Result *result = results_of(call);
+  for (Size i = 0; i < call->results; i++, result++)
+    if (places[i]) memcpy((void *)places[i], aligned(request) + result->from, result->size);
+}
+
+/* Fill a request, have it run, and give the results away. */
+static int go_through(const Call *call, char *request, Object *const *given) {
+  Size few[64], *places = call->results > 64 ? malloc(call->results * sizeof *places) : few;
+  if (!places) return 0;
+  int done = find_places(call, given, places);
+  if (done == 1) done = fill(call, request, given);
+  if (done == 1) done = run(call, request);
+  if (done == 1) give(call, request, places);
+  if (places != few) free(places);
+  return done;
+}
+
 /* `cross(call, *given)`: the block, in which the request is as the function has left it; None where a
-   tensor does not lie as C reads it. */
+   tensor does not lie as C reads it, or writes to it. */
 static Object *cross(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
   const Call *call = py.bytes(given[0]);
   Object *block = call ? py.new_block(0, call->size) : 0;
   if (!block) return 0;
-  char *request = py.block(block);
-  int filled = fill(call, request, given + 1);
-  if (filled == 1) {
-    void *thread = py.release();
-    call->run(request);
-    py.acquire(thread);
-    return block;
-  }
+  int done = go_through(call, py.block(block), given + 1);
+  if (done == 1) return block;
   py.let_go(block);
-  if (filled < 0) return 0;
+  if (done < 0) return 0;
   py.keep(py.none);
   return py.none;
 }

@@ -1,0 +1,104 @@
+"""Solves that were before, but for their states and the numbers of tensors, where there is C.
+
+`prepare` finds what a solve needs whatever the problem is. Most solves are the next one of a
+training, and of these everything is known once the field has been looked at again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.steps.anatomy import anchor_of, parts_of
+from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.translation import again, watched
+from pysciml_node.translation.stable_abi import function_of
+from pysciml_node.translation.surrounded import WALKED, Walked
+from pysciml_node.translation.watch import CHANGED, answers
+
+# Functions of Python's stable ABI, in the order of src/repeat.c.
+_FUNCTIONS = (
+    *("PyDict_GetItem", "PyTuple_GetItem", "PyList_GetItem", "PyObject_Size", "PyObject_GetAttr"),
+    *("PyObject_Type", "PyObject_CallNoArgs", "PyObject_CallFunctionObjArgs", "PyLong_FromVoidPtr"),
+    *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t", "PyCFunction_NewEx"),
+    *("Py_IncRef", "Py_DecRef"),
+)
+# Parts of a problem that change what a solve of it needs.
+_ABSENT = ("p", "mass_matrix", "jac", "jac_sparsity")
+# Functions that say in which modes torch is, and what they answer where it is in none.
+_MODES = (
+    *(torch._C._are_functorch_transforms_active, False),
+    *(partial(getattr, forward_ad, "_current_level"), -1),
+    *(torch._C._len_torch_function_stack, 0, torch._C._len_torch_dispatch_stack, 0),
+)
+_MADE_ANEW = frozenset((types.FunctionType, types.MethodType))
+
+See = Callable[[], Surroundings]
+
+_repeat: Callable[..., tuple[Repeated, list[Tensor], Walked] | None] | None = None
+
+
+class Repeated(NamedTuple):
+    """What solves need that are told apart by nothing else; in the order of src/repeat.c.
+
+    Attributes:
+        prepared: what they share.
+        start: of the interval.
+        end: of it.
+        given: how many tensors a function was given.
+        asked: what code asks of tensors.
+        answers: what they answer.
+    """
+
+    prepared: Any
+    start: float
+    end: float
+    given: int
+    asked: list[Callable[[Tensor], Any]]
+    answers: list[Any]
+
+
+def use(library: ctypes.CDLL) -> None:
+    """Find such solves by a library from now on; where there is no interpreter's lock, not at all.
+
+    Args:
+        library: made of src/repeat.c.
+    """
+    global _repeat
+    names = "tspan", "spec", "memory", "tensors"
+    kept = watched.entries(), again._look, Repeated, WALKED
+    objects = None, float, *names, *kept, _ABSENT, _MODES
+    _repeat = None if again._look is None else function_of(library, _FUNCTIONS, objects)
+
+
+def repeat(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
+) -> tuple[Any, list[Tensor], See] | None:
+    """What is prepared for a solve, the tensors of its field, and what gives its surroundings.
+
+    It is `None` where such a solve was not before, or a mode may forbid another one.
+    """
+    if _repeat is None:
+        return None
+    f = problem.f
+    anchor, parts = (anchor_of(f), parts_of(f)) if type(f) in _MADE_ANEW else (f, ())
+    try:
+        found = _repeat(anchor, parts, problem.__dict__, options, algorithm)
+    except CHANGED:
+        return None
+    if found is None:
+        return None
+    known, tensors, walked = found
+    if known.asked and answers(known.asked, tensors) != known.answers:
+        return None
+    return known.prepared, tensors, walked.again(f, parts)
