@@ -163,9 +163,11 @@ class SingleSolve(FlownSolve):
         search: the events that it looks for.
         flight: what has been flown.
         moving: the ends of the interval and the saved times, where any of them is a tensor.
+        shape: of the initial state when the solve began.
     """
 
     departure: Departure
+    shape: torch.Size
     search: Search | None = None
     flight: Flight
     moving: tuple[Any, ...] = ()
@@ -258,7 +260,7 @@ class _Node(torch.autograd.Function):
         *sources: Any,
     ) -> tuple[Tensor | None, ...]:
         states = solve.fly(u0, any(ctx.needs_input_grad) and saved_tensors_stay())
-        ctx.solve = solve
+        ctx.solve, solve.shape = solve, u0.shape
         if solve.moving:
             sources = tuple(x if isinstance(x, Tensor) else None for x in sources)
         ctx.save_for_backward(states.ends, *sources)
@@ -318,7 +320,7 @@ def _pull(
             for bar, source, needed in zip(bars, sources[:moving], of_times, strict=True)
         ]
     rest = _of_parameters(solve, swept, sources[moving:], wanted[1 + moving :])
-    u0 = swept.start_like(solve.u0) if wanted[0] else None
+    u0 = swept.start_in(solve.shape) if wanted[0] else None
     return (u0, *times, *rest)
 
 
@@ -330,10 +332,14 @@ def _pull_at_once(
     arriving: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...] | None:
     """The same where C writes them where they belong; `None` where it does not."""
-    pulled = solve.departure.libraries[0].pulled
-    # A parameter that is wanted may be one that no gradient goes to.
-    flows = zip((solve.u0, *sources), wanted, (True, *pulled), strict=True)
-    gradients = tuple([torch.empty_like(x) if a and b else None for x, a, b in flows])
+    library = solve.departure.libraries[0]
+    # In the shapes that C knows: tensors may have been given other data since. A parameter that is
+    # wanted may be one that no gradient goes to.
+    rows = zip(sources, wanted[1:], library.pulled, library.shapes, strict=True)
+    gradients = (
+        ends.new_empty(solve.shape) if wanted[0] else None,
+        *[x.new_empty(shape) if a and b and x is not None else None for x, a, b, shape in rows],
+    )
     counts = pull_back(solve.flight, ends, arriving, gradients, solve.noise())
     if counts is None:
         return None

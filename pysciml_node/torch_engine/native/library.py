@@ -377,6 +377,7 @@ class Library(Code):
         slot: entries of a step whose stages are kept for the sweep.
         start_at: bytes in front of the cotangent of the initial state, behind the parameters'.
         pulled: of each parameter, whether a gradient goes to it.
+        shapes: theirs.
         places: where each parameter begins in the packed ones, and its length.
         parts: how the batch is taken in parts, where it is.
         abreast: how many solves go abreast.
@@ -393,6 +394,7 @@ class Library(Code):
         self.departures: dict[tuple[int, ...], Any] = {}
         self.lately = 0
         self.pulled = tuple(pulled for *_, pulled in written.parameters)
+        self.shapes = [p.shape for p, *_ in written.parameters]
         self.places = [(start, math.prod(p.shape)) for p, start, _ in written.parameters]
         self._places = [
             (pulled, parameter.shape, contiguous(parameter.shape), offset)

@@ -247,10 +247,10 @@ class Swept:
         bars, place = self._last
         return bars[place:]
 
-    def start_like(self, u0: Tensor) -> Tensor:
+    def start_in(self, shape: torch.Size) -> Tensor:
         """The same in the shape of a state: one operation of torch instead of two."""
         bars, place = self._last
-        return bars.as_strided(u0.shape, _strides(u0.shape), place)
+        return bars.as_strided(shape, _strides(shape), place)
 
     def add(self, library: Library, method: int, bars: Tensor, counts: Sequence[int]) -> None:
         """Go back over a piece: its cotangents, those of its start last, and what it cost."""

@@ -223,3 +223,13 @@ def test_only_gradients_that_are_asked_for_are_written() -> None:
         expected[id(field.k)] = (u0.detach() * torch.e**0.5).sum().reshape(1)
         for x, found in zip(inputs, gradients, strict=True):
             torch.testing.assert_close(found, expected[id(x)], rtol=1e-7, atol=0)
+
+
+def test_gradients_are_those_of_the_solve_where_tensors_have_other_data_since() -> None:
+    """They have the size that they had then: C wrote beyond the end of the new one."""
+    field, u0 = Growth(), start().requires_grad_()
+    solution = solved(field, u0)
+    u0.data, field.k.data = torch.empty(0).double(), torch.empty(0).double()
+    of_u0, of_k = torch.autograd.grad(solution.u1.sum(), [u0, field.k])
+    torch.testing.assert_close(of_u0, start() * 0 + torch.e**0.5, rtol=1e-7, atol=0)
+    torch.testing.assert_close(of_k, (start() * torch.e**0.5).sum().reshape(1), rtol=1e-7, atol=0)
