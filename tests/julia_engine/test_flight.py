@@ -147,3 +147,24 @@ def test_what_julia_raises_is_raised_here() -> None:
     runtime.start()
     with pytest.raises(psn.JuliaError, match="KeyError"):
         runtime.cross("fly!", 10**9, *(0,) * 9)
+
+
+def test_states_of_parts_and_parameters_that_lie_otherwise(flown: list[Any]) -> None:
+    """A rotation, its matrix a transposed one, its state in two parts."""
+    matrix = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=D).t().requires_grad_()
+    start = torch.tensor([1.0, 0.0], dtype=D, requires_grad=True)
+
+    def field(t: Tensor, u: tuple[Tensor, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = (p @ torch.cat(u)).split(1)
+        return x, y
+
+    assert not matrix.is_contiguous()
+    problem = psn.ODEProblem(field, tuple(start.split(1)), (0.0, 1.0), matrix)
+    for _ in range(2):
+        x, y = psn.solve(problem, engine="julia", rtol=1e-10, atol=1e-10).u1
+        exact = torch.linalg.matrix_exp(matrix) @ start
+        torch.testing.assert_close(torch.cat((x, y)), exact, rtol=1e-8, atol=1e-8)
+        bars = torch.autograd.grad(x.sum() + 2 * y.sum(), (matrix, start), retain_graph=True)
+        expected = torch.autograd.grad(exact[0] + 2 * exact[1], (matrix, start))
+        torch.testing.assert_close(bars, expected, rtol=1e-7, atol=1e-8)
+    assert len(flown) == 1
