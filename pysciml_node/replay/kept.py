@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
-from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.first_graph import is_of_others
+from pysciml_node.steps.inputs import Inputs, edge_of, graph_leaves
 from pysciml_node.steps.record import Record
 
 _solves = threading.local()
@@ -124,7 +126,21 @@ class KeptSteps:
             self._steps.clear()
         if backward.goes_on and captured.unchanged and self._reads_same(captured):
             return steps
+        # Torch goes through the graph all the same, with nothing in hand.
+        self._expect_no_functions(steps)
         return []
+
+    def _expect_no_functions(self, steps: list[KeptStep]) -> None:
+        """Refuse functions of others in the graph; with one in the first, none is kept."""
+        nodes = set[Any]()
+        values = [x for step in steps for x in (step.end, *step.stages)]
+        graph_leaves(values, {edge_of(self.start)}, seen=nodes)
+        if any(map(is_of_others, nodes)):
+            raise RuntimeError(
+                "the field calls a torch.autograd.Function that it had not called at the start of "
+                "the solve, and its steps have to be taken again.\n"
+                "  Let them all be: adjoint=DiscreteAdjoint(memory=0)."
+            )
 
     def _reads_same(self, captured: Inputs) -> bool:
         """Whether everything within reach has the values that it had."""

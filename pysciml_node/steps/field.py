@@ -14,7 +14,8 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.apart import WentBack, apart
-from pysciml_node.steps.inputs import FirstGraph, Inputs, pull_back
+from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.inputs import Inputs, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings

@@ -13,7 +13,7 @@ from torch import nn
 
 from pysciml_node.steps.further import Glance
 from pysciml_node.steps.places import Names
-from pysciml_node.steps.walk import FUNCTION_PARTS, Walk
+from pysciml_node.steps.walk import FUNCTION_PARTS, Walk, holds_others
 
 _MOST_FIELDS = 64
 # So often in a row a field may have changed, before its walks are not kept any more.
@@ -51,6 +51,7 @@ class _Known:
             and glance is not None
             and glance.stand()
             and self._further.stand()
+            and not any(map(holds_others, self._walk.tensors))
         )
 
     def walk(self, roots: dict[str, Any]) -> Walk:
@@ -88,6 +89,8 @@ def walk_from(roots: dict[str, Any]) -> Walk:
         _known[id(f)] = _Known(roots, walk, 0 if known is None else known.misses + 1)
         if len(_known) > _MOST_FIELDS:
             _known.popitem(last=False)
+    else:
+        _known.pop(id(f), None)
     return walk
 
 

@@ -107,13 +107,7 @@ class Walk:
 
     def _see(self, value: Any, name: str) -> None:
         """Put a value in the queue, where it can lead to a tensor."""
-        kind = type(value)
-        try:
-            visit = _visitors[kind]
-        except KeyError:
-            if len(_visitors) > _MOST_OBJECTS:  # of classes that are made in passing
-                _visitors.clear()
-            visit = _visitors[kind] = _visitor(kind)
+        visit = _visit_of(type(value))
         if visit is None:
             return
         if id(value) in self._visited or len(self._visited) > _MOST_OBJECTS:
@@ -137,7 +131,7 @@ class Walk:
         if is_lazy(value):
             self.lazy = True
             return
-        self.further.lasts &= _lasts(value)
+        self.further.lasts &= _lasts(value) and not holds_others(value)
         self.tensors.append(value)
         self.names[id(value)] = name
 
@@ -155,6 +149,14 @@ class Walk:
     def _for_these(self, value: ForThese, name: str) -> None:
         self.chosen = value.tensors
         self._object(value, name)
+
+    def _closed(self, value: Any, name: str) -> None:
+        """What is not looked into, and may hold anything: the field, say."""
+        self.further.lasts = False
+
+    def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:
+        if not isinstance(value.__self__, types.ModuleType | type | None):
+            self._closed(value, name)
 
     def _apart(self, value: Any, name: str) -> None:
         self.met_apart, self.further.lasts = True, False
@@ -368,7 +370,7 @@ class Walk:
                 elif isinstance(held, property):
                     for part in (held.fget, held.fset):
                         self._see(part, key)
-                elif key[:2] != "__" and _visitors.get(type(held), held) is not None:
+                elif key[:2] != "__" and _visit_of(type(held)) not in (None, Walk._closed):
                     self._class_attribute(ancestor, key, held)
 
     def _class_attribute(self, kind: type, key: str, seen: Any) -> None:
@@ -395,6 +397,16 @@ def _lasts(x: Tensor) -> bool:
     return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= _SMALL))
 
 
+def holds_others(x: Tensor) -> bool:
+    """Whether a tensor holds more than numbers: hooks, or attributes, which may hold a field."""
+    return bool(
+        x._backward_hooks
+        or x._post_accumulate_grad_hooks
+        or x.__dict__
+        or (x.is_leaf and x.grad is not None and holds_others(x.grad))
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def _own_classes(kind: type) -> tuple[type, ...]:
     """A class and those that it inherits from, without the ones of libraries."""
@@ -403,9 +415,8 @@ def _own_classes(kind: type) -> tuple[type, ...]:
 
 _Visit = Callable[[Walk, Any, str], None]
 _PLAIN = (
-    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice),
-    *(torch.dtype, torch.device, torch.Size, torch.layout),
-    *(types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GeneratorType),
+    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, np.generic),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, types.ModuleType, types.CodeType),
 )
 # Large objects that a field does not read from, although it may reach them.
 APART: tuple[type, ...] = (
@@ -427,9 +438,9 @@ def _visitor(kind: type) -> _Visit | None:
             return visit
     top = kind.__module__.partition(".")[0]
     if top in sys.stdlib_module_names and top not in _HOLDERS and top != "__main__":
-        return None
+        return Walk._closed
     if top in ("numpy", "scipy") or not (kind.__dictoffset__ or slots_of(kind)):
-        return None
+        return Walk._closed
     return Walk._object
 
 
@@ -447,6 +458,7 @@ _KINDS: dict[type, _Visit] = {
     frozenset: Walk._fixed,
     types.FunctionType: Walk._function,
     types.MethodType: Walk._method,
+    types.BuiltinFunctionType: Walk._builtin,
     functools.partial: Walk._partial,
     functools._lru_cache_wrapper: Walk._wrapper,
     torch.Generator: Walk._generator,
@@ -455,3 +467,14 @@ _KINDS: dict[type, _Visit] = {
     type: lambda walk, value, name: walk._class(value, name),
 }
 _visitors: dict[type, _Visit | None] = {}
+
+
+def _visit_of(kind: type) -> _Visit | None:
+    """As `_visitor`, which is asked once."""
+    try:
+        return _visitors[kind]
+    except KeyError:
+        if len(_visitors) > _MOST_OBJECTS:  # of classes that are made in passing
+            _visitors.clear()
+        visit = _visitors[kind] = _visitor(kind)
+        return visit

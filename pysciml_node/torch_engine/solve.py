@@ -34,7 +34,7 @@ from pysciml_node.steps.autograd import as_node, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
-from pysciml_node.steps.inputs import FirstGraph
+from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.progress import step_listener

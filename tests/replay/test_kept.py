@@ -190,21 +190,10 @@ class Counting(nn.Module):
         self.held: list[weakref.ref[Tensor]] = []
 
     def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        saved = torch.zeros(1)
+        saved = torch.ones(1, dtype=D)
         self.held.append(weakref.ref(saved))
-        inner: Tensor = _Watched.apply(self.weight * torch.sin(20 * t) * u, saved)
-        return inner
-
-
-class _Watched(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, saved: Tensor) -> Tensor:
-        ctx.save_for_backward(saved)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return cotangents[0], None
+        out: Tensor = self.weight * torch.sin(20 * t) * u * saved
+        return out
 
 
 def alive(field: Counting) -> int:
@@ -552,6 +541,43 @@ def test_adjoint_params_alone_receive_gradients() -> None:
     end.sum().backward()
     torch.testing.assert_close(a.grad, -b.detach() * torch.exp(-(a * b).detach()))
     assert b.grad is None
+
+
+class _Noisy(torch.autograd.Function):
+    """The identity, of which the derivative is another one for nothing, as clipped ones may be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return cotangents[0] + 0.1
+
+
+def test_functions_of_the_field_are_called_once() -> None:
+    """Euler steps of `u' = -noisy(w u)`: each adds `-h w 0.1` and `-h u 0.1` to the gradients."""
+    w = nn.Parameter(torch.tensor(0.7, dtype=D))
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = -_Noisy.apply(w * u) if t >= since else -w * u
+        return out
+
+    steps: dict[str, Any] = {"algorithm": psn.Euler(), "controller": psn.FixedStep(), "dt0": 0.1}
+    for since in (0.0, 0.45):
+        found = []
+        for adjoint in (psn.DirectAdjoint(), REPLAYED, KEPT):
+            u0 = torch.ones(1, dtype=D, requires_grad=True)
+            u1 = solve(field, u0, adjoint, **steps).u1
+            found.append(torch.autograd.grad(u1.sum(), (u0, w), retain_graph=True))
+            # The sweep takes the steps again: torch would call the functions of kept ones too.
+            if since and adjoint is KEPT:
+                with pytest.raises(RuntimeError, match=r"had not called at the start"):
+                    torch.autograd.grad(u1.sum(), (u0, w), create_graph=True)
+            else:
+                found.append(torch.autograd.grad(u1.sum(), (u0, w), create_graph=True))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "save_on_cpu"])

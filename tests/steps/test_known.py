@@ -125,9 +125,36 @@ def test_a_walk_is_kept_while_nothing_changes_and_the_field_lives() -> None:
     assert key not in known._known
 
 
-def test_a_field_that_can_be_reached_from_itself_is_not_kept_alive() -> None:
+def _held_by_a_hook(field: Field) -> None:
+    field.inner.weight.register_hook(lambda x: x if field.training else None)
+
+
+def _held_once_solved(field: Field) -> None:
+    gradient(field, field.inner.weight, psn.DiscreteAdjoint())
+    _held_by_a_hook(field)
+
+
+HOLDERS: dict[str, Callable[[Field], object]] = {
+    "namespace": lambda field: field.inner.table.update(x=types.SimpleNamespace(field=[field])),
+    "generator": lambda field: field.inner.table.update(x=(x for x in [field])),
+    "iterator": lambda field: field.inner.table.update(x=iter([field])),
+    "method": lambda field: field.inner.table.update(x=field.forward),
+    "builtin": lambda field: field.inner.table.update(x=[field].append),
+    "error": lambda field: field.inner.table.update(x=ValueError(field)),
+    "weak keys": lambda field: field.inner.table.update(
+        x=weakref.WeakKeyDictionary({field.inner: field})
+    ),
+    "slice": lambda field: field.inner.table.update(x=slice(field)),
+    "attribute": lambda field: setattr(field.inner.weight, "owner", field),
+    "hook": _held_by_a_hook,
+    "late hook": _held_once_solved,
+}
+
+
+@pytest.mark.parametrize("way", HOLDERS)
+def test_a_field_that_can_be_reached_from_itself_is_not_kept_alive(way: str) -> None:
     field = Field()
-    field.inner.table["owner"] = types.SimpleNamespace(field=[field])
+    HOLDERS[way](field)
     u0 = torch.ones(1, dtype=D, requires_grad=True)
     for _ in range(3):
         psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0))).u1.sum().backward()
