@@ -91,11 +91,7 @@ def write_implicit(
         third = Emitter(given.program, suffix="_given")
         more = third.emit()
         given_work = padded(third.work.size)
-        slopes = int(rosenbrock and program.reads_time)
-        text += [
-            more.source,
-            f"#define WITH_GIVEN\nenum {{ GIVEN_AT = {packed}, GIVEN_SLOPES = {slopes} }};",
-        ]
+        text += [more.source, f"#define WITH_GIVEN\nenum {{ GIVEN_AT = {packed} }};"]
         programs["_given"] = given.program
         offsets["_given"] = [packed + offset for offset in more.offsets]
         packed, cost = packed + more.packed, cost + more.cost

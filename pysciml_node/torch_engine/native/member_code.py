@@ -198,11 +198,7 @@ class WrittenMembers:
         """What steps by a Jacobian that the problem brings have beside its program."""
         lines, first = [f"enum {{ GIVEN_WORK = {_given_work(emissions)} }};"], emissions[""]
         if "_given" in emissions:
-            slopes = self._how.kind == "rosenbrock" and first.emitter.program.reads_time
-            lines.append(
-                "#define WITH_GIVEN\n"
-                f"enum {{ GIVEN_AT = {first.emitted.packed}, GIVEN_SLOPES = {int(slopes)} }};"
-            )
+            lines.append(f"#define WITH_GIVEN\nenum {{ GIVEN_AT = {first.emitted.packed} }};")
         return lines
 
     def _point(self, width: int) -> int:

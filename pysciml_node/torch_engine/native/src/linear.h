@@ -15,30 +15,24 @@ static void psn_place(Linear *l, REAL *memory, REAL *bars) {
   l->bars = bars;
 }
 
-/* Row i of the Jacobian, into `row`, and that entry's derivative in time. */
-static void psn_pull_row(Linear *l, int i, REAL t, const REAL *u, const REAL *packed, const REAL *work) {
-  REAL time[LANES] = {0};
-  memset(l->unit, 0, N * sizeof(REAL));
-  l->unit[i] = 1;
-  pull_state(t, u, packed, l->rate, work, l->unit, l->row, time, 0, l->bars);
-  l->slope[i] = time[0];
-}
-
 static void psn_linearize(Linear *l, REAL t, const REAL *u, const REAL *packed, REAL *work) {
   field(t, u, packed, l->rate, work);
   for (int i = 0; i < N; i++) {
-    psn_pull_row(l, i, t, u, packed, work);
+    REAL time[LANES] = {0};
+    memset(l->unit, 0, N * sizeof(REAL));
+    l->unit[i] = 1;
+    pull_state(t, u, packed, l->rate, work, l->unit, l->row, time, 0, l->bars);
+    l->slope[i] = time[0];
     memcpy(l->jacobian + i * N, l->row, N * sizeof(REAL));
   }
 }
 
-/* The same for steps that are not differentiated: by the Jacobian that the problem brings, if any. */
+/* The same for steps by Newton's iteration that are not differentiated: by the Jacobian that the problem
+   brings, if any. */
 static void psn_linearize_step(Linear *l, REAL t, const REAL *u, const REAL *packed, REAL *work) {
 #ifdef WITH_GIVEN
   field(t, u, packed, l->rate, work);
   field_given(t, u, packed + GIVEN_AT, l->jacobian, l->values);
-  memset(l->slope, 0, N * sizeof(REAL));
-  for (int i = 0; GIVEN_SLOPES && i < N; i++) psn_pull_row(l, i, t, u, packed, work);
 #else
   psn_linearize(l, t, u, packed, work);
 #endif

@@ -18,33 +18,26 @@ static void psn_place(Linear *l, REAL *memory, REAL *bars) {
   l->bars = bars;
 }
 
-/* Row i of the Jacobians, into `row`, and that entry's derivatives in time. */
-static void psn_pull_row(const Linear *at, int i, const REAL *time, const REAL *u, const REAL *packed,
-                         const REAL *own, const REAL *work) {
-  REAL time_bar[TIME_ROW] = {0};
-  memset(at->unit, 0, N * ABREAST * sizeof(REAL));
-  LANES_ALL AT(at->unit, i, l) = 1;
-  pull_state(time, u, packed, own, at->rate, work, at->unit, at->row, time_bar, 0, 0, at->bars);
-  LANES_ALL AT(at->slope, i, l) = time_bar[l];
-}
-
 static void psn_linearize(const Linear *at, const REAL *time, const REAL *u, const REAL *packed,
                           const REAL *own, REAL *work) {
   field(time, u, packed, own, at->rate, work);
   FOR_ENTRIES {
-    psn_pull_row(at, i, time, u, packed, own, work);
+    REAL time_bar[TIME_ROW] = {0};
+    memset(at->unit, 0, N * ABREAST * sizeof(REAL));
+    LANES_ALL AT(at->unit, i, l) = 1;
+    pull_state(time, u, packed, own, at->rate, work, at->unit, at->row, time_bar, 0, 0, at->bars);
+    LANES_ALL AT(at->slope, i, l) = time_bar[l];
     memcpy(at->jacobian + i * N * ABREAST, at->row, N * ABREAST * sizeof(REAL));
   }
 }
 
-/* The same for steps that are not differentiated: by the Jacobian that the problem brings, if any. */
+/* The same for steps by Newton's iteration that are not differentiated: by the Jacobian that the problem
+   brings, if any. */
 static void psn_linearize_step(const Linear *at, const REAL *time, const REAL *u, const REAL *packed,
                                const REAL *own, REAL *work) {
 #ifdef WITH_GIVEN
   field(time, u, packed, own, at->rate, work);
   field_given(time, u, packed + GIVEN_AT, own + OWN_FIRST, at->jacobian, at->values);
-  memset(at->slope, 0, N * ABREAST * sizeof(REAL));
-  for (int i = 0; GIVEN_SLOPES && i < N; i++) psn_pull_row(at, i, time, u, packed, own, work);
 #else
   psn_linearize(at, time, u, packed, own, work);
 #endif
