@@ -60,7 +60,32 @@ function rehearse(dtype)
             end
         end
     end
+    rehearse_flight(T, n, u0, p, prepare(field, plan, tableau, n, 2, at(marks), 0.0, 1, at(saveat)))
     foreach(free, (field, plan, tableau))
+    return nothing
+end
+
+function rehearse_flight(::Type{T}, n, u0, p, prepared) where {T}
+    packed, saved, final, ends, bars = zero(p), zero(u0), zero(u0), zeros(T, n, 101), zeros(T, 30)
+    log, report, done = zeros(402), zeros(Int, 6), zeros(Int, 2)
+    tensors = [Int(pointer(p, first)) for first in (1, 13, 17, 25)]
+    at(x) = Int(pointer(x))
+    GC.@preserve u0 p packed saved final ends bars log report done tensors begin
+        for room in (100, 0)
+            row = [
+                -1, prepared, at(u0), at(tensors), at(packed), at(saved), at(final), room, at(ends),
+                at(log), at(report),
+            ]
+            GC.@preserve row cross_fly!(pointer(row))
+            row[1] == 0 || fetch_flight!(prepared, row[1], at(ends), at(log))
+        end
+        row = [
+            -1, prepared, report[1], report[2], at(packed), at(ends), at(log), at(u0), at(ends),
+            at(u0), at(bars), at(done),
+        ]
+        GC.@preserve row cross_pull_flight!(pointer(row))
+    end
+    free(prepared)
     return nothing
 end
 
@@ -69,6 +94,7 @@ end
         foreach(rehearse, (0, 1))
         free(Int[])
         info()
+        foreach(address_of, ("fly!", "pull_flight!"))
     end
     empty!(OBJECTS)
     NEXT[] = 0

@@ -279,6 +279,8 @@ class _Node(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         states = solve.fly(u0)
         ctx.flight, ctx.stats = solve.flight, solve.stats
+        # As they are now: `.data` may be given other data before the sweep.
+        ctx.shapes = [x.shape for x in (u0, *parameters)]
         ctx.save_for_backward(states.ends, u0, *parameters)
         ctx.set_materialize_grads(False)
         return states
@@ -291,14 +293,15 @@ class _Node(torch.autograd.Function):
             return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
-        pull = partial(_pull, ctx.flight, ctx.stats, kept, needed[1:])
+        pull = partial(_pull, ctx.flight, ctx.stats, kept[0], ctx.shapes, needed[1:])
         return (None, *pulled(pull, kept, *cotangents))
 
 
 def _pull(
     flight: Flight,
     stats: Stats,
-    kept: tuple[Tensor, ...],
+    ends: Tensor,
+    shapes: list[torch.Size],
     wanted: tuple[bool, ...],
     *cotangents: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -307,17 +310,18 @@ def _pull(
     Args:
         flight: the solve.
         stats: its backward fields are filled.
-        kept: the states at the ends of the steps, the initial state and the parameters.
-        wanted: which of the latter two have gradients.
+        ends: the states at the ends of the steps, the initial one first.
+        shapes: of the initial state and of the parameters, when the solve began.
+        wanted: which of them have gradients.
         *cotangents: of its `States`.
     """
-    ends, u0, *parameters = kept
     prepared, (count, reached) = flight.prepared, flight.good(ends)
     arriving = [None if x is None else _lying(x) for x in cotangents]
     if count < flight.count:
         arriving[-1] = None  # of a failed solve the last good state is the last of the steps'
     saved, at_ends, last = (0 if x is None else x.data_ptr() for x in arriving)
-    bars, report = ends.new_empty(prepared.length + u0.numel()), integers((0, 0))
+    size = prepared.departure.size
+    bars, report = ends.new_empty(prepared.length + size), integers((0, 0))
     cross(
         "pull_flight!",
         prepared.handle.number,
@@ -336,11 +340,12 @@ def _pull(
     stats.naccept_backward += replayed
     stats.nfe_backward += evaluations
     stats.nvjp += evaluations
-    *parts, start = bars.split_with_sizes([*prepared.sizes, u0.numel()])
-    rest = zip(parts, parameters, wanted[1:], prepared.field.pulled, strict=True)
+    *parts, start = bars.split_with_sizes([*prepared.sizes, size])
+    first, *rest = shapes
+    of = zip(parts, rest, wanted[1:], prepared.field.pulled, strict=True)
     return (
-        start.view(u0.shape) if wanted[0] else None,
-        *(part.view(x.shape) if needed and pulls else None for part, x, needed, pulls in rest),
+        start.view(first) if wanted[0] else None,
+        *(part.view(shape) if needed and pulls else None for part, shape, needed, pulls in of),
     )
 
 

@@ -168,3 +168,16 @@ def test_states_of_parts_and_parameters_that_lie_otherwise(flown: list[Any]) -> 
         expected = torch.autograd.grad(exact[0] + 2 * exact[1], (matrix, start))
         torch.testing.assert_close(bars, expected, rtol=1e-7, atol=1e-8)
     assert len(flown) == 1
+
+
+def test_gradients_have_the_shapes_that_tensors_had_when_the_solve_began(flown: list[Any]) -> None:
+    """Other data that torch does not count must not move what the sweep writes, and where."""
+    field, u0 = Decay(), torch.ones(2, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+    for _ in range(2):
+        end = psn.solve(problem, engine="julia").u1
+    expected = torch.autograd.grad(end.sum(), (u0, field.rate), retain_graph=True)
+    u0.data, field.rate.data = torch.ones(1, dtype=D), torch.ones(1, dtype=D)
+    bars = torch.autograd.grad(end.sum(), (u0, field.rate))
+    torch.testing.assert_close(bars, expected, rtol=0, atol=0)
+    assert len(flown) == 1
