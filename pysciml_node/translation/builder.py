@@ -286,7 +286,8 @@ def _fused(operations: list[Operation], outputs: Sequence[int]) -> list[Operatio
         if before is not None and uses[step.inputs[0]] == 1:
             linear = fused[before]
             attributes = {**linear.attributes, "activation": step.op}
-            fused[before] = replace(linear, out=step.out, shape=step.shape, attributes=attributes)
+            # In the product's shape, which has its rows: W @ u is one of as many rows as W has.
+            fused[before] = replace(linear, out=step.out, attributes=attributes)
             continue
         if step.op == "linear":
             place[step.out] = len(fused)

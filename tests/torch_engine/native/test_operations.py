@@ -191,3 +191,16 @@ def test_the_fields_above_have_every_operation() -> None:
         program = translate(vocabulary, StateSpec.of(vocabulary.state(D))).program
         used |= {step.op for step in program.operations}
     assert not set(OPERATIONS) - used
+
+
+def test_functions_of_a_matrix_times_the_state_have_all_rows() -> None:
+    """Where no entry is negative, `relu(A u)` is `A u`, and the flow is `exp(t A)`."""
+    a = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.2, 0.0], [0.0, 0.7, 0.4]], dtype=D)
+    start = torch.tensor([1.0, 0.5, 2.0], dtype=D, requires_grad=True)
+    matrix = a.clone().requires_grad_()
+    problem = psn.ODEProblem(lambda t, u: torch.relu(matrix @ u), start, (0.0, 1.0))
+    found = psn.solve(problem, rtol=1e-10, atol=1e-10, compile=True, engine="torch").u1
+    exact = torch.matrix_exp(matrix) @ start
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=0)
+    gradients = (torch.autograd.grad(x.square().sum(), (start, matrix)) for x in (found, exact))
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=0)
