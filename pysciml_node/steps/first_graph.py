@@ -82,16 +82,18 @@ class FirstGraph:
         Args:
             evaluation: the values, and the leaves made for them.
             nodes: those of its graph.
-            surroundings: have the tensors that live with and without it. As long as they are the
-                same, as large a graph of states of a size takes as many bytes.
+            surroundings: have the tensors that live with and without it. As long as they and their
+                shapes are the same, as large a graph of states of a size takes as many bytes.
         """
         if self.refused or any(map(is_of_others, nodes)):
             return
-        sizes = *(x.nbytes for x in chain(*evaluation)), len(nodes)
-        known = surroundings.memory.get((FirstGraph, *sizes))
+        # Through `.data` a tensor is given another shape; nested ones have none.
+        shapes = tuple(x.shape for x in surroundings.tensors if not x.is_nested)
+        key = FirstGraph, *(x.nbytes for x in chain(*evaluation)), len(nodes), shapes
+        known = surroundings.memory.get(key)
         if known is None:
             known = self._measured(evaluation, nodes, surroundings.tensors)
-            surroundings.memory[(FirstGraph, *sizes)] = known
+            surroundings.memory[key] = known
         if known:
             self.evaluation, self.bytes = evaluation, known
 

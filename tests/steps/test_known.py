@@ -125,6 +125,37 @@ def test_a_walk_is_kept_while_nothing_changes_and_the_field_lives() -> None:
     assert key not in known._known
 
 
+class Wide(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.within = nn.Linear(1, width, dtype=D)
+        self.back = nn.Linear(width, 1, dtype=D)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.back(torch.tanh(self.within(u)))
+
+
+def test_what_fits_into_memory_is_counted_again_for_weights_of_other_shapes() -> None:
+    """Through `.data`, as when a net grows; as many evaluations are repeated as for a new one."""
+
+    def repeated(field: Wide) -> int:
+        u0 = torch.ones(10, 1, dtype=D, requires_grad=True)
+        adjoint = psn.DiscreteAdjoint(memory=2**20)
+        fixed: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.02}
+        solution = psn.solve(
+            psn.ODEProblem(field, u0, (0.0, 1.0)), psn.Tsit5(), adjoint=adjoint, **fixed
+        )
+        solution.u1.sum().backward()
+        field.zero_grad()
+        return solution.stats.nfe_backward
+
+    field, larger = Wide(2), Wide(200)
+    few = repeated(field)
+    for x, y in zip(field.parameters(), larger.parameters(), strict=True):
+        x.data = y.data
+    assert repeated(field) == repeated(larger) > few
+
+
 def _held_by_a_hook(field: Field) -> None:
     field.inner.weight.register_hook(lambda x: x if field.training else None)
 
