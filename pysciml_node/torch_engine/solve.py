@@ -273,7 +273,8 @@ class ODESolve(Solve):
 
     def _keeps(self, field: DifferentiableField) -> bool:
         """Whether graphs of steps are of use, the field being known."""
-        return (self.u0.requires_grad or bool(field.inputs)) and field.captured.steady
+        wanted = self.u0.requires_grad or bool(field.inputs)
+        return wanted and not field.captured.cut and field.captured.steady
 
     def _sweep(
         self, field: DifferentiableField, kept: KeptSteps | None, backward: BackwardPass
@@ -289,7 +290,7 @@ class ODESolve(Solve):
             if backward.with_times:
                 ends = backward.record.fixed and adjoint.discrete
                 complete_times(gradients, problem, field.field, backward, ends)
-        if not (self.u0.requires_grad or backward.with_times or gradients.kept):
+        if not (self.u0.requires_grad or backward.with_times):
             field.captured.tell_of_cut_graph(gradients.inputs)
         return gradients
 
