@@ -36,13 +36,12 @@ static struct {
   int (*append)(Object *, Object *);
   Object *(*in_list)(Object *, Size);
   Object *(*failed)(void);
-  Object *(*function)(void *, Object *, Object *);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *dtype, *shape, *device, *layout, *requires_grad, *dict;
 } py;
 
-enum { EQUAL = 2, WITH_ARRAY = 0x80 }; /* Py_EQ and METH_FASTCALL */
+enum { EQUAL = 2 }; /* Py_EQ */
 
 /* Whether what was found is the very object. */
 static int is(Object *found, Object *expected) {
@@ -231,7 +230,7 @@ static int all_stands(const Word *at, Object *parts, Object *found) {
 }
 
 /* `look(noted, parts)`: the tensors that are there now; None where anything has changed. */
-static Object *look(Object *self, Object *const *arguments, Size count) {
+Object *look(Object *self, Object *const *arguments, Size count) {
   (void)self, (void)count;
   const Word *at = py.bytes(arguments[0]);
   Object *found = at ? py.new_list(0) : 0;
@@ -244,15 +243,5 @@ static Object *look(Object *self, Object *const *arguments, Size count) {
   return py.none;
 }
 
-static struct {
-  const char *name;
-  Object *(*call)(Object *, Object *const *, Size);
-  int flags;
-  const char *words;
-} definition = {"look", look, WITH_ARRAY, 0};
-
-/* `look` as a function of Python's. */
-Object *begin(const void *const *functions) {
-  __builtin_memcpy(&py, functions, sizeof py);
-  return py.function(&definition, 0, 0);
-}
+/* Receive what it needs. */
+void begin(const void *const *functions) { __builtin_memcpy(&py, functions, sizeof py); }

@@ -21,7 +21,7 @@ _FUNCTIONS = (
     *("PyObject_GetItem", "PyObject_GetAttr", "PyObject_Type", "PyObject_CallNoArgs"),
     *("PyObject_GetIter", "PyIter_Next", "PyDict_Next", "PySequence_Contains", "PyObject_IsTrue"),
     *("PyObject_RichCompareBool", "PyObject_Size", "PyTuple_GetItem", "PyBytes_AsString"),
-    *("PyList_New", "PyList_Append", "PyList_GetItem", "PyErr_Occurred", "PyCFunction_NewEx"),
+    *("PyList_New", "PyList_Append", "PyList_GetItem", "PyErr_Occurred"),
     *("Py_IncRef", "Py_DecRef"),
 )
 _DEFAULT = torch.get_default_dtype
@@ -42,7 +42,7 @@ def use(library: ctypes.CDLL) -> None:
         library: made of `source()`.
     """
     global _look
-    _look = function_of(library, _FUNCTIONS, _OBJECTS)
+    _look = function_of(library, "look", _FUNCTIONS, _OBJECTS)
 
 
 def tensors(watch: Watch, parts: tuple[Any, ...]) -> list[Tensor] | None:

@@ -28,7 +28,7 @@ _FUNCTIONS = (
     *("PyBytes_AsString", "PyByteArray_FromStringAndSize", "PyByteArray_AsString"),
     *("PyObject_Type", "PyObject_GetAttr", "PyObject_CallOneArg", "PyLong_AsSsize_t"),
     *("PyErr_Occurred", "PyErr_CheckSignals", "PyEval_SaveThread", "PyEval_RestoreThread"),
-    *("PyCFunction_NewEx", "Py_IncRef", "Py_DecRef"),
+    *("Py_IncRef", "Py_DecRef"),
 )
 _OBJECTS = (
     *(None, True, False, int, bytearray),
@@ -51,7 +51,7 @@ def use(library: ctypes.CDLL) -> None:
         library: made of src/crossing.c.
     """
     global _cross
-    _cross = function_of(library, _FUNCTIONS, _OBJECTS)
+    _cross = function_of(library, "cross", _FUNCTIONS, _OBJECTS)
 
 
 class Hole(NamedTuple):

@@ -30,7 +30,7 @@ from pysciml_node.translation.watch import CHANGED, answers
 _FUNCTIONS = (
     *("PyDict_GetItem", "PyTuple_GetItem", "PyList_GetItem", "PyObject_Size", "PyObject_GetAttr"),
     *("PyObject_Type", "PyObject_CallNoArgs", "PyObject_CallFunctionObjArgs", "PyLong_FromVoidPtr"),
-    *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t", "PyCFunction_NewEx"),
+    *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t"),
     *("Py_IncRef", "Py_DecRef"),
 )
 # Parts of a problem that change what a solve of it needs.
@@ -78,7 +78,7 @@ def use(library: ctypes.CDLL) -> None:
     names = "tspan", "spec", "memory", "tensors"
     kept = watched.entries(), again._look, Repeated, WALKED
     objects = None, float, *names, *kept, _ABSENT, _MODES
-    _repeat = None if again._look is None else function_of(library, _FUNCTIONS, objects)
+    _repeat = None if again._look is None else function_of(library, "repeat", _FUNCTIONS, objects)
 
 
 def repeat(

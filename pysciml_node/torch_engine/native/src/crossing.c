@@ -23,13 +23,11 @@ static struct {
   int (*interrupted)(void);
   void *(*release)(void);
   void (*acquire)(void *);
-  Object *(*function)(void *, Object *, Object *);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
 } py;
 
-enum { WITH_ARRAY = 0x80 }; /* METH_FASTCALL */
 enum { IN_REQUEST = -2, BEHIND = -1 };
 enum { ALIGNED = 64 };
 enum { RUNNING = 0 };
@@ -150,7 +148,7 @@ static int go_through(const Call *call, char *request, Object *const *given) {
 
 /* `cross(call, *given)`: the block, in which the request is as the function has left it; None where a
    tensor does not lie as C reads it, or writes to it. */
-static Object *cross(Object *self, Object *const *given, Size count) {
+Object *cross(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
   const Call *call = py.bytes(given[0]);
   Object *block = call ? py.new_block(0, call->size) : 0;
@@ -163,15 +161,5 @@ static Object *cross(Object *self, Object *const *given, Size count) {
   return py.none;
 }
 
-static struct {
-  const char *name;
-  Object *(*call)(Object *, Object *const *, Size);
-  int flags;
-  const char *words;
-} definition = {"cross", cross, WITH_ARRAY, 0};
-
-/* `cross` as a function of Python's. */
-Object *begin(const void *const *functions) {
-  memcpy(&py, functions, sizeof py);
-  return py.function(&definition, 0, 0);
-}
+/* Receive what it needs. */
+void begin(const void *const *functions) { memcpy(&py, functions, sizeof py); }

@@ -25,14 +25,11 @@ static struct {
   Object *(*pack)(Size, ...);
   double (*real)(Object *);
   Size (*number)(Object *);
-  Object *(*function)(void *, Object *, Object *);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *of_reals, *tspan, *spec, *memory, *tensors;
   Object *fields, *look, *repeated, *walked, *absent, *modes;
 } py;
-
-enum { WITH_ARRAY = 0x80 }; /* METH_FASTCALL */
 
 /* What `Repeated` of repeated.py holds. */
 enum { START = 1, END, GIVEN };
@@ -133,7 +130,7 @@ static int look(Object *watches, Object *const *given, Object **found) {
 
 /* `repeat(anchor, parts, problem, options, algorithm)`: what is known, the tensors of the field,
    and its surroundings; None where it is another solve. The problem is a dict. */
-static Object *repeat(Object *self, Object *const *given, Size count) {
+Object *repeat(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
   Object *found = 0, *kept = entry(py.fields, py.address(given[0]));
   int same = 0;
@@ -150,15 +147,5 @@ static Object *repeat(Object *self, Object *const *given, Size count) {
   return py.none;
 }
 
-static struct {
-  const char *name;
-  Object *(*call)(Object *, Object *const *, Size);
-  int flags;
-  const char *words;
-} definition = {"repeat", repeat, WITH_ARRAY, 0};
-
-/* `repeat` as a function of Python's. */
-Object *begin(const void *const *functions) {
-  memcpy(&py, functions, sizeof py);
-  return py.function(&definition, 0, 0);
-}
+/* Receive what it needs. */
+void begin(const void *const *functions) { memcpy(&py, functions, sizeof py); }
