@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -92,14 +91,7 @@ class Flight:
             marks=marks,
             t1_stop=len(options.tstops),
         )
-        pairs = zip(options.saveat or (), places[::2], places[1::2], strict=False)
-        for i, (t, place, theta) in enumerate(pairs):
-            if math.isnan(theta):
-                record.at_end.setdefault(int(place), []).append(i)
-            else:
-                indices, times = record.inside.setdefault(int(place), ([], []))
-                indices.append(i)
-                times.append(t)
+        record.place(options.saveat or (), list(zip(places[::2], places[1::2], strict=True)))
         return record
 
     def good(self, ends: Tensor) -> tuple[int, int]:

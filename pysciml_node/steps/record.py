@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -80,6 +80,22 @@ class Record:
             return []
         start, h = self.times[n], self.sizes[n]
         return [(t - start) / h for t in self.inside[n][1]]
+
+    def place(self, asked: Sequence[float], places: Iterable[Sequence[float]]) -> None:
+        """Note where saved times lie, as a loop outside of Python says it.
+
+        Args:
+            asked: the times that were asked for.
+            places: of those that were reached: the number of a step, and where in the step; or that
+                of a state, and NaN.
+        """
+        for i, (t, (place, theta)) in enumerate(zip(asked, places, strict=False)):
+            if math.isnan(theta):
+                self.at_end.setdefault(int(place), []).append(i)
+            else:
+                indices, times = self.inside.setdefault(int(place), ([], []))
+                indices.append(i)
+                times.append(t)
 
     def truncate(self, count: int) -> None:
         """Keep the first `count` times, and what was saved up to there."""

@@ -66,6 +66,7 @@ class Walk:
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
         modules: the modules, with their names.
+        scripts: the names of compiled modules.
         written: buffers that torch changes without counting.
         places: what was read, the entries of `roots` first.
         met_apart: whether there was an object of `APART`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,13 +193,6 @@ class Flight:
             marks=(t0, *options.tstops, t1),
             t1_stop=len(options.landings(1 if t1 > t0 else -1)),
         )
-        asked = options.saveat or ()
-        places = self.log.places[: self.reached].tolist() if self.reached else []
-        for i, (t, (place, theta)) in enumerate(zip(asked, places, strict=False)):
-            if math.isnan(theta):
-                record.at_end.setdefault(int(place), []).append(i)
-            else:
-                indices, times = record.inside.setdefault(int(place), ([], []))
-                indices.append(i)
-                times.append(t)
+        if self.reached:
+            record.place(options.saveat or (), self.log.places[: self.reached].tolist())
         return record
