@@ -86,8 +86,11 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     A field that is solved for the first time is not known either.
     """
     f, p, spec = problem.f, problem.p, problem.spec
+    # First of all, as others are looked at where they are solved.
+    if not isinstance(algorithm, ExplicitRungeKutta) or _is_special(problem, options):
+        return None
     now = Snapshot.again(f)
-    if now is None or _is_special(problem, options):
+    if now is None:
         return None
     leaves = leaves_of(p)
     form = form_for(now, leaves)
@@ -96,7 +99,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     known = known_of(now.watch, way, Prepared)
     if known is None:
         field = known_of(now.watch, (id(spec), form), Known)
-        if field is None or not _serves(problem, algorithm, options, field, tensors):
+        if field is None or not _serves(problem, options, field, tensors):
             return None
         known = _prepare(problem, algorithm, options, field, field.parameters(tensors))
         keep(now.watch, way, known)
@@ -121,18 +124,13 @@ def _is_special(problem: ODEProblem, options: SolveOptions) -> bool:
 
 
 def _serves(
-    problem: ODEProblem,
-    algorithm: Algorithm,
-    options: SolveOptions,
-    field: Known,
-    tensors: list[Tensor],
+    problem: ODEProblem, options: SolveOptions, field: Known, tensors: list[Tensor]
 ) -> bool:
     """Whether solves of these options can be prepared."""
     spec = problem.spec
     read = field.parameters(tensors)
     return (
-        isinstance(algorithm, ExplicitRungeKutta)
-        and is_lasting(options)
+        is_lasting(options)
         and not options.progress
         and spec.device.type == "cpu"
         and spec.dtype in _REAL
@@ -142,12 +140,11 @@ def _serves(
 
 def _prepare(
     problem: ODEProblem,
-    algorithm: Algorithm,
+    algorithm: ExplicitRungeKutta,
     options: SolveOptions,
     field: Known,
     parameters: list[Tensor],
 ) -> Prepared:
-    assert isinstance(algorithm, ExplicitRungeKutta)
     departure, program = departure_of(problem, algorithm, options, False), program_of(field.key)
     given = {name: departure.given[name] for name in ("plan", "n", "nmarks", "marks", "dt0")}
     given |= {name: departure.given[name] for name in ("m", "saveat")}
