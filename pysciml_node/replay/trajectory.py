@@ -29,6 +29,7 @@ from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
@@ -193,7 +194,9 @@ class TorchTrajectory(Recorded):
         rows: list[Tensor | None] = [None] * len(host)
         with self._as_seen() as comparison:
             self._fill(comparison, rows, times, host, groups)
-        return torch.stack([row for row in rows if row is not None])
+        found = torch.stack([row for row in rows if row is not None])
+        guard((found,), self.surroundings)
+        return found
 
     def _fill(
         self,
@@ -258,7 +261,9 @@ class TorchTrajectory(Recorded):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self._state_at(t)
         with self._as_seen():
-            return self.estimate_from(t, u, method, stop_gradient, dt)
+            made = self.estimate_from(t, u, method, stop_gradient, dt)
+        guard((made.error, made.stiffness), self.surroundings)
+        return made
 
     def _state_at(self, t: float) -> Tensor:
         """The state at a time, where the step there ends as it did."""

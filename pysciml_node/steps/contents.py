@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+# Bytes of a tensor up to which a copy of it costs less than a fingerprint.
+_COPIED = 2**19
+
 # Words that are taken at once, each with a weight of its own; and what the sums of such blocks are
 # multiplied by. The weights are odd: a change of one word never leaves its product as it was.
 _BLOCK = 2**17
@@ -27,27 +30,44 @@ def is_comparable(x: Tensor) -> bool:
 
 
 class Contents:
-    """The contents of tensors, as fingerprints: they take no memory.
+    """The contents of tensors: copies of small ones, and fingerprints, which take no memory.
 
     Args:
         tensors: those to look at; the others are passed over later.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._prints = {id(x): fingerprint(x) for x in tensors if is_comparable(x)}
+        self._seen = {id(x): _noted(x) for x in tensors if is_comparable(x)}
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
         """Pass over what has changed by now: it is left to whoever changes it."""
         for x in self.changed(tensors):
-            del self._prints[id(x)]
+            del self._seen[id(x)]
 
     def changed(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors that hold something else than in the beginning."""
         return [
-            x
-            for x in tensors
-            if (seen := self._prints.get(id(x))) is not None and fingerprint(x) != seen
+            x for x in tensors if (seen := self._seen.get(id(x))) is not None and not _is(x, seen)
         ]
+
+
+_Noted = tuple[torch.Size, torch.dtype, Tensor | int]
+
+
+@torch.no_grad()
+def _noted(x: Tensor) -> _Noted:
+    return x.shape, x.dtype, x.clone() if x.nbytes <= _COPIED else fingerprint(x)
+
+
+def _is(x: Tensor, noted: _Noted) -> bool:
+    """Whether a tensor holds what was noted."""
+    shape, dtype, seen = noted
+    if x.shape != shape or x.dtype != dtype:
+        return False
+    if isinstance(seen, int):
+        return fingerprint(x) == seen
+    # What is not a number is equal to nothing.
+    return torch.equal(x, seen.to(x.device)) or fingerprint(x) == fingerprint(seen)
 
 
 @torch.no_grad()
@@ -68,8 +88,8 @@ def fingerprint(x: Tensor) -> int:
 
 def _sum(words: Tensor) -> Tensor:
     # The upper half onto the lower one: of products modulo 2^64 the upper bits go out at the top,
-    # the signs of numbers among them.
-    words = words ^ ((words >> 32) & 0xFFFFFFFF)
+    # the signs of numbers among them. Only words of which every bit differs become the same.
+    words = words ^ (words >> 32)
     weights = _weights(words.device)[: words.numel()]
     # Torch has sums of products of integers on the host alone.
     return torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum()

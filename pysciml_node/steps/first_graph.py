@@ -31,7 +31,7 @@ def _saving(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
-def _saved_by(node: Any) -> Iterator[Tensor]:
+def saved_by(node: Any) -> Iterator[Tensor]:
     """The tensors that a node of the graph has saved for backward.
 
     They are looked at as they were saved: unpacking those of a checkpoint would run it.
@@ -105,7 +105,7 @@ class FirstGraph:
         sizes: dict[int | None, int] = {}
         outer: dict[int | None, int] = {}
         try:
-            for x in (*evaluation[0], *evaluation[1], *chain.from_iterable(map(_saved_by, nodes))):
+            for x in (*evaluation[0], *evaluation[1], *chain.from_iterable(map(saved_by, nodes))):
                 _count(x, sizes)
         except (RuntimeError, AttributeError):
             # What was saved has been freed, or this version of torch does not show it.

@@ -16,6 +16,7 @@ from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
@@ -201,6 +202,7 @@ class SDESolve(Solve):
         with self.surroundings.undisturbed():
             outcome = self.march(self._with(fields), self._first(fields))
         self.surroundings.settle()
+        guard((*outcome.states, outcome.saved), self.surroundings)
         return outcome
 
     def _first(self, fields: Fields) -> Slope | None:

@@ -21,6 +21,7 @@ from pysciml_node.replay.measure import checkpointed
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
 from pysciml_node.steps.surroundings import Surroundings
@@ -155,7 +156,9 @@ class SDETrajectory(Recorded):
                             retaken.add(n)
                 rows.append(stepper.state(vector))
         self._count(fields)
-        return torch.stack(rows)
+        found = torch.stack(rows)
+        guard((found,), self.surroundings)
+        return found
 
     def stiffness(self) -> Tensor:
         """Stiffness estimate of each accepted step, `(n,)`."""
@@ -202,6 +205,7 @@ class SDETrajectory(Recorded):
             motion = self._fresh_motion(fields.layout.size, min(dt, span))
             error, stiffness, _ = _measure(stepper, norm, t, stepper.start(u), motion)
         self._count(fields)
+        guard((error, stiffness), self.surroundings)
         return StepEstimate(method.like.new_full((), motion.h), error, stiffness)
 
     def _fresh_motion(self, size: int, h: float) -> Increment:

@@ -35,6 +35,7 @@ from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.progress import step_listener
@@ -188,6 +189,7 @@ class ODESolve(Solve):
                 self.options.saveat_tensor,
             )
         self._has_run(field)
+        guard((*states, saved), self.surroundings)
         return Outcome(record, states, saved)
 
     def _fixed(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.replay.members.estimates import estimates_of
 from pysciml_node.steps.contents import Contents, fingerprint
 
 D = torch.float64
@@ -150,3 +151,112 @@ def test_kept_steps_look_at_arrays_that_are_read_in_the_middle() -> None:
     field.change()
     with pytest.raises(RuntimeError, match="could not reproduce"):
         torch.autograd.grad(u1.sum(), field.rate)
+
+
+class Scaled(nn.Module):
+    """`-(rate * scale) * u`, of which the graph reads the scale, and a bias that it does not."""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor([0.5], dtype=D))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=D))
+        self.array = np.array([2.0])
+        self.losses = np.zeros(3)
+        if held == "parameter":
+            self.scale = nn.Parameter(torch.tensor([2.0], dtype=D))
+        elif held == "memory of an array":
+            self.tensor = torch.from_numpy(self.array)
+        self.held = held
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        if self.held == "parameter":
+            return -self.rate * self.scale * u + self.bias
+        scale = self.tensor if self.held == "memory of an array" else torch.from_numpy(self.array)
+        return -self.rate * scale * u + self.bias
+
+    def change(self) -> None:
+        if self.held == "parameter":
+            self.scale.data.mul_(2.0)
+        else:
+            self.array[0] = 4.0
+
+
+@pytest.mark.parametrize("held", ["parameter", "memory of an array", "array"])
+@pytest.mark.parametrize("kind", ["one", "members", "stochastic"])
+def test_graphs_of_solves_are_as_they_were_or_refused(kind: str, held: str) -> None:
+    """`exp(-2 rate)`: of what the graph does not read, a change is no error."""
+    field = Scaled(held)
+    u1 = end(kind, field, psn.DirectAdjoint())
+    bound = 1e-3 if kind == "stochastic" else 1e-6
+    field.bias.data.add_(1.0)
+    field.losses[0] = 3.0
+    (slope,) = torch.autograd.grad(u1.sum(), field.rate, create_graph=True)
+    assert slope.item() == pytest.approx(-2 * math.exp(-1), rel=bound)
+    (second,) = torch.autograd.grad(slope.sum(), field.rate, retain_graph=True)
+    assert second.item() == pytest.approx(4 * math.exp(-1), rel=bound)
+    field.change()
+    name = "scale" if held == "parameter" else "tensor|array"
+    for value in (u1, slope):
+        with pytest.raises(RuntimeError, match=rf"({name}) has been changed in place since"):
+            torch.autograd.grad(value.sum(), field.rate, retain_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["one", "members", "stochastic"])
+def test_graphs_of_solves_that_have_not_saved_what_is_changed_have_their_gradients(
+    kind: str,
+) -> None:
+    field = Late("parameter")
+    u1 = end(kind, field, psn.DirectAdjoint())
+    before = torch.autograd.grad(u1.sum(), (field.rate, field.more), retain_graph=True)
+    field.change()
+    after = torch.autograd.grad(u1.sum(), (field.rate, field.more))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_what_is_not_a_number_is_what_it_was(size: int) -> None:
+    x = torch.full((size,), math.nan, dtype=D)
+    contents = Contents([x])
+    assert not contents.changed([x])
+    x.data[size - 1] = 1.0
+    assert contents.changed([x]) == [x]
+    y = torch.zeros(size)
+    contents = Contents([y])
+    for other in (torch.zeros(size + 1), torch.zeros(size, dtype=D)):
+        y.data = other
+        assert contents.changed([y]) == [y]
+
+
+LOOKS: dict[str, Callable[[psn.Solution], Tensor]] = {
+    "inside of the first step": lambda solution: solution(1e-4).sum(),
+    "local estimate": lambda solution: solution.local_estimate(1e-4, psn.Tsit5()).error,
+    "stochastic estimate": lambda solution: solution.local_estimate(1e-4, psn.SRIW1()).error,
+}
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
+@pytest.mark.parametrize("look", LOOKS)
+def test_dense_output_and_estimates_have_graphs_of_their_own(look: str, adjoint: Any) -> None:
+    field, u0, span = Scaled("parameter"), torch.ones(1, dtype=D), (0.0, 1.0)
+    if look == "stochastic estimate":
+        noisy = psn.SDEProblem(field, lambda t, u: 0.1 * u, u0, span)
+        seeded = torch.Generator().manual_seed(0)
+        solution = psn.solve(noisy, psn.SRIW1(), adjoint=adjoint, generator=seeded)
+    else:
+        solution = psn.solve(psn.ODEProblem(field, u0, span), adjoint=adjoint)
+    value = LOOKS[look](solution)
+    torch.autograd.grad(value, field.rate, retain_graph=True)
+    field.change()
+    with pytest.raises(RuntimeError, match="scale has been changed in place"):
+        torch.autograd.grad(value, field.rate)
+
+
+def test_an_estimate_of_members_in_one_batch_has_a_graph_of_its_own() -> None:
+    field = Scaled("parameter")
+    one = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
+    found = estimates_of(psn.solve(psn.EnsembleProblem(one, u0=torch.ones(3, 1, dtype=D))).members)
+    assert found is not None
+    error = found.local(np.full(3, 1e-4), psn.Tsit5(), True, None).error.sum()
+    field.change()
+    with pytest.raises(RuntimeError, match="scale has been changed in place"):
+        torch.autograd.grad(error, field.rate)

@@ -30,6 +30,7 @@ from pysciml_node.replay.newton import left_missing
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import StepEstimate, StopGradient
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.record import check_discrete
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau
@@ -216,7 +217,9 @@ class StackedEstimates:
                     h = np.minimum(dt, abs(span)) * self.sign
             stages = self._stages(method, field, rows, u, t, h)
             stages.know(k)
-            return self._measured(stages, norm, h)
+            found = self._measured(stages, norm, h)
+        guard((found.error, found.stiffness), members.reach)
+        return found
 
     def _first(
         self,

@@ -25,6 +25,7 @@ from pysciml_node.replay.members.stacked import (
 )
 from pysciml_node.replay.vectors import settle_heap
 from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.inputs import Evaluate, Inputs, graph_leaves, pull_back
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
@@ -193,6 +194,8 @@ class Batch(ABC):
         """Without gradients, or with every operation recorded by autograd."""
         march, tape = self._march(k, recorded)
         self.surroundings.settle()
+        if recorded:
+            guard(tape.vectors, self.surroundings)
         return self._result(march, tape)[0]
 
     def _result(self, march: MembersMarch, tape: Tape) -> tuple[StackedMembers, SavedPlaces | None]:

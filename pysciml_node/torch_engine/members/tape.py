@@ -209,6 +209,11 @@ class Tape:
 
     # What has been collected.
 
+    @property
+    def vectors(self) -> list[Tensor]:
+        """The states of every attempt and those at the times that were asked for, as they came."""
+        return [*self._states, *self._values]
+
     def steps(self, kept: Array | None = None) -> tuple[MemberSteps, Tensor]:
         """The steps, member after member, and the states at their ends `(P, N)`.
 

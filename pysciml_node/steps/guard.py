@@ -1,0 +1,96 @@
+"""A guard of graphs: what they have saved for backward must be what it was.
+
+Torch refuses to go backward through an operation whose saved tensors have been changed, as far as
+it counts the changes: it counts none by `.data`, or by memory that something else shares.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysciml_node.steps.contents import Contents, is_comparable
+from pysciml_node.steps.first_graph import saved_by
+from pysciml_node.steps.surroundings import Surroundings
+
+
+def guard(values: Iterable[Tensor | None], surroundings: Surroundings | None) -> None:
+    """Refuse to go backward from values, once something that their graph has saved is changed.
+
+    Every backward pass through the graph has to come by one of them.
+
+    Args:
+        values: those that gradients may arrive at.
+        surroundings: what the graph may have been made of, where that is known.
+    """
+    given = [x for x in values if x is not None and x.grad_fn is not None]
+    # Inside of transforms of `torch.func` tensors are other ones in backward.
+    if surroundings is None or not given or not all(map(is_comparable, given)):
+        return
+    look = _Guard(surroundings)
+    for node in {x.grad_fn for x in given}:
+        assert node is not None
+        node.register_prehook(look)
+
+
+class _Guard:
+    """What is called before each of the nodes that values were made by."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._contents = Contents((*surroundings.tensors, *surroundings.arrays))
+        self._names = surroundings.names
+        # A graph does not keep alive what has been computed elsewhere, and the graphs behind that.
+        self._tensors = [weakref.ref(x) for x in surroundings.tensors]
+        self._arrays = surroundings.arrays
+        self._passed = -1  # the backward pass that has looked
+        self._changed: list[Tensor] = []
+
+    def __call__(self, cotangents: Any) -> None:
+        if self._passed != (this := torch._C._current_graph_task_id()):
+            held = (reference() for reference in self._tensors)
+            there = (*(x for x in held if x is not None), *self._arrays)
+            self._passed, self._changed = this, self._contents.changed(there)
+        if not self._changed:
+            return
+        for saved in _saved_below(torch._C._current_autograd_node()):
+            for x in self._changed:
+                if _overlap(x, saved):
+                    raise RuntimeError(
+                        f"{self._names[id(x)]} has been changed in place since the solve, and the "
+                        "graph of the solve reads it: the gradient would be that of another "
+                        "value.\n  Change a copy (x = 3 * x for x.mul_(3)), or go backward first."
+                    )
+
+
+def _saved_below(node: Any) -> Iterator[Tensor]:
+    """What a node and those behind it have saved, as far as it is there."""
+    todo, seen = [node], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(following for following, _ in node.next_functions)
+        # What a pass has let go of, the next one cannot use.
+        with suppress(RuntimeError):
+            yield from saved_by(node)
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors share memory."""
+    (start, end), (first, last) = _extent(x), _extent(y)
+    return start < last and first < end
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor begins and ends at; an empty span if it has no memory."""
+    if not is_comparable(x) or not x.numel():
+        return 0, 0
+    steps = zip(x.shape, x.stride(), strict=True)
+    entries = 1 + sum((size - 1) * stride for size, stride in steps)
+    return x.data_ptr(), x.data_ptr() + entries * x.element_size()
