@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from pysciml_node.algorithms.krylov import GMRES
@@ -103,40 +102,38 @@ class KrylovLinearization(Linearization):
         nearly = None if self.preconditioner is None else self.preconditioner(size)
         settings = self.settings
 
-        def forward(right: Tensor) -> Tensor:
+        def found(right: Tensor, rtol: float, limit: int) -> Tensor | None:
             def apply(x: Tensor) -> Tensor:
                 x = x if nearly is None else nearly(x)
                 return x - size * self.product(x)
 
-            solved = gmres(apply, right, settings.rtol, settings.restart, settings.max_iterations)
-            if solved is None:
-                return torch.full_like(right, math.nan)
-            return solved if nearly is None else nearly(solved)
+            solved = gmres(apply, right, rtol, settings.restart, limit)
+            return solved if solved is None or nearly is None else nearly(solved)
 
-        def backward(right: Tensor) -> Tensor:
-            rtol = torch.finfo(right.dtype).eps ** 0.7
+        def pull(right: Tensor) -> Tensor:
             transposed = None if nearly is None else _transposed(nearly, right)
 
             def apply(x: Tensor) -> Tensor:
                 x = x if transposed is None else transposed(x)
                 return x - size * self.pullback(x)
 
-            solved = gmres(apply, right, rtol, settings.restart, 4 * settings.max_iterations)
-            if solved is None:
-                raise RuntimeError(
-                    "GMRES could not solve the transposed linear system of a step, for its "
-                    f"gradient, by {4 * settings.max_iterations} products.\n"
-                    "  Give GMRES a preconditioner, a larger restart or more max_iterations."
-                )
+            solved = gmres(apply, right, _exact(right), settings.restart, limit)
+            solved = _expect_solved(solved, "transposed linear system of a step", limit)
             return solved if transposed is None else transposed(solved)
 
-        def solve(right: Tensor) -> Tensor:
-            if not (torch.is_grad_enabled() and right.requires_grad):
-                with torch.no_grad():
-                    return forward(right)
-            corrected: Tensor = _AtSolution.apply(right, backward)  # type: ignore[no-untyped-call]
-            return corrected
+        def push(right: Tensor) -> Tensor:
+            solved = found(right, _exact(right), limit)
+            return _expect_solved(solved, "linear system of a step", limit)
 
+        def solve(right: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and right.requires_grad:
+                held: Tensor = _Held.apply(right, torch.zeros_like, pull, push)  # type: ignore[no-untyped-call]
+                return held
+            with torch.no_grad():
+                solved = found(right, settings.rtol, settings.max_iterations)
+            return torch.full_like(right, math.nan) if solved is None else solved
+
+        limit = 4 * settings.max_iterations
         return solve
 
     @override
@@ -152,21 +149,50 @@ class KrylovLinearization(Linearization):
         return size
 
 
-class _AtSolution(torch.autograd.Function):
-    """The correction of a stage that has been found: zero, with the derivative of a solve."""
+class _Held(torch.autograd.Function):
+    """A value whose derivative is a linear function that is held constant, as its transpose is.
+
+    The correction of a stage that has been found is zero, with the derivative of a solve. Each of
+    the two corrections gives one derivative of the stage, though its system is not differentiated.
+    """
 
     @staticmethod
     @override
-    def forward(ctx: Any, residual: Tensor, backward: Apply) -> Tensor:
-        ctx.pull = backward
+    def forward(x: Tensor, value: Apply, pull: Apply | None, push: Apply | None) -> Tensor:
+        return value(x)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.derivatives = inputs[2:]
         ctx.set_materialize_grads(False)
-        return torch.zeros_like(residual)
 
     @staticmethod
-    @once_differentiable
     @override
-    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if cotangent is None else ctx.pull(cotangent), None
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (cotangent,), (pull, push) = cotangents, ctx.derivatives
+        if cotangent is None:
+            return (None,) * 4
+        if pull is None:
+            raise RuntimeError(
+                "a third derivative of steps that GMRES solves was asked for, and they have two.\n"
+                "  Leave linsolve out, for states of up to 500 entries, or use Rodas5P()."
+            )
+        return _Held.apply(cotangent, pull, push, None), None, None, None  # type: ignore[no-untyped-call]
+
+
+def _exact(right: Tensor) -> float:
+    """What is left of the right-hand side of a system for a derivative."""
+    return float(torch.finfo(right.dtype).eps ** 0.7)
+
+
+def _expect_solved(solved: Tensor | None, system: str, limit: int) -> Tensor:
+    if solved is None:
+        raise RuntimeError(
+            f"GMRES could not solve the {system}, for its gradient, by {limit} products.\n"
+            "  Give GMRES a preconditioner, a larger restart or more max_iterations."
+        )
+    return solved
 
 
 def _transposed(nearly: Apply, like: Tensor) -> Apply:

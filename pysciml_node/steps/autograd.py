@@ -46,12 +46,16 @@ class _Refusing(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "a second derivative through a solve was asked for, and this adjoint, or the time of "
-            "an event, gives only the first.\n"
-            "  Use adjoint=DirectAdjoint(), and at=... for events; of drop-in functions odeint or "
-            "sdeint."
-        )
+        raise _refusal()
+
+
+def _refusal() -> RuntimeError:
+    return RuntimeError(
+        "a second derivative through a solve was asked for, and this adjoint, or the time of "
+        "an event, gives only the first.\n"
+        "  Use adjoint=DirectAdjoint(), and at=... for events; of drop-in functions odeint or "
+        "sdeint."
+    )
 
 
 class _FirstDerivative(_Refusing):
@@ -61,8 +65,8 @@ class _FirstDerivative(_Refusing):
 
     @staticmethod
     @override
-    def forward(count: int, *gradients_and_inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.clone() for gradient in gradients_and_inputs[:count])
+    def forward(count: int, *gradients_and_sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.clone() for gradient in gradients_and_sources[:count])
 
 
 class _Pulled(_Refusing):
@@ -172,15 +176,29 @@ def pulled(
             return pull(*row)
 
     if transformed:
-        return first_derivative(_Pulled.apply(sweep, *cotangents), inputs)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor | None, ...] = _Pulled.apply(sweep, *cotangents)  # type: ignore[no-untyped-call]
+        return first_derivative(found, *inputs, *cotangents)
     if batched:
         # The graph of these batches is that of the tensors inside.
-        return _by_legacy_rows(lambda *row: first_derivative(sweep(*row), inputs), cotangents)
-    return first_derivative(sweep(*cotangents), inputs)
+        return _by_legacy_rows(
+            lambda *row: first_derivative(sweep(*row), *inputs, *row), cotangents
+        )
+    if torch.is_grad_enabled() and _are_places(cotangents):
+        raise _refusal()
+    return first_derivative(sweep(*cotangents), *inputs, *cotangents)
+
+
+def _are_places(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether cotangents are there to be differentiated in: zeros, as `functional.jvp` has them.
+
+    What a sweep leaves out for them would have no mark.
+    """
+    given = [x for x in cotangents if x is not None]
+    return any(x.requires_grad for x in given) and not any(bool(x.any()) for x in given)
 
 
 def first_derivative(
-    gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+    gradients: tuple[Tensor | None, ...], *sources: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Mark gradients so that differentiating them raises, where a graph of them is being made.
 
@@ -189,13 +207,14 @@ def first_derivative(
 
     Args:
         gradients: what a backward sweep returns.
-        inputs: what they depend on.
+        *sources: what they depend on: the inputs, and the cotangents, which a derivative in forward
+            mode by two backward passes differentiates in.
     """
     if not torch.is_grad_enabled():
         return gradients
     given = [gradient for gradient in gradients if gradient is not None]
-    sources = [x for x in inputs if x is not None]
-    marked = iter(_FirstDerivative.apply(len(given), *given, *sources))  # type: ignore[no-untyped-call]
+    known = [x for x in sources if x is not None]
+    marked = iter(_FirstDerivative.apply(len(given), *given, *known))  # type: ignore[no-untyped-call]
     return tuple(None if gradient is None else next(marked) for gradient in gradients)
 
 

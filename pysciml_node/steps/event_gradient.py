@@ -35,7 +35,7 @@ class _NewtonShift(torch.autograd.Function):
             # Where there is no slope, `_UnknownShift` takes the cotangent.
             pulled = torch.where(slope == 0, 0.0, -cotangents[0] / slope)
         # One Newton step has the first derivative of the root, and not its second.
-        return (*first_derivative((pulled,), (value,)), None)
+        return (*first_derivative((pulled,), value, *cotangents), None)
 
 
 class _UnknownShift(torch.autograd.Function):

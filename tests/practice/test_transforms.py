@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.functional import jacobian
+from torch.autograd.functional import jacobian, jvp
 from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
@@ -84,6 +85,54 @@ def test_second_derivatives_of_batches_are_refused() -> None:
     first = jacobian(u1, U0, vectorize=True, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         first.sum().backward()
+
+
+@each_adjoint
+def test_directions_by_two_backward_passes(adjoint: psn.Adjoint) -> None:
+    """What `torch.autograd.functional.jvp` does: the first pass is differentiated in cotangents."""
+    k = torch.tensor(1.5, dtype=D)
+
+    def u1(k: Tensor) -> Tensor:
+        return flow(U0, adjoint, lambda t, u: -k * u).u1
+
+    if isinstance(adjoint, psn.DirectAdjoint):
+        _, found = jvp(u1, k, torch.ones_like(k))
+        torch.testing.assert_close(found, -math.exp(-1.5) * U0, rtol=1e-6, atol=1e-6)
+        return
+    with pytest.raises(RuntimeError, match="second derivative"):
+        jvp(u1, k, torch.ones_like(k))
+
+
+def test_directions_of_other_results_by_two_backward_passes() -> None:
+    """They were zero, without a word."""
+    k = torch.tensor(1.5, dtype=D)
+    decay = partial(psn.ODEProblem, u0=U0, tspan=(0.0, 1.0))
+
+    def native(k: Tensor) -> Tensor:
+        return psn.solve(decay(lambda t, u: -k * u), compile=True).u1
+
+    def members(k: Tensor) -> Tensor:
+        many = psn.EnsembleProblem(decay(lambda t, u: -k * u), torch.stack((U0, 2 * U0)))
+        return psn.solve(many).u1
+
+    def stochastic(k: Tensor) -> Tensor:
+        noisy = psn.SDEProblem(lambda t, u: -k * u, lambda t, u: 0.1 * u, U0, (0.0, 1.0))
+        return psn.solve(noisy).u1
+
+    def event(k: Tensor) -> Tensor:
+        half = psn.Event(lambda t, u: u[0] - U0[0] / 2)
+        recorded = psn.DirectAdjoint()
+        found = psn.solve(decay(lambda t, u: -k * u), events=half, adjoint=recorded).event_t
+        assert found is not None
+        return found
+
+    def penalty(k: Tensor) -> Tensor:
+        field = psn.NeuralODE(lambda t, u: -k * u, regularizers=[psn.GlobalError()])
+        return field(U0[None]).penalty
+
+    for run in (native, members, stochastic, event, penalty):
+        with pytest.raises(RuntimeError, match="second derivative"):
+            jvp(run, k, torch.ones_like(k))
 
 
 @each_adjoint

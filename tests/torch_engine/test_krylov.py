@@ -94,6 +94,26 @@ def test_gradients_by_finite_differences(algorithm: Any, adjoint: Any) -> None:
     assert gradcheck(states, (u0, p, t0, t1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=name)
+def test_second_derivatives_by_finite_differences(algorithm: Any) -> None:
+    """Of a loss that is linear in the state too, whose cotangents are constants."""
+
+    def first(k: Tensor, power: int) -> Tensor:
+        u0 = torch.tensor([1.0, 0.5], dtype=torch.float64)
+        problem = psn.ODEProblem(lambda t, u: -k * u * (1 + u * u.flip(0)), u0, (0.0, 1.0))
+        control = {"controller": psn.FixedStep(), "dt0": 0.25, "adjoint": psn.DirectAdjoint()}
+        loss = psn.solve(problem, algorithm, **control).u1.pow(power).sum()
+        return torch.autograd.grad(loss, k, create_graph=True)[0]
+
+    k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    for power in (1, 2):
+        (second,) = torch.autograd.grad(first(k, power), k, create_graph=True)
+        difference = (first(k + 1e-4, power) - first(k - 1e-4, power)) / 2e-4
+        torch.testing.assert_close(second, difference, rtol=1e-6, atol=1e-7)
+        with pytest.raises(RuntimeError, match="a third derivative of steps that GMRES solves"):
+            torch.autograd.grad(second, k)
+
+
 def test_brusselator_of_two_thousand_entries() -> None:
     """GMRES is chosen by the size. Rosenbrock methods have no such way, and say so."""
     found = solve(psn.KenCarp4(), 32, 1e-5)
