@@ -22,6 +22,7 @@ from typing_extensions import override
 from pysciml_node.replay.adjoint_recorded import Totals
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
+from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import WentBack
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
@@ -178,8 +179,7 @@ class KeptStages(Stages):
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
             if not went_back:
                 try:
-                    # The memory of a value may be the field's, and used again.
-                    return field(t, u).clone()
+                    return own(field(t, u))
                 except WentBack:
                     went_back.append(None)
             with torch.no_grad():
@@ -217,8 +217,7 @@ class KeptStages(Stages):
     def begin(self, k1: Tensor) -> None:
         if self._recording:
             assert self._first is not None
-            with torch.enable_grad():
-                k1 = self._first if self._joined else self._first.clone()
+            k1 = self._first
         super().begin(k1)
 
     @override
@@ -303,7 +302,9 @@ class KeptPullback:
         del steps[count:]
         if steps:
             self.totals.nvjp += self._products(steps)
-            self._compare(steps)
+            # Of a field all of whose tensors have been compared another value would say nothing.
+            if not self.field.captured.all_known:
+                self._compare(steps)
         start = torch.zeros_like(behind) if bars[0] is None else bars[0]
         return start, bars[1:], stages
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.steps.alone import storage_uses
 from pysciml_node.steps.norms import ErrorNorm
 
 Real = float | Tensor
@@ -61,12 +62,6 @@ class Weights:
     def terms(self) -> tuple[tuple[int, float], ...]:
         """The vectors that have a part in the sum, with their coefficients."""
         return tuple((j, w) for j, w in enumerate(self.numbers) if w != 0.0)
-
-
-def _storage_uses(vector: Tensor) -> int | None:
-    """Torch's count of the tensors that share a vector's memory; `None` where it has none."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return None if count is None else int(count(vector.untyped_storage()._cdata))
 
 
 class Vectors(ABC):
@@ -155,7 +150,7 @@ class BlockedVectors(Vectors):
         self._scratch = [like.new_empty(self._size) for _ in range(3)]
         self._base: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._spare: Tensor | None = None
-        self._uses = _storage_uses(like.new_empty(1))
+        self._uses = storage_uses(like.new_empty(1))
 
     @override
     def put(self, i: int, vector: Tensor) -> None:
@@ -208,7 +203,7 @@ class BlockedVectors(Vectors):
     @override
     def recycle(self, vector: Tensor) -> None:
         # Only if neither the field nor its output has kept it, or a view of it.
-        if self._uses is not None and _storage_uses(vector) == self._uses:
+        if self._uses is not None and storage_uses(vector) == self._uses:
             self._spare = vector
 
     @override

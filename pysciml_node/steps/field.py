@@ -13,6 +13,7 @@ from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import WentBack, apart
 from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.inputs import Inputs, pull_back
@@ -103,9 +104,11 @@ class FlatField:
     Attributes:
         given: holds `f` and `p`: during a backward sweep, stand-ins for the tensors of `p`.
         watch: is shown what evaluations without gradients would depend on.
+        plain: whether it takes no derivatives inside, as far as is known: see `are_plain`.
     """
 
     watch: Watch | None = None
+    plain = False
 
     def __init__(
         self, problem: ODEProblem | SDEProblem, given: dict[str, Any] | None = None
@@ -122,6 +125,8 @@ class FlatField:
         """Evaluate the derivative; shape `(N,)`."""
         self.nfe += 1
         if torch.is_grad_enabled():
+            if self.plain:
+                return self._evaluate(t, u)
             with apart("the field", (t, u)):
                 return self._evaluate(t, u)
         if self.watch is not None or u.requires_grad:
@@ -243,17 +248,19 @@ class DifferentiableField:
             with torch.no_grad():
                 field(t0, u0)
             self.surroundings = Surroundings(field.given)
+        field.plain = self.surroundings.plain
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             # A time without a gradient may be a number in NumPy or `math`, as in every later step.
             t = t0.detach()
             if graph is not None and u0.requires_grad:
                 try:
-                    return (field(t, u0),), (u0,)
+                    return (own(field(t, u0)),), (u0,)
                 except WentBack:
                     graph.refused = True
             start = u0.detach().requires_grad_()
-            return (field(t, start),), (start,)
+            value = field(t, start)
+            return (value if graph is None else own(value),), (start,)
 
         with torch.enable_grad():
             self.captured = Inputs(

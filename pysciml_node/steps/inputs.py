@@ -266,6 +266,11 @@ class Inputs:
         surroundings, hidden = self._surroundings, (x for x, _ in self._hidden.values())
         return [*surroundings.tensors, *surroundings.arrays, *hidden]
 
+    @property
+    def all_known(self) -> bool:
+        """Whether `within_reach` has all that the field reads."""
+        return self._surroundings.plain
+
     def remember(self) -> None:
         """Remember the contents of these: the sweep does not take the steps again to compare."""
         self._contents = Contents(self.within_reach())

@@ -53,6 +53,7 @@ class Surroundings:
 
     Attributes:
         tensors, arrays, names, generators, lazy, chosen, memory: as those of the `Walk`.
+        plain: likewise; a field that has changed what it can reach is not.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -61,6 +62,7 @@ class Surroundings:
         self.roots, self.memory = roots, found.memory
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
+        self.plain = found.plain
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
         # Places that later solves look at too are not settled, but copies of them.
@@ -112,6 +114,7 @@ class Surroundings:
         both.names = {**other.names, **self.names}
         both.generators = list(dict.fromkeys([*self.generators, *other.generators]))
         both.lazy = self.lazy or other.lazy
+        both.plain = self.plain and other.plain
         both.chosen = self.chosen if other.chosen is None else other.chosen
         modules = {id(x): (name, x) for name, x in (*other._modules, *self._modules)}
         both._modules = list(modules.values())
@@ -140,6 +143,7 @@ class Surroundings:
         """
         if self.changed():
             self._own_places()
+            self.plain = False
             with _lock:
                 for place in self._places:
                     if place.changed():

@@ -33,6 +33,7 @@ from pysciml_node.steps.anatomy import (
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.further import Further, Glance
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
+from pysciml_node.steps.plain import are_plain
 from pysciml_node.steps.record import Recorded
 
 # Limits of the objects to visit, and of the entries of a list or dict. Whatever lies beyond is left
@@ -70,6 +71,7 @@ class Walk:
         written: buffers that torch changes without counting.
         places: what was read, the entries of `roots` first.
         met_apart: whether there was an object of `APART`.
+        plain: whether a field that begins here is: see `are_plain`.
         further: what else decides where the walk goes, for a second look.
         glance: a quick look at the places but the first, of a walk that is kept.
         memory: what others keep with it, by keys of their own.
@@ -100,6 +102,7 @@ class Walk:
         while self._todo:
             visit, value, name = self._todo.popleft()
             visit(self, value, name)
+        self.plain = self.further.lasts and are_plain(self._visited.values())
 
     def let_go(self) -> None:
         """Hold nothing but what the attributes say, and no field."""

@@ -199,6 +199,7 @@ class ODESolve(Solve):
     def _watch(self, stages: Stages, field: FlatField) -> None:
         """Look at what the field can reach; random ones are not for adaptive steps."""
         self.surroundings = Surroundings(field.given)
+        field.plain = self.surroundings.plain
         if not self.options.controller.adaptive:
             return
 

@@ -81,8 +81,7 @@ def test_gradients_are_those_of_a_replay(name: str, way: str) -> None:
     replayed, again = gradients(field, REPLAYED, **options)
     assert stats.naccept == again.naccept
     assert stats.naccept_backward == again.naccept_backward
-    # The field at the start and at the last step is looked at once more.
-    assert stats.nfe_backward == 2 < again.nfe_backward
+    assert stats.nfe_backward == 0 < again.nfe_backward
     assert stats.nvjp <= again.nvjp
     for one, other in zip(kept, replayed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
@@ -99,7 +98,7 @@ def test_some_steps_are_kept_and_others_are_taken_again(way: str) -> None:
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
     assert counts == sorted(counts, reverse=True)
-    assert counts[-1] == 2
+    assert counts[-1] == 0
     assert len(set(counts)) > 3
 
 
@@ -155,7 +154,7 @@ def test_a_second_sweep_has_the_same_gradients_to_the_last_bit() -> None:
     inputs = [u0, *field.parameters()]
     first = torch.autograd.grad(solution.u1.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(solution.u1.sum(), inputs)
-    assert solution.stats.nfe_backward == 4
+    assert solution.stats.nfe_backward == 0
     assert all(map(torch.equal, first, second))
 
 
@@ -267,7 +266,7 @@ def test_solves_inside_of_a_field_keep_no_graphs_of_their_own() -> None:
     growth = math.exp(factor - 1)
     torch.testing.assert_close(found[0], torch.full_like(found[0], growth), rtol=1e-2, atol=0)
     # A solve of its own keeps them.
-    assert gradients(Field(), KEPT)[1].nfe_backward == 2
+    assert gradients(Field(), KEPT)[1].nfe_backward == 0
 
 
 def test_a_changed_parameter_is_refused_in_the_words_of_a_replay() -> None:

@@ -1,0 +1,80 @@
+"""Whether a field is plain: what its code does and reads can be told from the names in it.
+
+A plain field takes no derivatives inside, so that its evaluations need not be kept apart from the
+graph of those before, which takes about as long as an operation of torch, forward and backward. And
+all the tensors that it can read have been met, so that looking whether these are as they were need
+no further evaluation.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pysciml_node.steps.anatomy import globals_in, imports_in, is_library, names_in, words_in
+
+# Parts of the names of derivatives: torch.autograd.grad, x.backward(), torch.func.vjp.
+_DERIVATIVE = re.compile(r"grad|backward|functorch|\bfunc\b|jacobian|hessian")
+# What finds things by words, which may be computed, and what makes code of words.
+_BY_WORDS = frozenset(
+    (
+        *("getattr", "__getattribute__", "attrgetter", "methodcaller", "vars", "__dict__"),
+        *("globals", "locals", "eval", "exec", "compile"),
+        *("modules", "import_module", "__import__", "builtins"),
+    )
+)
+_TENSORS = frozenset((Tensor, nn.Parameter))
+# Where functions that are written in C take no derivatives, and keep no tensors.
+_FUNCTIONS = frozenset(("torch", "torch._C", "torch._C._nn", "math"))
+
+
+def are_plain(objects: Iterable[Any]) -> bool:
+    """Whether a field is plain.
+
+    Args:
+        objects: all that it can reach.
+    """
+    return all(map(_is_plain, objects))
+
+
+def _is_plain(x: Any) -> bool:
+    if isinstance(x, Tensor):
+        return type(x) in _TENSORS  # others may run code at any operation
+    if isinstance(x, types.FunctionType):
+        return not _is_suspect(x.__module__) and (is_library(x.__module__) or _is_clear(x))
+    if isinstance(x, types.BuiltinFunctionType):
+        return x.__module__ in _FUNCTIONS
+    return not _is_suspect(x.__module__ if isinstance(x, type) else type(x).__module__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_suspect(module: str | None) -> bool:
+    """Whether code of a module may take derivatives where nothing else mentions them."""
+    if module is None:
+        return True
+    own = module.partition(".")[0] == "pysciml_node"
+    return own or (is_library(module) and _DERIVATIVE.search(module) is not None)
+
+
+def _is_clear(function: types.FunctionType) -> bool:
+    """Whether a function mentions nothing that could lead elsewhere."""
+    code, held = function.__code__, function.__globals__
+    modules = (held.get(name) for name in globals_in(code))
+    return _says_nothing_else(code) and not any(
+        _is_suspect(x.__name__) for x in modules if isinstance(x, types.ModuleType)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _says_nothing_else(code: types.CodeType) -> bool:
+    said = (*names_in(code), *words_in(code))
+    return (
+        _BY_WORDS.isdisjoint(said)
+        and not imports_in(code, None)
+        and not any(map(_DERIVATIVE.search, said))
+    )

@@ -1,0 +1,141 @@
+"""Plain fields: what their code does and reads can be told from the names in it."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, autograd, func, nn
+from torch.autograd import grad as slope
+from torch.nn import functional
+
+import pysciml_node as psn
+from pysciml_node.steps.surroundings import Surroundings
+
+D = torch.float64
+WEIGHT = nn.Parameter(torch.full((3,), 0.7, dtype=D))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Linear(3, 4, dtype=D), nn.Tanh(), nn.LayerNorm(4, dtype=D)
+        self.net = nn.Sequential(*layers, nn.Linear(4, 3, dtype=D))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return torch.sin(t) * self.net(u) - functional.softplus(u)
+
+
+def inner(u: Tensor) -> Tensor:
+    return torch.tanh(WEIGHT * u)
+
+
+def energy(u: Tensor) -> Tensor:
+    return (WEIGHT * u).square().sum()
+
+
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a module": Plain(),
+    "a function": lambda t, u: -WEIGHT * u,
+    "a function of functions": lambda t, u: inner(u) + functional.relu(u),
+    "a matrix": lambda t, u: torch.linspace(0, 1, 3, dtype=D) * torch.clamp(u, -1, 1),
+}
+KNOWN = {"slope": slope}
+OTHERS: dict[str, Callable[..., Any]] = {
+    "torch.autograd": lambda t, u: torch.autograd.grad(energy(u), u)[0],
+    "its alias": lambda t, u: autograd.functional.vjp(energy, u)[1],
+    "a function under another name": lambda t, u: slope(energy(u), u)[0],
+    "the same in a dict": lambda t, u: KNOWN["slope"](energy(u), u)[0],
+    "a part of it": partial(lambda take, t, u: take(energy(u), u)[0], slope),
+    "backward": lambda t, u: energy(u).backward() or u,  # type: ignore[func-returns-value]
+    "torch.func": lambda t, u: torch.func.vjp(energy, u)[0],
+    "a module of torch under another name": lambda t, u: func.jacfwd(inner)(u).sum(0),
+    "an attribute by a word": lambda t, u: getattr(energy(u), "back" + "ward")() or u,
+    "a method by a word": lambda t, u: operator.methodcaller("x")(u),
+    "code of words": lambda t, u: eval("WEIGHT") * u,
+    "globals by words": lambda t, u: globals()["WEIGHT"] * u,
+    "another solve": lambda t, u: psn.solve(psn.ODEProblem(inner, u, (0.0, 1.0))).u1,
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_fields_that_are_plain(name: str) -> None:
+    assert Surroundings({"f": PLAIN[name], "p": None}).plain
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_fields_that_may_do_more_than_can_be_told(name: str) -> None:
+    assert not Surroundings({"f": OTHERS[name], "p": None}).plain
+
+
+def test_hooks_and_methods_that_are_reached_count_too() -> None:
+    hooked = Plain()
+    hooked.net[1].register_forward_hook(lambda m, x, out: out + slope(energy(x[0]), x[0])[0])
+    assert not Surroundings({"f": hooked, "p": None}).plain
+
+    class Hidden(Plain):
+        def extra(self, u: Tensor) -> Tensor:
+            return slope(energy(u), u)[0]
+
+    assert not Surroundings({"f": Hidden(), "p": None}).plain
+
+
+def test_a_plain_field_is_not_evaluated_again() -> None:
+    """Every step is kept, and everything it has read has been compared."""
+    fields = (PLAIN["a module"], 0), (lambda t, u: vars(torch)["tanh"](WEIGHT * u), 2)
+    for field, nfe in fields:
+        u0 = torch.ones(2, 3, dtype=D, requires_grad=True)
+        solution = psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)))
+        solution.u1.sum().backward()
+        assert solution.stats.nfe_backward == nfe
+        assert solution.stats.nvjp > 0
+
+
+def test_a_tensor_that_only_an_import_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not known, and that it has changed is seen by evaluating the field again."""
+    hidden: Any = types.ModuleType("hidden_numbers")
+    hidden.factor = torch.full((3,), 2.0, dtype=D)
+    monkeypatch.setitem(sys.modules, "hidden_numbers", hidden)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        import hidden_numbers  # type: ignore[import-not-found]
+
+        return WEIGHT * torch.tanh(u * hidden_numbers.factor)
+
+    solution = psn.solve(psn.ODEProblem(field, torch.ones(3, dtype=D), (0.0, 1.0)))
+    hidden.factor.data.mul_(2)
+    with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+        solution.u1.sum().backward()
+
+
+class Reusing(Plain):
+    """Writes into the memory of its last output at the next evaluation."""
+
+    last: Tensor | None = None
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        if self.last is not None:
+            self.last.zero_()
+        out = super().forward(t, u)
+        self.last = out.detach()
+        return out
+
+
+@pytest.mark.parametrize("algorithm", [psn.Euler(), psn.RK4(), psn.Tsit5()])
+def test_a_field_may_use_the_memory_of_its_output_again(algorithm: Any) -> None:
+    found = []
+    for kind in (Plain, Reusing):
+        torch.manual_seed(0)
+        field, u0 = kind(), torch.linspace(-1, 1, 6, dtype=D).reshape(2, 3).requires_grad_()
+        steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25, "engine": "torch"}
+        u1 = psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), algorithm, **steps).u1
+        gradients = torch.autograd.grad(u1.sum(), [u0, *field.parameters()])
+        found.append((u1.detach(), *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
