@@ -40,16 +40,40 @@ class Plan(NamedTuple):
     spec: StateSpec
 
 
+class _Given(NamedTuple):
+    """What was given for a plan. Values that are equal, and of the same kinds, come to the same.
+
+    Attributes:
+        plan: the plan.
+        values: the algorithm and the options; of a list a copy.
+        kinds: theirs.
+        rows: the places of lists and tuples, of floating-point numbers.
+    """
+
+    plan: Plan
+    values: list[Any]
+    kinds: tuple[type, ...]
+    rows: list[int]
+
+    def equals(self, values: list[Any], kinds: tuple[type, ...]) -> bool:
+        """Whether values are these."""
+        if kinds != self.kinds or not all(map(_are_floats, map(values.__getitem__, self.rows))):
+            return False
+        return values == self.values
+
+
 _KNOWN: OrderedDict[Any, Plan] = OrderedDict()
 """Plans by what was given and for which problem: see `_key`."""
 
-_SEEN: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
-"""The same, with what was given, by its identities: see `_identities`. None of it can change."""
+_RECENT: dict[Any, list[_Given]] = {}
+"""What they were found by lately, by its form: see `_form`."""
 
-_MOST_KNOWN = 256
+_MOST_KNOWN, _MOST_ALIKE = 256, 8
 
 _FLOAT = frozenset((float,))
 _LISTED = frozenset((list, tuple, dict, Tensor, np.ndarray))
+
+_ROWS = frozenset((list, tuple))
 
 _SINGLE = {bool, int, float, str, type(None), type(USUAL)}
 """Kinds of values that plans are found by; those of algorithms and their parts join them."""
@@ -96,12 +120,15 @@ def _key(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -
     return (kinds, tuple(given), kind, asked, id(problem.spec), ends, *values)
 
 
-def _identities(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Any:
-    """The objects that were given, as most solves are given those of the one before."""
+def _form(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Any:
+    """All that a plan depends on but the values that were given; `None` where it is even more."""
     if type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
-    asked, (t0, t1) = given.get("engine") or engines.get_engine(), problem.tspan
-    return (asked, *given, *map(id, (problem.spec, t0, t1, algorithm, *given.values())))
+    t0, t1 = problem.tspan
+    if not type(t0) is type(t1) is float:
+        return None
+    asked = given.get("engine") or engines.get_engine()
+    return (asked, id(problem.spec), _ENDS(t0, t1), type(algorithm), *given)
 
 
 def _all_entries(
@@ -141,9 +168,26 @@ def _is_numbers(x: Tensor) -> bool:
     return ordinary and not torch._C._are_functorch_transforms_active()
 
 
+def _are_floats(listed: Sequence[Any]) -> bool:
+    """Whether numbers that are equal to those of before are the same ones."""
+    return _FLOAT.issuperset(map(type, listed)) and not _has_negative_zero(listed)
+
+
 def _has_negative_zero(times: Sequence[float]) -> bool:
     """Whether there is a zero that is equal to zero, and yet another time."""
     return 0.0 in times and any(copysign(1.0, t) < 0 for t in times if t == 0)
+
+
+def _keep(form: Any, plan: Plan, values: list[Any], kinds: tuple[type, ...]) -> None:
+    """Have later solves find a plan by what was given for this one."""
+    alike = _RECENT.get(form, [])
+    # Those that come and go, as sizes of steps may, are found by the key alone.
+    if len(alike) < _MOST_ALIKE and all(kind in _SINGLE or kind in _ROWS for kind in kinds):
+        if len(_RECENT) >= _MOST_KNOWN:
+            _RECENT.clear()
+        rows = [i for i, kind in enumerate(kinds) if kind in _ROWS]
+        copies = [list(x) if type(x) is list else x for x in values]
+        _RECENT.setdefault(form, []).append(_Given(plan, copies, kinds, rows))
 
 
 def plan_of(
@@ -163,10 +207,11 @@ def plan_of(
         EngineUnavailable: the engine cannot run here, or cannot run this solve.
         MethodUnavailable: the engine has no such method.
     """
-    same = _identities(problem, algorithm, given)
-    seen = _SEEN.get(same)
-    if seen is not None:
-        return seen[0]
+    form, values = _form(problem, algorithm, given), [algorithm, *given.values()]
+    alike, kinds = _RECENT.get(form, ()), tuple(map(type, values))
+    for before in alike:
+        if before.equals(values, kinds):
+            return before.plan
     key = _key(problem, algorithm, given)
     try:
         known = None if key is None else _KNOWN.get(key)
@@ -186,9 +231,6 @@ def plan_of(
             while len(_KNOWN) > _MOST_KNOWN:
                 with contextlib.suppress(KeyError):
                     _KNOWN.popitem(last=False)
-    fixed = same is not None and _FLOAT.issuperset(map(type, problem.tspan))
-    if fixed and key is not None and _SINGLE.issuperset(key[0]) and key in _KNOWN:
-        if len(_SEEN) >= _MOST_KNOWN:
-            _SEEN.clear()
-        _SEEN[same] = known, (*problem.tspan, algorithm, *given.values())
+    if form is not None and key is not None and key in _KNOWN:
+        _keep(form, known, values, kinds)
     return known

@@ -199,3 +199,22 @@ def test_the_engine_that_is_set_is_asked_for_at_each_solve() -> None:
         psn.set_engine(None)
     assert engine == "julia"
     assert psn.solve(problem, **options).engine == "torch"
+
+
+def test_methods_and_controllers_made_anew_have_the_plan_of_equal_ones() -> None:
+    """And lists by their entries, as they are now, and of floating-point numbers."""
+
+    def solved(saveat: Any, dt0: float = 0.5) -> psn.Solution:
+        controller = psn.FixedStep()
+        options: dict[str, Any] = {"controller": controller, "dt0": dt0, "engine": "torch"}
+        return psn.solve(_problem(), psn.Euler(), saveat=saveat, **options)
+
+    times = [0.5, 1.0]
+    for _ in range(3):
+        assert solved(times).u.flatten().tolist() == [0.5, 0.25]
+        assert solved(times, 0.25).u.flatten().tolist() == [0.75**2, 0.75**4]
+    times[0] = 0.0
+    for _ in range(2):
+        assert solved(times).u.flatten().tolist() == [1.0, 0.25]
+    with pytest.raises(TypeError, match="saveat"):
+        solved([False, 1.0])
