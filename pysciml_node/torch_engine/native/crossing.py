@@ -61,15 +61,17 @@ class Hole(NamedTuple):
         at: bytes in front of it.
         of: the number of what is given, `IN_REQUEST` or `BEHIND`.
         added: to its address.
+        own: whether it is `None` or a tensor made for such calls, which lies as C reads it.
     """
 
     at: int
     of: int
     added: int = 0
+    own: bool = False
 
 
 class Result(NamedTuple):
-    """What a call writes to a given tensor, or to `None`, once the function has gone through.
+    """What a call writes to a tensor made for it, or to `None`, once the function has gone through.
 
     Attributes:
         to: the number of what is given.
@@ -136,7 +138,7 @@ def _call(
     block[: len(start)] = start
     request = ctypes.addressof(ctypes.c_char.from_buffer(block))
     own = {IN_REQUEST: request, BEHIND: request + aligned(block)}
-    for at, of, added in holes:
+    for at, of, added, _ in holes:
         place = own[of] if of < 0 else _place(given[of], dtype)
         if place is None:
             return None

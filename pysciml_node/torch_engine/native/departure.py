@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,10 @@ GIVEN_AT_ONCE = (
     *("n", "count", "q", "kept_count", "noise"),
 )
 """What a whole sweep is given of these, where there is one method and times need no gradients."""
+
+# Those of them that are made for the call.
+_OWN = frozenset(("ends", "saved", "final", "memory", "kept"))
+_OWN_BACK = frozenset(("memory", "kept", "packed_bar"))
 
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
@@ -248,7 +252,9 @@ class Departure:
         places of saved times, and the steps.
         """
         library, size = self.libraries[0], ctypes.sizeof(SolveRequest)
-        holes = [Hole(getattr(SolveRequest, name).offset, i) for i, name in enumerate(GIVEN)]
+        holes = [
+            Hole(getattr(SolveRequest, x).offset, i, own=x in _OWN) for i, x in enumerate(GIVEN)
+        ]
         holes += [Hole(size + 8 * i, len(GIVEN) + i) for i in range(self.parameters)]
         holes += [
             Hole(SolveRequest.tensors.offset, IN_REQUEST, size),
@@ -266,11 +272,12 @@ class Departure:
         if known is None:
             library, log = self.libraries[method], len(GIVEN_BACK)
             holes = [
-                *(Hole(getattr(SweepRequest, x).offset, i) for i, x in enumerate(GIVEN_BACK)),
+                *_holes_back(GIVEN_BACK),
                 Hole(
                     SweepRequest.start_bar.offset,
                     GIVEN_BACK.index("packed_bar"),
                     library.start_at,
+                    own=True,
                 ),
                 Hole(SweepRequest.packed.offset, log, self.packed_at[method]),
                 Hole(SweepRequest.places.offset, log, self.places_at),
@@ -294,7 +301,7 @@ class Departure:
         start, size = bytes(self._way_back), library.dtype.itemsize
         bars = first_behind(len(start))
         holes = [
-            *(Hole(getattr(SweepRequest, x).offset, i) for i, x in enumerate(GIVEN_AT_ONCE)),
+            *_holes_back(GIVEN_AT_ONCE),
             Hole(SweepRequest.packed_bar.offset, BEHIND, bars),
             Hole(SweepRequest.start_bar.offset, BEHIND, bars + library.start_at),
             Hole(SweepRequest.packed.offset, log, self.packed_at[0]),
@@ -317,6 +324,12 @@ class Departure:
     def request_back(self) -> SweepRequest:
         """One of its backward sweep."""
         return SweepRequest.from_buffer_copy(self._way_back)
+
+
+def _holes_back(names: Sequence[str]) -> Iterator[Hole]:
+    """What a sweep lacks, by the names of its request, in the order in which it is given."""
+    for i, name in enumerate(names):
+        yield Hole(getattr(SweepRequest, name).offset, i, own=name in _OWN_BACK)
 
 
 def _most_kept(library: Library, options: SolveOptions) -> int:

@@ -101,17 +101,14 @@ def fly(
     """
     library, count = departure.libraries[0], departure.save_count
     assert len(parameters) == departure.parameters, "C reads as many"
-    room = departure.room_after(library.lately)
+    lately = library.lately
+    # As many as lately, and some more: memory that is not touched again and again costs its pages.
+    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if keeps else 0
+    room = departure.room_after(lately)
     ends, last = u0.new_empty(room + 1, library.size), torch.empty_like(u0)
     saved = u0.new_empty(count, *u0.shape) if count else departure.nothing
+    kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     memory = library.take_memory(library.march_memory)
-    kept, kept_room = None, 0
-    if keeps:
-        # As many as lately, and some more: memory that is not touched again and again costs its
-        # pages.
-        lately = library.lately
-        kept_room = min(departure.most_kept, lately + lately // 8 + 1)
-        kept = u0.new_empty(kept_room * library.slot) if kept_room else None
     block = departure.march(
         u0,
         ends,

@@ -33,9 +33,9 @@ enum { ALIGNED = 64 };
 enum { RUNNING = 0 };
 
 /* A place in the request that holds an address or a number: of what is given, by its number, behind
-   the request, or in it; and what is added. */
+   the request, or in it; what is added; and whether it is a tensor made for the call. */
 typedef struct {
-  Size at, of, added;
+  Size at, of, added, own;
 } Hole;
 
 /* What is written to a given tensor in the end: so many bytes, from a place behind the request. */
@@ -71,12 +71,8 @@ static int number(Object *x, Size *found) {
   return *found == -1 && py.failed() ? -1 : 1;
 }
 
-/* Where a tensor lies, if it does as C reads it. */
-static int lies(Object *x, Object *dtype, Size *found) {
-  int as_read = is(py.attribute(x, py.dtype), dtype);
-  if (as_read == 1) as_read = is(py.call(py.is_contiguous, x), py.yes);
-  if (as_read == 1) as_read = is(py.call(py.is_neg, x), py.no);
-  if (as_read < 1) return as_read;
+/* Where a tensor lies. */
+static int locate(Object *x, Size *found) {
   Object *address = py.call(py.data_ptr, x);
   if (!address) return -1;
   int known = number(address, found);
@@ -84,9 +80,18 @@ static int lies(Object *x, Object *dtype, Size *found) {
   return known;
 }
 
-static int find(Object *x, Object *dtype, Size *found) {
+/* The same, if it does as C reads it. */
+static int lies(Object *x, Object *dtype, Size *found) {
+  int as_read = is(py.attribute(x, py.dtype), dtype);
+  if (as_read == 1) as_read = is(py.call(py.is_contiguous, x), py.yes);
+  if (as_read == 1) as_read = is(py.call(py.is_neg, x), py.no);
+  return as_read == 1 ? locate(x, found) : as_read;
+}
+
+static int find(Object *x, Object *dtype, int own, Size *found) {
   *found = 0;
   if (x == py.none) return 1;
+  if (own) return locate(x, found);
   Object *kind = py.type(x);
   py.let_go(kind);
   if (kind == py.of_numbers) return number(x, found);
@@ -100,7 +105,7 @@ static int fill(const Call *call, char *request, Object *const *given) {
   for (Size i = 0; i < call->holes; i++) {
     Hole hole = call->hole[i];
     Size place = (Size)(hole.of == IN_REQUEST ? request : aligned(request));
-    int known = hole.of < 0 ? 1 : find(given[hole.of], call->dtype, &place);
+    int known = hole.of < 0 ? 1 : find(given[hole.of], call->dtype, hole.own, &place);
     if (known < 1) return known;
     place += hole.added;
     memcpy(request + hole.at, &place, sizeof place);
@@ -119,10 +124,12 @@ static int run(const Call *call, char *request) {
   }
 }
 
-/* Where results go to; there are none for None. */
+/* Where results go to, which are made for the call; there are none for None. */
 static int find_places(const Call *call, Object *const *given, Size *places) {
   for (Size i = 0; i < call->results; i++) {
-    int known = find(given[results_of(call)[i].to], call->dtype, places + i);
+    Object *x = given[results_of(call)[i].to];
+    int known = x == py.none ? 1 : is(py.attribute(x, py.dtype), call->dtype);
+    if (known == 1) known = find(x, call->dtype, 1, places + i);
     if (known < 1) return known;
   }
   return 1;
