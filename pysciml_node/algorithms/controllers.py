@@ -344,6 +344,8 @@ class FixedStep(Controller):
 
     def __post_init__(self) -> None:
         given: Any = self.times
+        if type(given) is tuple and not given:  # as most are: they may be made at each solve
+            return
         if isinstance(given, int | float | str) or not hasattr(given, "__iter__"):
             raise TypeError(
                 f"FixedStep: times must be a sequence of times, but is {given!r}.\n"
