@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count
@@ -20,6 +21,7 @@ from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.watch import answers
 
 Leaves = tuple[list[Tensor], Any]
+Ask = Callable[[Tensor], Any]
 
 _VALUES = (int, float, complex, str, np.number, np.bool_, Fraction, Decimal)
 """What does not change, but for attributes that objects of the user's classes may have."""
@@ -43,12 +45,23 @@ def form_for(now: Snapshot, leaves: Leaves) -> Any:
         now: what the function can reach. Some of it may be in the argument too.
         leaves: of the argument.
     """
+    return form_among(now.tensors, now.watch.asked, leaves)
+
+
+def form_among(reached: list[Tensor], asked: list[Ask], leaves: Leaves) -> Any:
+    """The same.
+
+    Args:
+        reached: the tensors that the function can reach.
+        asked: what its code asks of tensors.
+        leaves: of the argument.
+    """
     tensors, form = leaves
     if not tensors:
         return form
-    numbers = dict(zip(map(id, (*tensors, *now.tensors)), count(), strict=False))
+    numbers = dict(zip(map(id, (*tensors, *reached)), count(), strict=False))
     same = map(numbers.__getitem__, map(id, tensors))
-    return form, *same, *answers(now.watch.asked, tensors)
+    return form, *same, *answers(asked, tensors)
 
 
 def fickle_class(p: Any) -> tuple[str, str] | None:

@@ -37,16 +37,6 @@ class Walked:
         """Whether these are the tensors."""
         return all(map(is_, self.tensors, tensors))
 
-    def again(self, f: Any, parts: tuple[Any, ...]) -> Callable[[], Surroundings]:
-        """A function that gives the surroundings of a field, without `p`, for a solve now.
-
-        Args:
-            f: the field; it has the same tensors.
-            parts: what it was given.
-        """
-        start = Start("f", f, None, parts, self.tensors)
-        return functools.partial(self.surroundings.again, start)
-
     @staticmethod
     def known(now: Snapshot) -> Walked | None:
         """The surroundings of a field, where they are kept."""

@@ -197,6 +197,11 @@ class Prepared:
         every = [*tensors, *self.constants] if self.constants else tensors
         return list(map(every.__getitem__, self.places))
 
+    def fits(self, problem: ODEProblem, options: SolveOptions, parameters: list[Tensor]) -> bool:
+        """Whether a Rosenbrock method has the derivatives that a solve needs, and no others."""
+        recorded = _records(problem, options, parameters, True)
+        return (self.derivatives.pulled is not None) == recorded
+
     def serves(
         self,
         problem: ODEProblem,
@@ -207,11 +212,7 @@ class Prepared:
         """Whether another solve of a field that looks the same needs nothing else."""
         return (
             self.departure.serves(problem, options)
-            and (
-                not self.rosenbrock
-                or (self.derivatives.pulled is not None)
-                == _records(problem, options, parameters, True)
-            )
+            and (not self.rosenbrock or self.fits(problem, options, parameters))
             and (not self.contents or have_contents(tensors, self.contents))
         )
 
@@ -240,25 +241,28 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     if found is None:
         return _look_up(problem, algorithm, options)
     prepared, tensors, see = found
-    return Ready(prepared, prepared.parameters(tensors), see)
+    parameters = prepared.parameters(tensors)
+    if prepared.rosenbrock and not prepared.fits(problem, options, parameters):
+        return _look_up(problem, algorithm, options)
+    return Ready(prepared, parameters, see)
 
 
 def _keep_for_repeats(
-    problem: ODEProblem, options: SolveOptions, known: Prepared, now: Snapshot
+    problem: ODEProblem, options: SolveOptions, known: Prepared, now: Snapshot, form: Any
 ) -> None:
     """Have later solves begin at once that differ in states, and in numbers of tensors, alone."""
     walked, given = Walked.known(now), now.watch.given
     (t0, t1), moving = ends_of(problem), set(map(type, problem.tspan)) != {float}
-    told = problem.p is not None or is_told(problem, known.algorithm)
-    further = known.contents or known.rosenbrock
+    told = is_told(problem, known.algorithm) or len(ways_to_read(problem.p, problem.spec)) > 1
     lasting = known.departure.lasting and isinstance(options.adjoint, DiscreteAdjoint)
-    if walked is None or told or moving or further or not lasting:
+    if walked is None or told or moving or known.contents or not lasting:
         return
     cross_in_c()
     again.note(now.watch)
     count = 0 if given is None else len(given.first)
     way = id(problem.spec), id(options), id(known.algorithm)
-    keep(now.watch, way, Repeated(known, t0, t1, count, now.watch.asked, now.watch.answers))
+    asked, answers = now.watch.asked, now.watch.answers
+    keep(now.watch, way, Repeated(known, t0, t1, count, form, asked, answers))
 
 
 def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
@@ -272,9 +276,11 @@ def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
         if p is not None:
             leaves = leaves_of(read)
             form, tensors = form_for(now, leaves), [*tensors, *leaves[0]]
-        way = id(problem.spec), id(options), id(algorithm), form
-        known = known_of(now.watch, way, Prepared)
-        if known is not None:
+        for pulls in (False, True):
+            way = id(problem.spec), id(options), id(algorithm), form, pulls
+            known = known_of(now.watch, way, Prepared)
+            if known is None:
+                continue
             parameters = known.parameters(tensors)
             if known.serves(problem, options, tensors, parameters) and (
                 read is p or known.compared.holds(f, problem.spec, p, read, parameters)
@@ -284,7 +290,7 @@ def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
                 check_surroundings(options)
                 expect_fitting(problem, known.algorithm)
                 see = surroundings_of(f, p, now)
-                _keep_for_repeats(problem, options, known, now)
+                _keep_for_repeats(problem, options, known, now, form)
                 return Ready(known, parameters, see)
     return _prepare(problem, algorithm, options)
 
@@ -327,11 +333,12 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
         departure, program, constants, places, translated.contents, rosenbrock, derivatives,
         translated.json, translated.compared, algorithm, spec,
     )  # fmt: skip
+    form = form_for(now, leaves)
     if departure.lasting and _looks_whole(problem):
-        keep(now.watch, (id(spec), id(options), id(algorithm), form_for(now, leaves)), made)
+        keep(now.watch, (id(spec), id(options), id(algorithm), form, pulled is not None), made)
     tensors, see = [*now.tensors, *leaves[0]], surroundings_of(f, p, now)
     if _looks_whole(problem):
-        _keep_for_repeats(problem, options, made, now)
+        _keep_for_repeats(problem, options, made, now, form)
     return Ready(made, made.parameters(tensors), see)
 
 

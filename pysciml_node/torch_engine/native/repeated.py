@@ -20,8 +20,10 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.steps.anatomy import anchor_of, parts_of
+from pysciml_node.steps.start import Start
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation import again, watched
+from pysciml_node.translation.leaves import form_among, leaves_of
 from pysciml_node.translation.stable_abi import function_of
 from pysciml_node.translation.surrounded import WALKED, Walked
 from pysciml_node.translation.watch import CHANGED, answers
@@ -34,7 +36,7 @@ _FUNCTIONS = (
     *("Py_IncRef", "Py_DecRef"),
 )
 # Parts of a problem that change what a solve of it needs.
-_ABSENT = ("p", "mass_matrix", "jac", "jac_sparsity")
+_ABSENT = ("mass_matrix", "jac", "jac_sparsity")
 # Functions that say in which modes torch is, and what they answer where it is in none.
 _MODES = (
     *(torch._C._are_functorch_transforms_active, False),
@@ -56,6 +58,7 @@ class Repeated(NamedTuple):
         start: of the interval.
         end: of it.
         given: how many tensors a function was given.
+        form: of the extra argument, in which there are no numbers; `None` where there is none.
         asked: what code asks of tensors.
         answers: what they answer.
     """
@@ -64,6 +67,7 @@ class Repeated(NamedTuple):
     start: float
     end: float
     given: int
+    form: Any
     asked: list[Callable[[Tensor], Any]]
     answers: list[Any]
 
@@ -75,7 +79,7 @@ def use(library: ctypes.CDLL) -> None:
         library: made of src/repeat.c.
     """
     global _repeat
-    names = "tspan", "spec", "memory", "tensors"
+    names = "tspan", "spec", "p", "memory", "tensors"
     kept = watched.entries(), again._look, Repeated, WALKED
     objects = None, float, *names, *kept, _ABSENT, _MODES
     _repeat = None if again._look is None else function_of(library, "repeat", _FUNCTIONS, objects)
@@ -84,7 +88,7 @@ def use(library: ctypes.CDLL) -> None:
 def repeat(
     problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
 ) -> tuple[Any, list[Tensor], See] | None:
-    """What is prepared for a solve, the tensors of its field, and what gives its surroundings.
+    """What is prepared for a solve, the tensors of its field and `p`, what gives its surroundings.
 
     It is `None` where such a solve was not before, or a mode may forbid another one.
     """
@@ -101,4 +105,10 @@ def repeat(
     known, tensors, walked = found
     if known.asked and answers(known.asked, tensors) != known.answers:
         return None
-    return known.prepared, tensors, walked.again(f, parts)
+    start = Start("f", f, problem.p, parts, walked.tensors)
+    if problem.p is not None:
+        leaves = leaves_of(problem.p)
+        if not start.is_plain or form_among(tensors, known.asked, leaves) != known.form:
+            return None
+        tensors = [*tensors, *leaves[0]]
+    return known.prepared, tensors, partial(walked.surroundings.again, start)

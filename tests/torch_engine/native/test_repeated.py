@@ -233,3 +233,72 @@ def test_gradients_are_those_of_the_solve_where_tensors_have_other_data_since() 
     of_u0, of_k = torch.autograd.grad(solution.u1.sum(), [u0, field.k])
     torch.testing.assert_close(of_u0, start() * 0 + torch.e**0.5, rtol=1e-7, atol=0)
     torch.testing.assert_close(of_k, (start() * torch.e**0.5).sum().reshape(1), rtol=1e-7, atol=0)
+
+
+def weighted(t: Tensor, u: Tensor, p: Any) -> Tensor:
+    """`u' = k u`, with `k` in an extra argument."""
+    k = p["k"] if isinstance(p, dict) else p[0] if isinstance(p, tuple | list) else p
+    return k * u
+
+
+@pytest.mark.parametrize("wrap", [lambda k: k, lambda k: (k,), lambda k: [k], lambda k: {"k": k}])
+def test_an_extra_argument_of_tensors_is_read_at_each_solve(
+    wrap: Callable[[Tensor], Any], looked_up: list[Any]
+) -> None:
+    u0 = start()
+    for k in (0.5, 0.25, -1.0, 0.125):
+        rate = torch.tensor(k, dtype=torch.float64, requires_grad=True)
+        solution = solved(weighted, u0, p=wrap(rate))
+        expect_growth(solution, u0, k)
+        (found,) = torch.autograd.grad(solution.u1.sum(), rate)
+        torch.testing.assert_close(found, solution.u1.detach().sum())
+    count = len(looked_up)
+    assert count <= 2
+    # Of another form, and then of the first again.
+    for shape in ((1,), (2, 1), ()):
+        p = wrap(torch.full(shape, 0.5, dtype=torch.float64))
+        expect_growth(solved(weighted, u0, p=p), u0, 0.5)
+    assert len(looked_up) == count + 3
+
+
+def test_tensors_of_an_argument_that_are_those_of_the_field_are_told_from_others() -> None:
+    field, u0 = Growth(), start()
+    for k in (field.k, torch.tensor([2.0], dtype=torch.float64), field.k):
+        problem = psn.ODEProblem(lambda t, u, p: p * field(t, u), u0, (0.0, 1.0), k)
+        for _ in range(3):
+            solution = psn.solve(problem, compile=True, engine="torch", **TOLERANCES)
+            expect_growth(solution, u0, 0.5 * k.item())
+    for _ in range(2):
+        field.k.data.mul_(2)
+        problem = psn.ODEProblem(lambda t, u, p: p * field(t, u), u0, (0.0, 1.0), field.k)
+        solution = psn.solve(problem, compile=True, engine="torch", **TOLERANCES)
+        expect_growth(solution, u0, field.k.item() ** 2)
+
+
+def test_what_is_in_an_argument_later_is_not_what_was_solved() -> None:
+    u0, p = start(), {"k": torch.tensor(0.5, dtype=torch.float64)}
+    solutions = [solved(weighted, u0, p=p) for _ in range(3)]
+    p["k"] = torch.tensor(3.0, dtype=torch.float64)
+    for solution in solutions:
+        expected = u0 * torch.exp(torch.tensor(0.25, dtype=torch.float64))
+        torch.testing.assert_close(solution(0.5), expected, rtol=1e-7, atol=0)
+    expect_growth(solved(weighted, u0, p=p), u0, 3.0)
+
+
+def test_rosenbrock_steps_with_and_without_gradients_are_not_made_again(
+    looked_up: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field, u0, made = Growth(), start(), []
+    make = prepared._prepare
+    monkeypatch.setattr(prepared, "_prepare", lambda *how: made.append(how) or make(*how))
+    for count in range(8):
+        with torch.no_grad() if count % 4 < 2 else nullcontext():
+            problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+            solution = psn.solve(problem, psn.Rodas5P(), compile=True, engine="torch", **TOLERANCES)
+            expect_growth(solution, u0, 0.5)
+        if count % 4 > 1:
+            (found,) = torch.autograd.grad(solution.u1.sum(), field.k)
+            expected = (u0 * torch.e**0.5).sum().reshape(1)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert len(made) == 2
+    assert len(looked_up) == 4  # the first of each kind after the other

@@ -27,12 +27,12 @@ static struct {
   Size (*number)(Object *);
   void (*keep)(Object *);
   void (*let_go)(Object *);
-  Object *none, *of_reals, *tspan, *spec, *memory, *tensors;
+  Object *none, *of_reals, *tspan, *spec, *p, *memory, *tensors;
   Object *fields, *look, *repeated, *walked, *absent, *modes;
 } py;
 
 /* What `Repeated` of repeated.py holds. */
-enum { START = 1, END, GIVEN };
+enum { START = 1, END, GIVEN, FORM };
 
 static int is(Object *found, Object *expected) {
   if (!found) return -1;
@@ -51,10 +51,13 @@ static int is_time(Object *t, Object *expected) {
   return real == 1 ? py.real(t) == py.real(expected) : real;
 }
 
-/* Whether a problem is nothing but a field and a state, over the interval. */
+/* Whether a problem is nothing but a field and a state, over the interval, with an extra argument if
+   there was one. */
 static int is_plain(Object *problem, Object *known) {
   for (Size i = 0; i < py.length(py.absent); i++)
     if (py.in_dict(problem, py.in_tuple(py.absent, i)) != py.none) return 0;
+  int alone = py.in_dict(problem, py.p) == py.none;
+  if (alone != (py.in_tuple(known, FORM) == py.none)) return 0;
   Object *span = py.in_dict(problem, py.tspan);
   int same = is_time(py.in_tuple(span, 0), py.in_tuple(known, START));
   return same == 1 ? is_time(py.in_tuple(span, 1), py.in_tuple(known, END)) : same;
