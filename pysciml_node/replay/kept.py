@@ -29,6 +29,7 @@ from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.first_graph import is_of_others
+from pysciml_node.steps.guard import first_saved
 from pysciml_node.steps.inputs import Inputs, edge_of, graph_leaves
 from pysciml_node.steps.record import Record
 
@@ -128,14 +129,24 @@ class KeptSteps:
         if backward.goes_on and captured.unchanged and self._reads_same(captured):
             return steps
         # Torch goes through the graph all the same, with nothing in hand.
-        self._expect_no_functions(steps)
+        self._expect_passable(steps, captured)
         return []
 
-    def _expect_no_functions(self, steps: list[KeptStep]) -> None:
-        """Refuse functions of others in the graph; with one in the first, none is kept."""
+    def _expect_passable(self, steps: list[KeptStep], captured: Inputs) -> None:
+        """Refuse functions of others in the graph; with one in the first, none is kept.
+
+        And what it has saved, if torch has counted a change of that, even one to equal values.
+        """
         nodes = set[Any]()
         values = [x for step in steps for x in (step.end, *step.stages)]
         graph_leaves(values, {edge_of(self.start)}, seen=nodes)
+        if (x := first_saved(nodes, captured.changed)) is not None:
+            raise RuntimeError(
+                f"{captured.name_of(x)} has been changed in place since the solve, be it to equal "
+                "values, and the graphs of its steps have been kept: torch goes back through none "
+                "of them.\n  Change a copy (x = 3 * x for x.mul_(3)), go backward first, or keep "
+                "no graphs: adjoint=DiscreteAdjoint(memory=0)."
+            )
         if any(map(is_of_others, nodes)):
             raise RuntimeError(
                 "the field calls a torch.autograd.Function that it had not called at the start of "

@@ -7,7 +7,7 @@ it counts the changes: it counts none by `.data`, or by memory that something el
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -57,28 +57,36 @@ class _Guard:
             self._passed, self._changed = this, self._contents.changed(there)
         if not self._changed:
             return
-        for saved in _saved_below(torch._C._current_autograd_node()):
-            for x in self._changed:
-                if _overlap(x, saved):
-                    raise RuntimeError(
-                        f"{self._names[id(x)]} has been changed in place since the solve, and the "
-                        "graph of the solve reads it: the gradient would be that of another "
-                        "value.\n  Change a copy (x = 3 * x for x.mul_(3)), or go backward first."
-                    )
+        nodes = _and_behind(torch._C._current_autograd_node())
+        if (x := first_saved(nodes, self._changed)) is not None:
+            raise RuntimeError(
+                f"{self._names[id(x)]} has been changed in place since the solve, and the graph of "
+                "the solve reads it: the gradient would be that of another value.\n"
+                "  Change a copy (x = 3 * x for x.mul_(3)), or go backward first."
+            )
 
 
-def _saved_below(node: Any) -> Iterator[Tensor]:
-    """What a node and those behind it have saved, as far as it is there."""
+def _and_behind(node: Any) -> set[Any]:
+    """A node of a graph and all that it leads to."""
     todo, seen = [node], set[Any]()
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(following for following, _ in node.next_functions)
+    return seen
+
+
+def first_saved(nodes: Iterable[Any], tensors: Sequence[Tensor]) -> Tensor | None:
+    """The first of some tensors that nodes have saved for backward, as far as that is there."""
+    for node in nodes:
         # What a pass has let go of, the next one cannot use.
         with suppress(RuntimeError):
-            yield from saved_by(node)
+            for saved in saved_by(node):
+                for x in tensors:
+                    if _overlap(x, saved):
+                        return x
+    return None
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:

@@ -123,6 +123,28 @@ def _stand_in(x: Tensor) -> Tensor:
     return nn.Parameter(inner) if isinstance(x, nn.Parameter) else inner.requires_grad_()
 
 
+class _OfGradients:
+    """A hook of a tensor that is called where there is a gradient, as in graphs of torch's own."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        self._hook = hook
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else self._hook(gradient)
+
+
+def _pass_over_nothing(x: Tensor) -> None:
+    """Have the hooks of an input not be called where it turns out to have no gradient.
+
+    The node of a solve is an input's, used or not, and torch calls hooks that were registered
+    since with `None` there.
+    """
+    if hooks := x._backward_hooks:
+        for key, hook in hooks.items():
+            if not isinstance(hook, _OfGradients):
+                hooks[key] = _OfGradients(hook)
+
+
 class Inputs:
     """The tensors outside that receive gradients.
 
@@ -147,6 +169,7 @@ class Inputs:
         cut: whether these depend on nothing that has a gradient, not even on the state.
         suspects: in a sweep, the names of constants that have been changed in place. The comparison
             of the steps will tell whether the field uses them.
+        changed: in a sweep, the tensors that torch has counted a change of.
         unchanged: in a sweep, whether graphs of the solve itself are those of a replay: nothing has
             been changed in place, and nothing has a stand-in.
     """
@@ -211,6 +234,7 @@ class Inputs:
             self.inputs = [x for x in self.inputs if id(x) in allowed]
             self.doubtful = {e: x for e, x in self.doubtful.items() if id(x) in allowed}
         self.suspects: list[str] = []
+        self.changed: list[Tensor] = []
         self._trainable = trainable
         self.leaves = self.inputs
         # The leaves that values depend on, in a sweep, by their identities.
@@ -308,7 +332,7 @@ class Inputs:
         changed = {id(x): x for x in surroundings.changed_in_place()}
         changed |= {key: x for key, (x, version) in self._hidden.items() if version != x._version}
         constants = [x for x in changed.values() if not x.requires_grad]
-        self.suspects = [self._name(x) for x in constants]
+        self.suspects, self.changed = [self.name_of(x) for x in constants], [*changed.values()]
         if constants and not replayed:
             raise RuntimeError(changed_message(self.suspects[0]))
         if self._contents is not None:
@@ -316,7 +340,7 @@ class Inputs:
             counted = changed.keys() | {id(x) for x in surroundings.written}
             others = (x for x in self.within_reach() if id(x) not in counted)
             for x in self._contents.changed(others):
-                raise RuntimeError(changed_message(self._name(x)))
+                raise RuntimeError(changed_message(self.name_of(x)))
         stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):
@@ -331,6 +355,8 @@ class Inputs:
             )
         self.unchanged = not (changed or stand_ins or surroundings.written)
         self.leaves = [stand_ins.get(id(x), x) for x in self.inputs] if stand_ins else self.inputs
+        for x in self.inputs:
+            _pass_over_nothing(x)
         self._refused, self._known = {}, set(map(id, self.leaves))
         for x, leaf in zip(self.inputs, self.leaves, strict=True) if changed else ():
             if id(x) in changed:
@@ -365,7 +391,7 @@ class Inputs:
             if id(leaf) in self._known or any(leaf is x for x in fresh):
                 continue
             if id(leaf) in self._refused:
-                raise RuntimeError(changed_message(self._name(self._refused[id(leaf)])))
+                raise RuntimeError(changed_message(self.name_of(self._refused[id(leaf)])))
             # The field may have made it: then it will not outlive the evaluation.
             self._strangers.append(weakref.ref(leaf))
 
@@ -388,7 +414,8 @@ class Inputs:
                 "adjoint=DirectAdjoint()."
             )
 
-    def _name(self, x: Tensor) -> str:
+    def name_of(self, x: Tensor) -> str:
+        """What a tensor is called in messages."""
         return self._surroundings.names.get(id(x), f"a tensor of shape {tuple(x.shape)}")
 
 

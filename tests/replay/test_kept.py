@@ -278,6 +278,25 @@ def test_a_changed_parameter_is_refused_in_the_words_of_a_replay() -> None:
         solution.u1.sum().backward()
 
 
+def test_a_change_to_equal_values_is_refused_where_a_kept_graph_reads_them() -> None:
+    """Torch counts it, and asks no more."""
+    for name, refused in (("second", True), ("first", False)):
+        field = Field()
+        part = field.second.weight if refused else field.first.bias
+        part.requires_grad_(False)
+        u0 = start()
+        solution = solve(field, u0, KEPT)
+        with torch.no_grad():
+            part.mul_(1)
+        if refused:
+            with pytest.raises(RuntimeError, match=rf"{name}\.weight has been .* equal values"):
+                solution.u1.sum().backward()
+            solution = solve(field, u0, REPLAYED)
+        solution.u1.sum().backward()
+        (expected,) = torch.autograd.grad(solve(field, u0, KEPT).u1.sum(), u0)
+        torch.testing.assert_close(u0.grad, expected, rtol=1e-11, atol=1e-13)
+
+
 def test_a_change_that_torch_does_not_count_is_refused() -> None:
     field = Field()
     solution = solve(field, start(), KEPT)

@@ -412,6 +412,25 @@ def test_hooks_see_the_whole_gradient_once(adjoint: psn.DiscreteAdjoint, regular
 
 
 @any_adjoint
+def test_hooks_that_are_registered_behind_the_solve(adjoint: psn.DiscreteAdjoint) -> None:
+    """They run where there is a gradient, and see the sum of all; elsewhere they do not."""
+    used, unused, both = leaf(1.0), leaf(2.0), leaf(3.0)
+    field = Plain([{"amplitude": used}, {"other": unused, "more": both}])
+    problem = psn.ODEProblem(field.field, torch.zeros(1, dtype=D), (0.0, 1.0))
+    u1 = psn.solve(problem, adjoint=adjoint, tstops=[0.4, 0.6], **TIGHT).u1.sum()
+    (plain,) = torch.autograd.grad(u1, used, retain_graph=True)
+    for x in (used, unused, both):
+        x.register_hook(lambda g: 10 * g)
+    for calls in (1, 2):
+        (u1 + 2 * both.sum()).backward(retain_graph=calls == 1)
+        assert used.grad is not None
+        assert both.grad is not None
+        torch.testing.assert_close(used.grad, 10 * calls * plain)
+        torch.testing.assert_close(both.grad, torch.full_like(both, 20.0 * calls))
+        assert unused.grad is None
+
+
+@any_adjoint
 def test_hooks_of_what_is_not_used_do_not_run(adjoint: psn.DiscreteAdjoint) -> None:
     used, unused = leaf(1.0), leaf(2.0)
     unused.register_hook(lambda g: 10 * g)

@@ -169,6 +169,9 @@ PAIRS: dict[str, Callable[[str, str], str]] = {
     "where": lambda a, b: f"{a} != 0 ? {b} : (REAL)0",
 }
 
+JUMPS = {"sign", "floor", "round", "remainder", "fmod", "less", "less_equal", "equal"}
+"""Functions with jumps: at one the last bit of an argument decides, which has to be torch's."""
+
 LIBRARY_PAIRS = {"pow", "atan2", "remainder", "fmod"}
 """As `LIBRARY`."""
 

@@ -10,6 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from pysciml_node.errors import UnsupportedModule
+from pysciml_node.torch_engine.native.compiler import APART
+from pysciml_node.torch_engine.native.elementwise import JUMPS
 from pysciml_node.torch_engine.native.layout import Layout
 from pysciml_node.torch_engine.native.operations import OPERATIONS
 from pysciml_node.torch_engine.native.parts import Parts, split
@@ -97,6 +99,8 @@ class Emitter(Layout):
             }
         joined = {name: [*a, *b, *c] for name, (a, b, c) in pullbacks.items()}
         source = self._text([*before, *within], once, joined, early)
+        if any(step.op in JUMPS for step in self.program.operations):
+            source = f"{APART}\n{source}"
         return Emitted(source, self.offsets, self.packed_size, self.cost, shared)
 
     def _is_early(self, step: Operation) -> bool:

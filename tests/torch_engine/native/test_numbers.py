@@ -237,3 +237,51 @@ def test_numbers_that_torch_rounds_to_single_precision_are_rounded(f: Any) -> No
             for compile in (True, False)
         )
         torch.testing.assert_close(native, eager, rtol=1e-13, atol=0)
+
+
+_COUNT = 4000
+_DRAWN = torch.Generator().manual_seed(0)
+_WAVE = torch.rand(_COUNT, dtype=D, generator=_DRAWN)
+_TIMES, _WHOLE = torch.randint(1, 60, (2, _COUNT), generator=_DRAWN).to(D)
+_SHIFT = _WHOLE - _TIMES * _WAVE
+
+JUMPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "round": lambda x: torch.round(x + 0.5),
+    "sign": lambda x: torch.sign(x - _WHOLE),
+    "less": lambda x: torch.where(x < _WHOLE, 1.0, 2.0).to(D),
+    "greater or equal": lambda x: (x >= _WHOLE).to(D),
+    "equal": lambda x: (x == _WHOLE).to(D),
+    "remainder": lambda x: x % 1.0,
+    "fmod": lambda x: torch.fmod(x, 1.0),
+    "whole quotient": lambda x: x.detach() // 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "stochastic", "members"])
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_product_and_a_sum_are_rounded_apart_before_a_jump(jump: str, kind: str) -> None:
+    """`n u + s` is a whole number up to rounding, and its last bit decides on the value."""
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return JUMPS[jump](_TIMES * u + _SHIFT)
+
+    # A step of one, so that the derivative is what the state moves by.
+    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 1.0}
+    ends = []
+    for compile in (True, False):
+        if kind == "stochastic":
+            noisy = psn.SDEProblem(f, lambda t, u: torch.zeros_like(u), _WAVE, (0.0, 1.0))
+            u1 = psn.solve(noisy, psn.EM(), compile=compile, **options).u1
+        elif kind == "members":
+            one = psn.ODEProblem(f, _WAVE, (0.0, 1.0))
+            many = psn.EnsembleProblem(one, u0=_WAVE.expand(2, _COUNT))
+            u1 = psn.solve(many, psn.Euler(), compile=compile, **options).u1[1]
+        else:
+            u1 = psn.solve(
+                psn.ODEProblem(f, _WAVE, (0.0, 1.0)), psn.Euler(), compile=compile, **options
+            ).u1
+        ends.append(u1)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
