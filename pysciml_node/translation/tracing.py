@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -103,7 +104,7 @@ class _Called(nn.Module):
 def exporting(f: Callable[..., Any]) -> Iterator[StringIO]:
     """Says of an error that a field cannot be exported; yields what the field prints."""
     try:
-        with _quietly() as printed, torch.enable_grad():
+        with _quietly() as printed, torch.enable_grad(), _uncached():
             yield printed
     except UnsupportedModule:
         raise
@@ -203,6 +204,19 @@ def _is_whole(module: nn.Module) -> bool:
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.requires_grad)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Parametrized weights by what they are made of, inside torch's `parametrize.cached()` too.
+
+    Its cache would have the weights that a trace has made, and give them to the field afterwards.
+    """
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native.compiler import available
@@ -47,6 +49,31 @@ def test_parameters_of_another_dtype_are_trained_and_detached_ones_are_not(
     # Export hands out another tensor for a captured parameter; a dtype alone told it apart.
     with pytest.raises(psn.CompileError, match="can require gradients"):
         solved(lambda t, u: -u * module.rate.to(u))
+
+
+@pytest.mark.parametrize("first", ["the field", "the solve"])
+def test_weights_in_the_cache_of_torch_are_trained(first: str) -> None:
+    """The cache held the tensors of the trace, and the field failed with them."""
+    layer = weight_norm(nn.Linear(2, 2, dtype=D))
+    u0 = torch.tensor([[1.0, 0.5]], dtype=D)
+    problem = psn.ODEProblem(lambda t, u: torch.tanh(layer(u)), u0, (0.0, 1.0))
+
+    def solved(**how: Any) -> tuple[Tensor, ...]:
+        u1 = psn.solve(problem, **how).u1
+        return u1, *torch.autograd.grad(u1.square().sum(), list(layer.parameters()))
+
+    for _ in range(2):
+        expected = solved(adjoint=psn.DirectAdjoint())
+        with parametrize.cached():
+            if first == "the field":
+                layer(u0)
+            torch.testing.assert_close(solved(compile=True), expected, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(
+                layer(u0), nn.functional.linear(u0, layer.weight, layer.bias)
+            )
+        with torch.no_grad():
+            for x in layer.parameters():
+                x.mul_(1.3)
 
 
 class _Mixed(nn.Module):
