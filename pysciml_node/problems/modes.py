@@ -221,15 +221,20 @@ _transforms_are_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 
 
+def _has_inference(x: Any) -> bool:
+    """Whether a tensor, or one in a container, was made in inference mode."""
+    # Asked at every solve.
+    return x.is_inference() if type(x) is Tensor else any(map(Tensor.is_inference, tensors_of(x)))
+
+
 def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
     if isinstance(problem, EnsembleProblem):
         return False
-    u0, (t0, t1) = problem.u0, problem.tspan
-    if type(u0) is Tensor and type(t0) is type(t1) is float and problem.p is None:
-        if u0.is_inference():
-            return False
-    elif any(map(Tensor.is_inference, tensors_of((u0, t0, t1, problem.p)))):
+    u0, (t0, t1), p = problem.u0, problem.tspan, problem.p
+    if _has_inference(u0) or (p is not None and _has_inference(p)):
+        return False
+    if not type(t0) is type(t1) is float and _has_inference((t0, t1)):
         return False
     return not (
         _is_inference()

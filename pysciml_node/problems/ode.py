@@ -117,7 +117,7 @@ FEWEST_TIMES = 1000
 def checked_parameters(p: Any, spec: StateSpec) -> list[Tensor]:
     """The tensors of an extra argument, which are on the device of the state."""
     try:
-        tensors = list(tensors_of(p))
+        tensors = [p] if isinstance(p, Tensor) else list(tensors_of(p))
     except RecursionError:
         raise ValueError(CONTAINS_ITSELF) from None
     for tensor in tensors:

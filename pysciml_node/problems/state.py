@@ -30,11 +30,11 @@ def _leaves_of(tree: Any, kind: type[L]) -> Iterator[L]:
         yield tree
     elif tree is None or isinstance(tree, float):
         return
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _leaves_of(value, kind)
     elif isinstance(tree, tuple | list):
         for value in tree:
+            yield from _leaves_of(value, kind)
+    elif type(tree) is dict or isinstance(tree, Mapping):
+        for value in tree.values():
             yield from _leaves_of(value, kind)
 
 
