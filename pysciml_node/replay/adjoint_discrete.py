@@ -248,7 +248,8 @@ def discrete_sweep(
     through: list[Tensor | None] = []
     if kept is not None and graphs:
         hand_on = KeptPullback(field, methods[0], backward, totals)
-        cotangent, *upon = hand_on(graphs, cotangent, live)
+        start, *upon = hand_on(graphs, cotangent if live else None)
+        cotangent = torch.zeros_like(cotangent) if start is None else start
         through = kept.placed(*upon)
         stats.naccept_backward += len(graphs)
     totals.comparison.expect_equal(field.captured.suspects)

@@ -22,11 +22,12 @@ from typing_extensions import override
 from pysciml_node.replay.adjoint_recorded import Totals
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
+from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import WentBack
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
-from pysciml_node.steps.cotangents import BackwardPass
+from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.first_graph import is_of_others
 from pysciml_node.steps.guard import first_saved
@@ -154,6 +155,19 @@ class KeptSteps:
                 "  Let them all be: adjoint=DiscreteAdjoint(memory=0)."
             )
 
+    def take_all(self, captured: Inputs, backward: BackwardPass) -> list[KeptStep] | None:
+        """As `take`, where all steps were kept and nothing has changed; else `None`."""
+        count = len(backward.record.sizes)
+        if not (count <= len(self._steps) and backward.goes_on):
+            return None
+        with captured.undisturbed():
+            if not (captured.are_known_unchanged() and self._reads_same(captured)):
+                return None
+        steps = self._steps[:count]
+        if not graph_is_retained():
+            self._steps.clear()
+        return steps
+
     def _reads_same(self, captured: Inputs) -> bool:
         """Whether everything within reach has the values that it had."""
         # The solve may have let go of tensors that it has not used.
@@ -278,14 +292,14 @@ class KeptPullback:
         self.field, self.method, self.backward, self.totals = field, method, backward, totals
 
     def __call__(
-        self, steps: list[KeptStep], behind: Tensor, live: bool
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        self, steps: list[KeptStep], behind: Tensor | None
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
         """What arrives at the ends of steps and inside of them, for torch to pull back.
 
         Args:
             steps: the steps; those behind the last one that a cotangent arrives at are let go.
-            behind: the cotangent of the last one's end, from the steps behind it.
-            live: whether it is other than zero.
+            behind: the cotangent of the last one's end, from the steps behind it, where it is not
+                zero.
 
         Returns:
             The cotangent of the initial state, beside what comes through the graph; those of the
@@ -297,7 +311,7 @@ class KeptPullback:
         count = 0  # of the steps that have a part in it
         for n, step in enumerate(steps):
             arriving, inside = backward.entering(n + 1), backward.inside(n)
-            if live and n + 1 == len(steps):
+            if behind is not None and n + 1 == len(steps):
                 arriving.append(behind)
             bars.append(functools.reduce(torch.add, arriving) if arriving else None)
             if inside is not None:
@@ -316,8 +330,7 @@ class KeptPullback:
             # Of a field all of whose tensors have been compared another value would say nothing.
             if not self.field.captured.all_known:
                 self._compare(steps)
-        start = torch.zeros_like(behind) if bars[0] is None else bars[0]
-        return start, bars[1:], stages
+        return bars[0], bars[1:], stages
 
     def _products(self, steps: list[KeptStep]) -> int:
         """How many evaluations of the field were pulled back, each once."""
@@ -346,3 +359,35 @@ class KeptPullback:
                 comparison.add(u + h * again, u + h * steps[n].stages[i], u)
             again = field.field(self.method.nodes.new_tensor(record.times[0]), states[0])
             comparison.add_value(again, field.k0)
+
+
+def kept_sweep(
+    field: DifferentiableField,
+    method: Method,
+    backward: BackwardPass,
+    stats: Stats,
+    kept: KeptSteps,
+) -> Gradients | None:
+    """The sweep of a plain field all of whose steps were kept: torch goes through their graph.
+
+    Args:
+        field: the field prepared for gradients.
+        method: of the forward solve.
+        backward: its steps, and the cotangents.
+        stats: its backward fields are filled.
+        kept: the steps, which are let go.
+
+    Returns:
+        The cotangents; `None` where steps have to be taken again, or to be compared.
+    """
+    steps = kept.take_all(field.captured, backward)
+    if steps is None:
+        return None
+    totals = Totals(field)
+    start, *upon = KeptPullback(field, method, backward, totals)(steps, None)
+    u0 = torch.zeros_like(backward.states[0]) if start is None else start
+    for extra in backward.entering(0):
+        u0 = u0 + extra
+    stats.nvjp += totals.nvjp
+    stats.naccept_backward += len(steps)
+    return Gradients(u0=u0, inputs=totals.sums.sums, kept=kept.placed(*upon))

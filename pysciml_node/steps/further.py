@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from operator import contains, getitem, is_
 from typing import Any
@@ -81,7 +81,12 @@ class Glance:
         self._sizes: list[int] = []
         self._others: list[Place] = []
         for place in places:
-            if type(place) is Names and place.whole and not place.left_alone:
+            if (
+                type(place) is Names
+                and type(place.owner) is dict
+                and place.whole
+                and not place.left_alone
+            ):
                 self._owners.append(place.owner)
                 self._values += place.seen.values()
                 self._sizes.append(len(place.seen))
@@ -92,14 +97,10 @@ class Glance:
         """Whether no place has changed."""
         return (
             list(map(len, self._owners)) == self._sizes
-            and all(map(is_, chain.from_iterable(map(_values, self._owners)), self._values))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._values))
             and not any(map(_changed, self._others))
         )
 
 
 def _changed(place: Place) -> bool:
     return place.changed()
-
-
-def _values(owner: dict[Any, Any]) -> Sequence[Any]:
-    return owner.values()  # type: ignore[return-value]

@@ -12,7 +12,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -295,6 +295,15 @@ class Inputs:
         """Whether `within_reach` has all that the field reads."""
         return self._surroundings.plain
 
+    def are_known_unchanged(self) -> bool:
+        """Whether all that the field reads is known, and torch has counted no change of it."""
+        return (
+            self.all_known
+            and not (self._hidden or self._surroundings.written)
+            and not any(map(self._needs_stand_in, self._trainable))
+            and not self._surroundings.changed_in_place()
+        )
+
     def remember(self) -> None:
         """Remember the contents of these: the sweep does not take the steps again to compare."""
         self._contents = Contents(self.within_reach())
@@ -309,6 +318,10 @@ class Inputs:
         graph_leaves((value,), self.doubtful, reached)
         for edge in reached:
             self.inputs.append(self.doubtful.pop(edge))
+
+    def undisturbed(self) -> AbstractContextManager[object]:
+        """As of the surroundings: a lock under which no other sweep changes them."""
+        return self._surroundings.undisturbed()
 
     @contextmanager
     def sweep(self, replayed: bool) -> Iterator[None]:

@@ -14,6 +14,7 @@ from pysciml_node.algorithms.adjoints import (
     DirectAdjoint,
     DiscreteAdjoint,
 )
+from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod, linsolve_of
 from pysciml_node.problems.ode import ODEProblem, ends_of
@@ -25,7 +26,7 @@ from pysciml_node.replay.end_times import (
     lacks_ends,
 )
 from pysciml_node.replay.implicit import stages_for
-from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, may_keep
+from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, kept_sweep, may_keep
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
@@ -63,12 +64,12 @@ class ODESolve(Solve):
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
+        linsolve = accuracy = None
+        if not isinstance(algorithm, ExplicitRungeKutta):
+            linsolve = linsolve_of(algorithm, sum(spec.sizes))
+            accuracy = Accuracy.of(options, spec.dtype, sum(spec.sizes))
         self.methods = Method.all_of(
-            algorithm.tableaus,
-            spec.dtype,
-            spec.device,
-            linsolve_of(algorithm, sum(spec.sizes)),
-            Accuracy.of(options, spec.dtype, sum(spec.sizes)),
+            algorithm.tableaus, spec.dtype, spec.device, linsolve, accuracy
         )
         # What any of them does with numbers and times.
         self.method = self.methods[0]
@@ -285,6 +286,10 @@ class ODESolve(Solve):
         """The sweep of the solve's adjoint."""
         problem, options = self.problem, self.options
         adjoint = options.adjoint
+        if kept is not None:
+            gradients = kept_sweep(field, self.method, backward, self.stats, kept)
+            if gradients is not None:
+                return gradients
         with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
             if isinstance(adjoint, DiscreteAdjoint):
                 gradients = discrete_sweep(field, self.methods, backward, self.stats, kept)
