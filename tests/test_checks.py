@@ -99,17 +99,27 @@ def good(t: Any, u: Any, p: Any = None) -> Any:
     return u
 
 
-@pytest.mark.parametrize("value", [good, Field(), lambda *a: a[1], torch.add, max])
+@pytest.mark.parametrize("value", [good, Field(), lambda *a: a[1], torch.add, torch.max, max])
 def test_callables(value: Callable[..., Any]) -> None:
     assert checks.function("f", value, "t", "u") is value
 
 
 @pytest.mark.parametrize(
-    "value", [lambda: 0, lambda t: t, lambda t, u, p: u, nn.Linear(2, 2), 3, None, "f", Field]
+    "value",
+    [lambda: 0, lambda t: t, lambda t, u, p: u, nn.Linear(2, 2), torch.sin, 3, None, "f", Field],
 )
 def test_what_cannot_be_called_so(value: Any) -> None:
     with pytest.raises(TypeError, match=r"^f must be callable as f\(t, u\), but"):
         checks.function("f", value, "t", "u")
+
+
+def test_functions_of_torch_say_in_their_documentation_how_they_are_called() -> None:
+    """`u' = sin(u)`: `tan(u/2)` grows as `exp(t)`."""
+    u0 = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"but takes \(input\).\n  A function of the state alone"):
+        psn.ODEProblem(torch.sin, u0, (0.0, 1.0))
+    u1 = psn.NeuralODE(torch.sin, tspan=(0.0, 1.0), rtol=1e-9, atol=1e-9)(u0).u1
+    torch.testing.assert_close(torch.tan(u1 / 2), math.e * torch.tan(u0 / 2), rtol=1e-8, atol=0)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import types
@@ -95,7 +96,37 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
         own = inspect.signature(forward, follow_wrapped=False)
         if not any(x.kind is x.VAR_POSITIONAL for x in own.parameters.values()):
             return own
-    return inspect.signature(forward)
+    try:
+        return inspect.signature(forward)
+    except ValueError:
+        return _documented(forward)
+
+
+def _documented(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature that the documentation of a built-in begins with, as of torch's functions.
+
+    Raises:
+        ValueError: it has none, or there is more than one way to call it.
+    """
+    says = (forward.__doc__ or "").strip()
+    head = says.partition("\n")[0].partition(" -> ")[0]
+    if ".. function::" in says:
+        raise ValueError(f"{forward!r} is called in more ways than one")
+    try:
+        (made,) = ast.parse(f"def {head}: ...").body
+    except SyntaxError as error:
+        raise ValueError(f"no signature in the documentation of {forward!r}") from error
+    assert isinstance(made, ast.FunctionDef)
+    given, taken = made.args, inspect.Parameter
+    named, defaults = [*given.posonlyargs, *given.args], [*map(ast.literal_eval, given.defaults)]
+    defaults = [taken.empty] * (len(named) - len(defaults)) + defaults
+    listed = [
+        taken(x.arg, taken.POSITIONAL_OR_KEYWORD, default=default)
+        for x, default in zip(named, defaults, strict=True)
+    ]
+    if given.vararg is not None:
+        listed.append(taken(given.vararg.arg, taken.VAR_POSITIONAL))
+    return inspect.Signature(listed)
 
 
 class Arguments:
