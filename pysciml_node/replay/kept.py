@@ -23,7 +23,6 @@ from pysciml_node.replay.adjoint_recorded import Totals
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import WentBack
 from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
@@ -204,7 +203,7 @@ class KeptStages(Stages):
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
             if not went_back:
                 try:
-                    return own(field(t, u))
+                    return field(t, u)
                 except WentBack:
                     went_back.append(None)
             with torch.no_grad():
@@ -328,7 +327,7 @@ class KeptPullback:
         if steps:
             self.totals.nvjp += self._products(steps)
             # Of a field all of whose tensors have been compared another value would say nothing.
-            if not self.field.captured.all_known:
+            if not (self.field.field.plain and self.field.captured.all_known):
                 self._compare(steps)
         return bars[0], bars[1:], stages
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
+from sys import getrefcount
+from weakref import getweakrefcount
 
 import torch
 from torch import Tensor
+
+from pysciml_node.steps.contents import is_comparable
 
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -21,17 +24,27 @@ def own(value: Tensor) -> Tensor:
 
     It is copied where the field may have kept its output, or a view of it.
     """
-    return value if _holders(value) == _fewest() else value.clone()
+    if value._base is None and not value.is_inference():
+        return value  # a copy has been made
+    holders = _holders(value)
+    return value if holders is not None and holders == _fewest() else value.clone()
 
 
-def _holders(value: Tensor) -> tuple[int | None, int]:
-    """How many tensors share a view's memory, and how many references what it is a view of has."""
+def _holders(value: Tensor) -> tuple[int, ...] | None:
+    """How many tensors share a view's memory, and how many references there are to the memory.
+
+    And how many to what it is a view of, weak ones too. `None` where that is not known.
+    """
     base = value._base
-    return storage_uses(value), 0 if base is None else sys.getrefcount(base)
+    if base is None or _use_count is None or not is_comparable(value):
+        return None
+    memory = value.untyped_storage()
+    uses = _use_count(memory._cdata)
+    return uses, getrefcount(memory), getrefcount(base), getweakrefcount(base)
 
 
 @cache
-def _fewest() -> tuple[int | None, int] | None:
+def _fewest() -> tuple[int, ...] | None:
     """What `_holders` says of a view that is alone; `None` where a held one looks the same."""
     with torch.inference_mode(False), torch.enable_grad():
         outputs = [torch.ones(1, 2, requires_grad=True) * 2 for _ in range(3)]
@@ -40,4 +53,4 @@ def _fewest() -> tuple[int | None, int] | None:
         del outputs[:2]
         alone, viewed, held = map(_holders, views)
         del part
-    return None if None in alone or alone in (viewed, held) else alone
+    return None if alone in (viewed, held) else alone

@@ -7,9 +7,10 @@ the field would be another function than without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,13 @@ def apart(
     Raises:
         WentBack: inside, where a derivative frees the graph that it would have to end at.
     """
-    # Inside of torch.vmap nothing is seen to have a graph.
-    found = [x for x in given if x.grad_fn is not None and not _is_batched(x)]
+    found = [x for x in given if _has_graph(x)]
     return _Apart(what, found, always_refused) if found else _NOTHING
+
+
+def _has_graph(x: Tensor) -> bool:
+    # Inside of torch.vmap nothing is seen to have one.
+    return x.grad_fn is not None and not _is_batched(x)
 
 
 class _Apart(AbstractContextManager[None]):
@@ -74,3 +79,46 @@ class _Apart(AbstractContextManager[None]):
                 "adjoint=DiscreteAdjoint()."
             )
         return tuple(None if i == place else x for i, x in enumerate(gradients))
+
+
+class Lookout:
+    """Calls a function that is thought to take no derivatives inside, and sees one that goes back.
+
+    Later calls cost nothing more: what goes back through the states was computed from the first
+    state and the first value, and is stopped there.
+    """
+
+    def __init__(self) -> None:
+        self._inside = self._stands = False
+
+    def __call__(
+        self, function: Callable[[Tensor, Tensor], Tensor], t: Tensor, u: Tensor
+    ) -> Tensor:
+        """A value of the function.
+
+        Raises:
+            WentBack: a derivative inside has come to the first state, or to the first value.
+        """
+        if not self._stands:
+            self._stop_at(u)
+        # Of a sweep states have no graph, and another thread may be in that of the solve.
+        self._inside = u.grad_fn is not None
+        try:
+            value = function(t, u)
+        finally:
+            self._inside = False
+        if not self._stands:
+            self._stop_at(value)
+            self._stands = True
+        return value
+
+    def _stop_at(self, x: Tensor) -> None:
+        if _has_graph(x) and x.grad_fn is not None:
+            x.grad_fn.register_prehook(self._look)
+
+    def _look(self, gradients: Any) -> None:
+        if self._inside:
+            raise WentBack(
+                "the field differentiates something by a tensor that its state was computed from.\n"
+                "  Let this error pass: the field is then called again, apart from that."
+            )

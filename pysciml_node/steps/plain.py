@@ -49,7 +49,9 @@ def _is_plain(x: Any) -> bool:
         return not _is_suspect(x.__module__) and (is_library(x.__module__) or _is_clear(x))
     if isinstance(x, types.BuiltinFunctionType):
         return x.__module__ in _FUNCTIONS
-    return not _is_suspect(x.__module__ if isinstance(x, type) else type(x).__module__)
+    kind = x if isinstance(x, type) else type(x)
+    # Code of a metaclass is in no place that a walk goes to.
+    return not _is_suspect(kind.__module__) and is_library(type(kind).__module__)
 
 
 @functools.lru_cache(maxsize=4096)

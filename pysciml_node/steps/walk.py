@@ -141,7 +141,8 @@ class Walk:
 
     def _array(self, value: np.ndarray[Any, Any], name: str) -> None:
         """What a field may make a tensor of whenever it likes; constants are passed over."""
-        self.further.lasts &= value.size <= _SMALL and value.flags.writeable
+        numbers = not value.dtype.hasobject
+        self.further.lasts &= numbers and value.size <= _SMALL and value.flags.writeable
         if value.flags.writeable:
             try:
                 shared = torch.from_numpy(value)
@@ -220,6 +221,7 @@ class Walk:
         self.further.lasts &= not isinstance(value, set)
         for i, held in enumerate(value):
             if i > _MOST_ENTRIES:
+                self.further.lasts = False
                 return
             self._see(held, f"{name}[{i}]")
 
@@ -257,9 +259,12 @@ class Walk:
             if value is MISSING:
                 self.further.expect_none(owner, key)
                 continue
-            if type(value) is types.ModuleType:
+            if isinstance(value, types.ModuleType):
                 self.further.expect_item(owner, key, value)
                 if value.__dict__ is not owner and not is_library(value.__name__):
+                    # Its attributes may be more than its entries.
+                    computes = hasattr(value, "__getattr__")
+                    self.further.lasts &= type(value) is types.ModuleType and not computes
                     self._globals(value.__dict__, inner, inner, f"{key}.")
             else:
                 seen[key] = value

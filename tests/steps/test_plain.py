@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, autograd, func, nn
@@ -86,6 +87,89 @@ def test_hooks_and_methods_that_are_reached_count_too() -> None:
     assert not Surroundings({"f": Hidden(), "p": None}).plain
 
 
+class Calls(type):
+    def __call__(cls, u: Tensor) -> Tensor:
+        return by_weight(u)
+
+
+class Called(metaclass=Calls):
+    pass
+
+
+def by_weight(u: Tensor) -> Tensor:
+    """`u cos(w u)`, as a derivative by the weight."""
+    with torch.enable_grad():
+        return slope(torch.sin(WEIGHT * u).sum(), WEIGHT, create_graph=True)[0]
+
+
+def explicit(u: Tensor) -> Tensor:
+    return u * torch.cos(WEIGHT * u)
+
+
+class Marked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.inner(u)
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a metaclass": lambda t, u: Called(u),  # type: ignore[call-arg, return-value]
+    "a metaclass, later on": lambda t, u: Called(u) if t > 0.3 else explicit(u),  # type: ignore[call-arg, return-value]
+    "a method put on tensors": lambda t, u: u.by_weight(),
+    "a function put into torch": lambda t, u: torch.by_weight(u),
+    "a hook of all modules": Marked(),
+}
+
+
+@pytest.mark.parametrize("adjoint", [psn.DirectAdjoint(), psn.DiscreteAdjoint()])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_derivatives_that_no_name_tells_of(
+    name: str, adjoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are seen when they go back to the states before, and end at the state all the same."""
+    monkeypatch.setattr(Tensor, "by_weight", by_weight, raising=False)
+    monkeypatch.setattr(torch, "by_weight", by_weight, raising=False)
+
+    def hook(module: nn.Module, given: Any, out: Any) -> Any:
+        return by_weight(out) if isinstance(module, nn.Identity) else None
+
+    found = []
+    for field in (lambda t, u: explicit(u), HIDDEN[name]):
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        u0 = torch.linspace(-1, 1, 3, dtype=D).requires_grad_()
+        steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25, "engine": "torch"}
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        try:
+            u1 = psn.solve(problem, psn.Euler(), adjoint=adjoint, **steps).u1
+            gradients = torch.autograd.grad(u1.square().sum(), [u0, WEIGHT])
+        finally:
+            handle.remove()
+        found.append((u1.detach(), *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+LONG = (*range(5000), WEIGHT)
+OBJECTS = np.empty(1, dtype=object)
+OBJECTS[0] = WEIGHT
+LAZY: Any = types.ModuleType("lazy")
+LAZY.__getattr__ = lambda name: WEIGHT
+OUT_OF_SIGHT: dict[str, Callable[..., Any]] = {
+    "the end of a long tuple": lambda t, u: LONG[-1] * u,
+    "an array of objects": lambda t, u: OBJECTS[0] * u,
+    "what a module computes": lambda t, u: LAZY.weight * u,
+    "a metaclass": lambda t, u: Called(u),  # type: ignore[call-arg]
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_SIGHT)
+def test_fields_that_may_read_what_no_walk_meets(name: str) -> None:
+    assert not Surroundings({"f": OUT_OF_SIGHT[name], "p": None}).plain
+
+
 def test_a_plain_field_is_not_evaluated_again() -> None:
     """Every step is kept, and everything it has read has been compared."""
     fields = (PLAIN["a module"], 0), (lambda t, u: vars(torch)["tanh"](WEIGHT * u), 2)
@@ -127,15 +211,31 @@ class Reusing(Plain):
         return out
 
 
+class ReusingLater(Plain):
+    """The same, by something that holds no tensor."""
+
+    held: Any = None
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        if self.held is not None:
+            u.new_empty(0).set_(self.held, 0, (6,)).zero_()
+        out = super().forward(t, u)
+        self.held = out.untyped_storage()
+        return out
+
+
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DirectAdjoint()])
 @pytest.mark.parametrize("algorithm", [psn.Euler(), psn.RK4(), psn.Tsit5()])
-def test_a_field_may_use_the_memory_of_its_output_again(algorithm: Any) -> None:
+def test_a_field_may_use_the_memory_of_its_output_again(algorithm: Any, adjoint: Any) -> None:
     found = []
-    for kind in (Plain, Reusing):
+    for kind in (Plain, Reusing, ReusingLater):
         torch.manual_seed(0)
         field, u0 = kind(), torch.linspace(-1, 1, 6, dtype=D).reshape(2, 3).requires_grad_()
         steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25, "engine": "torch"}
-        u1 = psn.solve(psn.ODEProblem(field, u0, (0.0, 1.0)), algorithm, **steps).u1
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        u1 = psn.solve(problem, algorithm, adjoint=adjoint, **steps).u1
         gradients = torch.autograd.grad(u1.sum(), [u0, *field.parameters()])
         found.append((u1.detach(), *gradients))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
