@@ -184,7 +184,7 @@ class CallbackField(CalledField):
         """Called when the solve has run: what changes from now on is not its doing."""
         self._running = False
         if self._gradients:
-            self._differentiable.captured.settle()
+            self._differentiable.settle()
         else:
             _ = self._surroundings
 

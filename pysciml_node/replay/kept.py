@@ -327,7 +327,7 @@ class KeptPullback:
         if steps:
             self.totals.nvjp += self._products(steps)
             # Of a field all of whose tensors have been compared another value would say nothing.
-            if not (self.field.field.plain and self.field.captured.all_known):
+            if not self.field.captured.all_known:
                 self._compare(steps)
         return bars[0], bars[1:], stages
 

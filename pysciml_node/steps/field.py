@@ -275,6 +275,11 @@ class DifferentiableField:
             )
         (self.k0,) = self.captured.first
 
+    def settle(self) -> None:
+        """Called when the solve has run: see `Inputs.settle`."""
+        self.captured.settle()
+        self.surroundings.plain &= self.field.plain
+
     @property
     def nfe(self) -> int:
         """Evaluations of the field so far."""

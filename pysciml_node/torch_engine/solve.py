@@ -230,7 +230,7 @@ class ODESolve(Solve):
         with keeping() if memory else nullcontext():
             field, kept, outcome = self._forward(memory, t_start)
         field.field.watch = None
-        field.captured.settle()
+        field.settle()
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         outcome.record.fixed = not options.adjoint.discrete or self._fixed()
         times = (*problem.tspan, options.saveat_tensor)

@@ -152,6 +152,15 @@ def test_derivatives_that_no_name_tells_of(
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
+def test_a_field_that_has_turned_out_to_be_none_of_these_is_evaluated_again() -> None:
+    u0 = torch.ones(3, dtype=D, requires_grad=True)
+    steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25, "engine": "torch"}
+    problem = psn.ODEProblem(HIDDEN["a metaclass, later on"], u0, (0.0, 1.0))
+    solution = psn.solve(problem, psn.Euler(), **steps)
+    solution.u1.sum().backward()
+    assert solution.stats.nfe_backward == 2
+
+
 LONG = (*range(5000), WEIGHT)
 OBJECTS = np.empty(1, dtype=object)
 OBJECTS[0] = WEIGHT

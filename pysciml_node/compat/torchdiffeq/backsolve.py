@@ -172,7 +172,7 @@ class Backsolve:
             len(self.field.inputs),
             *self.field.inputs,
         )
-        self.field.captured.settle()
+        self.field.settle()
         if event_fn is None:
             return self.layout.state(rows, (len(rows),))
         return self._at_event(event_fn, kept[0][1], rows)
