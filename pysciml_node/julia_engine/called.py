@@ -29,7 +29,9 @@ from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.replay.comparison import Comparison, as_solved
+from pysciml_node.steps.contents import Contents
 from pysciml_node.steps.field import DifferentiableField, FlatField, Linearized
+from pysciml_node.steps.inputs import changed_message
 from pysciml_node.steps.surroundings import Surroundings
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
@@ -144,8 +146,9 @@ class CalledField:
 class CallbackField(CalledField):
     """The right-hand side of an ordinary equation, called back.
 
-    What the solve evaluates first and last is kept: the steps of implicit methods cannot be taken
-    again here, and torch does not count every change of what the field reads.
+    The steps of implicit methods cannot be taken again here to be compared, and torch does not
+    count every change of what the field reads. So its contents are remembered, and what the solve
+    evaluates first and last is kept.
 
     Args:
         problem: gives the callable, the state's structure and `p`.
@@ -159,6 +162,7 @@ class CallbackField(CalledField):
         self._read: set[int] = set()  # numbers of the inputs that a pullback has reached
         self._evaluations: list[tuple[float, Tensor, Tensor]] = []
         self._running = True
+        self._contents: Contents | None = None
         field = self._differentiable.field if gradients else FlatField(problem)
         inputs = self._differentiable.inputs if gradients else []
         super().__init__(problem, field, u0.numel(), inputs, (self._linearize, self._pull))
@@ -180,13 +184,21 @@ class CallbackField(CalledField):
             return self._differentiable.surroundings
         return Surroundings({"f": self._equation.f, "p": self._equation.p})
 
+    def remember(self) -> None:
+        """Called before a solve with gradients whose sweep does not take its steps again."""
+        self._differentiable.captured.remember()
+
     def settle(self) -> None:
         """Called when the solve has run: what changes from now on is not its doing."""
         self._running = False
         if self._gradients:
             self._differentiable.settle()
         else:
-            _ = self._surroundings
+            self._contents = Contents(self._reach)
+
+    @property
+    def _reach(self) -> list[Tensor]:
+        return [*self._surroundings.tensors, *self._surroundings.arrays]
 
     def flat(self, problem: ODEProblem) -> FlatField:
         """The field for single steps that torch takes."""
@@ -196,8 +208,19 @@ class CallbackField(CalledField):
     def as_solved(self) -> Iterator[None]:
         """All that the field reads as the solve saw it, its first and last values compared."""
         with as_solved(self._surroundings) as comparison:
+            self._expect_contents()
             yield
             self._compare(comparison)
+        if self._contents is not None:
+            # The field itself may have changed them.
+            self._contents.settle(self._reach)
+
+    def _expect_contents(self) -> None:
+        if self._contents is None:
+            self._differentiable.captured.expect_contents()
+            return
+        for x in self._contents.changed(self._reach):
+            raise RuntimeError(changed_message(self._surroundings.names[id(x)]))
 
     def expect_unchanged(self) -> None:
         """Compare its first and last values in the solve with those now.

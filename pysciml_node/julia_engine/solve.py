@@ -62,7 +62,8 @@ class ODESolve(Solve):
                 '  Use engine="torch" with adjoint=DirectAdjoint() there.'
             )
         super().__init__(problem, algorithm, options, engine)
-        self.u0 = problem.spec.flatten(problem.u0)
+        # A copy: it is read again by the sweep.
+        self.u0 = problem.spec.flatten(problem.u0).clone()
         watched = options.events or options.progress
         self.watcher = Watcher(problem, options) if watched else None
         self.explicit = isinstance(algorithm, ExplicitRungeKutta)
@@ -91,6 +92,14 @@ class ODESolve(Solve):
         ):
             return False
         return lacks_ends(self.problem, self._methods[0], self.u0)
+
+    @property
+    def _compares(self) -> bool:
+        """Whether the sweep of a field that is called back finds that it has changed.
+
+        Only the replay in torch compares what it evaluates with what the solve found.
+        """
+        return isinstance(self.options.adjoint, DiscreteAdjoint)
 
     @property
     def _methods(self) -> tuple[Method, ...]:
@@ -154,6 +163,8 @@ class ODESolve(Solve):
             return forward, forward.saved, forward.last
         # Looked at here: a node's forward pass has no gradients.
         _ = self.fixed
+        if isinstance(field, CallbackField) and not self._compares:
+            field.remember()
         outcome = self.node(partial(self.forward, field), field, self.options)
         if isinstance(field, CallbackField):
             # Here alone: what changes before dense output is asked for is not the solve's doing.
@@ -230,11 +241,9 @@ class ODESolve(Solve):
         def sweep(backward: BackwardPass) -> Gradients:
             if not isinstance(field, CallbackField):
                 return self._sweep(field, options, backward)
-            # Only the replay in torch compares what it evaluates with what the solve found.
-            compares = isinstance(options.adjoint, DiscreteAdjoint)
-            with field.linearizer.captured.sweep(compares):
+            with field.linearizer.captured.sweep(self._compares):
                 gradients = self._sweep(field, options, backward)
-                if not compares:
+                if not self._compares:
                     field.expect_unchanged()
                 return gradients
 

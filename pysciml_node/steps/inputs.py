@@ -308,6 +308,21 @@ class Inputs:
         """Remember the contents of these: the sweep does not take the steps again to compare."""
         self._contents = Contents(self.within_reach())
 
+    def expect_contents(self, passed: Container[int] = ()) -> None:
+        """Compare what was remembered with what is there.
+
+        Args:
+            passed: the identities of tensors that may have changed.
+
+        Raises:
+            RuntimeError: something holds other values.
+        """
+        if self._contents is None:
+            return
+        others = (x for x in self.within_reach() if id(x) not in passed)
+        for x in self._contents.changed(others):
+            raise RuntimeError(changed_message(self.name_of(x)))
+
     @property
     def watch(self) -> Callable[[Tensor], None] | None:
         """Makes inputs of the doubtful tensors that a value depends on, where there are any."""
@@ -348,12 +363,8 @@ class Inputs:
         self.suspects, self.changed = [self.name_of(x) for x in constants], [*changed.values()]
         if constants and not replayed:
             raise RuntimeError(changed_message(self.suspects[0]))
-        if self._contents is not None:
-            # What torch counts is looked at where the field uses it.
-            counted = changed.keys() | {id(x) for x in surroundings.written}
-            others = (x for x in self.within_reach() if id(x) not in counted)
-            for x in self._contents.changed(others):
-                raise RuntimeError(changed_message(self.name_of(x)))
+        # What torch counts is looked at where the field uses it.
+        self.expect_contents(changed.keys() | {id(x) for x in surroundings.written})
         stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ def test_local_estimates(
         change(p)
         torch.testing.assert_close(solution(0.3), dense, rtol=0, atol=0)
         if kind == "called":
-            with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+            with pytest.raises(RuntimeError, match=r"^p has been changed in place"):
                 estimate(solution)
             return
         torch.testing.assert_close(estimate(solution), before, rtol=1e-12, atol=0)
@@ -109,6 +111,12 @@ def test_stages_that_only_dense_output_has(kind: str, name: str, package: str) -
     torch.testing.assert_close(changed(0.3), kept(0.3), rtol=0, atol=0)
 
 
+def refusal(adjoint: psn.Adjoint) -> str:
+    """The discrete adjoint takes the steps again, and compares them."""
+    discrete = isinstance(adjoint, psn.DiscreteAdjoint)
+    return "could not reproduce the solve" if discrete else "^p has been changed in place"
+
+
 @pytest.mark.parametrize("kind", ["called", "translated"])
 @pytest.mark.parametrize(("algorithm", "adjoint"), ADJOINTS, ids=lambda x: type(x).__name__)
 def test_gradients(kind: str, algorithm: psn.Algorithm, adjoint: psn.Adjoint) -> None:
@@ -120,9 +128,11 @@ def test_gradients(kind: str, algorithm: psn.Algorithm, adjoint: psn.Adjoint) ->
         return torch.autograd.grad(loss, inputs, retain_graph=True)
 
     before, p = gradients(), inputs[0].detach().clone()
+    by_data(inputs[1])  # the initial state, of which the solve has a copy
+    torch.testing.assert_close(gradients(), before, rtol=1e-12, atol=0)
     by_data(inputs[0])
     if kind == "called":
-        with pytest.raises(RuntimeError, match="could not reproduce the solve"):
+        with pytest.raises(RuntimeError, match=refusal(adjoint)):
             gradients()
         inputs[0].data.copy_(p)
     torch.testing.assert_close(gradients(), before, rtol=1e-12, atol=0)
@@ -167,3 +177,80 @@ def test_copies_in_single_precision(algorithm: psn.Algorithm, recorded: bool) ->
         # Of low order, so that it is far above the rounding errors of single precision.
         found, expected = (estimate(x, psn.BS3()) for x in (copy, solution))
         torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=0)
+
+
+def brief(t: Tensor) -> Tensor:
+    """Nothing at both ends of the unit interval, and 1 in the middle."""
+    return torch.exp(-200 * (t - 0.5) ** 2)
+
+
+# The integral of `brief`.
+AREA = math.sqrt(math.pi / 200) * math.erf(math.sqrt(50))
+
+
+class Brief(nn.Module):
+    """`u' = -(p_0 + p_1 brief(t)) u`, which counts its calls in NumPy's memory."""
+
+    def __init__(self, called: bool) -> None:
+        super().__init__()
+        self.called, self.calls = called, np.zeros(1)
+
+    def forward(self, t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        if self.called and float(u.detach().sum()) < 1e9:
+            self.calls += 1
+        return -(p[0] + p[1] * brief(t)) * u
+
+
+def in_place(p: Tensor) -> None:
+    with torch.no_grad():
+        p.mul_(3)
+
+
+@pytest.mark.parametrize("change", [by_data, by_numpy, in_place])
+@pytest.mark.parametrize("kind", ["called", "translated"])
+@pytest.mark.parametrize(("algorithm", "adjoint"), ADJOINTS, ids=lambda x: type(x).__name__)
+def test_what_neither_end_shows(
+    kind: str, algorithm: psn.Algorithm, adjoint: psn.Adjoint, change: Callable[[Tensor], None]
+) -> None:
+    """Only in the middle of the interval a changed number makes a difference."""
+    u0 = torch.ones(1, dtype=D)
+    p = torch.tensor([0.8, 0.5], dtype=D, requires_grad=True)
+    options: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8, "dt0": 0.01}
+    if isinstance(algorithm, psn.Euler):
+        algorithm, options = psn.RK4(), {"controller": psn.FixedStep(), "dt0": 0.01}
+    problem = psn.ODEProblem(Brief(kind == "called"), u0, (0.0, 1.0), p=p)
+    u1 = psn.solve(problem, algorithm, adjoint=adjoint, engine="julia", **options).u1
+
+    def gradient() -> list[float]:
+        (found,) = torch.autograd.grad(u1.sum(), p, retain_graph=True)
+        return found.tolist()
+
+    end = math.exp(-0.8 - 0.5 * AREA)
+    right = pytest.approx([-end, -AREA * end], rel=1e-5)
+    assert gradient() == right
+    kept = p.detach().clone()
+    change(p[1:])
+    if change is in_place:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient()
+        return
+    if kind == "called":
+        with pytest.raises(RuntimeError, match=refusal(adjoint)):
+            gradient()
+        p.data.copy_(kept)
+    assert gradient() == right
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("change", [by_data, in_place])
+def test_estimates_in_the_middle(recorded: bool, change: Callable[[Tensor], None]) -> None:
+    """Of steps that cannot be taken again: they do not take what the field counts for a change."""
+    p = torch.tensor([0.8, 0.5], dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(Brief(True), torch.ones(1, dtype=D), (0.0, 1.0), p=p)
+    with torch.set_grad_enabled(recorded):
+        solution = psn.solve(problem, psn.Rodas5P(), engine="julia")
+        before = estimate(solution)
+        torch.testing.assert_close(estimate(solution), before, rtol=0, atol=0)
+        change(p[1:])
+        with pytest.raises(RuntimeError, match=r"^p has been changed in place"):
+            estimate(solution)
