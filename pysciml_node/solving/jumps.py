@@ -31,6 +31,8 @@ from pysciml_node.steps.apart import apart
 from pysciml_node.steps.event_gradient import differentiable_event
 from pysciml_node.steps.event_search import condition_value
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.guard import guard
+from pysciml_node.steps.surroundings import Surroundings
 
 Run = Callable[[ODEProblem, SolveOptions], Solution]
 
@@ -245,6 +247,8 @@ class _Solve:
                 f"{checks.shown(after) if made is None else _described(made)}.\n"
                 "  Return the new state; a state that is changed in place has to be returned too."
             )
+        if torch.is_grad_enabled():
+            guard(tensors_of(after), Surroundings({"affect": event.affect, "p": self.problem.p}))
         return after
 
     def _time(self, t: Time) -> Tensor:

@@ -29,6 +29,7 @@ from pysciml_node.solutions.joined_members import JoinedMembers, JumpsOfMembers,
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.event_gradient import root_shift
+from pysciml_node.steps.guard import guard
 from pysciml_node.steps.surroundings import Surroundings
 
 # Of all members at once, which a property of each is slow for.
@@ -133,7 +134,9 @@ class _Rounds:
         self.batch, self.spec, self.field = batch, ensemble.problem.spec, MembersField(ensemble)
         self.events, count = options.common.events, len(ensemble)
         self.conditions = [i for i, e in enumerate(self.events) if e.condition is not None]
-        self.reach = Surroundings({"events": [(e.condition, e.affect) for e in self.events]})
+        functions = [(e.condition, e.affect) for e in self.events]
+        p = ensemble.problem.p if ensemble.p is None else ensemble.p
+        self.reach = Surroundings({"events": functions, "p": p})
         self.tried: set[int] = set()  # events whose effects have been seen
         self.t0, self.t1 = options.spans
         self.sign = float(np.sign(self.t1[0] - self.t0[0]))
@@ -334,6 +337,7 @@ class _Rounds:
             shift = root_shift(lambda t, u: condition_of(event, self.spec, t, u), t, u, rate)
         if watch.seen:
             self._refuse()
+        guard((shift,), self.reach)
         return shift, rate
 
     def _fail(
@@ -409,6 +413,7 @@ class _Rounds:
             self._refuse(error, effect)
         if effect is not None and effect.seen():
             self._refuse(None, effect)
+        guard((after,), self.reach)
         return after
 
     def _refuse(self, error: Exception | None = None, effect: _Effect | None = None) -> NoReturn:

@@ -16,6 +16,8 @@ from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.apart import apart
 from pysciml_node.steps.autograd import first_derivative
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.guard import guard
+from pysciml_node.steps.surroundings import Surroundings
 
 
 class _NewtonShift(torch.autograd.Function):
@@ -96,6 +98,7 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
             rate = torch.linalg.solve_ex(problem.mass, rate).result
     solution.stats.nfe += 1
     shift = root_shift(lambda time, state: event.value(time, spec.unflatten(state)), t, u, rate)
+    guard((shift,), Surroundings({"condition": event.condition}))
     solution.event_t = t + shift
     solution.u1 = spec.unflatten(u + rate * shift)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -369,3 +370,31 @@ def test_integrals_over_pieces_that_are_shorter_than_an_interval_may_be() -> Non
     solution = node(torch.zeros(1, 2))
     torch.testing.assert_close(solution.u1, torch.full((1, 2), 3.0))
     torch.testing.assert_close(solution.penalties["KineticEnergy"], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("changed", ["factor", "scale", "p"])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("members", [True, False])
+def test_what_events_read_is_as_it_was_or_refused(
+    changed: str, members: bool, counted: bool
+) -> None:
+    """`u' = -u` falls to `1 / (2 factor)` at `log(2 factor u0)`, and is multiplied by `scale p`."""
+    factor, scale, p = leaf(1.2), leaf(0.5), leaf(0.8)
+    u0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    event = psn.Event(
+        lambda t, u: factor * u[0] - 0.5, direction=-1, affect=lambda t, u, p: scale * p * u
+    )
+    problem: Any = psn.ODEProblem(lambda t, u, p: -u, u0, (0.0, 1.0), p=p)
+    if members:
+        problem = psn.EnsembleProblem(problem, u0=torch.stack((u0, 1.1 * u0)))
+    solution = psn.solve(problem, events=event, **TIGHT)
+    one = solution[0] if members else solution
+    value = one.jumps[0].t + one.u1.sum()
+    right = pytest.approx(1 + 0.4 * math.exp(-1), rel=1e-6)
+    (slope,) = torch.autograd.grad(value, u0, retain_graph=True)
+    assert slope.item() == right
+    number = {"factor": factor, "scale": scale, "p": p}[changed]
+    with torch.no_grad():
+        (number if counted else number.data).mul_(3)
+    with pytest.raises(RuntimeError, match=f"{changed} has been changed in place since"):
+        torch.autograd.grad(value, u0)
