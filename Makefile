@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Tests run side by side, one process a core; JOBS=0 runs them in one, for pdb.
+JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -52,8 +54,10 @@ $(DOCS_INSTALLED): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m pysciml_node demo $(ARGS)
 
+# The tests' tensors are small: threads of torch in every process would wait for one another.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	  $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 # The compiler itself runs without the library that its code needs.
 sanitize: $(INSTALLED)

@@ -74,7 +74,7 @@ class AdjointTrial:
 
     Attributes:
         adjoint: how gradients were taken.
-        nfe: evaluations of the field in the backward sweep.
+        nfe: evaluations of the field in the backward sweep; none where graphs of steps are kept.
         seconds: of a solve and its gradient, the fastest of several.
         deviation: of the gradient from the reference's, relative.
         equal: whether the deviation is within the slack.
