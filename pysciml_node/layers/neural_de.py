@@ -19,7 +19,7 @@ from pysciml_node.checks import choice, function
 from pysciml_node.errors import PsnWarning
 from pysciml_node.layers.autonomous import used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
-from pysciml_node.problems.modes import solvable
+from pysciml_node.problems.modes import ordinary_modes, solvable
 from pysciml_node.problems.ode import Problem, Time, check_span
 from pysciml_node.regularizers.base import Regularizer, attach_penalties, check_names
 from pysciml_node.solutions.ensemble import EnsembleSolution
@@ -170,7 +170,8 @@ class NeuralDE(nn.Module, Generic[Out]):
         """Set a solution's penalties, and show it to the hooks; returns it."""
         if not solution._is_later("penalty"):  # which is then the same zero
             spec = solution.problem.spec
-            solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
+            with ordinary_modes(spec.device):
+                solution.penalty = torch.zeros((), dtype=spec.real_dtype, device=spec.device)
         if regularizers:
             attach_penalties(solution, regularizers)
         self.show(solution)

@@ -220,9 +220,12 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
                 "given: its rows have no steps in common.\n  Leave it out."
             )
         given = ODEProblem(self.function("field"), u0, self.tspan if tspan is None else tspan, p)
+        saveat = self.saveat if saveat is None else saveat
+        regularizers = self.active_regularizers() if regularize else []
+        if not (regularizers or driven or self._solve_hooks):
+            # Nothing else here depends on the modes, which `solve` looks at itself.
+            return self.penalize(self.solve(given, saveat=saveat), [])
         with self.ready(given) as problem:
-            saveat = self.saveat if saveat is None else saveat
-            regularizers = self.active_regularizers() if regularize else []
             for regularizer in [] if whole else regularizers:
                 problem, saveat = regularizer.prepare(problem, saveat)
             solution = self._solve(problem, saveat, regularizers, driven or {}, batch)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pysciml_node import checks
@@ -20,9 +20,31 @@ L = TypeVar("L")
 State = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
+# Classes of tensors and numbers that are nothing else.
+_BARE = frozenset((Tensor, nn.Parameter, float, int))
+
+
+def bare_entries(tree: Any) -> list[Any] | None:
+    """What is in a dict, tuple or list of nothing but tensors and numbers; `None` of others.
+
+    Most that are not a tensor are one, and need no walk.
+    """
+    kind = type(tree)
+    if kind is dict:
+        entries = [*tree.values()]
+    elif kind is tuple or kind is list:
+        entries = [*tree]
+    else:
+        return None
+    return entries if _BARE.issuperset(map(type, entries)) else None
+
+
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """Yield the tensors of a tensor, or of a (nested) tuple, list or dict of them."""
-    return _leaves_of(tree, Tensor)
+    entries = bare_entries(tree)
+    if entries is None:
+        return _leaves_of(tree, Tensor)
+    return iter([x for x in entries if isinstance(x, Tensor)])
 
 
 def _leaves_of(tree: Any, kind: type[L]) -> Iterator[L]:
@@ -93,6 +115,8 @@ def as_parameters(p: Any) -> Any:
 
     One that contains itself is left to the check of its tensors.
     """
+    if bare_entries(p) is not None:
+        return p
     with contextlib.suppress(RecursionError):
         if next(_leaves_of(p, np.ndarray), None) is not None:
             return _map_leaves(_as_part, p, np.ndarray)

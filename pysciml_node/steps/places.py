@@ -184,11 +184,17 @@ def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
 
 
 class Items(Place):
-    """The items of a list or deque."""
+    """The items of a list or deque.
 
-    def __init__(self, owner: list[Any] | deque[Any], name: str) -> None:
+    Args:
+        owner: the list.
+        seen: its earlier content.
+        name: of the place.
+    """
+
+    def __init__(self, owner: list[Any] | deque[Any], seen: list[Any], name: str) -> None:
         self.owner, self.name = owner, name
-        self.seen: list[Any] | None = list(owner)
+        self.seen: list[Any] | None = seen
         self.container = owner
 
     @override

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pysciml_node.problems.state import bare_entries
 from pysciml_node.steps.anatomy import UNBOUND, cells_of, function_of
-from pysciml_node.steps.places import Place, Single
+from pysciml_node.steps.places import Items, Names, Place, Single
 from pysciml_node.steps.walk import Walk
 
 _COUNT: Callable[[Tensor], int] = attrgetter("_version")
@@ -32,17 +33,25 @@ class Start:
         is_plain: whether the extra argument holds nothing but tensors and numbers in containers.
     """
 
-    __slots__ = ("_parts", "_tensors", "_versions", "_walk", "f", "is_plain", "name", "p")
+    __slots__ = (
+        *("_entries", "_parts", "_tensors", "_versions", "_walk"),
+        *("f", "is_plain", "name", "p"),
+    )
 
     def __init__(
         self, name: str, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]
     ) -> None:
         self.name, self.f, self.p, self._parts, self._walk = name, f, p, parts, None
+        # What is in `p`, which is a tuple, a list or a dict, where that needs no walk.
+        self._entries: Any = None
         if parts:
             shared = [*shared, *(x for x in parts if isinstance(x, Tensor))]
         self.is_plain = True
         if type(p) in _TENSORS:
             shared = [*shared, p]
+        elif (entries := bare_entries(p)) is not None:
+            shared = [*shared, *(x for x in entries if isinstance(x, Tensor))]
+            self._entries = dict(p) if type(p) is dict else entries
         elif p is not None:
             x = self._walk = Walk({"p": p})
             shared = [*shared, *x.tensors]
@@ -57,13 +66,27 @@ class Start:
         """The places that are its own: what the field captures, and the containers in `p`."""
         pairs = zip(cells_of(self.f), self._captured(), strict=True)
         cells = [Single.of_cell(cell, x, name) for cell, (name, x) in pairs if x is not UNBOUND]
-        return [*cells, *(() if self._walk is None else self._walk.places[1:])]
+        return [*cells, *self._containers()]
+
+    def _containers(self) -> list[Place]:
+        """The places in `p`, with what was there."""
+        if self._walk is not None:
+            return self._walk.places[1:]
+        if self._entries is None or type(self.p) is tuple:
+            return []
+        kind = Names if type(self.p) is dict else Items
+        place = kind(self.p, self._entries, "p")
+        place.container = self.p
+        return [place]
 
     def named(self) -> list[tuple[str, Any]]:
         """The modules and tensors that are its own, with their names."""
         field = self.f.__self__ if isinstance(self.f, types.MethodType) else self.f
-        walk = self._walk
+        walk, entries = self._walk, self._entries
         tensors = [] if walk is None else [(walk.names[id(x)], x) for x in walk.tensors]
+        if entries is not None:
+            rows = entries.items() if type(entries) is dict else enumerate(entries)
+            tensors = [(f"p[{key!r}]", x) for key, x in rows]
         every = [(self.name, field), *self._captured(), ("p", self.p), *tensors]
         return [(name, x) for name, x in every if isinstance(x, nn.Module | Tensor)]
 

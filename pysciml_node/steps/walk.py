@@ -213,7 +213,7 @@ class Walk:
         if len(value) > _MOST_ENTRIES:
             self.further.lasts = False
             return
-        self.places.append(Items(value, name))
+        self.places.append(Items(value, list(value), name))
         self._fixed(value, name)
 
     def _fixed(self, value: Iterable[Any], name: str) -> None:

@@ -207,3 +207,15 @@ def test_its_repr_names_the_algorithm() -> None:
     text = repr(psn.NeuralODE(Field(), psn.BS3(), regularizers=[psn.LocalError("biased", 2.5)]))
     for word in ("BS3", "tspan", "rtol", "biased", "2.5"):
         assert word in text
+
+
+def test_what_hooks_and_losses_read_is_made_in_ordinary_modes() -> None:
+    node = psn.NeuralODE(Field())
+    seen: list[Tensor] = []
+    for hooked in (False, True):
+        if hooked:
+            node.register_solve_hook(lambda layer, solution: seen.append(torch.ones(())))
+        with torch.inference_mode():
+            solution = node(torch.ones(2, 2).double())
+        assert not any(x.is_inference() for x in (solution.u1, solution.penalty, *seen))
+    assert len(seen) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -275,14 +276,43 @@ def test_tensors_of_an_argument_that_are_those_of_the_field_are_told_from_others
         expect_growth(solution, u0, field.k.item() ** 2)
 
 
-def test_what_is_in_an_argument_later_is_not_what_was_solved() -> None:
-    u0, p = start(), {"k": torch.tensor(0.5, dtype=torch.float64)}
+@pytest.mark.parametrize(("wrap", "key"), [(lambda k: [k], 0), (lambda k: {"k": k}, "k")])
+def test_what_is_in_an_argument_later_is_not_what_was_solved(
+    wrap: Callable[[Tensor], Any], key: Any
+) -> None:
+    u0, p = start(), wrap(torch.tensor(0.5, dtype=torch.float64))
     solutions = [solved(weighted, u0, p=p) for _ in range(3)]
-    p["k"] = torch.tensor(3.0, dtype=torch.float64)
+    p[key] = torch.tensor(3.0, dtype=torch.float64)
     for solution in solutions:
         expected = u0 * torch.exp(torch.tensor(0.25, dtype=torch.float64))
         torch.testing.assert_close(solution(0.5), expected, rtol=1e-7, atol=0)
     expect_growth(solved(weighted, u0, p=p), u0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda k: k, "p"),
+        (lambda k: (1, k), "p[1]"),
+        (lambda k: [k], "p[0]"),
+        (lambda k: {"k": k}, "p['k']"),
+        (lambda k: {"k": (k,)}, "p['k'][0]"),
+    ],
+)
+def test_dense_output_names_what_has_changed_in_an_argument(
+    wrap: Callable[[Tensor], Any], name: str
+) -> None:
+    def field(t: Tensor, u: Tensor, p: Any) -> Tensor:
+        while not isinstance(p, Tensor):
+            p = [*(p.values() if isinstance(p, dict) else p)][-1]
+        return p * u
+
+    u0, k = start(), torch.tensor(0.5, dtype=torch.float64)
+    solutions = [solved(field, u0, p=wrap(k)) for _ in range(3)]
+    k.mul_(2)
+    for solution in solutions:
+        with pytest.raises(RuntimeError, match=f"(^|\\W){re.escape(name)}\\W"):
+            solution(0.5)
 
 
 def test_rosenbrock_steps_with_and_without_gradients_are_not_made_again(
