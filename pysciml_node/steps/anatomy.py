@@ -106,6 +106,15 @@ def slots_of(kind: type) -> list[tuple[str, Any]]:
     return slots
 
 
+@functools.lru_cache(maxsize=1024)
+def own_classes(kind: type) -> tuple[type, ...]:
+    """A class and those that it inherits from, without the ones of libraries."""
+    return tuple(x for x in kind.__mro__ if not is_library(x.__module__))
+
+
+FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+"""Of a function, what may be exchanged."""
+
 UNBOUND = object()
 """Stands for the content of a cell that has none yet."""
 

@@ -7,7 +7,27 @@ from itertools import chain
 from operator import contains, getitem, is_
 from typing import Any
 
+from torch import Tensor, nn
+
 from pysciml_node.steps.places import Names, Place
+
+# Entries of a tensor that may be kept although the field holds another one by now.
+SMALL = 1024
+
+
+def may_last(x: Tensor) -> bool:
+    """Whether a tensor may be kept beyond a solve: large ones, and graphs, may come and go."""
+    return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= SMALL))
+
+
+def holds_others(x: Tensor) -> bool:
+    """Whether a tensor holds more than numbers: hooks, or attributes, which may hold a field."""
+    return bool(
+        x._backward_hooks
+        or x._post_accumulate_grad_hooks
+        or x.__dict__
+        or (x.is_leaf and x.grad is not None and holds_others(x.grad))
+    )
 
 
 class Further:

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from pysciml_node.steps.further import Glance
+from pysciml_node.steps.anatomy import FUNCTION_PARTS
+from pysciml_node.steps.further import Glance, holds_others
 from pysciml_node.steps.places import Names
-from pysciml_node.steps.walk import FUNCTION_PARTS, Walk, holds_others
+from pysciml_node.steps.walk import Walk
 
 _MOST_FIELDS = 64
 # So often in a row a field may have changed, before its walks are not kept any more.

@@ -6,6 +6,7 @@ calls nothing.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -23,29 +24,27 @@ from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.anatomy import (
+    FUNCTION_PARTS,
     UNBOUND,
     content_of,
     globals_in,
     is_library,
     names_in,
+    own_classes,
     slots_of,
 )
+from pysciml_node.steps.behind import MEMORY, held_by, without_graph
 from pysciml_node.steps.chosen import ForThese
-from pysciml_node.steps.further import Further, Glance
+from pysciml_node.steps.further import SMALL, Further, Glance, holds_others, may_last
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
 from pysciml_node.steps.plain import are_plain
 from pysciml_node.steps.record import Recorded
 
-# Limits of the objects to visit, and of the entries of a list or dict. Whatever lies beyond is left
-# to the check of every evaluation.
+# Limits of the objects to visit, of those behind what is not looked into, and of the entries of a
+# list or dict. Whatever lies beyond is left to the check of every evaluation.
 _MOST_OBJECTS = 20_000
+_MOST_BEHIND = 1_000
 _MOST_ENTRIES = 4_096
-
-# Entries of a tensor that may be kept although the field holds another one by now.
-_SMALL = 1024
-
-# Of a function, what may be exchanged.
-FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
 
 # Modules of the standard library whose instances merely hold others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
@@ -61,7 +60,8 @@ class Walk:
 
     Attributes:
         tensors: all tensors, each once.
-        arrays: all arrays of NumPy, as tensors that share their memory.
+        arrays: all arrays of NumPy, and what is held by objects that are not looked into, as
+            tensors that share their memory.
         names: names of their places, by their ids.
         generators: the random generators.
         lazy: whether there are parameters that the first evaluation will make.
@@ -98,11 +98,36 @@ class Walk:
         self._classes: set[type] = set()
         self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[_Visit, Any, str]] = deque()
+        self._shut: list[tuple[Any, str]] = []
+        self._most = _MOST_OBJECTS
         self._attributes(roots, "")
+        self._go()
+        self.plain = self.further.lasts and are_plain(self._visited.values())
+        self._look_behind()
+
+    def _go(self) -> None:
+        """Visit what is in the queue, and all that it leads to."""
         while self._todo:
             visit, value, name = self._todo.popleft()
             visit(self, value, name)
-        self.plain = self.further.lasts and are_plain(self._visited.values())
+
+    def _look_behind(self) -> None:
+        """Find what is held by objects that are not looked into, to be compared.
+
+        It has no places: it is neither put back nor replaced.
+        """
+        walk = copy.copy(self)
+        walk.tensors, walk.arrays, walk.names, walk.generators = [], [], {}, []
+        walk.modules, walk.scripts, walk.written, walk.places = [], [], [], []
+        walk._most = len(self._visited) + _MOST_BEHIND
+        while walk._shut:
+            value, name = walk._shut.pop()
+            for x in held_by(value):
+                walk._see(x, name)
+            walk._go()
+        for x in (*walk.tensors, *walk.arrays):
+            self.arrays.append(shared := without_graph(x))
+            self.names[id(shared)] = walk.names[id(x)]
 
     def let_go(self) -> None:
         """Hold nothing but what the attributes say, and no field."""
@@ -114,7 +139,7 @@ class Walk:
         visit = _visit_of(type(value))
         if visit is None:
             return
-        if id(value) in self._visited or len(self._visited) > _MOST_OBJECTS:
+        if id(value) in self._visited or len(self._visited) > self._most:
             # What is kept of a walk must not keep the field alive.
             if id(value) in self._roots or id(value) not in self._visited:
                 self.further.lasts = False
@@ -135,14 +160,14 @@ class Walk:
         if is_lazy(value):
             self.lazy = True
             return
-        self.further.lasts &= _lasts(value) and not holds_others(value)
+        self.further.lasts &= may_last(value) and not holds_others(value)
         self.tensors.append(value)
         self.names[id(value)] = name
 
     def _array(self, value: np.ndarray[Any, Any], name: str) -> None:
         """What a field may make a tensor of whenever it likes; constants are passed over."""
         numbers = not value.dtype.hasobject
-        self.further.lasts &= numbers and value.size <= _SMALL and value.flags.writeable
+        self.further.lasts &= numbers and value.size <= SMALL and value.flags.writeable
         if value.flags.writeable:
             try:
                 shared = torch.from_numpy(value)
@@ -158,6 +183,7 @@ class Walk:
     def _closed(self, value: Any, name: str) -> None:
         """What is not looked into, and may hold anything: the field, say."""
         self.further.lasts = False
+        self._shut.append((value, name))
 
     def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:
         if not isinstance(value.__self__, types.ModuleType | type | None):
@@ -365,7 +391,7 @@ class Walk:
 
     def _class(self, kind: type, name: str) -> None:
         """The attributes of a class, and the globals that its methods name."""
-        for ancestor in _own_classes(kind):
+        for ancestor in own_classes(kind):
             # Apart from what is visited: code may have named the class before.
             if ancestor in self._classes:
                 continue
@@ -379,12 +405,10 @@ class Walk:
                 elif isinstance(held, property):
                     for part in (held.fget, held.fset):
                         self._see(part, key)
-                elif key[:2] != "__" and _visit_of(type(held)) not in (None, Walk._closed):
+                elif key[:2] != "__" and _leads_on(type(held)):
                     self._class_attribute(ancestor, key, held)
 
     def _class_attribute(self, kind: type, key: str, seen: Any) -> None:
-        if isinstance(seen, types.MemberDescriptorType | types.GetSetDescriptorType):
-            return
         self.places.append(
             Single(
                 lambda: kind.__dict__.get(key, MISSING),
@@ -399,27 +423,6 @@ class Walk:
 # Dicts of a module whose entries read as attributes in its code.
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
-
-
-def _lasts(x: Tensor) -> bool:
-    """Whether a tensor may be kept beyond a solve: large ones, and graphs, may come and go."""
-    return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= _SMALL))
-
-
-def holds_others(x: Tensor) -> bool:
-    """Whether a tensor holds more than numbers: hooks, or attributes, which may hold a field."""
-    return bool(
-        x._backward_hooks
-        or x._post_accumulate_grad_hooks
-        or x.__dict__
-        or (x.is_leaf and x.grad is not None and holds_others(x.grad))
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _own_classes(kind: type) -> tuple[type, ...]:
-    """A class and those that it inherits from, without the ones of libraries."""
-    return tuple(x for x in kind.__mro__ if not is_library(x.__module__))
 
 
 _Visit = Callable[[Walk, Any, str], None]
@@ -471,6 +474,7 @@ _KINDS: dict[type, _Visit] = {
     functools.partial: Walk._partial,
     functools._lru_cache_wrapper: Walk._wrapper,
     torch.Generator: Walk._generator,
+    **dict.fromkeys(MEMORY, Walk._closed),
     Problem: Walk._problem,
     ForThese: Walk._for_these,
     type: lambda walk, value, name: walk._class(value, name),
@@ -487,3 +491,9 @@ def _visit_of(kind: type) -> _Visit | None:
             _visitors.clear()
         visit = _visitors[kind] = _visitor(kind)
         return visit
+
+
+def _leads_on(kind: type) -> bool:
+    """Whether an attribute of a class may be read, being of a kind: slots and the like are not."""
+    is_pythons = hasattr(kind, "__set__") or kind.__module__ == "_abc"
+    return (visit := _visit_of(kind)) is not None and not (visit is Walk._closed and is_pythons)
