@@ -4,6 +4,7 @@
 """
 What solves of one field by one plan have in common: the `tableau` of their discrete adjoint, the `size` of
 the state, `marks` and `saveat` as [`march`](@ref) takes them, and the `lengths` of the field's parameters.
+What small ones work with is kept: `idle` has it (see [`Kept`](@ref)) while no solve does.
 """
 struct Prepared{P<:Plan}
     rhs::RightHandSide
@@ -14,6 +15,8 @@ struct Prepared{P<:Plan}
     dt0::Float64
     saveat::Vector{Float64}
     lengths::Vector{Int}
+    keeps::Bool
+    idle::Vector{Any}
 end
 
 """
@@ -27,10 +30,12 @@ function prepare(
 )
     rhs = OBJECTS[field]::RightHandSide
     numbers(address, count) = copy(host(Float64, address, count))
+    program = rhs.field::Program
     return keep(
         Prepared(
             rhs, OBJECTS[plan], OBJECTS[tableau]::Tableau, n, numbers(marks, nmarks), dt0,
-            numbers(saveat, m), Int[prod(shape) for shape in (rhs.field::Program).shapes],
+            numbers(saveat, m), Int[prod(shape) for shape in program.shapes],
+            sum(program.sizes) <= MOST_KEPT, Any[],
         ),
     )
 end
@@ -60,17 +65,24 @@ function depart!(made::Prepared{<:Plan{T}}, fd, u0, tensors, packed, saved, fina
     (; plan, size, marks, dt0, saveat, lengths) = made
     m = length(saveat)
     columns = reshape(host(T, saved, size * m), size, m)
+    start = host(T, u0, size)
     parameters = pack(T, packed, host(Int, tensors, length(lengths)), lengths)
-    record = exclusively(made.rhs) do rhs
-        rhs.evaluations = 0
-        found = march(
-            rhs, plan, host(T, u0, size), parameters, marks, dt0, saveat, columns;
-            poll = () -> stop_when_interrupted(fd), watch = Returns(false), dense = false,
-            mass_matrix = I,
-        )
-        report[3] = rhs.evaluations
-        found
+    poll = () -> stop_when_interrupted(fd)
+    if made.keeps
+        kept = take_kept!(made, start, parameters)
+        record, evaluations = fly_again!(kept, plan, start, parameters, marks, dt0, saveat, columns, poll)
+        give_back!(made, kept)
+    else
+        record, evaluations = exclusively(made.rhs) do rhs
+            rhs.evaluations = 0
+            found = march(
+                rhs, plan, start, parameters, marks, dt0, saveat, columns;
+                poll, watch = Returns(false), dense = false, mass_matrix = I,
+            )
+            found, rhs.evaluations
+        end
     end
+    report[3] = evaluations
     last = record.states[end]
     copyto!(host(T, final, size), last)
     report[1], report[2], report[4] = length(record.errors), record.saved, record.rejected

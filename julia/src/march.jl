@@ -35,10 +35,7 @@ function march(
     rhs::RightHandSide, plan::Plan{T}, u0::V, p::V, marks, dt0, saveat, saved;
     poll, watch, dense, mass_matrix
 ) where {T,V}
-    record = Record(rhs, u0, marks[1])
-    while record.saved < length(saveat) && saveat[record.saved + 1] == marks[1]
-        save!(record, saved, u0)
-    end
+    record = begun(rhs, u0, marks, saveat, saved)
     last = length(marks)
     # By pieces where the solutions are kept, and otherwise in one go.
     for (from, to) in (dense ? [(i, i + 1) for i in 1:(last - 1)] : [(1, last)])
@@ -53,6 +50,15 @@ function march(
         record.rejected += integrator.stats.nreject
         dense && push!(record.pieces, finished(integrator))
         record.retcode == ReturnCode.Success || break
+    end
+    return record
+end
+
+# What a solve has left when it begins: the states that are saved at the start.
+function begun(rhs, u0, marks, saveat, saved)
+    record = Record(rhs, u0, marks[1])
+    while record.saved < length(saveat) && saveat[record.saved + 1] == marks[1]
+        save!(record, saved, u0)
     end
     return record
 end
