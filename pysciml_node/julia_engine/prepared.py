@@ -28,6 +28,7 @@ from pysciml_node.problems.modes import foreign_mode
 from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.leaves import form_for, leaves_of
+from pysciml_node.translation.repeated import remember, repeat
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import have_contents
@@ -86,6 +87,10 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     A field that is solved for the first time is not known either.
     """
     f, p, spec = problem.f, problem.p, problem.spec
+    found = repeat(problem, algorithm, options)
+    if found is not None:
+        prepared, tensors, see = found
+        return Ready(prepared, prepared.field.parameters(tensors), see)
     # First of all, as others are looked at where they are solved.
     if not isinstance(algorithm, ExplicitRungeKutta) or _is_special(problem, options):
         return None
@@ -106,7 +111,10 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     contents = known.field.contents
     if contents and not have_contents(now.tensors, contents):
         return None
-    return Ready(known, known.field.parameters(tensors), surroundings_of(f, p, now))
+    see = surroundings_of(f, p, now)
+    if not contents:
+        remember(problem, algorithm, options, known, now, form)
+    return Ready(known, known.field.parameters(tensors), see)
 
 
 def _is_special(problem: ODEProblem, options: SolveOptions) -> bool:

@@ -14,6 +14,7 @@ from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine import engine as torch_engine
+from pysciml_node.torch_engine.native.library import cross_in_c
 
 
 class Engine(Protocol):
@@ -105,6 +106,7 @@ def choose(
     chosen = _expect(julia, julia.refusal(problem, algorithm, options), algorithm, options)
     if against_torch is not None:
         _expect_julia(against_torch)
+    cross_in_c()
     return chosen, options
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from pysciml_node.errors import CompileError
 from pysciml_node.replay.stages import Method
-from pysciml_node.torch_engine.native import crossing, repeated
+from pysciml_node.torch_engine.native import crossing
 from pysciml_node.torch_engine.native.compiler import build
 from pysciml_node.torch_engine.native.emit import Emitter, whole_or_by_rows
 from pysciml_node.torch_engine.native.emit_method import emit_estimates, emit_method
 from pysciml_node.torch_engine.native.parts import Parts
 from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import contiguous, padded
-from pysciml_node.translation import again
+from pysciml_node.translation import again, repeated
 from pysciml_node.translation.entries import Settled
 from pysciml_node.translation.program import Parameter, Program
 
@@ -184,7 +184,7 @@ def cross_in_c() -> None:
     with contextlib.suppress(CompileError):
         again.use(build(again.source()))
         crossing.use(build(source("crossing.c")))
-        repeated.use(build(source("repeat.c")))
+        repeated.use(build(repeated.source()))
 
 
 class Code(Settled):

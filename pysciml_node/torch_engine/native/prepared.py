@@ -29,7 +29,7 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod, SwitchingMethod
 from pysciml_node.errors import CompileError, UnsupportedModule
 from pysciml_node.problems.modes import InModes, foreign_mode
-from pysciml_node.problems.ode import ODEProblem, ends_of
+from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec, moves, tensors_of
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
@@ -46,8 +46,6 @@ from pysciml_node.torch_engine.native.library import (
     write_explicit,
 )
 from pysciml_node.torch_engine.native.pulled import pulled_program
-from pysciml_node.torch_engine.native.repeated import Repeated, repeat
-from pysciml_node.translation import again
 from pysciml_node.translation.export import (
     TranslatedModule,
     translate,
@@ -56,8 +54,9 @@ from pysciml_node.translation.export import (
 from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
+from pysciml_node.translation.repeated import remember, repeat
 from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.surrounded import Walked, surroundings_of
+from pysciml_node.translation.surrounded import surroundings_of
 from pysciml_node.translation.watch import Contents, have_contents
 from pysciml_node.translation.ways import keep, known_of
 
@@ -251,18 +250,10 @@ def _keep_for_repeats(
     problem: ODEProblem, options: SolveOptions, known: Prepared, now: Snapshot, form: Any
 ) -> None:
     """Have later solves begin at once that differ in states, and in numbers of tensors, alone."""
-    walked, given = Walked.known(now), now.watch.given
-    (t0, t1), moving = ends_of(problem), set(map(type, problem.tspan)) != {float}
     told = is_told(problem, known.algorithm) or len(ways_to_read(problem.p, problem.spec)) > 1
-    lasting = known.departure.lasting and isinstance(options.adjoint, DiscreteAdjoint)
-    if walked is None or told or moving or known.contents or not lasting:
-        return
-    cross_in_c()
-    again.note(now.watch)
-    count = 0 if given is None else len(given.first)
-    way = id(problem.spec), id(options), id(known.algorithm)
-    asked, answers = now.watch.asked, now.watch.answers
-    keep(now.watch, way, Repeated(known, t0, t1, count, form, asked, answers))
+    if not told and not known.contents and known.departure.lasting:
+        cross_in_c()
+        remember(problem, known.algorithm, options, known, now, form)
 
 
 def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:

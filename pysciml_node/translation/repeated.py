@@ -1,7 +1,7 @@
 """Solves that were before, but for their states and the numbers of tensors, where there is C.
 
-`prepare` finds what a solve needs whatever the problem is. Most solves are the next one of a
-training, and of these everything is known once the field has been looked at again.
+An engine's `prepare` finds what a solve needs whatever the problem is. Most solves are the next one
+of a training, and of these everything is known once the field has been looked at again.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ import ctypes
 import types
 from collections.abc import Callable
 from functools import partial
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pysciml_node.algorithms.adjoints import DiscreteAdjoint
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.steps.anatomy import anchor_of, parts_of
 from pysciml_node.steps.start import Start
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation import again, watched
 from pysciml_node.translation.leaves import form_among, leaves_of
+from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.stable_abi import function_of
 from pysciml_node.translation.surrounded import WALKED, Walked
 from pysciml_node.translation.watch import CHANGED, answers
+from pysciml_node.translation.ways import keep
 
-# Functions of Python's stable ABI, in the order of src/repeat.c.
+# Functions of Python's stable ABI, in the order of repeat.c.
 _FUNCTIONS = (
     *("PyDict_GetItem", "PyTuple_GetItem", "PyList_GetItem", "PyObject_Size", "PyObject_GetAttr"),
     *("PyObject_Type", "PyObject_CallNoArgs", "PyObject_CallFunctionObjArgs", "PyLong_FromVoidPtr"),
@@ -51,7 +55,7 @@ _repeat: Callable[..., tuple[Repeated, list[Tensor], Walked] | None] | None = No
 
 
 class Repeated(NamedTuple):
-    """What solves need that are told apart by nothing else; in the order of src/repeat.c.
+    """What solves need that are told apart by nothing else; in the order of repeat.c.
 
     Attributes:
         prepared: what they share.
@@ -72,11 +76,16 @@ class Repeated(NamedTuple):
     answers: list[Any]
 
 
+def source() -> str:
+    """The code that finds them."""
+    return (files(__package__) / "repeat.c").read_text(encoding="utf-8")
+
+
 def use(library: ctypes.CDLL) -> None:
     """Find such solves by a library from now on; where there is no interpreter's lock, not at all.
 
     Args:
-        library: made of src/repeat.c.
+        library: made of repeat.c.
     """
     global _repeat
     names = "tspan", "spec", "p", "memory", "tensors"
@@ -112,3 +121,34 @@ def repeat(
             return None
         tensors = [*tensors, *leaves[0]]
     return known.prepared, tensors, partial(walked.surroundings.again, start)
+
+
+def remember(
+    problem: ODEProblem,
+    algorithm: Algorithm,
+    options: SolveOptions,
+    prepared: Any,
+    now: Snapshot,
+    form: Any,
+) -> None:
+    """Have later solves begin at once that differ in states, and in numbers of tensors, alone.
+
+    Args:
+        problem: what is solved.
+        algorithm: how. Like the options and the structure of the state `prepared` has to keep it,
+            so that no other one is given its identity.
+        options: of the solve, with nothing in them of this one alone.
+        prepared: what is known of such solves.
+        now: what was seen of the field just now.
+        form: of the extra argument.
+    """
+    watch, (t0, t1) = now.watch, ends_of(problem)
+    moving = set(map(type, problem.tspan)) != {float}
+    if _repeat is None or moving or not isinstance(options.adjoint, DiscreteAdjoint):
+        return
+    if Walked.known(now) is None:
+        return
+    again.note(watch)
+    count = 0 if watch.given is None else len(watch.given.first)
+    way = id(problem.spec), id(options), id(algorithm)
+    keep(watch, way, Repeated(prepared, t0, t1, count, form, watch.asked, watch.answers))
