@@ -273,8 +273,9 @@ class Inputs:
         """Whether graphs of the solve itself can serve its sweep.
 
         They cannot where the sweep has stand-ins for tensors, where some that require gradients get
-        none, where hooks of modules would see graphs, and where the field keeps what it computes,
-        which would then hold them.
+        none, where hooks of modules would see graphs, where those of what the field computes would
+        be called with nothing in steps that no cotangent arrives at, and where the field keeps what
+        it computes, which would then hold them.
         """
         return not (
             self.doubtful
@@ -282,6 +283,7 @@ class Inputs:
             or any(map(self._needs_stand_in, self._trainable))
             or any(self._needs_stand_in(x) for x, _ in self._hidden.values())
             or self._surroundings.hooked
+            or self._surroundings.hooks
             or self._surroundings.keeps_graphs()
         )
 

@@ -28,6 +28,8 @@ _BY_WORDS = frozenset(
         *("modules", "import_module", "__import__", "builtins"),
     )
 )
+# What tells of gradients inside of a field as they arrive.
+_HOOKS = frozenset(("register_hook", "register_prehook"))
 _TENSORS = frozenset((Tensor, nn.Parameter))
 # Where functions that are written in C take no derivatives, and keep no tensors.
 _FUNCTIONS = frozenset(("torch", "torch._C", "torch._C._nn", "math"))
@@ -40,6 +42,20 @@ def are_plain(objects: Iterable[Any]) -> bool:
         objects: all that it can reach.
     """
     return all(map(_is_plain, objects))
+
+
+def may_hook(objects: Iterable[Any]) -> bool:
+    """Whether the code of a field registers hooks of what it computes, as far as names tell.
+
+    Args:
+        objects: all that it can reach.
+    """
+    return any(
+        isinstance(x, types.FunctionType)
+        and not is_library(x.__module__)
+        and not _HOOKS.isdisjoint(names_in(x.__code__))
+        for x in objects
+    )
 
 
 def _is_plain(x: Any) -> bool:
@@ -76,7 +92,7 @@ def _is_clear(function: types.FunctionType) -> bool:
 def _says_nothing_else(code: types.CodeType) -> bool:
     said = (*names_in(code), *words_in(code))
     return (
-        _BY_WORDS.isdisjoint(said)
+        (_BY_WORDS | _HOOKS).isdisjoint(said)
         and not imports_in(code, None)
         and not any(map(_DERIVATIVE.search, said))
     )

@@ -52,7 +52,7 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors, arrays, names, generators, lazy, chosen, memory: as those of the `Walk`.
+        tensors, arrays, names, generators, lazy, chosen, hooks, memory: as those of the `Walk`.
         plain: likewise; a field that has changed what it can reach is not.
     """
 
@@ -62,7 +62,7 @@ class Surroundings:
         self.roots, self.memory = roots, found.memory
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
-        self.plain = found.plain
+        self.plain, self.hooks = found.plain, found.hooks
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
         # Places that later solves look at too are not settled, but copies of them.
@@ -115,6 +115,7 @@ class Surroundings:
         both.generators = list(dict.fromkeys([*self.generators, *other.generators]))
         both.lazy = self.lazy or other.lazy
         both.plain = self.plain and other.plain
+        both.hooks = self.hooks or other.hooks
         both.chosen = self.chosen if other.chosen is None else other.chosen
         modules = {id(x): (name, x) for name, x in (*other._modules, *self._modules)}
         both._modules = list(modules.values())

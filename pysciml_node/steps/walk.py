@@ -37,7 +37,7 @@ from pysciml_node.steps.behind import MEMORY, held_by, without_graph
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.further import SMALL, Further, Glance, holds_others, may_last
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
-from pysciml_node.steps.plain import are_plain
+from pysciml_node.steps.plain import are_plain, may_hook
 from pysciml_node.steps.record import Recorded
 
 # Limits of the objects to visit, of those behind what is not looked into, and of the entries of a
@@ -72,6 +72,7 @@ class Walk:
         places: what was read, the entries of `roots` first.
         met_apart: whether there was an object of `APART`.
         plain: whether a field that begins here is: see `are_plain`.
+        hooks: whether it registers some, likewise: see `may_hook`.
         further: what else decides where the walk goes, for a second look.
         glance: a quick look at the places but the first, of a walk that is kept.
         memory: what others keep with it, by keys of their own.
@@ -103,6 +104,7 @@ class Walk:
         self._attributes(roots, "")
         self._go()
         self.plain = self.further.lasts and are_plain(self._visited.values())
+        self.hooks = not self.plain and may_hook(self._visited.values())
         self._look_behind()
 
     def _go(self) -> None:
@@ -136,8 +138,7 @@ class Walk:
 
     def _see(self, value: Any, name: str) -> None:
         """Put a value in the queue, where it can lead to a tensor."""
-        visit = _visit_of(type(value))
-        if visit is None:
+        if (visit := _visit_of(type(value))) is None:
             return
         if id(value) in self._visited or len(self._visited) > self._most:
             # What is kept of a walk must not keep the field alive.

@@ -412,6 +412,29 @@ def test_hooks_see_the_whole_gradient_once(adjoint: psn.DiscreteAdjoint, regular
 
 
 @any_adjoint
+def test_hooks_inside_of_a_field_are_called_with_gradients(adjoint: psn.DiscreteAdjoint) -> None:
+    """One that doubles them makes `l' = 2 l` of the adjoint equation `l' = l`.
+
+    The steps behind the saved time have no part in it.
+    """
+    seen: list[Tensor] = []
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        rate = -u
+        if rate.requires_grad:
+            rate.register_hook(lambda g: (seen.append(g), 2 * g)[1])
+        return rate
+
+    u0 = torch.ones(1, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+    solution = psn.solve(problem, adjoint=adjoint, saveat=[0.25], **TIGHT)
+    (slope,) = torch.autograd.grad(solution.u.sum(), u0)
+    assert slope.item() == pytest.approx(math.exp(-0.5), rel=1e-5)
+    assert seen
+    assert all(isinstance(g, Tensor) for g in seen)
+
+
+@any_adjoint
 def test_hooks_that_are_registered_behind_the_solve(adjoint: psn.DiscreteAdjoint) -> None:
     """They run where there is a gradient, and see the sum of all; elsewhere they do not."""
     used, unused, both = leaf(1.0), leaf(2.0), leaf(3.0)
