@@ -16,13 +16,15 @@ from torch import Tensor
 
 from pysciml_node.steps.contents import Contents, is_comparable
 from pysciml_node.steps.first_graph import saved_by
+from pysciml_node.steps.inputs import newly_behind
 from pysciml_node.steps.surroundings import Surroundings
 
 
 def guard(values: Iterable[Tensor | None], surroundings: Surroundings | None) -> None:
     """Refuse to go backward from values, once something that their graph has saved is changed.
 
-    Every backward pass through the graph has to come by one of them.
+    Every backward pass through the graph has to come by one of them. Where such a pass makes a
+    graph of its own, for further derivatives, that is guarded too.
 
     Args:
         values: those that gradients may arrive at.
@@ -55,26 +57,36 @@ class _Guard:
             held = (reference() for reference in self._tensors)
             there = (*(x for x in held if x is not None), *self._arrays)
             self._passed, self._changed = this, self._contents.changed(there)
-        if not self._changed:
-            return
-        nodes = _and_behind(torch._C._current_autograd_node())
-        if (x := first_saved(nodes, self._changed)) is not None:
-            raise RuntimeError(
-                f"{self._names[id(x)]} has been changed in place since the solve, and the graph of "
-                "the solve reads it: the gradient would be that of another value.\n"
-                "  Change a copy (x = 3 * x for x.mul_(3)), or go backward first."
-            )
+        node = torch._C._current_autograd_node()
+        if self._changed:
+            unseen = newly_behind(node, (self, "seen"), this)
+            if (x := first_saved(unseen, self._changed)) is not None:
+                raise RuntimeError(
+                    f"{self._names[id(x)]} has been changed in place since the solve, and the "
+                    "graph of the solve reads it: the gradient would be that of another value.\n"
+                    "  Change a copy (x = 3 * x for x.mul_(3)), or go backward first."
+                )
+        if torch.is_grad_enabled():
+            self._look_at_gradients(node)
+
+    def _look_at_gradients(self, node: Any) -> None:
+        """Guard the graphs of gradients, where the nodes behind one have saved what may change."""
+        held = (*(reference() for reference in self._tensors), *self._arrays)
+        outside = {x.untyped_storage().data_ptr() for x in held if x is not None and _has_memory(x)}
+        for behind in newly_behind(node, (self, "guarded"), True):
+            with suppress(RuntimeError):
+                saved = (x for x in saved_by(behind) if _has_memory(x))
+                if any(x.untyped_storage().data_ptr() in outside for x in saved):
+                    behind.register_hook(self._guard_gradients)
+
+    def _guard_gradients(self, gradients: Sequence[Tensor | None], _: Any) -> None:
+        for x in gradients:
+            if x is not None and x.grad_fn is not None:
+                x.grad_fn.register_prehook(self)
 
 
-def _and_behind(node: Any) -> set[Any]:
-    """A node of a graph and all that it leads to."""
-    todo, seen = [node], set[Any]()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo.extend(following for following, _ in node.next_functions)
-    return seen
+def _has_memory(x: Tensor) -> bool:
+    return is_comparable(x) and x.numel() > 0
 
 
 def first_saved(nodes: Iterable[Any], tensors: Sequence[Tensor]) -> Tensor | None:

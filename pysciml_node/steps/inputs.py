@@ -81,6 +81,25 @@ def graph_leaves(
     return leaves
 
 
+def newly_behind(node: Any, mark: object, value: object) -> Iterator[Any]:
+    """A node of an autograd graph and all that it leads to, as far as they have no such mark yet.
+
+    They are marked as they are passed: whoever comes by many nodes of a graph sees each once.
+
+    Args:
+        node: the node.
+        mark: of whoever looks.
+        value: of the mark; with another one a node counts as unmarked.
+    """
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if node is not None and node.metadata.get(mark) != value:
+            node.metadata[mark] = value
+            yield node
+            todo.extend(following for following, _ in node.next_functions)
+
+
 def pull_back(
     value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> list[Tensor | None]:

@@ -260,3 +260,26 @@ def test_an_estimate_of_members_in_one_batch_has_a_graph_of_its_own() -> None:
     field.change()
     with pytest.raises(RuntimeError, match="scale has been changed in place"):
         torch.autograd.grad(error, field.rate)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("look", ["one step", "inside of the first step", "local estimate"])
+def test_graphs_of_gradients_are_guarded_as_well(look: str, order: int) -> None:
+    """Those of `exp(-rate^2 x)` do not come by the ends of steps where there is but one."""
+    x, rate = torch.tensor(0.5, dtype=D), torch.tensor(0.25, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u: -(rate**2 * u * x), torch.ones(1, dtype=D), (0.0, 1.0))
+    solution = psn.solve(
+        problem, psn.Tsit5(), dt0=1.0, controller=psn.FixedStep(), adjoint=psn.DirectAdjoint()
+    )
+    derivative = solution.u1.sum() if look == "one step" else LOOKS[look](solution)
+    for _ in range(order - 1):
+        (derivative,) = torch.autograd.grad(derivative, rate, create_graph=True)
+    (last,) = torch.autograd.grad(derivative, rate, retain_graph=True)
+    if look == "one step":
+        a, r = x.item(), rate.item()
+        second, third = 4 * a**2 * r**2 - 2 * a, 12 * a**2 * r - 8 * a**3 * r**3
+        expected = (second if order == 2 else third) * math.exp(-a * r**2)
+        assert last.item() == pytest.approx(expected, rel=1e-4)
+    x.data.fill_(2.0)
+    with pytest.raises(RuntimeError, match="x has been changed in place"):
+        torch.autograd.grad(derivative, rate)
