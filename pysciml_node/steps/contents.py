@@ -37,7 +37,8 @@ class Contents:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._seen = {id(x): _noted(x) for x in tensors if is_comparable(x)}
+        with torch.no_grad():  # entered once: it takes as long as two copies
+            self._seen = {id(x): _noted(x) for x in tensors if is_comparable(x)}
 
     def settle(self, tensors: Iterable[Tensor]) -> None:
         """Pass over what has changed by now: it is left to whoever changes it."""
@@ -54,7 +55,6 @@ class Contents:
 _Noted = tuple[torch.Size, torch.dtype, Tensor | int]
 
 
-@torch.no_grad()
 def _noted(x: Tensor) -> _Noted:
     return x.shape, x.dtype, x.clone() if x.nbytes <= _COPIED else fingerprint(x)
 
