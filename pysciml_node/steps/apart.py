@@ -85,11 +85,19 @@ class Lookout:
     """Calls a function that is thought to take no derivatives inside, and sees one that goes back.
 
     Later calls cost nothing more: what goes back through the states was computed from the first
-    state and the first value, and is stopped there.
+    state and the first value, and is stopped there. That of the value is seen to when there is a
+    second call.
     """
 
     def __init__(self) -> None:
-        self._inside = self._stands = False
+        # Graphs hold it, and it holds none.
+        self._call = _Call()
+        self._first: Tensor | None = None  # the first value, until there is a second call
+        self._stands = False
+
+    def let_go(self) -> None:
+        """Called when the solve has run: states that come later have no graph."""
+        self._first, self._stands = None, True
 
     def __call__(
         self, function: Callable[[Tensor, Tensor], Tensor], t: Tensor, u: Tensor
@@ -99,25 +107,33 @@ class Lookout:
         Raises:
             WentBack: a derivative inside has come to the first state, or to the first value.
         """
+        call = self._call
         if not self._stands:
-            self._stop_at(u)
+            call.stop_at(u if self._first is None else self._first)
+            self._stands = self._first is not None
         # Of a sweep states have no graph, and another thread may be in that of the solve.
-        self._inside = u.grad_fn is not None
+        call.runs = u.grad_fn is not None
         try:
             value = function(t, u)
         finally:
-            self._inside = False
-        if not self._stands:
-            self._stop_at(value)
-            self._stands = True
+            call.runs = False
+        self._first = None if self._stands else value
         return value
 
-    def _stop_at(self, x: Tensor) -> None:
+
+class _Call:
+    """Whether a function runs that must not go back to certain tensors."""
+
+    def __init__(self) -> None:
+        self.runs = False
+
+    def stop_at(self, x: Tensor) -> None:
+        """Have it raise an error where it comes to the graph node of a tensor."""
         if _has_graph(x) and x.grad_fn is not None:
             x.grad_fn.register_prehook(self._look)
 
     def _look(self, gradients: Any) -> None:
-        if self._inside:
+        if self.runs:
             raise WentBack(
                 "the field differentiates something by a tensor that its state was computed from.\n"
                 "  Let this error pass: the field is then called again, apart from that."

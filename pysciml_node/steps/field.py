@@ -139,6 +139,10 @@ class FlatField:
         value = self._evaluate(t, u)
         return value.detach() if value.requires_grad else value
 
+    def settle(self) -> None:
+        """Called when the solve has run: what a derivative inside would come to is let go."""
+        self._lookout.let_go()
+
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
         spec, given = self.spec, self.given
         f, p = given["f"], given["p"]
@@ -277,6 +281,7 @@ class DifferentiableField:
 
     def settle(self) -> None:
         """Called when the solve has run: see `Inputs.settle`."""
+        self.field.settle()
         self.captured.settle()
         self.surroundings.plain &= self.field.plain
 

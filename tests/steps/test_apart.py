@@ -7,7 +7,9 @@ depends on `rate` too, has no part in it.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.steps.apart import Lookout, WentBack
 
 D = torch.float64
 RATE = 0.8
@@ -103,6 +106,44 @@ def test_a_start_that_is_computed_by_the_same_parameter() -> None:
     assert u1.item() == pytest.approx(end, rel=1e-7)
     (slope,) = torch.autograd.grad(u1.sum(), field.rate)
     assert slope.item() == pytest.approx(end * (1 / RATE - 1), rel=1e-7)
+
+
+def test_a_derivative_inside_is_seen_where_it_goes_back_to_the_first_value() -> None:
+    lookout, t, rate = Lookout(), torch.tensor(0.0), torch.tensor(RATE, requires_grad=True)
+
+    def plain(t: Tensor, u: Tensor) -> Tensor:
+        return -rate * u
+
+    def hidden(t: Tensor, u: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad((rate * u).sum(), rate, create_graph=True)
+        return -rate * slope
+
+    start = torch.ones(1)  # has no graph, but the state of the second call has one
+    first = lookout(plain, t, start)
+    with pytest.raises(WentBack):
+        lookout(hidden, t, start + first)
+    assert lookout(plain, t, start + first).item() == pytest.approx(RATE**2 - RATE)
+    # Behind the solve torch may go back there.
+    (slope,) = torch.autograd.grad(first.sum(), rate)
+    assert slope.item() == -1
+
+
+def test_the_first_value_is_let_go_without_the_garbage_collector() -> None:
+    lookout, rate = Lookout(), torch.tensor(RATE, requires_grad=True)
+    start = 1.0 * rate.view(1)
+    value = lookout(lambda t, u: u * rate, torch.tensor(0.0), start)
+    gone = weakref.ref(value)
+    gc.disable()
+    try:
+        lookout.let_go()
+        del value
+        assert gone() is None
+        value = Lookout()(lambda t, u: u * rate, torch.tensor(0.0), start)
+        gone = weakref.ref(value)
+        del value
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("batched", [False, True])
