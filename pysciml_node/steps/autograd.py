@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from pysciml_node.problems.modes import are_ordinary, ordinary_modes
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
-from pysciml_node.steps.record import Outcome, Record
+from pysciml_node.steps.record import Outcome
 
 Sweep = Callable[[BackwardPass], Gradients]
 Pull = Callable[..., tuple[Tensor | None, ...]]
@@ -218,6 +219,18 @@ def first_derivative(
     return tuple(None if gradient is None else next(marked) for gradient in gradients)
 
 
+@dataclass(slots=True)
+class _Call:
+    """A solve as its node runs it: all that is no tensor, and what it has left."""
+
+    run: Forward
+    sweep: Sweep
+    watched: bool
+    saves: bool
+    count: int  # of the inputs, behind which are the values whose graphs were kept
+    outcome: Outcome | None = None
+
+
 class SolveNode(torch.autograd.Function):
     """Runs a forward solve and, in backward, the sweep of its adjoint.
 
@@ -235,28 +248,24 @@ class SolveNode(torch.autograd.Function):
     @override
     def forward(
         ctx: Any,
-        run: Forward,
-        sweep: Sweep,
-        keep: list[Record],
+        call: _Call,
         u0: Tensor,
         t0: Tensor | None,
         t1: Tensor | None,
         saveat: Tensor | None,
-        watched: bool,
-        count: int,
         *inputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        inputs, ctx.kept = inputs[:count], len(inputs) - count
-        record, states, saved = run(u0)
-        keep.append(record)
-        ctx.record, ctx.sweep = record, sweep
+    ) -> tuple[Tensor | None, ...]:
+        inputs, ctx.kept = inputs[: call.count], len(inputs) - call.count
+        call.outcome = outcome = call.run(u0)
+        states = outcome.states
+        ctx.record, ctx.sweep = outcome.record, call.sweep
         ctx.count = len(states)
         ctx.asked = 0 if saveat is None else len(saveat)
-        ctx.inputs = inputs if watched else ()
-        saved_inputs = () if watched else inputs
+        ctx.inputs = inputs if call.watched else ()
+        saved_inputs = () if call.watched else inputs
         ctx.save_for_backward(u0, *states[1:], t0, t1, saveat, *saved_inputs)
         ctx.set_materialize_grads(False)
-        return (saved, *states[1:])
+        return (outcome.saved if call.saves else None, *states[1:])
 
     @staticmethod
     @override
@@ -268,7 +277,8 @@ class SolveNode(torch.autograd.Function):
         states, sources = kept[: ctx.count], (*kept[ctx.count :], *ctx.inputs)
         # A failed solve may have been cut back to its last good state.
         states = states[: len(ctx.record.times)]
-        wanted = ctx.needs_input_grad[4:7]
+        wanted = ctx.needs_input_grad[2:5]
+        goes_on = not _is_recorded(cotangents)
 
         def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
             backward = BackwardPass(
@@ -286,18 +296,19 @@ class SolveNode(torch.autograd.Function):
                 gradients.saveat = torch.cat(
                     (gradients.saveat, gradients.saveat.new_zeros(missing))
                 )
-            times = [
-                gradient.reshape(time.shape) if gradient is not None and needed else None
-                for gradient, time, needed in zip(
-                    (gradients.t0, gradients.t1, gradients.saveat), sources, wanted, strict=False
-                )
-            ]
+            times: list[Tensor | None] = [None, None, None]
+            if backward.with_times:
+                given = gradients.t0, gradients.t1, gradients.saveat
+                times = [
+                    gradient.reshape(time.shape) if gradient is not None and needed else None
+                    for gradient, time, needed in zip(given, sources, wanted, strict=False)
+                ]
             kept = gradients.kept or [None] * ctx.kept
-            return (gradients.u0, *times, None, None, *gradients.inputs, *kept)
+            return (gradients.u0, *times, *gradients.inputs, *kept)
 
-        goes_on = not _is_recorded(cotangents)
-        gradients = pulled(pull, (states[0], *sources), *cotangents)
-        return (None, None, None, *gradients)
+        if goes_on:
+            return (None, *pull(*cotangents))
+        return (None, *pulled(pull, (states[0], *sources), *cotangents))
 
 
 def as_node(
@@ -307,6 +318,7 @@ def as_node(
     inputs: Sequence[Tensor],
     times: tuple[object, object, Tensor | None] = (None, None, None),
     watched: bool = True,
+    saves: bool = True,
     kept: Sequence[Tensor] = (),
 ) -> Outcome:
     """Run a solve as one node of the graph, its backward a sweep.
@@ -318,13 +330,16 @@ def as_node(
         inputs: everything else that receives gradients.
         times: start, end and saved times; those that are tensors may receive gradients.
         watched: whether the sweep notices by itself that inputs were changed in place.
+        saves: whether the states at other times than the ends of the steps are asked for.
         kept: values whose graphs lead from the state and the inputs to the steps.
 
     Returns:
         What the solve leaves, as the graph has it.
     """
-    keep: list[Record] = []
+    call = _Call(run, sweep, watched, saves, len(inputs))
     moving = (t if isinstance(t, Tensor) else None for t in times)
-    given = (u0, *moving, watched, len(inputs), *inputs, *kept)
-    saved, *states = SolveNode.apply(run, sweep, keep, *given)  # type: ignore[no-untyped-call]
-    return Outcome(keep[0], [u0, *states], saved)
+    saved, *states = SolveNode.apply(call, u0, *moving, *inputs, *kept)  # type: ignore[no-untyped-call]
+    assert call.outcome is not None
+    return Outcome(
+        call.outcome.record, [u0, *states], call.outcome.saved if saved is None else saved
+    )

@@ -16,10 +16,10 @@ from pysciml_node.compat.torchdiffeq.plan import Options, Tolerances
 from pysciml_node.compat.torchdiffeq.solvers import moved
 from pysciml_node.compat.torchdiffeq.states import Layout, mixed, rms
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.steps.autograd import SolveNode
+from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
-from pysciml_node.steps.record import Record
+from pysciml_node.steps.record import Outcome, Record
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Backsolve:
         """The states at the output times; with `event_fn` its time, and the states there."""
         times, kept = self.t.detach(), []
 
-        def forward(u: Tensor) -> tuple[Record, list[Tensor], Tensor]:
+        def forward(u: Tensor) -> Outcome:
             solved = self.solve(self.layout.state(self.u0.detach()), times)
             if event_fn is not None:
                 event_t, solved = solved
@@ -152,7 +152,7 @@ class Backsolve:
             rows = torch.cat([part.reshape(len(part), -1) for part in parts], 1)
             # Not the node's own output, which would hold on to the node.
             kept.append(rows.detach().clone())
-            return Record(times=[self.problem.t0]), [self.u0], rows
+            return Outcome(Record(times=[self.problem.t0]), [self.u0], rows)
 
         def sweep(arrived: BackwardPass) -> Gradients:
             with self.field.captured.sweep(replayed=False):
@@ -160,18 +160,7 @@ class Backsolve:
 
         self.field.captured.remember()
         moving = self.t if self.t.requires_grad else None
-        (rows,) = SolveNode.apply(  # type: ignore[no-untyped-call]
-            forward,
-            sweep,
-            [],
-            self.u0,
-            None,
-            None,
-            moving,
-            True,
-            len(self.field.inputs),
-            *self.field.inputs,
-        )
+        rows = as_node(forward, sweep, self.u0, self.field.inputs, (None, None, moving)).saved
         self.field.settle()
         if event_fn is None:
             return self.layout.state(rows, (len(rows),))
