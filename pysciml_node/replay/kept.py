@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,30 +26,34 @@ from pysciml_node.steps.autograd import graph_is_retained
 from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
-from pysciml_node.steps.first_graph import is_of_others
+from pysciml_node.steps.first_graph import are_of_others
 from pysciml_node.steps.guard import first_saved
 from pysciml_node.steps.inputs import Inputs, edge_of, graph_leaves
 from pysciml_node.steps.record import Record
 
-_solves = threading.local()
 
+class _Solves(threading.local):
+    """Whether a solve of this thread keeps graphs. As a context it is one that does.
 
-@contextmanager
-def keeping() -> Iterator[None]:
-    """A context for a solve whose graphs are kept: solves inside of its field keep none.
-
-    Theirs would live in its own, as many times as it evaluates the field.
+    Solves inside of its field keep none: theirs would live in its own, as many times as it
+    evaluates the field.
     """
-    _solves.keeping = True
-    try:
-        yield
-    finally:
-        _solves.keeping = False
+
+    keeping = False
+
+    def __enter__(self) -> None:
+        self.keeping = True
+
+    def __exit__(self, *_: object) -> None:
+        self.keeping = False
+
+
+keeping = _Solves()
 
 
 def may_keep() -> bool:
     """Whether no solve around this one keeps graphs, in this thread."""
-    return not getattr(_solves, "keeping", False)
+    return not keeping.keeping
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class KeptSteps:
                 "of them.\n  Change a copy (x = 3 * x for x.mul_(3)), go backward first, or keep "
                 "no graphs: adjoint=DiscreteAdjoint(memory=0)."
             )
-        if any(map(is_of_others, nodes)):
+        if are_of_others(nodes):
             raise RuntimeError(
                 "the field calls a torch.autograd.Function that it had not called at the start of "
                 "the solve, and its steps have to be taken again.\n"

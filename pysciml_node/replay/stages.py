@@ -156,6 +156,10 @@ class Stages:
         ends = (start, start + size) if self.method.nodes_inside else numbers
         if not (low <= min(ends) and max(ends) <= high):
             numbers = [min(max(t, low), high) for t in numbers]
+        if len(numbers) == 1 and not moving:  # half as long as by a vector
+            at = torch.scalar_tensor(numbers[0], dtype=nodes.dtype, device=nodes.device)
+            self._known = (start, size, (at,))
+            return self._known[2]
         inside = torch.tensor(numbers, dtype=nodes.dtype)
         if nodes.device.type != "cpu":
             inside = inside.to(nodes.device, non_blocking=True)

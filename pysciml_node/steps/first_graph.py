@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -43,12 +43,17 @@ def saved_by(node: Any) -> Iterator[Tensor]:
                 yield one.data
 
 
-def is_of_others(node: Any) -> bool:
+def are_of_others(nodes: Iterable[Any]) -> bool:
     """Whether a node of the graph is a `torch.autograd.Function` that belongs to no library.
 
     Where nothing arrives at it, torch calls it with zeros, for which it may return anything.
     """
-    function = getattr(node, "_forward_cls", None)
+    return any(map(_is_of_others, map(type, nodes)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_others(kind: type) -> bool:
+    function = getattr(kind, "_forward_cls", None)
     return function is not None and not is_library(function.__module__)
 
 
@@ -85,7 +90,7 @@ class FirstGraph:
             surroundings: have the tensors that live with and without it. As long as they and their
                 shapes are the same, as large a graph of states of a size takes as many bytes.
         """
-        if self.refused or any(map(is_of_others, nodes)):
+        if self.refused or are_of_others(nodes):
             return
         # Through `.data` a tensor is given another shape; nested ones have none.
         shapes = tuple(x.shape for x in surroundings.tensors if not x.is_nested)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import contains, getitem, is_
+from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,14 +20,15 @@ def may_last(x: Tensor) -> bool:
     return isinstance(x, nn.Parameter) or (x.is_leaf and (x.requires_grad or x.numel() <= SMALL))
 
 
-def holds_others(x: Tensor) -> bool:
-    """Whether a tensor holds more than numbers: hooks, or attributes, which may hold a field."""
-    return bool(
-        x._backward_hooks
-        or x._post_accumulate_grad_hooks
-        or x.__dict__
-        or (x.is_leaf and x.grad is not None and holds_others(x.grad))
-    )
+_OTHERS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks", "__dict__")
+
+
+def hold_others(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors hold more than numbers: hooks, or attributes, which may hold a field."""
+    if any(map(any, map(_OTHERS, tensors))):
+        return True
+    gradients = [y for x in tensors if x.is_leaf and (y := x.grad) is not None]
+    return bool(gradients) and hold_others(gradients)
 
 
 class Further:

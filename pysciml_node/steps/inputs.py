@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ Edge = tuple[Any, int]
 """A node of the autograd graph, and the number of one of its outputs."""
 
 Evaluate = Callable[[], Evaluation]
+
+
+_IS_LEAF, _REQUIRES = attrgetter("is_leaf"), attrgetter("requires_grad")
+_HOOKS = attrgetter("_backward_hooks")
 
 
 def edge_of(x: Tensor) -> Edge:
@@ -140,6 +145,16 @@ def _stand_in(x: Tensor) -> Tensor:
     """A leaf with the same values, of the same class."""
     inner = x.detach()
     return nn.Parameter(inner) if isinstance(x, nn.Parameter) else inner.requires_grad_()
+
+
+def _need_stand_in(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor that gets a gradient is not to be differentiated as it is."""
+    # A parameter may have been frozen since the solve, which it was a part of.
+    return not (
+        all(map(_IS_LEAF, tensors))
+        and all(map(_REQUIRES, tensors))
+        and not any(map(_HOOKS, tensors))
+    )
 
 
 class _OfGradients:
@@ -266,9 +281,9 @@ class Inputs:
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
         self._surroundings.settle()
-        used = {id(x) for x in (*self.inputs, *self._constants)}
-        unused = [x for x in self._trainable if id(x) not in used]
-        if unused:
+        used = set(map(id, (*self.inputs, *self._constants)))
+        if not used.issuperset(map(id, self._trainable)):
+            unused = [x for x in self._trainable if id(x) not in used]
             # They would keep alive the graphs that computed them, and the solves in those.
             self._surroundings.forget(unused)
             self._trainable = [x for x in self._trainable if id(x) in used]
@@ -299,8 +314,8 @@ class Inputs:
         return not (
             self.doubtful
             or self._constants
-            or any(map(self._needs_stand_in, self._trainable))
-            or any(self._needs_stand_in(x) for x, _ in self._hidden.values())
+            or _need_stand_in(self._trainable)
+            or _need_stand_in([x for x, _ in self._hidden.values()])
             or self._surroundings.hooked
             or self._surroundings.hooks
             or self._surroundings.keeps_graphs()
@@ -308,8 +323,9 @@ class Inputs:
 
     def within_reach(self) -> list[Tensor]:
         """All tensors and arrays that the field may read, as far as they are known."""
-        surroundings, hidden = self._surroundings, (x for x, _ in self._hidden.values())
-        return [*surroundings.tensors, *surroundings.arrays, *hidden]
+        surroundings = self._surroundings
+        reach = [*surroundings.tensors, *surroundings.arrays]
+        return [*reach, *(x for x, _ in self._hidden.values())] if self._hidden else reach
 
     @property
     def all_known(self) -> bool:
@@ -321,7 +337,7 @@ class Inputs:
         return (
             self.all_known
             and not (self._hidden or self._surroundings.written)
-            and not any(map(self._needs_stand_in, self._trainable))
+            and not _need_stand_in(self._trainable)
             and not self._surroundings.changed_in_place()
         )
 
@@ -386,14 +402,14 @@ class Inputs:
             raise RuntimeError(changed_message(self.suspects[0]))
         # What torch counts is looked at where the field uses it.
         self.expect_contents(changed.keys() | {id(x) for x in surroundings.written})
-        stand_ins = {id(x): _stand_in(x) for x in self._trainable if self._needs_stand_in(x)}
+        stand_ins = {id(x): _stand_in(x) for x in self._trainable if _need_stand_in((x,))}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):
             raise RuntimeError(
                 "the field uses a tensor that needed gradients in the solve and does not any more, "
                 "and that is in no place that can be found.\n  Pass it as p=, or go backward first."
             )
-        if any(map(self._needs_stand_in, hidden)):
+        if _need_stand_in(hidden):
             raise RuntimeError(
                 "the field uses a tensor with hooks that is in no place that can be found: they "
                 "would run at every evaluation.\n  Pass it as p=."
@@ -414,11 +430,6 @@ class Inputs:
             self._expect_gone()
         finally:
             self.leaves, self._known, self._strangers = self.inputs, None, []
-
-    @staticmethod
-    def _needs_stand_in(x: Tensor) -> bool:
-        # A parameter may have been frozen since the solve, which it was a part of.
-        return not x.is_leaf or bool(x._backward_hooks) or not x.requires_grad
 
     def expect_known(self, value: Tensor, *fresh: Tensor) -> None:
         """Check that a value depends on nothing but the inputs.

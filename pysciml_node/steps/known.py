@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pysciml_node.steps.anatomy import FUNCTION_PARTS
-from pysciml_node.steps.further import Glance, holds_others
+from pysciml_node.steps.further import Glance, hold_others
 from pysciml_node.steps.places import Names
 from pysciml_node.steps.walk import Walk
 
@@ -52,12 +52,13 @@ class _Known:
             and glance is not None
             and glance.stand()
             and self._further.stand()
-            and not any(map(holds_others, self._walk.tensors))
+            and not hold_others(self._walk.tensors)
         )
 
     def walk(self, roots: dict[str, Any]) -> Walk:
         """The walk, beginning with the field."""
-        again = copy.copy(self._walk)
+        again = Walk.__new__(Walk)
+        again.__dict__.update(self._walk.__dict__)
         name, f = next(iter(roots.items()))
         again.places = [Names(roots, roots.copy(), ""), *self._places]
         own = [(name, f)] if isinstance(f, nn.Module) else []

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
     )
+
+
+_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_HOOKS = attrgetter(*(f"_{kind}" for kind in _KINDS))
+_HOOKS_OF_ALL = attrgetter(*(f"_global_{kind}" for kind in _KINDS))
 
 
 def _contains(value: Any, test: Callable[[Tensor], bool]) -> bool:
@@ -210,13 +216,9 @@ class Surroundings:
     @property
     def hooked(self) -> bool:
         """Whether a module has hooks, or all modules have."""
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if self._modules and any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds):
+        if self._modules and any(_HOOKS_OF_ALL(nn.modules.module)):
             return True
-        return any(
-            x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks
-            for _, x in self._modules
-        )
+        return any(map(any, map(_HOOKS, map(itemgetter(1), self._modules))))
 
     @property
     def written(self) -> list[Tensor]:

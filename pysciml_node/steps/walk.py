@@ -35,7 +35,7 @@ from pysciml_node.steps.anatomy import (
 )
 from pysciml_node.steps.behind import MEMORY, held_by, without_graph
 from pysciml_node.steps.chosen import ForThese
-from pysciml_node.steps.further import SMALL, Further, Glance, holds_others, may_last
+from pysciml_node.steps.further import SMALL, Further, Glance, hold_others, may_last
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
 from pysciml_node.steps.plain import are_plain, may_hook
 from pysciml_node.steps.record import Recorded
@@ -161,7 +161,7 @@ class Walk:
         if is_lazy(value):
             self.lazy = True
             return
-        self.further.lasts &= may_last(value) and not holds_others(value)
+        self.further.lasts &= may_last(value) and not hold_others((value,))
         self.tensors.append(value)
         self.names[id(value)] = name
 

@@ -225,9 +225,10 @@ class ODESolve(Solve):
         """As one node of the graph, its backward the sweep of the adjoint."""
         options, problem = self.options, self.problem
         self.refuse_transforms()
-        t_start = self.method.nodes.new_tensor(self.marks[0])
+        nodes = self.method.nodes
+        t_start = torch.scalar_tensor(self.marks[0], dtype=nodes.dtype, device=nodes.device)
         memory = self._memory()
-        with keeping() if memory else nullcontext():
+        with keeping if memory else nullcontext():
             field, kept, outcome = self._forward(memory, t_start)
         field.field.watch = None
         field.settle()
@@ -238,7 +239,10 @@ class ODESolve(Solve):
             kept = None  # graphs of what the field itself has changed are none of a replay
         sweep = partial(self._sweep, field, kept)
         through = [] if kept is None else kept.values(outcome.record)
-        return as_node(lambda _: outcome, sweep, self.u0, field.inputs, times, kept=through)
+        saves = options.saveat is not None
+        return as_node(
+            lambda _: outcome, sweep, self.u0, field.inputs, times, saves=saves, kept=through
+        )
 
     def _forward(
         self, memory: int, t_start: Tensor
