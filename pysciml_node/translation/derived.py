@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -188,6 +190,9 @@ def _one_graph(function: Callable[..., Any], examples: list[Any]) -> tuple[Graph
         make_fx, decomposition_table={}, tracing_mode="fake", _allow_non_fake_inputs=True
     )
     module = trace(function)(*examples)
+    if any(map(_writes_beyond_a_stop, module.graph.nodes)):
+        what = "a field that changes in place what a detached tensor shares the memory of"
+        raise refuse(what, "aten.copy_")
     held = _lifted(module)
     if any(changes_argument(node) for node in module.graph.nodes):
         apart = torch.func.functionalize(module, remove="mutations")
@@ -217,6 +222,44 @@ def changes_argument(node: Node) -> bool:
     """Whether an operation writes to what it is given."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _writes_beyond_a_stop(node: Node) -> bool:
+    """Whether an operation writes to memory that others read on the far side of a stop.
+
+    In a graph a stop is a copy; the detached tensor of the field was none.
+    """
+    if not changes_argument(node):
+        return False
+    taken = node.target._schema.arguments  # type: ignore[union-attr]
+    values = [node.kwargs.get(x.name, y) for x, y in zip_longest(taken, node.args)]
+    changed = [
+        y for x, y in zip(taken, values, strict=True) if x.alias_info and x.alias_info.is_write
+    ]
+    return any(
+        _is_seen_beyond_a_stop(x) for x in pytree.tree_leaves(changed) if isinstance(x, Node)
+    )
+
+
+def _is_seen_beyond_a_stop(node: Node) -> bool:
+    """Whether the memory of a value has other readers, behind a stop that leads to it."""
+    stopped = False
+    while node.op == "call_function" and (stops := _stops(node)) is not None:
+        stopped, node = stopped or stops, node.args[0]  # type: ignore[assignment]
+        if stopped and len(node.users) > 1:
+            return True
+    return stopped and node.op != "call_function"
+
+
+def _stops(node: Node) -> bool | None:
+    """Whether a value is a stop; nothing where it has memory of its own."""
+    if node.target is torch.ops.pysciml_node.stop.default:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    shares = node.target is operator.getitem or (
+        schema and any(x.alias_info for x in schema.returns)
+    )
+    return False if shares and node.args and isinstance(node.args[0], Node) else None
 
 
 def _example(value: Any) -> Any:

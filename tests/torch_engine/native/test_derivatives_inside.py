@@ -156,3 +156,64 @@ def test_a_parameter_of_another_dtype_is_refused_by_both_dtypes() -> None:
     rate = torch.tensor(0.5, requires_grad=True)
     with pytest.raises(psn.CompileError, match=r"float32 .* beside a state of torch\.float64"):
         solved(lambda t, u: -rate * u)
+
+
+class Counting(nn.Module):
+    """`u' = n` at its evaluation `n`, which it counts in a buffer through a detached tensor."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros((), dtype=D))
+        self.change = change
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            following = self.n + 1
+            self.change(self.n, following)
+        return following.expand_as(u)
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "copied": lambda n, following: n.data.copy_(following),
+    "added": lambda n, following: n.detach().add_(1),
+    "through a view": lambda n, following: n.data.view(1).add_(1),
+    "out": lambda n, following: torch.add(n.data, 1, out=n.data),
+    "many": lambda n, following: torch._foreach_add_([n.data], 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_through_a_detached_tensor_is_no_constant(
+    change: Callable[[Tensor, Tensor], object],
+) -> None:
+    """Four steps of Euler's method find `u(1) = (1 + 2 + 3 + 4) / 4`; a program has no `n`."""
+    start = torch.zeros(1, dtype=D)
+
+    def end(compile: bool) -> float:
+        problem = psn.ODEProblem(Counting(change), start, (0.0, 1.0))
+        options: Any = {"controller": psn.FixedStep(), "dt0": 0.25, "compile": compile}
+        with torch.no_grad():
+            return float(psn.solve(problem, psn.Euler(), **options).u1)
+
+    assert end(compile=False) == 2.5
+    with pytest.raises(psn.CompileError):
+        end(compile=True)
+
+
+def test_what_is_its_own_may_change_without_gradients() -> None:
+    """A factor of 0.7, written in place into a tensor that the field has made."""
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        slope = torch.func.grad(lambda x: x.square().sum() / 2)(u)
+        with torch.no_grad():
+            factor = slope.clone()
+            factor[:] = 0 * factor + 0.7
+            factor.clamp_(max=0.7)
+        return -factor * u
+
+    torch.testing.assert_close(
+        solved(field, torch.ones(2, dtype=D)).u1,
+        torch.full((2,), math.exp(-0.7), dtype=D),
+        rtol=1e-8,
+        atol=0,
+    )
