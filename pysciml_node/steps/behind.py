@@ -7,6 +7,7 @@ import ctypes
 import gc
 import logging
 import threading
+import types
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,6 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from pysciml_node.errors import SolverFailure
+from pysciml_node.solutions.ensemble import EnsembleSolution
+from pysciml_node.solutions.solution import Solution
+from pysciml_node.steps.record import Recorded
+
+# They hold nothing.
+SIMPLE = (
+    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, np.generic),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, types.ModuleType, types.CodeType),
+)
+# Large objects that a field does not read from, although it may reach them.
+APART: tuple[type, ...] = (
+    *(Solution, EnsembleSolution, Recorded, SolverFailure),
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.utils.data.DataLoader,
+    torch.utils.data.Dataset,
+    torch.autograd.graph.Node,
+)
 
 # Memory that stays where it is as long as something else looks at it.
 MEMORY: tuple[type[Any], ...] = (memoryview, ctypes.Array, ctypes.Structure, torch.UntypedStorage)

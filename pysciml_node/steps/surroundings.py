@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
+from pysciml_node.steps.behind import APART
 from pysciml_node.steps.known import walk_from
 from pysciml_node.steps.places import Names, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
-from pysciml_node.steps.walk import APART
 
 # While a sweep has put other values into places, the solves of other threads wait, and so does a
 # process that forks: in the child nobody would put them back, or let go of the lock.

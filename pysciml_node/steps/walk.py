@@ -19,10 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ode import Problem
-from pysciml_node.solutions.ensemble import EnsembleSolution
-from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.anatomy import (
     FUNCTION_PARTS,
     UNBOUND,
@@ -33,12 +30,12 @@ from pysciml_node.steps.anatomy import (
     own_classes,
     slots_of,
 )
-from pysciml_node.steps.behind import MEMORY, held_by, without_graph
+from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, without_graph
 from pysciml_node.steps.chosen import ForThese
+from pysciml_node.steps.exchanged import put_into_library
 from pysciml_node.steps.further import SMALL, Further, Glance, hold_others, may_last
 from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
 from pysciml_node.steps.plain import are_plain, may_hook
-from pysciml_node.steps.record import Recorded
 
 # Limits of the objects to visit, of those behind what is not looked into, and of the entries of a
 # list or dict. Whatever lies beyond is left to the check of every evaluation.
@@ -197,8 +194,11 @@ class Walk:
         self.generators.append(value)
 
     def _module(self, value: nn.Module, name: str) -> None:
-        self._class(type(value), name)
+        kind = type(value)
+        self._class(kind, name)
         self._expect_kind(value)
+        self.further.expect_attribute(kind, "forward")
+        self._see(kind.forward, f"{name}.forward")
         self.modules.append((name, value))
         if isinstance(value, nn.modules.batchnorm._NormBase) and value.training:
             # Torch does not count these changes as such.
@@ -270,6 +270,8 @@ class Walk:
             self.further.expect_empty(value.__dict__)
         if not is_library(value.__module__):
             self._globals(value.__globals__, globals_in(code), names_in(code), "")
+        for key, held in put_into_library(code, value.__globals__, self.further):
+            self._see(held, key)
 
     def _globals(
         self, owner: dict[str, Any], names: tuple[str, ...], inner: tuple[str, ...], prefix: str
@@ -427,24 +429,11 @@ _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks
 
 
 _Visit = Callable[[Walk, Any, str], None]
-_PLAIN = (
-    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, np.generic),
-    *(torch.dtype, torch.device, torch.Size, torch.layout, types.ModuleType, types.CodeType),
-)
-# Large objects that a field does not read from, although it may reach them.
-APART: tuple[type, ...] = (
-    *(Solution, EnsembleSolution, Recorded, SolverFailure),
-    torch.optim.Optimizer,
-    torch.optim.lr_scheduler.LRScheduler,
-    torch.utils.data.DataLoader,
-    torch.utils.data.Dataset,
-    torch.autograd.graph.Node,
-)
 
 
 def _visitor(kind: type) -> _Visit | None:
     """The method that visits objects of a class; `None` for those that hold nothing."""
-    if issubclass(kind, _PLAIN) and not hasattr(kind, "_fields"):
+    if issubclass(kind, SIMPLE) and not hasattr(kind, "_fields"):
         return None
     for of, visit in _KINDS.items():
         if issubclass(kind, of):

@@ -207,6 +207,59 @@ def test_a_tensor_that_only_an_import_leads_to(monkeypatch: pytest.MonkeyPatch) 
         solution.u1.sum().backward()
 
 
+# A place in torch, and a field that comes to what is put there; each `-u` times a factor.
+PUT: dict[str, tuple[Any, str, Callable[[Tensor], Tensor]]] = {
+    "a function": (torch, "sin", lambda u: torch.sin(u)),
+    "one of a module inside": (torch.nn.functional, "silu", lambda u: torch.nn.functional.silu(u)),
+    "one that a layer calls": (torch.nn.functional, "elu", nn.ELU()),
+    "a method": (Tensor, "sin", lambda u: u.sin()),
+    "the method of a layer": (nn.ELU, "forward", nn.ELU()),
+}
+
+
+@pytest.mark.parametrize(
+    "adjoint", [psn.DirectAdjoint(), psn.DiscreteAdjoint(), psn.BacksolveAdjoint()]
+)
+@pytest.mark.parametrize("way", PUT)
+def test_what_only_something_put_into_torch_reads_is_compared(
+    way: str, adjoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`du/dt = -(a + x sin(pi t)^2) u`, so that `u1 = exp(-(a + x / 2))`; at the ends `x` is 0."""
+    a, x = torch.tensor(0.5, dtype=D, requires_grad=True), torch.tensor(0.7, dtype=D)
+    owner, name, function = PUT[way]
+    monkeypatch.setattr(owner, name, lambda *given, **_: given[-1] * x)
+    if owner is torch.nn.functional:
+        monkeypatch.setattr(owner, name, lambda u, *_, **__: u * x)
+
+    def within(t: Tensor) -> Tensor:
+        return (1 - torch.cos(2 * torch.pi * t)) / 2
+
+    problem = psn.ODEProblem(
+        lambda t, u: -a * u - within(t) * function(u), torch.ones(1, dtype=D), (0.0, 1.0)
+    )
+    for _ in range(2):  # the second walk may be the first, looked at again
+        u1 = psn.solve(problem, adjoint=adjoint, rtol=1e-5, atol=1e-5).u1.sum()
+        (slope_of_a,) = torch.autograd.grad(u1, a, retain_graph=True)
+        assert slope_of_a.item() == pytest.approx(-torch.exp(-a - x / 2).item(), rel=1e-4)
+    x.data.fill_(3.0)
+    with pytest.raises(RuntimeError, match=r"x has been changed in place|could not reproduce"):
+        torch.autograd.grad(u1, a)
+
+
+def test_what_is_put_into_torch_later_is_seen_by_the_next_walk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        return torch.sin(u) + u.cos()
+
+    x = torch.ones(1)
+    for owner, name in ((torch, "sin"), (Tensor, "cos")):
+        assert not any(y is x for y in Surroundings({"f": field, "p": None}).tensors)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda u: u * x)
+            assert any(y is x for y in Surroundings({"f": field, "p": None}).tensors)
+
+
 class Reusing(Plain):
     """Writes into the memory of its last output at the next evaluation."""
 
