@@ -262,7 +262,7 @@ class DifferentiableField:
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             # A time without a gradient may be a number in NumPy or `math`, as in every later step.
             t = t0.detach()
-            if graph is not None and u0.requires_grad:
+            if graph is not None and not graph.refused and u0.requires_grad:
                 try:
                     return (field(t, u0),), (u0,)
                 except WentBack:

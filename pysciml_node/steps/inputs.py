@@ -24,6 +24,7 @@ from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.contents import Contents
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
+from pysciml_node.steps.memory import Memory
 from pysciml_node.steps.surroundings import Surroundings
 
 Edge = tuple[Any, int]
@@ -237,6 +238,11 @@ class Inputs:
         reached: set[Edge] = set()
         with surroundings.undisturbed():
             values, fresh = evaluate()
+        self._memory: Memory | None = None
+        if written := surroundings.changed_in_place():
+            self._memory = Memory(evaluate, written, surroundings.names)
+            if graph is not None:
+                graph.refused = True  # the graphs of such fields serve no sweep
         known, nodes = leaves.keys() | map(id, fresh), set[Any]()
         # What the state was computed from is not the field's.
         stops = edges.keys() | {edge_of(x) for x in fresh if x.grad_fn is not None}
@@ -426,6 +432,8 @@ class Inputs:
         self._known.update(id(stand_ins.get(id(x), x)) for x in self._constants)
         try:
             with surroundings.as_seen(stand_ins):
+                if self._memory is not None:
+                    self._memory.expect_idle(self.leaves)
                 yield
             self._expect_gone()
         finally:
