@@ -39,6 +39,7 @@ from pysciml_node.translation.names import (
     VIEWS,
     arguments_of,
     has_numbers,
+    instead_of,
     name_of,
 )
 from pysciml_node.translation.precision import computed_in, has_cast, in_single, rounded_cast
@@ -331,7 +332,8 @@ class GraphWalk:
         where = f"{self._name}.{place}" if place else self._name
         other = "" if dtype is None else f" in {dtype} beside a state of {self.spec.dtype}"
         return UnsupportedModule(
-            f"{where} uses {operation}{other}, which cannot be translated.", operation=operation
+            f"{where} uses {operation}{other}, which cannot be translated{instead_of(operation)}.",
+            operation=operation,
         )
 
     def _evaluate(self, node: Node, name: str, given: dict[str, Any]) -> Any:
@@ -387,6 +389,11 @@ class GraphWalk:
         """What is returned, by the parts of the state: tensors of its dtype."""
         structure, spec = self.exported.call_spec.out_spec, self.spec
         assert structure is not None
+        if len(outputs) != structure.num_leaves:
+            raise UnsupportedModule(
+                f"{self._name} has its output changed by a hook of all modules, which meets the "
+                "module that it is traced in, too; have the hook look at the class of its module."
+            )
         returned = pytree.tree_unflatten([self._trace(x) for x in outputs], structure)
         parts = spec.parts(returned) if spec.matches(returned) else ()
         if not parts or not all(map(is_traced, parts)):

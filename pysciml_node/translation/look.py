@@ -161,7 +161,8 @@ class Look:
         watch.answers = answers(watch.asked, self.tensors)
         self._tokens += watch.answers
         if mentions.reads_gradients and not mentions.has_gradients:
-            watch.fickle = "reads the gradients of tensors"
+            # Of a global that an attribute has the name of, too: it may be reached by words.
+            watch.fickle = f"reads the gradients of tensors, in {mentions.reads_gradients}"
 
     def _look_into_modules(self) -> None:
         """Note the names in modules, some of which lead to more names and more modules."""

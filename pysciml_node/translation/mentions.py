@@ -55,7 +55,7 @@ class Mentions:
         names: of globals, attributes and modules, all together: any code may be handed any module.
         words: strings in code and in data, any of which may be the name of an attribute.
         fickle: what code does that may come out differently at each solve, in words.
-        reads_gradients: it mentions `grad`.
+        reads_gradients: the name of code that mentions `grad`, if there is any.
         has_gradients: something that it reaches has an attribute of that name.
         computes: it may look for attributes by words that it has computed.
     """
@@ -63,7 +63,7 @@ class Mentions:
     names: dict[str, None] = field(default_factory=lambda: {"__getattr__": None})
     words: dict[str, None] = field(default_factory=dict)
     fickle: str | None = None
-    reads_gradients: bool = False
+    reads_gradients: str | None = None
     has_gradients: bool = False
     computes: bool = False
     _imports: bool = False
@@ -77,7 +77,8 @@ class Mentions:
         if not _MODES.isdisjoint(names):
             self.fickle = "asks whether gradients are recorded"
         derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
-        self.reads_gradients |= "grad" in names and not derivatives
+        if "grad" in names and not derivatives:
+            self.reads_gradients = code.co_name
         self.computes |= not _LOOKS_UP.isdisjoint(names)
         self._imports |= not _IMPORTS.isdisjoint(names)
         self._speaks |= any(name in names and name not in held for name in _SPEAKS)

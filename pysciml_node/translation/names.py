@@ -76,3 +76,20 @@ def arguments_of(node: Node) -> list[tuple[str, Any]]:
         (a.name, values.get(a.name, node.kwargs.get(a.name, a.default_value)))
         for a in schema.arguments
     ]
+
+
+_FILLS = ("aten.full.", "aten.full_like.", "aten.new_full.", "aten.fill.")
+
+
+def instead_of(operation: str) -> str:
+    """What to do where an operation cannot be translated, as far as that is known, in words."""
+    if operation.startswith(_FILLS):
+        return " with a number that is computed: write torch.ones(shape) * number"
+    if operation.startswith("prims."):
+        return ": a derivative in forward mode uses it; take it in reverse, by torch.func.jacrev"
+    if operation.partition(".")[2].partition(".")[0].endswith("_"):
+        return (
+            ": it changes a tensor of the field in place, as spectral_norm does in training mode, "
+            "until .eval() is called on it"
+        )
+    return ""

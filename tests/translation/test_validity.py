@@ -80,7 +80,7 @@ def field(monkeypatch: pytest.MonkeyPatch) -> Field:
     return Field().eval()
 
 
-def run(module: nn.Module, u: Tensor = U) -> Tensor:
+def run(module: Callable[..., Any], u: Tensor = U) -> Tensor:
     """The module's program, run by torch."""
     translated = translate(module, StateSpec.of(u))
     p = torch.cat([T.new_empty(0), *(x.reshape(-1).to(u) for x in translated.parameters)])
@@ -386,6 +386,59 @@ def test_what_was_used_last_is_kept():
     recent[3] = 3
     assert recent.get(2) is None
     assert (recent.get(1), recent.get(3)) == (1, 3)
+
+
+def slope(x: Tensor) -> Tensor | None:
+    return x.grad
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2, dtype=D))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.inner(u)
+
+
+class Sloped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(2, dtype=D))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.slope * u
+
+
+REMEDIES: dict[str, tuple[Any, str]] = {
+    "a number that is computed": (
+        lambda t, u: u * torch.full((2,), t.item(), dtype=D),
+        r"aten.full.default, which cannot be translated with a number .* torch.ones\(shape\)",
+    ),
+    "a derivative in forward mode": (
+        lambda t, u: torch.func.hessian(lambda x: x.cos().sum())(u) @ u,
+        r"a derivative in forward mode uses it; take it in reverse, by torch.func.jacrev",
+    ),
+    "spectral norm in training": (Normed(), r"in place, as spectral_norm .* until .eval\(\)"),
+    "a name that code has, too": (Sloped(), r"reads the gradients of tensors, in slope"),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_a_refusal_says_what_to_do(case: str) -> None:
+    field, words = REMEDIES[case]
+    with pytest.raises(UnsupportedModule, match=words):
+        run(field, torch.ones(2, dtype=D))
+
+
+def test_a_hook_of_all_modules_that_changes_what_the_translation_returns_is_named() -> None:
+    layer = nn.Linear(2, 2, dtype=D)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: out * 2)
+    try:
+        with pytest.raises(UnsupportedModule, match="changed by a hook of all modules"):
+            run(lambda t, u: -layer(u), torch.ones(2, dtype=D))
+    finally:
+        handle.remove()
 
 
 def test_attention_is_translated_or_refused_by_name():
