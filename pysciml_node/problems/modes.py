@@ -227,17 +227,21 @@ def _has_inference(x: Any) -> bool:
     return x.is_inference() if type(x) is Tensor else any(map(Tensor.is_inference, tensors_of(x)))
 
 
+def has_inference(problem: Problem) -> bool:
+    """Whether a tensor of a problem was made in inference mode."""
+    u0, (t0, t1), p = problem.u0, problem.tspan, problem.p
+    if _has_inference(u0) or (p is not None and _has_inference(p)):
+        return True
+    return not type(t0) is type(t1) is float and _has_inference((t0, t1))
+
+
 def nothing_is_special(problem: Problem | EnsembleProblem) -> bool:
     """Whether a problem is solved as it is: torch is in none of these modes, as at most solves."""
     if isinstance(problem, EnsembleProblem):
         return False
-    u0, (t0, t1), p = problem.u0, problem.tspan, problem.p
-    if _has_inference(u0) or (p is not None and _has_inference(p)):
-        return False
-    if not type(t0) is type(t1) is float and _has_inference((t0, t1)):
-        return False
     return not (
-        _is_inference()
+        has_inference(problem)
+        or _is_inference()
         or _is_autocast()
         or _function_modes()
         or forward_ad._current_level >= 0

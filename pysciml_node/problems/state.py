@@ -323,6 +323,13 @@ class StateSpec:
             return isinstance(value, tuple | list) and len(value) == len(self.keys)
         return isinstance(value, dict) and set(value) == set(self.keys)
 
+    def fits(self, state: Any) -> bool:
+        """Whether the parts of a state have its shapes: tensors may be given other data."""
+        if self.keys is None:
+            same: bool = state.shape == self.shapes[0]
+            return same
+        return all(x.shape == y for x, y in zip(self.parts(state), self.shapes, strict=True))
+
     def assemble(self, parts: list[Tensor]) -> Any:
         """The inverse of `parts`."""
         if self.keys is None:

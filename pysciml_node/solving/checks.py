@@ -37,7 +37,7 @@ from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import left_out, uncompiled, watched_by_nobody
 from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
-from pysciml_node.problems.state import moves
+from pysciml_node.problems.state import moves, tensors_of
 from pysciml_node.solving.tolerances import check_together, check_tolerance
 
 T = TypeVar("T")
@@ -139,6 +139,13 @@ def check_problem(problem: Any) -> Problem:
             )
         checks.refuse("problem", "an ODEProblem, SDEProblem or EnsembleProblem", problem, hint)
     problem.check_arguments()
+    if not problem.spec.fits(problem.u0):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_of(problem.u0))
+        before = ", ".join(str(tuple(x)) for x in problem.spec.shapes)
+        raise ValueError(
+            f"u0 must have the shape that it had when the problem was made, {before}, but has "
+            f"{shapes}.\n  Make the problem anew: ODEProblem(f, u0, (t0, t1))."
+        )
     return problem
 
 

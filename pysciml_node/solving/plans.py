@@ -190,6 +190,29 @@ def _keep(form: Any, plan: Plan, values: list[Any], kinds: tuple[type, ...]) -> 
         _RECENT.setdefault(form, []).append(_Given(plan, copies, kinds, rows))
 
 
+def recent_plan(
+    problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]
+) -> Plan | None:
+    """The plan of a solve that is one of the last ones but for its state and its field.
+
+    Args:
+        problem: what is solved.
+        algorithm: as it was given.
+        given: the options, likewise.
+    """
+    return _among(_form(problem, algorithm, given), [algorithm, *given.values()])
+
+
+def _among(form: Any, values: list[Any]) -> Plan | None:
+    alike = _RECENT.get(form)
+    if alike is not None:
+        kinds = tuple(map(type, values))
+        for before in alike:
+            if before.equals(values, kinds):
+                return before.plan
+    return None
+
+
 def plan_of(
     problem: Problem, algorithm: Algorithm | None, given: dict[str, Any], usual: dict[str, Any]
 ) -> Plan:
@@ -208,10 +231,9 @@ def plan_of(
         MethodUnavailable: the engine has no such method.
     """
     form, values = _form(problem, algorithm, given), [algorithm, *given.values()]
-    alike, kinds = _RECENT.get(form, ()), tuple(map(type, values))
-    for before in alike:
-        if before.equals(values, kinds):
-            return before.plan
+    known = _among(form, values)
+    if known is not None:
+        return known
     key = _key(problem, algorithm, given)
     try:
         known = None if key is None else _KNOWN.get(key)
@@ -232,5 +254,5 @@ def plan_of(
                 with contextlib.suppress(KeyError):
                     _KNOWN.popitem(last=False)
     if form is not None and key is not None and key in _KNOWN:
-        _keep(form, known, values, kinds)
+        _keep(form, known, values, tuple(map(type, values)))
     return known

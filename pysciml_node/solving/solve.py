@@ -15,12 +15,13 @@ from pysciml_node import checks
 from pysciml_node.algorithms.adjoints import Adjoint, DirectAdjoint
 from pysciml_node.algorithms.controllers import Controller
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.parallel import Parallel
 from pysciml_node.errors import SolverFailure
 from pysciml_node.problems.ensemble import EnsembleProblem
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import in_ordinary_modes
-from pysciml_node.problems.ode import Problem
+from pysciml_node.problems.ode import ODEProblem, Problem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.solutions.ensemble import EnsembleSolution
 from pysciml_node.solutions.solution import ReturnCode, Solution
@@ -30,7 +31,8 @@ from pysciml_node.solving.diagnosis import failure_message
 from pysciml_node.solving.jumps import run
 from pysciml_node.solving.member_options import check_members
 from pysciml_node.solving.members import solve_members
-from pysciml_node.solving.plans import plan_of
+from pysciml_node.solving.plans import plan_of, recent_plan
+from pysciml_node.torch_engine import engine as torch_engine
 
 
 def _begin(
@@ -38,6 +40,11 @@ def _begin(
     problem: Problem | EnsembleProblem,
     algorithm: Algorithm | None = None,
 ) -> Solution | EnsembleSolution:
+    compiled = given.get("compile")
+    if compiled is True or type(compiled) is str:
+        solution = _solve_again(given, problem, algorithm)
+        if solution is not None:
+            return solution
     adjoint = given.get("adjoint")
     forward_mode = adjoint is not None and isinstance(adjoint, DirectAdjoint)
     if isinstance(problem, EnsembleProblem):
@@ -170,12 +177,30 @@ _USUAL = {
 """What options are that were not given, but for those that say who solves."""
 
 
+def _solve_again(
+    given: dict[str, Any], problem: Problem | EnsembleProblem, algorithm: Algorithm | None
+) -> Solution | None:
+    """The solution of a solve that was before but for its state and numbers, where it is native."""
+    if type(problem) is not ODEProblem or not problem._called:
+        return None
+    plan = recent_plan(problem, algorithm, given)
+    if plan is None or plan.engine is not torch_engine or not plan.spec.fits(problem.u0):
+        return None
+    begun = time.perf_counter()
+    solution = torch_engine.solve_again(problem, plan.algorithm, plan.options)
+    return None if solution is None else _ended(solution, plan.options, begun)
+
+
 def _solve_one(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Solution:
     algorithm, options, chosen, _ = plan_of(problem, algorithm, given, _USUAL)
     if isinstance(problem, SDEProblem):
         options = options.seeded(_seed(given.get("generator")))
     begun = time.perf_counter()
-    solution = run(chosen, problem, algorithm, options)
+    return _ended(run(chosen, problem, algorithm, options), options, begun)
+
+
+def _ended(solution: Solution, options: SolveOptions, begun: float) -> Solution:
+    """A solution with its time by the clock, unless it is to be raised."""
     solution.seconds = time.perf_counter() - begun
     if solution.retcode is not ReturnCode.Success and options.throw and not solution.success:
         raise SolverFailure(failure_message(solution, options), solution)

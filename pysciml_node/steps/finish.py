@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,6 @@ class Solve(ABC):
         algorithm: how.
         options: of the solve.
         engine: name of the engine.
-
-    Attributes:
-        stats: what it has cost so far.
     """
 
     def __init__(
@@ -45,7 +43,11 @@ class Solve(ABC):
     ) -> None:
         self.problem, self.algorithm, self.options = problem, algorithm, options
         self.engine = engine
-        self.stats = Stats()
+
+    @cached_property
+    def stats(self) -> Stats:
+        """What it has cost so far."""
+        return Stats()
 
     @abstractmethod
     def run(self) -> Outcome:

@@ -135,12 +135,29 @@ def solve(problem: Problem, algorithm: Algorithm, options: SolveOptions) -> Solu
     return ODESolve(problem, algorithm, options, NAME).solution()
 
 
+def solve_again(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
+) -> Solution | None:
+    """Run a native solve that was before but for its state and numbers; `None` where it was not.
+
+    The problem is as it was given: torch is in none of the modes in which it would be another one.
+    """
+    return _native_again()(problem, algorithm, options, NAME)
+
+
 @cache
 def _native() -> Callable[[Problem, Algorithm, SolveOptions, str], Solution | None]:
     """Native solves: emitters and translation are imported when a solve asks for them."""
     from pysciml_node.torch_engine.native.attempt import attempt_native
 
     return attempt_native
+
+
+@cache
+def _native_again() -> Callable[[ODEProblem, Algorithm, SolveOptions, str], Solution | None]:
+    from pysciml_node.torch_engine.native.at_once import solve_again
+
+    return solve_again
 
 
 def solve_members(

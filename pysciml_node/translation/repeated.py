@@ -43,6 +43,8 @@ _FUNCTIONS = (
 _ABSENT = ("mass_matrix", "jac", "jac_sparsity")
 # Functions that say in which modes torch is, and what they answer where it is in none.
 _MODES = (
+    *(torch.is_inference_mode_enabled, False, torch._C._is_any_autocast_enabled, False),
+    *(torch._C._get_tracing_state, None),
     *(torch._C._are_functorch_transforms_active, False),
     *(partial(getattr, forward_ad, "_current_level"), -1),
     *(torch._C._len_torch_function_stack, 0, torch._C._len_torch_dispatch_stack, 0),

@@ -464,3 +464,15 @@ def test_errors_of_the_field_pass_through() -> None:
 
     with pytest.raises(Own, match="mine"):
         psn.solve(psn.ODEProblem(f, ones(), (0.0, 1.0)))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (ones(), x), lambda x: {"x": x}])
+def test_a_state_that_was_given_other_data_is_refused(wrap: Callable[[Tensor], Any]) -> None:
+    """Native code would read, and write, beyond its end."""
+    for shape in ((1, 3), (3, 3), (0,)):
+        x = ones()
+        problem = psn.ODEProblem(lambda t, u: u, wrap(x), (0.0, 1.0))
+        assert psn.solve(problem).success
+        x.data = ones(*shape)
+        with pytest.raises(ValueError, match=r"u0 must have the shape .*\n.*ODEProblem"):
+            psn.solve(problem)

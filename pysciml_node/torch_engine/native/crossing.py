@@ -28,11 +28,14 @@ _FUNCTIONS = (
     *("PyBytes_AsString", "PyByteArray_FromStringAndSize", "PyByteArray_AsString"),
     *("PyObject_Type", "PyObject_GetAttr", "PyObject_CallOneArg", "PyLong_AsSsize_t"),
     *("PyErr_Occurred", "PyErr_CheckSignals", "PyEval_SaveThread", "PyEval_RestoreThread"),
+    *("PyObject_Size", "PyTuple_GetItem", "PyList_GetItem", "PyList_SetSlice", "PyList_Append"),
+    *("PyTuple_New", "PyTuple_SetItem", "PyObject_CallObject", "PyTuple_Pack"),
     *("Py_IncRef", "Py_DecRef"),
 )
 _OBJECTS = (
     *(None, True, False, int, bytearray),
     *("dtype", Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg),
+    *(torch.empty_like, Tensor.new_empty),
 )
 
 Block = bytearray
@@ -41,7 +44,15 @@ Call = Callable[..., Block | None]
 holes name them, and returns the block of its request; `None` where a tensor does not lie as C reads
 it."""
 
+TakeSteps = Callable[..., tuple[Block, Tensor, Tensor | None] | None]
+"""A loop that runs to its end: is given the initial state and the parameters, and returns the block
+of its request, the last state and the saved ones; `None` where it is not for it."""
+
+GIVEN_TO_STEPS = ("u0", "final", "saved", "memory")
+"""What holes of such a loop number, by the names of its request; behind them are the parameters."""
+
 _cross: Callable[..., Block | None] | None = None
+_take_steps: Callable[..., Any] | None = None
 
 
 def use(library: ctypes.CDLL) -> None:
@@ -50,8 +61,9 @@ def use(library: ctypes.CDLL) -> None:
     Args:
         library: made of src/crossing.c.
     """
-    global _cross
+    global _cross, _take_steps
     _cross = function_of(library, "cross", _FUNCTIONS, _OBJECTS)
+    _take_steps = function_of(library, "take_steps", _FUNCTIONS, _OBJECTS)
 
 
 class Hole(NamedTuple):
@@ -103,15 +115,49 @@ def call_of(
         results: what it writes to tensors in the end. Such a function is called until it has gone
             through, and others once.
     """
-    room = first_behind(len(start)) + behind + ALIGNED
     if _cross is None:
+        room = first_behind(len(start)) + behind + ALIGNED
         return partial(_call, function, start, dtype, holes, room, results)
+    return partial(_cross, _packed(function, start, dtype, holes, behind, results))
+
+
+def steps_of(
+    function: Any,
+    start: bytes,
+    dtype: torch.dtype,
+    holes: Sequence[Hole],
+    behind: int,
+    memories: list[Tensor],
+    saved: tuple[int, ...] | None,
+) -> TakeSteps | None:
+    """A loop that runs to its end, with what it leaves; `None` where there is no C for it.
+
+    Args:
+        function, start, dtype, holes, behind: as of `call_of`.
+        memories: where memory of the loop is taken from, and given back to.
+        saved: sizes of the saved states, where there are any.
+    """
+    if _take_steps is None:
+        return None
+    return partial(_take_steps, _packed(function, start, dtype, holes, behind), memories, saved)
+
+
+def _packed(
+    function: Any,
+    start: bytes,
+    dtype: torch.dtype,
+    holes: Sequence[Hole],
+    behind: int,
+    results: Sequence[Result] = (),
+) -> bytes:
+    """A call as C reads it: `Call` of src/crossing.c."""
+    room = first_behind(len(start)) + behind + ALIGNED
     address, counts = ctypes.cast(function, POINTER).value, (len(holes), len(results))
     numbers = [x for row in (*holes, *results) for x in row]
     head = struct.pack(
         f"P2nP2n{len(numbers)}n", address, room, len(start), id(dtype), *counts, *numbers
     )
-    return partial(_cross, head + start)
+    return head + start
 
 
 def first_behind(size: int) -> int:

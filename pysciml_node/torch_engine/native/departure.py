@@ -21,6 +21,7 @@ from pysciml_node.algorithms.controllers import (
 )
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem, ends_of
+from pysciml_node.problems.state import StateSpec
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import first_room
@@ -28,12 +29,15 @@ from pysciml_node.tableaus import Tableau
 from pysciml_node.tableaus.stochastic import SDETableau
 from pysciml_node.torch_engine.native.crossing import (
     BEHIND,
+    GIVEN_TO_STEPS,
     IN_REQUEST,
     Call,
     Hole,
     Result,
+    TakeSteps,
     call_of,
     first_behind,
+    steps_of,
 )
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
 from pysciml_node.torch_engine.switching import FACTOR, MOST_SMOOTH, MOST_STIFF, SHARE
@@ -64,6 +68,9 @@ GIVEN_AT_ONCE = (
 # Those of them that are made for the call.
 _OWN = frozenset(("ends", "saved", "final", "memory", "kept"))
 _OWN_BACK = frozenset(("memory", "kept", "packed_bar"))
+
+# Bytes of states that lie behind a request.
+_SMALL = 1 << 14
 
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
@@ -140,6 +147,7 @@ class Departure:
             first address in it that is aligned.
         places_at: where the places of saved times do.
         steps_at: where the steps do.
+        ends_at: where the states at their ends do, if they are there too.
     """
 
     def __init__(
@@ -167,6 +175,7 @@ class Departure:
         sizes = [-(-x.packed_size * library.dtype.itemsize // 8) * 8 for x in libraries]
         *self.packed_at, self.places_at = itertools.accumulate(sizes, initial=self.behind)
         self.steps_at = self.places_at + 16 * len(times)
+        self.ends_at = first_behind(self.steps_at + 32 * self.room)
         self._request = request = SolveRequest(
             t0=t0,
             t1=t1,
@@ -251,20 +260,52 @@ class Departure:
         The addresses of these are behind the request, and then what the method packs of them, the
         places of saved times, and the steps.
         """
-        library, size = self.libraries[0], ctypes.sizeof(SolveRequest)
-        holes = [
-            Hole(getattr(SolveRequest, x).offset, i, own=x in _OWN) for i, x in enumerate(GIVEN)
-        ]
-        holes += [Hole(size + 8 * i, len(GIVEN) + i) for i in range(self.parameters)]
-        holes += [
+        library = self.libraries[0]
+        own, holes = self.steps_at - self.behind + 32 * self.room, self._holes(GIVEN)
+        return call_of(library.loaded.march, self._start(), library.dtype, holes, own)
+
+    def _holes(self, names: Sequence[str]) -> list[Hole]:
+        """What a loop lacks, which is given what these name, and the parameters."""
+        size = ctypes.sizeof(SolveRequest)
+        return [
+            *[Hole(getattr(SolveRequest, x).offset, i, own=x in _OWN) for i, x in enumerate(names)],
+            *[Hole(size + 8 * i, len(names) + i) for i in range(self.parameters)],
             Hole(SolveRequest.tensors.offset, IN_REQUEST, size),
             Hole(SolveRequest.packed.offset, BEHIND, self.packed_at[0]),
             Hole(SolveRequest.places.offset, BEHIND, self.places_at),
             Hole(SolveRequest.steps.offset, BEHIND, self.steps_at),
         ]
-        start = bytes(self._request) + bytes(8 * self.parameters)
-        own = self.steps_at - self.behind + 32 * self.room
-        return call_of(library.loaded.march, start, library.dtype, holes, own)
+
+    def steps_of(self, spec: StateSpec) -> TakeSteps | None:
+        """The loop of a solve without gradients, with the states at the ends in its block.
+
+        It is `None` of two methods, of parts, of a state that is no tensor, and where the states
+        take more than a little memory.
+
+        Args:
+            spec: structure of the state.
+        """
+        library, options = self.libraries[0], self.options
+        states = (self.room + 1) * library.size * library.dtype.itemsize
+        lone = len(self.libraries) == 1 and library.parts is None and spec.keys is None
+        if not (lone and self.lasting) or options.progress or states > _SMALL:
+            return None
+        ends = Hole(SolveRequest.ends.offset, BEHIND, self.ends_at)
+        return steps_of(
+            library.loaded.march,
+            self._start(self.room),
+            library.dtype,
+            [*self._holes(GIVEN_TO_STEPS), ends],
+            self.ends_at - self.behind + states,
+            library.memories(library.march_memory),
+            (self.save_count, *spec.shapes[0]) if self.save_count else None,
+        )
+
+    def _start(self, room: int = 0) -> bytes:
+        """The request, of so much room, with places for the addresses of parameters."""
+        request = self.request()
+        request.room = room
+        return bytes(request) + bytes(8 * self.parameters)
 
     def sweep(self, method: int) -> Call:
         """The sweep of a method, which is given what `GIVEN_BACK` names, and the log."""

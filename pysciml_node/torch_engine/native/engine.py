@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.parts import in_parts
-from pysciml_node.solutions.solution import Solution, Trajectory
+from pysciml_node.solutions.solution import Solution, Stats, Trajectory
 from pysciml_node.steps.autograd import graph_is_retained, pulled, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
@@ -33,8 +33,13 @@ from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.flight import Flight, States
-from pysciml_node.torch_engine.native.prepared import See, no_code, prepare
-from pysciml_node.torch_engine.native.run import Swept, fly, pull_back, sweep_back
+from pysciml_node.torch_engine.native.prepared import Ready, See, no_code, prepare
+from pysciml_node.torch_engine.native.run import (
+    Swept,
+    fly,
+    pull_back,
+    sweep_back,
+)
 from pysciml_node.torch_engine.native.trajectory import FieldProgram, NativeTrajectory
 
 
@@ -131,13 +136,11 @@ class FlownSolve(Solve):
         if not (flight.finite or self.watched):
             return self.looked_through(self._outcome(steps))
         # Where nothing looks at the steps they stay as they are.
-        self.stats.naccept, self.stats.nreject = flight.count, flight.nreject
         parts: dict[str, Any] = {
             "problem": self.problem,
             "algorithm": self.algorithm,
             "engine": self.engine,
             "retcode": flight.retcode,
-            "stats": self.stats,
             "u1": self._shaped(states.last),
             "event": flight.event,
         }
@@ -185,10 +188,17 @@ class SingleSolve(FlownSolve):
                 flight, states = fly(*how, _turns(on_step), keeps, noise)
         else:
             flight, states = fly(*how, None, keeps, noise)
-        self.flight, self.stats.nfe = flight, flight.nfe
+        self.flight = flight
         if noise is not None:
             self.stats.nfe_diffusion = noise.evaluations
         return states
+
+    @cached_property
+    @override
+    def stats(self) -> Stats:
+        """What it has cost so far, put together when somebody asks."""
+        flight = self.flight
+        return Stats(flight.nfe, flight.count, flight.nreject)
 
     @override
     def flown(self) -> tuple[Flight, States]:
@@ -214,9 +224,15 @@ class NativeSolve(SingleSolve):
     problem: ODEProblem
 
     def __init__(
-        self, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions, engine: str
+        self,
+        problem: ODEProblem,
+        algorithm: Algorithm,
+        options: SolveOptions,
+        engine: str,
+        ready: Ready | None = None,
     ) -> None:
-        prepared, self.parameters, see = prepare(problem, algorithm, options)
+        ready = ready or prepare(problem, algorithm, options)
+        prepared, self.parameters, see = ready
         super().__init__(problem, algorithm, options, engine, see)
         self.prepared = prepared
         self.departure = prepared.departure
@@ -407,7 +423,7 @@ def _time_gradients(
     return [gradients.t0, gradients.t1, saveat]
 
 
-@dataclass
+@dataclass(slots=True)
 class Steps:
     """The steps of a solve and the states at their ends, put together when something looks."""
 
@@ -420,8 +436,10 @@ class Steps:
         return self.solve.record(self.flight), self.solve.stepped(self.states)
 
     def part(self, name: str) -> Any:
-        """The trajectory for a solution, or the times of its states."""
+        """The trajectory for a solution, what it has cost, or the times of its states."""
         solve, flight = self.solve, self.flight
+        if name == "stats":
+            return solve.stats
         if name == "trajectory":
             return solve.trajectory_of(self)
         ends = flight.times(solve.interval[0]) if solve.options.saveat is None else ()

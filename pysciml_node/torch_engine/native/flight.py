@@ -63,6 +63,13 @@ class Log(NamedTuple):
         """The request, in the block itself."""
         return SolveRequest.from_buffer(self.block)
 
+    def ends(self, count: int) -> Tensor:
+        """The initial state and those at the ends of so many steps, where they are in the block."""
+        library, start = self.departure.libraries[0], aligned(self.block) + self.departure.ends_at
+        size, dtype = (count + 1) * library.size, library.dtype
+        states = torch.frombuffer(self.block, dtype=dtype, count=size, offset=start)
+        return states.view(count + 1, library.size)
+
     def place_in(self, request: SolveRequest, method: int) -> None:
         """Put into a request where in the block a method finds what is its own."""
         departure, start = self.departure, ctypes.addressof(request)

@@ -126,7 +126,7 @@ class SolveRequest(ctypes.Structure):
     @classmethod
     def landed(cls, block: bytearray) -> tuple[int, ...]:
         """The fields from `status` to `finite` of a request at the start of a block."""
-        return _LANDED.unpack_from(block, cls.status.offset)
+        return _LANDED.unpack_from(block, _STATUS)
 
 
 class SweepRequest(ctypes.Structure):
@@ -155,6 +155,9 @@ class SweepRequest(ctypes.Structure):
         """The fields from `q` to `status` of a request at the start of a block."""
         return _COST.unpack_from(block, cls.q.offset)
 
+
+_STATUS: int = SolveRequest.status.offset
+# Each solve asks for it, and ctypes takes its time.
 
 _SOURCES = {x.name: x.read_text(encoding="utf-8") for x in (files(__package__) / "src").iterdir()}
 """The files of src/, read at once: a package that is exchanged while a process runs has others."""
@@ -217,6 +220,10 @@ class Code(Settled):
                 call.restype, call.argtypes = result, arguments
             self._loaded = library
         return self._loaded
+
+    def memories(self, size: int) -> list[Tensor]:
+        """The memory of a size that is in no use."""
+        return self._pools[size]
 
     def take_memory(self, size: int) -> Tensor:
         """Memory for a loop or a sweep, which is used again by a later one."""

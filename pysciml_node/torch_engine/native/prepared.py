@@ -35,6 +35,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
+from pysciml_node.torch_engine.native.crossing import TakeSteps
 from pysciml_node.torch_engine.native.departure import Departure, departure_of
 from pysciml_node.torch_engine.native.fitting import expect_fitting, is_told
 from pysciml_node.torch_engine.native.implicit import LARGEST, Derivatives, write_implicit
@@ -185,6 +186,11 @@ class Prepared:
         return isinstance(self.algorithm, ExplicitRungeKutta)
 
     @cached_property
+    def take_steps(self) -> TakeSteps | None:
+        """The loop where no gradients are taken, if it can run to its end in C."""
+        return self.departure.steps_of(self.spec)
+
+    @cached_property
     def in_order(self) -> bool:
         """Whether the code reads the tensors of the field, and of `p`, one after the other."""
         return not self.constants and self.places == list(range(len(self.places)))
@@ -236,13 +242,21 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     Raises:
         CompileError: an option or the field has no native code, or there is no compiler.
     """
+    ready = prepared_again(problem, algorithm, options)
+    return _look_up(problem, algorithm, options) if ready is None else ready
+
+
+def prepared_again(
+    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
+) -> Ready | None:
+    """The same of a solve that was before but for its state and numbers; `None` of others."""
     found = repeat(problem, algorithm, options)
     if found is None:
-        return _look_up(problem, algorithm, options)
+        return None
     prepared, tensors, see = found
     parameters = prepared.parameters(tensors)
     if prepared.rosenbrock and not prepared.fits(problem, options, parameters):
-        return _look_up(problem, algorithm, options)
+        return None
     return Ready(prepared, parameters, see)
 
 

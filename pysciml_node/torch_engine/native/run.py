@@ -132,16 +132,17 @@ def fly(
     if found[0] in _UNDERWAY or on_turn is not None:
         log, ends, relay = _onward(log, ends, memory, on_turn)
         found = SolveRequest.landed(log.block)
-    status, _, _, _, _, accepted, rejected, evaluations, reached, finite = found
-    retcode, attempt, event = RETCODES[status], None, None
+    flight = flight_of(log, found)
+    accepted, reached = flight.count, flight.reached
     if relay is None:
         library.give_memory(memory)
     else:
+        flight.changes = relay.changes
         library, memory = relay.end(log.request)
-    if status not in _COMPLETE:
-        attempt = _last_attempt(library, log.request, memory, ends)
-    elif retcode is ReturnCode.Terminated:
-        event = log.request.found
+    if found[0] not in _COMPLETE:
+        flight.attempt = _last_attempt(library, log.request, memory, ends)
+    elif flight.retcode is ReturnCode.Terminated:
+        flight.event = log.request.found
     if (
         ends.size(0) != accepted + 1
     ):  # in place: a view would keep what is not needed of the room in sight
@@ -149,20 +150,20 @@ def fly(
     if reached < count:
         saved.resize_(reached, *u0.shape)
     departure.libraries[0].lately = accepted
-    flight = Flight(
-        log,
-        accepted,
-        reached,
-        retcode,
-        evaluations,
-        rejected,
-        attempt,
-        bool(finite),
-        event,
-        kept,
-        () if relay is None else relay.changes,
-    )
+    flight.kept = kept
     return flight, States(saved, ends, last)
+
+
+def flight_of(log: Log, found: tuple[int, ...]) -> Flight:
+    """What a solve leaves, from the log and the end of its request."""
+    status, *_, accepted, rejected, evaluations, reached, finite = found
+    retcode = RETCODES[status]
+    return Flight(log, accepted, reached, retcode, evaluations, rejected, None, bool(finite))
+
+
+def ended_well(found: tuple[int, ...]) -> bool:
+    """Whether, as the end of a request says, a solve is complete and its states are finite."""
+    return found[0] == SUCCESS and found[-1] != 0
 
 
 def _onward(

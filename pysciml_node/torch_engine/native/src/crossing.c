@@ -23,9 +23,19 @@ static struct {
   int (*interrupted)(void);
   void *(*release)(void);
   void (*acquire)(void *);
+  Size (*length)(Object *);
+  Object *(*in_tuple)(Object *, Size);
+  Object *(*in_list)(Object *, Size);
+  int (*exchange)(Object *, Size, Size, Object *);
+  int (*append)(Object *, Object *);
+  Object *(*new_tuple)(Size);
+  int (*put)(Object *, Size, Object *);
+  Object *(*call_all)(Object *, Object *);
+  Object *(*pack)(Size, ...);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
+  Object *empty_like, *new_empty;
 } py;
 
 enum { IN_REQUEST = -2, BEHIND = -1 };
@@ -114,12 +124,12 @@ static int fill(const Call *call, char *request, Object *const *given) {
 }
 
 /* Run it, once or to its end, while other threads may go on. */
-static int run(const Call *call, char *request) {
+static int run(const Call *call, char *request, int to_end) {
   for (;;) {
     void *thread = py.release();
     int64_t status = call->run(request);
     py.acquire(thread);
-    if (!call->results || status != RUNNING) return 1;
+    if (!to_end || status != RUNNING) return 1;
     if (py.interrupted()) return -1;
   }
 }
@@ -142,30 +152,101 @@ static void give(const Call *call, char *request, const Size *places) {
 }
 
 /* Fill a request, have it run, and give the results away. */
-static int go_through(const Call *call, char *request, Object *const *given) {
+static int go_through(const Call *call, char *request, Object *const *given, int to_end) {
   Size few[64], *places = call->results > 64 ? malloc(call->results * sizeof *places) : few;
   if (!places) return 0;
   int done = find_places(call, given, places);
   if (done == 1) done = fill(call, request, given);
-  if (done == 1) done = run(call, request);
+  if (done == 1) done = run(call, request, to_end);
   if (done == 1) give(call, request, places);
   if (places != few) free(places);
   return done;
 }
 
-/* `cross(call, *given)`: the block, in which the request is as the function has left it; None where a
-   tensor does not lie as C reads it, or writes to it. */
+/* The block, in which the request is as the function has left it; nothing where a tensor does not lie as
+   C reads it, or writes to it. `done` is -1 after an exception. */
+static Object *block_of(const Call *call, Object *const *given, int to_end, int *done) {
+  Object *block = call ? py.new_block(0, call->size) : 0;
+  *done = block ? go_through(call, py.block(block), given, to_end) : -1;
+  if (*done == 1) return block;
+  if (block) py.let_go(block);
+  return 0;
+}
+
+static Object *none_unless(int failed) {
+  if (failed) return 0;
+  py.keep(py.none);
+  return py.none;
+}
+
+/* `cross(call, *given)`: the block; None where a tensor does not lie as C reads it. */
 Object *cross(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
   const Call *call = py.bytes(given[0]);
-  Object *block = call ? py.new_block(0, call->size) : 0;
-  if (!block) return 0;
-  int done = go_through(call, py.block(block), given + 1);
-  if (done == 1) return block;
+  int done;
+  Object *block = block_of(call, given + 1, call && call->results, &done);
+  return block ? block : none_unless(done < 0);
+}
+
+/* A new tensor like another one, of other sizes. */
+static Object *new_like(Object *x, Object *sizes) {
+  Size count = py.length(sizes);
+  Object *arguments = py.new_tuple(count + 1);
+  if (!arguments) return 0;
+  for (Size i = 0; i <= count; i++) {
+    Object *each = i ? py.in_tuple(sizes, i - 1) : x;
+    py.keep(each);
+    py.put(arguments, i, each); /* which it takes over */
+  }
+  Object *made = py.call_all(py.new_empty, arguments);
+  py.let_go(arguments);
+  return made;
+}
+
+/* Memory of a list; nothing where there is none. */
+static Object *taken_from(Object *memories) {
+  Size count = py.length(memories);
+  if (count < 1) return 0;
+  Object *memory = py.in_list(memories, count - 1);
+  py.keep(memory);
+  if (!py.exchange(memories, count - 1, count, 0)) return memory;
+  py.let_go(memory);
+  return 0;
+}
+
+enum { U0, LAST, SAVED, MEMORY, PARAMETERS, MOST_GIVEN = 64 };
+
+/* The block, the last state and the saved ones of a loop that runs to its end. */
+static Object *taken(const Call *call, Object **given) {
+  int done;
+  Object *block = block_of(call, given, 1, &done);
+  if (!block) return none_unless(done < 0);
+  Object *left = py.pack(3, block, given[LAST], given[SAVED]);
   py.let_go(block);
-  if (done < 0) return 0;
-  py.keep(py.none);
-  return py.none;
+  return left;
+}
+
+/* `take_steps(call, memories, sizes, u0, *parameters)`: the block, the last state, and the saved ones,
+   which are of these sizes; None where `cross` gives None, or the list lacks memory for it. */
+Object *take_steps(Object *self, Object *const *arguments, Size count) {
+  (void)self;
+  Object *memories = arguments[1], *sizes = arguments[2], *left = 0;
+  Object *given[MOST_GIVEN] = {[U0] = arguments[3]};
+  if (count + PARAMETERS > MOST_GIVEN) return none_unless(0);
+  for (Size i = 4; i < count; i++) given[PARAMETERS + i - 4] = arguments[i];
+  if (!(given[MEMORY] = taken_from(memories))) return none_unless(py.failed() != 0);
+  given[LAST] = py.call(py.empty_like, given[U0]);
+  if (sizes == py.none) py.keep(given[SAVED] = sizes);
+  else if (given[LAST]) given[SAVED] = new_like(given[U0], sizes);
+  const Call *call = given[LAST] && given[SAVED] ? py.bytes(arguments[0]) : 0;
+  if (call) left = taken(call, given);
+  if (left && py.append(memories, given[MEMORY])) {
+    py.let_go(left);
+    left = 0;
+  }
+  for (Size i = LAST; i <= MEMORY; i++)
+    if (given[i]) py.let_go(given[i]);
+  return left;
 }
 
 /* Receive what it needs. */

@@ -1,0 +1,199 @@
+"""Native solves without gradients that were before leave what those with gradients do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node.torch_engine.native import at_once, departure
+from pysciml_node.torch_engine.native.compiler import available
+
+pytestmark = [
+    pytest.mark.skipif(not available()[0], reason=available()[1]),
+    pytest.mark.skipif(
+        not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="there is no lock"
+    ),
+]
+
+
+class Decay(nn.Module):
+    """`u' = -k u`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor([0.5, 2.0], dtype=torch.float64))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """The derivative at `u`, `(B, 2)`."""
+        return -self.k * u
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The solves that were put together, which those without gradients are when something looks."""
+    solves: list[Any] = []
+    make = at_once.NativeSolve
+
+    def noted(*how: Any) -> Any:
+        solves.append(make(*how))
+        return solves[-1]
+
+    monkeypatch.setattr(at_once, "NativeSolve", noted)
+    return solves
+
+
+def start(rows: int = 3) -> Tensor:
+    return torch.arange(1.0, 2 * rows + 1).double().reshape(rows, 2)
+
+
+def solved(
+    field: Any, u0: Tensor, algorithm: Any = None, recorded: bool = False, **how: Any
+) -> psn.Solution:
+    options = {"rtol": 1e-9, "atol": 1e-9, **how}
+    with torch.set_grad_enabled(recorded):
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        return psn.solve(problem, algorithm, compile=True, engine="torch", **options)
+
+
+def expect_decay(solution: psn.Solution, field: Decay, u0: Tensor) -> None:
+    expected = u0 * torch.exp(-field.k.detach())
+    torch.testing.assert_close(solution.u1.detach(), expected, rtol=1e-7, atol=1e-9)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "adaptive": {},
+    "saved times": {"saveat": [0.0, 0.25, 0.3, 1.0]},
+    "steps of one size": {"controller": psn.FixedStep(), "dt0": 1 / 32},
+    "more steps than there is room for": {"controller": psn.FixedStep(), "dt0": 1 / 300},
+    "Rosenbrock": {"algorithm": psn.Rodas5P()},
+    "two methods": {"algorithm": psn.AutoTsit5()},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_they_leave_what_those_with_gradients_do(way: str, made: list[Any]) -> None:
+    field = Decay()
+    for count in range(4):
+        u0 = start() + count
+        expected = solved(field, u0, recorded=True, **WAYS[way])
+        before = len(made)
+        found = solved(field, u0, **WAYS[way])
+        if count > 1 and way not in ("more steps than there is room for", "two methods"):
+            assert len(made) == before
+        expect_decay(found, field, u0)
+        assert (found.retcode, found.stats) == (expected.retcode, expected.stats)
+        assert found.event is None
+        assert list(map(str, found.trajectory.errors)) == list(map(str, expected.trajectory.errors))
+        for name in ("u1", "t", "u"):
+            x = getattr(found, name)
+            assert not x.requires_grad
+            assert torch.equal(x, getattr(expected, name).detach())
+        close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(found(0.3).detach(), expected(0.3).detach(), **close)
+        for again in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+            assert again.stats == found.stats
+            assert torch.equal(again.u, found.u)
+
+
+def test_a_solve_in_many_turns_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    u0 = start()
+    expected = solved(Decay(), u0)
+    monkeypatch.setattr(departure, "TURN", 0.0)
+    field = Decay()
+    for _ in range(3):
+        found = solved(field, u0)
+        assert torch.equal(found.u, expected.u)
+        assert found.stats == expected.stats
+
+
+def test_a_state_that_is_changed_afterwards_changes_no_other() -> None:
+    field, u0 = Decay(), start()
+    for _ in range(3):
+        solution = solved(field, u0)
+        expected = solution.u1.clone()
+        solution.u1.zero_()
+        assert torch.equal(solution.u[-1], expected)
+
+
+def test_what_has_changed_since_is_named() -> None:
+    field, u0 = Decay(), start()
+    solutions = [solved(field, u0) for _ in range(3)]
+    with torch.no_grad():
+        field.k.mul_(2)
+    for solution in solutions:
+        with pytest.raises(RuntimeError, match="k"):
+            solution(0.5)
+
+
+def test_tensors_that_lie_otherwise_are_read() -> None:
+    field = Decay()
+    for count in range(6):
+        u0 = start(4) + count
+        if count == 2:
+            u0 = u0.T.contiguous().T
+        if count == 4:
+            field.k.data = torch.tensor([[0.5, 1.0], [2.0, 3.0]]).double()[:, 0]
+        expect_decay(solved(field, u0), field, u0)
+
+
+def test_modes_are_seen_at_each_solve() -> None:
+    field, u0 = Decay(), start()
+    for count in range(6):
+        with torch.inference_mode(count % 2 == 1):
+            state = u0 + count
+            solution = solved(field, state)
+        assert not solution.u1.is_inference()
+        expect_decay(solution, field, u0 + count)
+        # One that was made there, solved outside.
+        expect_decay(solved(field, state), field, u0 + count)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(psn.CompileError, match="autocast"):
+        solved(field, u0)
+    expect_decay(solved(field, u0), field, u0)
+
+
+def test_failures_are_those_of_other_solves() -> None:
+    field, u0 = Decay(), start()
+    for _ in range(3):
+        with pytest.raises(psn.SolverFailure, match="max_steps") as failed:
+            solved(field, u0, max_steps=5)
+        assert failed.value.solution.stats.naccept + failed.value.solution.stats.nreject == 5
+        assert not solved(field, u0, max_steps=5, throw=False).success
+        expect_decay(solved(field, u0), field, u0)
+        with pytest.raises(psn.SolverFailure):
+            solved(field, u0 * torch.nan)
+
+
+def test_threads_have_memory_of_their_own() -> None:
+    field = Decay()
+
+    def run(count: int) -> bool:
+        u0 = start(16) + count
+        return all(
+            torch.allclose(solved(field, u0).u1, u0 * torch.exp(-field.k.detach()), rtol=1e-7)
+            for _ in range(20)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(8)))
+
+
+def test_a_state_of_another_shape_is_not_read() -> None:
+    """C wrote beyond its end."""
+    field, u0 = Decay(), start()
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+    for recorded in (False, False, False, True):
+        with torch.set_grad_enabled(recorded):
+            psn.solve(problem, compile=True, engine="torch", rtol=1e-9, atol=1e-9)
+    u0.data = start(1)
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="u0 must have the"):
+            psn.solve(problem, compile=True, engine="torch", rtol=1e-9, atol=1e-9)
