@@ -19,6 +19,9 @@ from pysciml_node.tableaus import DiagonallyImplicitTableau, Tableau
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 
+# So many times take less time one by one than as the entries of a vector.
+_FEW = 3
+
 
 class Method:
     """A tableau's coefficients as tensors of one dtype on one device."""
@@ -156,10 +159,10 @@ class Stages:
         ends = (start, start + size) if self.method.nodes_inside else numbers
         if not (low <= min(ends) and max(ends) <= high):
             numbers = [min(max(t, low), high) for t in numbers]
-        if len(numbers) == 1 and not moving:  # half as long as by a vector
-            at = torch.scalar_tensor(numbers[0], dtype=nodes.dtype, device=nodes.device)
-            self._known = (start, size, (at,))
-            return self._known[2]
+        if len(numbers) <= _FEW and not moving and nodes.device.type == "cpu":
+            alone = tuple(torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers)
+            self._known = (start, size, alone)
+            return alone
         inside = torch.tensor(numbers, dtype=nodes.dtype)
         if nodes.device.type != "cpu":
             inside = inside.to(nodes.device, non_blocking=True)
