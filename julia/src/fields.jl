@@ -76,7 +76,13 @@ end
 
 function (f::RightHandSide)(du, u, p, t)
     f.evaluations += 1
-    evaluate!(du, f.field, u, p, inside(f, t))
+    field, time = f.field, inside(f, t)
+    # Most fields are programs on the solver's own vectors: their method is known beforehand.
+    if field isa Program{eltype(u),typeof(u)}
+        evaluate!(du, field, u, p, time)
+    else
+        evaluate!(du, field, u, p, time)
+    end
     return nothing
 end
 

@@ -71,6 +71,26 @@ end
     @test derivative_of(g, u, p, 0.3) ≈ du
 end
 
+@testset "products of few and of many terms in $T" for T in (Float32, Float64)
+    using_blas(m, n, k) = m * n * k > PySciMLNode.FEW
+    sizes = ((1, 1, 1), (5, 1, 5), (2, 7, 3), (3, 4, 10), (3, 4, 11), (12, 1, 12))
+    @test Set(using_blas(size...) for size in sizes) == Set((true, false))
+    for (m, n, k) in sizes, ta in ('N', 'T'), tb in ('N', 'T'), add in (false, true)
+        # Parts of larger matrices.
+        part(rows, columns, phase) =
+            PySciMLNode.Mat(numbers(T, (rows + 2) * columns + 1, phase), 2, rows + 2, rows, columns)
+        A = part((ta == 'N' ? (m, k) : (k, m))..., 0)
+        B, C = part((tb == 'N' ? (k, n) : (n, k))..., 1), part(m, n, 2)
+        array(x) = copy(PySciMLNode.dense(x))
+        left, right = ta == 'N' ? array(A) : array(A)', tb == 'N' ? array(B) : array(B)'
+        expected, before = left * right + add * array(C), copy(C.data)
+        PySciMLNode.gemm!(ta, tb, A, B, add, C)
+        @test array(C) ≈ expected rtol = 8 * eps(T) atol = 8 * eps(T)
+        outside = [!(2 < i && (i - 3) % (m + 2) < m) for i in eachindex(before)]
+        @test C.data[outside] == before[outside]
+    end
+end
+
 "Error in units of the last place."
 ulps(found::T, exact) where {T} = abs(big(found) - exact) / eps(max(T(abs(exact)), floatmin(T)))
 

@@ -91,11 +91,45 @@ sum_columns!(total, y, n::Int) = (sum!(total, reshape(y, n, :)); nothing)
 
 # Matrix products -----------------------------------------------------------------------------
 
+"Products in a matrix product that are quicker to take here than to hand over to BLAS."
+const FEW = 128
+
+"`C = op(A) op(B)`, added to `C` if `beta`, of few products; the sums have `k` terms."
+function gemm_of_few!(
+    ta::Char, tb::Char, A::Mat{Vector{T}}, B::Mat{Vector{T}}, beta::Bool, C::Mat{Vector{T}}, k::Int
+) where {T}
+    a, b, c = A.data, B.data, C.data
+    # From term to term of a sum, and from column to column of the result.
+    along, across = tb == 'N' ? (1, B.ld) : (B.ld, 1)
+    @inbounds for j in 0:(C.columns - 1)
+        y, z = C.offset + j * C.ld, B.offset + 1 + j * across
+        if ta == 'N'
+            beta || fill!(view(c, (y + 1):(y + C.rows)), zero(T))
+            for l in 0:(k - 1)
+                factor, x = b[z + l * along], A.offset + l * A.ld
+                @simd ivdep for i in 1:C.rows
+                    c[y + i] = muladd(a[x + i], factor, c[y + i])
+                end
+            end
+        else
+            for i in 1:C.rows
+                x, total = A.offset + 1 + (i - 1) * A.ld, beta ? c[y + i] : zero(T)
+                for l in 0:(k - 1)
+                    total = muladd(a[x + l], b[z + l * along], total)
+                end
+                c[y + i] = total
+            end
+        end
+    end
+    return nothing
+end
+
 for (T, routine) in ((:Float64, :dgemm_), (:Float32, :sgemm_))
     @eval function gemm!(
         ta::Char, tb::Char, A::Mat{Vector{$T}}, B::Mat{Vector{$T}}, beta::Bool, C::Mat{Vector{$T}}
     )
         k = ta == 'N' ? A.columns : A.rows
+        C.rows * C.columns * k <= FEW && return gemm_of_few!(ta, tb, A, B, beta, C, k)
         a, b, c = A.data, B.data, C.data
         GC.@preserve a b c ccall(
             (BLAS.@blasfunc($routine), BLAS.libblastrampoline),
