@@ -38,7 +38,7 @@ The address of a function that takes the address of a row, as [`cross`](@ref) do
 """
 address_of(entry::String) = Int(address_of(Val(Symbol(entry))))
 
-for entry in (:fly!, :pull_flight!)
+for entry in (:fly!, :pull_flight!, :go_on!)
     count = length(Base.method_argnames(only(methods(getfield(@__MODULE__, entry))))) - 1
     crossed = Symbol(:cross_, entry)
     @eval $crossed(words::Ptr{Int}) = cross($entry, words, Val($count))

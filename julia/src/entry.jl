@@ -264,11 +264,12 @@ function run_pullback!(
     replayed = 0
     # Cotangents of times come out of the replay alone.
     if !forward || !isempty(bars)
-        replayed = sweep!(
-            rhs, tableau, steps, arriving, parameters, gradient, ubar;
-            tbars = part(0, count), hbars = part(count, count),
+        sweep = Sweep(rhs, tableau, steps, arriving, parameters, gradient, ubar)
+        sweep!(
+            sweep; tbars = part(0, count), hbars = part(count, count),
             thetabars = part(2 * count, length(arriving.theta)), poll,
         )
+        replayed = sweep.replayed
     end
     if forward
         fill!(gradient, 0)

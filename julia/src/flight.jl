@@ -48,46 +48,58 @@ the other. The states at the saved times go to `saved`, the last one to `final`,
 up to `room` steps, the initial one first, to `ends`. `log` takes two numbers for each saved time, its step
 and its place in it from 0 to 1, or the number of the state that it is and NaN; and behind them four for
 each step: its end, its size, its error, and the number of the stop that it ends on, or -1. `report` is that
-of [`solve!`](@ref). A record stays where there were more steps, for [`fetch_flight!`](@ref).
+of [`solve!`](@ref). A record stays where there were more steps, for [`fetch_flight!`](@ref). It returns the
+negative of a handle where it is left for now, as [`begin_work`](@ref) does.
 """
 function fly!(
     fd::Int, prepared::Int, u0::Int, tensors::Int, packed::Int, saved::Int, final::Int, room::Int,
     ends::Int, log::Int, report::Int,
 )
     made = OBJECTS[prepared]
-    record = depart!(made, fd, u0, tensors, packed, saved, final, host(Int, report, 6))
-    length(record.errors) > room && return keep(record)
-    write_flight!(made, record, ends, log)
-    return 0
+    march_on = depart(made, u0, tensors, packed, saved)
+    return begin_work(fd) do poll
+        left = march_on(poll)
+        left === nothing && return nothing
+        record, evaluations = left
+        report_flight!(made, record, evaluations, final, host(Int, report, 6))
+        length(record.errors) > room && return keep(record)
+        write_flight!(made, record, ends, log)
+        return 0
+    end
 end
 
-function depart!(made::Prepared{<:Plan{T}}, fd, u0, tensors, packed, saved, final, report) where {T}
+# What gives the record and the evaluations of a solve, or `nothing` where it is left for now.
+function depart(made::Prepared{<:Plan{T}}, u0, tensors, packed, saved) where {T}
     (; plan, size, marks, dt0, saveat, lengths) = made
     m = length(saveat)
     columns = reshape(host(T, saved, size * m), size, m)
     start = host(T, u0, size)
     parameters = pack(T, packed, host(Int, tensors, length(lengths)), lengths)
-    poll = () -> stop_when_interrupted(fd)
     if made.keeps
         kept = take_kept!(made, start, parameters)
-        record, evaluations = fly_again!(kept, plan, start, parameters, marks, dt0, saveat, columns, poll)
-        give_back!(made, kept)
-    else
-        record, evaluations = exclusively(made.rhs) do rhs
+        record = begin_again!(kept, plan, start, parameters, marks, dt0, saveat, columns)
+        return Departure(made, kept, record, columns)
+    end
+    return function (poll)
+        is_brief(poll) && return nothing  # to come back does not count here
+        exclusively(made.rhs) do rhs
             rhs.evaluations = 0
-            found = march(
+            record = march(
                 rhs, plan, start, parameters, marks, dt0, saveat, columns;
                 poll, watch = Returns(false), dense = false, mass_matrix = I,
             )
-            found, rhs.evaluations
+            (record, rhs.evaluations)
         end
     end
-    report[3] = evaluations
+end
+
+function report_flight!(made::Prepared{<:Plan{T}}, record, evaluations, final, report) where {T}
     last = record.states[end]
-    copyto!(host(T, final, size), last)
-    report[1], report[2], report[4] = length(record.errors), record.saved, record.rejected
-    report[5], report[6] = get(CODES, record.retcode, UNSTABLE), all(isfinite, last)
-    return record
+    copyto!(host(T, final, made.size), last)
+    report[1], report[2], report[3] = length(record.errors), record.saved, evaluations
+    report[4], report[5] = record.rejected, get(CODES, record.retcode, UNSTABLE)
+    report[6] = all(isfinite, last)
+    return nothing
 end
 
 # The parameters in one piece.
@@ -154,22 +166,25 @@ end
 The discrete adjoint of the first `steps` steps of a solve and of its first `reached` saved times.
 `saved`, `arriving` and `final` are the cotangents of what [`fly!`](@ref) has written to `saved`, `ends`
 and `final`, or 0. `bars` takes those of the parameters, and behind them that of the initial state;
-`report` the replayed steps and the evaluations.
+`report` the replayed steps and the evaluations. It returns as [`begin_work`](@ref) does.
 """
 function pull_flight!(
     fd::Int, prepared::Int, steps::Int, reached::Int, packed::Int, ends::Int, log::Int, saved::Int,
     arriving::Int, final::Int, bars::Int, report::Int,
 )
-    pull_back!(
-        OBJECTS[prepared], fd, steps, reached, packed, ends, log, saved, arriving, final, bars,
-        host(Int, report, 2),
-    )
-    return 0
+    made = OBJECTS[prepared]
+    sweep_on = turn_back(made, steps, reached, packed, ends, log, saved, arriving, final, bars)
+    return begin_work(fd) do poll
+        counts = sweep_on(poll)
+        counts === nothing && return nothing
+        host(Int, report, 2) .= counts
+        return 0
+    end
 end
 
-function pull_back!(
-    made::Prepared{<:Plan{T}}, fd, count, reached, packed, ends, log, saved, at_ends, final, bars,
-    report,
+# What gives the replayed steps and the evaluations of a sweep, or `nothing` where it is left for now.
+function turn_back(
+    made::Prepared{<:Plan{T}}, count, reached, packed, ends, log, saved, at_ends, final, bars
 ) where {T}
     (; size, marks, saveat, lengths) = made
     m, np = length(saveat), sum(lengths)
@@ -195,15 +210,25 @@ function pull_back!(
             push!(arriving.theta, theta)
         end
     end
-    gradient = fill!(host(T, bars, np), 0)
+    gradient, parameters = fill!(host(T, bars, np), 0), host(T, packed, np)
     ubar = row(bars + np * sizeof(T), 1)
-    exclusively(made.rhs) do rhs
-        run_pullback!(
-            rhs, made.tableau, false, steps, arriving, host(T, packed, np), gradient, ubar,
-            Float64[], fd, report,
-        )
+    if made.keeps
+        kept = take_kept!(made, steps.states[1], parameters)
+        kept.rhs.evaluations = 0
+        sweep = Sweep(kept.rhs, made.tableau, steps, arriving, parameters, gradient, ubar)
+        return Return(made, kept, sweep)
     end
-    return nothing
+    return function (poll)
+        is_brief(poll) && return nothing
+        counts = [0, 0]
+        exclusively(made.rhs) do rhs
+            run_pullback!(
+                rhs, made.tableau, false, steps, arriving, parameters, gradient, ubar, Float64[],
+                poll.descriptor, counts,
+            )
+        end
+        return counts
+    end
 end
 
 # Add to what arrives at a state; not in Python's memory.

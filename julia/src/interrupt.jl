@@ -28,9 +28,50 @@ end
 """
     stop_when_interrupted(descriptor)
 
-Throw an `InterruptException`, which Python raises as `KeyboardInterrupt`, if SIGINT has arrived.
+Throw an `InterruptException`, which Python raises as `KeyboardInterrupt`, if SIGINT has arrived;
+returns false.
 """
 function stop_when_interrupted(descriptor::Integer)
     interrupted(descriptor) && throw(InterruptException())
-    return nothing
+    return false
+end
+
+"In place of a descriptor: nobody listens, and what takes longer than a moment is left for now."
+const BRIEFLY = -(1 << 62)
+const MOMENT = 20_000_000  # nanoseconds
+
+"""
+    Poll(descriptor)
+
+Asked at each step whether to leave what is being done for now; throws as [`stop_when_interrupted`](@ref)
+does.
+"""
+struct Poll
+    descriptor::Int
+    until::UInt64
+end
+
+Poll(descriptor::Int) = Poll(descriptor, time_ns() + MOMENT)
+is_brief(poll::Poll) = poll.descriptor == BRIEFLY
+(p::Poll)() = is_brief(p) ? time_ns() > p.until : stop_when_interrupted(p.descriptor)
+
+"""
+    begin_work(work, descriptor) -> result, or the negative of a handle
+
+Call `work(poll)`, which returns `nothing` where it is left for now: it is kept for [`go_on!`](@ref) then.
+"""
+function begin_work(work, descriptor::Int)
+    result = work(Poll(descriptor))
+    return result === nothing ? -keep(work) : result::Int
+end
+
+"""
+    go_on!(fd, work) -> result
+
+Go on with what was left, to its end.
+"""
+function go_on!(fd::Int, work::Int)
+    result = OBJECTS[work](Poll(fd))::Int
+    free(work)
+    return result
 end

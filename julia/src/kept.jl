@@ -67,23 +67,57 @@ function restart!(kept::Kept, plan::Plan, u0, dt0)
     return integrator
 end
 
-"""
-    fly_again!(kept, plan, u0, p, marks, dt0, saveat, saved, poll) -> record, evaluations
-
-Solve forward as [`march`](@ref) does, with an integrator that is kept.
-"""
-function fly_again!(kept::Kept, plan::Plan{T}, u0, p, marks, dt0, saveat, saved, poll) where {T}
-    (; rhs, parameters, integrator) = kept
+# The record of a solve forward that begins, as `march` begins it.
+function begin_again!(kept::Kept, plan::Plan{T}, u0, p, marks, dt0, saveat, saved) where {T}
+    (; rhs, parameters) = kept
     copyto!(parameters, p)
     rhs.evaluations = 0
     record = begun(rhs, u0, marks, saveat, saved)
     bound!(rhs, T, marks, marks[1], marks[2])
     restart!(kept, plan, u0, dt0)
-    follow!(
-        record, integrator, rhs, plan, marks, 2, length(marks), saveat, saved, poll, Returns(false)
+    return record
+end
+
+"""
+A solve forward on its way, with what it works with; it goes on to the mark of number `next`.
+"""
+mutable struct Departure{M,K,R,C}
+    const made::M
+    const kept::K
+    const record::R
+    const columns::C
+    next::Int
+end
+
+Departure(made, kept, record, columns) = Departure(made, kept, record, columns, 2)
+
+function (d::Departure)(poll)
+    (; made, kept, record) = d
+    (; rhs, integrator) = kept
+    next = follow!(
+        record, integrator, rhs, made.plan, made.marks, d.next, length(made.marks), made.saveat,
+        d.columns, poll, Returns(false),
     )
+    if next !== nothing
+        d.next = next
+        return nothing
+    end
     record.rejected = integrator.stats.nreject
+    give_back!(made, kept)
     return record, rhs.evaluations
+end
+
+"A sweep on its way, with what it works with."
+struct Return{M,K,S}
+    made::M
+    kept::K
+    sweep::S
+end
+
+function (r::Return)(poll)
+    sweep!(r.sweep; tbars = (), hbars = (), thetabars = (), poll) || return nothing
+    give_back!(r.made, r.kept)
+    return r.sweep.replayed, r.kept.rhs.evaluations
 end
 
 """

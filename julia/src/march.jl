@@ -88,18 +88,19 @@ function start(problem, plan::Plan{T}, tstops, dt0, maxiters, ::Val{dense}) wher
     )
 end
 
-# Step to the marks from number `next` to `goal`.
+# Step to the marks from number `next` to `goal`. Where `poll()` tells to leave, the number is returned
+# of the mark to go on to, and else `nothing`.
 function follow!(
     record, integrator, rhs, plan::Plan{T}, marks, next, goal, saveat, saved, poll, watch
 ) where {T}
     direction = integrator.tdir
     while next <= goal
-        poll()
+        poll() && return next
         OrdinaryDiffEqCore.step!(integrator)
         code = integrator.sol.retcode
         if code != ReturnCode.Default && code != ReturnCode.Success
             record.retcode = code
-            return
+            return nothing
         end
         t = integrator.t
         at_mark = t == T(marks[next])
@@ -121,7 +122,7 @@ function follow!(
         push!(record.states, copy(integrator.u))
         if stopped
             record.retcode = ReturnCode.Terminated
-            return
+            return nothing
         end
         if at_mark
             next += 1
@@ -133,7 +134,7 @@ function follow!(
         end
     end
     record.retcode = ReturnCode.Success
-    return
+    return nothing
 end
 
 function save!(record, saved, u)

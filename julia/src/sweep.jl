@@ -12,8 +12,9 @@ Pulls cotangents back through single steps of one field and method, its buffers 
 The columns of `K` are the stages; those of `C` the cotangents in the order in which they arise:
 `u1*, v*_1, ..., v*_m, U*_s, ..., U*_1`, so that each sum is one matrix-vector product.
 """
-struct StepPullback{T,V<:AbstractVector{T},M<:AbstractMatrix{T}}
+struct StepPullback{T,V<:AbstractVector{T},M<:AbstractMatrix{T},F<:AbstractField}
     rhs::RightHandSide
+    field::F
     tableau::Tableau
     p::V
     pbar::V
@@ -33,7 +34,9 @@ function StepPullback(rhs, tableau, p, pbar, u, outputs::Int)
     reserve!(rhs.field, s)
     weights = Vector{T}(undef, columns)
     arguments = [similar(u) for _ in 1:s]
-    return StepPullback(rhs, tableau, p, pbar, K, C, arguments, similar(u), similar(u), weights)
+    return StepPullback(
+        rhs, rhs.field, tableau, p, pbar, K, C, arguments, similar(u), similar(u), weights
+    )
 end
 
 # y = alpha * A[:, from:to] * w + beta * y, the weights copied to the device of A.
@@ -41,6 +44,19 @@ function combine!(y, A, from, to, w, alpha, beta)
     T = eltype(y)
     columns = view(A, :, from:to)
     return mul!(y, columns, on_device(y, view(w, 1:(to - from + 1))), T(alpha), T(beta))
+end
+
+function combine!(y::Vector{T}, A::Matrix{T}, from, to, w, alpha, beta) where {T}
+    n, few = length(y), length(y) * (to - from + 1) <= FEW
+    few || return mul!(y, view(A, :, from:to), view(w, 1:(to - from + 1)), T(alpha), T(beta))
+    beta == 0 ? fill!(y, zero(T)) : y .*= T(beta)
+    for j in from:to
+        factor = T(alpha) * w[j - from + 1]
+        @inbounds @simd ivdep for i in 1:n
+            y[i] = muladd(factor, A[i, j], y[i])
+        end
+    end
+    return y
 end
 
 on_device(::Array, w) = w
@@ -52,7 +68,7 @@ on_device(like, w) = copyto!(similar(like, length(w)), collect(w))
 Evaluate the first `count` stages of a step from `u`, keeping what their pullbacks need.
 """
 function stages!(pull::StepPullback{T}, t, h, u, count) where {T}
-    (; rhs, tableau, p, K, weights) = pull
+    (; rhs, field, tableau, p, K, weights) = pull
     for i in 1:count
         argument = copyto!(pull.arguments[i], u)
         if i > 1
@@ -60,7 +76,7 @@ function stages!(pull::StepPullback{T}, t, h, u, count) where {T}
             combine!(argument, K, 1, i - 1, weights, h, 1)
         end
         time = inside(rhs, T(t + tableau.c[i] * h))
-        linearize!(view(K, :, i), rhs.field, argument, p, time, i)
+        linearize!(view(K, :, i), field, argument, p, time, i)
     end
     rhs.evaluations += count
     return nothing
@@ -75,7 +91,7 @@ Replace the cotangent `ubar` of a step's end by that of its start.
 step's start time and size; those of `thetas` have parts of their own, see `theta_bar`.
 """
 function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
-    (; rhs, tableau, p, pbar, K, C, arguments, kbar, weights) = pull
+    (; rhs, field, tableau, p, pbar, K, C, arguments, kbar, weights) = pull
     m = length(thetas)
     # Without dense outputs the last stage of a first-same-as-last method has no cotangent here.
     count = m > 0 ? tableau.all_stages : tableau.stages - tableau.fsal
@@ -98,7 +114,7 @@ function pull!(pull::StepPullback{T}, t, h, u, ubar, outputs, thetas) where {T}
         combine!(kbar, C, 1, last, weights, h, 0)
         time = inside(rhs, T(t + tableau.c[i] * h))
         along = Float64(dot(kbar, view(K, :, i)))
-        slope = vjp!(pull.sum, pbar, rhs.field, arguments[i], p, time, i, kbar)
+        slope = vjp!(pull.sum, pbar, field, arguments[i], p, time, i, kbar)
         C[:, last + 1] .= pull.sum
         tbar += slope
         hbar += along / h + tableau.c[i] * slope
@@ -143,39 +159,61 @@ struct Arriving{V}
 end
 
 """
-    sweep!(rhs, tableau, steps, arriving, p, pbar, ubar; tbars, hbars, thetabars, poll) -> replayed
-
-Pull all cotangents of a solve back to its initial state (`ubar`) and parameters (`pbar`, added to).
-
-`tbars`, `hbars` receive the cotangents of each step's start time and size, `thetabars` those of the
-dense outputs' fractions; they may be empty where no gradient of times is wanted. Returns the number
-of replayed steps.
+A sweep on its way: step `next` is the next one to be replayed, and `live` tells whether a cotangent has
+arrived at its end.
 """
-function sweep!(rhs, tableau, steps, arriving, p, pbar, ubar; tbars, hbars, thetabars, poll)
+mutable struct Sweep{S<:StepPullback,V}
+    const pull::S
+    const steps::Steps{V}
+    const arriving::Arriving{V}
+    const inside::Vector{Vector{Int}}
+    const ubar::V
+    next::Int
+    live::Bool
+    replayed::Int
+end
+
+"""
+    Sweep(rhs, tableau, steps, arriving, p, pbar, ubar)
+
+A sweep that begins: it pulls all cotangents of a solve back to its initial state (`ubar`) and parameters
+(`pbar`, added to).
+"""
+function Sweep(rhs, tableau, steps::Steps{V}, arriving, p, pbar, ubar) where {V}
     n, m = length(steps.sizes), length(arriving.theta)
-    inside_step = [Int[] for _ in 1:n]
+    inside = [Int[] for _ in 1:n]
     for j in 1:m
-        push!(inside_step[arriving.step[j]], j)
+        push!(inside[arriving.step[j]], j)
     end
-    most = maximum(length, inside_step; init = 0)
+    most = maximum(length, inside; init = 0)
     pull = StepPullback(rhs, tableau, p, pbar, steps.states[1], most)
     fill!(ubar, 0)
-    live, replayed = false, 0
-    for k in n:-1:1
-        arrived = arriving.states[k + 1]
-        if arrived !== nothing
-            ubar .+= arrived
-            live = true
-        end
-        members = inside_step[k]
-        live || !isempty(members) || continue
-        live = true
-        poll()
+    return Sweep{typeof(pull),V}(pull, steps, arriving, inside, ubar, n, false, 0)
+end
+
+"""
+    sweep!(sweep; tbars, hbars, thetabars, poll) -> whether it has gone through
+
+Go on with a sweep, until `poll()` tells to leave it for now.
+
+`tbars`, `hbars` receive the cotangents of each step's start time and size, `thetabars` those of the
+dense outputs' fractions; they may be empty where no gradient of times is wanted.
+"""
+function sweep!(sweep::Sweep; tbars, hbars, thetabars, poll)
+    (; pull, steps, arriving, ubar) = sweep
+    while sweep.next > 0
+        poll() && return false
+        k = sweep.next
+        arrived, members = arriving.states[k + 1], sweep.inside[k]
+        arrived === nothing || (ubar .+= arrived)
+        sweep.live |= arrived !== nothing || !isempty(members)
+        sweep.next -= 1
+        sweep.live || continue
         t, h = steps.times[k], steps.sizes[k]
-        bound!(rhs, eltype(ubar), steps.marks, t, steps.times[k + 1])
+        bound!(pull.rhs, eltype(ubar), steps.marks, t, steps.times[k + 1])
         outputs, thetas = view(arriving.outputs, members), view(arriving.theta, members)
         tbar, hbar = pull!(pull, t, h, steps.states[k], ubar, outputs, thetas)
-        replayed += 1
+        sweep.replayed += 1
         isempty(tbars) && continue
         tbars[k], hbars[k] = tbar, hbar
         for (j, output, theta) in zip(members, outputs, thetas)
@@ -183,5 +221,5 @@ function sweep!(rhs, tableau, steps, arriving, p, pbar, ubar; tbars, hbars, thet
         end
     end
     arriving.states[1] === nothing || (ubar .+= arriving.states[1])
-    return replayed
+    return true
 end

@@ -71,16 +71,17 @@ function rehearse_flight(::Type{T}, n, u0, p, prepared) where {T}
     tensors = [Int(pointer(p, first)) for first in (1, 13, 17, 25)]
     at(x) = Int(pointer(x))
     GC.@preserve u0 p packed saved final ends bars log report done tensors begin
-        for room in (100, 0)
+        # As Python does it first, and where there is not enough room.
+        for (fd, room) in ((BRIEFLY, 100), (-1, 0))
             row = [
-                -1, prepared, at(u0), at(tensors), at(packed), at(saved), at(final), room, at(ends),
+                fd, prepared, at(u0), at(tensors), at(packed), at(saved), at(final), room, at(ends),
                 at(log), at(report),
             ]
             GC.@preserve row cross_fly!(pointer(row))
             row[1] == 0 || fetch_flight!(prepared, row[1], at(ends), at(log))
         end
         row = [
-            -1, prepared, report[1], report[2], at(packed), at(ends), at(log), at(u0), at(ends),
+            BRIEFLY, prepared, report[1], report[2], at(packed), at(ends), at(log), at(u0), at(ends),
             at(u0), at(bars), at(done),
         ]
         GC.@preserve row cross_pull_flight!(pointer(row))
@@ -94,7 +95,7 @@ end
         foreach(rehearse, (0, 1))
         free(Int[])
         info()
-        foreach(address_of, ("fly!", "pull_flight!"))
+        foreach(address_of, ("fly!", "pull_flight!", "go_on!"))
     end
     empty!(OBJECTS)
     NEXT[] = 0

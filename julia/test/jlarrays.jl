@@ -48,7 +48,7 @@ function solve_and_pull(field, u0::V, p::V, cotangent::V) where {V}
     plan = PySciMLNode.OBJECTS[handle]
     PySciMLNode.free(handle)
     marks, saveat = [0.0, 0.4, 1.0], [0.0, 0.3, 0.4, 1.0]
-    saved, poll = similar(u0, length(u0), length(saveat)), Returns(nothing)
+    saved, poll = similar(u0, length(u0), length(saveat)), Returns(false)
     record = PySciMLNode.march(
         rhs, plan, u0, p, marks, 0.0, saveat, saved;
         poll, watch = Returns(false), dense = false, mass_matrix = I,
@@ -61,9 +61,8 @@ function solve_and_pull(field, u0::V, p::V, cotangent::V) where {V}
     )
     u0bar, pbar = similar(u0), zero(p)
     tbars, hbars, thetabars = zeros(count), zeros(count), zeros(2)
-    PySciMLNode.sweep!(
-        rhs, CLASSICAL, steps, arriving, p, pbar, u0bar; tbars, hbars, thetabars, poll
-    )
+    sweep = PySciMLNode.Sweep(rhs, CLASSICAL, steps, arriving, p, pbar, u0bar)
+    @test PySciMLNode.sweep!(sweep; tbars, hbars, thetabars, poll)
     return record.times, record.states[end], saved, u0bar, pbar, tbars, hbars, thetabars
 end
 

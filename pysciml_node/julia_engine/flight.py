@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.julia_engine.forward import RETCODES
 from pysciml_node.julia_engine.prepared import Prepared, Ready
-from pysciml_node.julia_engine.process.buffers import address, integers
+from pysciml_node.julia_engine.process.buffers import address, integers, room_for
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.process.runtime import cross
@@ -29,30 +30,29 @@ from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.record import Kept, Outcome, Record
 
-_DOUBLE = torch.empty(0, dtype=torch.float64, device="cpu")
-
 
 class States(NamedTuple):
     """The states that a solve leaves, with their graph where there is one.
 
     Attributes:
-        saved: at the saved times that were reached, as the initial one was given.
+        saved: at the saved times that were reached, as the initial one was given; `None` where
+            there is no such time.
         ends: the initial one, and those at the ends of the accepted steps, `(n + 1, N)`.
         last: the one that it got to.
     """
 
-    saved: Tensor
+    saved: Tensor | None
     ends: Tensor
     last: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Flight:
     """What a solve leaves besides states.
 
     Attributes:
         prepared: what was solved, and how.
-        packed: the parameters in one piece.
+        packed: memory with the parameters in one piece.
         log: as `fly!` of `julia/src/flight.jl` writes it.
         count: accepted steps.
         reached: saved times that were reached.
@@ -63,8 +63,8 @@ class Flight:
     """
 
     prepared: Prepared
-    packed: Tensor
-    log: Tensor
+    packed: array[float]
+    log: array[float]
     count: int
     reached: int
     nfe: int
@@ -128,9 +128,8 @@ def fly(prepared: Prepared, u0: Tensor, parameters: list[Tensor]) -> tuple[Fligh
     departure, start = prepared.departure, _lying(u0)
     size, room, saves = departure.size, departure.room, departure.saves
     ends, last = start.new_empty((room + 1, size)), start.new_empty(start.shape)
-    saved = start.new_empty((saves, *start.shape))
-    packed = start.new_empty(prepared.length)
-    log = _DOUBLE.new_empty(2 * saves + 4 * room)
+    saved = start.new_empty((saves, *start.shape)) if saves else None
+    packed, log = room_for(prepared.doubles), room_for(2 * saves + 4 * room)
     read = list(map(_lying, parameters))
     tensors, report = integers([x.data_ptr() for x in read]), integers((0,) * 6)
     left = cross(
@@ -138,25 +137,25 @@ def fly(prepared: Prepared, u0: Tensor, parameters: list[Tensor]) -> tuple[Fligh
         prepared.handle.number,
         start.data_ptr(),
         address(tensors),
-        packed.data_ptr(),
-        saved.data_ptr(),
+        address(packed),
+        0 if saved is None else saved.data_ptr(),
         last.data_ptr(),
         room,
         ends.data_ptr(),
-        log.data_ptr(),
+        address(log),
         address(report),
     )
     count, reached, nfe, nreject, code, finite = report
     if left:
         ends = start.new_empty((count + 1, size))
-        log = _DOUBLE.new_empty(2 * saves + 4 * count)
-        record = Handle(left)
-        enter("fetch_flight!", prepared=prepared.handle, record=record, ends=ends, log=log)
+        log, record = room_for(2 * saves + 4 * count), Handle(left)
+        numbers = torch.frombuffer(log, dtype=torch.float64)
+        enter("fetch_flight!", prepared=prepared.handle, record=record, ends=ends, log=numbers)
         record.forget()
     elif count < room:
         # In place: a view would keep what is not needed of the room in sight.
         ends.resize_(count + 1, size)
-    if reached < saves:
+    if saved is not None and reached < saves:
         saved.resize_(reached, *start.shape)
     retcode = RETCODES[code]
     flight = Flight(prepared, packed, log, count, reached, nfe, nreject, retcode, bool(finite))
@@ -204,9 +203,10 @@ class PreparedSolve(Solve):
         return self._outcome(self._flown())
 
     def _outcome(self, states: States) -> Outcome:
+        ends, saved = states.ends, states.saved
+        flat = ends[:0] if saved is None else saved.reshape(len(saved), self.u0.numel())
         # Not the last state itself, which its owner may change.
-        saved = states.saved.reshape(len(states.saved), self.u0.numel())
-        return Outcome(self.flight.record, list(states.ends.unbind()), saved)
+        return Outcome(self.flight.record, list(ends.unbind()), flat)
 
     @override
     def trajectory(self, outcome: Outcome) -> Trajectory:
@@ -244,7 +244,10 @@ class PreparedSolve(Solve):
             "event": None,
         }
         if self.options.saveat is not None:
-            parts["saved"] = self._shaped(states.saved)
+            saved = states.saved
+            parts["saved"] = self._shaped(
+                self.u0.new_empty((0, *self.u0.shape)) if saved is None else saved
+            )
         return in_parts(Solution, partial(self._part, states), parts)
 
     def _shaped(self, x: Tensor) -> Any:
@@ -268,11 +271,10 @@ class _Node(torch.autograd.Function):
     @override
     def forward(
         ctx: Any, solve: PreparedSolve, u0: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         states = solve.fly(u0)
         ctx.flight, ctx.stats = solve.flight, solve.stats
-        # As they are now: `.data` may be given other data before the sweep.
-        ctx.shapes = [x.shape for x in (u0, *parameters)]
+        ctx.shape = u0.shape  # as it is now: `.data` may be given other data before the sweep
         ctx.save_for_backward(states.ends, u0, *parameters)
         ctx.set_materialize_grads(False)
         return states
@@ -285,7 +287,7 @@ class _Node(torch.autograd.Function):
             return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
-        pull = partial(_pull, ctx.flight, ctx.stats, kept[0], ctx.shapes, needed[1:])
+        pull = partial(_pull, ctx.flight, ctx.stats, kept[0], ctx.shape, needed[1:])
         return (None, *pulled(pull, kept, *cotangents))
 
 
@@ -293,7 +295,7 @@ def _pull(
     flight: Flight,
     stats: Stats,
     ends: Tensor,
-    shapes: list[torch.Size],
+    shape: torch.Size,
     wanted: tuple[bool, ...],
     *cotangents: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -303,7 +305,7 @@ def _pull(
         flight: the solve.
         stats: its backward fields are filled.
         ends: the states at the ends of the steps, the initial one first.
-        shapes: of the initial state and of the parameters, when the solve began.
+        shape: of the initial state, when the solve began.
         wanted: which of them have gradients.
         *cotangents: of its `States`.
     """
@@ -319,9 +321,9 @@ def _pull(
         prepared.handle.number,
         count,
         reached,
-        flight.packed.data_ptr(),
+        address(flight.packed),
         ends.data_ptr(),
-        flight.log.data_ptr(),
+        address(flight.log),
         saved,
         at_ends,
         last,
@@ -332,12 +334,12 @@ def _pull(
     stats.naccept_backward += replayed
     stats.nfe_backward += evaluations
     stats.nvjp += evaluations
-    *parts, start = bars.split_with_sizes([*prepared.sizes, size])
-    first, *rest = shapes
-    of = zip(parts, rest, wanted[1:], prepared.field.pulled, strict=True)
+    split = torch._utils._unflatten_dense_tensors(bars, prepared.forms)  # type: ignore[no-untyped-call]
+    *parts, start = split
+    of = zip(parts, wanted[1:], prepared.field.pulled, strict=True)
     return (
-        start.view(first) if wanted[0] else None,
-        *(part.view(shape) if needed and pulls else None for part, shape, needed, pulls in of),
+        start.view(shape) if wanted[0] else None,
+        *(part if needed and pulls else None for part, needed, pulls in of),
     )
 
 

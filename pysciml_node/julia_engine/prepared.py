@@ -8,6 +8,7 @@ state, of the method and of the options, which `solve` looks up by their values.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,24 +48,32 @@ class Prepared:
         field: its translation.
         program: the same in Julia.
         handle: of all this in Julia.
-        sizes: of the parameters.
+        forms: tensors of the shapes of the parameters, and behind them one of a flat state.
     """
 
     departure: Departure
     field: Known
     program: Handle
     handle: Handle
-    sizes: list[int]
+    forms: list[Tensor]
 
     @cached_property
     def length(self) -> int:
         """Numbers of all parameters."""
-        return sum(self.sizes)
+        return sum(x.numel() for x in self.forms[:-1])
 
-    def seen(self, parameters: list[Tensor], packed: Tensor) -> FieldInJulia:
+    @cached_property
+    def doubles(self) -> int:
+        """Numbers in double precision that take as much memory."""
+        return -(-self.length * self.field.spec.dtype.itemsize // 8)
+
+    def seen(self, parameters: list[Tensor], packed: array[float]) -> FieldInJulia:
         """The field as a solve has seen it, with its parameters in one piece."""
-        wanted = self.field.wanted(parameters)
-        return FieldInJulia(self.program, parameters, wanted, self.field.spec, packed)
+        spec, wanted = self.field.spec, self.field.wanted(parameters)
+        flat = torch.empty(0, dtype=spec.dtype, device="cpu")
+        if packed:
+            flat = torch.frombuffer(packed, dtype=spec.dtype, count=self.length)
+        return FieldInJulia(self.program, parameters, wanted, spec, flat)
 
 
 class Ready(NamedTuple):
@@ -157,5 +166,6 @@ def _prepare(
     given = {name: departure.given[name] for name in ("plan", "n", "nmarks", "marks", "dt0")}
     given |= {name: departure.given[name] for name in ("m", "saveat")}
     number = enter("prepare", field=program, tableau=plans.tableau(algorithm.tableau), **given)
-    sizes = [x.numel() for x in parameters]
-    return Prepared(departure, field, program, Handle(number), sizes)
+    shapes = [*(x.shape for x in parameters), torch.Size((departure.size,))]
+    forms = [torch.empty(()).expand(shape) for shape in shapes]
+    return Prepared(departure, field, program, Handle(number), forms)

@@ -181,3 +181,59 @@ def test_gradients_have_the_shapes_that_tensors_had_when_the_solve_began(flown: 
     bars = torch.autograd.grad(end.sum(), (u0, field.rate))
     torch.testing.assert_close(bars, expected, rtol=0, atol=0)
     assert len(flown) == 1
+
+
+@pytest.fixture
+def crossed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The entries that are crossed to, as they are called."""
+    names: list[str] = []
+    cross = runtime._cross
+
+    def noted(name: str, *words: int) -> int:
+        names.append(name)
+        return cross(name, *words)
+
+    monkeypatch.setattr(runtime, "_cross", noted)
+    return names
+
+
+LONG: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 2.0**-17, "max_steps": 10**9}
+
+
+@pytest.mark.parametrize("width", [2, 20_000])
+def test_what_takes_longer_than_a_moment_goes_on(crossed: list[str], width: int) -> None:
+    """Euler's steps of `u' = -r u`, in small ones and in those of which nothing is kept."""
+    count = 2**17 if width == 2 else 2**8
+    rate = torch.full((width,), 0.5, dtype=D, requires_grad=True)
+    problem = psn.ODEProblem(lambda t, u, p: -p * u, torch.ones(width, dtype=D), (0.0, 1.0), rate)
+    for _ in range(2):
+        end = psn.solve(problem, psn.Euler(), engine="julia", **{**LONG, "dt0": 1 / count}).u1
+        (bar,) = torch.autograd.grad(end.sum(), rate)
+    assert crossed == ["fly!", "go_on!", "pull_flight!", "go_on!"]
+    expected = (1 - rate / count) ** count
+    torch.testing.assert_close(end, expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(bar, -expected / (1 - rate / count), rtol=1e-11, atol=0)
+
+
+def test_a_handler_that_raises_once_julia_is_back_leaves_nothing_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes on after a moment, and a record of more steps than there was room for."""
+    problem = psn.ODEProblem(Decay(), torch.ones(2, dtype=D), (0.0, 1.0))
+    with torch.no_grad():
+        for dt0 in (2.0**-17, 2.0**-8):
+            options = {**LONG, "dt0": dt0, "engine": "julia"}
+            for _ in range(2):
+                expected = psn.solve(problem, psn.Euler(), **options)
+            held, crossing = runtime.call("held"), runtime._runtime.crossings["fly!"]
+
+            def struck(address: int, crossing: Any = crossing) -> int:
+                crossing(address)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setitem(runtime._runtime.crossings, "fly!", struck)
+                with pytest.raises(KeyboardInterrupt):
+                    psn.solve(problem, psn.Euler(), **options)
+            assert runtime.call("held") == held
+            assert torch.equal(psn.solve(problem, psn.Euler(), **options).u, expected.u)

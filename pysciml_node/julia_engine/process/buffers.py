@@ -55,6 +55,11 @@ def doubles(numbers: Sequence[float] = ()) -> array[float]:
     return array("d", numbers)
 
 
+def room_for(count: int) -> array[float]:
+    """Memory for so many numbers in double precision, which is quicker to have than a tensor."""
+    return array("d", bytes(8 * count))
+
+
 def integers(numbers: Sequence[int] = ()) -> array[int]:
     """Whole numbers of 64 bits whose memory Julia can read and write."""
     return array("q", numbers)

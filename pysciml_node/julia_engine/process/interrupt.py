@@ -16,6 +16,9 @@ import threading
 from types import FrameType, TracebackType
 
 NOT_LISTENING = -1
+BRIEFLY = -(2**62)
+"""In place of a descriptor: Julia comes back after a moment, so that somebody listens."""
+
 # The module `signal` wraps these functions to turn numbers into enumerations. That would take
 # longer than all the rest of a call into Julia.
 _get_handler = _signal.getsignal

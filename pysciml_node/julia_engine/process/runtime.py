@@ -19,7 +19,7 @@ import torch
 from pysciml_node.errors import EngineUnavailable, JuliaError
 from pysciml_node.julia_engine.process import handles, launch
 from pysciml_node.julia_engine.process.errors import translate
-from pysciml_node.julia_engine.process.interrupt import Listening
+from pysciml_node.julia_engine.process.interrupt import BRIEFLY, Listening
 
 _NOBODY = 0
 # It loads Enzyme, whose start alone can take half a minute.
@@ -168,7 +168,9 @@ def call_released(
 def cross(name: str, *words: int) -> int:
     """Call an entry that takes whole numbers and addresses alone, by its own address.
 
-    It runs for long, as those of `call_released` do, and calls nothing of Python's.
+    It calls nothing of Python's, and other Python threads run on. To listen for Ctrl-C takes longer
+    than a small solve does. So an entry that is not through after a moment comes back, and Python
+    listens while it goes on.
 
     Args:
         name: of the entry.
@@ -176,7 +178,7 @@ def cross(name: str, *words: int) -> int:
             to stay.
 
     Returns:
-        What it returns.
+        What it returns: 0, or the number of an object.
 
     Raises:
         JuliaError: Julia raised.
@@ -185,17 +187,34 @@ def cross(name: str, *words: int) -> int:
     """
     if threading.get_ident() != _runtime.owner:
         _enter()
-    function = _runtime.crossings.get(name) or _crossing(name)
     if handles.pending:
         free_pending()
     if torch.get_num_threads() != _runtime.blas_threads:
         _match_threads()
+    result = _cross(name, BRIEFLY, *words)
+    if result >= 0:
+        return result
+    work = handles.Handle(-result)
     with Listening() as descriptor:
-        row = array("q", (descriptor, *words))
-        if function(row.buffer_info()[0]):
-            error = _raised()
-            raise error
-        return row[0]
+        result = _cross("go_on!", descriptor, work.number)
+        work.forget()
+        return result
+
+
+def _cross(name: str, descriptor: int, *words: int) -> int:
+    function = _runtime.crossings.get(name) or _crossing(name)
+    row = array("q", (descriptor, *words))
+    try:
+        failed = function(row.buffer_info()[0])
+    except BaseException:
+        # Of a handler of signals, which may run once Julia has come back: nobody else will free it.
+        if row[0] not in (descriptor, 0):
+            handles.pending.append(abs(row[0]))
+        raise
+    if failed:
+        error = _raised()
+        raise error
+    return row[0]
 
 
 def _raised() -> BaseException:
