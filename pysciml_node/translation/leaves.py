@@ -6,7 +6,6 @@ import enum
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -59,9 +58,10 @@ def form_among(reached: list[Tensor], asked: list[Ask], leaves: Leaves) -> Any:
     tensors, form = leaves
     if not tensors:
         return form
-    numbers = dict(zip(map(id, (*tensors, *reached)), count(), strict=False))
-    same = map(numbers.__getitem__, map(id, tensors))
-    return form, *same, *answers(asked, tensors)
+    # Each the number of its last place: mostly there is one tensor, or none is met twice.
+    numbers = {id(x): i for i, x in enumerate((*tensors, *reached))}
+    same = [numbers[id(x)] for x in tensors]
+    return (form, *same, *answers(asked, tensors)) if asked else (form, *same)
 
 
 def fickle_class(p: Any) -> tuple[str, str] | None:
