@@ -353,8 +353,8 @@ def _pull_at_once(
     # wanted may be one that no gradient goes to.
     rows = zip(sources, wanted[1:], library.pulled, library.shapes, strict=True)
     gradients = (
-        ends.new_empty(solve.shape) if wanted[0] else None,
-        *[x.new_empty(shape) if a and b and x is not None else None for x, a, b, shape in rows],
+        _new(ends, solve.shape) if wanted[0] else None,
+        *[_new(x, shape) if a and b and x is not None else None for x, a, b, shape in rows],
     )
     counts = pull_back(solve.flight, ends, arriving, gradients, solve.noise())
     if counts is None:
@@ -364,6 +364,11 @@ def _pull_at_once(
     stats.nvjp += counts[1]
     stats.naccept_backward += counts[2]
     return gradients
+
+
+def _new(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor like another one; torch reads numbers in half the time of a shape."""
+    return x.new_empty(*shape) if shape else x.new_empty(shape)
 
 
 def _of_parameters(
