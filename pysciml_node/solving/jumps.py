@@ -248,7 +248,8 @@ class _Solve:
                 "  Return the new state; a state that is changed in place has to be returned too."
             )
         if torch.is_grad_enabled():
-            guard(tensors_of(after), Surroundings({"affect": event.affect, "p": self.problem.p}))
+            reach = Surroundings({"affect": event.affect, "p": self.problem.p})
+            guard(tensors_of(after), reach, (t, *tensors_of(given)))
         return after
 
     def _time(self, t: Time) -> Tensor:

@@ -337,7 +337,7 @@ class _Rounds:
             shift = root_shift(lambda t, u: condition_of(event, self.spec, t, u), t, u, rate)
         if watch.seen:
             self._refuse()
-        guard((shift,), self.reach)
+        guard((shift,), self.reach, (t, u))
         return shift, rate
 
     def _fail(
@@ -413,7 +413,7 @@ class _Rounds:
             self._refuse(error, effect)
         if effect is not None and effect.seen():
             self._refuse(None, effect)
-        guard((after,), self.reach)
+        guard((after,), self.reach, (t, before))
         return after
 
     def _refuse(self, error: Exception | None = None, effect: _Effect | None = None) -> NoReturn:

@@ -98,7 +98,7 @@ def differentiable_event(solution: Solution, event: Event, tstops: tuple[float, 
             rate = torch.linalg.solve_ex(problem.mass, rate).result
     solution.stats.nfe += 1
     shift = root_shift(lambda time, state: event.value(time, spec.unflatten(state)), t, u, rate)
-    guard((shift,), Surroundings({"condition": event.condition}))
+    guard((shift,), Surroundings({"condition": event.condition}), (t, u))
     solution.event_t = t + shift
     solution.u1 = spec.unflatten(u + rate * shift)
 

@@ -7,8 +7,10 @@ it counts the changes: it counts none by `.data`, or by memory that something el
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +22,11 @@ from pysciml_node.steps.inputs import newly_behind
 from pysciml_node.steps.surroundings import Surroundings
 
 
-def guard(values: Iterable[Tensor | None], surroundings: Surroundings | None) -> None:
+def guard(
+    values: Iterable[Tensor | None],
+    surroundings: Surroundings | None,
+    start: Iterable[Tensor] | None = None,
+) -> None:
     """Refuse to go backward from values, once something that their graph has saved is changed.
 
     Every backward pass through the graph has to come by one of them. Where such a pass makes a
@@ -29,12 +35,21 @@ def guard(values: Iterable[Tensor | None], surroundings: Surroundings | None) ->
     Args:
         values: those that gradients may arrive at.
         surroundings: what the graph may have been made of, where that is known.
+        start: what a short graph begins at: it is looked at now, and what it has not saved is not
+            compared.
     """
     given = [x for x in values if x is not None and x.grad_fn is not None]
     # Inside of transforms of `torch.func` tensors are other ones in backward.
     if surroundings is None or not given or not all(map(is_comparable, given)):
         return
-    look = _Guard(surroundings)
+    tensors, arrays = surroundings.tensors, surroundings.arrays
+    if start is not None:
+        nodes = _between({x.grad_fn for x in given}, {x.grad_fn for x in start})
+        extents = sorted(_extent(x) for node in nodes for x in saved_by(node))
+        tensors, arrays = _within(extents, tensors), _within(extents, arrays)
+    if not (tensors or arrays):
+        return
+    look = _Guard(tensors, arrays, surroundings.names)
     for node in {x.grad_fn for x in given}:
         assert node is not None
         node.register_prehook(look)
@@ -43,12 +58,14 @@ def guard(values: Iterable[Tensor | None], surroundings: Surroundings | None) ->
 class _Guard:
     """What is called before each of the nodes that values were made by."""
 
-    def __init__(self, surroundings: Surroundings) -> None:
-        self._contents = Contents((*surroundings.tensors, *surroundings.arrays))
-        self._names = surroundings.names
+    def __init__(
+        self, tensors: Sequence[Tensor], arrays: Sequence[Tensor], names: dict[int, str]
+    ) -> None:
+        self._contents = Contents((*tensors, *arrays))
+        self._names = names
         # A graph does not keep alive what has been computed elsewhere, and the graphs behind that.
-        self._tensors = [weakref.ref(x) for x in surroundings.tensors]
-        self._arrays = surroundings.arrays
+        self._tensors = [weakref.ref(x) for x in tensors]
+        self._arrays = arrays
         self._passed = -1  # the backward pass that has looked
         self._changed: list[Tensor] = []
 
@@ -99,6 +116,29 @@ def first_saved(nodes: Iterable[Any], tensors: Sequence[Tensor]) -> Tensor | Non
                     if _overlap(x, saved):
                         return x
     return None
+
+
+def _between(nodes: Iterable[Any], stops: Container[Any]) -> set[Any]:
+    """Nodes of a graph and all that they lead to, as far as others."""
+    todo, seen = list(nodes), set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen and node not in stops:
+            seen.add(node)
+            todo.extend(following for following, _ in node.next_functions)
+    return seen
+
+
+def _within(extents: Sequence[tuple[int, int]], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of some tensors that share memory with one of the extents, which are in order."""
+    begins, ends = [x for x, _ in extents], [*accumulate((y for _, y in extents), max)]
+    found = []
+    for x in tensors:
+        first, last = _extent(x)
+        place = bisect_left(begins, last)
+        if place and first < ends[place - 1]:
+            found.append(x)
+    return found
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:

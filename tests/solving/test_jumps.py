@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from bouncing import (
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.steps import contents
+from pysciml_node.steps import guard as guards
 
 ADJOINTS = [
     psn.DiscreteAdjoint(),
@@ -398,3 +401,33 @@ def test_what_events_read_is_as_it_was_or_refused(
         (number if counted else number.data).mul_(3)
     with pytest.raises(RuntimeError, match=f"{changed} has been changed in place since"):
         torch.autograd.grad(value, u0)
+
+
+@pytest.mark.parametrize("members", [True, False])
+def test_events_note_what_their_graphs_read_of_a_large_module(
+    members: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`affect` is a method of a module: of its parameters each event looks at the one it uses."""
+    net = torch.nn.Module()
+    net.factor, net.large = torch.nn.Parameter(torch.tensor(0.9)), torch.nn.Linear(100, 100)
+    noted: list[torch.Tensor] = []
+
+    class Noting(contents.Contents):
+        def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+            noted.extend(given := [*tensors])
+            super().__init__(given)
+
+    monkeypatch.setattr(guards, "Contents", Noting)
+
+    def affect(t: Any, u: Any) -> Any:
+        return net.factor * u if net.large is not None else u
+
+    u0 = torch.ones(1, requires_grad=True)
+    problem: Any = psn.ODEProblem(lambda t, u: -u, u0, (0.0, 1.0))
+    if members:
+        problem = psn.EnsembleProblem(problem, u0=u0.expand(2, 1))
+    u1 = psn.solve(problem, events=psn.Event(at=[0.3, 0.6], affect=affect)).u1
+    (slope,) = torch.autograd.grad(u1.sum(), net.factor)
+    assert slope.item() == pytest.approx((1 + members) * 2 * 0.9 * math.exp(-1), rel=1e-5)
+    assert [x for x in noted if x.numel() > 1] == []
+    assert sum(x is net.factor for x in noted) >= 2
