@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from pysciml_node.steps.contents import Contents
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.memory import Memory
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.unread import unread
 
 Edge = tuple[Any, int]
 """A node of the autograd graph, and the number of one of its outputs."""
@@ -94,8 +95,7 @@ def newly_behind(node: Any, mark: object, value: object) -> Iterator[Any]:
 
     Args:
         node: the node.
-        mark: of whoever looks.
-        value: of the mark; with another one a node counts as unmarked.
+        mark, value: of whoever looks; with another value a node counts as unmarked.
     """
     todo = [node]
     while todo:
@@ -360,11 +360,15 @@ class Inputs:
         Raises:
             RuntimeError: something holds other values.
         """
-        if self._contents is None:
-            return
+        if others := self._other_contents(passed):
+            self._refuse(others[0])
+
+    def _other_contents(self, passed: Container[int]) -> list[Tensor]:
         others = (x for x in self.within_reach() if id(x) not in passed)
-        for x in self._contents.changed(others):
-            raise RuntimeError(changed_message(self.name_of(x)))
+        return [] if self._contents is None else self._contents.changed(others)
+
+    def _refuse(self, x: Tensor) -> NoReturn:
+        raise RuntimeError(changed_message(self.name_of(x)))
 
     @property
     def watch(self) -> Callable[[Tensor], None] | None:
@@ -389,8 +393,8 @@ class Inputs:
             replayed: whether the caller compares its steps with the recorded ones.
 
         Raises:
-            RuntimeError: a tensor without gradients has been changed in place and nobody compares,
-                or a gradient would be lost.
+            RuntimeError: a tensor has been changed in place and nobody compares, where the field
+                reads it; an array was, read or not; or a gradient would be lost.
         """
         # One at a time: threads may go backward through one solve.
         with self._surroundings.undisturbed(), self._swept(replayed):
@@ -404,10 +408,12 @@ class Inputs:
         changed |= {key: x for key, (x, version) in self._hidden.items() if version != x._version}
         constants = [x for x in changed.values() if not x.requires_grad]
         self.suspects, self.changed = [self.name_of(x) for x in constants], [*changed.values()]
-        if constants and not replayed:
-            raise RuntimeError(changed_message(self.suspects[0]))
-        # What torch counts is looked at where the field uses it.
-        self.expect_contents(changed.keys() | {id(x) for x in surroundings.written})
+        # What torch counts of those that have gradients is looked at where the field uses them.
+        others = self._other_contents(changed.keys() | {id(x) for x in surroundings.written})
+        for x in others:
+            if any(x is array for array in surroundings.arrays):  # which NumPy may read
+                self._refuse(x)
+        others += [] if replayed else constants
         stand_ins = {id(x): _stand_in(x) for x in self._trainable if _need_stand_in((x,))}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):
@@ -434,7 +440,8 @@ class Inputs:
             with surroundings.as_seen(stand_ins):
                 if self._memory is not None:
                     self._memory.expect_idle(self.leaves)
-                yield
+                with unread(others, self._refuse):
+                    yield
             self._expect_gone()
         finally:
             self.leaves, self._known, self._strangers = self.inputs, None, []
@@ -461,7 +468,7 @@ class Inputs:
 
     def _expect_gone(self) -> None:
         """Raise if leaves are left that the field did not make for an evaluation."""
-        if not any(reference() is not None for reference in self._strangers):
+        if all(reference() is None for reference in self._strangers):
             return
         gc.collect()
         late = {id(x): x for x in (reference() for reference in self._strangers) if x is not None}

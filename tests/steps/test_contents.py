@@ -143,6 +143,54 @@ def test_a_change_of_what_the_start_does_not_show_is_refused(
         torch.autograd.grad(u1.sum(), field.rate)
 
 
+class Beside(Late):
+    """The same, with tensors that it does not read, or reads by way of others."""
+
+    def __init__(self) -> None:
+        super().__init__("parameter")
+        self.register_buffer("unread", torch.ones(3, dtype=D))
+        self.spare = nn.Linear(2, 2)
+        self.numbers = torch.full((2,), 3.0, dtype=D)
+        self.by: Callable[[], Any] = lambda: self.more
+
+    @property
+    def now(self) -> Tensor:
+        return torch.as_tensor(self.by(), dtype=D)
+
+
+BY: dict[str, Callable[[Beside], Any]] = {
+    "view": lambda field: field.numbers[1:],
+    "number": lambda field: field.numbers[0].item(),
+    "list": lambda field: field.numbers.tolist()[0],
+    "array": lambda field: field.numbers.numpy()[:1] * 1.0,
+    "memory": lambda field: torch.from_dlpack(field.numbers)[:1],
+}
+
+
+@pytest.mark.parametrize(("kind", "adjoint"), WAYS)
+def test_a_change_of_what_is_not_read_is_no_error(kind: str, adjoint: Any) -> None:
+    field = Beside()
+    bound = 0.04 if kind == "stochastic" else 1e-5
+    u1 = end(kind, field, adjoint)
+    field.unread.data.fill_(2.0)
+    field.spare.weight.data.mul_(2.0)
+    field.numbers.add_(1.0)
+    (slope,) = torch.autograd.grad(u1.sum(), field.rate)
+    assert slope.item() == pytest.approx(-1.03 * math.exp(-1.03 / 2), rel=bound)
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("adjoint", [psn.GaussAdjoint(), psn.BacksolveAdjoint()])
+@pytest.mark.parametrize("kind", ["one", "members"])
+def test_what_is_read_by_way_of_something_else_is_read(kind: str, adjoint: Any, by: str) -> None:
+    field = Beside()
+    field.by = lambda: BY[by](field)
+    u1 = end(kind, field, adjoint)
+    field.numbers.data.fill_(6.0)
+    with pytest.raises(RuntimeError, match="numbers has been changed in place"):
+        torch.autograd.grad(u1.sum(), field.rate)
+
+
 def test_kept_steps_look_at_arrays_that_are_read_in_the_middle() -> None:
     """Neither the start nor the last step shows the change."""
     field = Late("array")
