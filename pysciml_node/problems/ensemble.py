@@ -117,16 +117,14 @@ class EnsembleProblem(checks.Configured):
                 "batched=True is for a state that is one tensor, but the problem's u0 has parts.\n"
                 "  Leave it out: the field is then evaluated by torch.vmap."
             )
-        given: list[tuple[str, Tensor, torch.Size | None]] = []
         if self.u0 is not None:
             checks.settle(self, u0=as_state(self.u0))
-            given += _states("u0", self.u0, self.problem.spec)
         if self.p is not None:
             checks.settle(self, p=as_parameters(self.p))
-            given += _parameters(self.p, self.problem)
+        given = self._given()
         if self.tspan is not None:
             checks.settle(self, tspan=_intervals(self.tspan, self.problem.spec))
-            given.append(("tspan", self.tspan, torch.Size((2,))))
+            given.append(("tspan", self.tspan, _INTERVAL))
         if not given:
             got, hint = "got none of them", "One solve: solve(problem)."
             if self.p is not None:
@@ -136,6 +134,11 @@ class EnsembleProblem(checks.Configured):
                 f"  {hint}"
             )
         checks.settle(self, size=_common_size(given))
+
+    def _given(self) -> list[tuple[str, Tensor, torch.Size | None]]:
+        """The tensors of `u0` and `p` with the shapes that theirs have to end in."""
+        states = [] if self.u0 is None else _states("u0", self.u0, self.problem.spec)
+        return states if self.p is None else [*states, *_parameters(self.p, self.problem)]
 
     def __len__(self) -> int:
         return self.size
@@ -203,6 +206,21 @@ class EnsembleProblem(checks.Configured):
         return first.copy(), last.copy()
 
 
+def check_sizes(ensemble: EnsembleProblem) -> None:
+    """Refuse an ensemble whose tensors have been given data of other shapes since it was made.
+
+    Raises:
+        ValueError: their leading sizes are no longer the number of members.
+    """
+    spans = [] if ensemble.tspan is None else [("tspan", ensemble.tspan, _INTERVAL)]
+    size = _common_size([*ensemble._given(), *spans])
+    if size != len(ensemble):
+        raise ValueError(
+            "u0, p and tspan must have the leading size that they had when the ensemble was made, "
+            f"{len(ensemble)}, but have {size}.\n  Make it anew: EnsembleProblem(problem, u0)."
+        )
+
+
 def pieces_of(
     ensemble: EnsembleProblem, rows: Array, starts: Tensor, tspan: Tensor
 ) -> EnsembleProblem:
@@ -220,6 +238,9 @@ def pieces_of(
     u0 = ensemble.problem.spec.unflatten(starts)
     checks.settle(part, u0=u0, p=p, tspan=tspan, size=len(rows))
     return part
+
+
+_INTERVAL = torch.Size((2,))
 
 
 def _intervals(given: Any, spec: StateSpec) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import Array, MemberOptions
-from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.ensemble import EnsembleProblem, check_sizes
 from pysciml_node.problems.ode import Problem
 from pysciml_node.problems.state import moves
 from pysciml_node.solving.checks import check_algorithm, check_options, check_problem
@@ -27,6 +27,7 @@ def check_members(
         TypeError: one is of the wrong kind.
         ValueError: one is out of range, or does not go with another.
     """
+    check_sizes(ensemble)
     problem = check_problem(ensemble.member(0))
     spans = ensemble.spans()
     if ensemble.tspan is not None:

@@ -179,3 +179,27 @@ def test_members_that_end_before_all_output_times_have_no_states_there() -> None
     solution = psn.solve(many, events=end, saveat=[0.5, 1.0], engine="torch")
     assert solution.u.shape == (3, 2, 2)
     assert solution.u.isnan().all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("u0", r"must be one number of members, at least 1, but are \[2, 4\]"),
+        ("p", r"must be one number of members, at least 1, but are \[2, 4\]"),
+        ("tspan", r"must be one number of members, at least 1, but are \[2, 4\]"),
+        ("all", "the leading size that they had when the ensemble was made, 4, but have 2"),
+    ],
+)
+def test_members_that_have_become_fewer_are_refused(name: str, words: str, compiled: bool) -> None:
+    """Native code would read beyond them."""
+    u0, p, tspan = torch.ones(4, 3).double(), torch.ones(4, 1).double(), torch.ones(4, 2).double()
+    tspan[:, 0] = 0.0
+    one = psn.ODEProblem(lambda t, u, p: -p * u, u0[0].clone(), (0.0, 1.0), p[0].clone())
+    ensemble = psn.EnsembleProblem(one, u0, p, tspan)
+    psn.solve(ensemble, compile=compiled)
+    for key, x in {"u0": u0, "p": p, "tspan": tspan}.items():
+        if name in (key, "all"):
+            x.data = x[:2].clone()
+    with pytest.raises(ValueError, match=words):
+        psn.solve(ensemble, compile=compiled)
