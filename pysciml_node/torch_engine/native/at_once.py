@@ -23,7 +23,7 @@ from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.torch_engine.native.engine import NativeSolve, Steps
 from pysciml_node.torch_engine.native.flight import Log, States
 from pysciml_node.torch_engine.native.library import SolveRequest
-from pysciml_node.torch_engine.native.prepared import Ready, prepared_again
+from pysciml_node.torch_engine.native.prepared import Ready, foreign_class, prepared_again
 from pysciml_node.torch_engine.native.run import ended_well, flight_of
 
 
@@ -38,7 +38,7 @@ def solve_again(
         options: of the solve.
         engine: name of the engine.
     """
-    if has_inference(problem):
+    if has_inference(problem) or foreign_class(problem.u0) is not None:
         return None
     ready = prepared_again(problem, algorithm, options)
     if ready is None:

@@ -15,6 +15,7 @@ from pysciml_node.solutions.solution import Solution
 from pysciml_node.torch_engine.native.engine import NativeSolve
 from pysciml_node.torch_engine.native.members import NativeMembers, solve_native_members
 from pysciml_node.torch_engine.native.path_members import solve_native_paths
+from pysciml_node.torch_engine.native.prepared import check_classes
 from pysciml_node.torch_engine.native.stochastic import NativeSDESolve
 
 _told: set[str] = set()
@@ -41,6 +42,7 @@ def attempt_native(
         CompileError: with `compile=True`, as `NativeSolve`.
     """
     try:
+        check_classes(problem.u0)
         if isinstance(problem, SDEProblem):
             assert isinstance(algorithm, StochasticRungeKutta)
             return NativeSDESolve(problem, algorithm, options, engine).solution()
@@ -62,6 +64,7 @@ def attempt_native_members(
         CompileError: with `compile=True`, as `solve_native_members`.
     """
     try:
+        check_classes(ensemble.problem.u0, ensemble.u0, ensemble.p)
         if isinstance(ensemble.problem, SDEProblem):
             assert isinstance(algorithm, StochasticRungeKutta)
             return solve_native_paths(ensemble, algorithm, options, engine)

@@ -52,7 +52,7 @@ from pysciml_node.translation.export import (
     translate,
     translate_jacobian,
 )
-from pysciml_node.translation.leaves import form_for, leaves_of
+from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.repeated import remember, repeat
@@ -68,6 +68,25 @@ _CONTROLS = (PIController, IController, PIDController, FixedStep)
 def refusal(what: str, remedy: str = "compile=False") -> CompileError:
     """The error for something that native code does not have."""
     return CompileError(f"native code does not have {what}.\n  Solve with {remedy}.")
+
+
+def foreign_class(given: Any) -> str | None:
+    """The name of a class of tensors, in a state, that compute otherwise, if there is one.
+
+    They may have no numbers in memory of their own, and C would read at address 0.
+    """
+    return None if type(given) is Tensor else class_of_its_own(list(tensors_of(given)))
+
+
+def check_classes(*given: Any) -> None:
+    """Refuse tensors of such classes, in states and extra arguments of a problem or of members.
+
+    Raises:
+        CompileError: as said.
+    """
+    for foreign in map(foreign_class, given):
+        if foreign is not None:
+            raise refusal(f"tensors of the class {foreign}")
 
 
 def check(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> None:

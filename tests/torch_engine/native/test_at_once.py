@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import pysciml_node as psn
 from pysciml_node.torch_engine.native import at_once, departure
@@ -197,3 +199,39 @@ def test_a_state_of_another_shape_is_not_read() -> None:
     for recorded in (False, True):
         with torch.set_grad_enabled(recorded), pytest.raises(ValueError, match="u0 must have the"):
             psn.solve(problem, compile=True, engine="torch", rtol=1e-9, atol=1e-9)
+
+
+class Wrapped(Tensor):
+    """One that has its numbers in another tensor, and none at its own address."""
+
+    within: Tensor
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Wrapped:
+        made: Wrapped = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)  # type: ignore[attr-defined]
+        made.within = x
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = tree_map_only(cls, lambda x: x.within, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, function(*given[0], **given[1]))
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, lambda x: FakeTensorMode().from_tensor(x)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_tensors_without_memory_are_not_read(wrap: Any, recorded: bool) -> None:
+    """C read at address 0, and the process ended: also where such a solve was before."""
+    field, u0 = Decay(), start()
+    for _ in range(3):
+        expect_decay(solved(field, u0, recorded=recorded), field, u0)
+    with pytest.raises(psn.CompileError, match="tensors of the class"):
+        solved(field, wrap(u0), recorded=recorded)
+    ensemble = psn.EnsembleProblem(
+        psn.ODEProblem(field, start(), (0.0, 1.0)), u0=wrap(torch.stack([start(), start()]))
+    )
+    with pytest.raises(psn.CompileError, match="tensors of the class"):
+        psn.solve(ensemble, compile=True, engine="torch")
+    expect_decay(solved(field, u0, recorded=recorded), field, u0)
