@@ -194,11 +194,7 @@ class CallbackField(CalledField):
         if self._gradients:
             self._differentiable.settle()
         else:
-            self._contents = Contents(self._reach)
-
-    @property
-    def _reach(self) -> list[Tensor]:
-        return [*self._surroundings.tensors, *self._surroundings.arrays]
+            self._contents = Contents(self._surroundings.reach)
 
     def flat(self, problem: ODEProblem) -> FlatField:
         """The field for single steps that torch takes."""
@@ -213,13 +209,13 @@ class CallbackField(CalledField):
             self._compare(comparison)
         if self._contents is not None:
             # The field itself may have changed them.
-            self._contents.settle(self._reach)
+            self._contents.settle(self._surroundings.reach)
 
     def _expect_contents(self) -> None:
         if self._contents is None:
             self._differentiable.captured.expect_contents()
             return
-        for x in self._contents.changed(self._reach):
+        for x in self._contents.changed(self._surroundings.reach):
             raise RuntimeError(changed_message(self._surroundings.names[id(x)]))
 
     def expect_unchanged(self) -> None:

@@ -329,8 +329,7 @@ class Inputs:
 
     def within_reach(self) -> list[Tensor]:
         """All tensors and arrays that the field may read, as far as they are known."""
-        surroundings = self._surroundings
-        reach = [*surroundings.tensors, *surroundings.arrays]
+        reach = self._surroundings.reach
         return [*reach, *(x for x, _ in self._hidden.values())] if self._hidden else reach
 
     @property

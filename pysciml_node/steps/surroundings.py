@@ -79,6 +79,11 @@ class Surroundings:
             self._forget(lambda value: isinstance(value, APART))
         self._versions = versions_of(self.tensors)
 
+    @property
+    def reach(self) -> list[Tensor]:
+        """The tensors, and the arrays as tensors that share their memory."""
+        return [*self.tensors, *self.arrays]
+
     def lasting(self) -> Surroundings:
         """What a later solve can begin `again` with: without the field, and what it was given."""
         kept, self._lent = copy.copy(self), True
