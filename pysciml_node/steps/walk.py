@@ -208,7 +208,7 @@ class Walk:
         seen = attributes.copy()
         self.places.append(Names(attributes, seen, f"{name}."))
         for key, held in seen.items():
-            if type(held) in _EMPTY and not held:
+            if type(held) in _EMPTY and not held and (type(held) is not dict or key in _OF_MODULES):
                 self.further.expect_empty(held)
                 continue
             if key in _MODULE_DICTS:
@@ -425,6 +425,7 @@ class Walk:
 
 # Dicts of a module whose entries read as attributes in its code.
 _MODULE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
+_OF_MODULES = frozenset(vars(nn.Module()))
 _EMPTY: frozenset[type] = frozenset({bool, dict, type(nn.Module()._forward_hooks), set, type(None)})
 
 

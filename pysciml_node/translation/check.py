@@ -70,7 +70,7 @@ def has_values(
     nothing = torch.empty(0, dtype=spec.dtype, device=spec.device)
     flat = torch.cat([nothing, *(x.reshape(-1).to(nothing) for x in p)])
     for scale in _scales(program):
-        t, u, _, generator = _point(scale, spec)
+        t, u, _, generator = point(scale, spec)
         expected = field(t, spec.unflatten(u))
         value = _value(spec, program, t, u, flat)
         if not _is_close(value, expected, value, spec.dtype):
@@ -95,7 +95,7 @@ def have_same_values(
         program: a translation of the field.
     """
     for scale in _scales(program):
-        t, u, _, _ = _point(scale, spec)
+        t, u, _, _ = point(scale, spec)
         a, b = (f(t, spec.unflatten(u)) for f in (one, other))
         atol = _ROUNDED * _largest(a)
         if not torch.allclose(a, b, rtol=_ROUNDED, atol=atol, equal_nan=True):
@@ -108,7 +108,7 @@ def _scales(program: Program) -> tuple[float, ...]:
     return _SCALES if program.jumps else _SCALES[:1]
 
 
-def _point(scale: float, spec: StateSpec) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+def point(scale: float, spec: StateSpec) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
     """A time, a random state, a cotangent of it, and what draws further numbers."""
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
@@ -149,7 +149,7 @@ def _check_at(
     program: Program,
     p: list[Tensor],
 ) -> None:
-    t, u, v, generator = _point(scale, spec)
+    t, u, v, generator = point(scale, spec)
     with torch.enable_grad():
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])

@@ -20,6 +20,7 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.walk import Walk
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
+from pysciml_node.translation.first import has_made_what_it_keeps
 from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, tell_of_numbers
@@ -310,6 +311,7 @@ def _translated(
     # may translate, and a translation waits for sweeps: there is one lock for both.
     with Surroundings.undisturbed():
         outcomes = kept(f)
+        relatives = _of_its_class(f)
         try:
             now = Snapshot.of(f)
         except RecursionError:
@@ -317,12 +319,13 @@ def _translated(
             raise UnsupportedModule(f"{label(f)} reaches {deep}.") from None
         kind = (walk, spec, form_for(now, leaves))
         outcome = _still_holding(outcomes, kind, now)
-        relatives = _of_its_class(f)
         if outcome is None:
             outcome = _still_holding(relatives, kind, now)
             outcomes.extendleft(() if outcome is None else (outcome,))
         if outcome is None and len(outcomes) >= often:
             raise UnsupportedModule(f"{label(f)} is another function at each solve.")
+        if outcome is None and has_made_what_it_keeps(f, spec, p):
+            return _translated(f, spec, p, walk, silent, often, read)
         if outcome is None:
             if any(map(Tensor.is_inference, now.tensors)):  # others may take their places
                 made = "tensors that were made in torch.inference_mode: make it outside of that"
@@ -384,9 +387,10 @@ def _outcome(
     if not surroundings.lazy:
         # A field that counts or records has done so with numbers that are none.
         surroundings.put_back()
+    left = Snapshot.of(module).tensors  # what it makes at each evaluation anew is gone
     contents = tuple(
         (i, x.detach().clone())
-        for i, x in enumerate(after.tensors)
+        for i, x in enumerate(left)
         if i in used or (x.numel() <= _SMALL and not _is_source(i, x, result))
     )
     passing = before.changes(after)

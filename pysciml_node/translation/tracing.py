@@ -104,7 +104,7 @@ class _Called(nn.Module):
 def exporting(f: Callable[..., Any]) -> Iterator[StringIO]:
     """Says of an error that a field cannot be exported; yields what the field prints."""
     try:
-        with _quietly() as printed, torch.enable_grad(), _uncached():
+        with quietly() as printed, torch.enable_grad(), _uncached():
             yield printed
     except UnsupportedModule:
         raise
@@ -220,7 +220,7 @@ def _uncached() -> Iterator[None]:
 
 
 @contextmanager
-def _quietly() -> Iterator[StringIO]:
+def quietly() -> Iterator[StringIO]:
     """Without what torch.export prints of a module that it cannot export; yields the output."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before, logger.disabled = logger.disabled, True

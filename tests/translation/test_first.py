@@ -1,0 +1,191 @@
+"""What a field makes at its first evaluation and keeps is made of numbers, or is not kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pysciml_node as psn
+from pysciml_node.errors import CompileError
+
+D = torch.float64
+TABLE: dict[str, Tensor] = {}
+
+
+def twos(count: int = 2) -> Tensor:
+    return torch.full((count,), 2.0, dtype=D)
+
+
+@functools.lru_cache
+def cached(count: int) -> Tensor:
+    return twos(count)
+
+
+@functools.cache
+def cached_among_others(count: int) -> tuple[Tensor, int]:
+    return twos(count), count
+
+
+class Field(nn.Module):
+    """`u' = -2 k u`, with the 2 kept where a subclass has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(0.5, dtype=D))
+        self.table: Any = None
+
+    def two(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.k * u * self.two(u)
+
+
+class InAttribute(Field):
+    def two(self, u: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = twos()
+        return self.table
+
+
+class InDict(Field):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {}
+
+    def two(self, u: Tensor) -> Tensor:
+        return self.table.setdefault((u.shape, u.dtype), twos())
+
+
+class InList(Field):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = []
+
+    def two(self, u: Tensor) -> Tensor:
+        if not self.table:
+            self.table.append(twos())
+        return self.table[0]
+
+
+class InGlobal(Field):
+    def two(self, u: Tensor) -> Tensor:
+        return TABLE.setdefault("two", twos())
+
+
+class InCache(Field):
+    def two(self, u: Tensor) -> Tensor:
+        return cached(2)
+
+
+class InUnboundedCache(Field):
+    def two(self, u: Tensor) -> Tensor:
+        return cached_among_others(2)[0]
+
+
+class InProperty(Field):
+    @functools.cached_property
+    def held(self) -> Tensor:
+        return twos()
+
+    def two(self, u: Tensor) -> Tensor:
+        return self.held
+
+
+class Counted(InAttribute):
+    """The count goes on, so nothing of an evaluation before the trace is kept."""
+
+    count = 0
+
+    def two(self, u: Tensor) -> Tensor:
+        self.count += 1
+        return super().two(u)
+
+
+KEPT = [InAttribute, InDict, InList, InGlobal, InCache, InUnboundedCache, InProperty]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_cached() -> None:
+    TABLE.clear()
+    cached.cache_clear()
+    cached_among_others.cache_clear()
+
+
+def solved(field: Callable[..., Any], recorded: bool = True) -> Tensor:
+    """The end of a native solve from 1 and 3 over a unit of time."""
+    with torch.set_grad_enabled(recorded):
+        problem = psn.ODEProblem(field, torch.tensor([1.0, 3.0], dtype=D), (0.0, 1.0))
+        return psn.solve(problem, compile=True, rtol=1e-9, atol=1e-9).u1
+
+
+@pytest.mark.parametrize("kind", [*KEPT, Counted])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_table_is_made_once_by_any_means(kind: type[Field], first: bool) -> None:
+    field = kind()
+    for count in range(4):
+        u1 = solved(field, recorded=first == (count % 2 == 0))
+        expected = torch.exp(-2 * field.k.detach()) * torch.tensor([1.0, 3.0], dtype=D)
+        torch.testing.assert_close(u1.detach(), expected, rtol=1e-8, atol=0)
+        if u1.requires_grad:
+            (slope,) = torch.autograd.grad(u1.sum(), field.k)
+            torch.testing.assert_close(slope, -2 * expected.sum(), rtol=1e-7, atol=0)
+        with torch.no_grad():
+            field.k.add_(0.1)
+    value = field(torch.zeros((), dtype=D), torch.ones(2, dtype=D))
+    assert type(value) is Tensor
+    torch.testing.assert_close(value.detach(), -2 * field.k.detach().expand(2))
+
+
+def test_a_table_of_the_first_state_is_refused() -> None:
+    """Of which solve it is the first one a program cannot know."""
+
+    class OfItsState(InDict):
+        def two(self, u: Tensor) -> Tensor:
+            return self.table.setdefault("first", u.detach().clone())
+
+    field = OfItsState()
+    for _ in range(2):
+        with pytest.raises(CompileError, match="has another value in torch"):
+            solved(field)
+        assert field.table == {}
+
+
+def test_a_table_of_weights_is_made_anew() -> None:
+    """One that is kept would be that of the weights before."""
+
+    class OfItsWeights(Field):
+        def two(self, u: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = 4 * self.k
+            return self.table
+
+    field = OfItsWeights()
+    for k in (0.5, 0.25):
+        with torch.no_grad():
+            field.k.fill_(k)
+        u1 = solved(field)
+        (slope,) = torch.autograd.grad(u1[0], field.k)
+        expected = torch.exp(torch.tensor(-4 * k * k, dtype=D))
+        torch.testing.assert_close(u1[0].detach(), expected, rtol=1e-8, atol=0)
+        torch.testing.assert_close(slope, -8 * k * expected, rtol=1e-7, atol=0)
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_evaluated() -> None:
+    class Drawn(InAttribute):
+        def two(self, u: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.rand(2, dtype=D)
+            return self.table
+
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with pytest.raises(CompileError):
+        solved(Drawn())
+    torch.testing.assert_close(torch.rand(3), expected)
