@@ -7,6 +7,7 @@ import types
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from operator import is_
 from typing import Any, Self
 
@@ -145,7 +146,7 @@ class Names(Place):
             return None
         before = [(key, owner.get(key, MISSING)) for key, _ in differences]
         # A field sees the order of a dict too: keep it where keys come and go.
-        order = list(owner) if any(MISSING in pair for pair in (*differences, *before)) else None
+        order = list(owner) if any(x is MISSING for x in chain(*differences, *before)) else None
 
         def undo() -> None:
             _write(owner, before)

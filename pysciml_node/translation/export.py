@@ -376,17 +376,18 @@ def _outcome(
     surroundings = Surroundings({"f": module, "p": given[0]})
     try:
         with numbers_put_back(before.tensors):
-            result, used = _translate(module, spec, given, walk, before)
+            result, used = _translate(module, spec, given, walk, before, surroundings)
     except UnsupportedModule as error:
         message, scripts = error.message, Walk({"f": module}).scripts
         if scripts:
             why = "whose operations torch.jit hides; take the module that it was made from"
             message = f"{label(module)} calls {scripts[0]}, {why}."
         result = (message, error.operation, error.captured)
+    except BaseException:
+        _put_back(surroundings)
+        raise
     after = Snapshot.of(module)
-    if not surroundings.lazy:
-        # A field that counts or records has done so with numbers that are none.
-        surroundings.put_back()
+    _put_back(surroundings)
     left = Snapshot.of(module).tensors  # what it makes at each evaluation anew is gone
     contents = tuple(
         (i, x.detach().clone())
@@ -402,6 +403,12 @@ def _outcome(
     return outcome if same else replace(outcome, kind=None)
 
 
+def _put_back(surroundings: Surroundings) -> None:
+    """What a field has counted, recorded or kept while it was traced is made of no numbers."""
+    if not surroundings.lazy:
+        surroundings.put_back()
+
+
 def _is_source(i: int, x: Tensor, result: Any) -> bool:
     if isinstance(x, nn.Parameter):
         return True
@@ -409,7 +416,12 @@ def _is_source(i: int, x: Tensor, result: Any) -> bool:
 
 
 def _translate(
-    f: Callable[..., Any], spec: StateSpec, given: _Given, kind: type[GraphWalk], snapshot: Snapshot
+    f: Callable[..., Any],
+    spec: StateSpec,
+    given: _Given,
+    kind: type[GraphWalk],
+    snapshot: Snapshot,
+    surroundings: Surroundings,
 ) -> tuple[_Translation, set[int]]:
     """The translation, and the numbers of the tensors whose entries are part of it."""
     p, read = given
@@ -420,6 +432,7 @@ def _translate(
     with torch.inference_mode(False), full_precision(spec.device), saved_by(as_it_is):
         walk, prints = _walk(f, spec, read, kind, snapshot)
         program = walk.run()
+        _put_back(surroundings)
         sources = tuple(walk.builder.tensors)
         translation = _Translation(program, program.to_json(), sources, prints, Compared(program))
         parameters = translation.parameters([*snapshot.tensors, *leaves_of(read)[0]])

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
-from pysciml_node.problems.state import StateSpec
+from pysciml_node.problems.state import StateSpec, tensors_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation.check import point
 from pysciml_node.translation.saved import numbers_put_back, saved_by, without_graph
-from pysciml_node.translation.tracing import full_precision, quietly
+from pysciml_node.translation.tracing import Reading, full_precision, quietly
 
 
 def has_made_what_it_keeps(f: Callable[..., Any], spec: StateSpec, p: Any) -> bool:
     """Evaluate a field before it is traced, and leave it what it has made once and for all.
 
     A trace has no numbers: a table that it makes would stay with the field, of no use to anybody.
-    What another evaluation changes again, such as a count, and what depends on the state or on
-    weights is put back.
+    Nothing is left but what a second evaluation does not change and what depends neither on time
+    and state nor, with gradients, on weights. A field that draws random numbers, writes to what
+    was there, or reads numbers of its arguments is left as it was.
 
     Args:
         f: called with the time, a 0-d tensor, and the state, and with `p` if there is one.
@@ -33,44 +38,110 @@ def has_made_what_it_keeps(f: Callable[..., Any], spec: StateSpec, p: Any) -> bo
         Whether anything that the field can reach is another than before.
     """
     before = Surroundings({"f": f, "p": p})
-    if before.lazy or before.generators:
+    # What is written to these without a count could not be put back.
+    if before.lazy or before.generators or before.written or before.arrays:
         return False
     further = () if p is None else (p,)
-
-    def value(scale: float) -> list[Any]:
-        t, u, _, _ = point(scale, spec)
-        return pytree.tree_leaves(f(t, spec.unflatten(u), *further))
-
+    t, u, _, _ = point(1.0, spec)
+    state = spec.unflatten(u)
+    watch, reading = _Watch([t, *tensors_of(state)], before.tensors), Reading()
     with ExitStack() as stack:
         for context in (
             *(torch.inference_mode(False), full_precision(spec.device), torch.enable_grad()),
-            *(saved_by(without_graph), torch.random.fork_rng(devices=[])),
-            *(numbers_put_back(before.tensors), quietly()),
+            *(saved_by(without_graph), quietly(), _streams_put_back()),
+            numbers_put_back(before.tensors),
         ):
             stack.enter_context(context)
+        drawn = torch.get_rng_state()
         try:
-            value(1.0)
+            with watch, reading:
+                f(t, state, *further)
             if not before.changed():
                 return False
             after = Surroundings({"f": f, "p": p})
-            kept = value(0.01)
-            if not (after.changed() or _depend_on_weights(after.tensors, before.tensors)):
-                before.put_back()
-                if _are_same(kept, value(0.01)):
-                    return True
+            known = set(map(id, before.tensors))
+            made = [x for x in after.tensors if id(x) not in known]
+            with watch, reading:
+                f(t, state, *further)
+            if not (
+                after.changed()
+                or after.arrays
+                or any(x.requires_grad for x in made)
+                or any(map(watch.depends, (*made, *reading.seen)))
+                or not torch.equal(drawn, torch.get_rng_state())
+            ):
+                return True
         except Exception:  # what it is, the trace says
             pass
         before.put_back()
     return False
 
 
-def _depend_on_weights(now: list[Tensor], before: list[Tensor]) -> bool:
-    known = set(map(id, before))
-    return any(x.requires_grad for x in now if id(x) not in known)
+_READING = frozenset(
+    ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+)
+"""Operations whose results, or their shapes, Python decides by."""
 
 
-def _are_same(one: list[Any], other: list[Any]) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return all(isinstance(x, Tensor) and isinstance(y, Tensor) for x, y in pairs) and all(
-        torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs
-    )
+class _ItDoesMoreError(Exception):
+    """The field reads numbers of its arguments, or writes to what was there before."""
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows what is computed from some tensors, and keeps others from being written to.
+
+    Args:
+        arguments: the tensors to follow.
+        known: those that nothing may be written to.
+    """
+
+    def __init__(self, arguments: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # The storages are held: later ones must not take their places.
+        self._followed = {x.untyped_storage()._cdata: x.untyped_storage() for x in arguments}
+        strided = (x.untyped_storage() for x in known if x.layout is torch.strided)
+        self._known = {x._cdata: x for x in strided}
+
+    def depends(self, x: Tensor) -> bool:
+        """Whether a tensor has been computed from those that are followed, if that can be told."""
+        return x.layout is not torch.strided or x.untyped_storage()._cdata in self._followed
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                if argument.is_write and self._are_known(given):
+                    raise _ItDoesMoreError
+        depends = any(self.depends(x) for x in pytree.tree_leaves((args, kwargs)) if _is(x))
+        if depends and func._schema.name.partition("::")[2] in _READING:
+            raise _ItDoesMoreError
+        result = func(*args, **kwargs)
+        for x in pytree.tree_leaves(result) if depends else ():
+            if _is(x) and x.layout is torch.strided:
+                storage = x.untyped_storage()
+                self._followed[storage._cdata] = storage
+        return result
+
+    def _are_known(self, given: Any) -> bool:
+        leaves = (x for x in pytree.tree_leaves(given) if _is(x) and x.layout is torch.strided)
+        return any(x.untyped_storage()._cdata in self._known for x in leaves)
+
+
+def _is(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+@contextmanager
+def _streams_put_back() -> Iterator[None]:
+    """Random numbers of torch, NumPy and Python go on afterwards as if none had been drawn."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -50,7 +50,7 @@ _READING = frozenset(
 """What gives the numbers of tensors to Python."""
 
 
-class _Reading(TorchFunctionMode):
+class Reading(TorchFunctionMode):
     """Notes of which tensors Python is given the numbers, and whether derivatives are taken.
 
     Attributes:
@@ -131,7 +131,7 @@ def trace(f: Callable[..., Any], spec: StateSpec, p: Any) -> Traced:
         further, f = _exportable(f, p)
         module = f if isinstance(f, nn.Module) and _is_whole(f) else _Called(f)
         arguments = (t, spec.assemble(parts), *further)
-        with _Reading() as reading:
+        with Reading() as reading:
             exported = _exported(module, arguments)
             if exported is None or reading.derives:
                 module = _Called(with_derivatives(f, arguments))

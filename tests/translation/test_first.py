@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.errors import CompileError
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.translation.first import has_made_what_it_keeps
 
 D = torch.float64
 TABLE: dict[str, Tensor] = {}
@@ -154,6 +156,99 @@ def test_a_table_of_the_first_state_is_refused() -> None:
         with pytest.raises(CompileError, match="has another value in torch"):
             solved(field)
         assert field.table == {}
+
+
+def of_time(t: Tensor, u: Tensor) -> Any:
+    return float(t)
+
+
+def copy_of_time(t: Tensor, u: Tensor) -> Any:
+    return t.detach().clone()
+
+
+def signs(t: Tensor, u: Tensor) -> Any:
+    return 2 * torch.sign(u.detach())
+
+
+def mask(t: Tensor, u: Tensor) -> Any:
+    return (u > 0).to(u)
+
+
+def largest(t: Tensor, u: Tensor) -> Any:
+    return int(u.abs().argmax())
+
+
+def far(t: Tensor, u: Tensor) -> Any:
+    return torch.where(u.detach().norm() > 1e3, 1.0, 2.0)
+
+
+def listed(t: Tensor, u: Tensor) -> Any:
+    return sum(u.tolist())
+
+
+def of_numpy(t: Tensor, u: Tensor) -> Any:
+    return float(u.detach().numpy()[0])
+
+
+def drawn(t: Tensor, u: Tensor) -> Any:
+    return torch.rand((), dtype=D)
+
+
+@pytest.mark.parametrize(
+    "made", [of_time, copy_of_time, signs, mask, largest, far, listed, of_numpy, drawn]
+)
+def test_nothing_is_kept_of_the_evaluation_before_a_trace_that_a_solve_would_make_otherwise(
+    made: Callable[[Tensor, Tensor], Any],
+) -> None:
+    class OfItsArguments(Field):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = made(t, u)
+            return -self.k * u * self.table
+
+    field, u0 = OfItsArguments(), torch.tensor([-1.0, 3.0], dtype=D)
+    state = torch.get_rng_state()
+    assert not has_made_what_it_keeps(field, StateSpec.of(u0), None)
+    assert field.table is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_was_there_is_not_written_to() -> None:
+    """A flag that said so would stay, and the table would have its zeros back."""
+
+    class Filled(Field):
+        tab: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("tab", torch.zeros(2, dtype=D))
+            self.large: Tensor
+            self.register_buffer("large", torch.zeros(100_000, dtype=D))
+            self.ready = False
+
+        def two(self, u: Tensor) -> Tensor:
+            if not self.ready:
+                self.large[:2] = u.detach()
+                self.tab.fill_(2.0)
+                self.ready = True
+            return self.tab
+
+    field = Filled()
+    with pytest.raises(CompileError, match="changes its buffers"):
+        solved(field)
+    assert not field.ready
+    assert not torch.cat((field.tab, field.large)).any()
+
+
+def test_running_statistics_are_those_of_solves_alone() -> None:
+    norm = nn.BatchNorm1d(2).double()
+    with pytest.raises(CompileError):
+        psn.solve(
+            psn.ODEProblem(lambda t, u: -norm(u), torch.ones(3, 2).double(), (0.0, 1.0)),
+            compile=True,
+        )
+    assert norm.running_mean is not None
+    assert not norm.running_mean.any()
 
 
 def test_a_table_of_weights_is_made_anew() -> None:
