@@ -58,7 +58,7 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors, arrays, names, generators, lazy, chosen, hooks, memory: as those of the `Walk`.
+        tensors, arrays, names, generators, lazy, chosen, closed, hooks, memory: as the `Walk`'s.
         plain: likewise; a field that has changed what it can reach is not.
     """
 
@@ -68,7 +68,7 @@ class Surroundings:
         self.roots, self.memory = roots, found.memory
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
-        self.plain, self.hooks = found.plain, found.hooks
+        self.plain, self.hooks, self.closed = found.plain, found.hooks, found.closed
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
         # Places that later solves look at too are not settled, but copies of them.

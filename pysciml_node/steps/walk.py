@@ -60,6 +60,7 @@ class Walk:
         arrays: all arrays of NumPy, and what is held by objects that are not looked into, as
             tensors that share their memory.
         names: names of their places, by their ids.
+        closed: whether there are objects that are not looked into, and so not put back.
         generators: the random generators.
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
@@ -97,6 +98,7 @@ class Walk:
         self._entered: set[tuple[int, tuple[str, ...]]] = set()
         self._todo: deque[tuple[_Visit, Any, str]] = deque()
         self._shut: list[tuple[Any, str]] = []
+        self.closed = False
         self._most = _MOST_OBJECTS
         self._attributes(roots, "")
         self._go()
@@ -180,7 +182,7 @@ class Walk:
 
     def _closed(self, value: Any, name: str) -> None:
         """What is not looked into, and may hold anything: the field, say."""
-        self.further.lasts = False
+        self.further.lasts, self.closed = False, True
         self._shut.append((value, name))
 
     def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:

@@ -38,8 +38,8 @@ def has_made_what_it_keeps(f: Callable[..., Any], spec: StateSpec, p: Any) -> bo
         Whether anything that the field can reach is another than before.
     """
     before = Surroundings({"f": f, "p": p})
-    # What is written to these without a count could not be put back.
-    if before.lazy or before.generators or before.written or before.arrays:
+    # What is done to these without a count could not be put back.
+    if before.lazy or before.generators or before.written or before.arrays or before.closed:
         return False
     further = () if p is None else (p,)
     t, u, _, _ = point(1.0, spec)

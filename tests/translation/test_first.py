@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +239,20 @@ def test_what_was_there_is_not_written_to() -> None:
         solved(field)
     assert not field.ready
     assert not torch.cat((field.tab, field.large)).any()
+
+
+def test_what_is_not_looked_into_holds_nothing_of_it() -> None:
+    class Weak(Field):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = weakref.WeakKeyDictionary()
+
+        def two(self, u: Tensor) -> Tensor:
+            return self.table.setdefault(self.k, u.detach().clone())
+
+    field = Weak()
+    assert not has_made_what_it_keeps(field, StateSpec.of(torch.ones(2, dtype=D)), None)
+    assert not field.table
 
 
 def test_running_statistics_are_those_of_solves_alone() -> None:
