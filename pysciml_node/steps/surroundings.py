@@ -126,7 +126,7 @@ class Surroundings:
         both.generators = list(dict.fromkeys([*self.generators, *other.generators]))
         both.lazy = self.lazy or other.lazy
         both.plain = self.plain and other.plain
-        both.hooks = self.hooks or other.hooks
+        both.hooks, both.closed = self.hooks or other.hooks, self.closed or other.closed
         both.chosen = self.chosen if other.chosen is None else other.chosen
         modules = {id(x): (name, x) for name, x in (*other._modules, *self._modules)}
         both._modules = list(modules.values())
