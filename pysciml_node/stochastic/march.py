@@ -133,7 +133,7 @@ class SDEMarch(Loop):
     def first_size(self) -> float:
         h, slope = self.start.first_size()
         # Autograd has not recorded what the search for a first size has evaluated.
-        if self.start.stepper.method.starts_at_start and not torch.is_grad_enabled():
+        if self.start.stepper.begins_at_state(self.u) and not torch.is_grad_enabled():
             self._first = slope
         return h
 

@@ -240,6 +240,13 @@ class Stepper:
         share, carried = first.base
         return share * self.state(vector) + carried * vector[..., self.entries :]
 
+    def begins_at_state(self, vector: Tensor) -> bool:
+        """Whether the first stages are those of the state: a carried vector may be another one."""
+        if not self.method.starts_at_start:
+            return False
+        carry = self.method.tableau.carry
+        return not carry or torch.equal(self.first_argument(vector), self.state(vector))
+
     def take(
         self,
         t: float | Tensor,

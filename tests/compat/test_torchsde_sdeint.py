@@ -269,6 +269,44 @@ def test_the_reversible_method_goes_back_where_it_came_from() -> None:
         torchsde.sdeint(sde, y0, ts, extra_solver_state=(f + 1, g, z), **options)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_solve_goes_on_from_the_state_of_the_one_before(adaptive: bool) -> None:
+    """By the same steps, and its gradient is the same, however that is taken."""
+    sde = Net("diagonal")
+    y0 = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
+    bm = torchsde.BrownianInterval(0.0, 1.0, (4, 3), torch.float64, entropy=3)
+    control = {"dt": 0.125, "adaptive": adaptive, "rtol": 1e-2, "atol": 1e-2}
+    given = {"bm": bm, "method": "reversible_heun", **control}
+    with torch.no_grad():
+        ys, extra = torchsde.sdeint(sde, y0, [0.0, 0.5], extra=True, **given)
+        assert (ys[-1] - extra[2]).abs().max() > 1e-3
+        states = []
+        for going_on in (False, True):
+            with torch.set_grad_enabled(going_on):
+                states.append(
+                    torchsde.sdeint(sde, ys[-1], [0.5, 1.0], extra_solver_state=extra, **given)[-1]
+                )
+    torch.testing.assert_close(*states, rtol=1e-13, atol=1e-14)
+    if not adaptive:
+        whole = torchsde.sdeint(sde, y0, [0.0, 0.5, 1.0], **given)
+        torch.testing.assert_close(states[1], whole[-1], rtol=1e-12, atol=1e-13)
+    found = []
+    for function, way in (
+        (torchsde.sdeint, {}),
+        (torchsde.sdeint_adjoint, {}),
+        (torchsde.sdeint_adjoint, {"adjoint_method": "reversible_heun"}),
+    ):
+        ys, extra = function(sde, y0, [0.0, 0.5], extra=True, **given, **way)
+        ys = function(sde, ys[-1], [0.5, 1.0], extra_solver_state=extra, **given, **way)
+        loss = ys[-1].square().sum()
+        inputs = [y0, *sde.parameters()]
+        slopes = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        found.append((loss.detach(), *slopes))
+    for other in found[1:]:
+        for one, also in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, also, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("noise", ["diagonal", "general"])
 def test_relative_entropy_of_a_shifted_drift(noise: str) -> None:
     """`f - h = g c` with a constant `c`: the rate is `|c|^2 / 2`, for every path."""
