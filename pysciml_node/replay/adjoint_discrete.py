@@ -212,11 +212,13 @@ def discrete_sweep(
         stats: its backward fields are filled.
         kept: the steps of the forward solve whose graphs were kept; they are let go here.
     """
-    start_nfe = field.nfe
     record, states = backward.record, backward.states
     totals = Totals(field)
     graphs = [] if kept is None else kept.take(field.captured, backward)
     count = len(graphs)
+    if kept is not None and count < len(record.sizes):
+        field.captured.expect_idle()
+    start_nfe = field.nfe
 
     # Each has buffers of its own, and most sweeps need only one.
     pullbacks: dict[int, _StepPullback | RecordedPullback] = {}

@@ -278,6 +278,7 @@ class DifferentiableField:
                 graph,
             )
         (self.k0,) = self.captured.first
+        graph = None  # later evaluations are apart from it
 
     def settle(self) -> None:
         """Called when the solve has run: see `Inputs.settle`."""

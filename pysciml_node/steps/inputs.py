@@ -23,16 +23,13 @@ from torch.autograd import Variable
 from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.state import tensors_of
 from pysciml_node.steps.contents import Contents
-from pysciml_node.steps.first_graph import Evaluation, FirstGraph
-from pysciml_node.steps.memory import Memory
+from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.memory import Evaluate, Memory
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.unread import unread
 
 Edge = tuple[Any, int]
 """A node of the autograd graph, and the number of one of its outputs."""
-
-Evaluate = Callable[[], Evaluation]
-
 
 _IS_LEAF, _REQUIRES = attrgetter("is_leaf"), attrgetter("requires_grad")
 _HOOKS = attrgetter("_backward_hooks")
@@ -238,11 +235,9 @@ class Inputs:
         reached: set[Edge] = set()
         with surroundings.undisturbed():
             values, fresh = evaluate()
-        self._memory: Memory | None = None
-        if written := surroundings.changed_in_place():
-            self._memory = Memory(evaluate, written, surroundings.names)
-            if graph is not None:
-                graph.refused = True  # the graphs of such fields serve no sweep
+        self._memory = Memory(evaluate, written := surroundings.changed_in_place(), surroundings)
+        if written and graph is not None:
+            graph.refused = True  # the graphs of such fields serve no sweep
         known, nodes = leaves.keys() | map(id, fresh), set[Any]()
         # What the state was computed from is not the field's.
         stops = edges.keys() | {edge_of(x) for x in fresh if x.grad_fn is not None}
@@ -286,6 +281,7 @@ class Inputs:
 
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
+        self._memory.settle()
         self._surroundings.settle()
         used = set(map(id, (*self.inputs, *self._constants)))
         if not used.issuperset(map(id, self._trainable)):
@@ -385,11 +381,13 @@ class Inputs:
         return self._surroundings.undisturbed()
 
     @contextmanager
-    def sweep(self, replayed: bool) -> Iterator[None]:
+    def sweep(self, replayed: bool, kept: bool = False) -> Iterator[None]:
         """Everything as the solve saw it, with leaves for the inputs.
 
         Args:
             replayed: whether the caller compares its steps with the recorded ones.
+            kept: whether the caller may have the graphs of all steps; where it has not, it calls
+                `expect_idle`.
 
         Raises:
             RuntimeError: a tensor has been changed in place and nobody compares, where the field
@@ -397,7 +395,13 @@ class Inputs:
         """
         # One at a time: threads may go backward through one solve.
         with self._surroundings.undisturbed(), self._swept(replayed):
+            if not kept:
+                self.expect_idle()
             yield
+
+    def expect_idle(self) -> None:
+        """In a sweep: see `Memory.expect_idle`."""
+        self._memory.expect_idle(self.leaves)
 
     @contextmanager
     def _swept(self, replayed: bool) -> Iterator[None]:
@@ -436,11 +440,8 @@ class Inputs:
                 self._known.discard(id(leaf))
         self._known.update(id(stand_ins.get(id(x), x)) for x in self._constants)
         try:
-            with surroundings.as_seen(stand_ins):
-                if self._memory is not None:
-                    self._memory.expect_idle(self.leaves)
-                with unread(others, self._refuse):
-                    yield
+            with surroundings.as_seen(stand_ins), unread(others, self._refuse):
+                yield
             self._expect_gone()
         finally:
             self.leaves, self._known, self._strangers = self.inputs, None, []

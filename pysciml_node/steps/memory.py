@@ -1,4 +1,4 @@
-"""What a field writes to for its next evaluation, such as the vectors of spectral normalization."""
+"""What a field leaves for its next evaluation: counts, vectors of spectral normalization."""
 
 from __future__ import annotations
 
@@ -8,28 +8,41 @@ import torch
 from torch import Tensor
 
 from pysciml_node.steps.first_graph import Evaluation
+from pysciml_node.steps.places import Place
+from pysciml_node.steps.surroundings import Surroundings
+
+Evaluate = Callable[[], Evaluation]
 
 
 class Memory:
-    """The tensors that the first evaluation of a field has written to.
+    """What the evaluations of a solve have changed, as the first one has left it.
 
     A replay begins with what the last evaluation has left there. Values may hardly tell: where an
     iteration has almost found a maximum they are stationary, and their derivatives are not.
 
     Args:
-        evaluate: the first evaluation.
-        written: the tensors, as it has left them.
-        names: what they are called in messages, by their identities.
+        evaluate: the first evaluation, which has just been made.
+        written: tensors that it has written to.
+        surroundings: of the field. Places there, such as counts, may hold other objects now.
     """
 
     def __init__(
-        self, evaluate: Callable[[], Evaluation], written: Sequence[Tensor], names: dict[int, str]
+        self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
-        self._evaluate, self._written, self._names = evaluate, written, names
-        self._first = _copies(written)
+        self._evaluate: Evaluate | None = evaluate
+        self._written, self._first = written, _copies(written)
+        self._surroundings = surroundings
+        self._replaced = [place.as_now() for place in surroundings.changes()]
+
+    def settle(self) -> None:
+        """Called when the solve has run, of what later evaluations may have replaced."""
+        # Before what the first one has left, which is then put there last.
+        self._replaced = [*self._surroundings.changes(), *self._replaced]
+        if not (self._written or self._replaced or self._surroundings.closed):
+            self._evaluate = None
 
     def expect_idle(self, leaves: Sequence[Tensor]) -> None:
-        """Compare derivatives at the start by what the tensors held first, and by what they hold.
+        """Compare derivatives at the start: by what the first, the last and the next have left.
 
         Args:
             leaves: what stands for the inputs of the field.
@@ -37,42 +50,58 @@ class Memory:
         Raises:
             RuntimeError: they differ by more than rounding.
         """
-        last = _copies(self._written)
-        if all(map(torch.equal, self._first, last)):
+        if (evaluate := self._evaluate) is None:
             return
-        now = self._derivatives(leaves)
-        _write(self._written, self._first)
-        then = self._derivatives(leaves)
-        _write(self._written, last)
-        # Small derivatives may be what is left of great ones that cancel.
-        floor = 0.01 * max(map(_size, (*now, *then)), default=0.0)
-        gaps = [
-            _size(x - y) / max(_size(x), floor) for x, y in zip(now, then, strict=True) if floor
-        ]
-        gap = max(gaps, default=0.0)
-        if not gap > max((torch.finfo(x.dtype).eps for x in now), default=0.0) ** 0.5:
+        last, held = _copies(self._written), [place.as_now() for place in self._replaced]
+        where = self._where(last)
+        with torch.enable_grad():
+            now, following = (derivatives(evaluate(), leaves) for _ in range(2))
+            _put(self._written, self._first, self._replaced)
+            then = derivatives(evaluate(), leaves)
+        _put(self._written, last, held)
+        gap = max(relative_gap(now, then), relative_gap(now, following))
+        if not gap:
             return
         raise RuntimeError(
-            f"the field has written to {self._names[id(self._written[0])]}, and its derivatives "
-            f"depend on what earlier evaluations have left there: they differ by up to "
-            f"{gap:.2g} (relative).\n"
+            f"the field {where}, and its derivatives depend on what earlier evaluations have left "
+            f"there: they differ by up to {gap:.2g} (relative).\n"
             "  Call eval() on it, as for spectral normalization; make it a function of its "
             "arguments; or use adjoint=DirectAdjoint()."
         )
 
-    def _derivatives(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Of all values at once, in the state and in the inputs that they depend on."""
-        with torch.enable_grad():
-            values, fresh = self._evaluate()
-        values = [x for x in values if x.requires_grad]
-        if not values:
-            return []
-        cotangents = [torch.linspace(0.5, 1.5, x.numel()).to(x).view_as(x) for x in values]
-        found = torch.autograd.grad(
-            values, [*fresh, *leaves], cotangents, retain_graph=True, allow_unused=True
-        )
-        nothing = values[0].detach().new_zeros(())
-        return [nothing if x is None or not x.numel() else x.detach() for x in found]
+    def _where(self, last: Sequence[Tensor]) -> str:
+        """What has changed since the first evaluation, in words."""
+        for x, then, now in zip(self._written, self._first, last, strict=True):
+            if not torch.equal(then, now):
+                return f"has written to {self._surroundings.names[id(x)]}"
+        names = (name for place in self._replaced for name in place.changes())
+        if (name := next(names, None)) is not None:
+            return f"changes {name}"
+        return "reaches what cannot be looked into"
+
+
+def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Of all values of an evaluation at once, in the state and in inputs that they depend on."""
+    values, fresh = [x for x in evaluation[0] if x.requires_grad], evaluation[1]
+    if not values:
+        return []
+    cotangents = [torch.linspace(0.5, 1.5, x.numel()).to(x).view_as(x) for x in values]
+    found = torch.autograd.grad(
+        values, [*fresh, *leaves], cotangents, retain_graph=True, allow_unused=True
+    )
+    nothing = values[0].detach().new_zeros(())
+    return [nothing if x is None or not x.numel() else x.detach() for x in found]
+
+
+def relative_gap(now: Sequence[Tensor], then: Sequence[Tensor]) -> float:
+    """The greatest relative difference between derivatives; zero for one of rounding."""
+    if len(now) != len(then):
+        return 1.0
+    # Small derivatives may be what is left of great ones that cancel.
+    floor = 0.01 * max(map(_size, (*now, *then)), default=0.0)
+    gaps = [_size(x - y) / max(_size(x), floor) for x, y in zip(now, then, strict=True) if floor]
+    gap = max(gaps, default=0.0)
+    return gap if gap > max((torch.finfo(x.dtype).eps for x in now), default=0.0) ** 0.5 else 0.0
 
 
 def _size(x: Tensor) -> float:
@@ -85,7 +114,9 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _write(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+def _put(tensors: Sequence[Tensor], contents: Sequence[Tensor], places: Sequence[Place]) -> None:
     for x, value in zip(tensors, contents, strict=True):
         # Not counted as a change: what was there is put back.
         x.data.copy_(value)
+    for place in places:
+        place.restore({})

@@ -76,8 +76,20 @@ class Place(ABC):
         """The values that it holds now, except those left alone."""
 
     @abstractmethod
-    def present(self) -> Iterable[Any]:
-        """The values that it holds now, new ones too."""
+    def arrived(self) -> Iterable[Any]:
+        """The values that it holds now and did not hold."""
+
+    @abstractmethod
+    def changes(self) -> Iterable[str]:
+        """The names of entries that hold other objects now."""
+
+    def only_changes(self) -> Self:
+        """The same place, as far as it has changed."""
+        return copy.copy(self)
+
+    @abstractmethod
+    def as_now(self) -> Self:
+        """The same place, as far as it is not left alone, with what it holds now."""
 
     def copy(self) -> Self:
         """The same place, to be settled on its own."""
@@ -164,8 +176,26 @@ class Names(Place):
         return [owner[key] for key in self.seen if key in owner]
 
     @override
-    def present(self) -> Iterable[Any]:
-        return [*self.owner.values()] if self.whole else self.values()
+    def arrived(self) -> Iterable[Any]:
+        return [self.owner[key] for key, _ in self._differences({}) if key in self.owner]
+
+    @override
+    def changes(self) -> Iterable[str]:
+        form = "{}[{!r}]" if self.container is not None else "{}{}"
+        return [form.format(self.name, key) for key, _ in self._differences({})]
+
+    @override
+    def only_changes(self) -> Self:
+        again = copy.copy(self)
+        again.whole, again.left_alone = False, set()
+        again.seen = {key: self.seen.get(key, MISSING) for key, _ in self._differences({})}
+        return again
+
+    @override
+    def as_now(self) -> Self:
+        again = self.copy()
+        again.seen = {key: self.owner.get(key, MISSING) for key in self.seen}
+        return again
 
 
 def _write(owner: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
@@ -238,8 +268,18 @@ class Items(Place):
         return () if self.seen is None else self.owner
 
     @override
-    def present(self) -> Iterable[Any]:
-        return self.owner
+    def arrived(self) -> Iterable[Any]:
+        return self.owner if self.changed() else ()
+
+    @override
+    def changes(self) -> Iterable[str]:
+        return (self.name,) if self.changed() else ()
+
+    @override
+    def as_now(self) -> Self:
+        again = copy.copy(self)
+        again.seen = None if self.seen is None else list(self.owner)
+        return again
 
 
 class Single(Place):
@@ -296,5 +336,15 @@ class Single(Place):
         return () if self.left_alone else (self._get(),)
 
     @override
-    def present(self) -> Iterable[Any]:
-        return (self._get(),)
+    def arrived(self) -> Iterable[Any]:
+        return (self._get(),) if self.changed() else ()
+
+    @override
+    def changes(self) -> Iterable[str]:
+        return (self.name,) if self.changed() else ()
+
+    @override
+    def as_now(self) -> Self:
+        again = copy.copy(self)
+        again.seen = None if self.left_alone else self._get()
+        return again

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pysciml_node.steps.inputs import Evaluate
+from pysciml_node.steps.first_graph import Evaluation
+from pysciml_node.steps.memory import Evaluate, derivatives, relative_gap
 from pysciml_node.steps.surroundings import Surroundings
 
 
@@ -32,8 +33,11 @@ def expect_repeatable(
         who: the method that needs equal evaluations, for the message.
 
     Returns:
-        An evaluation that raises a `ValueError` when the values depend on numbers drawn in it.
+        An evaluation that raises a `ValueError` when values, or derivatives in what it gives as
+        leaves, depend on numbers drawn in it.
     """
+
+    leaves = [x for x in surroundings.tensors if x.is_leaf and x.requires_grad]
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         generators = _generators(surroundings.generators, device)
@@ -41,7 +45,8 @@ def expect_repeatable(
         values, fresh = evaluate()
         after = [generator.get_state() for generator in generators]
         # Another thread may have drawn them, and the values may not depend on them.
-        if not all(map(torch.equal, before, after)) and not _same(values, evaluate()[0]):
+        drawn = not all(map(torch.equal, before, after))
+        if drawn and not _agree((values, fresh), evaluate(), leaves):
             raise ValueError(
                 f"the field draws random numbers{_drawers(surroundings)}, so that two evaluations "
                 f"differ, and {who} needs them to agree.\n"
@@ -51,6 +56,15 @@ def expect_repeatable(
         return values, fresh
 
     return checked
+
+
+def _agree(first: Evaluation, second: Evaluation, leaves: Sequence[Tensor]) -> bool:
+    """Whether two evaluations agree, and their derivatives, where such are asked for."""
+    if not _same(first[0], second[0]):
+        return False
+    return not first[1] or not relative_gap(
+        *(derivatives(evaluation, leaves) for evaluation in (first, second))
+    )
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

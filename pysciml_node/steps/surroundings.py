@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.behind import APART
 from pysciml_node.steps.known import walk_from
-from pysciml_node.steps.places import Names, StandIns, Test, holds
+from pysciml_node.steps.places import Names, Place, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
 
 # While a sweep has put other values into places, the solves of other threads wait, and so does a
@@ -48,6 +49,11 @@ def _contains(value: Any, test: Callable[[Tensor], bool]) -> bool:
     if isinstance(value, dict):
         return any(_contains(item, test) for item in value.values())
     return isinstance(value, Tensor) and test(value)
+
+
+def _holds_others(value: Any) -> bool:
+    """Whether a value keeps alive what has computed it."""
+    return isinstance(value, APART) or (isinstance(value, Tensor) and value.grad_fn is not None)
 
 
 class Surroundings:
@@ -253,8 +259,17 @@ class Surroundings:
 
         if not self.changed():
             return False
-        changed = (place for place in self._places if place.changed())
-        return any(_contains(value, test) for place in changed for value in place.present())
+        arrived = chain.from_iterable(place.arrived() for place in self._places)
+        return any(_contains(value, test) for value in arrived)
+
+    def changes(self) -> list[Place]:
+        """Places that hold other objects now, with what they held: without graphs and solutions."""
+        if not self.changed():
+            return []
+        changes = [place.only_changes() for place in self._places if place.changed()]
+        for place in changes:
+            place.forget(_holds_others)
+        return changes
 
     def changed_in_place(self) -> list[Tensor]:
         """Tensors whose values have changed since the solve, used or not."""

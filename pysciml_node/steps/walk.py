@@ -43,6 +43,9 @@ _MOST_OBJECTS = 20_000
 _MOST_BEHIND = 1_000
 _MOST_ENTRIES = 4_096
 
+# What classes count in, as in `Field.calls += 1`.
+_NUMBERS = (int, float, complex)
+
 # Modules of the standard library whose instances merely hold others.
 _HOLDERS = frozenset({"collections", "types", "functools", "dataclasses"})
 
@@ -410,7 +413,7 @@ class Walk:
                 elif isinstance(held, property):
                     for part in (held.fget, held.fset):
                         self._see(part, key)
-                elif key[:2] != "__" and _leads_on(type(held)):
+                elif key[:2] != "__" and (isinstance(held, _NUMBERS) or _leads_on(type(held))):
                     self._class_attribute(ancestor, key, held)
 
     def _class_attribute(self, kind: type, key: str, seen: Any) -> None:

@@ -294,7 +294,8 @@ class ODESolve(Solve):
             gradients = kept_sweep(field, self.method, backward, self.stats, kept)
             if gradients is not None:
                 return gradients
-        with field.captured.sweep(replayed=isinstance(adjoint, DiscreteAdjoint)):
+        replayed = isinstance(adjoint, DiscreteAdjoint)
+        with field.captured.sweep(replayed, kept=kept is not None):
             if isinstance(adjoint, DiscreteAdjoint):
                 gradients = discrete_sweep(field, self.methods, backward, self.stats, kept)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -31,16 +32,115 @@ class Remembering(nn.Module):
         self.register_buffer("m", torch.zeros(1, dtype=D))
         self.reads = reads
 
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+    def count(self) -> Tensor | float:
         self.m += 1
-        m = self.m.clone() if self.reads else 1.0
-        return -u * (1 + m * (self.k - self.k.detach()))
+        return self.m.clone()
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        m = self.count()
+        return -u * (1 + (m if self.reads else 1.0) * (self.k - self.k.detach()))
 
 
-def slope(field: Remembering, adjoint: psn.Adjoint, problem: psn.Problem | None = None) -> float:
+class InNumber(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.n = 0
+
+    def count(self) -> float:
+        self.n += 1
+        return self.n
+
+
+class InNewTensor(Remembering):
+    def count(self) -> Tensor:
+        self.m = self.m + 1
+        return self.m
+
+
+class InList(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.calls: list[int] = []
+
+    def count(self) -> float:
+        self.calls.append(1)
+        return len(self.calls)
+
+
+class InDict(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.counts = {"calls": 0}
+
+    def count(self) -> float:
+        self.counts["calls"] += 1
+        return self.counts["calls"]
+
+
+class InClass(Remembering):
+    calls = 0
+
+    def count(self) -> float:
+        InClass.calls += 1
+        return InClass.calls
+
+
+CALLS = 0
+
+
+class InGlobal(Remembering):
+    def count(self) -> float:
+        global CALLS
+        CALLS += 1
+        return CALLS
+
+
+class InClosure(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        calls = 0
+
+        def count() -> float:
+            nonlocal calls
+            calls += 1
+            return calls
+
+        self.counted = count
+
+    def count(self) -> float:
+        return self.counted()
+
+
+class InIterator(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.calls = itertools.count(1)
+
+    def count(self) -> float:
+        return next(self.calls)
+
+
+class Alternating(InNumber):
+    """The derivatives of every other evaluation are the same."""
+
+    def count(self) -> float:
+        return super().count() % 2
+
+
+COUNTING = [
+    *(InNumber, InNewTensor, InList, InDict, InClass, InGlobal, InClosure, InIterator, Alternating)
+]
+
+
+def slope(
+    field: Remembering,
+    adjoint: psn.Adjoint,
+    problem: psn.Problem | psn.EnsembleProblem | None = None,
+) -> float:
     if problem is None:
         problem = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
-    algorithm = psn.EM() if isinstance(problem, psn.SDEProblem) else psn.Euler()
+    one = problem.problem if isinstance(problem, psn.EnsembleProblem) else problem
+    algorithm = psn.EM() if isinstance(one, psn.SDEProblem) else psn.Euler()
     generator = {"generator": torch.Generator()} if algorithm == psn.EM() else {}
     options: dict[str, Any] = {"adjoint": adjoint, **FOUR, **generator}
     end = psn.solve(problem, algorithm, **options).u1.sum()
@@ -68,6 +168,81 @@ def test_also_of_members_and_stochastic_equations() -> None:
     for problem in (members, noisy):
         with pytest.raises(RuntimeError, match="has written to"):
             slope(field, psn.DiscreteAdjoint(), problem)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=repr)
+@pytest.mark.parametrize("kind", COUNTING)
+def test_so_are_those_that_depend_on_what_is_replaced(
+    kind: type[Remembering], adjoint: psn.Adjoint
+) -> None:
+    with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluations"):
+        slope(kind(), adjoint)
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_members_and_stochastic_equations_are_refused_too(kind: type[Remembering]) -> None:
+    field, u0 = kind(), torch.ones(1, dtype=D)
+    one = psn.ODEProblem(field, u0, (0.0, 1.0))
+    noisy = psn.SDEProblem(field, lambda t, u: 0.1 * u, u0, (0.0, 1.0))
+    starts = torch.ones(2, 1, dtype=D)
+    for problem in (
+        *(noisy, psn.EnsembleProblem(noisy, starts), psn.EnsembleProblem(one, starts)),
+    ):
+        with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluat"):
+            slope(field, psn.DiscreteAdjoint(), problem)
+
+
+@pytest.mark.parametrize("kind", [InNumber, InNewTensor, InList, InDict, InClosure, InIterator])
+def test_graphs_that_were_kept_are_those_of_the_solve(kind: type[Remembering]) -> None:
+    """As for `DirectAdjoint`: nothing is evaluated again."""
+    assert slope(kind(), psn.DiscreteAdjoint()) == pytest.approx(-2.5 * 0.75**3, rel=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("kind", COUNTING)
+def test_counts_that_are_not_read_do_no_harm(kind: type[Remembering], adjoint: psn.Adjoint) -> None:
+    assert slope(kind(reads=False), adjoint) == pytest.approx(
+        slope(kind(reads=False), psn.DirectAdjoint()), rel=2e-2 if adjoint.discrete else 0.4
+    )
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_the_check_itself_is_not_counted(adjoint: psn.Adjoint) -> None:
+    """A field counts the evaluations that the statistics have."""
+    field = InNumber(reads=False)
+    problem = psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
+    options: dict[str, Any] = {"adjoint": adjoint, **FOUR}
+    solution = psn.solve(problem, psn.RK4(), **options)
+    before = field.n
+    solution.u1.sum().backward()
+    assert before == solution.stats.nfe
+    assert field.n == before + solution.stats.nfe_backward
+
+
+def test_a_table_that_is_drawn_once_stays() -> None:
+    """The check puts back what the first evaluation has left, not what was there before it."""
+
+    class Drawing(Remembering):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            if not hasattr(self, "table"):
+                self.table = torch.randn(1, dtype=D)
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(t, u) * self.table
+
+    torch.manual_seed(0)
+    field = Drawing(reads=False)
+    found = slope(field, psn.DiscreteAdjoint(memory=0))
+    assert found == pytest.approx(slope(field, psn.DirectAdjoint()), rel=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_derivatives_that_are_drawn_are_refused(adjoint: psn.Adjoint) -> None:
+    class Drawing(Remembering):
+        def count(self) -> Tensor:
+            return torch.rand((), dtype=D)
+
+    with pytest.raises(ValueError, match="draws random numbers"):
+        slope(Drawing(), adjoint)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS[:2], ids=repr)

@@ -79,8 +79,9 @@ def continuous_sweep_of_members(
     Raises:
         BackwardFailure: the march of a member has failed.
     """
-    field, before = solved.field, solved.field.nfe.copy()
+    field = solved.field
     with solved.captured.sweep(replayed=False):
+        before = field.nfe.copy()
         sweep = _Sweep(solved, u0, states, saved, at_steps)
         start = sweep.run()
         ends = sweep.ends(start) if solved.moving else None

@@ -140,8 +140,8 @@ def members_sweep(
         at_steps: cotangents of `states`; `None` is zero.
     """
     field = replay.field
-    before = field.nfe.copy()
     with replay.captured.sweep(replayed=True):
+        before = field.nfe.copy()
         sweep = _Sweep(replay, u0, states, saved, at_steps)
         start = sweep.run()
         gradients = (start, *sweep.of_ends.sums, *sweep.sums.sums)
