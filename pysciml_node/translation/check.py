@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.translation.outside import outside
 from pysciml_node.translation.program import Program
 
 _TOLERANCE = {torch.float64: 2e-7, torch.float32: 1e-3}
@@ -154,12 +155,17 @@ def _check_at(
         inputs = [u.requires_grad_(), t.requires_grad_(), *(x for x in p if x.requires_grad)]
         flat = torch.cat([u.new_empty(0), *(x.reshape(-1).to(u) for x in p)])
         try:
-            expected = field(t, spec.unflatten(u))
+            with outside() as asked:
+                expected = field(t, spec.unflatten(u))
         except IndexError as error:
             raise UnsupportedModule(
                 f"{name} asks for an entry that is not there ({error}) at the random state by "
                 "which its program is checked; clamp the places that it computes."
             ) from error
+        if asked:
+            raise UnsupportedModule(
+                f"{name} calls {asked[0]}(), whose answer may differ at each solve."
+            )
         _expect_trained(name, expected, [u, t, *p])
         value, disturbed = (
             _value(spec, program, t, u, flat, disturbing) for disturbing in (None, generator)

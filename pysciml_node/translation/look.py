@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextvars
 import functools
 import os
@@ -301,6 +302,8 @@ class Look:
             self._every_global(held)
         for name in names:  # of globals, and of attributes, which may become those of globals
             self._entry(held, name)
+            if name not in held and name in vars(builtins):
+                self._definition_or_entry(vars(builtins), name)
         for name in imports_in(f.__code__, held.get("__package__")):
             self._entry(sys.modules, name)
 
@@ -329,15 +332,18 @@ class Look:
     def _every_global(self, held: dict[str, Any]) -> None:
         """Note all that a module holds, for code that looks it up by words."""
         self.watch.expect_order(held)
-        for name, value in list(held.items()):
-            if name.startswith("__"):
-                continue
-            self._tokens.append(name)
-            if isinstance(value, _DEFINED):
-                self._tokens.append(Same(value))
-                self.watch.expect_item(held, name, value)
-            else:
-                self._at(held, name, value)
+        for name in [x for x in held if not x.startswith("__")]:
+            self._definition_or_entry(held, name)
+
+    def _definition_or_entry(self, held: dict[str, Any], name: str) -> None:
+        """Note what a module has by a name, without the inside of functions and classes."""
+        value = held[name]
+        self._tokens.append(name)
+        if isinstance(value, _DEFINED):
+            self._tokens.append(Same(value))
+            self.watch.expect_item(held, name, value)
+        else:
+            self._at(held, name, value)
 
     def _python_module(self, x: types.ModuleType) -> None:
         self._tokens.append(Same(x))

@@ -25,6 +25,9 @@ _DERIVATIVES = frozenset(("autograd", "func"))
 _IMPORTS = frozenset(("import_module", "__import__", "modules"))
 _SPEAKS = ("eval", "exec")
 
+# What leads to the globals of any code.
+_GLOBALS = frozenset(("__globals__", "f_globals", "f_locals"))
+
 # What looks for attributes by words.
 _LOOKS_UP = frozenset(("getattr", "vars", "__dict__", "attrgetter"))
 
@@ -76,6 +79,8 @@ class Mentions:
         self.words.update(dict.fromkeys(words))
         if not _MODES.isdisjoint(names):
             self.fickle = "asks whether gradients are recorded"
+        if not _GLOBALS.isdisjoint((*names, *words)):
+            self.fickle = "reaches globals by __globals__, or by a frame"
         derivatives = "grad" in held or not _DERIVATIVES.isdisjoint(names)
         if "grad" in names and not derivatives:
             self.reads_gradients = code.co_name

@@ -1,0 +1,59 @@
+"""What a field asks outside of its objects: files, the machine, the interpreter and its frames."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Modules whose functions answer what a program does not know of, and later solves do not look at.
+_MODULES = frozenset(("posix", "nt", "_winapi", "io", "_io", "_socket", "mmap", "gc", "sys"))
+_OF_TORCH = (torch.get_num_threads, torch.get_num_interop_threads)
+# Those that answer nothing.
+_IDLE = frozenset(("setprofile", "fspath", "text_encoding", "intern", "exc_info"))
+# Libraries that look around, and no number depends on what they see.
+_ASIDE = frozenset(
+    (
+        *("importlib", "_frozen_importlib", "_frozen_importlib_external", "zipimport"),
+        *("logging", "warnings", "traceback", "linecache", "tokenize", "typing", "contextlib"),
+    )
+)
+
+
+@contextmanager
+def outside() -> Iterator[list[str]]:
+    """Collects the names of functions by which what runs inside asks outside.
+
+    They are seen as Python calls them, in libraries too, whatever they are called in code. Where
+    something else profiles Python, nothing is seen.
+    """
+    asked: list[str] = []
+    if sys.getprofile() is not None:
+        yield asked
+        return
+
+    def look(frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and _is_outside(called) and not _is_aside(frame):
+            asked.append(called.__qualname__)
+
+    sys.setprofile(look)
+    try:
+        yield asked
+    finally:
+        sys.setprofile(None)
+
+
+def _is_outside(called: Any) -> bool:
+    owner = getattr(called, "__self__", None)
+    if isinstance(owner, types.ModuleType):
+        asks = owner.__name__ in _MODULES and called.__name__ not in _IDLE
+        return asks or called in _OF_TORCH
+    return called.__name__ == "__subclasses__" or type(owner).__module__ in _MODULES
+
+
+def _is_aside(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in _ASIDE
