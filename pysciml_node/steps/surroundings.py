@@ -77,6 +77,7 @@ class Surroundings:
         self.plain, self.hooks, self.closed = found.plain, found.hooks, found.closed
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
+        self._caches = [(cache, cache.cache_info().misses) for cache in found.caches]
         # Places that later solves look at too are not settled, but copies of them.
         self._glance = found.glance
         self._lent = found.further.lasts
@@ -308,7 +309,13 @@ class Surroundings:
                             x.data.copy_(value)
 
     def put_back(self) -> None:
-        """Put back what has changed since, for good."""
+        """Put back what has changed since, for good; functions let go of results they have kept."""
         with _lock:
             for place in self._places:
                 place.restore({})
+        for cache in self.grown():
+            cache.cache_clear()
+
+    def grown(self) -> list[Any]:
+        """Functions that have been called and have kept their results since."""
+        return [cache for cache, misses in self._caches if cache.cache_info().misses != misses]

@@ -69,6 +69,7 @@ class Walk:
         chosen: the only tensors that receive gradients, where they have been chosen.
         modules: the modules, with their names.
         scripts: the names of compiled modules.
+        caches: functions that keep their results, by `functools`.
         written: buffers that torch changes without counting.
         places: what was read, the entries of `roots` first.
         met_apart: whether there was an object of `APART`.
@@ -90,6 +91,7 @@ class Walk:
         self.chosen: tuple[Tensor, ...] | None = None
         self.modules: list[tuple[str, nn.Module]] = []
         self.scripts: list[str] = []
+        self.caches: list[Any] = []
         self.written: list[Tensor] = []
         self.places: list[Place] = []
         self.met_apart = False
@@ -350,6 +352,8 @@ class Walk:
 
     def _wrapper(self, value: Any, name: str) -> None:
         """A cached function."""
+        if not is_library(value.__module__):
+            self.caches.append(value)
         self.further.lasts &= id(value) not in self._roots
         self.further.expect_attribute(value, "__wrapped__")
         self._see(value.__wrapped__, name)

@@ -28,6 +28,9 @@ _ROUNDED = 1e-12
 _SCALES = (1.0, 0.01, 100.0)
 """Of the random state."""
 
+_ANOTHER = -0.5
+"""Of another state, at another time: what a field has kept of the first one it shows there."""
+
 
 def check_program(
     field: Callable[[Tensor, Any], Tensor],
@@ -53,7 +56,7 @@ def check_program(
     Raises:
         UnsupportedModule: they differ, or torch cannot differentiate the module.
     """
-    for scale in _scales(program):
+    for scale in (*_scales(program), _ANOTHER):
         _check_at(scale, field, name, spec, program, p)
 
 
@@ -113,7 +116,8 @@ def point(scale: float, spec: StateSpec) -> tuple[Tensor, Tensor, Tensor, torch.
     """A time, a random state, a cotangent of it, and what draws further numbers."""
     generator = torch.Generator().manual_seed(0)
     u, v = torch.randn((2, sum(spec.sizes)), generator=generator, dtype=spec.dtype).to(spec.device)
-    t = torch.tensor(0.6180339887, dtype=spec.dtype, device=spec.device)
+    time = 0.6180339887 if scale > 0 else 0.3819660113
+    t = torch.tensor(time, dtype=spec.dtype, device=spec.device)
     return t, u * scale, v, generator
 
 
@@ -188,8 +192,8 @@ def _check_at(
             difference = "another value" if target is expected else "another derivative"
             raise UnsupportedModule(
                 f"{name} has {difference} in torch than its operations have; functions "
-                "with a backward of their own and derivatives taken inside without create_graph "
-                "cannot be translated."
+                "with a backward of their own, derivatives taken inside without create_graph, and "
+                "what is kept of an earlier state or time cannot be translated."
             )
 
 

@@ -20,7 +20,7 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.walk import Walk
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
-from pysciml_node.translation.first import has_made_what_it_keeps
+from pysciml_node.translation.first import has_made_what_it_keeps, streams_put_back
 from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, tell_of_numbers
@@ -375,7 +375,7 @@ def _outcome(
     used: set[int] = set()
     surroundings = Surroundings({"f": module, "p": given[0]})
     try:
-        with numbers_put_back(before.tensors):
+        with numbers_put_back(before.tensors), streams_put_back():
             result, used = _translate(module, spec, given, walk, before, surroundings)
     except UnsupportedModule as error:
         message, scripts = error.message, Walk({"f": module}).scripts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,27 +49,30 @@ def has_made_what_it_keeps(f: Callable[..., Any], spec: StateSpec, p: Any) -> bo
     with ExitStack() as stack:
         for context in (
             *(torch.inference_mode(False), full_precision(spec.device), torch.enable_grad()),
-            *(saved_by(without_graph), quietly(), _streams_put_back()),
+            *(saved_by(without_graph), quietly(), streams_put_back()),
             numbers_put_back(before.tensors),
         ):
             stack.enter_context(context)
-        drawn = torch.get_rng_state()
+        drawn = _streams()
         try:
             with watch, reading:
                 f(t, state, *further)
-            if not before.changed():
+            if not (before.changed() or before.grown()):
                 return False
-            after = Surroundings({"f": f, "p": p})
+            # What functions of `functools` keep is in no place that a walk goes to.
+            kept = gc.get_referents(*before.grown())
+            after = Surroundings({"f": f, "p": p, "kept": kept})
             known = set(map(id, before.tensors))
             made = [x for x in after.tensors if id(x) not in known]
             with watch, reading:
                 f(t, state, *further)
             if not (
                 after.changed()
+                or after.grown()
                 or after.arrays
                 or any(x.requires_grad for x in made)
                 or any(map(watch.depends, (*made, *reading.seen)))
-                or not torch.equal(drawn, torch.get_rng_state())
+                or drawn != _streams()
             ):
                 return True
         except Exception:  # what it is, the trace says
@@ -135,8 +139,14 @@ def _is(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
+def _streams() -> tuple[Any, ...]:
+    """Where the random numbers of torch, NumPy and Python are."""
+    _, key, *further = np.random.get_state(legacy=True)  # noqa: NPY002
+    return torch.get_rng_state().tolist(), np.asarray(key).tolist(), further, random.getstate()
+
+
 @contextmanager
-def _streams_put_back() -> Iterator[None]:
+def streams_put_back() -> Iterator[None]:
     """Random numbers of torch, NumPy and Python go on afterwards as if none had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import random
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -299,3 +302,104 @@ def test_random_numbers_go_on_as_if_nothing_had_been_evaluated() -> None:
     with pytest.raises(CompileError):
         solved(Drawn())
     torch.testing.assert_close(torch.rand(3), expected)
+
+
+class OfTheFirst(Field):
+    """`u' = -2 m` with an `m` that it keeps of its first evaluation."""
+
+    def two(self, u: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.sign(u.detach())
+        return self.table
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -2 * self.k * self.two(u) * torch.ones_like(u)
+
+
+class OfTheFirstInDict(OfTheFirst):
+    def two(self, u: Tensor) -> Tensor:
+        return TABLE.setdefault("sign", torch.sign(u.detach()))
+
+
+class OfTheFirstInCache(OfTheFirst):
+    """The cached function has no arguments: it reads an attribute that was made of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sign = functools.lru_cache(lambda: self.table * 1.0)
+
+    def two(self, u: Tensor) -> Tensor:
+        self.table = torch.sign(u.detach())
+        return self.sign()
+
+
+class OfTheFirstTime(OfTheFirst):
+    """Its `m` is 1."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = t.detach() + 1.0
+        return -2 * self.k * self.table * torch.ones_like(u)
+
+
+@pytest.mark.parametrize("kind", [OfTheFirst, OfTheFirstInDict, OfTheFirstInCache, OfTheFirstTime])
+def test_a_field_goes_on_with_what_it_keeps_of_the_state_where_a_solve_begins(
+    kind: type[OfTheFirst],
+) -> None:
+    """A program would make it again at each evaluation: `u` did not go through zero."""
+    field, u0 = kind(), torch.tensor([0.5, 1.0], dtype=D)
+    problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+    with pytest.raises(CompileError, match="in torch than its operations have"):
+        psn.solve(problem, compile=True)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", psn.PsnWarning)
+            end = psn.solve(problem, compile="auto").u1.detach()
+        torch.testing.assert_close(end, u0 - 1.0, rtol=1e-9, atol=1e-12)
+
+
+def of_torch() -> Tensor:
+    return torch.rand((), dtype=D)
+
+
+def of_python() -> float:
+    return random.random()
+
+
+def of_the_old_numpy() -> float:
+    return float(np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["attribute", "cache"])
+@pytest.mark.parametrize("draw", [of_torch, of_python, of_the_old_numpy])
+def test_numbers_that_are_drawn_once_are_those_of_the_stream(
+    draw: Callable[[], Any], cached: bool
+) -> None:
+    """They stayed with the field, and the stream gave them to others again."""
+
+    class Drawing(Field):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drawn = functools.lru_cache(draw)
+
+        def two(self, u: Tensor) -> Any:
+            if cached:
+                return self.drawn()
+            if self.table is None:
+                self.table = draw()
+            return self.table
+
+    def seed() -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+
+    seed()
+    first, second = draw(), draw()
+    seed()
+    field = Drawing()
+    with pytest.raises(CompileError):
+        solved(field)
+    field(torch.zeros((), dtype=D), torch.ones(2, dtype=D))
+    assert (field.drawn() if cached else field.table) == first
+    assert draw() == second

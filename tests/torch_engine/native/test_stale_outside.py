@@ -96,6 +96,7 @@ def test_a_function_among_the_builtins() -> None:
         return -u * abs(-1.0)
 
     assert end(f) == decay(1.0)
+
     def two(x: float) -> float:
         return 2.0
 
