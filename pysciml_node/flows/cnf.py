@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Divergence:
     vectors: list[Tensor]
     batch: int
     lasting: bool = False
+    ends_at_arguments: ClassVar[bool] = True  # it asks the point, which does
 
     def __call__(self, point: FieldPoint) -> Tensor:
         """The rate at a point."""

@@ -196,6 +196,7 @@ class _Arriving:
             known = dict(zip((None, *self.moments), rates, strict=True))
             _times_along(gradients, self.backward, self.entries, known)
         if self.at_start is not None:
+            assert gradients.u0 is not None
             gradients.u0 = gradients.u0 + self.at_start
         return gradients
 
@@ -324,6 +325,7 @@ def _times_along(
         rates: the field at their times, `(N,)` each; under `None` at the start.
     """
     record = backward.record
+    assert gradients.u0 is not None
     t0_bar = -torch.vdot(gradients.u0, rates[None]).real
     t1_bar = torch.zeros_like(t0_bar)
     if backward.saved is not None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from pysciml_node.solutions.solution import (
     Trajectory,
 )
 from pysciml_node.steps.derived import DerivedField
-from pysciml_node.steps.inputs import pull_back
+from pysciml_node.steps.graph import pull_back
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.surrounded import surroundings_of
 
@@ -56,6 +56,8 @@ class AugmentedField(DerivedField):
     spec: StateSpec
     with_p: bool
     rates: dict[str, Rate]
+    # Rates are derivatives by the state, which are none by what it was computed from.
+    ends_at_arguments: ClassVar[bool] = True
 
     def is_same(self, other: AugmentedField) -> bool:
         """Whether another one has the same field and the same rates."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.replay.adjoint_recorded import RecordedPullback, Totals
-from pysciml_node.replay.kept import KeptPullback, KeptSteps
+from pysciml_node.replay.kept import KeptSteps, arriving_at, compare_kept
 from pysciml_node.replay.stages import Method, Stages
 from pysciml_node.replay.vectors import Weights, vectors_like
 from pysciml_node.solutions.solution import Stats
@@ -249,11 +249,14 @@ def discrete_sweep(
             times.step(n, pulled.t, pulled.h, pulled.theta)
     through: list[Tensor | None] = []
     if kept is not None and graphs:
-        hand_on = KeptPullback(field, methods[0], backward, totals)
-        start, *upon = hand_on(graphs, cotangent if live else None)
-        cotangent = torch.zeros_like(cotangent) if start is None else start
-        through = kept.placed(*upon)
-        stats.naccept_backward += len(graphs)
+        upon = arriving_at(graphs, methods[0], backward, cotangent if live else None)
+        cotangent = torch.zeros_like(cotangent) if upon.start is None else upon.start
+        through = kept.placed(upon.ends, upon.stages)
+        totals.nvjp += upon.products
+        stats.naccept_backward += upon.taken
+        # Of a field all of whose tensors have been compared another value would say nothing.
+        if upon.taken and not field.captured.all_known:
+            compare_kept(field, graphs[: upon.taken], methods[0], backward, totals.comparison)
     totals.comparison.expect_equal(field.captured.suspects)
     for extra in backward.entering(0):
         cotangent = cotangent + extra

@@ -120,6 +120,7 @@ def complete_times(
         if ends:
             entering = torch.stack([torch.zeros_like(rate), *backward.entering(index)]).sum(0)
             if index == 0:
+                assert gradients.u0 is not None
                 gradients.t0 = -torch.vdot(gradients.u0 - entering, rate).real
             else:
                 gradients.t1 = torch.vdot(entering, rate).real

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.replay.adjoint_recorded import Totals
+from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.apart import WentBack
 from pysciml_node.steps.autograd import graph_is_retained
-from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.first_graph import are_of_others
+from pysciml_node.steps.graph import Grad, edge_of, graph_leaves
 from pysciml_node.steps.guard import first_saved
-from pysciml_node.steps.inputs import Inputs, edge_of, graph_leaves
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.record import Record
 
 
@@ -56,8 +55,7 @@ def may_keep() -> bool:
     return not keeping.keeping
 
 
-@dataclass(frozen=True)
-class KeptStep:
+class KeptStep(NamedTuple):
     """An accepted step with its graph.
 
     Attributes:
@@ -90,9 +88,9 @@ class KeptSteps:
 
     def __init__(self, start: Tensor, captured: Inputs, memory: int, each: int) -> None:
         # The first graph has shown that no other tensors are saved for backward.
-        read = [x for x in captured.within_reach() if is_comparable(x)]
+        read = captured.comparable
         self.start, self.room = start, max(memory - sum(x.nbytes for x in read), 0) // each
-        with torch.no_grad():
+        with Grad(False):
             self._contents = {id(x): x.clone() for x in read} if self.room else {}
         self._steps: list[KeptStep] = []
         self._ends = self._values = 0
@@ -233,7 +231,7 @@ class KeptStages(Stages):
     def start(self, t: Real, h: Real, u: Tensor) -> Tensor:
         if not self._recording:
             return super().start(t, h, u)
-        with torch.enable_grad():
+        with Grad(True):
             k1 = self.field(self.times(t, h)[0], self._state)
         self._joined = False
         super().begin(k1)
@@ -251,14 +249,14 @@ class KeptStages(Stages):
         # Of a solution it is asked in the graph.
         if not self._recording or u is self._state:
             return super().evaluate(t, h, u, upto)
-        with torch.enable_grad():
+        with Grad(True):
             return super().evaluate(t, h, self._state, upto)
 
     @override
     def solution(self, t: Real, h: Real, u: Tensor, with_error: bool) -> Tensor:
         if not self._recording:
             return super().solution(t, h, u, with_error)
-        with torch.enable_grad():
+        with Grad(True):
             self._end = super().solution(t, h, self._state, with_error)
         return self._end.detach()
 
@@ -277,89 +275,97 @@ class KeptStages(Stages):
         return k
 
 
-class KeptPullback:
-    """Hands cotangents to the first steps of a solve, whose graph was kept.
+class Arriving(NamedTuple):
+    """The cotangents of steps whose graph was kept, for torch to pull back.
+
+    Attributes:
+        start: of the initial state, beside what comes through the graph.
+        ends: of the ends of the steps.
+        stages: of the stages of steps with outputs.
+        taken: how many steps have a part in it.
+        products: how many evaluations of the field are pulled back, each once.
+    """
+
+    start: Tensor | None
+    ends: list[Tensor | None]
+    stages: list[Tensor | None]
+    taken: int
+    products: int
+
+
+def arriving_at(
+    steps: list[KeptStep], method: Method, backward: BackwardPass, behind: Tensor | None = None
+) -> Arriving:
+    """What arrives at the ends of the first steps of a solve, and inside of them.
+
+    Args:
+        steps: the steps.
+        method: of the solve.
+        backward: the solve, and the cotangents that arrive at it.
+        behind: the cotangent of the last one's end, from the steps behind it, where it is not zero.
+    """
+    record = backward.record
+    bars: list[Tensor | None] = [None]  # of the states at `record.times`
+    stages: list[Tensor | None] = []
+    count = 0
+    for n, step in enumerate(steps):
+        arriving, inside = backward.entering(n + 1), backward.inside(n)
+        if behind is not None and n + 1 == len(steps):
+            arriving.append(behind)
+        bars.append(functools.reduce(torch.add, arriving) if arriving else None)
+        if inside is not None:
+            theta = torch.tensor(record.fractions(n), dtype=torch.float64)
+            weights = record.sizes[n] * method.dense_weights(theta)
+            start, upon = bars[n], inside.sum(0)
+            bars[n] = upon if start is None else start + upon
+            stages += (weights.T @ inside).unbind()
+        elif n in record.inside:
+            stages += [None] * len(step.stages)
+        if arriving or inside is not None:
+            count = n + 1
+    products = _products(steps[:count], method, backward)
+    return Arriving(bars[0], bars[1 : count + 1], stages, count, products)
+
+
+def _products(steps: list[KeptStep], method: Method, backward: BackwardPass) -> int:
+    used = method.stages - method.tableau.fsal
+    products = 0
+    for n, step in enumerate(steps):
+        behind = n + 1 < len(steps) and steps[n + 1].joined
+        inside = backward.saved is not None and n in backward.record.inside
+        products += (len(step.stages) if inside else used + behind) - step.joined
+    return products
+
+
+def compare_kept(
+    field: DifferentiableField,
+    steps: list[KeptStep],
+    method: Method,
+    backward: BackwardPass,
+    comparison: Comparison,
+) -> None:
+    """Evaluate the field at the start again: it must be as it was.
+
+    And at the last step, where it may depend on more. What it adds to the state there is compared,
+    as of a step that is replayed.
 
     Args:
         field: the field prepared for gradients.
-        method: the method of the forward solve.
-        backward: the solve, and the cotangents that arrive at it.
-        totals: compares the field.
+        steps: those that cotangents are pulled back through.
+        method: of the solve.
+        backward: the solve.
+        comparison: is told.
     """
-
-    def __init__(
-        self, field: DifferentiableField, method: Method, backward: BackwardPass, totals: Totals
-    ) -> None:
-        self.field, self.method, self.backward, self.totals = field, method, backward, totals
-
-    def __call__(
-        self, steps: list[KeptStep], behind: Tensor | None
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """What arrives at the ends of steps and inside of them, for torch to pull back.
-
-        Args:
-            steps: the steps; those behind the last one that a cotangent arrives at are let go.
-            behind: the cotangent of the last one's end, from the steps behind it, where it is not
-                zero.
-
-        Returns:
-            The cotangent of the initial state, beside what comes through the graph; those of the
-            ends, and of the stages of steps with outputs.
-        """
-        backward, record = self.backward, self.backward.record
-        bars: list[Tensor | None] = [None]  # of the states at `record.times`
-        stages: list[Tensor | None] = []
-        count = 0  # of the steps that have a part in it
-        for n, step in enumerate(steps):
-            arriving, inside = backward.entering(n + 1), backward.inside(n)
-            if behind is not None and n + 1 == len(steps):
-                arriving.append(behind)
-            bars.append(functools.reduce(torch.add, arriving) if arriving else None)
-            if inside is not None:
-                theta = torch.tensor(record.fractions(n), dtype=torch.float64)
-                weights = record.sizes[n] * self.method.dense_weights(theta)
-                start, upon = bars[n], inside.sum(0)
-                bars[n] = upon if start is None else start + upon
-                stages += (weights.T @ inside).unbind()
-            elif n in record.inside:
-                stages += [None] * len(step.stages)
-            if arriving or inside is not None:
-                count = n + 1
-        del steps[count:]
-        if steps:
-            self.totals.nvjp += self._products(steps)
-            # Of a field all of whose tensors have been compared another value would say nothing.
-            if not self.field.captured.all_known:
-                self._compare(steps)
-        return bars[0], bars[1:], stages
-
-    def _products(self, steps: list[KeptStep]) -> int:
-        """How many evaluations of the field were pulled back, each once."""
-        used = self.method.stages - self.method.tableau.fsal
-        products = 0
-        for n, step in enumerate(steps):
-            behind = n + 1 < len(steps) and steps[n + 1].joined
-            inside = self.backward.inside(n) is not None
-            products += (len(step.stages) if inside else used + behind) - step.joined
-        return products
-
-    def _compare(self, steps: list[KeptStep]) -> None:
-        """Evaluate the field at the start again: it must be as it was.
-
-        And at the last step, where it may depend on more. What it adds to the state there is
-        compared, as of a step that is replayed.
-        """
-        field, comparison = self.field, self.totals.comparison
-        record, states, n = self.backward.record, self.backward.states, len(steps) - 1
-        t, h, u, end = record.times[n], record.sizes[n], states[n], self.method.end_stage
-        i, at = (0, u) if end is None or end >= len(steps[n].stages) else (end, states[n + 1])
-        with torch.no_grad():
-            if i or n:
-                stages = Stages(self.method, field.field, record.marks, RecordedVectors())
-                again = field.field(stages.times(t, h)[i], at)
-                comparison.add(u + h * again, u + h * steps[n].stages[i], u)
-            again = field.field(self.method.nodes.new_tensor(record.times[0]), states[0])
-            comparison.add_value(again, field.k0)
+    record, states, n = backward.record, backward.states, len(steps) - 1
+    t, h, u, end = record.times[n], record.sizes[n], states[n], method.end_stage
+    i, at = (0, u) if end is None or end >= len(steps[n].stages) else (end, states[n + 1])
+    with torch.no_grad():
+        if i or n:
+            stages = Stages(method, field.field, record.marks, RecordedVectors())
+            again = field.field(stages.times(t, h)[i], at)
+            comparison.add(u + h * again, u + h * steps[n].stages[i], u)
+        again = field.field(method.nodes.new_tensor(record.times[0]), states[0])
+        comparison.add_value(again, field.k0)
 
 
 def kept_sweep(
@@ -384,11 +390,10 @@ def kept_sweep(
     steps = kept.take_all(field.captured, backward)
     if steps is None:
         return None
-    totals = Totals(field)
-    start, *upon = KeptPullback(field, method, backward, totals)(steps, None)
-    u0 = torch.zeros_like(backward.states[0]) if start is None else start
+    u0, ends, stages, taken, products = arriving_at(steps, method, backward)
     for extra in backward.entering(0):
-        u0 = u0 + extra
-    stats.nvjp += totals.nvjp
-    stats.naccept_backward += len(steps)
-    return Gradients(u0=u0, inputs=totals.sums.sums, kept=kept.placed(*upon))
+        u0 = extra if u0 is None else u0 + extra
+    stats.nvjp += products
+    stats.naccept_backward += taken
+    inputs: list[Tensor | None] = [None] * len(field.leaves)
+    return Gradients(u0=u0, inputs=inputs, kept=kept.placed(ends, stages))

@@ -19,7 +19,8 @@ from typing_extensions import override
 from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import Inputs, pull_back
+from pysciml_node.steps.graph import pull_back
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.surroundings import Surroundings
 
 # From a step's number and the state at its start to numbers, each a 0-d tensor; the step's end is

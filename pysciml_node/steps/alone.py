@@ -9,8 +9,7 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor
 
-from pysciml_node.steps.contents import is_comparable
-
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -36,7 +35,7 @@ def _holders(value: Tensor) -> tuple[int, ...] | None:
     And how many to what it is a view of, weak ones too. `None` where that is not known.
     """
     base = value._base
-    if base is None or _use_count is None or not is_comparable(value):
+    if base is None or _use_count is None or value.layout is not torch.strided or _wrapped(value):
         return None
     memory = value.untyped_storage()
     uses = _use_count(memory._cdata)

@@ -17,6 +17,8 @@ from pysciml_node.steps.record import Outcome
 Sweep = Callable[[BackwardPass], Gradients]
 Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], Outcome]
+Times = tuple[object, object, Tensor | None]
+"""Start, end and saved times; those that are tensors may receive gradients."""
 
 
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -119,8 +121,11 @@ def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.zeros_like(like) if row is None else row for row in rows])
 
 
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _is_legacy_batch(x: Tensor | None) -> bool:
-    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+    return x is not None and _is_legacy_batched(x)
 
 
 def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -148,7 +153,7 @@ def _is_recorded(cotangents: Sequence[Tensor | None]) -> bool:
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
-        or any(map(_is_legacy_batch, cotangents))
+        or any(_is_legacy_batched(x) for x in cotangents if x is not None)
         or not are_ordinary()
     )
 
@@ -270,7 +275,8 @@ class SolveNode(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        if all(cotangent is None for cotangent in cotangents):
+        given = [x for x in cotangents if x is not None]
+        if not given:
             return (None,) * len(ctx.needs_input_grad)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
@@ -278,7 +284,7 @@ class SolveNode(torch.autograd.Function):
         # A failed solve may have been cut back to its last good state.
         states = states[: len(ctx.record.times)]
         wanted = ctx.needs_input_grad[2:5]
-        goes_on = not _is_recorded(cotangents)
+        goes_on = not _is_recorded(given)
 
         def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
             backward = BackwardPass(
@@ -316,7 +322,7 @@ def as_node(
     sweep: Sweep,
     u0: Tensor,
     inputs: Sequence[Tensor],
-    times: tuple[object, object, Tensor | None] = (None, None, None),
+    times: Times = (None, None, None),
     watched: bool = True,
     saves: bool = True,
     kept: Sequence[Tensor] = (),
@@ -328,7 +334,7 @@ def as_node(
         sweep: pulls cotangents back.
         u0: what is stepped, at the start, `(N,)`.
         inputs: everything else that receives gradients.
-        times: start, end and saved times; those that are tensors may receive gradients.
+        times: of the solve.
         watched: whether the sweep notices by itself that inputs were changed in place.
         saves: whether the states at other times than the ends of the steps are asked for.
         kept: values whose graphs lead from the state and the inputs to the steps.
@@ -337,7 +343,7 @@ def as_node(
         What the solve leaves, as the graph has it.
     """
     call = _Call(run, sweep, watched, saves, len(inputs))
-    moving = (t if isinstance(t, Tensor) else None for t in times)
+    moving = [t if isinstance(t, Tensor) else None for t in times]
     saved, *states = SolveNode.apply(call, u0, *moving, *inputs, *kept)  # type: ignore[no-untyped-call]
     assert call.outcome is not None
     return Outcome(

@@ -12,7 +12,7 @@ from torch import Tensor
 from pysciml_node.steps.record import Record
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BackwardPass:
     """A solve that has run, and the cotangents that arrive at it; `None` stands for zero."""
 
@@ -60,11 +60,11 @@ class BackwardPass:
                 yield t, self.saved[i]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Gradients:
     """What a backward sweep returns; `None` stands for zero."""
 
-    u0: Tensor  # (N,)
+    u0: Tensor | None  # (N,)
     inputs: list[Tensor | None]  # each of its input's shape
     kept: list[Tensor | None] = field(default_factory=list)  # (N,) each, of values with a graph
     t0: Tensor | None = None  # ()

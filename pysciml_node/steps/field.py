@@ -16,7 +16,8 @@ from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import Lookout, WentBack, apart
 from pysciml_node.steps.first_graph import FirstGraph
-from pysciml_node.steps.inputs import Inputs, pull_back
+from pysciml_node.steps.graph import Grad, pull_back
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
@@ -270,7 +271,7 @@ class DifferentiableField:
             start = u0.detach().requires_grad_()
             return (field(t, start),), (start,)
 
-        with torch.enable_grad():
+        with Grad(True):
             self.captured = Inputs(
                 self.surroundings,
                 expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),

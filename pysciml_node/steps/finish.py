@@ -64,9 +64,10 @@ class Solve(ABC):
     @property
     def watched(self) -> bool:
         """Whether every step is controlled by the usual norm of the error of the whole state."""
-        control, driven = self.options.controller, self.options.tolerances.driven
-        whole = driven == sum(self.problem.spec.sizes)
-        return control.adaptive and control.norm is None and whole
+        control = self.options.controller
+        if not control.adaptive or control.norm is not None:
+            return False
+        return self.options.tolerances.driven == sum(self.problem.spec.sizes)
 
     def solution(self) -> Solution:
         """Run it; a failed solve is returned like any other."""
@@ -82,7 +83,7 @@ class Solve(ABC):
             record.times,
             # A copy: whoever changes it in place does not change the steps.
             self.state(states[-1]).clone(),
-            self.state(saved if len(saved) == record.saved else saved[: record.saved]),
+            self.state(saved if saved.shape[0] == record.saved else saved[: record.saved]),
             record.event,
         )
         return self.finish(ending, self.trajectory(outcome))

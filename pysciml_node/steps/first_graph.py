@@ -100,7 +100,11 @@ class FirstGraph:
             known = self._measured(evaluation, nodes, surroundings.tensors)
             surroundings.memory[key] = known
         if known:
-            self.evaluation, self.bytes = evaluation, known
+            self.take(evaluation, known)
+
+    def take(self, evaluation: Evaluation, measured: int) -> None:
+        """Keep an evaluation that is known to take so many bytes."""
+        self.evaluation, self.bytes = evaluation, measured
 
     def _measured(
         self, evaluation: Evaluation, nodes: Collection[Any], outside: list[Tensor]

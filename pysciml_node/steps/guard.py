@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pysciml_node.steps.contents import Contents, is_comparable
 from pysciml_node.steps.first_graph import saved_by
-from pysciml_node.steps.inputs import newly_behind
+from pysciml_node.steps.graph import newly_behind
 from pysciml_node.steps.surroundings import Surroundings
 
 

@@ -18,131 +18,29 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from pysciml_node.errors import PsnWarning
 from pysciml_node.problems.state import tensors_of
-from pysciml_node.steps.contents import Contents
-from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.contents import Contents, is_comparable
+from pysciml_node.steps.first_graph import Evaluation, FirstGraph
+from pysciml_node.steps.graph import Edge, edge_of, graph_leaves
 from pysciml_node.steps.memory import Evaluate, Memory
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.unread import unread
-
-Edge = tuple[Any, int]
-"""A node of the autograd graph, and the number of one of its outputs."""
+from pysciml_node.steps.usual import note_usual, usual_of
 
 _IS_LEAF, _REQUIRES = attrgetter("is_leaf"), attrgetter("requires_grad")
 _HOOKS = attrgetter("_backward_hooks")
-
-
-def edge_of(x: Tensor) -> Edge:
-    """The edge by which a tensor's gradient enters the graph: a quicker `get_gradient_edge`."""
-    node = x.grad_fn
-    if node is not None:
-        return node, x.output_nr
-    if torch.is_grad_enabled():
-        view = x.view_as(x).grad_fn
-    else:
-        with torch.enable_grad():
-            view = x.view_as(x).grad_fn
-    assert view is not None
-    edge: Edge = view.next_functions[0]
-    return edge
-
-
-def graph_leaves(
-    values: Sequence[Tensor],
-    stops: Container[Edge] = (),
-    reached: set[Edge] | None = None,
-    seen: set[Any] | None = None,
-) -> list[Tensor]:
-    """The leaf tensors that autograd graphs end in.
-
-    Args:
-        values: the roots of the graphs.
-        stops: edges beyond which not to look.
-        reached: collects the stops that the graphs come to.
-        seen: collects the nodes.
-    """
-    leaves: list[Tensor] = []
-    seen = set() if seen is None else seen
-    todo: list[Edge] = [edge_of(x) for x in values if x.requires_grad]
-    while todo:
-        edge = todo.pop()
-        if edge in stops:
-            if reached is not None:
-                reached.add(edge)
-            continue
-        node = edge[0]
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        following = node.next_functions
-        if following:
-            todo.extend(following)
-        elif hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves
-
-
-def newly_behind(node: Any, mark: object, value: object) -> Iterator[Any]:
-    """A node of an autograd graph and all that it leads to, as far as they have no such mark yet.
-
-    They are marked as they are passed: whoever comes by many nodes of a graph sees each once.
-
-    Args:
-        node: the node.
-        mark, value: of whoever looks; with another value a node counts as unmarked.
-    """
-    todo = [node]
-    while todo:
-        node = todo.pop()
-        if node is not None and node.metadata.get(mark) != value:
-            node.metadata[mark] = value
-            yield node
-            todo.extend(following for following, _ in node.next_functions)
-
-
-def pull_back(
-    value: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
-) -> list[Tensor | None]:
-    """Gradients of `cotangent . value`, `None` where it does not depend on an input.
-
-    This is `torch.autograd.grad(..., retain_graph=True, allow_unused=True)` without its checks,
-    which take a third of the time of a small field. The graph is kept, because parts of it may
-    belong to the caller (a hidden tensor that was computed elsewhere).
-    """
-    return pull_back_all((value,), inputs, (cotangent,), create_graph)
-
-
-def pull_back_all(
-    values: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    create_graph: bool = False,
-) -> list[Tensor | None]:
-    """The same for several values in one pass: gradients of the sum of `cotangent . value`."""
-    pairs = [
-        pair for pair in zip(values, cotangents, strict=True) if inputs and pair[0].requires_grad
-    ]
-    if not pairs:
-        return [None] * len(inputs)
-    backward = Variable._execution_engine.run_backward
-    gradients: Sequence[Tensor | None] = backward(
-        *map(tuple, zip(*pairs, strict=True)),
-        True,
-        create_graph,
-        tuple(inputs),
-        True,
-        accumulate_grad=False,
-    )
-    return list(gradients)
 
 
 def _stand_in(x: Tensor) -> Tensor:
     """A leaf with the same values, of the same class."""
     inner = x.detach()
     return nn.Parameter(inner) if isinstance(x, nn.Parameter) else inner.requires_grad_()
+
+
+def _is_bare_leaf(x: Tensor) -> bool:
+    return x.is_leaf and not x._backward_hooks
 
 
 def _need_stand_in(tensors: Sequence[Tensor]) -> bool:
@@ -153,6 +51,31 @@ def _need_stand_in(tensors: Sequence[Tensor]) -> bool:
         and all(map(_REQUIRES, tensors))
         and not any(map(_HOOKS, tensors))
     )
+
+
+def _trainable_in(surroundings: Surroundings) -> list[Tensor]:
+    """The tensors that need gradients.
+
+    Raises:
+        RuntimeError: one was made in inference mode.
+        TypeError: one is not dense.
+    """
+    trainable = [x for x in surroundings.tensors if x.requires_grad]
+    for x in trainable:
+        if x.is_inference():
+            raise RuntimeError(
+                f"{surroundings.names[id(x)]} requires a gradient, but was made in "
+                "torch.inference_mode, where tensors can have none.\n"
+                "  Make the field outside of it, or solve inside of torch.no_grad()."
+            )
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{surroundings.names[id(x)]} requires a gradient and has the layout "
+                f"{x.layout}, through which only DirectAdjoint hands gradients.\n"
+                "  Make it inside of the field, from its indices and values; or solve with "
+                "adjoint=DirectAdjoint()."
+            )
+    return trainable
 
 
 class _OfGradients:
@@ -214,77 +137,98 @@ class Inputs:
         graph: FirstGraph | None = None,
     ) -> None:
         self._surroundings = surroundings
-        trainable = [x for x in surroundings.tensors if x.requires_grad]
-        for x in trainable:
-            if x.is_inference():
-                raise RuntimeError(
-                    f"{surroundings.names[id(x)]} requires a gradient, but was made in "
-                    "torch.inference_mode, where tensors can have none.\n"
-                    "  Make the field outside of it, or solve inside of torch.no_grad()."
-                )
-            if x.layout is not torch.strided:
-                raise TypeError(
-                    f"{surroundings.names[id(x)]} requires a gradient and has the layout "
-                    f"{x.layout}, through which only DirectAdjoint hands gradients.\n"
-                    "  Make it inside of the field, from its indices and values; or solve with "
-                    "adjoint=DirectAdjoint()."
-                )
-        # Leaves are told by themselves. What has hooks is doubtful, as computed tensors are.
-        leaves = {id(x): x for x in trainable if x.is_leaf and not x._backward_hooks}
-        edges = {edge_of(x): x for x in trainable if id(x) not in leaves}
-        reached: set[Edge] = set()
-        with surroundings.undisturbed():
-            values, fresh = evaluate()
-        self._memory = Memory(evaluate, written := surroundings.changed_in_place(), surroundings)
-        if written and graph is not None:
-            graph.refused = True  # the graphs of such fields serve no sweep
-        known, nodes = leaves.keys() | map(id, fresh), set[Any]()
-        # What the state was computed from is not the field's.
-        stops = edges.keys() | {edge_of(x) for x in fresh if x.grad_fn is not None}
-        strangers = [x for x in graph_leaves(values, stops, reached, nodes) if id(x) not in known]
-        self.first = tuple(x.detach() for x in values)
-        self.cut = not any(x.requires_grad for x in values)
-        references = [weakref.ref(x) for x in strangers]
-        if graph is not None and not strangers:
-            graph.keep((values, fresh), nodes, surroundings)
-        del values, fresh, strangers, nodes
-        # Strangers that are still alive belong to somebody, but to no place that was found.
-        hidden = [x for x in (reference() for reference in references) if x is not None]
-        self._hidden = {id(x): (x, x._version) for x in hidden}
+        self._usual = usual = usual_of(surroundings)
+        trainable = _trainable_in(surroundings) if usual is None else usual.trainable
+        self.inputs = self.leaves = self._trainable = trainable
         self.doubtful: dict[Edge, Tensor] = {}
-        self.inputs = hidden + trainable
-        if edges:
-            certain = {id(edges[edge]) for edge in reached if edge in edges} | leaves.keys()
-            certain |= {id(x) for x in tensors_of(p) if not x._backward_hooks}
-            for edge, x in edges.items():
-                if id(x) not in certain and surroundings.still_hold(x):
-                    self.doubtful[edge] = x
-            self.inputs = [*hidden, *(x for x in trainable if id(x) in certain)]
-        # Tensors that the field may use, but that get no gradient.
+        # Tensors that no place has, and those that the field may use, but that get no gradient.
+        self._hidden: dict[int, tuple[Tensor, int]] = {}
         self._constants: list[Tensor] = []
-        if surroundings.chosen is not None:
-            allowed = {id(x) for x in (*surroundings.chosen, *tensors_of(p))}
-            every = (*self.inputs, *self.doubtful.values())
-            self._constants = [x for x in every if id(x) not in allowed]
-            self.inputs = [x for x in self.inputs if id(x) in allowed]
-            self.doubtful = {e: x for e, x in self.doubtful.items() if id(x) in allowed}
         self.suspects: list[str] = []
         self.changed: list[Tensor] = []
-        self._trainable = trainable
-        self.leaves = self.inputs
         # The leaves that values depend on, in a sweep, by their identities.
         self._known: set[int] | None = None
         self._refused: dict[int, Tensor] = {}
         self._strangers: list[weakref.ref[Tensor]] = []
         self.unchanged = True
         self._contents: Contents | None = None
+        # Leaves are told by themselves. What has hooks is doubtful, as computed tensors are.
+        leaves, edges = trainable, dict[Edge, Tensor]()
+        if usual is None:
+            leaves = [x for x in trainable if _is_bare_leaf(x)]
+            edges = {edge_of(x): x for x in trainable if not _is_bare_leaf(x)}
+        with surroundings.undisturbed():
+            values, fresh = evaluate()
+        self._memory = Memory(evaluate, written := surroundings.changed_in_place(), surroundings)
+        if written and graph is not None:
+            graph.refused = True  # the graphs of such fields serve no sweep
+        self.first = tuple(map(Tensor.detach, values))
+        self.cut = not any(map(_REQUIRES, values))
+        if usual is None or graph is None or not usual.has_graph((values, fresh), graph):
+            reached = set[Edge]()
+            strangers = self._strangers_in((values, fresh), leaves, edges, reached, graph)
+            del values, fresh
+            self._sort(strangers, leaves, edges, reached, p)
+
+    def _sort(
+        self,
+        strangers: list[weakref.ref[Tensor]],
+        leaves: Sequence[Tensor],
+        edges: dict[Edge, Tensor],
+        reached: set[Edge],
+        p: Any,
+    ) -> None:
+        """Tell which tensors are inputs, the values of the first evaluation being let go."""
+        surroundings, trainable = self._surroundings, self._trainable
+        # Strangers that are still alive belong to somebody, but to no place that was found.
+        hidden = [x for x in (reference() for reference in strangers) if x is not None]
+        self._hidden = {id(x): (x, x._version) for x in hidden}
+        self.inputs = hidden + trainable
+        if edges:
+            certain = {id(edges[edge]) for edge in reached if edge in edges} | set(map(id, leaves))
+            certain |= {id(x) for x in tensors_of(p) if not x._backward_hooks}
+            for edge, x in edges.items():
+                if id(x) not in certain and surroundings.still_hold(x):
+                    self.doubtful[edge] = x
+            self.inputs = [*hidden, *(x for x in trainable if id(x) in certain)]
+        if surroundings.chosen is not None:
+            allowed = {id(x) for x in (*surroundings.chosen, *tensors_of(p))}
+            every = (*self.inputs, *self.doubtful.values())
+            self._constants = [x for x in every if id(x) not in allowed]
+            self.inputs = [x for x in self.inputs if id(x) in allowed]
+            self.doubtful = {e: x for e, x in self.doubtful.items() if id(x) in allowed}
+        self.leaves = self.inputs
+        if hidden:
+            self._usual = None
+        elif self._usual is None:
+            note_usual(surroundings, leaves)
+
+    def _strangers_in(
+        self,
+        evaluation: Evaluation,
+        leaves: Sequence[Tensor],
+        edges: dict[Edge, Tensor],
+        reached: set[Edge],
+        graph: FirstGraph | None,
+    ) -> list[weakref.ref[Tensor]]:
+        """The leaves that an evaluation depends on and that are not known; it may be kept."""
+        values, fresh = evaluation
+        known, nodes = {*map(id, leaves), *map(id, fresh)}, set[Any]()
+        # What the state was computed from is not the field's.
+        stops = edges.keys() | {edge_of(x) for x in fresh if x.grad_fn is not None}
+        strangers = [x for x in graph_leaves(values, stops, reached, nodes) if id(x) not in known]
+        if graph is not None and not strangers:
+            graph.keep(evaluation, nodes, self._surroundings)
+            if self._usual is not None:
+                self._usual.note(evaluation, graph)
+        return [weakref.ref(x) for x in strangers]
 
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
         self._memory.settle()
         self._surroundings.settle()
-        used = set(map(id, (*self.inputs, *self._constants)))
-        if not used.issuperset(map(id, self._trainable)):
+        used = set(map(id, (*self.inputs, *self._constants))) if self._usual is None else None
+        if used is not None and not used.issuperset(map(id, self._trainable)):
             unused = [x for x in self._trainable if id(x) not in used]
             # They would keep alive the graphs that computed them, and the solves in those.
             self._surroundings.forget(unused)
@@ -313,11 +257,14 @@ class Inputs:
         be called with nothing in steps that no cotangent arrives at, and where the field keeps what
         it computes, which would then hold them.
         """
-        return not (
+        replaced = self._usual is None and (
             self.doubtful
             or self._constants
             or _need_stand_in(self._trainable)
             or _need_stand_in([x for x, _ in self._hidden.values()])
+        )
+        return not (
+            replaced
             or self._surroundings.hooked
             or self._surroundings.hooks
             or self._surroundings.keeps_graphs()
@@ -325,8 +272,16 @@ class Inputs:
 
     def within_reach(self) -> list[Tensor]:
         """All tensors and arrays that the field may read, as far as they are known."""
+        if self._usual is not None:
+            return self._usual.reach
         reach = self._surroundings.reach
         return [*reach, *(x for x, _ in self._hidden.values())] if self._hidden else reach
+
+    @property
+    def comparable(self) -> list[Tensor]:
+        """Those whose values can be compared."""
+        reach = self.within_reach()
+        return reach if self._usual is not None else [x for x in reach if is_comparable(x)]
 
     @property
     def all_known(self) -> bool:

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd import Function
 
+from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.anatomy import globals_in, imports_in, is_library, names_in, words_in
 
 # Parts of the names of derivatives: torch.autograd.grad, x.backward(), torch.func.vjp.
@@ -66,8 +68,16 @@ def _is_plain(x: Any) -> bool:
     if isinstance(x, types.BuiltinFunctionType):
         return x.__module__ in _FUNCTIONS
     kind = x if isinstance(x, type) else type(x)
+    if issubclass(kind, Function) and not is_library(kind.__module__):
+        return False  # its backward is called by others
+    if _is_suspect(kind.__module__) and not _is_exempt(kind):
+        return False
     # Code of a metaclass is in no place that a walk goes to.
-    return not _is_suspect(kind.__module__) and is_library(type(kind).__module__)
+    return is_library(type(kind).__module__)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == "pysciml_node"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -75,8 +85,14 @@ def _is_suspect(module: str | None) -> bool:
     """Whether code of a module may take derivatives where nothing else mentions them."""
     if module is None:
         return True
-    own = module.partition(".")[0] == "pysciml_node"
-    return own or (is_library(module) and _DERIVATIVE.search(module) is not None)
+    return _is_own(module) or (is_library(module) and _DERIVATIVE.search(module) is not None)
+
+
+def _is_exempt(kind: type) -> bool:
+    """Whether a class of this package says that its code goes back to its arguments at most."""
+    return kind is StateSpec or (
+        _is_own(kind.__module__) and getattr(kind, "ends_at_arguments", False)
+    )
 
 
 def _is_clear(function: types.FunctionType) -> bool:

@@ -37,16 +37,16 @@ def expect_repeatable(
         leaves, depend on numbers drawn in it.
     """
 
-    leaves = [x for x in surroundings.tensors if x.is_leaf and x.requires_grad]
-
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         generators = _generators(surroundings.generators, device)
         before = [generator.get_state() for generator in generators]
         values, fresh = evaluate()
         after = [generator.get_state() for generator in generators]
         # Another thread may have drawn them, and the values may not depend on them.
-        drawn = not all(map(torch.equal, before, after))
-        if drawn and not _agree((values, fresh), evaluate(), leaves):
+        if all(map(torch.equal, before, after)):
+            return values, fresh
+        leaves = [x for x in surroundings.tensors if x.is_leaf and x.requires_grad]
+        if not _agree((values, fresh), evaluate(), leaves):
             raise ValueError(
                 f"the field draws random numbers{_drawers(surroundings)}, so that two evaluations "
                 f"differ, and {who} needs them to agree.\n"

@@ -87,6 +87,11 @@ class Surroundings:
         self._versions = versions_of(self.tensors)
 
     @property
+    def lasts(self) -> bool:
+        """Whether a later solve of the field begins with the same walk, and its `memory`."""
+        return self._glance is not None
+
+    @property
     def reach(self) -> list[Tensor]:
         """The tensors, and the arrays as tensors that share their memory."""
         return [*self.tensors, *self.arrays]

@@ -23,7 +23,7 @@ from pysciml_node.replay.comparison import Comparison, expect_same
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import pull_back
+from pysciml_node.steps.graph import pull_back
 from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields
 from pysciml_node.stochastic.step import Stepper

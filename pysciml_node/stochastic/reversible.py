@@ -24,7 +24,8 @@ from typing_extensions import override
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import changed_message, pull_back_all
+from pysciml_node.steps.graph import pull_back_all
+from pysciml_node.steps.inputs import changed_message
 from pysciml_node.steps.record import Record
 from pysciml_node.steps.saver import Between, Saver
 from pysciml_node.steps.step import Step

@@ -268,6 +268,7 @@ def _time_gradients(
     gradients.t1 = number(0.0)
     if reached and at_end is not None:
         gradients.t1 = along(t1, at_end)
+    assert gradients.u0 is not None
     gradients.t0 = -along(t0, gradients.u0)
     if backward.saved is not None:
         gradients.saveat = number(0.0).repeat(backward.saved_count)

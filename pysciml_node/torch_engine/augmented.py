@@ -26,7 +26,7 @@ from pysciml_node.replay.vectors import Real, vectors_like
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import Accumulator, DifferentiableField
-from pysciml_node.steps.inputs import pull_back
+from pysciml_node.steps.graph import pull_back
 from pysciml_node.tableaus import ImplicitTableau
 
 

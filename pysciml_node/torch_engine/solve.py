@@ -31,11 +31,13 @@ from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
-from pysciml_node.steps.autograd import as_node, saved_tensors_stay
+from pysciml_node.solutions.solution import Stats
+from pysciml_node.steps.autograd import Times, as_node, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.graph import Grad
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
@@ -79,6 +81,10 @@ class ODESolve(Solve):
         # Start, stops and end.
         t0, t1 = ends_of(problem)
         self.marks = (t0, *options.tstops, t1)
+        # Whether ends of the interval receive gradients, or the times that are asked for.
+        self._ends_move = any(map(moves, problem.tspan))
+        self._times_move = self._ends_move or moves(options.saveat_tensor)
+        self.stats = Stats()
 
     @override
     def run(self) -> Outcome:
@@ -130,7 +136,7 @@ class ODESolve(Solve):
             march.between,
             options.saveat or (),
             options.saveat_tensor,
-            moving=any(moves(t) for t in problem.tspan),
+            moving=self._ends_move,
         )
         search = EventSearch(options, problem, march) if options.events else None
         with step_listener(options.progress, problem) as on_step:
@@ -169,7 +175,7 @@ class ODESolve(Solve):
         parts = self.stages(field, recorded=True)
         self._watch(parts[0], field)
         times, fixed = None, self._fixed()
-        if _wants_time_gradient(self.problem, self.options) and not fixed:
+        if self._times_move and not fixed:
             t0, t1 = (
                 t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
                 for t in self.problem.tspan
@@ -195,7 +201,7 @@ class ODESolve(Solve):
 
     def _fixed(self) -> bool:
         """Whether the ends receive gradients that the steps themselves do not have."""
-        return lacks_ends(self.problem, self.method, self.u0)
+        return self._ends_move and lacks_ends(self.problem, self.method, self.u0)
 
     def _watch(self, stages: Stages, field: FlatField) -> None:
         """Look at what the field can reach; random ones are not for adaptive steps."""
@@ -234,7 +240,9 @@ class ODESolve(Solve):
         field.settle()
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         outcome.record.fixed = not options.adjoint.discrete or self._fixed()
-        times = (*problem.tspan, options.saveat_tensor)
+        times: Times = (None, None, None)
+        if self._times_move:
+            times = (*problem.tspan, options.saveat_tensor)
         if self.surroundings.written:
             kept = None  # graphs of what the field itself has changed are none of a replay
         sweep = partial(self._sweep, field, kept)
@@ -261,7 +269,7 @@ class ODESolve(Solve):
             parts: list[Stages] = [KeptStages(self.method, field.field, self.marks, first, kept)]
         else:
             parts = self.stages(field.field)
-        with torch.no_grad():
+        with Grad(False):
             outcome = self.march(parts, self.u0.detach(), field.k0, None)
         return field, kept, outcome
 
@@ -272,7 +280,7 @@ class ODESolve(Solve):
             not isinstance(adjoint, DiscreteAdjoint)
             or len(self.methods) > 1
             or isinstance(self.method.tableau, ImplicitTableau)
-            or _wants_time_gradient(self.problem, self.options)
+            or self._times_move
             or not saved_tensors_stay()
             or not may_keep()
         ):
@@ -306,8 +314,3 @@ class ODESolve(Solve):
         if not (self.u0.requires_grad or backward.with_times):
             field.captured.tell_of_cut_graph(gradients.inputs)
         return gradients
-
-
-def _wants_time_gradient(problem: ODEProblem, options: SolveOptions) -> bool:
-    times = [*problem.tspan, options.saveat_tensor]
-    return any(moves(t) for t in times)

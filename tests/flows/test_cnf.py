@@ -15,7 +15,7 @@ import pysciml_node as psn
 from pysciml_node.flows import CNF
 from pysciml_node.layers import augmented
 from pysciml_node.layers.timed import TimedField
-from pysciml_node.steps.inputs import pull_back
+from pysciml_node.steps.graph import pull_back
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 ADJOINTS = [

@@ -125,6 +125,36 @@ def test_a_walk_is_kept_while_nothing_changes_and_the_field_lives() -> None:
     assert key not in known._known
 
 
+def test_weights_are_frozen_and_thawed_between_solves() -> None:
+    """Each solve has gradients of what needs them then, whatever earlier ones have found out."""
+    field = nn.Sequential(nn.Linear(2, 3, dtype=D), nn.Tanh(), nn.Linear(3, 2, dtype=D))
+    problem = psn.ODEProblem(Timed(field), torch.ones(4, 2, dtype=D), (0.0, 1.0))
+    first = field[0].weight
+    for frozen in (False, False, False, True, True, True, False, False):
+        field.zero_grad()
+        first.requires_grad_(not frozen)
+        psn.solve(problem, engine="torch").u1.square().sum().backward()
+        kept = [None if x.grad is None else x.grad.clone() for x in field.parameters()]
+        field.zero_grad()
+        direct = psn.solve(problem, engine="torch", adjoint=psn.DirectAdjoint())
+        direct.u1.square().sum().backward()
+        assert (kept[0] is None) == frozen
+        for x, gradient in zip(field.parameters(), kept, strict=True):
+            assert (gradient is None) == (x.grad is None)
+            if gradient is not None and x.grad is not None:
+                torch.testing.assert_close(gradient, x.grad, rtol=1e-10, atol=1e-13)
+
+
+class Timed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        out: Tensor = torch.sin(t) * self.inner(u)
+        return out
+
+
 class Wide(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -48,7 +48,24 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a matrix": lambda t, u: torch.linspace(0, 1, 3, dtype=D) * torch.clamp(u, -1, 1),
 }
 KNOWN = {"slope": slope}
+
+
+class Doubled(autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def forward(u: Tensor) -> Tensor:
+        return 2 * u
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * cotangent
+
+
 OTHERS: dict[str, Callable[..., Any]] = {
+    "a function with a backward of its own": lambda t, u: Doubled.apply(u),  # type: ignore[no-untyped-call]
     "torch.autograd": lambda t, u: torch.autograd.grad(energy(u), u)[0],
     "its alias": lambda t, u: autograd.functional.vjp(energy, u)[1],
     "a function under another name": lambda t, u: slope(energy(u), u)[0],
@@ -159,6 +176,33 @@ def test_a_field_that_has_turned_out_to_be_none_of_these_is_evaluated_again() ->
     solution = psn.solve(problem, psn.Euler(), **steps)
     solution.u1.sum().backward()
     assert solution.stats.nfe_backward == 2
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_field_of_a_flow_is_plain(exact: bool) -> None:
+    """Its rate is a derivative by the state, which is none by what that was computed from."""
+    gradients, solved = [], list[Any]()
+    for adjoint in (psn.DiscreteAdjoint(), psn.DiscreteAdjoint(memory=0), psn.DirectAdjoint()):
+        torch.manual_seed(0)
+        field = Plain()
+        flow = psn.CNF(
+            field,
+            psn.DP5(),
+            (0.0, 1.0),
+            event_shape=3,
+            exact=exact,
+            adjoint=adjoint,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        flow.node.register_solve_hook(lambda layer, solution: solved.append(solution))
+        x = torch.linspace(-1, 1, 12, dtype=D).reshape(4, 3).requires_grad_()
+        flow.log_prob(x).sum().backward()
+        assert solved[-1].stats.nfe_backward == 0 or adjoint == psn.DiscreteAdjoint(memory=0)
+        gradients.append([y.grad for y in (x, *field.parameters())])
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 LONG = (*range(5000), WEIGHT)

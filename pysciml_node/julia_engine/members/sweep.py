@@ -175,7 +175,7 @@ class MembersSweep:
         counts = np.array(evaluations)
         self._add(np.where(counts > 0, flown.steps.counts, 0), counts)
         p_bars = p_bars.to(field.shared)
-        bars = torch.stack([to_real(gradient.u0) for gradient in gradients])
+        bars = torch.stack([to_real(x.u0) for x in gradients if x.u0 is not None])
         inputs = field.split(p_bars.sum(0), p_bars[:, field.places - 1])
         return bars, gradients, inputs
 

@@ -25,8 +25,9 @@ from pysciml_node.replay.members.stacked import (
 )
 from pysciml_node.replay.vectors import settle_heap
 from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.graph import graph_leaves, pull_back
 from pysciml_node.steps.guard import guard
-from pysciml_node.steps.inputs import Inputs, graph_leaves, pull_back
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings

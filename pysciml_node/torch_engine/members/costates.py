@@ -14,7 +14,8 @@ from pysciml_node.replay.members.implicit import MakeStages, jacobians_of
 from pysciml_node.replay.members.limits import StepLimits
 from pysciml_node.replay.members.stacked import MemberSteps
 from pysciml_node.replay.stages import Method
-from pysciml_node.steps.inputs import Inputs, pull_back
+from pysciml_node.steps.graph import pull_back
+from pysciml_node.steps.inputs import Inputs
 
 # The stages of so many steps are kept that they have no more entries than this: 32 MB in double
 # precision. At least two steps of each member are.

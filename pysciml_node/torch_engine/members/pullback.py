@@ -22,7 +22,8 @@ from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.vectors import Weights
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import Inputs, pull_back, pull_back_all
+from pysciml_node.steps.graph import pull_back, pull_back_all
+from pysciml_node.steps.inputs import Inputs
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pysciml_node.problems.state import tensors_of
 from pysciml_node.replay.members.field import MembersField
 from pysciml_node.replay.members.stages import MemberStages
 from pysciml_node.steps.field import Accumulator
-from pysciml_node.steps.inputs import Inputs, pull_back
+from pysciml_node.steps.graph import pull_back
+from pysciml_node.steps.inputs import Inputs
 from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau
 from pysciml_node.torch_engine.members.costates import Costates
 from pysciml_node.torch_engine.members.tape import Attempts, Tried
