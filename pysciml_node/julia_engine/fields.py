@@ -26,6 +26,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.field import FlatField
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.first import At
 from pysciml_node.translation.leaves import form_for, leaves_of
 from pysciml_node.translation.recent import Recent
 from pysciml_node.translation.snapshot import Snapshot
@@ -255,7 +256,7 @@ class ProgramField(FieldInJulia):
             ready = known_of(now.watch, (id(spec), form_for(now, leaves)), Known)
         if now is None or ready is None or not have_contents(now.tensors, ready.contents):
             module = isinstance(f, nn.Module) and p is None
-            translated = translate(f, spec, p, silent=not module)
+            translated = translate(f, spec, p, silent=not module, at=At.start_of(problem))
             now, key = translated.snapshot, (translated.json, spec.dtype)
             pulled = translated.program.pulled
             ready = Known(key, translated.sources, pulled, translated.contents, spec)

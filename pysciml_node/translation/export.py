@@ -20,7 +20,7 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.walk import Walk
 from pysciml_node.translation.check import check_program
 from pysciml_node.translation.derived import DerivedWalk, differentiated
-from pysciml_node.translation.first import has_made_what_it_keeps, streams_put_back
+from pysciml_node.translation.first import At, make_what_it_keeps, streams_put_back
 from pysciml_node.translation.graph import GraphWalk, label
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, tell_of_numbers
@@ -30,7 +30,7 @@ from pysciml_node.translation.saved import as_it_is, numbers_put_back, saved_by,
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.tracing import exporting, full_precision, trace
 from pysciml_node.translation.walks import ConditionWalk, DiffusionWalk, JacobianWalk
-from pysciml_node.translation.watch import Contents, have_contents, have_same
+from pysciml_node.translation.watch import Contents, NotMadeError, have_contents, have_same
 
 
 class TranslatedModule(NamedTuple):
@@ -180,6 +180,7 @@ def translate(
     p: Any = None,
     read: Any = None,
     silent: bool = False,
+    at: At | None = None,
 ) -> TranslatedModule:
     r"""A vector field `module(t, u)`, or `module(t, u, p)`, as a program.
 
@@ -197,6 +198,7 @@ def translate(
             `p` itself unless it is given.
         silent: refuse a field that counts, records or prints when it is evaluated, and one that is
             another at each solve: for callers that can as well evaluate it itself.
+        at: where the solve begins; `None` where the field has been evaluated before.
 
     Returns:
         The program, and the tensors that it depends on.
@@ -221,11 +223,11 @@ def translate(
         [(2, 3), (2,)]
     """
     often = _OFTEN if silent else math.inf
-    return _translated(module, spec, p, GraphWalk, silent, often, read)
+    return _translated(module, spec, p, GraphWalk, at, silent, often, read)
 
 
 def translate_diffusion(
-    diffusion: Callable[..., Any], spec: StateSpec, p: Any = None, read: Any = None
+    diffusion: Callable[..., Any], spec: StateSpec, p: Any, read: Any, at: At
 ) -> TranslatedModule:
     """The diffusion of a stochastic equation as a program.
 
@@ -236,15 +238,16 @@ def translate_diffusion(
         spec: structure of the state.
         p: extra argument.
         read: the same as the program reads it.
+        at: where the solve begins.
 
     Raises:
         UnsupportedModule: as `translate`.
     """
-    return _translated(diffusion, spec, p, DiffusionWalk, False, math.inf, read)
+    return _translated(diffusion, spec, p, DiffusionWalk, at, read=read)
 
 
 def translate_jacobian(
-    jacobian: Callable[..., Any], spec: StateSpec, p: Any = None, read: Any = None
+    jacobian: Callable[..., Any], spec: StateSpec, p: Any, read: Any, at: At
 ) -> TranslatedModule:
     """The Jacobian that a problem brings, `(N, N)` of the flat state, as a program.
 
@@ -253,14 +256,15 @@ def translate_jacobian(
         spec: structure of the state.
         p: extra argument.
         read: the same as the program reads it.
+        at: where the solve begins.
 
     Raises:
         UnsupportedModule: as `translate`.
     """
-    return _translated(jacobian, spec, p, JacobianWalk, False, math.inf, read)
+    return _translated(jacobian, spec, p, JacobianWalk, at, read=read)
 
 
-def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> TranslatedModule:
+def translate_condition(condition: Callable[..., Any], spec: StateSpec, at: At) -> TranslatedModule:
     """An event's condition `condition(t, u)`, one real number, as a program.
 
     It is exported, and exported again, as fields are. One that counts, records or prints when it is
@@ -270,11 +274,12 @@ def translate_condition(condition: Callable[..., Any], spec: StateSpec) -> Trans
         condition: called with the time, a 0-d tensor, and the state. A module, or any other
             callable.
         spec: structure of the state.
+        at: where the solve begins.
 
     Raises:
         UnsupportedModule: as `translate`.
     """
-    return _translated(condition, spec, None, ConditionWalk, silent=True, often=math.inf)
+    return _translated(condition, spec, None, ConditionWalk, at, silent=True)
 
 
 def _translated(
@@ -282,8 +287,9 @@ def _translated(
     spec: StateSpec,
     p: Any,
     walk: type[GraphWalk],
-    silent: bool,
-    often: float,
+    at: At | None,
+    silent: bool = False,
+    often: float = math.inf,
     read: Any = None,
 ) -> TranslatedModule:
     """The program of a callable, kept or made.
@@ -293,6 +299,7 @@ def _translated(
         spec: structure of the state.
         p: extra argument.
         walk: what goes through its graph, and so knows what it returns.
+        at: where the solve begins; `None` where the callable has been evaluated before.
         silent: refuse one that counts, records or prints when it is evaluated.
         often: translations after which it is refused as another one at each solve.
         read: the extra argument as the program reads it; `p` itself unless it is given.
@@ -317,6 +324,12 @@ def _translated(
         except RecursionError:
             deep = "objects that are nested too deeply to be followed"
             raise UnsupportedModule(f"{label(f)} reaches {deep}.") from None
+        except NotMadeError:
+            if at is None:
+                late = "parameters that its first evaluation makes: evaluate it once before"
+                raise UnsupportedModule(f"{label(f)} has {late}.") from None
+            make_what_it_keeps(f, spec, p, at)
+            return _translated(f, spec, p, walk, None, silent, often, read)
         kind = (walk, spec, form_for(now, leaves))
         outcome = _still_holding(outcomes, kind, now)
         if outcome is None:
@@ -324,8 +337,9 @@ def _translated(
             outcomes.extendleft(() if outcome is None else (outcome,))
         if outcome is None and len(outcomes) >= often:
             raise UnsupportedModule(f"{label(f)} is another function at each solve.")
-        if outcome is None and has_made_what_it_keeps(f, spec, p):
-            return _translated(f, spec, p, walk, silent, often, read)
+        if outcome is None and at is not None:
+            make_what_it_keeps(f, spec, p, at)
+            return _translated(f, spec, p, walk, None, silent, often, read)
         if outcome is None:
             if any(map(Tensor.is_inference, now.tensors)):  # others may take their places
                 made = "tensors that were made in torch.inference_mode: make it outside of that"

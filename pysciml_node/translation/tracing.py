@@ -44,7 +44,7 @@ _READING = frozenset(
     (
         *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
         *(f"__{kind}__" for kind in ("float", "int", "bool", "index", "complex", "contains")),
-        *("__array__", "__format__", "__repr__"),
+        *("__array__", "__dlpack__", "__format__", "__repr__", "__deepcopy__", "__reduce_ex__"),
     )
 )
 """What gives the numbers of tensors to Python."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pysciml_node.translation.entries import Attributes, Equal
 from pysciml_node.translation.given import Given
@@ -194,8 +195,18 @@ def answers(asked: list[Callable[[Tensor], Any]], tensors: list[Tensor]) -> list
     return [ask(x) for ask in asked for x in tensors]
 
 
+class NotMadeError(Exception):
+    """A tensor has no shape before the first evaluation of its module."""
+
+
 def describe(x: Tensor) -> tuple[Any, ...]:
-    """All of a tensor that a program depends on, but for its numbers."""
+    """All of a tensor that a program depends on, but for its numbers.
+
+    Raises:
+        NotMadeError: it is yet to be made.
+    """
+    if is_lazy(x):
+        raise NotMadeError
     # A parameter that is frozen, or set free again, needs no new program.
     kind = type(x)
     needs_gradient = None if kind is nn.Parameter else x.requires_grad

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
+import copy
 import functools
 import random
+import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 import pysciml_node as psn
 from pysciml_node.errors import CompileError
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.translation.first import has_made_what_it_keeps
+from pysciml_node.translation.first import At, make_what_it_keeps
 
 D = torch.float64
 TABLE: dict[str, Tensor] = {}
@@ -178,6 +181,14 @@ def mask(t: Tensor, u: Tensor) -> Any:
     return (u > 0).to(u)
 
 
+def of_dlpack(t: Tensor, u: Tensor) -> Any:
+    return float(np.from_dlpack(u.detach())[0])
+
+
+def copied(t: Tensor, u: Tensor) -> Any:
+    return copy.deepcopy(u.detach())
+
+
 def largest(t: Tensor, u: Tensor) -> Any:
     return int(u.abs().argmax())
 
@@ -199,7 +210,11 @@ def drawn(t: Tensor, u: Tensor) -> Any:
 
 
 @pytest.mark.parametrize(
-    "made", [of_time, copy_of_time, signs, mask, largest, far, listed, of_numpy, drawn]
+    "made",
+    [
+        *(of_time, copy_of_time, signs, mask, largest, far, listed, of_numpy, of_dlpack),
+        *(copied, drawn),
+    ],
 )
 def test_nothing_is_kept_of_the_evaluation_before_a_trace_that_a_solve_would_make_otherwise(
     made: Callable[[Tensor, Tensor], Any],
@@ -212,7 +227,7 @@ def test_nothing_is_kept_of_the_evaluation_before_a_trace_that_a_solve_would_mak
 
     field, u0 = OfItsArguments(), torch.tensor([-1.0, 3.0], dtype=D)
     state = torch.get_rng_state()
-    assert not has_made_what_it_keeps(field, StateSpec.of(u0), None)
+    make_what_it_keeps(field, StateSpec.of(u0), None, At(0.5, u0))
     assert field.table is None
     assert torch.equal(state, torch.get_rng_state())
 
@@ -244,18 +259,189 @@ def test_what_was_there_is_not_written_to() -> None:
     assert not torch.cat((field.tab, field.large)).any()
 
 
-def test_what_is_not_looked_into_holds_nothing_of_it() -> None:
-    class Weak(Field):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = weakref.WeakKeyDictionary()
+class InClass:
+    held: Any = None
+
+    def get(self) -> Any:
+        return type(self).held
+
+    def put(self, x: Any) -> None:
+        type(self).held = x
+
+
+class OnlyInItsThread(InClass):
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def get(self) -> Any:
+        return getattr(self.local, "held", None)
+
+    def put(self, x: Any) -> None:
+        self.local.held = x
+
+
+class InContext(InClass):
+    def __init__(self) -> None:
+        self.variable = contextvars.ContextVar[Any]("held", default=None)
+
+    def get(self) -> Any:
+        return self.variable.get()
+
+    def put(self, x: Any) -> None:
+        self.variable.set(x)
+
+
+class InSet(InClass):
+    def __init__(self) -> None:
+        self.held = set()
+
+    def get(self) -> Any:
+        return next(iter(self.held), None)
+
+    def put(self, x: Any) -> None:
+        self.held.add(x)
+
+
+class InLongList(InClass):
+    def __init__(self) -> None:
+        self.held = [None] * 5_000
+
+    def get(self) -> Any:
+        return self.held[0]
+
+    def put(self, x: Any) -> None:
+        self.held[0] = x
+
+
+class InWeakDict(InClass):
+    def __init__(self) -> None:
+        self.held = weakref.WeakKeyDictionary()
+
+    def get(self) -> Any:
+        return self.held.get(self)
+
+    def put(self, x: Any) -> None:
+        self.held[self] = x
+
+
+class InFunction(InClass):
+    def get(self) -> Any:
+        return getattr(solved, "held", None)
+
+    def put(self, x: Any) -> None:
+        vars(solved)["held"] = x
+
+
+class InNewGlobal(InClass):
+    def get(self) -> Any:
+        return globals().get("MADE")
+
+    def put(self, x: Any) -> None:
+        globals()["MADE"] = x
+
+
+class Sent(InClass):
+    def __init__(self) -> None:
+        def hold() -> Generator[Any, Any, None]:
+            held = None
+            while True:
+                x = yield held
+                held = held if x is None else x
+
+        self.held = hold()
+        next(self.held)
+
+    def get(self) -> Any:
+        return self.held.send(None)
+
+    def put(self, x: Any) -> None:
+        self.held.send(x)
+
+
+class Elsewhere(Field):
+    """`u' = -k u v`, where `v` is made by the first evaluation."""
+
+    def __init__(self, place: InClass, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.place, self.make = place, make
+
+    def two(self, u: Tensor) -> Tensor:
+        held = self.place.get()
+        if held is None:
+            held = self.make(u)
+            self.place.put(held)
+        return held
+
+
+PLACES = [
+    *(InClass, OnlyInItsThread, InContext, InSet, InLongList, InWeakDict, InFunction),
+    *(InNewGlobal, Sent),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("of_state", [False, True])
+def test_what_cannot_be_put_back_is_what_a_solve_in_python_leaves(
+    place: type[InClass], of_state: bool
+) -> None:
+    """It was that of a random state, or of none, in later solves in Python too."""
+    InClass.held = None
+    vars(solved).pop("held", None)
+    globals().pop("MADE", None)
+    field = Elsewhere(place(), lambda u: u.detach().abs() if of_state else twos())
+    first, second = (torch.tensor(x, dtype=D) for x in ([1.0, -3.0], [-2.0, 0.5]))
+    for compiled in (True, False):
+        for u0 in (first, second):
+            problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+            u1 = psn.solve(problem, compile=compiled, rtol=1e-9, atol=1e-9).u1
+            power = first.abs() if of_state else 2.0
+            expected = u0 * torch.exp(-field.k.detach() * power)
+            torch.testing.assert_close(u1.detach(), expected, rtol=1e-8, atol=0)
+            (slope,) = torch.autograd.grad(u1.sum(), field.k)
+            torch.testing.assert_close(slope, -(power * expected).sum(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [True, "auto"])
+def test_lazy_layers_are_made_as_in_python(compiled: Any) -> None:
+    ends = []
+    for mode in (False, compiled):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(4, dtype=D), nn.Tanh(), nn.LazyLinear(2, dtype=D))
+        problem = psn.ODEProblem(
+            lambda t, u, net=net: net(u), torch.ones(3, 2).double(), (0.0, 1.0)
+        )
+        u1 = psn.solve(problem, compile=mode).u1
+        u1.sum().backward()
+        ends.append(torch.stack([u1.sum(), net[0].weight.grad.sum(), torch.rand((), dtype=D)]))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=0)
+
+
+def test_a_registered_buffer_is_made_once() -> None:
+    class Registering(Field):
+        tab: Tensor
 
         def two(self, u: Tensor) -> Tensor:
-            return self.table.setdefault(self.k, u.detach().clone())
+            if not hasattr(self, "tab"):
+                self.register_buffer("tab", twos())
+            return self.tab
 
-    field = Weak()
-    assert not has_made_what_it_keeps(field, StateSpec.of(torch.ones(2, dtype=D)), None)
-    assert not field.table
+    field = Registering()
+    torch.testing.assert_close(
+        solved(field).detach(), torch.exp(-2 * field.k.detach()) * torch.tensor([1.0, 3.0]).double()
+    )
+    assert "tab" in dict(field.named_buffers())
+
+
+def test_what_a_field_says_once_is_said() -> None:
+    class Warning(Field):
+        def two(self, u: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = True
+                warnings.warn("the width is odd", stacklevel=1)
+            return twos()
+
+    with pytest.warns(UserWarning, match="the width is odd"):
+        solved(Warning())
 
 
 def test_running_statistics_are_those_of_solves_alone() -> None:

@@ -251,7 +251,7 @@ class NativeSolve(SingleSolve):
 
     def _search(self) -> Search:
         try:
-            events = [watched(event, self.problem.spec) for event in self.options.events]
+            events = [watched(event, self.problem) for event in self.options.events]
         except UnsupportedModule as error:
             raise no_code(error, "an event's condition") from error
         return Search(events, self.problem, self.options.fired)

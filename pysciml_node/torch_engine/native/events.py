@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.ode import ODEProblem
-from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.event_search import Signs
 from pysciml_node.torch_engine.members.crossings import Crossings
 from pysciml_node.torch_engine.native.emit import Emitter
@@ -22,6 +21,7 @@ from pysciml_node.torch_engine.native.library import Code, header, source
 from pysciml_node.torch_engine.native.structures import DOUBLE, INTEGER, POINTER, fields
 from pysciml_node.torch_engine.native.text import padded
 from pysciml_node.translation.export import TranslatedModule, translate_condition
+from pysciml_node.translation.first import At
 from pysciml_node.translation.program import Program
 
 
@@ -115,14 +115,15 @@ class Watched:
         return torch.zeros(self.condition.memory, dtype=self.condition.dtype, device="cpu")
 
 
-def watched(event: Event, spec: StateSpec) -> Watched:
-    """An event of a solve of states of some structure.
+def watched(event: Event, problem: ODEProblem) -> Watched:
+    """An event of the solve of a problem.
 
     Raises:
         UnsupportedModule: its condition cannot be translated.
     """
     assert event.condition is not None
-    translated = translate_condition(event.condition, spec)
+    spec = problem.spec
+    translated = translate_condition(event.condition, spec, At.start_of(problem))
     return Watched(event, _condition_of(translated, spec.dtype), translated.parameters)
 
 

@@ -63,6 +63,7 @@ from pysciml_node.torch_engine.native.prepared import (
 from pysciml_node.torch_engine.native.pulled import pulled_program
 from pysciml_node.torch_engine.native.run import RETCODES
 from pysciml_node.translation.export import translate
+from pysciml_node.translation.first import At
 from pysciml_node.translation.numbers import first_to_succeed
 from pysciml_node.translation.program import Program
 
@@ -355,7 +356,9 @@ def _prepare(ensemble: EnsembleProblem, algorithm: OneStepMethod) -> _Prepared:
     spec, mass = problem.spec, problem.mass
     methods = Method.all_of(algorithm.tableaus, spec.dtype, spec.device)
     try:
-        translated = first_to_succeed(first, spec, partial(translate, problem.f, spec, first))
+        translated = first_to_succeed(
+            first, spec, partial(translate, problem.f, spec, first, at=At.start_of(problem))
+        )
         inputs = (*tensors_of(ensemble.u0), ensemble.tspan, *stacked, *translated.parameters)
         is_rosenbrock = isinstance(methods[-1].tableau, RosenbrockTableau)
         recorded = is_rosenbrock and torch.is_grad_enabled() and any(map(moves, inputs))
@@ -429,9 +432,9 @@ def _search(
     events = options.common.events
     if not events:
         return None
-    spec = ensemble.problem.spec
+    problem = cast(ODEProblem, ensemble.problem)
     try:
-        every = [watched(event, spec) for event in events]
+        every = [watched(event, problem) for event in events]
     except UnsupportedModule as error:
         raise no_code(error, "an event's condition") from error
     try:

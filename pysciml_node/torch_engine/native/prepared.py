@@ -52,6 +52,7 @@ from pysciml_node.translation.export import (
     translate,
     translate_jacobian,
 )
+from pysciml_node.translation.first import At
 from pysciml_node.translation.leaves import class_of_its_own, form_for, leaves_of
 from pysciml_node.translation.numbers import Compared, first_to_succeed, ways_to_read
 from pysciml_node.translation.program import Program
@@ -329,7 +330,9 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
     # Events are looked for in the whole state, and methods take turns with it.
     whole = bool(options.events) or len(tableaus) > 1
     try:
-        translated = first_to_succeed(p, spec, partial(translate, f, spec, p))
+        translated = first_to_succeed(
+            p, spec, partial(translate, f, spec, p, at=At.start_of(problem))
+        )
         recorded = _records(problem, options, translated.parameters, rosenbrock)
         pulled = pulled_program(f, spec, translated) if recorded else None
         # As in Python, steps that are differentiated take the field's own Jacobian, of which they
@@ -392,7 +395,7 @@ def given_jacobian(
     if problem.jac is None or rosenbrock or not is_told(problem, algorithm):
         return None
     try:
-        return translate_jacobian(problem.jac, problem.spec, p, read)
+        return translate_jacobian(problem.jac, problem.spec, p, read, At.start_of(problem))
     except UnsupportedModule as error:
         raise no_code(error, "jac") from error
 

@@ -26,6 +26,7 @@ from pysciml_node.torch_engine.native.library import (
 from pysciml_node.torch_engine.native.rows import without_repetitions
 from pysciml_node.torch_engine.native.text import padded, wide
 from pysciml_node.translation.export import TranslatedModule, translate, translate_diffusion
+from pysciml_node.translation.first import At
 from pysciml_node.translation.numbers import first_to_succeed
 from pysciml_node.translation.program import Program
 from pysciml_node.translation.recent import Recent
@@ -77,9 +78,9 @@ class Translated:
 
     @classmethod
     def _reading(cls, problem: SDEProblem, read: Any) -> Translated:
-        spec, p = problem.spec, problem.p
-        drift = translate(problem.drift, spec, p, read)
-        diffusion = translate_diffusion(problem.diffusion, spec, p, read)
+        spec, p, at = problem.spec, problem.p, At.start_of(problem)
+        drift = translate(problem.drift, spec, p, read, at=at)
+        diffusion = translate_diffusion(problem.diffusion, spec, p, read, at)
         shape = torch.Size(diffusion.program.shapes[0])
         looked_at = problem.noise in ("additive", "general")
         value = torch.empty(shape, device="meta") if looked_at else None

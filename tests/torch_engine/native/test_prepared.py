@@ -338,7 +338,7 @@ def test_a_thread_that_adds_tensors_during_a_translation_does_not_exchange_them(
 
     def of(x: Any) -> Snapshot:
         looks[0] += 1
-        if looks[0] == 3:  # when the field has been translated
+        if looks[0] == 4:  # when the field has been translated
             held.append(torch.full((1,), 7.0, dtype=D))
         return look(x)
 
