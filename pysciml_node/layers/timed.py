@@ -65,7 +65,13 @@ def _conv2d(
     return layer
 
 
-class Ignore(nn.Module):
+class _Layer(nn.Module):
+    """A function of time and state, in which no derivatives are taken."""
+
+    ends_at_arguments = True
+
+
+class Ignore(_Layer):
     """A layer that does not see the time.
 
     Args:
@@ -105,7 +111,7 @@ class IgnoreConv2d(Ignore):
         super().__init__(_conv2d(inputs, outputs, kernel_size, generator))
 
 
-class ConcatLinear(nn.Module):
+class ConcatLinear(_Layer):
     """An affine map of the state with the time appended: `W [x; t] + b`.
 
     The column of `W` that multiplies `t` is kept apart and added to the bias, `b + t w`,
@@ -135,7 +141,7 @@ class ConcatLinear(nn.Module):
         return [self.weight, self.time_weight, self.bias]
 
 
-class ConcatConv2d(nn.Module):
+class ConcatConv2d(_Layer):
     """A convolution of the image with the time appended as a channel, zero padding around both.
 
     Args:
@@ -163,7 +169,7 @@ class ConcatConv2d(nn.Module):
         return out
 
 
-class ConcatSquash(nn.Module):
+class ConcatSquash(_Layer):
     """A layer gated and shifted by the time: `layer(x) * sigmoid(w t + c) + v t`.
 
     Args:
@@ -230,7 +236,7 @@ _CONV2D: dict[TimeDependence, type[nn.Module]] = {
 }
 
 
-class TimedField(nn.Module):
+class TimedField(_Layer):
     """A vector field made of layers `layer(t, x)` with an activation between them.
 
     Args:

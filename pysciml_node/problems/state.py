@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -251,6 +251,7 @@ class StateSpec:
     dtype: torch.dtype
     device: torch.device
     named: Any = None
+    ends_at_arguments: ClassVar[bool] = True  # where a field holds one
 
     @classmethod
     def of(cls, u0: Any) -> StateSpec:

@@ -226,7 +226,6 @@ class Inputs:
     def settle(self) -> None:
         """Called when the solve has run: tensors that it has not used are no inputs."""
         self._memory.settle()
-        self._surroundings.settle()
         used = set(map(id, (*self.inputs, *self._constants))) if self._usual is None else None
         if used is not None and not used.issuperset(map(id, self._trainable)):
             unused = [x for x in self._trainable if id(x) not in used]
@@ -267,7 +266,7 @@ class Inputs:
             replaced
             or self._surroundings.hooked
             or self._surroundings.hooks
-            or self._surroundings.keeps_graphs()
+            or (self._memory.replaces and self._surroundings.keeps_graphs())
         )
 
     def within_reach(self) -> list[Tensor]:

@@ -34,10 +34,18 @@ class Memory:
         self._surroundings = surroundings
         self._replaced = [place.as_now() for place in surroundings.changes()]
 
+    @property
+    def replaces(self) -> bool:
+        """Whether places hold other objects since the first evaluation."""
+        return bool(self._replaced)
+
     def settle(self) -> None:
-        """Called when the solve has run, of what later evaluations may have replaced."""
+        """Called when the solve has run, of what later evaluations may have replaced.
+
+        The surroundings are settled, too.
+        """
         # Before what the first one has left, which is then put there last.
-        self._replaced = [*self._surroundings.changes(), *self._replaced]
+        self._replaced = [*self._surroundings.settle(), *self._replaced]
         if not (self._written or self._replaced or self._surroundings.closed):
             self._evaluate = None
 

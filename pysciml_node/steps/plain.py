@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.anatomy import globals_in, imports_in, is_library, names_in, words_in
 
 # Parts of the names of derivatives: torch.autograd.grad, x.backward(), torch.func.vjp.
@@ -64,6 +64,9 @@ def _is_plain(x: Any) -> bool:
     if isinstance(x, Tensor):
         return type(x) in _TENSORS  # others may run code at any operation
     if isinstance(x, types.FunctionType):
+        if _is_own(x.__module__):
+            held = vars(sys.modules[x.__module__])
+            return _is_exempt(held.get(x.__qualname__.partition(".")[0]))
         return not _is_suspect(x.__module__) and (is_library(x.__module__) or _is_clear(x))
     if isinstance(x, types.BuiltinFunctionType):
         return x.__module__ in _FUNCTIONS
@@ -76,8 +79,8 @@ def _is_plain(x: Any) -> bool:
     return is_library(type(kind).__module__)
 
 
-def _is_own(module: str) -> bool:
-    return module.partition(".")[0] == "pysciml_node"
+def _is_own(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] == "pysciml_node"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,11 +91,10 @@ def _is_suspect(module: str | None) -> bool:
     return _is_own(module) or (is_library(module) and _DERIVATIVE.search(module) is not None)
 
 
-def _is_exempt(kind: type) -> bool:
+def _is_exempt(kind: Any) -> bool:
     """Whether a class of this package says that its code goes back to its arguments at most."""
-    return kind is StateSpec or (
-        _is_own(kind.__module__) and getattr(kind, "ends_at_arguments", False)
-    )
+    said = isinstance(kind, type) and _is_own(kind.__module__)
+    return said and getattr(kind, "ends_at_arguments", False)
 
 
 def _is_clear(function: types.FunctionType) -> bool:

@@ -159,13 +159,16 @@ class Surroundings:
         """A lock under which no sweep of another thread changes shared places."""
         return _lock
 
-    def settle(self) -> None:
+    def settle(self) -> list[Place]:
         """Called when the solve has run: the field itself has made the changes up to here.
 
         A field may count its calls, keep its last output, or update running statistics. Such
         entries are left to it.
+
+        Returns:
+            The changes of places, as `changes` has them.
         """
-        if self.changed():
+        if changes := self.changes():
             self._own_places()
             self.plain = False
             with _lock:
@@ -173,12 +176,12 @@ class Surroundings:
                     if place.changed():
                         place.settle()
         now = versions_of(self.tensors)
-        if now == self._versions:
-            return
-        for i, x in enumerate(self.tensors):
-            if now[i] != self._versions[i]:
-                self._versions[i] = None
-                self._written.append(x)
+        if now != self._versions:
+            for i, x in enumerate(self.tensors):
+                if now[i] != self._versions[i]:
+                    self._versions[i] = None
+                    self._written.append(x)
+        return changes
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Let go of tensors that have turned out to be unused."""

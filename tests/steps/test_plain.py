@@ -17,6 +17,7 @@ from torch.autograd import grad as slope
 from torch.nn import functional
 
 import pysciml_node as psn
+from pysciml_node.layers.timed import TimedField
 from pysciml_node.steps.surroundings import Surroundings
 
 D = torch.float64
@@ -176,6 +177,19 @@ def test_a_field_that_has_turned_out_to_be_none_of_these_is_evaluated_again() ->
     solution = psn.solve(problem, psn.Euler(), **steps)
     solution.u1.sum().backward()
     assert solution.stats.nfe_backward == 2
+
+
+@pytest.mark.parametrize("kind", ["ignore", "concat", "concatsquash"])
+def test_the_fields_of_this_package_are_plain(kind: Any) -> None:
+    field = TimedField.mlp(3, (5,), time=kind)
+    assert Surroundings({"f": field, "p": None}).plain
+
+    class Sloped(TimedField):
+        def forward(self, t: Tensor, u: Tensor) -> Tensor:
+            return slope(super().forward(t, u).sum(), u)[0]
+
+    sloped = Sloped([*field.layers], torch.tanh)
+    assert not Surroundings({"f": sloped, "p": None}).plain
 
 
 @pytest.mark.parametrize("exact", [True, False])
