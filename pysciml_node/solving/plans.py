@@ -7,6 +7,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import copysign
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,8 +58,11 @@ class _Given(NamedTuple):
 
     def equals(self, values: list[Any], kinds: tuple[type, ...]) -> bool:
         """Whether values are these."""
-        if kinds != self.kinds or not all(map(_are_floats, map(values.__getitem__, self.rows))):
+        if kinds != self.kinds:
             return False
+        for i in self.rows:  # what is no number may not be compared
+            if not _are_floats(values[i], self.values[i]):
+                return False
         return values == self.values
 
 
@@ -168,8 +172,10 @@ def _is_numbers(x: Tensor) -> bool:
     return ordinary and not torch._C._are_functorch_transforms_active()
 
 
-def _are_floats(listed: Sequence[Any]) -> bool:
-    """Whether numbers that are equal to those of before are the same ones."""
+def _are_floats(listed: Sequence[Any], before: Sequence[Any]) -> bool:
+    """Whether numbers that are equal to those of before, which were floats, are the same ones."""
+    if len(listed) == len(before) and all(map(is_, listed, before)):
+        return True
     return _FLOAT.issuperset(map(type, listed)) and not _has_negative_zero(listed)
 
 

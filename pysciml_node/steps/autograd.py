@@ -148,7 +148,7 @@ def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Te
     )
 
 
-def _is_recorded(cotangents: Sequence[Tensor | None]) -> bool:
+def is_recorded(cotangents: Sequence[Tensor | None]) -> bool:
     """Whether a sweep runs in a transform or a mode, or where a graph of it is made."""
     return (
         torch.is_grad_enabled()
@@ -169,7 +169,7 @@ def pulled(
         inputs: what they depend on, the first on the device of the solve.
         cotangents: as `backward` was given them.
     """
-    if not _is_recorded(cotangents):
+    if not is_recorded(cotangents):
         return pull(*cotangents)
     transformed = torch._C._are_functorch_transforms_active()
     batched = any(map(_is_legacy_batch, cotangents))
@@ -284,7 +284,7 @@ class SolveNode(torch.autograd.Function):
         # A failed solve may have been cut back to its last good state.
         states = states[: len(ctx.record.times)]
         wanted = ctx.needs_input_grad[2:5]
-        goes_on = not _is_recorded(given)
+        goes_on = not is_recorded(given)
 
         def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
             backward = BackwardPass(

@@ -28,6 +28,7 @@ class Start:
         p: its extra argument.
         parts: what the field was given, by `parts_of`.
         shared: the tensors that other solves share.
+        versions: how often each of them had been changed in place; default as it is now.
 
     Attributes:
         is_plain: whether the extra argument holds nothing but tensors and numbers in containers.
@@ -39,7 +40,13 @@ class Start:
     )
 
     def __init__(
-        self, name: str, f: Any, p: Any, parts: tuple[Any, ...], shared: list[Tensor]
+        self,
+        name: str,
+        f: Any,
+        p: Any,
+        parts: tuple[Any, ...],
+        shared: list[Tensor],
+        versions: list[int | None] | None = None,
     ) -> None:
         self.name, self.f, self.p, self._parts, self._walk = name, f, p, parts, None
         # What is in `p`, which is a tuple, a list or a dict, where that needs no walk.
@@ -56,7 +63,8 @@ class Start:
             x = self._walk = Walk({"p": p})
             shared = [*shared, *x.tensors]
             self.is_plain = not (x.modules or x.generators or x.lazy or x.chosen or x.met_apart)
-        self._tensors, self._versions = shared, versions_of(shared)
+        self._tensors = shared
+        self._versions = versions_of(shared) if versions is None else versions
 
     def versions(self) -> dict[int, int | None]:
         """How often each tensor had been changed in place, by their ids."""

@@ -22,7 +22,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.steps.anatomy import anchor_of, parts_of
-from pysciml_node.steps.start import Start
+from pysciml_node.steps.start import Start, versions_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation import again, watched
 from pysciml_node.translation.leaves import form_among, leaves_of
@@ -116,6 +116,8 @@ def repeat(
     known, tensors, walked = found
     if known.asked and answers(known.asked, tensors) != known.answers:
         return None
+    if problem.p is None and not parts:
+        return known.prepared, tensors, partial(_see, walked, f, versions_of(walked.tensors))
     start = Start("f", f, problem.p, parts, walked.tensors)
     if problem.p is not None:
         leaves = leaves_of(problem.p)
@@ -123,6 +125,11 @@ def repeat(
             return None
         tensors = [*tensors, *leaves[0]]
     return known.prepared, tensors, partial(walked.surroundings.again, start)
+
+
+def _see(walked: Walked, f: Any, versions: list[int | None]) -> Surroundings:
+    """The surroundings of a field that is given nothing, with the versions of its tensors then."""
+    return walked.surroundings.again(Start("f", f, None, (), walked.tensors, versions))
 
 
 def remember(

@@ -1,18 +1,19 @@
 """Native solves that were before: a call of C looks whether they were, another takes the steps.
 
-One without gradients leaves a solution that knows its last state, and makes all else of the block
-of its request when somebody asks.
+They leave a solution that knows its last state, and makes all else of the block of its request when
+somebody asks. Where gradients are taken one more call makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
@@ -20,11 +21,18 @@ from pysciml_node.problems.modes import has_inference
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import ReturnCode, Solution
-from pysciml_node.torch_engine.native.engine import NativeSolve, Steps
+from pysciml_node.steps.autograd import graph_is_retained, is_recorded, saved_tensors_stay
+from pysciml_node.torch_engine.native.crossing import Block
+from pysciml_node.torch_engine.native.engine import NativeSolve, Steps, pulled_back
 from pysciml_node.torch_engine.native.flight import Log, States
 from pysciml_node.torch_engine.native.library import SolveRequest
-from pysciml_node.torch_engine.native.prepared import Ready, foreign_class, prepared_again
-from pysciml_node.torch_engine.native.run import ended_well, flight_of
+from pysciml_node.torch_engine.native.prepared import (
+    Prepared,
+    Ready,
+    foreign_class,
+    prepared_again,
+)
+from pysciml_node.torch_engine.native.run import ended_well, flight_of, pull_back
 
 
 def solve_again(
@@ -44,7 +52,7 @@ def solve_again(
     if ready is None:
         return None
     make = partial(NativeSolve, problem, algorithm, options, engine, ready)
-    left = None if torch.is_grad_enabled() else _take_steps(problem, ready, make)
+    left = _take_steps(problem, ready, make)
     if left is None:
         return make().solution()
     parts: dict[str, Any] = {
@@ -62,47 +70,187 @@ def solve_again(
 
 def _take_steps(problem: ODEProblem, ready: Ready, make: Callable[[], NativeSolve]) -> _Left | None:
     """Solve to the end; `None` where that takes more room than is made at first, or fails."""
-    departure, take_steps = ready.prepared.departure, ready.prepared.take_steps
-    u0 = problem.u0
-    if take_steps is None or type(u0) is not Tensor:
+    prepared, recorded = ready.prepared, torch.is_grad_enabled()
+    departure = prepared.departure
+    # Of a field that jumps more is asked while it is as it was solved.
+    if prepared.take_steps is None or (recorded and prepared.program.jumps):
         return None
     if departure.libraries[0].lately > departure.room:
         return None
-    left = take_steps(torch._C._functorch.unwrap_if_dead(u0), *ready.parameters)
-    if left is None:
+    assert isinstance(problem.u0, Tensor), "the state of others is none"
+    u0 = torch._C._functorch.unwrap_if_dead(problem.u0)
+    flown = _Flown(prepared, make, u0.shape)
+    try:
+        if recorded:
+            return _Left(flown, *_as_node(flown, u0, *ready.parameters))
+        return _Left(flown, *flown.fly(None, u0, ready.parameters))
+    except _NotAtOnce:
         return None
-    block, last, saved = left
-    found = SolveRequest.landed(block)
-    return _Left(Log(block, departure), found, last, saved, make) if ended_well(found) else None
+
+
+class _NotAtOnce(Exception):
+    """A solve takes more than the call of C."""
+
+
+@dataclass(slots=True, eq=False)
+class _Flown:
+    """What C has left of a solve, but for tensors.
+
+    Attributes:
+        prepared: what the solve shares with others.
+        make: makes it.
+        shape: of the initial state.
+        log: its steps, with the states at their ends.
+        found: the end of its request.
+        kept: the stages of its first steps, for a sweep.
+        kept_room: of how many steps there is room for them.
+        swept: what sweeps have cost, until the solve has been made.
+        solve: once something has needed it.
+    """
+
+    prepared: Prepared
+    make: Callable[[], NativeSolve]
+    shape: torch.Size
+    log: Log = field(init=False)
+    found: tuple[int, ...] = ()
+    kept: Block | None = None
+    kept_room: int = 0
+    swept: tuple[tuple[int, ...], ...] = ()
+    solve: NativeSolve | None = None
+
+    def fly(self, room: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Solve; return saved states, those at the ends of steps, if there is a room, and the last.
+
+        Args:
+            room: steps whose stages are kept, or `None` where there will be no sweep.
+            u0: the initial state.
+            parameters: the tensors that the code reads.
+
+        Raises:
+            _NotAtOnce: it takes more than one call, or does not end well.
+        """
+        take_steps = self.prepared.take_steps
+        left = None if take_steps is None else take_steps(room, u0, *parameters)
+        if left is None:
+            raise _NotAtOnce
+        block, last, saved, ends, self.kept = left
+        self.log = Log(block, self.prepared.departure)
+        self.found = found = SolveRequest.landed(block)
+        if not ended_well(found):
+            raise _NotAtOnce
+        return saved, ends, last
+
+    def pull(
+        self,
+        wanted: tuple[bool, ...],
+        saved: tuple[Tensor, ...],
+        cotangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor | None, ...] | None:
+        """Gradients of the initial state and the parameters; `None` where it takes more.
+
+        Args:
+            wanted: which of them.
+            saved: the states at the ends of steps, and the parameters.
+            cotangents: of what `fly` has returned.
+        """
+        found = pull_back(
+            self.log,
+            (self.found[5], self.found[8]),
+            (self.shape, wanted, saved, *cotangents),
+            (self.kept, self.kept_room),
+        )
+        if found is None:
+            return None
+        gradients, counts = found
+        if self.solve is None:
+            self.swept += (counts,)
+        else:
+            self.solve.note_sweep(*counts)
+        return gradients
+
+    def forget_stages(self) -> None:
+        """There will be no further sweep."""
+        self.kept, self.kept_room = None, 0
+        if self.solve is not None:
+            self.solve.flight.kept = None
+
+    def solved(self) -> NativeSolve:
+        """The solve."""
+        if self.solve is None:
+            with torch.no_grad():  # as when it was solved
+                solve = self.make()
+            solve.flight = flight = flight_of(self.log, self.found)
+            flight.kept, flight.kept_room = self.kept, self.kept_room
+            solve.shape, solve.swept = self.shape, self.swept
+            self.solve = solve
+        return self.solve
+
+
+class _Node(torch.autograd.Function):
+    """Such a solve in the graph."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, flown: _Flown, u0: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        departure, room = flown.prepared.departure, 0
+        library = departure.libraries[0]
+        if saved_tensors_stay() and any(ctx.needs_input_grad):
+            room = flown.kept_room = departure.kept_room(library.lately)
+        states = flown.fly(room, u0, parameters)
+        library.lately = flown.found[5]
+        ctx.flown = flown
+        ctx.save_for_backward(states[1], *parameters)
+        ctx.set_materialize_grads(False)
+        return states
+
+    @staticmethod
+    @override
+    def backward(
+        ctx: Any, saved: Tensor | None, ends: Tensor | None, last: Tensor | None
+    ) -> tuple[Any, ...]:
+        needed, flown = ctx.needs_input_grad, ctx.flown
+        if saved is ends is last is None:
+            return (None,) * len(needed)
+        # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
+        kept, wanted, cotangents = ctx.saved_tensors, needed[1:], (saved, ends, last)
+        gradients = None if is_recorded(cotangents) else flown.pull(wanted, kept, cotangents)
+        if gradients is None:
+            gradients = pulled_back(flown.solved(), kept, wanted, cotangents)
+        if flown.kept is not None and not graph_is_retained():
+            flown.forget_stages()
+        return (None, *gradients)
+
+
+# Without what torch does for its transforms, in which native solves are refused.
+_as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
 @dataclass(slots=True)
 class _Left:
-    """What C has left of a solve without gradients, put together when something looks.
+    """A solve whose solution is put together when something looks.
 
     Attributes:
-        log: its steps, with the states at their ends.
-        found: the end of its request.
-        last: the state at the end.
+        flown: without its states.
         saved: those at the saved times, if there are any.
-        make: makes the solve.
+        ends: those at the ends of steps, where they have a graph.
+        last: the state at the end.
         steps: once something has looked.
     """
 
-    log: Log
-    found: tuple[int, ...]
-    last: Tensor
+    flown: _Flown
     saved: Tensor | None
-    make: Callable[[], NativeSolve]
+    ends: Tensor | None
+    last: Tensor
     steps: Steps | None = None
 
     def part(self, name: str) -> Any:
         """As of `Steps`."""
         if self.steps is None:
-            with torch.no_grad():  # as when it was solved
-                solve = self.make()
-            flight = solve.flight = flight_of(self.log, self.found)
-            saved = self.log.departure.nothing if self.saved is None else self.saved
-            states = States(saved, self.log.ends(flight.count), self.last)
-            self.steps = Steps(solve, flight, states)
+            solve = self.flown.solved()
+            flight, log = solve.flight, self.flown.log
+            saved = solve.departure.nothing if self.saved is None else self.saved
+            ends = log.ends(flight.count) if self.ends is None else self.ends
+            self.steps = Steps(solve, flight, States(saved, ends, self.last))
         return self.steps.part(name)

@@ -30,12 +30,12 @@ _FUNCTIONS = (
     *("PyErr_Occurred", "PyErr_CheckSignals", "PyEval_SaveThread", "PyEval_RestoreThread"),
     *("PyObject_Size", "PyTuple_GetItem", "PyList_GetItem", "PyList_SetSlice", "PyList_Append"),
     *("PyTuple_New", "PyTuple_SetItem", "PyObject_CallObject", "PyTuple_Pack"),
-    *("Py_IncRef", "Py_DecRef"),
+    *("PyLong_FromSsize_t", "Py_IncRef", "Py_DecRef"),
 )
 _OBJECTS = (
     *(None, True, False, int, bytearray),
     *("dtype", Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg),
-    *(torch.empty_like, Tensor.new_empty),
+    *(Tensor.contiguous, torch.empty_like, Tensor.new_empty),
 )
 
 Block = bytearray
@@ -44,15 +44,24 @@ Call = Callable[..., Block | None]
 holes name them, and returns the block of its request; `None` where a tensor does not lie as C reads
 it."""
 
-TakeSteps = Callable[..., tuple[Block, Tensor, Tensor | None] | None]
-"""A loop that runs to its end: is given the initial state and the parameters, and returns the block
-of its request, the last state and the saved ones; `None` where it is not for it."""
+TakeSteps = Callable[..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None] | None]
+"""A loop that runs to its end: is given for how many steps it is to keep what a sweep can use, or
+`None` where there will be none, the initial state and the parameters. It returns the block of its
+request, the last state, the saved ones, and for a sweep those at the ends of steps and what is kept
+of them; `None` where it is not for it."""
 
-GIVEN_TO_STEPS = ("u0", "final", "saved", "memory")
+GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room")
 """What holes of such a loop number, by the names of its request; behind them are the parameters."""
+
+PullBack = Callable[..., tuple[Block, tuple[Tensor | None, ...]] | None]
+"""A sweep to its end: is given the shape of the initial state, which gradients are wanted, the
+states at the ends of steps and the parameters in a tuple, the cotangents that have arrived, what is
+kept, five numbers, and the log. It returns the block of its request and the gradients of the
+initial state and of the parameters; `None` where it is not for it."""
 
 _cross: Callable[..., Block | None] | None = None
 _take_steps: Callable[..., Any] | None = None
+_pull_back: Callable[..., Any] | None = None
 
 
 def use(library: ctypes.CDLL) -> None:
@@ -61,9 +70,11 @@ def use(library: ctypes.CDLL) -> None:
     Args:
         library: made of src/crossing.c.
     """
-    global _cross, _take_steps
-    _cross = function_of(library, "cross", _FUNCTIONS, _OBJECTS)
-    _take_steps = function_of(library, "take_steps", _FUNCTIONS, _OBJECTS)
+    global _cross, _take_steps, _pull_back
+    _cross, _take_steps, _pull_back = (
+        function_of(library, name, _FUNCTIONS, _OBJECTS)
+        for name in ("cross", "take_steps", "pull_back")
+    )
 
 
 class Hole(NamedTuple):
@@ -73,7 +84,7 @@ class Hole(NamedTuple):
         at: bytes in front of it.
         of: the number of what is given, `IN_REQUEST` or `BEHIND`.
         added: to its address.
-        own: whether it is `None` or a tensor made for such calls, which lies as C reads it.
+        own: whether a tensor is one made for such calls, which lies as C reads it.
     """
 
     at: int
@@ -83,7 +94,7 @@ class Hole(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a call writes to a tensor made for it, or to `None`, once the function has gone through.
+    """What a sweep writes to a tensor made for it, or to `None`, once it has gone through.
 
     Attributes:
         to: the number of what is given.
@@ -96,15 +107,28 @@ class Result(NamedTuple):
     size: int
 
 
+class Left(NamedTuple):
+    """How what a loop leaves lies in its block, in bytes.
+
+    Attributes:
+        accepted: where the request has the number of accepted steps.
+        ends: where the states at their ends begin, from the first address that is aligned.
+        entries: of a state, a number.
+        row: size of a state.
+        slot: size of what is kept of a step.
+    """
+
+    accepted: int
+    ends: int
+    entries: int
+    row: int
+    slot: int
+
+
 def call_of(
-    function: Any,
-    start: bytes,
-    dtype: torch.dtype,
-    holes: Sequence[Hole],
-    behind: int = 0,
-    results: Sequence[Result] = (),
+    function: Any, start: bytes, dtype: torch.dtype, holes: Sequence[Hole], behind: int = 0
 ) -> Call:
-    """A call of a function of C.
+    """A call of a function of C, which is made once.
 
     Args:
         function: the function, of ctypes.
@@ -112,13 +136,11 @@ def call_of(
         dtype: of the tensors that are given.
         holes: what it lacks.
         behind: bytes behind the request, where `BEHIND` is.
-        results: what it writes to tensors in the end. Such a function is called until it has gone
-            through, and others once.
     """
     if _cross is None:
         room = first_behind(len(start)) + behind + ALIGNED
-        return partial(_call, function, start, dtype, holes, room, results)
-    return partial(_cross, _packed(function, start, dtype, holes, behind, results))
+        return partial(_call, function, start, dtype, holes, room)
+    return partial(_cross, _packed(function, start, dtype, holes, behind))
 
 
 def steps_of(
@@ -127,6 +149,7 @@ def steps_of(
     dtype: torch.dtype,
     holes: Sequence[Hole],
     behind: int,
+    left: Left,
     memories: list[Tensor],
     saved: tuple[int, ...] | None,
 ) -> TakeSteps | None:
@@ -134,12 +157,40 @@ def steps_of(
 
     Args:
         function, start, dtype, holes, behind: as of `call_of`.
+        left: how that lies.
         memories: where memory of the loop is taken from, and given back to.
         saved: sizes of the saved states, where there are any.
     """
     if _take_steps is None:
         return None
-    return partial(_take_steps, _packed(function, start, dtype, holes, behind), memories, saved)
+    call = _packed(function, start, dtype, holes, behind)
+    return partial(_take_steps, call, struct.pack("5n", *left), memories, saved)
+
+
+def pull_of(
+    function: Any,
+    start: bytes,
+    dtype: torch.dtype,
+    holes: Sequence[Hole],
+    behind: int,
+    results: Sequence[Result],
+    memories: list[Tensor],
+    shapes: Sequence[Sequence[int] | None],
+) -> PullBack | None:
+    """A sweep that runs to its end, with the gradients; `None` where there is no C for it.
+
+    Args:
+        function, start, dtype, holes, behind: as of `call_of`. The holes number the states at the
+            ends of steps, three cotangents, memory, what is kept, five numbers, the log, and the
+            gradients.
+        results: what it writes to the gradients in the end.
+        memories: where memory of the sweep is taken from, and given back to.
+        shapes: of the parameters that gradients go to, and `None`.
+    """
+    if _pull_back is None:
+        return None
+    call = _packed(function, start, dtype, holes, behind, results)
+    return partial(_pull_back, call, memories, tuple(shapes))
 
 
 def _packed(
@@ -176,10 +227,9 @@ def _call(
     dtype: torch.dtype,
     holes: Sequence[Hole],
     room: int,
-    results: Sequence[Result],
     *given: Tensor | Block | int | None,
 ) -> Block | None:
-    """What src/crossing.c does."""
+    """What `cross` of src/crossing.c does."""
     block = Block(room)
     block[: len(start)] = start
     request = ctypes.addressof(ctypes.c_char.from_buffer(block))
@@ -189,14 +239,7 @@ def _call(
         if place is None:
             return None
         INTEGER.from_buffer(block, at).value = place + added
-    places = [_place(given[to], dtype) for to, _, _ in results]
-    if None in places:
-        return None
-    while function(request) == RUNNING and results:
-        pass
-    for place, (_, start_of, size) in zip(places, results, strict=True):
-        if place:
-            ctypes.memmove(place, own[BEHIND] + start_of, size)
+    function(request)
     return block
 
 

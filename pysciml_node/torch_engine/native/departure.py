@@ -33,10 +33,13 @@ from pysciml_node.torch_engine.native.crossing import (
     IN_REQUEST,
     Call,
     Hole,
+    Left,
+    PullBack,
     Result,
     TakeSteps,
     call_of,
     first_behind,
+    pull_of,
     steps_of,
 )
 from pysciml_node.torch_engine.native.library import Library, SolveRequest, SweepRequest
@@ -249,6 +252,13 @@ class Departure:
             return self.interval == (t0, t1) and not self.free
         return self.interval == ends_of(problem) and self.free == _ends_move(problem)
 
+    def kept_room(self, lately: int) -> int:
+        """Steps whose stages are kept for a sweep, where the solve before took so many.
+
+        They are as many and some more: memory that is not touched again and again costs its pages.
+        """
+        return min(self.most_kept, lately + lately // 8 + 1)
+
     def room_after(self, steps: int) -> int:
         """Steps that room is made for where the solve before took so many."""
         return steps if self._alike and 0 < steps <= self.room else self.room
@@ -277,7 +287,7 @@ class Departure:
         ]
 
     def steps_of(self, spec: StateSpec) -> TakeSteps | None:
-        """The loop of a solve without gradients, with the states at the ends in its block.
+        """The loop of a solve that ends well, with the states at the ends in its block.
 
         It is `None` of two methods, of parts, of a state that is no tensor, and where the states
         take more than a little memory.
@@ -286,7 +296,9 @@ class Departure:
             spec: structure of the state.
         """
         library, options = self.libraries[0], self.options
-        states = (self.room + 1) * library.size * library.dtype.itemsize
+        item = library.dtype.itemsize
+        row = library.size * item
+        states = (self.room + 1) * row
         lone = len(self.libraries) == 1 and library.parts is None and spec.keys is None
         if not (lone and self.lasting) or options.progress or states > _SMALL:
             return None
@@ -297,6 +309,9 @@ class Departure:
             library.dtype,
             [*self._holes(GIVEN_TO_STEPS), ends],
             self.ends_at - self.behind + states,
+            Left(
+                SolveRequest.accepted.offset, self.ends_at, library.size, row, library.slot * item
+            ),
             library.memories(library.march_memory),
             (self.save_count, *spec.shapes[0]) if self.save_count else None,
         )
@@ -330,11 +345,10 @@ class Departure:
         return known
 
     @cached_property
-    def pull(self) -> Call | None:
+    def pull(self) -> PullBack | None:
         """The whole sweep of a solve whose times need no gradients; `None` of two methods or parts.
 
-        It is given what `GIVEN_AT_ONCE` names, the log, and what the gradients of the initial state
-        and of the parameters are written to.
+        Beside what `pull_of` says, it is given what `GIVEN_AT_ONCE` names, but for memory.
         """
         library, log = self.libraries[0], len(GIVEN_AT_ONCE)
         if len(self.libraries) > 1 or library.parts is not None:
@@ -355,8 +369,19 @@ class Departure:
                 [(library.packed_size, library.size), *library.places]
             )
         ]
-        behind = size * (library.packed_size + library.size)
-        return call_of(library.loaded.sweep, start, library.dtype, holes, behind, results)
+        return pull_of(
+            library.loaded.sweep,
+            start,
+            library.dtype,
+            holes,
+            size * (library.packed_size + library.size),
+            results,
+            library.memories(library.sweep_memory),
+            [
+                tuple(shape) if pulled else None
+                for shape, pulled in zip(library.shapes, library.pulled, strict=True)
+            ],
+        )
 
     def request(self) -> SolveRequest:
         """A request of a solve's own."""

@@ -32,7 +32,7 @@ from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
-from pysciml_node.torch_engine.native.flight import Flight, States
+from pysciml_node.torch_engine.native.flight import Flight, Log, States
 from pysciml_node.torch_engine.native.prepared import Ready, See, no_code, prepare
 from pysciml_node.torch_engine.native.run import (
     Swept,
@@ -167,6 +167,7 @@ class SingleSolve(FlownSolve):
         flight: what has been flown.
         moving: the ends of the interval and the saved times, where any of them is a tensor.
         shape: of the initial state when the solve began.
+        swept: what sweeps have cost while nobody has asked for `stats`.
     """
 
     departure: Departure
@@ -174,6 +175,7 @@ class SingleSolve(FlownSolve):
     search: Search | None = None
     flight: Flight
     moving: tuple[Any, ...] = ()
+    swept: tuple[tuple[int, ...], ...] = ()
 
     def noise(self) -> Noise | None:
         """The Brownian motions of a stochastic equation."""
@@ -198,7 +200,18 @@ class SingleSolve(FlownSolve):
     def stats(self) -> Stats:
         """What it has cost so far, put together when somebody asks."""
         flight = self.flight
-        return Stats(flight.nfe, flight.count, flight.nreject)
+        back = (sum(counts) for counts in zip(*self.swept, strict=True))
+        return Stats(flight.nfe, flight.count, flight.nreject, *back)
+
+    def note_sweep(self, evaluations: int, pulls: int, steps: int) -> None:
+        """Count what a sweep has cost: evaluations, pullbacks and replayed steps."""
+        if "stats" not in self.__dict__:
+            self.swept += ((evaluations, pulls, steps),)
+            return
+        stats = self.stats
+        stats.nfe_backward += evaluations
+        stats.nvjp += pulls
+        stats.naccept_backward += steps
 
     @override
     def flown(self) -> tuple[Flight, States]:
@@ -292,10 +305,9 @@ class _Node(torch.autograd.Function):
         if saved is ends is last is None:
             return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
-        kept = ctx.saved_tensors
-        pull = partial(_pull, ctx.solve, kept, needed[1:])
-        gradients = pulled(pull, kept, saved, ends, last)
-        flight = ctx.solve.flight
+        solve, kept, wanted = ctx.solve, ctx.saved_tensors, needed[1:]
+        gradients = pulled_back(solve, kept, wanted, (saved, ends, last))
+        flight = solve.flight
         if flight.kept is not None and not graph_is_retained():
             flight.kept = None
         return (None, *gradients)
@@ -305,6 +317,23 @@ class _Node(torch.autograd.Function):
 _as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
+def pulled_back(
+    solve: SingleSolve,
+    kept: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    arriving: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the sources of a solve, in a backward pass.
+
+    Args:
+        solve: the solve.
+        kept: the states at the ends of its steps, and its sources.
+        wanted: which sources need gradients.
+        arriving: cotangents of its `States`.
+    """
+    return pulled(partial(_pull, solve, kept, wanted), kept, *arriving)
+
+
 def _pull(
     solve: SingleSolve,
     kept: tuple[Tensor | None, ...],
@@ -312,20 +341,17 @@ def _pull(
     *arriving: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sources of a solve that are wanted: of `u0`, times and parameters."""
+    found = _pull_at_once(solve, kept, wanted, arriving)
+    if found is not None:
+        return found
     ends, *sources = kept
     assert ends is not None
-    if not solve.moving and solve.departure.pull is not None:
-        found = _pull_at_once(solve, ends, sources, wanted, arriving)
-        if found is not None:
-            return found
     moving = len(solve.moving)
     of_times = wanted[1 : 1 + moving]
     with_times = bool(moving) and any(of_times)
-    stats, flight = solve.stats, solve.flight
+    flight = solve.flight
     swept = sweep_back(flight, ends, arriving, with_times, solve.noise())
-    stats.nfe_backward += swept.nfe
-    stats.nvjp += swept.nvjp
-    stats.naccept_backward += swept.steps
+    solve.note_sweep(swept.nfe, swept.nvjp, swept.steps)
     times: list[Tensor | None] = [None] * moving
     if with_times:
         bars = _time_gradients(solve, flight, ends, swept, arriving)
@@ -342,33 +368,27 @@ def _pull(
 
 def _pull_at_once(
     solve: SingleSolve,
-    ends: Tensor,
-    sources: Sequence[Tensor | None],
+    kept: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
     arriving: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...] | None:
-    """The same where C writes them where they belong; `None` where it does not."""
-    library = solve.departure.libraries[0]
-    # In the shapes that C knows: tensors may have been given other data since. A parameter that is
-    # wanted may be one that no gradient goes to.
-    rows = zip(sources, wanted[1:], library.pulled, library.shapes, strict=True)
-    gradients = (
-        _new(ends, solve.shape) if wanted[0] else None,
-        *[_new(x, shape) if a and b and x is not None else None for x, a, b, shape in rows],
-    )
-    counts = pull_back(solve.flight, ends, arriving, gradients, solve.noise())
-    if counts is None:
+    """The same by one call of C; `None` where that is not for it."""
+    flight = solve.flight
+    if solve.moving or not flight.finite:
         return None
-    stats = solve.stats
-    stats.nfe_backward += counts[0]
-    stats.nvjp += counts[1]
-    stats.naccept_backward += counts[2]
+    assert type(flight.log) is Log
+    found = pull_back(
+        flight.log,
+        (flight.count, flight.reached),
+        (solve.shape, wanted, kept, *arriving),
+        (flight.kept, flight.kept_room),
+        solve.noise(),
+    )
+    if found is None:
+        return None
+    gradients, counts = found
+    solve.note_sweep(*counts)
     return gradients
-
-
-def _new(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor like another one; torch reads numbers in half the time of a shape."""
-    return x.new_empty(*shape) if shape else x.new_empty(shape)
 
 
 def _of_parameters(

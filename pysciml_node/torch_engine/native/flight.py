@@ -134,6 +134,7 @@ class Flight:
         finite: whether the last state is, and so all of them are.
         event: which one has ended it, or `None`.
         kept: the stages of its first steps, which the sweep need not take again.
+        kept_room: of how many steps there is room for them.
         changes: of two methods that take turns, how many steps were accepted at each change.
     """
 
@@ -146,7 +147,8 @@ class Flight:
     attempt: Attempt | None
     finite: bool
     event: int | None = None
-    kept: Tensor | None = None
+    kept: Tensor | Block | None = None
+    kept_room: int = 0
     changes: Sequence[int] = ()
 
     def pieces(self, count: int) -> list[Piece]:

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.brownian import Noise
+from pysciml_node.torch_engine.native.crossing import Block
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search
 from pysciml_node.torch_engine.native.flight import Flight, Log, States
@@ -102,8 +104,7 @@ def fly(
     library, count = departure.libraries[0], departure.save_count
     assert len(parameters) == departure.parameters, "C reads as many"
     lately = library.lately
-    # As many as lately, and some more: memory that is not touched again and again costs its pages.
-    kept_room = min(departure.most_kept, lately + lately // 8 + 1) if keeps else 0
+    kept_room = departure.kept_room(lately) if keeps else 0
     room = departure.room_after(lately)
     ends, last = u0.new_empty(room + 1, library.size), torch.empty_like(u0)
     saved = u0.new_empty(count, *u0.shape) if count else departure.nothing
@@ -150,7 +151,7 @@ def fly(
     if reached < count:
         saved.resize_(reached, *u0.shape)
     departure.libraries[0].lately = accepted
-    flight.kept = kept
+    flight.kept, flight.kept_room = kept, kept_room
     return flight, States(saved, ends, last)
 
 
@@ -262,49 +263,37 @@ class Swept:
 
 
 def pull_back(
-    flight: Flight,
-    ends: Tensor,
-    arriving: tuple[Tensor | None, ...],
-    gradients: Sequence[Tensor | None],
+    log: Log,
+    counts: tuple[int, int],
+    given: tuple[Any, ...],
+    kept: tuple[Tensor | Block | None, int],
     noise: Noise | None = None,
-) -> tuple[int, ...] | None:
-    """Write the gradients of a solve where they belong, by one call of C.
+) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]] | None:
+    """The gradients of a solve whose times need none, by one call of C.
 
     Args:
-        flight: the solve.
-        ends: its initial state, and those at the ends of its steps.
-        arriving: cotangents of its `States`.
-        gradients: what is written to, of the initial state and of the parameters; not to `None`.
+        log: of the solve.
+        counts: its accepted steps, and saved times that were reached.
+        given: shape of its initial state, which gradients are wanted, of the state and the
+            parameters, its states at the ends of steps and the parameters in a tuple, and
+            cotangents of its `States`.
+        kept: stages of its first steps, and of how many there is room for them.
         noise: the Brownian motions of a stochastic equation, as new ones.
 
     Returns:
-        Evaluations, pullbacks and replayed steps; `None` where `sweep_back` has to do it.
+        The gradients; evaluations, pullbacks and replayed steps. `None` where `sweep_back` has to
+        do it.
     """
-    log, count, kept = flight.log, flight.count, flight.kept
-    assert type(log) is Log
-    library, pull = log.departure.libraries[0], log.departure.pull
-    assert pull is not None
-    if not flight.finite:
+    pull, (count, reached), (stages, room) = log.departure.pull, counts, kept
+    if pull is None:
         return None
-    saved, steps, last = arriving
-    memory = library.take_memory(library.sweep_memory)
-    block = pull(
-        ends,
-        saved if saved is None else library.lying(saved),
-        steps if steps is None else library.lying(steps),
-        last if last is None else library.lying(last),
-        memory,
-        kept,
-        count,
-        count,
-        flight.reached - 1,
-        0 if kept is None else min(count, kept.numel() // library.slot),
-        0 if noise is None else ctypes.addressof(noise),
-        log.block,
-        *gradients,
-    )
-    library.give_memory(memory)
-    return None if block is None else SweepRequest.swept(block)[5:8]
+    motions = 0 if noise is None else ctypes.addressof(noise)
+    numbers = count, count, reached - 1, min(count, room), motions
+    found = pull(*given, stages, *numbers, log.block)
+    if found is None:
+        return None
+    block, gradients = found
+    return gradients, SweepRequest.swept(block)[5:8]
 
 
 def sweep_back(
@@ -339,7 +328,7 @@ def sweep_back(
         flight.log.block,
     )
     time_bars = tuple(map(Tensor.data_ptr, times)) if times else _NO_TIMES
-    kept_count = 0 if kept is None else min(count, kept.numel() // library.slot)
+    kept_count = 0 if kept is None else min(count, flight.kept_room)
     swept, at, before = Swept({}, times), reached - 1, (saved if reached else None, steps)
     for method, first, behind in reversed(flight.pieces(count)):
         library = departure.libraries[method]

@@ -1,11 +1,12 @@
-"""Native solves without gradients that were before leave what those with gradients do."""
+"""Native solves that were before leave what the first of them does, with gradients and without."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -235,3 +236,168 @@ def test_tensors_without_memory_are_not_read(wrap: Any, recorded: bool) -> None:
     with pytest.raises(psn.CompileError, match="tensors of the class"):
         psn.solve(ensemble, compile=True, engine="torch")
     expect_decay(solved(field, u0, recorded=recorded), field, u0)
+
+
+def graded(field: Decay, u0: Tensor, **how: Any) -> tuple[psn.Solution, list[Tensor]]:
+    """A solve, and gradients of a sum over all of its states."""
+    algorithm = how.pop("algorithm", None)
+    u0 = u0.detach().requires_grad_()
+    solution = solved(field, u0, algorithm, recorded=True, **how)
+    loss = solution.u.square().sum() + solution.u1.sin().sum()
+    return solution, list(torch.autograd.grad(loss, [u0, *field.parameters()]))
+
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[psn.Solution, list[Tensor]]]:
+    """The same by a solve that none was before."""
+
+    def run(*how: Any, **options: Any) -> tuple[psn.Solution, list[Tensor]]:
+        with monkeypatch.context() as patched:
+            patched.setattr(at_once, "prepared_again", lambda *_: None)
+            return graded(*how, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_the_first_solve(way: str, first: Any) -> None:
+    field = Decay()
+    for count in range(4):
+        u0 = start() + count
+        solution, found = graded(field, u0, **WAYS[way])
+        before, expected = first(field, u0, **WAYS[way])
+        assert torch.equal(solution.u, before.u)
+        # What is evaluated again depends on how many steps the solve before took.
+        costs = [{**x.stats.asdict(), "nfe_backward": None} for x in (solution, before)]
+        assert costs[0] == costs[1]
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+            assert not x.requires_grad
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_sweeps_are_counted_whenever_costs_are_asked_for(asked: bool) -> None:
+    field, u0 = Decay(), start().requires_grad_()
+    for _ in range(3):
+        solution = solved(field, u0, recorded=True)
+        if asked:
+            assert (solution.stats.nvjp, solution.stats.naccept_backward) == (0, 0)
+        one = torch.autograd.grad(solution.u1.sum(), u0, retain_graph=True)
+        once = copy.copy(solution.stats) if asked else None
+        two = torch.autograd.grad(solution.u1.sum(), u0)
+        assert torch.equal(one[0], two[0])
+        assert solution.stats.naccept_backward == 2 * solution.stats.naccept
+        assert once is None or solution.stats.nvjp == 2 * once.nvjp
+
+
+def test_gradients_go_to_what_needs_them() -> None:
+    field, u0 = Decay(), start()
+    for _ in range(3):
+        solution = solved(field, u0, recorded=True)
+        (bar,) = torch.autograd.grad(solution.u1.sum(), [field.k])
+        torch.testing.assert_close(bar, -(u0 * torch.exp(-field.k.detach())).sum(0))
+    field.k.requires_grad_(False)
+    assert not solved(field, u0, recorded=True).u1.requires_grad
+    for _ in range(3):
+        moved = u0.clone().requires_grad_()
+        (bar,) = torch.autograd.grad(solved(field, moved, recorded=True).u1.sum(), [moved])
+        torch.testing.assert_close(bar, torch.exp(-field.k).expand_as(bar))
+
+
+def test_an_initial_state_that_is_learned_receives_its_gradient() -> None:
+    field, u0 = Decay(), nn.Parameter(start())
+    for _ in range(4):
+        solution = solved(field, u0, recorded=True)
+        assert type(solution.u1) is Tensor
+        (bar,) = torch.autograd.grad(solution.u1.sum(), u0)
+        assert type(bar) is Tensor
+        torch.testing.assert_close(bar, torch.exp(-field.k.detach()).expand_as(bar))
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
+        lambda x: torch.stack((x, x), dim=-1)[..., 0],
+    ],
+)
+def test_cotangents_may_lie_in_any_way(lay: Callable[[Tensor], Tensor]) -> None:
+    field, bar = Decay(), torch.tensor([[1.0, 2.0], [-3.0, 0.5], [0.25, 4.0]]).double()
+    for _ in range(3):
+        solution = solved(field, start(), recorded=True)
+        (expected,) = torch.autograd.grad(solution.u1, field.k, bar, retain_graph=True)
+        (found,) = torch.autograd.grad(solution.u1, field.k, lay(bar))
+        assert torch.equal(found, expected)
+
+
+def test_batches_of_cotangents_and_second_derivatives_are_as_of_other_solves() -> None:
+    field = Decay()
+    for _ in range(3):
+        solution = solved(field, start(), recorded=True)
+        bars = torch.eye(6, dtype=torch.float64).reshape(6, 3, 2)
+        (rows,) = torch.autograd.grad(
+            solution.u1, field.k, bars, retain_graph=True, is_grads_batched=True
+        )
+        for bar, row in zip(bars, rows, strict=True):
+            (expected,) = torch.autograd.grad(solution.u1, field.k, bar, retain_graph=True)
+            torch.testing.assert_close(row, expected, rtol=1e-12, atol=0)
+        (bar,) = torch.autograd.grad(solution.u1.sum(), field.k, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(bar.sum(), field.k)
+
+
+def test_states_and_parameters_that_were_changed_since_are_refused() -> None:
+    field, u0 = Decay(), start().requires_grad_()
+    for changed in ("k", "states"):
+        for _ in range(3):
+            solution = solved(field, u0, recorded=True)
+            with torch.no_grad():
+                if changed == "k":
+                    field.k.mul_(1.5)
+                else:
+                    solution.trajectory.flat_states[0].mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(solution.u1.sum(), u0)
+
+
+def test_they_leave_nothing_to_the_collector() -> None:
+    field = Decay()
+
+    def run() -> None:
+        solution, _ = graded(field, start())
+        assert solution.stats.nvjp
+
+    for _ in range(3):
+        run()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            run()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+class Many(nn.Module):
+    """`u' = -(k_1 + ... + k_n) u`, of more tensors than C is given at once."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        one = torch.tensor(1.0 / count, dtype=torch.float64)
+        self.ks = nn.ParameterList([nn.Parameter(one.clone()) for _ in range(count)])
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        """The derivative at `u`."""
+        return -torch.stack([*self.ks]).sum() * u
+
+
+@pytest.mark.parametrize("count", [110, 140])
+def test_fields_may_have_many_tensors(count: int) -> None:
+    field, u0 = Many(count), torch.ones(1, dtype=torch.float64)
+    for _ in range(3):
+        solution = solved(field, u0, recorded=True)
+        bars = torch.autograd.grad(solution.u1.sum(), [*field.parameters()])
+        for bar in bars:
+            torch.testing.assert_close(bar, -torch.exp(-u0)[0], rtol=1e-7, atol=0)

@@ -88,7 +88,8 @@ def test_in_python_requests_are_filled_as_in_c(
         return crossing.call_of(*arguments, **further)
 
     monkeypatch.setattr(departure, "call_of", counted)
-    monkeypatch.setattr(crossing, "_cross", None)
+    for name in ("_cross", "_take_steps", "_pull_back"):
+        monkeypatch.setattr(crossing, name, None)
     # Other options are another departure, whose calls are made in Python.
     options["max_steps"] = 9999
     for found, expected in zip(run(), in_c, strict=True):

@@ -1,7 +1,8 @@
 /* Calls of the loops from Python: a request is copied, told where tensors lie, and handed over.
 
    Like translation/again.c this needs neither Python's headers nor its library: `begin` is handed
-   functions of the stable ABI. What it does is said in Python by `_call` of crossing.py. */
+   functions of the stable ABI. What `cross` does is said in Python by
+   `_call` of crossing.py. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -32,10 +33,11 @@ static struct {
   int (*put)(Object *, Size, Object *);
   Object *(*call_all)(Object *, Object *);
   Object *(*pack)(Size, ...);
+  Object *(*of_size)(Size);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
-  Object *empty_like, *new_empty;
+  Object *contiguous, *empty_like, *new_empty;
 } py;
 
 enum { IN_REQUEST = -2, BEHIND = -1 };
@@ -101,11 +103,10 @@ static int lies(Object *x, Object *dtype, Size *found) {
 static int find(Object *x, Object *dtype, int own, Size *found) {
   *found = 0;
   if (x == py.none) return 1;
-  if (own) return locate(x, found);
   Object *kind = py.type(x);
   py.let_go(kind);
   if (kind == py.of_numbers) return number(x, found);
-  if (kind != py.of_blocks) return lies(x, dtype, found);
+  if (kind != py.of_blocks) return own ? locate(x, found) : lies(x, dtype, found);
   *found = (Size)aligned(py.block(x));
   return 1;
 }
@@ -173,31 +174,28 @@ static Object *block_of(const Call *call, Object *const *given, int to_end, int 
   return 0;
 }
 
-static Object *none_unless(int failed) {
-  if (failed) return 0;
-  py.keep(py.none);
-  return py.none;
+static Object *held(Object *x) {
+  py.keep(x);
+  return x;
 }
+
+static Object *none_unless(int failed) { return failed ? 0 : held(py.none); }
 
 /* `cross(call, *given)`: the block; None where a tensor does not lie as C reads it. */
 Object *cross(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
-  const Call *call = py.bytes(given[0]);
   int done;
-  Object *block = block_of(call, given + 1, call && call->results, &done);
+  Object *block = block_of(py.bytes(given[0]), given + 1, 0, &done);
   return block ? block : none_unless(done < 0);
 }
 
-/* A new tensor like another one, of other sizes. */
+/* A new tensor like another one, of other sizes: torch reads numbers in half the time of a tuple. */
 static Object *new_like(Object *x, Object *sizes) {
   Size count = py.length(sizes);
-  Object *arguments = py.new_tuple(count + 1);
+  Object *arguments = count ? py.new_tuple(count + 1) : py.pack(2, x, sizes);
   if (!arguments) return 0;
-  for (Size i = 0; i <= count; i++) {
-    Object *each = i ? py.in_tuple(sizes, i - 1) : x;
-    py.keep(each);
-    py.put(arguments, i, each); /* which it takes over */
-  }
+  if (count) py.put(arguments, 0, held(x)); /* which it takes over */
+  for (Size i = 0; i < count; i++) py.put(arguments, i + 1, held(py.in_tuple(sizes, i)));
   Object *made = py.call_all(py.new_empty, arguments);
   py.let_go(arguments);
   return made;
@@ -214,39 +212,146 @@ static Object *taken_from(Object *memories) {
   return 0;
 }
 
-enum { U0, LAST, SAVED, MEMORY, PARAMETERS, MOST_GIVEN = 64 };
+/* How what a loop leaves lies in its block: the number of accepted steps, in the request; the states at
+   their ends, behind it, of so many entries and bytes; and the bytes that are kept of a step. */
+typedef struct {
+  Size accepted, ends, entries, row, slot;
+} Left;
 
-/* The block, the last state and the saved ones of a loop that runs to its end. */
-static Object *taken(const Call *call, Object **given) {
+/* The states as a tensor like the initial one. */
+static Object *ends_of(const Left *left, Object *u0, char *block) {
+  Size accepted, place;
+  memcpy(&accepted, block + left->accepted, sizeof accepted);
+  Object *rows = py.of_size(accepted + 1), *entries = py.of_size(left->entries);
+  Object *sizes = rows && entries ? py.pack(2, rows, entries) : 0;
+  if (rows) py.let_go(rows);
+  if (entries) py.let_go(entries);
+  Object *ends = sizes ? new_like(u0, sizes) : 0;
+  if (sizes) py.let_go(sizes);
+  if (!ends) return 0;
+  if (locate(ends, &place) == 1) {
+    memcpy((void *)place, aligned(block) + left->ends, (accepted + 1) * left->row);
+    return ends;
+  }
+  py.let_go(ends);
+  return 0;
+}
+
+enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, PARAMETERS, MOST_GIVEN = 128 };
+
+/* The block of a loop that runs to its end, the last state, the saved ones and, with `left`, those at the
+   ends of steps. */
+static Object *taken(const Call *call, const Left *left, Object **given) {
   int done;
   Object *block = block_of(call, given, 1, &done);
   if (!block) return none_unless(done < 0);
-  Object *left = py.pack(3, block, given[LAST], given[SAVED]);
+  Object *ends = left ? ends_of(left, given[U0], py.block(block)) : py.none, *found = 0;
+  if (ends) found = py.pack(5, block, given[LAST], given[SAVED], ends, given[KEPT]);
+  if (ends && left) py.let_go(ends);
   py.let_go(block);
-  return left;
+  return found;
 }
 
-/* `take_steps(call, memories, sizes, u0, *parameters)`: the block, the last state, and the saved ones,
-   which are of these sizes; None where `cross` gives None, or the list lacks memory for it. */
+/* What a loop is given beside its state and the parameters. */
+static int make(const Left *left, Object *sizes, Object **given) {
+  Size room = 0;
+  if (left && number(given[KEPT_ROOM], &room) < 1) return 0;
+  if (!(given[LAST] = py.call(py.empty_like, given[U0]))) return 0;
+  given[SAVED] = sizes == py.none ? held(sizes) : new_like(given[U0], sizes);
+  if (!given[SAVED]) return 0;
+  given[KEPT] = room ? py.new_block(0, room * left->slot + ALIGNED) : held(py.none);
+  return given[KEPT] != 0;
+}
+
+/* `take_steps(call, left, memories, sizes, kept_room, u0, *parameters)`: the block, the last state, the
+   saved ones, which are of these sizes, and unless `kept_room` is None those at the ends of the steps
+   and what is kept of so many steps; None where `cross` gives None, or the list lacks memory for it. */
 Object *take_steps(Object *self, Object *const *arguments, Size count) {
   (void)self;
-  Object *memories = arguments[1], *sizes = arguments[2], *left = 0;
-  Object *given[MOST_GIVEN] = {[U0] = arguments[3]};
+  Object *memories = arguments[2], *found = 0;
+  Object *given[MOST_GIVEN] = {[U0] = arguments[5], [KEPT_ROOM] = arguments[4]};
   if (count + PARAMETERS > MOST_GIVEN) return none_unless(0);
-  for (Size i = 4; i < count; i++) given[PARAMETERS + i - 4] = arguments[i];
+  for (Size i = 6; i < count; i++) given[PARAMETERS + i - 6] = arguments[i];
   if (!(given[MEMORY] = taken_from(memories))) return none_unless(py.failed() != 0);
-  given[LAST] = py.call(py.empty_like, given[U0]);
-  if (sizes == py.none) py.keep(given[SAVED] = sizes);
-  else if (given[LAST]) given[SAVED] = new_like(given[U0], sizes);
-  const Call *call = given[LAST] && given[SAVED] ? py.bytes(arguments[0]) : 0;
-  if (call) left = taken(call, given);
-  if (left && py.append(memories, given[MEMORY])) {
-    py.let_go(left);
-    left = 0;
+  const Call *call = py.bytes(arguments[0]);
+  const Left *left = arguments[4] == py.none ? 0 : py.bytes(arguments[1]);
+  if (call && make(left, arguments[3], given)) found = taken(call, left, given);
+  if (found && py.append(memories, given[MEMORY])) {
+    py.let_go(found);
+    found = 0;
   }
-  for (Size i = LAST; i <= MEMORY; i++)
+  for (Size i = LAST; i <= KEPT; i++)
     if (given[i]) py.let_go(given[i]);
-  return left;
+  return found;
+}
+
+/* A cotangent as C reads it; None where it is of another kind. */
+static Object *as_read(Object *x, Object *dtype) {
+  int known = x == py.none ? 1 : is(py.attribute(x, py.dtype), dtype);
+  if (x != py.none && known == 1) known = is(py.call(py.is_neg, x), py.no);
+  if (known < 1) return none_unless(known < 0);
+  return x == py.none ? held(x) : py.call(py.contiguous, x);
+}
+
+enum { ENDS, BARS, SWEPT = 4, NUMBERS, LOG = 11, GRADIENTS };
+
+/* New tensors for the gradients that are wanted, of shapes where there are any, in a tuple. */
+static Object *gradients_of(Object *tensors, Object *shapes, Object *wanted, Object *start) {
+  Size count = py.length(shapes);
+  Object *found = py.new_tuple(count + 1);
+  for (Size i = 0; found && i <= count; i++) {
+    Object *shape = i ? py.in_tuple(shapes, i - 1) : start;
+    int is_made = shape != py.none && py.in_tuple(wanted, i) == py.yes;
+    Object *made = is_made ? new_like(py.in_tuple(tensors, i), shape) : held(py.none);
+    if (made) {
+      py.put(found, i, made); /* which it takes over */
+      continue;
+    }
+    py.let_go(found);
+    found = 0;
+  }
+  return found;
+}
+
+/* The block of a sweep, and the gradients that it has written. */
+static Object *swept(const Call *call, Object **given, Object *gradients) {
+  int done;
+  Object *block = block_of(call, given, 1, &done);
+  if (!block) return none_unless(done < 0);
+  Object *found = py.pack(2, block, gradients);
+  py.let_go(block);
+  return found;
+}
+
+/* `pull_back(call, memories, shapes, start, wanted, tensors, *cotangents, *numbers, log)`: the block of a
+   sweep to its end, and the gradients of the initial state and the parameters in a tuple; None as above.
+   The states at the ends of the steps are the first of the tensors, and three cotangents arrive. */
+Object *pull_back(Object *self, Object *const *arguments, Size count) {
+  (void)self, (void)count;
+  Object *memories = arguments[1], *tensors = arguments[5], *found = 0, *gradients = 0;
+  Object *given[MOST_GIVEN] = {[ENDS] = py.in_tuple(tensors, 0)};
+  Size wanted = py.length(arguments[2]) + 1;
+  if (wanted + GRADIENTS > MOST_GIVEN || py.length(tensors) != wanted) return none_unless(0);
+  const Call *call = py.bytes(arguments[0]);
+  int read = call != 0;
+  for (Size i = 0; i < 3 && read; i++) {
+    Object *x = arguments[6 + i];
+    read = (given[BARS + i] = as_read(x, call->dtype)) && (x == py.none || given[BARS + i] != py.none);
+  }
+  if (read && (given[SWEPT] = taken_from(memories))) {
+    for (Size i = NUMBERS; i <= LOG; i++) given[i] = arguments[4 + i];
+    gradients = gradients_of(tensors, arguments[2], arguments[4], arguments[3]);
+    for (Size i = 0; gradients && i < wanted; i++) given[GRADIENTS + i] = py.in_tuple(gradients, i);
+    if (gradients) found = swept(call, given, gradients);
+    if (found && py.append(memories, given[SWEPT])) {
+      py.let_go(found);
+      found = 0;
+    }
+  } else if (!py.failed()) found = none_unless(0);
+  for (Size i = BARS; i <= SWEPT; i++)
+    if (given[i]) py.let_go(given[i]);
+  if (gradients) py.let_go(gradients);
+  return found;
 }
 
 /* Receive what it needs. */
