@@ -55,17 +55,22 @@ def solve_again(
     left = _take_steps(problem, ready, make)
     if left is None:
         return make().solution()
+    shaped = _as_it_is if problem.spec.keys is None else problem.spec.unflatten
     parts: dict[str, Any] = {
         "problem": problem,
         "algorithm": algorithm,
         "engine": engine,
         "retcode": ReturnCode.Success,
-        "u1": left.last,
+        "u1": shaped(left.last),
         "event": None,
     }
     if left.saved is not None:
-        parts["saved"] = left.saved
+        parts["saved"] = shaped(left.saved)
     return in_parts(Solution, left.part, parts)
+
+
+def _as_it_is(state: Tensor) -> Tensor:
+    return state
 
 
 def _take_steps(problem: ODEProblem, ready: Ready, make: Callable[[], NativeSolve]) -> _Left | None:
@@ -75,11 +80,12 @@ def _take_steps(problem: ODEProblem, ready: Ready, make: Callable[[], NativeSolv
     # Of a field that jumps more is asked while it is as it was solved.
     if prepared.take_steps is None or (recorded and prepared.program.jumps):
         return None
-    if departure.libraries[0].lately > departure.room:
+    room, spec = departure.room_at_once(departure.libraries[0].lately), problem.spec
+    if not room:
         return None
-    assert isinstance(problem.u0, Tensor), "the state of others is none"
-    u0 = torch._C._functorch.unwrap_if_dead(problem.u0)
-    flown = _Flown(prepared, make, u0.shape)
+    state: Any = problem.u0
+    u0 = torch._C._functorch.unwrap_if_dead(state if spec.keys is None else spec.flatten(state))
+    flown = _Flown(prepared, make, u0.shape, room)
     try:
         if recorded:
             return _Left(flown, *_as_node(flown, u0, *ready.parameters))
@@ -99,7 +105,8 @@ class _Flown:
     Attributes:
         prepared: what the solve shares with others.
         make: makes it.
-        shape: of the initial state.
+        shape: of the initial state, flat or as it was given.
+        room: for steps.
         log: its steps, with the states at their ends.
         found: the end of its request.
         kept: the stages of its first steps, for a sweep.
@@ -111,6 +118,7 @@ class _Flown:
     prepared: Prepared
     make: Callable[[], NativeSolve]
     shape: torch.Size
+    room: int
     log: Log = field(init=False)
     found: tuple[int, ...] = ()
     kept: Block | None = None
@@ -118,11 +126,11 @@ class _Flown:
     swept: tuple[tuple[int, ...], ...] = ()
     solve: NativeSolve | None = None
 
-    def fly(self, room: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Solve; return saved states, those at the ends of steps, if there is a room, and the last.
+    def fly(self, kept: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Solve; return saved states, those at the ends of steps for a sweep, and the last.
 
         Args:
-            room: steps whose stages are kept, or `None` where there will be no sweep.
+            kept: steps whose stages are kept, or `None` where there will be no sweep.
             u0: the initial state.
             parameters: the tensors that the code reads.
 
@@ -130,7 +138,7 @@ class _Flown:
             _NotAtOnce: it takes more than one call, or does not end well.
         """
         take_steps = self.prepared.take_steps
-        left = None if take_steps is None else take_steps(room, u0, *parameters)
+        left = None if take_steps is None else take_steps(self.room, kept, u0, *parameters)
         if left is None:
             raise _NotAtOnce
         block, last, saved, ends, self.kept = left
@@ -138,6 +146,7 @@ class _Flown:
         self.found = found = SolveRequest.landed(block)
         if not ended_well(found):
             raise _NotAtOnce
+        self.prepared.departure.libraries[0].lately = found[5]
         return saved, ends, last
 
     def pull(
@@ -194,12 +203,10 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, flown: _Flown, u0: Tensor, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
-        departure, room = flown.prepared.departure, 0
-        library = departure.libraries[0]
+        departure = flown.prepared.departure
         if saved_tensors_stay() and any(ctx.needs_input_grad):
-            room = flown.kept_room = departure.kept_room(library.lately)
-        states = flown.fly(room, u0, parameters)
-        library.lately = flown.found[5]
+            flown.kept_room = departure.kept_room(departure.libraries[0].lately)
+        states = flown.fly(flown.kept_room, u0, parameters)
         ctx.flown = flown
         ctx.save_for_backward(states[1], *parameters)
         ctx.set_materialize_grads(False)

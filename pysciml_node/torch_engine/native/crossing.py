@@ -30,7 +30,7 @@ _FUNCTIONS = (
     *("PyErr_Occurred", "PyErr_CheckSignals", "PyEval_SaveThread", "PyEval_RestoreThread"),
     *("PyObject_Size", "PyTuple_GetItem", "PyList_GetItem", "PyList_SetSlice", "PyList_Append"),
     *("PyTuple_New", "PyTuple_SetItem", "PyObject_CallObject", "PyTuple_Pack"),
-    *("PyLong_FromSsize_t", "Py_IncRef", "Py_DecRef"),
+    *("PyLong_FromSsize_t", "PyByteArray_Resize", "Py_IncRef", "Py_DecRef"),
 )
 _OBJECTS = (
     *(None, True, False, int, bytearray),
@@ -45,10 +45,10 @@ holes name them, and returns the block of its request; `None` where a tensor doe
 it."""
 
 TakeSteps = Callable[..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None] | None]
-"""A loop that runs to its end: is given for how many steps it is to keep what a sweep can use, or
-`None` where there will be none, the initial state and the parameters. It returns the block of its
-request, the last state, the saved ones, and for a sweep those at the ends of steps and what is kept
-of them; `None` where it is not for it."""
+"""A loop that runs to its end: is given for how many steps there is to be room, for how many it is
+to keep what a sweep can use, or `None` where there will be none, the initial state and the
+parameters. It returns the block of its request, the last state, the saved ones, and for a sweep
+those at the ends of steps and what is kept of them; `None` where it is not for it."""
 
 GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room")
 """What holes of such a loop number, by the names of its request; behind them are the parameters."""
@@ -112,7 +112,9 @@ class Left(NamedTuple):
 
     Attributes:
         accepted: where the request has the number of accepted steps.
-        ends: where the states at their ends begin, from the first address that is aligned.
+        ends: where it has the address of the states at their ends, which are behind the steps.
+        room: where it has the room for steps, a number.
+        steps: where these begin, from the first address that is aligned.
         entries: of a state, a number.
         row: size of a state.
         slot: size of what is kept of a step.
@@ -120,6 +122,8 @@ class Left(NamedTuple):
 
     accepted: int
     ends: int
+    room: int
+    steps: int
     entries: int
     row: int
     slot: int
@@ -156,15 +160,16 @@ def steps_of(
     """A loop that runs to its end, with what it leaves; `None` where there is no C for it.
 
     Args:
-        function, start, dtype, holes, behind: as of `call_of`.
-        left: how that lies.
+        function, start, dtype, holes: as of `call_of`.
+        behind: bytes between the request and its steps.
+        left: how what it leaves lies.
         memories: where memory of the loop is taken from, and given back to.
         saved: sizes of the saved states, where there are any.
     """
     if _take_steps is None:
         return None
     call = _packed(function, start, dtype, holes, behind)
-    return partial(_take_steps, call, struct.pack("5n", *left), memories, saved)
+    return partial(_take_steps, call, struct.pack("7n", *left), memories, saved)
 
 
 def pull_of(

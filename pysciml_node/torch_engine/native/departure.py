@@ -72,8 +72,8 @@ GIVEN_AT_ONCE = (
 _OWN = frozenset(("ends", "saved", "final", "memory", "kept"))
 _OWN_BACK = frozenset(("memory", "kept", "packed_bar"))
 
-# Bytes of states that lie behind a request.
-_SMALL = 1 << 14
+# Bytes of steps and states that room is made for behind a request.
+_MOST_AT_ONCE = 1 << 18
 
 # Departures that are kept of a library.
 _MOST_DEPARTURES = 16
@@ -150,7 +150,6 @@ class Departure:
             first address in it that is aligned.
         places_at: where the places of saved times do.
         steps_at: where the steps do.
-        ends_at: where the states at their ends do, if they are there too.
     """
 
     def __init__(
@@ -178,7 +177,6 @@ class Departure:
         sizes = [-(-x.packed_size * library.dtype.itemsize // 8) * 8 for x in libraries]
         *self.packed_at, self.places_at = itertools.accumulate(sizes, initial=self.behind)
         self.steps_at = self.places_at + 16 * len(times)
-        self.ends_at = first_behind(self.steps_at + 32 * self.room)
         self._request = request = SolveRequest(
             t0=t0,
             t1=t1,
@@ -286,41 +284,57 @@ class Departure:
             Hole(SolveRequest.steps.offset, BEHIND, self.steps_at),
         ]
 
+    def room_at_once(self, lately: int) -> int:
+        """Steps that room is made for where C gives back what is too much; 0 if that is too large.
+
+        Args:
+            lately: steps of the solve before.
+        """
+        library = self.libraries[0]
+        room = 2 * lately + 8 if lately else self.room
+        return room if room * (32 + library.size * library.dtype.itemsize) <= _MOST_AT_ONCE else 0
+
+    def ends_at(self, steps: int) -> int:
+        """Where in a block the states at the ends of so many steps begin, if they are there too."""
+        return first_behind(self.steps_at + 32 * steps)
+
     def steps_of(self, spec: StateSpec) -> TakeSteps | None:
         """The loop of a solve that ends well, with the states at the ends in its block.
 
-        It is `None` of two methods, of parts, of a state that is no tensor, and where the states
-        take more than a little memory.
+        It is `None` of two methods, and of parts.
 
         Args:
             spec: structure of the state.
         """
         library, options = self.libraries[0], self.options
-        item = library.dtype.itemsize
-        row = library.size * item
-        states = (self.room + 1) * row
-        lone = len(self.libraries) == 1 and library.parts is None and spec.keys is None
-        if not (lone and self.lasting) or options.progress or states > _SMALL:
+        lone = len(self.libraries) == 1 and library.parts is None
+        if not (lone and self.lasting) or options.progress:
             return None
-        ends = Hole(SolveRequest.ends.offset, BEHIND, self.ends_at)
+        item = library.dtype.itemsize
+        shape = spec.shapes[0] if spec.keys is None else (library.size,)
+        left = Left(
+            accepted=SolveRequest.accepted.offset,
+            ends=SolveRequest.ends.offset,
+            room=SolveRequest.room.offset,
+            steps=self.steps_at,
+            entries=library.size,
+            row=library.size * item,
+            slot=library.slot * item,
+        )
         return steps_of(
             library.loaded.march,
-            self._start(self.room),
+            self._start(),
             library.dtype,
-            [*self._holes(GIVEN_TO_STEPS), ends],
-            self.ends_at - self.behind + states,
-            Left(
-                SolveRequest.accepted.offset, self.ends_at, library.size, row, library.slot * item
-            ),
+            self._holes(GIVEN_TO_STEPS),
+            self.steps_at - self.behind,
+            left,
             library.memories(library.march_memory),
-            (self.save_count, *spec.shapes[0]) if self.save_count else None,
+            (self.save_count, *shape) if self.save_count else None,
         )
 
-    def _start(self, room: int = 0) -> bytes:
-        """The request, of so much room, with places for the addresses of parameters."""
-        request = self.request()
-        request.room = room
-        return bytes(request) + bytes(8 * self.parameters)
+    def _start(self) -> bytes:
+        """The request, with places for the addresses of parameters."""
+        return bytes(self._request) + bytes(8 * self.parameters)
 
     def sweep(self, method: int) -> Call:
         """The sweep of a method, which is given what `GIVEN_BACK` names, and the log."""

@@ -65,7 +65,8 @@ class Log(NamedTuple):
 
     def ends(self, count: int) -> Tensor:
         """The initial state and those at the ends of so many steps, where they are in the block."""
-        library, start = self.departure.libraries[0], aligned(self.block) + self.departure.ends_at
+        library = self.departure.libraries[0]
+        start = aligned(self.block) + self.departure.ends_at(count)
         size, dtype = (count + 1) * library.size, library.dtype
         states = torch.frombuffer(self.block, dtype=dtype, count=size, offset=start)
         return states.view(count + 1, library.size)

@@ -207,7 +207,7 @@ class Prepared:
 
     @cached_property
     def take_steps(self) -> TakeSteps | None:
-        """The loop where no gradients are taken, if it can run to its end in C."""
+        """The loop, if it can run to its end in C."""
         return self.departure.steps_of(self.spec)
 
     @cached_property

@@ -8,7 +8,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -77,6 +77,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "saved times": {"saveat": [0.0, 0.25, 0.3, 1.0]},
     "steps of one size": {"controller": psn.FixedStep(), "dt0": 1 / 32},
     "more steps than there is room for": {"controller": psn.FixedStep(), "dt0": 1 / 300},
+    "steps beyond all room": {"controller": psn.FixedStep(), "dt0": 1 / 4000},
     "Rosenbrock": {"algorithm": psn.Rodas5P()},
     "two methods": {"algorithm": psn.AutoTsit5()},
 }
@@ -90,7 +91,7 @@ def test_they_leave_what_those_with_gradients_do(way: str, made: list[Any]) -> N
         expected = solved(field, u0, recorded=True, **WAYS[way])
         before = len(made)
         found = solved(field, u0, **WAYS[way])
-        if count > 1 and way not in ("more steps than there is room for", "two methods"):
+        if count > 1 and way not in ("steps beyond all room", "two methods"):
             assert len(made) == before
         expect_decay(found, field, u0)
         assert (found.retcode, found.stats) == (expected.retcode, expected.stats)
@@ -105,6 +106,21 @@ def test_they_leave_what_those_with_gradients_do(way: str, made: list[Any]) -> N
         for again in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
             assert again.stats == found.stats
             assert torch.equal(again.u, found.u)
+
+
+def test_a_solve_may_take_more_steps_than_the_one_before() -> None:
+    field, u0 = Decay(), start()
+    for count in (4, 4, 30, 2, 2, 90, 90, 200, 3):
+        how: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 1 / count}
+        solution, (bar, _) = graded(field, u0, algorithm=psn.Euler(), **how)
+        found = solved(field, u0, psn.Euler(), **how)
+        factor = 1 - field.k.detach() / count
+        expected = torch.stack([u0 * factor**n for n in range(count + 1)])
+        torch.testing.assert_close(found.u, expected, rtol=1e-12, atol=0)
+        assert torch.equal(found.u, solution.u.detach())
+        ends = expected[-1].cos() * factor**count
+        whole = sum(2 * u0 * factor ** (2 * n) for n in range(count + 1))
+        torch.testing.assert_close(bar, whole + ends, rtol=1e-12, atol=0)
 
 
 def test_a_solve_in_many_turns_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +289,59 @@ def test_gradients_are_those_of_the_first_solve(way: str, first: Any) -> None:
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y)
             assert not x.requires_grad
+
+
+class Apart(Decay):
+    """The same for parts of a state: `u' = -k u`, `v' = -sum(u)`."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, t: Tensor, state: Any) -> Any:  # type: ignore[override]
+        """The derivatives, in the structure of the state."""
+        u, _ = state.values() if self.kind is dict else state
+        return made_of(self.kind, -self.k * u, -u.sum().reshape(1))
+
+
+class Named(NamedTuple):
+    """A state in parts."""
+
+    u: Tensor
+    v: Tensor
+
+
+def made_of(kind: Any, u: Tensor, v: Tensor) -> Any:
+    return {"u": u, "v": v} if kind is dict else (u, v) if kind is tuple else Named(u, v)
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, Named])
+@pytest.mark.parametrize("saveat", [None, [0.5, 1.0]])
+def test_states_may_be_in_parts(kind: Any, saveat: Any, made: list[Any]) -> None:
+    field = Apart(kind)
+    k = field.k.detach()
+    for count in range(4):
+        u0, v0 = (start() + count).requires_grad_(), torch.ones(1).double()
+        state = made_of(kind, u0, v0)
+        before = len(made)
+        plain = solved(field, state, saveat=saveat)
+        solution = solved(field, state, recorded=True, saveat=saveat)
+        assert count < 2 or len(made) == before
+        parts = solution.u1.values() if kind is dict else solution.u1
+        u, v = parts
+        with torch.no_grad():
+            expected = u0 * torch.exp(-k), v0 - (u0 * (1 - torch.exp(-k)) / k).sum()
+        torch.testing.assert_close((u, v), expected, rtol=1e-7, atol=1e-9, check_device=False)
+        (bar,) = torch.autograd.grad(v, u0, retain_graph=True)
+        torch.testing.assert_close(bar, ((torch.exp(-k) - 1) / k).expand_as(bar), rtol=1e-7, atol=0)
+        for x in (plain, solution):
+            assert type(x.u1) is type(x.u) is type(state)
+        saved, others = solution.u, plain.u
+        pairs = zip(*(x.values() if kind is dict else x for x in (saved, others)), strict=True)
+        for x, y in pairs:
+            assert len(x) == (solution.stats.naccept + 1 if saveat is None else 2)
+            assert torch.equal(x.detach(), y)
+            assert not y.requires_grad
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -34,6 +34,7 @@ static struct {
   Object *(*call_all)(Object *, Object *);
   Object *(*pack)(Size, ...);
   Object *(*of_size)(Size);
+  int (*resize)(Object *, Size);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
@@ -212,16 +213,23 @@ static Object *taken_from(Object *memories) {
   return 0;
 }
 
-/* How what a loop leaves lies in its block: the number of accepted steps, in the request; the states at
-   their ends, behind it, of so many entries and bytes; and the bytes that are kept of a step. */
+/* How what a loop leaves lies in its block: in the request the number of accepted steps, the address of
+   the states at their ends, and the room for steps; where the steps begin behind it, and the states
+   behind them, of so many entries and bytes; and the bytes that are kept of a step. */
 typedef struct {
-  Size accepted, ends, entries, row, slot;
+  Size accepted, ends, room, steps, entries, row, slot;
 } Left;
 
+enum { STEP = 32 };
+
+/* Where the states begin behind so many steps. */
+static Size ends_at(const Left *left, Size steps) {
+  return (left->steps + STEP * steps + ALIGNED - 1) / ALIGNED * ALIGNED;
+}
+
 /* The states as a tensor like the initial one. */
-static Object *ends_of(const Left *left, Object *u0, char *block) {
-  Size accepted, place;
-  memcpy(&accepted, block + left->accepted, sizeof accepted);
+static Object *ends_of(const Left *left, Object *u0, const char *from, Size accepted) {
+  Size place;
   Object *rows = py.of_size(accepted + 1), *entries = py.of_size(left->entries);
   Object *sizes = rows && entries ? py.pack(2, rows, entries) : 0;
   if (rows) py.let_go(rows);
@@ -230,24 +238,61 @@ static Object *ends_of(const Left *left, Object *u0, char *block) {
   if (sizes) py.let_go(sizes);
   if (!ends) return 0;
   if (locate(ends, &place) == 1) {
-    memcpy((void *)place, aligned(block) + left->ends, (accepted + 1) * left->row);
+    memcpy((void *)place, from, (accepted + 1) * left->row);
     return ends;
   }
   py.let_go(ends);
   return 0;
 }
 
+/* Make a block no longer than what lies in it, which begins at an address that is aligned. */
+static int shorten(Object *block, Size size) {
+  char *before = py.block(block);
+  Size start = aligned(before) - before;
+  if (py.resize(block, size + ALIGNED)) return -1;
+  char *after = py.block(block);
+  if (aligned(after) - after != start) memmove(aligned(after), after + start, size);
+  return 1;
+}
+
+/* The block of a loop that has run to its end. */
+static Object *stepped(const Call *call, const Left *left, Object **given, Size room, int *done) {
+  Size size = call->size + ends_at(left, room) - left->steps + (room + 1) * left->row;
+  Object *block = py.new_block(0, size);
+  *done = -1;
+  if (!block) return 0;
+  char *request = py.block(block), *ends = aligned(request) + ends_at(left, room);
+  *done = fill(call, request, given);
+  if (*done == 1) {
+    memcpy(request + left->ends, &ends, sizeof ends);
+    memcpy(request + left->room, &room, sizeof room);
+    *done = run(call, request, 1);
+  }
+  if (*done == 1) return block;
+  py.let_go(block);
+  return 0;
+}
+
 enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, PARAMETERS, MOST_GIVEN = 128 };
 
-/* The block of a loop that runs to its end, the last state, the saved ones and, with `left`, those at the
-   ends of steps. */
-static Object *taken(const Call *call, const Left *left, Object **given) {
-  int done;
-  Object *block = block_of(call, given, 1, &done);
+/* The block, the last state, the saved ones, where there is a sweep those at the ends of steps, and what
+   is kept for it. Those are behind the steps in the block otherwise. */
+static Object *taken(const Call *call, const Left *left, Object **given, Size room) {
+  int done, swept = given[KEPT_ROOM] != py.none;
+  Object *block = stepped(call, left, given, room, &done), *found = 0;
   if (!block) return none_unless(done < 0);
-  Object *ends = left ? ends_of(left, given[U0], py.block(block)) : py.none, *found = 0;
-  if (ends) found = py.pack(5, block, given[LAST], given[SAVED], ends, given[KEPT]);
-  if (ends && left) py.let_go(ends);
+  Size accepted, size;
+  char *request = py.block(block), *from = aligned(request) + ends_at(left, room);
+  memcpy(&accepted, request + left->accepted, sizeof accepted);
+  Object *ends = swept ? ends_of(left, given[U0], from, accepted) : held(py.none);
+  size = ends_at(left, accepted);
+  if (!swept) {
+    memmove(aligned(request) + size, from, (accepted + 1) * left->row);
+    size += (accepted + 1) * left->row;
+  }
+  if (ends && shorten(block, size) == 1)
+    found = py.pack(5, block, given[LAST], given[SAVED], ends, given[KEPT]);
+  if (ends) py.let_go(ends);
   py.let_go(block);
   return found;
 }
@@ -255,7 +300,7 @@ static Object *taken(const Call *call, const Left *left, Object **given) {
 /* What a loop is given beside its state and the parameters. */
 static int make(const Left *left, Object *sizes, Object **given) {
   Size room = 0;
-  if (left && number(given[KEPT_ROOM], &room) < 1) return 0;
+  if (given[KEPT_ROOM] != py.none && number(given[KEPT_ROOM], &room) < 1) return 0;
   if (!(given[LAST] = py.call(py.empty_like, given[U0]))) return 0;
   given[SAVED] = sizes == py.none ? held(sizes) : new_like(given[U0], sizes);
   if (!given[SAVED]) return 0;
@@ -263,19 +308,22 @@ static int make(const Left *left, Object *sizes, Object **given) {
   return given[KEPT] != 0;
 }
 
-/* `take_steps(call, left, memories, sizes, kept_room, u0, *parameters)`: the block, the last state, the
-   saved ones, which are of these sizes, and unless `kept_room` is None those at the ends of the steps
-   and what is kept of so many steps; None where `cross` gives None, or the list lacks memory for it. */
+/* `take_steps(call, left, memories, sizes, room, kept_room, u0, *parameters)`: with room for so many
+   steps the block, the last state, the saved ones, which are of these sizes, and unless `kept_room` is
+   None those at the ends of the steps and what is kept of so many steps; None where `cross` gives None,
+   or the list lacks memory for it. */
 Object *take_steps(Object *self, Object *const *arguments, Size count) {
   (void)self;
   Object *memories = arguments[2], *found = 0;
-  Object *given[MOST_GIVEN] = {[U0] = arguments[5], [KEPT_ROOM] = arguments[4]};
+  Object *given[MOST_GIVEN] = {[U0] = arguments[6], [KEPT_ROOM] = arguments[5]};
   if (count + PARAMETERS > MOST_GIVEN) return none_unless(0);
-  for (Size i = 6; i < count; i++) given[PARAMETERS + i - 6] = arguments[i];
+  for (Size i = 7; i < count; i++) given[PARAMETERS + i - 7] = arguments[i];
   if (!(given[MEMORY] = taken_from(memories))) return none_unless(py.failed() != 0);
   const Call *call = py.bytes(arguments[0]);
-  const Left *left = arguments[4] == py.none ? 0 : py.bytes(arguments[1]);
-  if (call && make(left, arguments[3], given)) found = taken(call, left, given);
+  const Left *left = py.bytes(arguments[1]);
+  Size room;
+  if (call && left && number(arguments[4], &room) == 1 && make(left, arguments[3], given))
+    found = taken(call, left, given, room);
   if (found && py.append(memories, given[MEMORY])) {
     py.let_go(found);
     found = 0;
