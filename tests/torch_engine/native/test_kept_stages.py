@@ -119,10 +119,12 @@ def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
 
 
 def in_memory() -> int:
-    """Bytes of all tensors."""
+    """Bytes of all tensors, and of the blocks that C reads and writes."""
     gc.collect()
-    found = [x.untyped_storage() for x in gc.get_objects() if type(x) is Tensor]
-    return sum({x.data_ptr(): x.nbytes() for x in found}.values())
+    objects = gc.get_objects()
+    found = [x.untyped_storage() for x in objects if type(x) is Tensor]
+    blocks = {id(x): len(x) for x in gc.get_referents(*objects) if type(x) is bytearray}
+    return sum({x.data_ptr(): x.nbytes() for x in found}.values()) + sum(blocks.values())
 
 
 def test_kept_stages_go_with_the_graph() -> None:
