@@ -43,6 +43,21 @@ def saved_by(node: Any) -> Iterator[Tensor]:
                 yield one.data
 
 
+def memory_of(values: Iterable[Tensor], nodes: Collection[Any]) -> dict[int | None, int]:
+    """The bytes of values, and of the tensors that nodes have saved for backward, by addresses.
+
+    `None` stands for what has none, such as sparse tensors, or what is not there any more.
+    """
+    sizes: dict[int | None, int] = {}
+    try:
+        for x in chain(values, chain.from_iterable(map(saved_by, nodes))):
+            _count(x, sizes)
+    except (RuntimeError, AttributeError):
+        # What was saved has been freed, or this version of torch does not show it.
+        sizes[None] = 0
+    return sizes
+
+
 def are_of_others(nodes: Iterable[Any]) -> bool:
     """Whether a node of the graph is a `torch.autograd.Function` that belongs to no library.
 
@@ -110,18 +125,8 @@ class FirstGraph:
         self, evaluation: Evaluation, nodes: Collection[Any], outside: list[Tensor]
     ) -> int:
         """The bytes that an evaluation takes; 0 where that is not known."""
-        # By the addresses of their memory; `None` for what has none, such as sparse tensors.
-        sizes: dict[int | None, int] = {}
-        outer: dict[int | None, int] = {}
-        try:
-            for x in (*evaluation[0], *evaluation[1], *chain.from_iterable(map(saved_by, nodes))):
-                _count(x, sizes)
-        except (RuntimeError, AttributeError):
-            # What was saved has been freed, or this version of torch does not show it.
-            return 0
+        sizes = memory_of(chain(*evaluation), nodes)
         if None in sizes:
             return 0
-        for x in outside:
-            _count(x, outer)
-        own = sum(sizes[address] for address in sizes.keys() - outer.keys())
+        own = sum(sizes[address] for address in sizes.keys() - memory_of(outside, ()).keys())
         return own + self.NODE * len(nodes)
