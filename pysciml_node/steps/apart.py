@@ -26,21 +26,37 @@ class WentBack(RuntimeError):
     """A derivative inside of a function has come to what its arguments were computed from."""
 
 
+class During:
+    """Whether one of the functions of a solve runs: what an earlier call was given ends there too.
+
+    A field may keep what it computed, and differentiate that later. Without gradients of its own a
+    state ends such a derivative, too.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
 def apart(
-    what: str, given: Iterable[Tensor], *, always_refused: bool = False
+    what: str,
+    given: Iterable[Tensor],
+    *,
+    during: During | None = None,
+    always_refused: bool = False,
 ) -> AbstractContextManager[None]:
     """A context for a call of a function: derivatives inside of it end at its arguments.
 
     Args:
         what: the function, in messages.
         given: its arguments.
+        during: derivatives inside of later calls with it end at these arguments too.
         always_refused: raise where one would go on, even if it could end there.
 
     Raises:
         WentBack: inside, where a derivative frees the graph that it would have to end at.
     """
     found = [x for x in given if _has_graph(x)]
-    return _Apart(what, found, always_refused) if found else _NOTHING
+    return _Apart(what, found, during, always_refused) if found else _NOTHING
 
 
 def _has_graph(x: Tensor) -> bool:
@@ -51,11 +67,17 @@ def _has_graph(x: Tensor) -> bool:
 class _Apart(AbstractContextManager[None]):
     """Holds back what arrives at the graph nodes of tensors, for its duration."""
 
-    def __init__(self, what: str, tensors: list[Tensor], always_refused: bool) -> None:
-        self._what, self._tensors, self._always_refused = what, tensors, always_refused
+    def __init__(
+        self, what: str, tensors: list[Tensor], during: During | None, always_refused: bool
+    ) -> None:
+        self._tensors, self._passing = tensors, during is None
+        self._during = During() if during is None else during
+        # Graphs hold it, and it holds none.
+        self._hold_back = partial(_hold_back, self._during, what, always_refused)
 
     @override
     def __enter__(self) -> None:
+        self._during.calls += 1
         self._handles = [
             x.grad_fn.register_prehook(partial(self._hold_back, x.output_nr))
             for x in self._tensors
@@ -64,21 +86,25 @@ class _Apart(AbstractContextManager[None]):
 
     @override
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+        self._during.calls -= 1
+        for handle in self._handles if self._passing else ():
             handle.remove()
 
-    def _hold_back(
-        self, place: int, gradients: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...]:
-        # The pass goes on with nothing in hand, and may let go of what the nodes behind hold.
-        if self._always_refused or not graph_is_retained():
-            raise WentBack(
-                f"{self._what} differentiates something by a tensor that its state was computed "
-                "from, such as a parameter, and lets go of the graph, which the solve needs.\n"
-                "  Keep it: torch.autograd.grad(..., retain_graph=True); or use "
-                "adjoint=DiscreteAdjoint()."
-            )
-        return tuple(None if i == place else x for i, x in enumerate(gradients))
+
+def _hold_back(
+    during: During, what: str, always_refused: bool, place: int, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...] | None:
+    if not during.calls:
+        return None
+    # The pass goes on with nothing in hand, and may let go of what the nodes behind hold.
+    if always_refused or not graph_is_retained():
+        raise WentBack(
+            f"{what} differentiates something by a tensor that its state was computed "
+            "from, such as a parameter, and lets go of the graph, which the solve needs.\n"
+            "  Keep it: torch.autograd.grad(..., retain_graph=True); or use "
+            "adjoint=DiscreteAdjoint()."
+        )
+    return tuple(None if i == place else x for i, x in enumerate(gradients))
 
 
 class Lookout:

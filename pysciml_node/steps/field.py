@@ -14,7 +14,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.alone import own
-from pysciml_node.steps.apart import Lookout, WentBack, apart
+from pysciml_node.steps.apart import During, Lookout, WentBack, apart
 from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.graph import Grad, pull_back
 from pysciml_node.steps.inputs import Inputs
@@ -107,6 +107,7 @@ class FlatField:
         given: holds `f` and `p`: during a backward sweep, stand-ins for the tensors of `p`.
         watch: is shown what evaluations without gradients would depend on.
         plain: whether it takes no derivatives inside, as far as is known: see `are_plain`.
+        during: for what else is evaluated with it.
     """
 
     watch: Watch | None = None
@@ -122,7 +123,7 @@ class FlatField:
         self.spec: StateSpec = problem.spec
         self.mass = problem.mass
         self.nfe = 0
-        self._lookout = Lookout()
+        self._lookout, self.during = Lookout(), During()
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         """Evaluate the derivative; shape `(N,)`."""
@@ -133,7 +134,7 @@ class FlatField:
                     return own(self._lookout(self._evaluate, t, u))
                 except WentBack:  # code that is in no place that was found
                     self.plain = False
-            with apart("the field", (t, u)):
+            with apart("the field", (t, u), during=self.during):
                 return own(self._evaluate(t, u))
         if self.watch is not None or u.requires_grad:
             return without_gradients(self._evaluate, t, u, self.watch)

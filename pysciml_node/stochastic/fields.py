@@ -168,7 +168,7 @@ class Fields:
     def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         """The diffusion; flat, `(N,)` or `(N * m,)`."""
         if torch.is_grad_enabled():
-            with apart("the diffusion", (t, u)):
+            with apart("the diffusion", (t, u), during=self.drift.during):
                 return self._diffusion(t, u)
         return without_gradients(self._diffusion, t, u, self.drift.watch)
 

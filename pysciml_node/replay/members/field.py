@@ -137,7 +137,7 @@ class MembersField:
         """
         evaluate = self._batch if self.batched else self._mapped
         if torch.is_grad_enabled():
-            with apart("the field", (t, u)):
+            with apart("the field", (t, u), during=self._one.during):
                 return evaluate(t, u, p)
         if self.watch is None and not u.requires_grad:
             k = evaluate(t, u, p)
