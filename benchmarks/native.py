@@ -75,7 +75,9 @@ class LotkaVolterra(nn.Module):
 
 
 def inside() -> list[float]:
-    """Seconds that each call of a library took, with what fills its request, from now on."""
+    """Seconds that each call of a library took, from now on, with what fills its request, and makes
+    the tensors that it writes to.
+    """
     spent: list[float] = []
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,8 +91,16 @@ def inside() -> list[float]:
 
     for name in ("march", "sweep"):
         setattr(Library, name, timed(getattr(Library, name)))
-    make = departure.call_of
-    departure.call_of = lambda *given: timed(make(*given))
+
+    def timed_made(make: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            call = make(*given)
+            return None if call is None else timed(call)
+
+        return run
+
+    for name in ("call_of", "steps_of", "pull_of"):
+        setattr(departure, name, timed_made(getattr(departure, name)))
     return spent
 
 
@@ -119,6 +129,9 @@ class Case:
     options: dict[str, Any]
     samples: int = 50  # of the loop
 
+    def __post_init__(self) -> None:
+        self.inputs = [self.u0, *self.field.parameters()]
+
     def solve(self, compile: bool) -> Any:
         """One solve."""
         return psn.solve(
@@ -138,7 +151,7 @@ class Case:
         """One solve and its gradient."""
         solution = self.solve(compile)
         loss = solution.u.sum() if "saveat" in self.options else solution.u1.sum()
-        return torch.autograd.grad(loss, [self.u0, *self.field.parameters()])
+        return torch.autograd.grad(loss, self.inputs)
 
 
 class Nothing(torch.autograd.Function):
@@ -158,7 +171,7 @@ class Nothing(torch.autograd.Function):
 
 def bare(case: Case, samples: int, spent: list[float]) -> list[str]:
     """The row of a function that computes nothing."""
-    inputs = [case.u0, *case.field.parameters()]
+    inputs = case.inputs
 
     def forward() -> Tensor:
         out: Tensor = Nothing.apply(*inputs)  # type: ignore[no-untyped-call]
