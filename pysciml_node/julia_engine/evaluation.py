@@ -12,6 +12,7 @@ from pysciml_node.julia_engine.process import runtime
 from pysciml_node.julia_engine.process.buffers import CODES, device_code
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.steps.autograd import pulled
 
 
@@ -45,6 +46,7 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         t, u, p = ctx.saved_tensors
         runtime.require(*ctx.packages)

@@ -21,6 +21,7 @@ from pysciml_node.julia_engine.process.buffers import address, integers, room_fo
 from pysciml_node.julia_engine.process.entries import enter
 from pysciml_node.julia_engine.process.handles import Handle
 from pysciml_node.julia_engine.process.runtime import cross
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.replay.stages import Method
 from pysciml_node.replay.trajectory import TorchTrajectory
@@ -281,6 +282,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
         if all(x is None for x in cotangents):

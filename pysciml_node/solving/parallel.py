@@ -24,6 +24,7 @@ from pysciml_node._optional import require
 from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.options import Array
 from pysciml_node.algorithms.parallel import Parallel
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.state import map_tensors
 from pysciml_node.replay.comparison import expect_reproduced, rounding
 from pysciml_node.solutions.solution import ReturnCode, Solution
@@ -313,6 +314,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.modes import are_ordinary, ordinary_modes
+from pysciml_node.problems.modes import are_ordinary, ordinary_modes, uncompiled
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.record import Outcome
 
@@ -274,6 +274,7 @@ class SolveNode(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         given = [x for x in cotangents if x is not None]
         if not given:

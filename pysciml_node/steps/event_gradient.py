@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from typing_extensions import override
 
 from pysciml_node.problems.event import Event
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.solution import Solution
 from pysciml_node.steps.apart import apart
@@ -31,6 +32,7 @@ class _NewtonShift(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         value, slope = ctx.saved_tensors
         with torch.no_grad():
@@ -51,6 +53,7 @@ class _UnknownShift(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (unknown,) = ctx.saved_tensors
         if unknown.ndim and not bool((unknown & (cotangents[0] != 0)).any()):

@@ -109,6 +109,32 @@ def test_a_layer_that_is_itself_compiled_and_one_that_returns_its_end_state() ->
     compare(model, "eager")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("adjoint", [psn.DiscreteAdjoint(), psn.DiscreteAdjoint(memory=0)])
+def test_a_compiled_step_that_goes_backward_itself(
+    native: bool, adjoint: psn.DiscreteAdjoint
+) -> None:
+    """Torch's compiler looks at what a backward pass calls, too."""
+
+    def trained(compiled: bool) -> Tensor:
+        torch.manual_seed(0)
+        node = psn.NeuralODE(field(), output="u1", adjoint=adjoint, compile=native)
+        optimizer = torch.optim.SGD(node.parameters(), lr=0.1)
+
+        def step(x: Tensor) -> None:
+            optimizer.zero_grad()
+            node(x).square().mean().backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        for _ in range(2):
+            run(torch.ones(4, 2))
+        return torch.cat([x.detach().flatten() for x in node.parameters()])
+
+    torch.testing.assert_close(trained(True), trained(False))
+
+
 def test_a_compiled_field() -> None:
     f = field()
     compiled = torch.compile(f, backend="aot_eager")

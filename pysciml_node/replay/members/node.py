@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.steps.autograd import pulled
 
 # From starts, states, and the cotangents of saved and of step states to those of the starts, of the
@@ -41,6 +42,7 @@ class MembersNode(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)

@@ -16,6 +16,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.switching import OneStepMethod
 from pysciml_node.errors import UnsupportedModule
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.ode import ODEProblem, Problem, ends_of
 from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.newton import Accuracy
@@ -298,6 +299,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(
         ctx: Any, saved: Tensor | None, ends: Tensor | None, last: Tensor | None
     ) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from pysciml_node.algorithms.options import Array, MemberOptions
 from pysciml_node.problems.ensemble import EnsembleProblem
+from pysciml_node.problems.modes import uncompiled
 from pysciml_node.problems.state import moves
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.torch_engine.native.events import MembersSearch
@@ -135,6 +136,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)

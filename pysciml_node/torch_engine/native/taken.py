@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pysciml_node.problems.modes import ordinary_modes
+from pysciml_node.problems.modes import ordinary_modes, uncompiled
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.autograd import graph_is_retained, pulled, saved_tensors_stay
 from pysciml_node.torch_engine.native.departure import Departure
@@ -247,6 +247,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
+    @uncompiled
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Any, ...]:
         needed, steps = ctx.needs_input_grad, ctx.steps
         if all(x is None for x in arriving):
