@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pysciml_node.problems.sde import SDEProblem
+from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import apart
 from pysciml_node.steps.field import (
     FlatField,
@@ -127,6 +129,14 @@ class NoiseLayout:
         return w.view((*lead, self.motions) if self.matrix else lead)
 
 
+class _Drift(FlatField):
+    """The drift. A step keeps its values while it evaluates others."""
+
+    @override
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        return own(super().__call__(t, u))
+
+
 class Fields:
     """Drift and diffusion on flat states, with their evaluations counted.
 
@@ -140,7 +150,7 @@ class Fields:
 
     def __init__(self, problem: SDEProblem, given: dict[str, Any] | None = None) -> None:
         self.given = _given(problem) if given is None else given
-        self.drift = FlatField(problem, self.given)
+        self.drift: FlatField = _Drift(problem, self.given)
         self.problem = problem
         self.spec = problem.spec
         self.nfe_diffusion = 0
@@ -150,7 +160,7 @@ class Fields:
         """Those of a problem that differs in values alone; the layout need not be looked for."""
         fields = copy.copy(self)
         fields.given = _given(problem)
-        fields.drift = FlatField(problem, fields.given)
+        fields.drift = _Drift(problem, fields.given)
         fields.problem, fields.spec = problem, problem.spec
         return fields
 
@@ -169,8 +179,8 @@ class Fields:
         """The diffusion; flat, `(N,)` or `(N * m,)`."""
         if torch.is_grad_enabled():
             with apart("the diffusion", (t, u), during=self.drift.during):
-                return self._diffusion(t, u)
-        return without_gradients(self._diffusion, t, u, self.drift.watch)
+                return own(self._diffusion(t, u))
+        return own(without_gradients(self._diffusion, t, u, self.drift.watch))
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         versions = versions_of([t, u])

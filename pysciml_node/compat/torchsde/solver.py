@@ -70,7 +70,8 @@ class GivenPath(Path):
         w, *others = found if isinstance(found, tuple) else (found,)
         h = end - start
         area = others[0] / h - w / 2 if self._area and h > 0 else None
-        flat = w.reshape(-1), None if area is None else area.reshape(-1)
+        # Copies: graphs of steps read them, and whoever made them may use their memory again.
+        flat = w.reshape(-1).clone(), None if area is None else area.reshape(-1)
         if self._levy:
             return _IncrementWithArea(h, *flat, others[-1])
         return Increment(h, *flat)
