@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.compat import torchsde
 from pysciml_node.compat.torchdiffeq import odeint
 
 ADJOINTS = [psn.DiscreteAdjoint(), psn.DirectAdjoint(), psn.InterpolatingAdjoint()]
@@ -133,6 +134,26 @@ def test_a_compiled_step_that_goes_backward_itself(
         return torch.cat([x.detach().flatten() for x in node.parameters()])
 
     torch.testing.assert_close(trained(True), trained(False))
+
+
+@pytest.mark.slow
+def test_a_compiled_call_of_torchsde_that_makes_its_motion_itself() -> None:
+    class Sde(nn.Module):
+        noise_type, sde_type = "diagonal", "stratonovich"
+
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            return -y
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return 0.1 * y
+
+    def end(y0: Tensor) -> Tensor:
+        motion = torchsde.BrownianInterval(0.0, 1.0, size=(4, 2), entropy=3)
+        times = torch.tensor([0.0, 1.0])
+        return torchsde.sdeint(Sde(), y0, times, bm=motion, method="midpoint", dt=0.1)[-1]
+
+    y0 = torch.ones(4, 2)
+    torch.testing.assert_close(torch.compile(end, backend="eager")(y0), end(y0))
 
 
 def test_a_compiled_field() -> None:

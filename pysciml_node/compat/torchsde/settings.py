@@ -19,6 +19,10 @@ class Names:
     def __iter__(self) -> Iterator[str]:
         return iter(self.all())
 
+    def __len__(self) -> int:
+        # The compiler of torch asks it of whatever can be iterated over.
+        return len(self.__dict__)
+
     def __getattr__(self, name: str) -> str:
         raise AttributeError(f"there is no name {name!r}.\n  There are {', '.join(self)}.")
 
