@@ -47,9 +47,9 @@ class DiscreteAdjoint(Adjoint):
     sizes themselves is dropped.
 
     Args:
-        memory: bytes that graphs of stages may take, of explicit steps of the torch engine, or in
-            native code the values of stages, of stochastic steps too; about as many of the first
-            steps are kept. With 0 every step is recomputed.
+        memory: bytes that graphs of stages may take, of explicit and of stochastic steps of the
+            torch engine, or in native code the values of stages; about as many of the first steps
+            are kept. With 0 every step is recomputed.
     """
 
     memory: int = 2**26

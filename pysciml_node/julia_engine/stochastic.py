@@ -42,6 +42,7 @@ class JuliaParts(Parts):
     """
 
     watches = False
+    keeps = False
 
     def __init__(self, algorithm: StochasticRungeKutta) -> None:
         self._algorithm = algorithm

@@ -2,7 +2,8 @@
 
 The accepted steps are one graph, from the initial state on: a step begins with the state that the
 one before ends in, and with its last stage where that serves both. A rejected attempt leaves
-nothing behind. A step whose graph was not kept is taken again by the sweep.
+nothing behind. A step whose graph was not kept is taken again by the sweep. Those of stochastic
+equations are in `stochastic/kept.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pysciml_node.algorithms.adjoints import Adjoint, DiscreteAdjoint
 from pysciml_node.replay.comparison import Comparison
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import Real, RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Stats
 from pysciml_node.steps.apart import WentBack
-from pysciml_node.steps.autograd import graph_is_retained
+from pysciml_node.steps.autograd import graph_is_retained, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.first_graph import FirstGraph, are_of_others, memory_of
@@ -51,9 +53,11 @@ class _Solves(threading.local):
 keeping = _Solves()
 
 
-def may_keep() -> bool:
-    """Whether no solve around this one keeps graphs, in this thread."""
-    return not keeping.keeping
+def memory_for(adjoint: Adjoint) -> int:
+    """The bytes that graphs of steps may take, as far as the adjoint and what is around tell."""
+    if isinstance(adjoint, DiscreteAdjoint) and saved_tensors_stay() and not keeping.keeping:
+        return adjoint.memory
+    return 0
 
 
 class KeptStep(NamedTuple):
@@ -61,13 +65,14 @@ class KeptStep(NamedTuple):
 
     Attributes:
         end: the state at its end, `(N,)`.
-        stages: the stages that were evaluated, `(N,)` each.
+        inner: what outputs inside are made of, `(N,)` each: the stages that were evaluated, or
+            these outputs themselves.
         joined: whether the first of them is a stage of the step before.
     """
 
     end: Tensor
-    stages: list[Tensor]
-    joined: bool
+    inner: list[Tensor]
+    joined: bool = False
 
 
 class KeptSteps:
@@ -81,7 +86,7 @@ class KeptSteps:
         start: the initial state, `(N,)`, or a leaf where it has no graph.
         captured: what the field can reach.
         memory: how many bytes may be kept.
-        each: how many of them the first evaluation of the field takes.
+        each: how many of them the first evaluation of the field, or a step, takes.
     """
 
     def __init__(self, start: Tensor, captured: Inputs, memory: int, each: int) -> None:
@@ -97,32 +102,59 @@ class KeptSteps:
 
     @property
     def room(self) -> int:
-        """How many further evaluations may be kept, if they take no more than those before."""
+        """How many further ones may be kept, if they take no more than those before."""
         return max(self._left, 0) // self._each
 
-    def add(self, step: KeptStep) -> None:
-        """Keep the next step."""
+    @classmethod
+    def of(
+        cls, graph: FirstGraph | None, captured: Inputs, u0: Tensor, memory: int, evaluations: int
+    ) -> KeptSteps | None:
+        """Room for steps; `None` where their graphs are of no use.
+
+        Args:
+            graph: that of the first evaluation, if it has been kept.
+            captured: what the field can reach.
+            u0: the initial state, `(N,)`.
+            memory: how many bytes may be kept.
+            evaluations: those that the room is counted by.
+        """
+        wanted = u0.requires_grad or bool(captured.inputs)
+        if graph is None or graph.evaluation is None or not wanted:
+            return None
+        if captured.cut or not captured.steady:
+            return None
+        (start,) = graph.evaluation[1]
+        return cls(start, captured, memory, graph.bytes * evaluations)
+
+    def add(self, step: KeptStep, evaluated: Sequence[Tensor], count: int) -> None:
+        """Keep the next step.
+
+        Args:
+            step: the step.
+            evaluated: in it, one after the other; the last one is measured.
+            count: how many like that one it takes.
+        """
         start = self._steps[-1].end if self._steps else self.start
-        self._each = max(self._each, _bytes_of(start, step.stages, self._outside))
-        self._left -= self._each * len(step.stages)
+        self._each = max(self._each, _bytes_of(start, evaluated, self._outside))
+        self._left -= self._each * count
         self._steps.append(step)
 
     def values(self, record: Record) -> list[Tensor]:
-        """What cotangents may arrive at: the ends of the steps, and stages of those with outputs.
+        """What cotangents may arrive at: the ends of the steps, and what is inside of some.
 
         Args:
             record: of the solve.
         """
         steps = self._steps[: len(record.sizes)]
         ends = [step.end for step in steps]
-        stages = [step.stages for n, step in enumerate(steps) if n in record.inside]
-        values = [*ends, *chain.from_iterable(stages)]
+        inner = [step.inner for n, step in enumerate(steps) if n in record.inside]
+        values = [*ends, *chain.from_iterable(inner)]
         self._ends, self._values = len(ends), len(values)
         return values
 
-    def placed(self, ends: list[Tensor | None], stages: list[Tensor | None]) -> list[Tensor | None]:
+    def placed(self, ends: list[Tensor | None], inner: list[Tensor | None]) -> list[Tensor | None]:
         """Cotangents in the order of the values; a failed solve may have been cut back since."""
-        placed = [*ends, *[None] * (self._ends - len(ends)), *stages]
+        placed = [*ends, *[None] * (self._ends - len(ends)), *inner]
         return placed + [None] * (self._values - len(placed))
 
     def take(self, captured: Inputs, backward: BackwardPass) -> list[KeptStep]:
@@ -145,7 +177,7 @@ class KeptSteps:
         And what it has saved, if torch has counted a change of that, even one to equal values.
         """
         nodes = set[Any]()
-        values = [x for step in steps for x in (step.end, *step.stages)]
+        values = [x for step in steps for x in (step.end, *step.inner)]
         graph_leaves(values, {edge_of(self.start)}, seen=nodes)
         if (x := first_saved(nodes, captured.changed)) is not None:
             raise RuntimeError(
@@ -292,7 +324,7 @@ class KeptStages(Stages):
         assert self._end is not None
         if not self._went_back:
             stages = [self.vectors.get(i) for i in range(self.count)]
-            self._kept.add(KeptStep(self._end, stages, self._joined))
+            self._kept.add(KeptStep(self._end, stages, self._joined), stages, len(stages))
         self._first = super().leave(goes_on)
         self._state, self._joined = self._end, self._first is not None
         k = None if self._first is None else self._first.detach()
@@ -345,7 +377,7 @@ def arriving_at(
             bars[n] = upon if start is None else start + upon
             stages += (weights.T @ inside).unbind()
         elif n in record.inside:
-            stages += [None] * len(step.stages)
+            stages += [None] * len(step.inner)
         if arriving or inside is not None:
             count = n + 1
     products = _products(steps[:count], method, backward)
@@ -358,7 +390,7 @@ def _products(steps: list[KeptStep], method: Method, backward: BackwardPass) -> 
     for n, step in enumerate(steps):
         behind = n + 1 < len(steps) and steps[n + 1].joined
         inside = backward.saved is not None and n in backward.record.inside
-        products += (len(step.stages) if inside else used + behind) - step.joined
+        products += (len(step.inner) if inside else used + behind) - step.joined
     return products
 
 
@@ -383,12 +415,12 @@ def compare_kept(
     """
     record, states, n = backward.record, backward.states, len(steps) - 1
     t, h, u, end = record.times[n], record.sizes[n], states[n], method.end_stage
-    i, at = (0, u) if end is None or end >= len(steps[n].stages) else (end, states[n + 1])
+    i, at = (0, u) if end is None or end >= len(steps[n].inner) else (end, states[n + 1])
     with torch.no_grad():
         if i or n:
             stages = Stages(method, field.field, record.marks, RecordedVectors())
             again = field.field(stages.times(t, h)[i], at)
-            comparison.add(u + h * again, u + h * steps[n].stages[i], u)
+            comparison.add(u + h * again, u + h * steps[n].inner[i], u)
         again = field.field(method.nodes.new_tensor(record.times[0]), states[0])
         comparison.add_value(again, field.k0)
 

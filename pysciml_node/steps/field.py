@@ -15,7 +15,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import During, Lookout, WentBack, apart
-from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.graph import Grad, pull_back
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.randomness import expect_repeatable
@@ -234,6 +234,40 @@ class FlatField:
         return parts
 
 
+def inputs_of(
+    evaluate: Callable[[Tensor], tuple[Tensor, ...]],
+    surroundings: Surroundings,
+    u0: Tensor,
+    p: Any,
+    graph: FirstGraph | None,
+) -> Inputs:
+    """What receives gradients, by one evaluation at the start.
+
+    Args:
+        evaluate: the values at a state.
+        surroundings: what they can reach.
+        u0: the state at the start, `(N,)`.
+        p: the extra argument.
+        graph: where it is given, that of the evaluation is kept and measured.
+    """
+    kept = graph
+
+    def first() -> Evaluation:
+        if kept is not None and not kept.refused and u0.requires_grad:
+            try:
+                return evaluate(u0), (u0,)
+            except WentBack:
+                kept.refused = True
+        start = u0.detach().requires_grad_()
+        return evaluate(start), (start,)
+
+    checked = expect_repeatable(surroundings, u0.device, first, "its backward pass")
+    with Grad(True):
+        inputs = Inputs(surroundings, checked, p, graph)
+    kept = None  # later evaluations are apart from it
+    return inputs
+
+
 class DifferentiableField:
     """A field prepared for gradients: its inputs found, its vector-Jacobian product at hand.
 
@@ -261,26 +295,10 @@ class DifferentiableField:
             self.surroundings = Surroundings(field.given)
         field.plain = self.surroundings.plain
 
-        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            # A time without a gradient may be a number in NumPy or `math`, as in every later step.
-            t = t0.detach()
-            if graph is not None and not graph.refused and u0.requires_grad:
-                try:
-                    return (field(t, u0),), (u0,)
-                except WentBack:
-                    graph.refused = True
-            start = u0.detach().requires_grad_()
-            return (field(t, start),), (start,)
-
-        with Grad(True):
-            self.captured = Inputs(
-                self.surroundings,
-                expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),
-                problem.p,
-                graph,
-            )
+        # A time without a gradient may be a number in NumPy or `math`, as in every later step.
+        t = t0.detach()
+        self.captured = inputs_of(lambda u: (field(t, u),), self.surroundings, u0, problem.p, graph)
         (self.k0,) = self.captured.first
-        graph = None  # later evaluations are apart from it
 
     def settle(self) -> None:
         """Called when the solve has run: see `Inputs.settle`."""

@@ -51,8 +51,8 @@ class Usual(NamedTuple):
 
     def _key(self, evaluation: Evaluation) -> Any:
         """What these depend on: through `.data` a tensor is given another shape."""
-        (value,), (start,) = evaluation
-        return value.nbytes, start.is_leaf, *map(_SHAPE, self.tensors)
+        values, (start,) = evaluation
+        return *(x.nbytes for x in values), start.is_leaf, *map(_SHAPE, self.tensors)
 
 
 def usual_of(surroundings: Surroundings) -> Usual | None:

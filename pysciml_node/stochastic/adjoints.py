@@ -26,6 +26,7 @@ from pysciml_node.steps.field import Accumulator
 from pysciml_node.steps.graph import pull_back
 from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields
+from pysciml_node.stochastic.kept import KeptPullback
 from pysciml_node.stochastic.step import Stepper
 from pysciml_node.stochastic.virtual_tree import Increment
 
@@ -105,7 +106,13 @@ class StepPullback(Pullback):
         return self._sums.sums
 
 
-def discrete_sweep(pull: Pullback, path: Path, backward: BackwardPass, stats: Stats) -> Gradients:
+def discrete_sweep(
+    pull: Pullback,
+    path: Path,
+    backward: BackwardPass,
+    stats: Stats,
+    kept: KeptPullback | None = None,
+) -> Gradients:
     """Pull all cotangents of a solve back to its inputs, through its steps.
 
     Args:
@@ -113,11 +120,13 @@ def discrete_sweep(pull: Pullback, path: Path, backward: BackwardPass, stats: St
         path: the Brownian motions of the forward solve.
         backward: its steps, and the cotangents.
         stats: its backward fields are filled.
+        kept: the first of the steps, where their graphs were kept.
     """
     record, states = backward.record, backward.states
     cotangent = torch.zeros_like(states[0])
     live = False
-    for n in reversed(range(len(record.sizes))):
+    count = 0 if kept is None else len(kept.steps)
+    for n in reversed(range(count, len(record.sizes))):
         for extra in backward.entering(n + 1):
             cotangent, live = cotangent + extra, True
         t, total = record.times[n], None
@@ -130,11 +139,16 @@ def discrete_sweep(pull: Pullback, path: Path, backward: BackwardPass, stats: St
         if total is not None:
             cotangent = total
             stats.naccept_backward += 1
+    through: list[Tensor | None] = []
+    if kept is not None and count:
+        through = kept.hand_on(cotangent if live else None)
+        kept.expect_same(path)
+        cotangent = torch.zeros_like(cotangent)
     for extra in backward.entering(0):
         cotangent = cotangent + extra
     stats.nfe_backward += pull.evaluations
     stats.nvjp += pull.evaluations
-    return Gradients(u0=cotangent, inputs=pull.inputs())
+    return Gradients(u0=cotangent, inputs=pull.inputs(), kept=through)
 
 
 class _BackwardHeun:

@@ -16,11 +16,11 @@ from pysciml_node.steps.field import (
     FlatField,
     expect_copies,
     expect_untouched,
+    inputs_of,
     own_value,
     without_gradients,
 )
-from pysciml_node.steps.inputs import Inputs
-from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -233,6 +233,11 @@ def expect_shape(problem: SDEProblem, found: torch.Size, wanted: torch.Size) -> 
 class DifferentiableFields:
     """Drift and diffusion prepared for gradients: their inputs found.
 
+    Args:
+        problem: gives both.
+        u0: the state at the start, `(N,)`.
+        graph: where it is given, that of the evaluation there is kept and measured.
+
     Attributes:
         fields: both.
         surroundings: what they can reach.
@@ -240,7 +245,7 @@ class DifferentiableFields:
         first: drift and diffusion at `(t0, u0)`, from the evaluation that looked for them.
     """
 
-    def __init__(self, problem: SDEProblem, u0: Tensor) -> None:
+    def __init__(self, problem: SDEProblem, u0: Tensor, graph: FirstGraph | None = None) -> None:
         self.fields = fields = Fields(problem)
         self.surroundings = Surroundings(fields.given)
         time = problem.time_tensor([problem.t0])[0]
@@ -250,16 +255,13 @@ class DifferentiableFields:
                 fields.diffusion(time, u0)
             self.surroundings = Surroundings(fields.given)
 
-        def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            start = u0.detach().requires_grad_()
-            return (fields.drift(time, start), fields.diffusion(time, start)), (start,)
-
-        with torch.enable_grad():
-            self.captured = Inputs(
-                self.surroundings,
-                expect_repeatable(self.surroundings, u0.device, evaluate, "its backward pass"),
-                problem.p,
-            )
+        self.captured = inputs_of(
+            lambda u: (fields.drift(time, u), fields.diffusion(time, u)),
+            self.surroundings,
+            u0,
+            problem.p,
+            graph,
+        )
         drift, diffusion = self.captured.first
         self.first = drift, diffusion
 

@@ -176,6 +176,7 @@ class SDEMarch(Loop):
     @override
     def accepted(self, step: Step) -> None:
         self._rejecting = False
+        self.start.stepper.leave()
         # The fields may jump at a stop: their values there belong to the next step.
         again = self.start.stepper.method.tableau.fsal and step.stop is None
         self._first = _both(self._taken, -1) if again else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.algorithms.stochastic import StochasticRungeKutta
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import tensors_of
+from pysciml_node.replay.kept import KeptSteps, keeping, memory_for
 from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.finish import Solve
+from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import Steps
 from pysciml_node.steps.progress import step_listener
@@ -32,6 +36,7 @@ from pysciml_node.stochastic.adjoints import (
 )
 from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields
+from pysciml_node.stochastic.kept import KeptPullback, KeptStepper, evaluations_of
 from pysciml_node.stochastic.march import SDEMarch, Slope, Start, path_for
 from pysciml_node.stochastic.step import SDEMethod, Stepper
 from pysciml_node.stochastic.trajectory import SDETrajectory
@@ -68,9 +73,11 @@ class Parts:
 
     Attributes:
         watches: whether inputs may be found while the steps are taken.
+        keeps: whether graphs of steps are of use.
     """
 
     watches = True
+    keeps = True
 
     def stepper(self, method: SDEMethod, fields: Fields) -> Stepper:
         """What takes single steps."""
@@ -95,13 +102,19 @@ class Parts:
         return Saver(record, vector, between, times)
 
     def sweep(
-        self, solve: SDESolve, prepared: DifferentiableFields, given: BackwardPass
+        self,
+        solve: SDESolve,
+        prepared: DifferentiableFields,
+        given: BackwardPass,
+        kept: KeptPullback | None,
     ) -> Gradients:
-        """Pull the cotangents of a solve back."""
+        """Pull the cotangents of a solve back; the first steps may have been kept."""
         if isinstance(solve.options.adjoint, BacksolveAdjoint):
             return backsolve_sweep(prepared, solve.stepper, solve.path, given, solve.stats)
+        if kept is not None:
+            kept.take()
         pull = self.pullback(prepared, solve.stepper)
-        return discrete_sweep(pull, solve.path, given, solve.stats)
+        return discrete_sweep(pull, solve.path, given, solve.stats, kept)
 
     def pullback(self, prepared: DifferentiableFields, stepper: Stepper) -> Pullback:
         """The adjoint of single steps, once they have been taken."""
@@ -169,38 +182,40 @@ class SDESolve(Solve):
         self.path = self.parts.path(self.problem, self.options, fields.layout.size)
         return self.parts.begin(self.stepper, self.u0)
 
-    def march(self, vector: Tensor, slope: Slope | None) -> Outcome:
+    def march(self, stepper: Stepper, vector: Tensor, slope: Slope | None) -> Outcome:
         """Run the time loop and keep what the options ask for."""
         options, problem = self.options, self.problem
-        march = self.parts.steps(Start(self.stepper, options, self.path, vector, slope))
+        march = self.parts.steps(Start(stepper, options, self.path, vector, slope))
         record = Record(
             times=[problem.t0],
             t1_stop=len(options.landings(1)),
             marks=(problem.t0, *options.tstops, problem.t1),
         )
-        saver = self.parts.saver(record, vector, self._between, options.saveat or ())
+        between = partial(self._between, stepper)
+        saver = self.parts.saver(record, vector, between, options.saveat or ())
         with step_listener(options.progress, problem) as on_step:
             outcome = follow(march, saver, on_step)
         fields = self.stepper.fields
         self.stats.nfe, self.stats.nfe_diffusion = fields.nfe, fields.nfe_diffusion
         return outcome
 
-    def _between(self, step: Step, times: Sequence[float], moving: Tensor | None) -> Tensor:
+    def _between(
+        self, stepper: Stepper, step: Step, times: Sequence[float], moving: Tensor | None
+    ) -> Tensor:
         """The vectors at times inside a step: shorter steps from its start, on the same path."""
         assert moving is None
-        vectors = []
-        for t in times:
-            motion = self.path.increment(step.t, t)
-            at_start = motion.h <= 0
-            vectors.append(step.u if at_start else self.stepper.take(step.t, step.u, motion)[0])
-        return torch.stack(vectors)
+        path = self.path
+        return torch.stack(
+            [stepper.inside(step.t, step.u, path.increment(step.t, t)) for t in times]
+        )
 
     def recorded(self) -> Outcome:
         """Without gradients, or with every operation recorded by autograd."""
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
         with self.surroundings.undisturbed():
-            outcome = self.march(self._with(fields), self._first(fields))
+            start = self._with(fields)
+            outcome = self.march(self.stepper, start, self._first(fields))
         self.surroundings.settle()
         guard((*outcome.states, outcome.saved), self.surroundings)
         return outcome
@@ -222,25 +237,61 @@ class SDESolve(Solve):
     def node(self) -> Outcome:
         """As one node of the graph, its backward the sweep of the adjoint."""
         self.refuse_transforms()
-        prepared = DifferentiableFields(self.problem, self.u0)
+        memory = self._memory()
+        with keeping if memory else nullcontext():
+            prepared, start, kept, outcome = self._forward(memory)
+        prepared.fields.drift.watch = None
+        prepared.captured.settle()
+        self.surroundings = prepared.surroundings
+        if self.surroundings.written:
+            kept = None  # graphs of what the fields themselves have changed are none of a replay
+        through = [] if kept is None else kept.values(outcome.record)
+        sweep = partial(self._sweep, prepared, start.requires_grad, kept)
+        return as_node(lambda _: outcome, sweep, start, prepared.inputs, kept=through)
+
+    def _memory(self) -> int:
+        """The bytes that graphs of steps may take, as far as the arguments tell."""
+        carry = self.method.tableau.carry
+        return 0 if carry or not self.parts.keeps else memory_for(self.options.adjoint)
+
+    def _forward(
+        self, memory: int
+    ) -> tuple[DifferentiableFields, Tensor, KeptSteps | None, Outcome]:
+        """Solve forward: the fields, the start, steps kept in `memory` bytes, and the outcome."""
+        graph = FirstGraph() if memory else None
+        prepared = DifferentiableFields(self.problem, self.u0, graph)
         if isinstance(self.options.adjoint, BacksolveAdjoint):
             prepared.captured.remember()
         start = self._with(prepared.fields)
         # Before the node is made: what the fields use on the way is among its inputs.
         if self.parts.watches:
             prepared.fields.drift.watch = prepared.captured.watch
+        evaluations = evaluations_of(self.method, self.options.controller.adaptive)
+        kept = KeptSteps.of(graph, prepared.captured, start, memory, evaluations)
+        stepper = self.stepper
+        if kept is not None and graph is not None:
+            stepper = KeptStepper(stepper, graph, kept)
         with torch.no_grad():
-            outcome = self.march(start.detach(), prepared.first)
-        prepared.fields.drift.watch = None
-        prepared.captured.settle()
-        self.surroundings = prepared.surroundings
+            outcome = self.march(stepper, start.detach(), prepared.first)
+        return prepared, start, kept, outcome
 
-        def sweep(backward: BackwardPass) -> Gradients:
-            backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
-            with prepared.captured.sweep(replayed=not backsolve):
-                gradients = self.parts.sweep(self, prepared, backward)
-            if not start.requires_grad:
-                prepared.captured.tell_of_cut_graph(gradients.inputs)
-            return gradients
-
-        return as_node(lambda _: outcome, sweep, start, prepared.inputs)
+    def _sweep(
+        self,
+        prepared: DifferentiableFields,
+        from_state: bool,
+        kept: KeptSteps | None,
+        backward: BackwardPass,
+    ) -> Gradients:
+        """The sweep of the solve's adjoint; the state at the start may need a gradient."""
+        pull = None
+        if kept is not None:
+            pull = KeptPullback(prepared, self.stepper, kept, backward, self.stats)
+            gradients = pull.sweep()
+            if gradients is not None:
+                return gradients
+        backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
+        with prepared.captured.sweep(replayed=not backsolve, kept=pull is not None):
+            gradients = self.parts.sweep(self, prepared, backward, pull)
+        if not from_state:
+            prepared.captured.tell_of_cut_graph(gradients.inputs)
+        return gradients

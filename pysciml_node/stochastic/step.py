@@ -306,6 +306,13 @@ class Stepper:
             end = torch.cat((end, last))
         return end, taken
 
+    def inside(self, t: float, vector: Tensor, motion: Motion) -> Tensor:
+        """The vector inside of the step that was taken last, by a shorter one from its start."""
+        return vector if motion.h <= 0 else self.take(t, vector, motion)[0]
+
+    def leave(self) -> None:
+        """Called behind an accepted step."""
+
     def _time(self, known: dict[float, Tensor], t: float | Tensor, ahead: Any) -> Tensor:
         """The time `t + ahead`, one tensor for all evaluations there."""
         if isinstance(t, Tensor):

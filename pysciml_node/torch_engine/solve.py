@@ -26,13 +26,13 @@ from pysciml_node.replay.end_times import (
     lacks_ends,
 )
 from pysciml_node.replay.implicit import stages_for
-from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, kept_sweep, may_keep
+from pysciml_node.replay.kept import KeptStages, KeptSteps, keeping, kept_sweep, memory_for
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.trajectory import TorchTrajectory, from_moving_start
 from pysciml_node.replay.vectors import RecordedVectors, vectors_like
 from pysciml_node.solutions.solution import Stats
-from pysciml_node.steps.autograd import Times, as_node, saved_tensors_stay
+from pysciml_node.steps.autograd import Times, as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField, FlatField
 from pysciml_node.steps.finish import Solve
@@ -262,35 +262,25 @@ class ODESolve(Solve):
         field.field.watch = field.captured.watch
         if not self.options.adjoint.discrete:
             field.captured.remember()
-        kept = None
-        if graph is not None and graph.evaluation is not None and self._keeps(field):
-            (first,), (start,) = graph.evaluation
-            kept = KeptSteps(start, field.captured, memory, graph.bytes)
-            parts: list[Stages] = [KeptStages(self.method, field.field, self.marks, first, kept)]
-        else:
+        kept = KeptSteps.of(graph, field.captured, self.u0, memory, evaluations=1)
+        if kept is None or graph is None or graph.evaluation is None:
             parts = self.stages(field.field)
+        else:
+            ((first,), _) = graph.evaluation
+            parts = [KeptStages(self.method, field.field, self.marks, first, kept)]
         with Grad(False):
             outcome = self.march(parts, self.u0.detach(), field.k0, None)
         return field, kept, outcome
 
     def _memory(self) -> int:
         """The bytes that graphs of steps may take, as far as the arguments tell."""
-        adjoint = self.options.adjoint
         if (
-            not isinstance(adjoint, DiscreteAdjoint)
-            or len(self.methods) > 1
+            len(self.methods) > 1
             or isinstance(self.method.tableau, ImplicitTableau)
             or self._times_move
-            or not saved_tensors_stay()
-            or not may_keep()
         ):
             return 0
-        return adjoint.memory
-
-    def _keeps(self, field: DifferentiableField) -> bool:
-        """Whether graphs of steps are of use, the field being known."""
-        wanted = self.u0.requires_grad or bool(field.inputs)
-        return wanted and not field.captured.cut and field.captured.steady
+        return memory_for(self.options.adjoint)
 
     def _sweep(
         self, field: DifferentiableField, kept: KeptSteps | None, backward: BackwardPass

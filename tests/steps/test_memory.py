@@ -189,7 +189,7 @@ def test_members_and_stochastic_equations_are_refused_too(kind: type[Remembering
         *(noisy, psn.EnsembleProblem(noisy, starts), psn.EnsembleProblem(one, starts)),
     ):
         with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluat"):
-            slope(field, psn.DiscreteAdjoint(), problem)
+            slope(field, psn.DiscreteAdjoint(memory=0), problem)
 
 
 @pytest.mark.parametrize("kind", [InNumber, InNewTensor, InList, InDict, InClosure, InIterator])

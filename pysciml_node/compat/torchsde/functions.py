@@ -113,7 +113,9 @@ def sdeint_adjoint(
     extra_solver_state: Sequence[Tensor] | None = None,
     **unused_kwargs: Any,
 ) -> Any:
-    """`sdeint` that keeps one state a step, and takes the steps again backward.
+    """`sdeint` that keeps one state a step, and graphs of up to 64 MiB.
+
+    Steps whose graphs have no room, or are of no use, are taken again backward.
 
     The gradient is that of the steps themselves, exact to rounding for every method and for
     adaptive steps too. torchsde solves an adjoint equation instead, whose error is that of its

@@ -24,6 +24,7 @@ from pysciml_node.steps.saver import Between, Saver
 from pysciml_node.steps.step import Step
 from pysciml_node.stochastic.brownian import Path
 from pysciml_node.stochastic.fields import DifferentiableFields, Fields
+from pysciml_node.stochastic.kept import KeptPullback
 from pysciml_node.stochastic.march import SDEMarch, Start
 from pysciml_node.stochastic.reversible import SparseSaver, reversible_sweep
 from pysciml_node.stochastic.solve import Parts, SDESolve
@@ -194,6 +195,8 @@ class GivenParts(Parts):
     ) -> None:
         self._path, self._carried, self._reversing = path, carried, reversing
         self._levy, self._shortest = levy, shortest
+        # Of brackets graphs take much more than those of the fields that are measured.
+        self.keeps = not levy
 
     @override
     def stepper(self, method: SDEMethod, fields: Fields) -> Stepper:
@@ -225,10 +228,14 @@ class GivenParts(Parts):
 
     @override
     def sweep(
-        self, solve: SDESolve, prepared: DifferentiableFields, given: BackwardPass
+        self,
+        solve: SDESolve,
+        prepared: DifferentiableFields,
+        given: BackwardPass,
+        kept: KeptPullback | None,
     ) -> Gradients:
         with in_torchsde_words():
             if not self._reversing:
-                return super().sweep(solve, prepared, given)
+                return super().sweep(solve, prepared, given, kept)
             stepper, path, stats = solve.stepper, solve.path, solve.stats
             return reversible_sweep(prepared, stepper, path, given, stats, self._kept)

@@ -11,6 +11,12 @@ _WORDS = (
     ("(a mask passed as p=)", "(a mask in an attribute of the sde)"),
     ("Pass it as p=.", "Keep it in an attribute of the sde."),
     ("take FixedStep() with adjoint=DirectAdjoint()", "use sdeint with adaptive=False"),
+    (
+        ", go backward first, or keep no graphs: adjoint=DiscreteAdjoint(memory=0).",
+        ", or go backward first.",
+    ),
+    ("Let them all be: adjoint=DiscreteAdjoint(memory=0).", "Use sdeint."),
+    ("adjoint=DiscreteAdjoint()", "sdeint"),
     ("adjoint=DirectAdjoint()", "sdeint"),
     ("DiscreteAdjoint cannot run", "sdeint_adjoint cannot run"),
     ("field.eval()", "sde.eval()"),
