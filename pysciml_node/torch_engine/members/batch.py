@@ -34,6 +34,7 @@ from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
 from pysciml_node.torch_engine.members.sweep import Again, Replay, members_sweep
 from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
+from pysciml_node.translation.saved import numbers_put_back
 
 NAME = "torch"
 
@@ -72,10 +73,34 @@ class Batch(ABC):
         self.u0 = u0.clone()
         self.field, self.nodes = field, nodes
         settle_heap()
-        self.surroundings = Surroundings(self.field.given)
+        self.surroundings = self._before = Surroundings(self.field.given)
         if self.surroundings.lazy or (self.surroundings.hooked and not ensemble.batched):
             # Lazy modules take their shapes from one member; hooks are called for each.
             raise OneByOne
+        if not ensemble.batched:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Evaluate one member by itself: what a field makes at first, and keeps, is a member's.
+
+        Made inside of `torch.vmap` it would serve no later evaluation, be it in a place that a walk
+        does not come to.
+        """
+        generators = [torch.default_generator, *self.surroundings.generators]
+        streams = [x.get_state() for x in generators]
+        with self.surroundings.undisturbed(), torch.set_grad_enabled(recording()):
+            try:
+                with numbers_put_back(self.surroundings.tensors):
+                    self.alone(0, recording())
+            except Exception as error:  # it is raised again by the member
+                self._refuse(error)
+            drawn = [x.get_state() for x in generators]
+            if not all(map(torch.equal, streams, drawn)):
+                # Each member draws its own.
+                for generator, state in zip(generators, streams, strict=True):
+                    generator.set_state(state)
+                self._refuse()
+            self.surroundings = Surroundings(self.field.given)
 
     @abstractmethod
     def march(self, tape: Tape, recorded: bool) -> MembersMarch:
@@ -84,6 +109,15 @@ class Batch(ABC):
     @abstractmethod
     def again(self) -> Again:
         """Takes its steps again."""
+
+    @abstractmethod
+    def alone(self, m: int, recorded: bool = False) -> Tensor:
+        """What the field of a member gives at its start, by itself.
+
+        Args:
+            m: its number.
+            recorded: whether the state is to require gradients.
+        """
 
     @abstractmethod
     def differing(self, k: Tensor) -> int | None:
@@ -166,7 +200,7 @@ class Batch(ABC):
 
     def _refuse(self, error: Exception | None = None) -> NoReturn:
         """Leave the field as it was before the batch, for the members one by one."""
-        self.surroundings.put_back()
+        self._before.put_back()
         raise OneByOne from error
 
     def _expect_alike(self, k: Tensor) -> None:

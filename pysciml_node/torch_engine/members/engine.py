@@ -24,6 +24,7 @@ from pysciml_node.replay.members.implicit import member_stages_for
 from pysciml_node.replay.members.node import Sweep
 from pysciml_node.replay.members.stacked import MemberEvents, StackedMembers
 from pysciml_node.replay.stages import Method
+from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, RosenbrockTableau
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
@@ -185,5 +186,12 @@ class StagesBatch(Batch):
         return value
 
     @override
+    def alone(self, m: int, recorded: bool = False) -> Tensor:
+        problem = self.ensemble.member(m)
+        assert isinstance(problem, ODEProblem)
+        u = problem.spec.flatten(problem.u0).detach().requires_grad_(recorded)
+        return FlatField(problem)(problem.time_tensor([problem.t0])[0].detach(), u)
+
+    @override
     def differing(self, k: Tensor) -> int | None:
-        return differing(self.field, self.ensemble, k)
+        return differing(self.field, self.alone, k)

@@ -190,17 +190,20 @@ class StochasticBatch(Batch):
         return {**super().counts(), "nfe_diffusion": self.fields.nfe_diffusion.copy()}
 
     @override
+    def alone(self, m: int, recorded: bool = False) -> Tensor:
+        problem = self.ensemble.member(m)
+        assert isinstance(problem, SDEProblem)
+        fields, t = Fields(problem), problem.time_tensor([problem.t0])[0].detach()
+        u = problem.spec.flatten(problem.u0).detach().requires_grad_(recorded)
+        return torch.cat((fields.drift(t, u), fields.diffusion(t, u)))
+
+    @override
     def differing(self, k: Tensor) -> int | None:
         drift, diffusion = self.fields.split(k)
         rounding = torch.finfo(k.dtype).eps ** 0.5
         for m in {0, len(self.ensemble) - 1}:
-            problem = self.ensemble.member(m)
-            assert isinstance(problem, SDEProblem)
-            alone = Fields(problem)
             with torch.no_grad():
-                t = problem.time_tensor([problem.t0])[0]
-                u = problem.spec.flatten(problem.u0).detach()
-                expected = torch.cat((alone.drift(t, u), alone.diffusion(t, u)))
+                expected = self.alone(m)
             batched = torch.cat((drift[m], diffusion[m])).detach()
             close = torch.isclose(batched, expected, rtol=rounding, atol=rounding, equal_nan=True)
             if not bool(close.all()):
