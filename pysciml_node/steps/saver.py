@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.loop import Steps
-from pysciml_node.steps.record import Outcome, Record, detached
+from pysciml_node.steps.record import Outcome, Record, check_finite, detached
 from pysciml_node.steps.step import Step
 
 Between = Callable[[Step, Sequence[float], Tensor | None], Tensor]
@@ -45,14 +45,15 @@ class Saver:
         self.record, self.between = record, between
         self.times, self.time_tensor, self.moving = times, time_tensor, moving
         self.states = [u0]
-        self._pieces: list[Tensor] = []
+        # With the number of the state that each is at, or in front of.
+        self._pieces: list[tuple[int, Tensor]] = []
         at_start = list(takewhile(lambda i: times[i] == record.times[0], range(len(times))))
         self._keep_end(0, at_start, u0)
 
     def _keep_end(self, state: int, indices: list[int], u: Tensor) -> None:
         if indices:
             self.record.at_end[state] = indices
-            self._pieces.append(u.expand(len(indices), -1))
+            self._pieces.append((state, u.expand(len(indices), -1)))
             self.record.saved += len(indices)
 
     def see(self, step: Step) -> None:
@@ -83,7 +84,7 @@ class Saver:
             inside = list(times[done:last])
             record.inside[len(record.sizes)] = (list(range(done, last)), inside)
             moving = None if self.time_tensor is None else self.time_tensor[done:last]
-            self._pieces.append(self.between(step, inside, moving))
+            self._pieces.append((len(record.sizes) + 1, self.between(step, inside, moving)))
             record.saved = last
         at_end = []
         while last < len(times) and times[last] == end:
@@ -94,7 +95,8 @@ class Saver:
     def saved(self) -> Tensor:
         """The saved states, shape `(saved, N)`."""
         like = self.states[0]
-        return torch.cat(self._pieces) if self._pieces else like.new_empty((0, like.numel()))
+        pieces = [x for n, x in self._pieces if n <= len(self.record.sizes)]
+        return torch.cat(pieces) if pieces else like.new_empty((0, like.numel()))
 
 
 # States of steps that nobody has asked for are kept up to this many bytes.
@@ -107,6 +109,7 @@ def follow(
     on_step: Callable[[Step], None] | None = None,
     find_event: Callable[[Step], Step | None] | None = None,
     recorded: bool = True,
+    watched: bool = False,
 ) -> Outcome:
     """Run steps to their end.
 
@@ -117,6 +120,7 @@ def follow(
         find_event: cuts a step at an event.
         recorded: whether gradients may be taken; else the states of the steps are let go where
             other times are asked for and they take more than `_MOST_KEPT` bytes.
+        watched: as of `check_finite`.
     """
     record, states = saver.record, saver.states
     thins = bool(saver.times) and not recorded
@@ -137,4 +141,8 @@ def follow(
     record.retcode = steps.retcode
     if steps.last is not None and not steps.retcode.successful:
         record.last = detached(steps.last)
+    if states[-1].requires_grad:
+        # The graph of saved states is to have no part that is not finite: its derivatives times
+        # zero, which arrives there where the saved states are cut back, may be NaN.
+        check_finite(record, states, watched)
     return Outcome(record, states, saver.saved())

@@ -194,7 +194,7 @@ class SDESolve(Solve):
         between = partial(self._between, stepper)
         saver = self.parts.saver(record, vector, between, options.saveat or ())
         with step_listener(options.progress, problem) as on_step:
-            outcome = follow(march, saver, on_step)
+            outcome = follow(march, saver, on_step, watched=self.watched)
         fields = self.stepper.fields
         self.stats.nfe, self.stats.nfe_diffusion = fields.nfe, fields.nfe_diffusion
         return outcome

@@ -141,7 +141,7 @@ class ODESolve(Solve):
         search = EventSearch(options, problem, march) if options.events else None
         with step_listener(options.progress, problem) as on_step:
             kept = recording() or k0 is not None
-            outcome = follow(march, saver, on_step, search, recorded=kept)
+            outcome = follow(march, saver, on_step, search, kept, self.watched)
         if search is not None:
             outcome.record.event = search.found
         return outcome

@@ -331,7 +331,7 @@ def test_a_solve_that_fails_has_the_gradients_of_its_good_steps() -> None:
     """Steps behind `t = 1/2` are not finite."""
     a = nn.Parameter(torch.tensor(0.7, dtype=D))
     found = []
-    for adjoint in (KEPT, REPLAYED):
+    for adjoint in (KEPT, REPLAYED, DIRECT):
         solution = solve(
             lambda t, u: a * u / (t < 0.5),
             lambda t, u: a * u,
@@ -346,4 +346,5 @@ def test_a_solve_that_fails_has_the_gradients_of_its_good_steps() -> None:
         loss = solution.u.sum() + solution.u1.square().sum()
         assert bool(torch.isfinite(loss))
         found.append(list(torch.autograd.grad(loss, a)))
-    expect_close(*found)
+    expect_close(*found[:2])
+    expect_close(*found[1:])

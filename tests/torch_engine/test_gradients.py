@@ -458,3 +458,24 @@ def test_times_stay_inside_with_every_operation_recorded() -> None:
         low, high = sorted(end.item() for end in ends)
         assert low <= min(times)
         assert max(times) <= high
+
+
+@pytest.mark.parametrize("algorithm", [psn.Euler(), psn.Tsit5()])
+def test_states_before_a_step_that_is_not_finite_have_their_gradients(algorithm: Any) -> None:
+    """`DirectAdjoint` gave NaN: derivatives of the saved states that are left out, times zero."""
+    a, found = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), []
+    for adjoint in (psn.DirectAdjoint(), psn.DiscreteAdjoint()):
+        solution = psn.solve(
+            psn.ODEProblem(lambda t, u: a * u / (t < 0.5), torch.ones_like(a)[None], (0.0, 1.0)),
+            algorithm,
+            adjoint=adjoint,
+            engine="torch",
+            controller=psn.FixedStep(),
+            dt0=0.09,
+            saveat=[0.2, 0.55, 1.0],
+            throw=False,
+        )
+        assert solution.retcode is psn.ReturnCode.Unstable
+        assert len(solution.u) == 1
+        found.append(torch.autograd.grad(solution.u.sum() + solution.u1.sum(), a))
+    torch.testing.assert_close(*found)
