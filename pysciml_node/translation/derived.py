@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from pysciml_node.problems.state import StateSpec, map_tensors
 from pysciml_node.steps.derived import DerivedField
-from pysciml_node.translation.graph import GraphWalk, Values
+from pysciml_node.translation.graph import GraphWalk, Values, draws
 from pysciml_node.translation.operations import refuse
 from pysciml_node.translation.program import Program
 
@@ -195,6 +195,9 @@ def _one_graph(function: Callable[..., Any], examples: list[Any]) -> tuple[Graph
         raise refuse(what, "aten.copy_")
     held = _lifted(module)
     if any(changes_argument(node) for node in module.graph.nodes):
+        # With a generator of the field's own, that ends in a crash of Python, in torch 2.13.
+        if any(map(draws, module.graph.nodes)):
+            raise refuse("a field that draws random numbers", "aten.randn")
         apart = torch.func.functionalize(module, remove="mutations")
         module = trace(apart)(*map(_example, [*examples, *held]))
     return module.graph, held

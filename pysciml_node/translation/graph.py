@@ -339,8 +339,7 @@ class GraphWalk:
     def _evaluate(self, node: Node, name: str, given: dict[str, Any]) -> Any:
         """What does not depend on the state, time or parameters is computed now."""
         target = node.target
-        random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        if random or name in UNDEFINED or not callable(target):
+        if draws(node) or name in UNDEFINED or not callable(target):
             raise self._refusal(node)
         positional = [*given.values()][: len(node.args)]
         named = {key: given[key] for key in node.kwargs}
@@ -413,6 +412,11 @@ class GraphWalk:
                     f"{self._name} must return the state's dtype {self.spec.dtype}, but returned "
                     f"{dtype}.\n  Convert its parameters: module.to(u0.dtype)."
                 )
+
+
+def draws(node: Node) -> bool:
+    """Whether an operation gives random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _kind(returned: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -217,3 +218,29 @@ def test_what_is_its_own_may_change_without_gradients() -> None:
         rtol=1e-8,
         atol=0,
     )
+
+
+class Noisy(nn.Module):
+    """Counts its calls, and keeps numbers of a generator of its own for a trace inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.noise = Hamiltonian(), None
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        self.calls += 1
+        if self.noise is None:
+            self.noise = torch.randn(u.shape, dtype=D, generator=torch.Generator().manual_seed(3))
+        return recorded(self.energy, u)
+
+
+def test_fields_that_count_and_draw_are_refused_and_leave_python_whole() -> None:
+    """The collector met what torch had let go of, and Python ended."""
+    for _ in range(3):
+        with pytest.raises(psn.CompileError, match="draws random numbers"):
+            solved(Noisy())
+        gc.collect()
+    assert solved(field := Noisy(), compile=False).retcode is psn.ReturnCode.Success
+    assert field.calls > 0
