@@ -75,13 +75,13 @@ class Place(ABC):
     def values(self) -> Iterable[Any]:
         """The values that it holds now, except those left alone."""
 
-    @abstractmethod
     def arrived(self) -> Iterable[Any]:
-        """The values that it holds now and did not hold."""
+        """The values that it holds now, if it has changed; of a dict those that it did not hold."""
+        return self.values() if self.changed() else ()
 
-    @abstractmethod
     def changes(self) -> Iterable[str]:
         """The names of entries that hold other objects now."""
+        return (self.name,) if self.changed() else ()
 
     def only_changes(self) -> Self:
         """The same place, as far as it has changed."""
@@ -268,14 +268,6 @@ class Items(Place):
         return () if self.seen is None else self.owner
 
     @override
-    def arrived(self) -> Iterable[Any]:
-        return self.owner if self.changed() else ()
-
-    @override
-    def changes(self) -> Iterable[str]:
-        return (self.name,) if self.changed() else ()
-
-    @override
     def as_now(self) -> Self:
         again = copy.copy(self)
         again.seen = None if self.seen is None else list(self.owner)
@@ -334,14 +326,6 @@ class Single(Place):
     @override
     def values(self) -> Iterable[Any]:
         return () if self.left_alone else (self._get(),)
-
-    @override
-    def arrived(self) -> Iterable[Any]:
-        return (self._get(),) if self.changed() else ()
-
-    @override
-    def changes(self) -> Iterable[str]:
-        return (self.name,) if self.changed() else ()
 
     @override
     def as_now(self) -> Self:

@@ -12,9 +12,9 @@ from pysciml_node.steps.memory import Evaluate, derivatives, relative_gap
 from pysciml_node.steps.surroundings import Surroundings
 
 
-def _generators(given: Sequence[torch.Generator], device: torch.device) -> list[torch.Generator]:
+def generators_of(surroundings: Surroundings, device: torch.device) -> list[torch.Generator]:
     """The generators that a field may draw from: those that it can reach, and torch's own."""
-    generators = [torch.default_generator, *given]
+    generators = [torch.default_generator, *surroundings.generators]
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
@@ -38,7 +38,7 @@ def expect_repeatable(
     """
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        generators = _generators(surroundings.generators, device)
+        generators = generators_of(surroundings, device)
         before = [generator.get_state() for generator in generators]
         values, fresh = evaluate()
         after = [generator.get_state() for generator in generators]

@@ -29,7 +29,7 @@ from pysciml_node.steps.graph import graph_leaves, pull_back
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.memory import Evaluate
-from pysciml_node.steps.randomness import expect_repeatable
+from pysciml_node.steps.randomness import expect_repeatable, generators_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
 from pysciml_node.torch_engine.members.sweep import Again, Replay, members_sweep
@@ -86,7 +86,7 @@ class Batch(ABC):
         Made inside of `torch.vmap` it would serve no later evaluation, be it in a place that a walk
         does not come to.
         """
-        generators = [torch.default_generator, *self.surroundings.generators]
+        generators = generators_of(self.surroundings, self.u0.device)
         streams = [x.get_state() for x in generators]
         with self.surroundings.undisturbed(), torch.set_grad_enabled(recording()):
             try:
