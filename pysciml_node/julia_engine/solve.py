@@ -241,7 +241,8 @@ class ODESolve(Solve):
         def sweep(backward: BackwardPass) -> Gradients:
             if not isinstance(field, CallbackField):
                 return self._sweep(field, options, backward)
-            with field.linearizer.captured.sweep(self._compares):
+            prepared = field.linearizer
+            with prepared.captured.sweep(self._compares, later=prepared.later(backward)):
                 gradients = self._sweep(field, options, backward)
                 if not self._compares:
                     field.expect_unchanged()

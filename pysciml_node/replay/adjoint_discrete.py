@@ -217,7 +217,7 @@ def discrete_sweep(
     graphs = [] if kept is None else kept.take(field.captured, backward)
     count = len(graphs)
     if kept is not None and count < len(record.sizes):
-        field.captured.expect_idle()
+        field.captured.expect_idle(field.later(backward))
     start_nfe = field.nfe
 
     # Each has buffers of its own, and most sweeps need only one.

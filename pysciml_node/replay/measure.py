@@ -9,6 +9,7 @@ states a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from typing_extensions import override
 from pysciml_node.replay.comparison import Comparison, as_solved
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.field import Accumulator
+from pysciml_node.steps.first_graph import Evaluation
 from pysciml_node.steps.graph import pull_back
 from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.memory import later_steps
 from pysciml_node.steps.surroundings import Surroundings
 
 # From a step's number and the state at its start to numbers, each a 0-d tensor; the step's end is
@@ -50,13 +53,9 @@ def measure_steps(
             asked for, or a step depends on a tensor that was not found before.
     """
 
-    def evaluate() -> tuple[tuple[Tensor], tuple[Tensor]]:
-        start = states[0].detach().requires_grad_()
-        with torch.enable_grad():
-            return (torch.stack(measure(0, start, comparison)),), (start,)
-
     with as_solved(surroundings, precision) as comparison:
-        inputs = Inputs(surroundings, evaluate, surroundings.roots["p"])
+        first = partial(_measured, measure, 0, states[0], comparison)
+        inputs = Inputs(surroundings, first, surroundings.roots["p"])
         rows = inputs.first[0].new_empty((len(states), len(inputs.first[0])))
         rows[0] = inputs.first[0]
         for n, u in enumerate(states[1:], start=1):
@@ -72,6 +71,13 @@ def measure_steps(
         measure, inputs, precision, rows, len(states), *states, *inputs.inputs
     )
     return measured
+
+
+def _measured(measure: Measure, n: int, state: Tensor, comparison: Comparison) -> Evaluation:
+    """The numbers of a step with a graph that begins at the state there."""
+    start = state.detach().requires_grad_()
+    with torch.enable_grad():
+        return (torch.stack(measure(n, start, comparison)),), (start,)
 
 
 def checkpointed(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> Any:
@@ -107,7 +113,11 @@ class _Measured(torch.autograd.Function):
 
         def pull(cotangent: Tensor) -> tuple[Tensor | None, ...]:
             comparison = Comparison(ctx.precision)
-            with inputs.sweep(replayed=True):
+            later = (
+                partial(_measured, ctx.measure, n, states[n], comparison)
+                for n in later_steps(len(states))
+            )
+            with inputs.sweep(replayed=True, later=later):
                 bars = _pull_back(ctx.measure, inputs, states, cotangent, comparison)
                 comparison.expect_equal(inputs.suspects)
                 return bars

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pysciml_node.steps.memory import later_steps
 from pysciml_node.steps.record import Record
 
 
@@ -28,6 +29,11 @@ class BackwardPass:
     def saved_count(self) -> int:
         """How many saved states have cotangents."""
         return 0 if self.saved is None else self.saved.shape[0]
+
+    def later_starts(self) -> Iterator[tuple[float, Tensor]]:
+        """Times and states, `(N,)`, at which some steps begin, but for the first."""
+        for n in later_steps(len(self.record.sizes)):
+            yield self.record.times[n], self.states[n]
 
     def entering(self, n: int) -> list[Tensor]:
         """The cotangents that enter at `record.times[n]`, `(N,)` each."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,9 +16,11 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
 from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import During, Lookout, WentBack, apart
+from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.graph import Grad, pull_back
 from pysciml_node.steps.inputs import Inputs
+from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
@@ -296,7 +299,7 @@ class DifferentiableField:
         field.plain = self.surroundings.plain
 
         # A time without a gradient may be a number in NumPy or `math`, as in every later step.
-        t = t0.detach()
+        self._start = t = t0.detach()
         self.captured = inputs_of(lambda u: (field(t, u),), self.surroundings, u0, problem.p, graph)
         (self.k0,) = self.captured.first
 
@@ -305,6 +308,16 @@ class DifferentiableField:
         self.field.settle()
         self.captured.settle()
         self.surroundings.plain &= self.field.plain
+
+    def later(self, backward: BackwardPass) -> Iterator[Evaluate]:
+        """Evaluations where some steps of a solve begin, for `Inputs.expect_idle`."""
+        for t, u in backward.later_starts():
+            yield partial(self.evaluation, self._start.new_full((), t), u)
+
+    def evaluation(self, t: Tensor, u: Tensor) -> Evaluation:
+        """An evaluation with a graph that begins at the state."""
+        state = u.detach().requires_grad_()
+        return (self.field(t, state),), (state,)
 
     @property
     def nfe(self) -> int:

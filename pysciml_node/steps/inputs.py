@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -335,13 +335,16 @@ class Inputs:
         return self._surroundings.undisturbed()
 
     @contextmanager
-    def sweep(self, replayed: bool, kept: bool = False) -> Iterator[None]:
+    def sweep(
+        self, replayed: bool, kept: bool = False, later: Iterable[Evaluate] = ()
+    ) -> Iterator[None]:
         """Everything as the solve saw it, with leaves for the inputs.
 
         Args:
             replayed: whether the caller compares its steps with the recorded ones.
             kept: whether the caller may have the graphs of all steps; where it has not, it calls
                 `expect_idle`.
+            later: as of `expect_idle`.
 
         Raises:
             RuntimeError: a tensor has been changed in place and nobody compares, where the field
@@ -350,12 +353,12 @@ class Inputs:
         # One at a time: threads may go backward through one solve.
         with self._surroundings.undisturbed(), self._swept(replayed):
             if not kept:
-                self.expect_idle()
+                self.expect_idle(later)
             yield
 
-    def expect_idle(self) -> None:
+    def expect_idle(self, later: Iterable[Evaluate]) -> None:
         """In a sweep: see `Memory.expect_idle`."""
-        self._memory.expect_idle(self.leaves)
+        self._memory.expect_idle(self.leaves, later)
 
     @contextmanager
     def _swept(self, replayed: bool) -> Iterator[None]:

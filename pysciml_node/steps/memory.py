@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.first_graph import Evaluation
 from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
 
 Evaluate = Callable[[], Evaluation]
+
+# Bytes of a tensor that the first evaluation has not written to, up to which it is copied: a later
+# one may write to it.
+_COPIED = 2**16
+LATER = 4
+"""Places beside the start at which derivatives are compared: the last step, and others as far from
+one another as they can be."""
+
+
+def later_steps(count: int) -> list[int]:
+    """Some of the steps of a solve, at equal distances, the last one among them.
+
+    The first one is not: it begins at the start of the solve.
+    """
+    parts = (n * count // LATER for n in range(1, LATER))
+    return sorted({*parts, count - 1} - {0, -1})
 
 
 class Memory:
@@ -30,7 +47,9 @@ class Memory:
         self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
-        self._written, self._first = written, _copies(written)
+        found = {id(x): x for x in (*written, *_within_reach(surroundings))}
+        self._written = [*found.values()]
+        self._first = _copies(self._written)
         self._surroundings = surroundings
         self._replaced = [place.as_now() for place in surroundings.changes()]
 
@@ -46,14 +65,18 @@ class Memory:
         """
         # Before what the first one has left, which is then put there last.
         self._replaced = [*self._surroundings.settle(), *self._replaced]
-        if not (self._written or self._replaced or self._surroundings.closed):
+        written = set(map(id, self._surroundings.written))
+        seen = [(x, y) for x, y in zip(self._written, self._first, strict=True) if id(x) in written]
+        self._written, self._first = [x for x, _ in seen], [y for _, y in seen]
+        if not (written or self._replaced or self._surroundings.closed):
             self._evaluate = None
 
-    def expect_idle(self, leaves: Sequence[Tensor]) -> None:
-        """Compare derivatives at the start: by what the first, the last and the next have left.
+    def expect_idle(self, leaves: Sequence[Tensor], later: Iterable[Evaluate] = ()) -> None:
+        """Compare derivatives: by what the first evaluation, the last and the next have left.
 
         Args:
             leaves: what stands for the inputs of the field.
+            later: evaluations at later times, where other parts of the field may be used.
 
         Raises:
             RuntimeError: they differ by more than rounding.
@@ -62,20 +85,20 @@ class Memory:
             return
         last, held = _copies(self._written), [place.as_now() for place in self._replaced]
         where = self._where(last)
-        with torch.enable_grad():
-            now, following = (derivatives(evaluate(), leaves) for _ in range(2))
-            _put(self._written, self._first, self._replaced)
-            then = derivatives(evaluate(), leaves)
-        _put(self._written, last, held)
-        gap = max(relative_gap(now, then), relative_gap(now, following))
-        if not gap:
-            return
-        raise RuntimeError(
-            f"the field {where}, and its derivatives depend on what earlier evaluations have left "
-            f"there: they differ by up to {gap:.2g} (relative).\n"
-            "  Call eval() on it, as for spectral normalization; make it a function of its "
-            "arguments; or use adjoint=DirectAdjoint()."
-        )
+        for there in (evaluate, *later):
+            with torch.enable_grad():
+                now, following = (derivatives(there(), leaves) for _ in range(2))
+                _put(self._written, self._first, self._replaced)
+                then = derivatives(there(), leaves)
+            _put(self._written, last, held)
+            if not (gap := max(relative_gap(now, then), relative_gap(now, following))):
+                continue
+            raise RuntimeError(
+                f"the field {where}, and its derivatives depend on what earlier evaluations have "
+                f"left there: they differ by up to {gap:.2g} (relative).\n"
+                "  Call eval() on it, as for spectral normalization; make it a function of its "
+                "arguments; or use adjoint=DirectAdjoint()."
+            )
 
     def _where(self, last: Sequence[Tensor]) -> str:
         """What has changed since the first evaluation, in words."""
@@ -85,7 +108,20 @@ class Memory:
         names = (name for place in self._replaced for name in place.changes())
         if (name := next(names, None)) is not None:
             return f"changes {name}"
+        if written := self._surroundings.written:
+            return f"has written to {self._surroundings.names[id(written[0])]}"
         return "reaches what cannot be looked into"
+
+
+def _within_reach(surroundings: Surroundings) -> list[Tensor]:
+    """Small tensors that later evaluations may write to."""
+    if surroundings.plain:
+        return []
+    return [
+        x
+        for x in surroundings.tensors
+        if is_comparable(x) and not x.requires_grad and x.nbytes <= _COPIED
+    ]
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

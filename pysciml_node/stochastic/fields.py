@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from typing_extensions import override
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import apart
+from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.field import (
     FlatField,
     expect_copies,
@@ -20,7 +23,8 @@ from pysciml_node.steps.field import (
     own_value,
     without_gradients,
 )
-from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.first_graph import Evaluation, FirstGraph
+from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -248,7 +252,7 @@ class DifferentiableFields:
     def __init__(self, problem: SDEProblem, u0: Tensor, graph: FirstGraph | None = None) -> None:
         self.fields = fields = Fields(problem)
         self.surroundings = Surroundings(fields.given)
-        time = problem.time_tensor([problem.t0])[0]
+        self._start = time = problem.time_tensor([problem.t0])[0]
         if self.surroundings.lazy:
             with torch.no_grad():
                 fields.drift(time, u0)
@@ -264,6 +268,16 @@ class DifferentiableFields:
         )
         drift, diffusion = self.captured.first
         self.first = drift, diffusion
+
+    def later(self, backward: BackwardPass) -> Iterator[Evaluate]:
+        """Evaluations where some steps of a solve begin, for `Inputs.expect_idle`."""
+        for t, vector in backward.later_starts():
+            # A method may carry more than the state.
+            state = vector[: sum(self.fields.spec.sizes)].detach().requires_grad_()
+            yield partial(self._evaluation, self._start.new_full((), t), state)
+
+    def _evaluation(self, t: Tensor, state: Tensor) -> Evaluation:
+        return (self.fields.drift(t, state), self.fields.diffusion(t, state)), (state,)
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -132,7 +132,7 @@ class KeptPullback:
         captured, backward = self._prepared.captured, self._backward
         self.steps = self._kept.take(captured, backward)
         if len(self.steps) < len(backward.record.sizes):
-            captured.expect_idle()
+            captured.expect_idle(self._prepared.later(backward))
 
     def sweep(self) -> Gradients | None:
         """The whole sweep, where all steps were kept and nothing has changed."""

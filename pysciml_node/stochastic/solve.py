@@ -290,7 +290,8 @@ class SDESolve(Solve):
             if gradients is not None:
                 return gradients
         backsolve = isinstance(self.options.adjoint, BacksolveAdjoint)
-        with prepared.captured.sweep(replayed=not backsolve, kept=pull is not None):
+        later = prepared.later(backward)
+        with prepared.captured.sweep(not backsolve, pull is not None, later):
             gradients = self.parts.sweep(self, prepared, backward, pull)
         if not from_state:
             prepared.captured.tell_of_cut_graph(gradients.inputs)

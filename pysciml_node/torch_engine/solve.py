@@ -293,7 +293,7 @@ class ODESolve(Solve):
             if gradients is not None:
                 return gradients
         replayed = isinstance(adjoint, DiscreteAdjoint)
-        with field.captured.sweep(replayed, kept=kept is not None):
+        with field.captured.sweep(replayed, kept is not None, field.later(backward)):
             if isinstance(adjoint, DiscreteAdjoint):
                 gradients = discrete_sweep(field, self.methods, backward, self.stats, kept)
             else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,6 +193,70 @@ def test_members_and_stochastic_equations_are_refused_too(kind: type[Remembering
     ):
         with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluat"):
             slope(field, psn.DiscreteAdjoint(memory=0), problem)
+
+
+class During(InNumber):
+    """Reads its count between two times alone."""
+
+    def __init__(self, begin: float = 0.5, end: float = 2.0) -> None:
+        super().__init__()
+        self.begin, self.end = begin, end
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        self.reads = self.begin < float(t) < self.end
+        return super().forward(t, u)
+
+
+class WrittenLater(Remembering):
+    """Writes to its count late, and reads it there."""
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return super().forward(t, u) if float(t) > 0.4 else -u * (1 + self.k)
+
+
+class ReplacedLater(InNewTensor, WrittenLater):
+    pass
+
+
+LATER = [During, functools.partial(During, 0.3, 0.6), WrittenLater, ReplacedLater]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=repr)
+@pytest.mark.parametrize("kind", LATER)
+def test_so_are_those_that_are_read_later(
+    kind: Callable[[], Remembering], adjoint: psn.Adjoint
+) -> None:
+    with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluations"):
+        slope(kind(), adjoint)
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_also_later_of_members_and_stochastic_equations(kind: Callable[[], Remembering]) -> None:
+    field, u0, adjoint = kind(), torch.ones(1, dtype=D), psn.DiscreteAdjoint(memory=0)
+    one = psn.ODEProblem(field, u0, (0.0, 1.0))
+    ito = psn.SDEProblem(field, lambda t, u: 0.1 * u, u0, (0.0, 1.0))
+    other = dataclasses.replace(ito, interpretation="stratonovich")
+    starts = torch.ones(2, 1, dtype=D)
+    refused: list[tuple[Any, psn.Algorithm, psn.Adjoint]] = [
+        (psn.EnsembleProblem(one, starts), psn.Euler(), adjoint),
+        (psn.EnsembleProblem(one, starts), psn.Euler(), psn.GaussAdjoint()),
+        (ito, psn.EM(), adjoint),
+        (psn.EnsembleProblem(ito, starts), psn.EM(), adjoint),
+        (other, psn.EulerHeun(), psn.BacksolveAdjoint()),
+    ]
+    for problem, algorithm, how in refused:
+        options: dict[str, Any] = {"adjoint": how, **FOUR}
+        if isinstance(algorithm, psn.EM | psn.EulerHeun):
+            options["generator"] = torch.Generator()
+        end = psn.solve(problem, algorithm, **options).u1.sum()
+        with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluat"):
+            end.backward()
+
+
+@pytest.mark.parametrize("adjoint", [psn.DirectAdjoint(), psn.DiscreteAdjoint()], ids=repr)
+def test_graphs_of_later_reads_are_those_of_the_solve(adjoint: psn.Adjoint) -> None:
+    """`du/dk = -(1 + 1 + 1 + 4) h (1 - h)^3`."""
+    assert slope(During(), adjoint) == pytest.approx(-7 / 4 * 0.75**3, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", [InNumber, InNewTensor, InList, InDict, InClosure, InIterator])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,7 +156,9 @@ class Backsolve:
             return Outcome(Record(times=[self.problem.t0]), [self.u0], rows)
 
         def sweep(arrived: BackwardPass) -> Gradients:
-            with self.field.captured.sweep(replayed=False):
+            places = zip(kept[0][1:].unbind(), kept[1][1:], strict=True)
+            later = (partial(self.field.evaluation, t, u) for t, u in places)
+            with self.field.captured.sweep(replayed=False, later=later):
                 return self._sweep(kept[0], kept[1], arrived.saved, arrived.with_times)
 
         self.field.captured.remember()

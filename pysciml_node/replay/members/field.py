@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from pysciml_node.steps.field import (
     own_value,
     without_gradients,
 )
+from pysciml_node.steps.first_graph import Evaluation
+from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.start import versions_of
 
 _functorch = torch._C._functorch
@@ -142,6 +145,19 @@ class MembersField:
             k = evaluate(t, u, p)
             return k.detach() if k.requires_grad else k
         return without_gradients(lambda t, u: evaluate(t, u, p), t, u, self.watch)
+
+    def later(self, starts: Iterable[tuple[Array, Tensor]]) -> Iterator[Evaluate]:
+        """Evaluations of all members, for `Inputs.expect_idle`.
+
+        Args:
+            starts: times `(M,)` and states `(M, N)`.
+        """
+        for t, u in starts:
+            yield partial(self._evaluation, torch.from_numpy(t).to(u.device, u.dtype.to_real()), u)
+
+    def _evaluation(self, t: Tensor, u: Tensor) -> Evaluation:
+        state = u.detach().requires_grad_()
+        return (self(t, state, self.given["p"]),), (state,)
 
     @property
     def nfe(self) -> Array:

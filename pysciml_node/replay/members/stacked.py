@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -24,6 +24,7 @@ from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.steps.memory import LATER
 from pysciml_node.steps.record import Kept, Record
 from pysciml_node.steps.step import Attempt
 from pysciml_node.steps.surroundings import Surroundings
@@ -59,6 +60,24 @@ class MemberSteps:
     def of(self, m: int) -> slice:
         """Where the steps of a member stand."""
         return slice(int(self.offsets[m]), int(self.offsets[m + 1]))
+
+    def later_starts(self, t0: Array, u0: Tensor, states: Tensor) -> Iterator[tuple[Array, Tensor]]:
+        """Times `(M,)` and states `(M, N)` at which some steps of all begin, but for the first.
+
+        Args:
+            t0: starts of the intervals, `(M,)`.
+            u0: states there, `(M, N)`.
+            states: at the ends of the steps, `(P, N)`.
+        """
+        for part in range(1, LATER + 1):
+            number = np.minimum(part * self.counts // LATER, self.counts - 1)
+            members = np.flatnonzero(number > 0)
+            if len(members):
+                steps = (self.offsets[:-1] + number)[members]
+                t = t0.copy()
+                t[members] = self.starts[steps]
+                into, of = (torch.from_numpy(x).to(u0.device) for x in (members, steps - 1))
+                yield t, u0.index_copy(0, into, states.index_select(0, of))
 
     def first(self, counts: Array) -> tuple[MemberSteps, Array]:
         """The first steps of each member, as many as `counts` says, and their places in all."""

@@ -320,7 +320,9 @@ class Batch(ABC):
         moves = None
         if self.moving is not None:
             moves = StepMoves.of(result.steps, self.options.spans[1])
-        replay = Replay(self.again(), self.field, captured, result.steps, places, moves)
+        replay = Replay(
+            self.again(), self.field, captured, self.options.spans[0], result.steps, places, moves
+        )
         return lambda *given: members_sweep(replay, result, *given)
 
 

@@ -80,7 +80,8 @@ def continuous_sweep_of_members(
         BackwardFailure: the march of a member has failed.
     """
     field = solved.field
-    with solved.captured.sweep(replayed=False):
+    starts = solved.steps.later_starts(solved.options.spans[0], u0, states)
+    with solved.captured.sweep(replayed=False, later=field.later(starts)):
         before = field.nfe.copy()
         sweep = _Sweep(solved, u0, states, saved, at_steps)
         start = sweep.run()

@@ -105,6 +105,7 @@ class Replay:
     again: Again
     field: MembersField
     captured: Inputs
+    starts: Array  # of the intervals, (M,)
     steps: MemberSteps
     places: SavedPlaces | None
     moves: StepMoves | None  # where the ends of the intervals receive gradients
@@ -140,7 +141,8 @@ def members_sweep(
         at_steps: cotangents of `states`; `None` is zero.
     """
     field = replay.field
-    with replay.captured.sweep(replayed=True):
+    later = field.later(replay.steps.later_starts(replay.starts, u0, states))
+    with replay.captured.sweep(replayed=True, later=later):
         before = field.nfe.copy()
         sweep = _Sweep(replay, u0, states, saved, at_steps)
         start = sweep.run()
