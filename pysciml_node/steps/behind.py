@@ -6,6 +6,7 @@ import contextvars
 import ctypes
 import gc
 import logging
+import random
 import threading
 import types
 import weakref
@@ -39,6 +40,15 @@ APART: tuple[type, ...] = (
 
 # Memory that stays where it is as long as something else looks at it.
 MEMORY: tuple[type[Any], ...] = (memoryview, ctypes.Array, ctypes.Structure, torch.UntypedStorage)
+
+# What draws random numbers in Python and NumPy.
+_STREAMS = (random.Random, np.random.RandomState, np.random.Generator)
+
+
+def is_stream(value: Any) -> bool:
+    """Whether random numbers are drawn from an object, and it can say how far it has come."""
+    return isinstance(value, _STREAMS) and not isinstance(value, random.SystemRandom)
+
 
 # They lead to all others of their kind.
 _ALOOF = (logging.Filterer, threading.Thread)

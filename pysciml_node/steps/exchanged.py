@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pysciml_node.steps.anatomy import globals_in, is_library, names_in
+from pysciml_node.steps.behind import is_stream
 from pysciml_node.steps.further import Further
 from pysciml_node.steps.places import MISSING
 
@@ -22,6 +23,8 @@ def put_into_library(
     code: types.CodeType, held: dict[str, Any], further: Further
 ) -> Iterator[tuple[str, Any]]:
     """What a function comes to in libraries, and in tensors, that is of none: names and values.
+
+    And what draws from the random numbers that Python or NumPy has for all.
 
     Args:
         code: of the function.
@@ -64,6 +67,8 @@ def _is_foreign(value: Any) -> bool:
     """
     if isinstance(value, types.FunctionType):
         return not is_library(value.__globals__.get("__name__"))
+    if isinstance(value, types.BuiltinFunctionType):
+        return is_stream(value.__self__)
     return isinstance(value, functools.partial | types.MethodType) or not is_library(
         type(value).__module__
     )

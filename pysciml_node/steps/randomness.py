@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,13 +16,58 @@ from pysciml_node.steps.memory import Evaluate, derivatives, relative_gap
 from pysciml_node.steps.surroundings import Surroundings
 
 
-def generators_of(surroundings: Surroundings, device: torch.device) -> list[torch.Generator]:
-    """The generators that a field may draw from: those that it can reach, and torch's own."""
-    generators = [torch.default_generator, *surroundings.generators]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    return generators
+class Streams:
+    """How far the random numbers have come that a field may draw.
+
+    They are those of the generators that it can reach, Python's and NumPy's among them, and torch's
+    own.
+
+    Args:
+        surroundings: of the field.
+        device: of the state.
+    """
+
+    def __init__(self, surroundings: Surroundings, device: torch.device) -> None:
+        self._generators = [torch.default_generator, *surroundings.generators]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        self._states = [*map(_state, self._generators)]
+
+    def moved(self) -> bool:
+        """Whether some have been drawn since."""
+        return not all(map(_equal, self._states, map(_state, self._generators)))
+
+    def put_back(self) -> None:
+        """Let them go on as if none had been drawn."""
+        for generator, state in zip(self._generators, self._states, strict=True):
+            if not _equal(state, _state(generator)):
+                _put(generator, state)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return pickle.dumps(generator.get_state())
+    return pickle.dumps(generator.bit_generator.state)
+
+
+def _equal(state: Any, other: Any) -> bool:
+    return torch.equal(state, other) if isinstance(state, Tensor) else state == other
+
+
+def _put(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(pickle.loads(state))
+    else:
+        generator.bit_generator.state = pickle.loads(state)
 
 
 def expect_repeatable(
@@ -27,7 +76,7 @@ def expect_repeatable(
     """An evaluation that is refused if it draws random numbers.
 
     Args:
-        surroundings: of the field; its generators are watched beside torch's own.
+        surroundings: of the field.
         device: of the state.
         evaluate: evaluates the field at the start.
         who: the method that needs equal evaluations, for the message.
@@ -38,12 +87,10 @@ def expect_repeatable(
     """
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        generators = generators_of(surroundings, device)
-        before = [generator.get_state() for generator in generators]
+        streams = Streams(surroundings, device)
         values, fresh = evaluate()
-        after = [generator.get_state() for generator in generators]
         # Another thread may have drawn them, and the values may not depend on them.
-        if all(map(torch.equal, before, after)):
+        if not streams.moved():
             return values, fresh
         leaves = [x for x in surroundings.tensors if x.is_leaf and x.requires_grad]
         if not _agree((values, fresh), evaluate(), leaves):

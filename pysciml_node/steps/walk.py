@@ -30,7 +30,7 @@ from pysciml_node.steps.anatomy import (
     own_classes,
     slots_of,
 )
-from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, without_graph
+from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, is_stream, without_graph
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.exchanged import put_into_library
 from pysciml_node.steps.further import SMALL, Further, Glance, hold_others, may_last
@@ -64,7 +64,7 @@ class Walk:
             tensors that share their memory.
         names: names of their places, by their ids.
         closed: whether there are objects that are not looked into, and so not put back.
-        generators: the random generators.
+        generators: the random generators, Python's and NumPy's among them.
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
         modules: the modules, with their names.
@@ -86,7 +86,7 @@ class Walk:
         self.tensors: list[Tensor] = []
         self.arrays: list[Tensor] = []
         self.names: dict[int, str] = {}
-        self.generators: list[torch.Generator] = []
+        self.generators: list[Any] = []
         self.lazy = False
         self.chosen: tuple[Tensor, ...] | None = None
         self.modules: list[tuple[str, nn.Module]] = []
@@ -123,7 +123,7 @@ class Walk:
         It has no places: it is neither put back nor replaced.
         """
         walk = copy.copy(self)
-        walk.tensors, walk.arrays, walk.names, walk.generators = [], [], {}, []
+        walk.tensors, walk.arrays, walk.names = [], [], {}
         walk.modules, walk.scripts, walk.written, walk.places = [], [], [], []
         walk._most = len(self._visited) + _MOST_BEHIND
         while walk._shut:
@@ -188,6 +188,7 @@ class Walk:
     def _closed(self, value: Any, name: str) -> None:
         """What is not looked into, and may hold anything: the field, say."""
         self.further.lasts, self.closed = False, True
+        self.generators += [value] * is_stream(value)
         self._shut.append((value, name))
 
     def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:

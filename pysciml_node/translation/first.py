@@ -63,7 +63,7 @@ def make_what_it_keeps(f: Callable[..., Any], spec: StateSpec, p: Any, at: At) -
         with torch.inference_mode(False), full_precision(spec.device):
             f(*arguments)
         before = Surroundings({"f": f, "p": p})
-    if before.generators or before.written:
+    if any(isinstance(x, torch.Generator) for x in before.generators) or before.written:
         return
     watch, reading = _Watch(tensors_of(arguments), before.tensors), Reading()
     with ExitStack() as stack:

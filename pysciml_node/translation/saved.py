@@ -46,20 +46,38 @@ def _unchanged(saved: Saved) -> Tensor:
     return x
 
 
+class Numbers:
+    """The numbers of tensors in which a field may count, or note something.
+
+    Args:
+        tensors: all that the field can reach.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._copies = [(x, x._version, x.detach().clone()) for x in tensors if _may_count(x)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put them back where they have changed."""
+        for x, version, numbers in self._copies:
+            if x._version != version:
+                x.copy_(numbers)
+            elif not torch.equal(x, numbers):
+                # Torch counts no changes of running statistics.
+                x.data.copy_(numbers)
+
+
 @contextmanager
 def numbers_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Tensors in which a field counts, or notes something, have their numbers back afterwards.
 
     What a field does with no tensor that is traced, such as to add one to a count, is done.
     """
-    copies = [(x, x._version, x.detach().clone()) for x in tensors if _may_count(x)]
+    numbers = Numbers(tensors)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for x, version, numbers in copies:
-                if x._version != version:
-                    x.copy_(numbers)
+        numbers.put_back()
 
 
 def _may_count(x: Tensor) -> bool:

@@ -29,12 +29,12 @@ from pysciml_node.steps.graph import graph_leaves, pull_back
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.memory import Evaluate
-from pysciml_node.steps.randomness import expect_repeatable, generators_of
+from pysciml_node.steps.randomness import Streams, expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
 from pysciml_node.torch_engine.members.sweep import Again, Replay, members_sweep
 from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
-from pysciml_node.translation.saved import numbers_put_back
+from pysciml_node.translation.saved import Numbers, numbers_put_back
 
 NAME = "torch"
 
@@ -86,20 +86,16 @@ class Batch(ABC):
         Made inside of `torch.vmap` it would serve no later evaluation, be it in a place that a walk
         does not come to.
         """
-        generators = generators_of(self.surroundings, self.u0.device)
-        streams = [x.get_state() for x in generators]
+        self._streams = Streams(self.surroundings, self.u0.device)
+        self._numbers = Numbers(self.surroundings.tensors)
         with self.surroundings.undisturbed(), torch.set_grad_enabled(recording()):
             try:
-                with numbers_put_back(self.surroundings.tensors):
-                    self.alone(0, recording())
+                self.alone(0, recording())
             except Exception as error:  # it is raised again by the member
                 self._refuse(error)
-            drawn = [x.get_state() for x in generators]
-            if not all(map(torch.equal, streams, drawn)):
-                # Each member draws its own.
-                for generator, state in zip(generators, streams, strict=True):
-                    generator.set_state(state)
-                self._refuse()
+            if self._streams.moved():
+                self._refuse()  # each member draws its own
+            self._numbers.put_back()
             self.surroundings = Surroundings(self.field.given)
 
     @abstractmethod
@@ -199,12 +195,15 @@ class Batch(ABC):
         pull_back(k, [u] if u.requires_grad else graph_leaves((k,), ()), torch.zeros_like(k))
 
     def _refuse(self, error: Exception | None = None) -> NoReturn:
-        """Leave the field as it was before the batch, for the members one by one."""
+        """Leave everything as it was before the batch, for the members one by one."""
+        self._streams.put_back()
+        self._numbers.put_back()
         self._before.put_back()
         raise OneByOne from error
 
     def _expect_alike(self, k: Tensor) -> None:
-        m = self.differing(k)
+        with numbers_put_back(self.surroundings.tensors):
+            m = self.differing(k)
         self.field.restart()
         if m is None:
             return

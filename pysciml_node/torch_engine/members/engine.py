@@ -125,10 +125,10 @@ class StagesBatch(Batch):
                 self.crossings = Crossings(ensemble, options, self.u0)
             except Exception as error:
                 # Whatever vmap cannot do; what a condition itself raises, one member raises again.
-                raise OneByOne from error
+                self._refuse(error)
         replayed = self.moving is not None and options.common.adjoint.discrete
         if replayed and any(map(self._hides_time, {0, len(ensemble) - 1})):
-            raise OneByOne
+            self._refuse()
 
     def _hides_time(self, m: int) -> bool:
         """Whether steps lack the gradients of the ends of a member's interval."""
@@ -182,7 +182,7 @@ class StagesBatch(Batch):
             try:
                 self.field.jacobian(t, u, self.field.given["p"])
             except Exception as error:
-                raise OneByOne from error
+                self._refuse(error)
         return value
 
     @override
