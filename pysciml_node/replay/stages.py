@@ -6,7 +6,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -141,6 +141,12 @@ class Stages:
         self.vectors = vectors
         self.count = 0  # stages evaluated so far in this step
 
+    def afresh(self, field: FlatFunction, vectors: Vectors) -> Self:
+        """The same before the first step of another solve."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, field=field, vectors=vectors, count=0)
+        return made
+
     def times(self, t: Real, h: Real) -> tuple[Tensor, ...]:
         """The stage times, kept inside the interval where rounding would leave it.
 
@@ -152,25 +158,36 @@ class Stages:
         known = self._known
         if known is not None and known[0] == start and known[1] == size and not moving:
             return known[2]
-        low, high = self._limits(start, size) if self._stops else (self.low, self.high)
+        numbers = self.numbers(start, size)
+        if not moving:
+            return self.expect(start, size, numbers)
         nodes = self.method.nodes
+        inside, times = torch.tensor(numbers, dtype=nodes.dtype), nodes * h + t
+        return (times + (inside.to(nodes.device) - times.detach())).unbind()
+
+    def numbers(self, start: float, size: float) -> list[float]:
+        """The stage times of a step as numbers."""
+        low, high = self._limits(start, size) if self._stops else (self.low, self.high)
         numbers = [start + c * size for c in self.method.host_nodes]
         # Rounding keeps their order.
         ends = (start, start + size) if self.method.nodes_inside else numbers
-        if not (low <= min(ends) and max(ends) <= high):
-            numbers = [min(max(t, low), high) for t in numbers]
-        if len(numbers) <= _FEW and not moving and nodes.device.type == "cpu":
-            alone = tuple(torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers)
-            self._known = (start, size, alone)
-            return alone
-        inside = torch.tensor(numbers, dtype=nodes.dtype)
+        if low <= min(ends) and max(ends) <= high:
+            return numbers
+        return [min(max(t, low), high) for t in numbers]
+
+    def expect(self, start: float, size: float, numbers: list[float]) -> tuple[Tensor, ...]:
+        """The stage times of the step that is taken next, of which the numbers are known."""
+        nodes = self.method.nodes
+        times: tuple[Tensor, ...]
         if nodes.device.type != "cpu":
-            inside = inside.to(nodes.device, non_blocking=True)
-        if moving:
-            times = nodes * h + t
-            return (times + (inside - times.detach())).unbind()
-        self._known = (start, size, inside.unbind())
-        return self._known[2]
+            inside = torch.tensor(numbers, dtype=nodes.dtype)
+            times = inside.to(nodes.device, non_blocking=True).unbind()
+        elif len(numbers) <= _FEW:
+            times = tuple([torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers])
+        else:
+            times = torch.tensor(numbers, dtype=nodes.dtype).unbind()
+        self._known = (start, size, times)
+        return times
 
     def _limits(self, start: float, size: float) -> tuple[float, float]:
         """The interval's ends, or what stops leave of a step."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +14,8 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import Problem
 from pysciml_node.solutions.parts import in_parts
-from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
+from pysciml_node.solutions.solution import Solution, Stats, Trajectory
 from pysciml_node.steps.record import Outcome, check_finite
-
-
-class Ending(NamedTuple):
-    """How a solve has ended, and the states that its solution holds."""
-
-    retcode: ReturnCode
-    times: Sequence[float]  # (n + 1,), of the accepted steps
-    u1: Tensor  # (N,), the last state
-    saved: Tensor  # (saved, N), those at `saveat`
-    event: int | None = None  # which one has stopped it
 
 
 class Solve(ABC):
@@ -57,6 +47,14 @@ class Solve(ABC):
     def trajectory(self, outcome: Outcome) -> Trajectory:
         """Dense output and local estimates of the steps."""
 
+    def make_trajectory(self, outcome: Outcome) -> Callable[[], Trajectory]:
+        """What gives it when something asks: by then what the field can reach may be other things.
+
+        Most make it at once.
+        """
+        made = self.trajectory(outcome)
+        return lambda: made
+
     def state(self, stepped: Tensor) -> Tensor:
         """The state, flat, in what is stepped."""
         return stepped
@@ -76,37 +74,31 @@ class Solve(ABC):
     def looked_through(self, outcome: Outcome) -> Solution:
         """The solution of steps that are looked at once, for what is not finite in them."""
         record, states, saved = outcome
+        options, spec, stats = self.options, self.problem.spec, self.stats
         check_finite(record, states, self.watched)
-        self.stats.naccept, self.stats.nreject = record.naccept, record.nreject
-        ending = Ending(
-            record.retcode,
-            record.times,
-            # A copy: whoever changes it in place does not change the steps.
-            self.state(states[-1]).clone(),
-            self.state(saved if saved.shape[0] == record.saved else saved[: record.saved]),
-            record.event,
-        )
-        return self.finish(ending, self.trajectory(outcome))
-
-    def finish(self, ending: Ending, trajectory: Trajectory) -> Solution:
-        """The solution, once the solve has run."""
-        problem, options, spec = self.problem, self.options, self.problem.spec
+        stats.naccept, stats.nreject = record.naccept, record.nreject
         parts: dict[str, Any] = {
-            "problem": problem,
+            "problem": self.problem,
             "algorithm": self.algorithm,
             "engine": self.engine,
-            "retcode": ending.retcode,
-            "stats": self.stats,
-            "u1": spec.unflatten(ending.u1),
-            "trajectory": trajectory,
-            "event": ending.event,
+            "retcode": record.retcode,
+            "stats": stats,
+            # A copy: whoever changes it in place does not change the steps.
+            "u1": spec.unflatten(self.state(states[-1]).clone()),
+            "event": record.event,
         }
+        reached, ends = record.saved, record.times
         if options.saveat is not None:
-            parts["saved"] = spec.unflatten(ending.saved)
-        reached, ends = ending.saved.shape[0], ending.times
+            whole = saved.shape[0] == reached
+            parts["saved"] = spec.unflatten(self.state(saved if whole else saved[:reached]))
         if options.saveat_tensor is not None:
             parts["t"] = self.times(reached, ends)
-        return in_parts(Solution, lambda _: self.times(reached, ends), parts)
+        trajectory = self.make_trajectory(outcome)
+
+        def make(name: str) -> Any:
+            return trajectory() if name == "trajectory" else self.times(reached, ends)
+
+        return in_parts(Solution, make, parts)
 
     def times(self, reached: int, ends: Sequence[float]) -> Tensor:
         """The times of the states that a solution holds.

@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import FUNCTION_PARTS
 from pysciml_node.steps.further import Glance, hold_others
@@ -21,7 +21,7 @@ _MOST_FIELDS = 64
 _MOST_MISSES = 4
 
 
-class _Known:
+class Known:
     """A walk that began with a field, without the field: it is not kept alive.
 
     Attributes:
@@ -39,21 +39,33 @@ class _Known:
         # The first is that of the roots.
         self._places = walk.places[1:]
         self._walk.let_go()
-        self._walk.glance = Glance(self._places)
+        self._glance = self._walk.glance = Glance(self._places)
 
     def stands(self, roots: dict[str, Any]) -> bool:
         """Whether a walk that begins with these would meet the same again."""
         f, *_ = roots.values()
-        glance = self._walk.glance
         return (
             self.names == tuple(roots)
             and f.__dict__ is self._attributes
             and all(x is y for x, y in zip(_as_made(f), self._as_made, strict=True))
-            and glance is not None
-            and glance.stand()
+            and self._glance.stand()
             and self._further.stand()
             and not hold_others(self._walk.tensors)
         )
+
+    def changed(self) -> bool:
+        """Whether places hold other objects since it stood."""
+        return not self._glance.stand()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the walk has met."""
+        return self._walk.tensors
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has met functions that keep their results, which are counted at each solve."""
+        return bool(self._walk.caches)
 
     def walk(self, roots: dict[str, Any]) -> Walk:
         """The walk, beginning with the field."""
@@ -66,8 +78,28 @@ class _Known:
         return again
 
 
-_known: OrderedDict[int, _Known] = OrderedDict()
+_known: OrderedDict[int, Known] = OrderedDict()
 """By the identity of the field, the one used last at the end."""
+
+
+def known_from(roots: dict[str, Any]) -> Known | None:
+    """What is known of a walk that would meet the same again; `None` of others.
+
+    Args:
+        roots: as of `Walk`.
+    """
+    f, *others = roots.values()
+    known = _known.get(id(f))
+    if (
+        known is None
+        or others != [None]
+        or known.field() is not f
+        or known.misses > _MOST_MISSES
+        or not known.stands(roots)
+    ):
+        return None
+    known.misses = 0
+    return known
 
 
 def walk_from(roots: dict[str, Any]) -> Walk:
@@ -79,16 +111,15 @@ def walk_from(roots: dict[str, Any]) -> Walk:
     f, *others = roots.values()
     if others != [None] or not isinstance(f, nn.Module | types.FunctionType):
         return Walk(roots)
+    known = known_from(roots)
+    if known is not None:
+        return known.walk(roots)
     known = _known.get(id(f))
-    if known is not None and known.field() is f:
-        if known.misses > _MOST_MISSES:
-            return Walk(roots)
-        if known.stands(roots):
-            known.misses = 0
-            return known.walk(roots)
+    if known is not None and known.field() is f and known.misses > _MOST_MISSES:
+        return Walk(roots)
     walk = Walk(roots)
     if walk.further.lasts:
-        _known[id(f)] = _Known(roots, walk, 0 if known is None else known.misses + 1)
+        _known[id(f)] = Known(roots, walk, 0 if known is None else known.misses + 1)
         if len(_known) > _MOST_FIELDS:
             _known.popitem(last=False)
     else:

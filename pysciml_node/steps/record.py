@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -97,11 +98,18 @@ class Record:
                 indices.append(i)
                 times.append(t)
 
+    def copy(self) -> Record:
+        """The same steps, whose lists are not to be changed."""
+        made = object.__new__(Record)
+        made.__dict__.update(self.__dict__)
+        return made
+
     def truncate(self, count: int) -> None:
         """Keep the first `count` times, and what was saved up to there."""
         steps = count - 1
-        del self.times[count:], self.sizes[steps:], self.errors[steps:], self.stops[steps:]
-        del self.methods[steps:]
+        self.times = self.times[:count]  # others may share the lists
+        self.sizes, self.errors = self.sizes[:steps], self.errors[:steps]
+        self.stops, self.methods = self.stops[:steps], self.methods[:steps]
         self.inside = {n: kept for n, kept in self.inside.items() if n < steps}
         self.at_end = {n: kept for n, kept in self.at_end.items() if n < count}
         self.saved = sum(len(indices) for indices, _ in self.inside.values())
@@ -215,7 +223,9 @@ def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:
     code = record.retcode
     if watched or not (code.successful or code is ReturnCode.Unstable):
         return
-    if math.isfinite(torch.linalg.vector_norm(states[-1].detach(), 1).item()):
+    last = states[-1].detach() if states[-1].requires_grad else states[-1]
+    # What is not finite makes the sum of squares so, which also happens where they are too large.
+    if cmath.isfinite(torch.dot(last, last).item()):
         return
     # u0 stays, whatever it is.
     good = next((n for n, u in enumerate(states) if n and not bool(torch.isfinite(u).all())), None)

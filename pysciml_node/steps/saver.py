@@ -99,6 +99,11 @@ class Saver:
         return torch.cat(pieces) if pieces else like.new_empty((0, like.numel()))
 
 
+def may_thin(states: Sequence[Tensor]) -> bool:
+    """Whether states take so much memory that those which nobody has asked for are let go."""
+    return len(states) * states[-1].nbytes > _MOST_KEPT
+
+
 # States of steps that nobody has asked for are kept up to this many bytes.
 _MOST_KEPT = 2**25
 
@@ -129,7 +134,7 @@ def follow(
         if cut is not None:
             step = cut
         saver.see(step)
-        if thins and len(states) * step.u1.nbytes > _MOST_KEPT:
+        if thins and may_thin(states):
             del states[1:-1]
             record.thinned = True
         if on_step is not None:

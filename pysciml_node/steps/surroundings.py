@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.behind import APART
-from pysciml_node.steps.known import walk_from
+from pysciml_node.steps.known import known_from, walk_from
 from pysciml_node.steps.places import Names, Place, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
+from pysciml_node.steps.walk import Walk
 
 # While a sweep has put other values into places, the solves of other threads wait, and so does a
 # process that forks: in the child nobody would put them back, or let go of the lock.
@@ -71,6 +72,16 @@ class Surroundings:
     def __init__(self, roots: dict[str, Any]) -> None:
         with _lock:
             found = walk_from(roots)
+        self._begin(roots, found, versions_of(found.tensors))
+
+    @classmethod
+    def of(cls, roots: dict[str, Any], found: Walk, versions: list[int | None]) -> Surroundings:
+        """Those that a walk from the roots has found, with the versions of its tensors then."""
+        made = cls.__new__(cls)
+        made._begin(roots, found, versions)
+        return made
+
+    def _begin(self, roots: dict[str, Any], found: Walk, versions: list[int | None]) -> None:
         self.roots, self.memory = roots, found.memory
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
@@ -84,7 +95,7 @@ class Surroundings:
         if found.met_apart:
             # A solution kept in an attribute would hold the one before it, and so on.
             self._forget(lambda value: isinstance(value, APART))
-        self._versions = versions_of(self.tensors)
+        self._versions = versions
 
     @property
     def lasts(self) -> bool:
@@ -327,3 +338,43 @@ class Surroundings:
     def grown(self) -> list[Any]:
         """Functions that have been called and have kept their results since."""
         return [cache for cache, misses in self._caches if cache.cache_info().misses != misses]
+
+
+class Glimpse:
+    """Surroundings that are made when something asks, where they are those of an earlier solve.
+
+    Args:
+        roots: as of `Surroundings`.
+    """
+
+    __slots__ = ("_known", "_made", "_roots", "_versions")
+
+    def __init__(self, roots: dict[str, Any]) -> None:
+        with _lock:
+            known = known_from(roots)
+        self._roots, self._known = roots, known
+        self._made: Surroundings | None = None
+        if known is None or known.counts:
+            self._made = Surroundings(roots)
+        else:
+            self._versions = versions_of(known.tensors)
+
+    def settle(self) -> None:
+        """As of `Surroundings`."""
+        known = self._known
+        if (
+            self._made is not None
+            or known is None
+            or known.changed()
+            or versions_of(known.tensors) != self._versions
+        ):
+            self.surroundings().settle()
+
+    def surroundings(self) -> Surroundings:
+        """The surroundings, as the solve saw them."""
+        made, known = self._made, self._known
+        if made is None:
+            assert known is not None
+            walk = known.walk(self._roots)
+            self._made = made = Surroundings.of(self._roots, walk, self._versions)
+        return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -45,11 +45,12 @@ from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.saver import Saver, follow
-from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.surroundings import Glimpse, Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.switching import march_of
+from pysciml_node.torch_engine.timetable import Timetable, note_steps
 
 
 class ODESolve(Solve):
@@ -66,6 +67,17 @@ class ODESolve(Solve):
     ) -> None:
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
+        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
+        self.u0 = spec.flatten(problem.u0).clone()
+        self.surroundings: Surroundings
+        self._glimpse: Glimpse | None = None
+        self.stats = Stats()
+        self.methods: tuple[Method, ...]
+        table = self._table = Timetable.of(problem, algorithm, options)
+        if table is not None:
+            self.methods, self.method, self.marks = (table.method,), table.method, table.marks
+            self._ends_move = self._times_move = False
+            return
         linsolve = accuracy = None
         if not isinstance(algorithm, ExplicitRungeKutta):
             linsolve = linsolve_of(algorithm, sum(spec.sizes))
@@ -75,16 +87,12 @@ class ODESolve(Solve):
         )
         # What any of them does with numbers and times.
         self.method = self.methods[0]
-        # A copy: a field that works in place is refused, and has not changed the caller's tensor.
-        self.u0 = spec.flatten(problem.u0).clone()
-        self.surroundings: Surroundings
         # Start, stops and end.
         t0, t1 = ends_of(problem)
         self.marks = (t0, *options.tstops, t1)
         # Whether ends of the interval receive gradients, or the times that are asked for.
         self._ends_move = any(map(moves, problem.tspan))
         self._times_move = self._ends_move or moves(options.saveat_tensor)
-        self.stats = Stats()
 
     @override
     def run(self) -> Outcome:
@@ -94,14 +102,19 @@ class ODESolve(Solve):
 
     @override
     def trajectory(self, outcome: Outcome) -> TorchTrajectory:
+        glimpse = self._glimpse
         return TorchTrajectory(
             self.problem,
             self.methods,
             Kept(outcome.record, outcome.states),
             self.stats,
             self.options,
-            surroundings=self.surroundings,
+            surroundings=self.surroundings if glimpse is None else glimpse.surroundings(),
         )
+
+    @override
+    def make_trajectory(self, outcome: Outcome) -> Callable[[], TorchTrajectory]:
+        return partial(self.trajectory, outcome)
 
     def march(
         self,
@@ -162,11 +175,31 @@ class ODESolve(Solve):
 
     def plain(self) -> Outcome:
         """Without gradients."""
-        field = FlatField(self.problem)
+        field, table = FlatField(self.problem), self._table
+        if table is not None:
+            self._glimpse = seen = Glimpse(field.given)
+            outcome = table.solve(field, self.u0)
+            self.stats.nfe = field.nfe
+            seen.settle()
+            return outcome
         parts = self.stages(field)
         self._watch(parts[0], field)
-        outcome = self.march(parts, self.u0, None, None)
+        outcome = self._take(parts, self.u0, None)
         self._has_run(field)
+        return outcome
+
+    def _take(self, parts: Sequence[Stages], u0: Tensor, k0: Tensor | None) -> Outcome:
+        """Take the steps without a graph, as an earlier solve has found them where they are fixed.
+
+        Args:
+            parts: the stages of each method.
+            u0: the initial state.
+            k0: the derivative there, where it is known.
+        """
+        if self._table is not None:
+            return self._table.take(parts[0], u0, k0)
+        outcome = self.march(parts, u0, k0, None)
+        note_steps(self.problem, self.algorithm, self.options, outcome, parts[0])
         return outcome
 
     def direct(self) -> Outcome:
@@ -269,7 +302,7 @@ class ODESolve(Solve):
             ((first,), _) = graph.evaluation
             parts = [KeptStages(self.method, field.field, self.marks, first, kept)]
         with Grad(False):
-            outcome = self.march(parts, self.u0.detach(), field.k0, None)
+            outcome = self._take(parts, self.u0.detach(), field.k0)
         return field, kept, outcome
 
     def _memory(self) -> int:

@@ -1,0 +1,199 @@
+"""Where fixed steps lie: found by the first solve, and the same for all that differ in states.
+
+A plan says what the steps are, whatever the state and the field make of them. So a later solve with
+the same options takes the steps one after the other, with nothing to decide and nothing to note.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pysciml_node.algorithms.controllers import FixedStep
+from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
+from pysciml_node.algorithms.options import SolveOptions
+from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import StateSpec
+from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.vectors import RecordedVectors, Vectors, vectors_like
+from pysciml_node.solutions.solution import ReturnCode
+from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.record import Outcome, Record
+from pysciml_node.steps.saver import may_thin
+
+# Entries of a state up to which the memory of stages is kept for the next solve.
+_SHORT = 2**12
+
+_ENDS = struct.Struct("dd").pack
+
+
+class _Step(NamedTuple):
+    """A step, and the saved times in it.
+
+    Attributes:
+        t: where it begins.
+        h: its signed size.
+        numbers: the times of its stages.
+        goes_on: whether the next one begins in the same field.
+        theta: of saved times inside, where in the step they lie, if there are any.
+        at_end: how many saved times are its end.
+    """
+
+    t: float
+    h: float
+    numbers: list[float]
+    goes_on: bool
+    theta: Tensor | None
+    at_end: int
+
+
+class Timetable:
+    """The steps of a solve that has reached its end.
+
+    Args:
+        problem: what was solved.
+        algorithm: how.
+        record: its steps, which nobody changes.
+        method: that took them.
+        marks: start, stops and end.
+    """
+
+    def __init__(
+        self,
+        problem: ODEProblem,
+        algorithm: Algorithm,
+        record: Record,
+        method: Method,
+        marks: tuple[float, ...],
+    ) -> None:
+        self.method, self.marks = method, marks
+        self._spec: StateSpec = problem.spec
+        self._algorithm, self._ends = algorithm, _ENDS(*problem.tspan)
+        self._stages = stages = Stages(method, _no_field, marks, RecordedVectors())
+        # What holds the stages of solves that have run, for the next ones.
+        self._spare: list[Vectors] = []
+        size = sum(problem.spec.sizes)
+        self._short = problem.spec.device.type == "cpu" and size <= _SHORT
+        self._record, self._at_start = record, len(record.at_end.get(0, ()))
+        self._nothing = method.b.tensor.new_empty((0, size))
+        self._steps = [_step(record, stages, n) for n in range(len(record.sizes))]
+
+    @classmethod
+    def of(
+        cls, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
+    ) -> Timetable | None:
+        """What was noted for a solve, if there was one like it."""
+        table: Timetable | None = options.timetable
+        if (
+            table is None
+            or table._spec is not problem.spec
+            or table._algorithm is not algorithm
+            or not type(problem.tspan[0]) is type(problem.tspan[1]) is float
+            or table._ends != _ENDS(*problem.tspan)
+        ):
+            return None
+        return table
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy of options, or another process, finds out again.
+        return type(None), ()
+
+    def solve(self, field: FlatField, u: Tensor) -> Outcome:
+        """Take the steps without gradients.
+
+        Args:
+            field: that is evaluated.
+            u: the state at the start, `(N,)`.
+        """
+        spare, lends = self._spare, self._short and _is_usual(u)
+        vectors: Vectors
+        try:
+            vectors = (spare if lends else []).pop()
+        except IndexError:
+            vectors = vectors_like(u, self.method.all_stages)
+        outcome = self.take(self._stages.afresh(field, vectors), u, None)
+        if lends:
+            spare.append(vectors)
+        return outcome
+
+    def take(self, stages: Stages, u: Tensor, k: Tensor | None) -> Outcome:
+        """Take the steps.
+
+        Args:
+            stages: of the method.
+            u: the state at the start, `(N,)`.
+            k: the derivative there, where it is known.
+        """
+        states, saved = [u], []
+        if self._at_start:
+            saved.append(u.expand(self._at_start, -1))
+        for t, h, numbers, goes_on, theta, at_end in self._steps:
+            stages.expect(t, h, numbers)
+            if k is None:
+                stages.start(t, h, u)
+            else:
+                stages.begin(k)
+            u1 = stages.solution(t, h, u, with_error=False)
+            if theta is not None:
+                saved.append(stages.dense(t, h, u, theta))
+            if at_end:
+                saved.append(u1.expand(at_end, -1))
+            k, u = stages.leave(goes_on), u1
+            states.append(u)
+        return Outcome(self._record.copy(), states, torch.cat(saved) if saved else self._nothing)
+
+
+def _is_usual(u: Tensor) -> bool:
+    """Whether what is made like a state may serve another one: it is of no class, and no mode."""
+    return type(u) is Tensor and not (
+        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _no_field(t: Tensor, u: Tensor) -> Tensor:
+    """Stands for the field in stages that no solve takes."""
+    return u
+
+
+def _step(record: Record, stages: Stages, n: int) -> _Step:
+    t, h, inside = record.times[n], record.sizes[n], record.fractions(n)
+    return _Step(
+        t,
+        h,
+        stages.numbers(t, h),
+        record.stops[n] is None,
+        torch.tensor(inside, dtype=torch.float64) if inside else None,
+        len(record.at_end.get(n + 1, ())),
+    )
+
+
+def note_steps(
+    problem: ODEProblem,
+    algorithm: Algorithm,
+    options: SolveOptions,
+    outcome: Outcome,
+    stages: Stages,
+) -> None:
+    """Have later solves with the same options take these steps, where they are fixed.
+
+    Args:
+        problem: what was solved.
+        algorithm: how.
+        options: of the solve.
+        outcome: what it has left.
+        stages: that took the steps.
+    """
+    record, states, _ = outcome
+    if (
+        type(options.controller) is FixedStep
+        and isinstance(algorithm, ExplicitRungeKutta)
+        and not (options.events or options.progress)
+        and options.saveat_tensor is None
+        and type(problem.tspan[0]) is type(problem.tspan[1]) is float
+        and record.retcode is ReturnCode.Success
+        and not (record.thinned or (options.saveat and may_thin(states)))
+    ):
+        options.note(Timetable(problem, algorithm, record.copy(), stages.method, stages.marks))
