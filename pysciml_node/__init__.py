@@ -1,4 +1,16 @@
-"""Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve."""
+"""Neural differential equations in PyTorch, solved and trained so that they stay cheap to solve.
+
+    problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
+    solution = psn.solve(problem, psn.Tsit5(), saveat=[0.0, 0.5, 1.0])
+
+A problem (`ODEProblem`, `SDEProblem`, `EnsembleProblem`) says what is solved, an algorithm
+(`Tsit5`, `Rodas5P`, `SOSRI`) how, and an adjoint (`DiscreteAdjoint`, `BacksolveAdjoint`) how
+gradients are taken. `solve` returns a `Solution`: states `u` at times `t`, and the last one, `u1`.
+
+`NeuralODE`, `NeuralSDE`, `NeuralCDE`, `LatentODE` and `CNF` are layers; `LocalError` and other
+regularizers keep them cheap. `compat.torchdiffeq` and `compat.torchsde` have the functions of these
+packages. `help(psn.solve)` says what the options are.
+"""
 
 import importlib
 from types import ModuleType
@@ -220,3 +232,8 @@ def __getattr__(name: str) -> ModuleType:
     meant = _ELSEWHERE.get(name) or (not name.startswith("_") and checks.nearest(name, __all__))
     remedy = f"\n  Did you mean {__name__}.{meant}?" if meant else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{remedy}")
+
+
+def __dir__() -> list[str]:
+    """The public names: modules that only hold them are left out."""
+    return [*__all__, "data", "flows", "layers", *(x for x in globals() if x.startswith("__"))]

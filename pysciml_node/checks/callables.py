@@ -9,7 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -259,9 +259,12 @@ def _arguments(kind: type) -> tuple[str, ...] | None:
 class Configured:
     """Base of classes whose misspelled arguments are refused with the name that was meant."""
 
+    _elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What other packages call the arguments, and what to write here."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an object that `__init__` then fills."""
         known = _arguments(cls) if kwargs else None  # type: ignore[arg-type]
         if known is not None:
-            keywords(cls.__name__, kwargs, known)
+            keywords(cls.__name__, kwargs, known, cls._elsewhere)
         return super().__new__(cls)

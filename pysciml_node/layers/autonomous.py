@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
-from pysciml_node.checks import takes
+from pysciml_node.checks import refuse, takes
 
 
 class Autonomous(nn.Module):
@@ -42,6 +42,25 @@ def _without_time(inner: Callable[[Any], Any], t: Tensor, u: Any, p: Any = None)
     return inner(u)
 
 
+def check_function(name: str, value: Any, *places: str) -> None:
+    """What a layer is given as a field, a drift or a diffusion.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        places: the names of its arguments, in words.
+
+    Raises:
+        TypeError: it is not callable, or a class in place of its instance.
+    """
+    taken = ", ".join(places)
+    hint = f"Give an nn.Module or a function of ({taken})."
+    if isinstance(value, type):
+        hint = f"Make one: {value.__name__}(...)."
+    if isinstance(value, type) or not callable(value):
+        refuse(name, f"callable as {name}({taken})", value, hint)
+
+
 def with_time(field: Callable[..., Any]) -> Callable[..., Any]:
     """A field as a function of time and state, where by its signature it takes the state alone."""
     if takes(field, 2) or not takes(field, 1):
@@ -57,3 +76,28 @@ def used(field: Any) -> list[nn.Module]:
     seen = {**names.globals, **names.nonlocals}.values()
     modules = [value for value in seen if isinstance(value, nn.Module)]
     return [m for m in modules if any(p.requires_grad for p in m.parameters())]
+
+
+def unregistered(module: nn.Module) -> Iterator[str]:
+    """Names of attributes whose parameters torch does not find: modules in lists, plain tensors.
+
+    What begins with an underscore is meant to be out of sight.
+    """
+    owned = {id(parameter) for parameter in module.parameters()}
+    for path, inner in module.named_modules():
+        for name, value in vars(inner).items():
+            if name.startswith("_"):
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            held = list(held) if isinstance(value, list | tuple | dict) else [value]
+            if any(x.requires_grad and id(x) not in owned for x in _trainable(held)):
+                yield f"{path}.{name}" if path else name
+
+
+def _trainable(held: list[Any]) -> Iterator[Tensor]:
+    """The leaves among tensors, and the parameters of modules."""
+    for x in held:
+        if isinstance(x, nn.Module):
+            yield from x.parameters()
+        elif isinstance(x, Tensor) and x.is_leaf:
+            yield x

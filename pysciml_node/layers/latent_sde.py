@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
-from pysciml_node.layers.autonomous import with_time
+from pysciml_node.layers.autonomous import check_function, with_time
 from pysciml_node.layers.neural_sde import NeuralSDE
 from pysciml_node.layers.options import SolverOptions
 from pysciml_node.problems.ode import Time
@@ -89,9 +89,7 @@ class LatentSDE(nn.Module):
             "diffusion": diffusion,
         }
         for name, given in functions.items():
-            if not callable(given):
-                hint = "Give an nn.Module or a function of (t, z)."
-                checks.refuse(name, f"callable as {name}(t, z)", given, hint)
+            check_function(name, given, "t", "z")
         self.posterior, self.prior, self.diffusion = posterior, prior, diffusion
         common: dict[str, Any] = {
             "interpretation": interpretation,

@@ -17,7 +17,7 @@ from pysciml_node.algorithms.adjoints import DirectAdjoint
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.checks import choice, function
 from pysciml_node.errors import PsnWarning
-from pysciml_node.layers.autonomous import used, with_time
+from pysciml_node.layers.autonomous import unregistered, used, with_time
 from pysciml_node.layers.options import SolverOptions, check_options
 from pysciml_node.problems.modes import ordinary_modes, solvable
 from pysciml_node.problems.ode import Problem, Time, check_span
@@ -55,6 +55,7 @@ class NeuralDE(nn.Module, Generic[Out]):
     penalty: Tensor
     usual_tolerance: ClassVar[float] = 1e-6
     fields: ClassVar[tuple[str, ...]] = ("field",)
+    _looked = False  # whether there are parameters that are not registered
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class NeuralDE(nn.Module, Generic[Out]):
             """Call `forward`."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The layer's parameters; warns where a function keeps them and the layer has none."""
+        """The layer's parameters; warns, once, of those of its field that are not registered."""
         parameters = list(super().parameters(recurse))
         hidden = (
             [] if parameters else [m for name in self.fields for m in used(getattr(self, name))]
@@ -105,6 +106,18 @@ class NeuralDE(nn.Module, Generic[Out]):
                 PsnWarning,
                 stacklevel=2,
             )
+        if not self._looked:
+            self._looked = True
+            lost = ", ".join(name for held in self.children() for name in unregistered(held))
+            if lost:
+                warnings.warn(
+                    f"this {type(self).__name__}'s parameters() lack those in {lost}, which its "
+                    "field has not registered.\n"
+                    "  Hold modules in an nn.ModuleList or nn.ModuleDict, and tensors as "
+                    "nn.Parameter.",
+                    PsnWarning,
+                    stacklevel=2,
+                )
         return iter(parameters)
 
     def give(self, solution: Solution | EnsembleSolution) -> Any:

@@ -17,6 +17,7 @@ from pysciml_node.layers.augmented import (
     integrals,
     without_extra,
 )
+from pysciml_node.layers.autonomous import check_function
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
 from pysciml_node.layers.rows import OfRow, attach_row_penalties, refuse_rates, rows_of
@@ -125,9 +126,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(Tsit5() if algorithm is None else algorithm, tspan, output, options)
-        hint = "Give an nn.Module or a function of (t, u)."
-        if not callable(field):
-            checks.refuse("field", "callable as field(t, u)", field, hint)
+        check_function("field", field, "t", "u")
         self.field = field
         self._augmented: Recent[StateSpec, AugmentedField] = Recent(KINDS)
         self.independent = checks.flag("independent", independent)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Generic, Literal, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm
+from pysciml_node.layers.autonomous import check_function
 from pysciml_node.layers.neural_de import NeuralDE, Out, Output
 from pysciml_node.layers.options import SolverOptions
 from pysciml_node.problems.modes import uncompiled
@@ -106,10 +106,8 @@ class NeuralSDE(NeuralDE[Out], Generic[Out]):
         **options: Unpack[SolverOptions],
     ) -> None:
         super().__init__(algorithm, tspan, output, options)
-        hint = "Give an nn.Module or a function of (t, u)."
         for name, given in (("drift", drift), ("diffusion", diffusion)):
-            if not callable(given):
-                checks.refuse(name, f"callable as {name}(t, u)", given, hint)
+            check_function(name, given, "t", "u")
         for regularizer in cast(Iterable[Regularizer], self.regularizers):
             if not regularizer.of_stochastic:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -160,6 +160,11 @@ class Problem(checks.Configured):
     spec: StateSpec
 
     functions: ClassVar[tuple[str, ...]] = ("f",)
+    _elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("y0", "x0"), "u0"),
+        **dict.fromkeys(("t", "ts", "t_eval", "saveat"), "tspan=(t0, t1), and saveat=... of solve"),
+        **dict.fromkeys(("args", "params", "parameters", "theta"), "p, the argument of f(t, u, p)"),
+    }
     jac: VectorField | None = None
     jac_sparsity: Tensor | None = None
     # Whether the functions have been found to take what they are given; it is asked once.

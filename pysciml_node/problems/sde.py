@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -62,6 +63,7 @@ class SDEProblem(Problem):
     """
 
     functions: ClassVar[tuple[str, ...]] = ("drift", "diffusion")
+    _elsewhere: ClassVar[Mapping[str, str]] = {**Problem._elsewhere, "f": "drift", "g": "diffusion"}
 
     drift: VectorField
     diffusion: VectorField

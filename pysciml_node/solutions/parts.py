@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,10 @@ class InParts:
 
     __dataclass_fields__: dict[str, Any]
     problem: Any
+
+    def __dir__(self) -> Iterable[str]:
+        """The parts that are not made yet are there for who looks, too."""
+        return {*super().__dir__(), *self.__dataclass_fields__}
 
     def _is_later(self, name: str) -> bool:
         """Whether a part is missing and will be made."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import register_pytree_node
 from pysciml_node import checks, plot
 from pysciml_node.problems.modes import ordinary_modes, refuse_recording, uncompiled, with_graph
 from pysciml_node.problems.state import map_tensors, refuse_batched
-from pysciml_node.solutions.elsewhere import ELSEWHERE, NoTensor
+from pysciml_node.solutions.elsewhere import ELSEWHERE, Counted, NoTensor, remedy
 from pysciml_node.solutions.jump import Jump
 from pysciml_node.solutions.parts import InParts
 from pysciml_node.solutions.portable import mapped_problem, portable_problem
@@ -50,7 +50,7 @@ class ReturnCode(enum.Enum):
 
 
 @dataclass
-class Stats:
+class Stats(Counted):
     """The cost of a solve. The backward fields are filled when gradients have been taken.
 
     Attributes:
@@ -368,12 +368,8 @@ class Solution(NoTensor, InParts):
             """Make a part that is not there yet; answer names of other packages with ours."""
             if self._is_later(name):
                 return self._made(name)
-            known = (x for x in (*self.__dataclass_fields__, *dir(type(self))) if x[0] != "_")
-            meant = ELSEWHERE.get(name) or (
-                not name.startswith("_") and checks.nearest(name, known)
-            )
-            remedy = f"\n  Did you mean solution.{meant}?" if meant else ""
-            raise AttributeError(f"a Solution has no attribute {name!r}.{remedy}")
+            meant = remedy("solution", name, dir(self), ELSEWHERE, tensor=True)
+            raise AttributeError(f"a Solution has no attribute {name!r}.{meant}")
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

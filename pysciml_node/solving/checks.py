@@ -79,6 +79,23 @@ ELSEWHERE = {
 }
 
 
+# Methods of SciPy and of torchdiffeq whose names are unlike those here.
+_METHODS = {
+    "rk45": "DP5",
+    "rk23": "BS3",
+    "dop853": "DP8",
+    "dopri8": "DP8",
+    "bosh3": "BS3",
+    "adaptive_heun": "Heun",
+    "lsoda": "AutoTsit5",
+    "radau": "Rodas5P",
+    "bdf": "Rodas5P",
+    "euler_maruyama": "EM",
+    "milstein": "RKMil",
+    "srk": "SOSRI",
+}
+
+
 def explain_calls(begin: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Make `solve` say what was meant where it is called as other packages' functions are.
 
@@ -132,7 +149,9 @@ def check_problem(problem: Any) -> Problem:
     """
     if not isinstance(problem, _SINGLE):
         hint = "Make one: ODEProblem(f, u0, (t0, t1))."
-        if callable(problem) and not isinstance(problem, type):
+        if hasattr(problem, "register_solve_hook"):
+            hint = "A layer is called: layer(u0)."
+        elif callable(problem) and not isinstance(problem, type):
             hint = (
                 "In place of solve(f, u0, t) write solve(ODEProblem(f, u0, (t[0], t[-1])), "
                 "saveat=t), or use\n  pysciml_node.compat.torchdiffeq.odeint(f, u0, t)."
@@ -285,6 +304,8 @@ def chosen(name: str, value: Any, kind: type[Any], default: Any) -> Any:
         usual = default().__class__.__name__
         expected = f"one of this package's {kind.__name__.lower()}s, such as {usual}()"
         near = checks.nearest(value, (x.__name__ for x in _kinds(kind)))
+        if kind is Algorithm and isinstance(value, str):
+            near = _METHODS.get(value.lower(), near)
         hint = f"Did you mean {near}()?" if near else f"Write {name}={usual}(), or leave it out."
         checks.refuse(name, expected, value, hint)
     return value

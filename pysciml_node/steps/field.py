@@ -24,6 +24,7 @@ from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.words import FOREIGN, say_what_was_given
 
 Watch = Callable[[Tensor], None]
 
@@ -74,7 +75,7 @@ def refuse_touched(what: str) -> NoReturn:
     )
 
 
-def expect_copies(error: RuntimeError, what: str) -> None:
+def expect_copies(error: Exception, what: str) -> None:
     """Say what torch has refused, where a function changes what gradients are asked of.
 
     Args:
@@ -154,8 +155,9 @@ class FlatField:
         before, state = versions_of((t, u)), spec.unflatten(u)
         try:
             out = f(t, state) if p is None else f(t, state, p)
-        except RuntimeError as error:
+        except FOREIGN as error:
             expect_copies(error, "the field")
+            say_what_was_given(error, "the field", t, state)
             raise
         if versions_of((t, u)) != before:
             refuse_touched("the field")
@@ -200,7 +202,9 @@ class FlatField:
         ]
         if not spec.matches(out) or (spec.keys is None and not isinstance(out, Tensor)):
             hint = "Return the derivative of each part of the state, in the same structure."
-            if spec.keys is None and isinstance(out, tuple | list):
+            if out is None:
+                hint = "Return the derivative: the function ends without a return."
+            elif spec.keys is None and isinstance(out, tuple | list):
                 hint = "Return its entries as one tensor: torch.stack([...])."
             elif spec.keys is None and isinstance(out, int | float):
                 hint = "Return one entry for each of u: torch.full_like(u, 1.0)."

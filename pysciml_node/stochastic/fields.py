@@ -27,6 +27,7 @@ from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.words import FOREIGN, say_what_was_given
 
 
 def _given(problem: SDEProblem) -> dict[str, Any]:
@@ -188,10 +189,12 @@ class Fields:
 
     def _diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         versions = versions_of([t, u])
+        state = self.spec.unflatten(u)
         try:
-            out = self.raw_diffusion(t, self.spec.unflatten(u))
-        except RuntimeError as error:
+            out = self.raw_diffusion(t, state)
+        except FOREIGN as error:
             expect_copies(error, "the diffusion")
+            say_what_was_given(error, "the diffusion", t, state)
             raise
         expect_untouched([t, u], versions, "the diffusion")
         if self.spec.keys is not None:

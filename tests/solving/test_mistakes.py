@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,37 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: psn.CNF(nn.Linear(2, 2), event_shap=2),  # type: ignore[call-arg]
         "Did you mean 'event_shape'",
     ),
+    "name of SciPy's method": (lambda: solve("RK45"), r"Did you mean DP5\(\)"),
+    "name of a stiff method": (lambda: solve("LSODA"), r"Did you mean AutoTsit5\(\)"),
+    "args of a problem": (
+        lambda: make(args=(one,)),
+        r"ODEProblem takes no argument 'args'\.\n  Did you mean p, the argument of f\(t, u, p\)",
+    ),
+    "y0 of a problem": (
+        lambda: psn.ODEProblem(decay, y0=one, tspan=(0.0, 1.0)),  # type: ignore[call-arg]
+        "Did you mean u0",
+    ),
+    "saveat of a problem": (lambda: make(saveat=[0.5]), "saveat=... of solve"),
+    "f of a stochastic problem": (
+        lambda: psn.SDEProblem(f=decay, g=decay, u0=one, tspan=(0.0, 1.0)),  # type: ignore[call-arg]
+        "Did you mean drift",
+    ),
+    "a layer for a problem": (
+        lambda: psn.solve(psn.NeuralODE(nn.Linear(2, 2)), one),
+        r"A layer is called: layer\(u0\)",
+    ),
+    "a class for a field": (
+        lambda: psn.NeuralODE(nn.Linear),
+        r"is the class Linear\.\n  Make one: Linear\(\.\.\.\)",
+    ),
+    "a class for a diffusion": (
+        lambda: psn.NeuralSDE(nn.Linear(2, 2), nn.Linear),
+        r"diffusion must be .* is the class Linear\.",
+    ),
+    "no return": (lambda: psn.solve(make(lambda t, u: None)), "the function ends without a return"),
+    "a solution less a tensor": (lambda: solve() - one, r"was given a Solution\.\n.*solution\.u1"),
+    "a tensor less a solution": (lambda: one - solve(), r"was given a Solution\.\n.*solution\.u1"),
+    "an array of a solution": (lambda: np.asarray(solve()), r"solution\.u1\.numpy"),
     "unpacking": (lambda: tuple(solve()), r"not a pair\.\n  Its times are solution\.t"),
 }
 
@@ -170,7 +202,10 @@ def test_mistakes_are_answered_with_what_was_meant(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("ys", "u"), ("y", "u"), ("ts", "t"), ("retcod", "retcode"), ("shape", "u1.shape")],
+    [
+        *(("ys", "u"), ("y", "u"), ("values", "u"), ("ts", "t"), ("retcod", "retcode")),
+        *(("shape", "u1.shape"), ("backward", "u1.backward"), ("mean", "u1.mean")),
+    ],
 )
 def test_names_of_other_packages_on_a_solution(name: str, meant: str) -> None:
     solution = solve()
@@ -181,6 +216,112 @@ def test_names_of_other_packages_on_a_solution(name: str, meant: str) -> None:
     assert not hasattr(solution, "_repr_html_")
     assert copy.copy(solution).success
     assert pickle.loads(pickle.dumps(solution)).success
+
+
+def test_names_of_other_packages_on_the_counts() -> None:
+    stats = solve().stats
+    with pytest.raises(AttributeError, match=r"'nfev'\.\n  Did you mean solution\.stats\.nfe\?"):
+        stats.nfev  # type: ignore[attr-defined]  # noqa: B018
+    assert pickle.loads(pickle.dumps(stats)) == copy.deepcopy(stats) == stats
+
+
+def test_what_there_is_can_be_listed() -> None:
+    """Where names are completed: also parts that are made when they are read, and no others."""
+    assert {"t", "u", "u1", "penalty", "stats", "plot"} <= set(dir(solve()))
+    listed = {name for name in dir(psn) if not name.startswith("_")}
+    assert listed >= {*psn.__all__, "data"}
+    assert listed.isdisjoint({"importlib", "ModuleType", "checks", "steps", "torch_engine"})
+    assert all(hasattr(psn, name) for name in dir(psn))
+
+
+two_rows = torch.ones(3, 2)
+FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
+    "sizes": (
+        lambda: psn.NeuralODE(nn.Linear(3, 3))(two_rows),
+        r"state of shape \(3, 2\)(.|\n)*last ax",
+    ),
+    "precisions": (
+        lambda: psn.NeuralODE(nn.Linear(2, 2))(two_rows.double()),
+        r"float64(.|\n)*module\.to",
+    ),
+    "no axes of the time": (
+        lambda: psn.solve(psn.ODEProblem(lambda t, u: torch.cat((u, t), 1), two_rows, (0.0, 1.0))),
+        r"time of shape \(\)(.|\n)*t\.expand\(len\(u\), 1\)",
+    ),
+    "NumPy": (
+        lambda: solve_with(lambda t, u: torch.from_numpy(-u.numpy())),
+        r"Compute with torch(.|\n)*torch\.no_grad",
+    ),
+    "math": (lambda: solve_with(lambda t, u: math.sin(u) * u), r"torch\.sin"),
+    "no samples": (
+        lambda: psn.NeuralODE(nn.BatchNorm1d(2))(torch.ones(2)),
+        r"state of shape \(2,\)(.|\n)*u0\.unsqueeze",
+    ),
+    "parts": (
+        lambda: psn.solve(
+            psn.ODEProblem(lambda t, u: nn.Linear(9, 2)(u[0]), (one, one), (0.0, 1.0))
+        ),
+        r"whose parts have shapes \(2,\), \(2,\)",
+    ),
+    "diffusion": (
+        lambda: psn.solve(psn.SDEProblem(decay, lambda t, u: torch.cat((u, t)), one, (0.0, 1.0))),
+        "The diffusion was called with a time",
+    ),
+    "members": (
+        lambda: psn.solve(
+            psn.EnsembleProblem(make(lambda t, u: nn.Linear(3, 2)(u)), torch.ones(4, 2).double())
+        ),
+        r"field was called with .* state of shape \(2,\)",
+    ),
+}
+
+
+def solve_with(f: Any) -> psn.Solution:
+    return psn.solve(make(f))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_errors_of_torch_in_a_field_say_what_it_was_given(name: str) -> None:
+    """And what mostly helps, in a note behind the error that torch raises."""
+    call, words = FOREIGN[name]
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as caught:
+        call()
+    notes = "\n".join(caught.value.__notes__)
+    assert re.search(words, notes)
+
+
+def test_errors_with_a_remedy_are_left_as_they_are() -> None:
+    def refuses(t: Tensor, u: Tensor) -> Tensor:
+        raise ValueError("u must be positive.\n  Take its logarithm.")
+
+    with pytest.raises(ValueError, match="positive") as caught:
+        psn.solve(make(refuses))
+    assert not hasattr(caught.value, "__notes__")
+
+
+class Unregistered(nn.Module):
+    """Layers in a list, a tensor that is no parameter, and one that is kept out of sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(2, 2)
+        self.layers = [nn.Linear(2, 2)]
+        self.scale = torch.ones(2, requires_grad=True)
+        self.again = [self.own]
+        self.frozen = [nn.Linear(2, 2).requires_grad_(False)]
+        self._teacher = [nn.Linear(2, 2)]
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.scale * self.layers[0](self.own(u))
+
+
+def test_parameters_that_are_not_registered_are_named() -> None:
+    node = psn.NeuralODE(Unregistered())
+    with pytest.warns(psn.PsnWarning, match=r"lack those in layers, scale, .*\n.*nn\.ModuleList"):
+        assert len(list(node.parameters())) == 2
+    list(node.parameters())  # it is said once
+    list(psn.NeuralODE(nn.Sequential(nn.Linear(2, 2))).parameters())
 
 
 @pytest.mark.parametrize(
