@@ -28,7 +28,7 @@ from pysciml_node.steps.autograd import graph_is_retained, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
 from pysciml_node.steps.first_graph import FirstGraph, are_of_others, memory_of
-from pysciml_node.steps.graph import Grad, edge_of, graph_leaves
+from pysciml_node.steps.graph import Grad, edge_of, graph_leaves, nodes_made, nodes_since
 from pysciml_node.steps.guard import first_saved
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.record import Record
@@ -87,12 +87,20 @@ class KeptSteps:
         captured: what the field can reach.
         memory: how many bytes may be kept.
         each: how many of them the first evaluation of the field, or a step, takes.
+        made: how many nodes of graphs the first evaluation has made.
     """
 
-    def __init__(self, start: Tensor, captured: Inputs, memory: int, each: int) -> None:
+    # Of so many steps one is measured, however many nodes its evaluations have made.
+    MEASURED = 8
+
+    def __init__(
+        self, start: Tensor, captured: Inputs, memory: int, each: int, made: int | None
+    ) -> None:
         # The first graph has shown that no other tensors are saved for backward.
         read = captured.comparable
         self.start, self._each = start, each
+        # By how many nodes they have made: the bytes of evaluations that were measured.
+        self._sizes = {} if made is None else {made: each}
         self._left = memory - sum(x.nbytes for x in read)
         with Grad(False):
             self._contents = {id(x): x.clone() for x in read} if self.room else {}
@@ -124,18 +132,27 @@ class KeptSteps:
         if captured.cut or not captured.steady:
             return None
         (start,) = graph.evaluation[1]
-        return cls(start, captured, memory, graph.bytes * evaluations)
+        return cls(start, captured, memory, graph.bytes * evaluations, graph.made)
 
-    def add(self, step: KeptStep, evaluated: Sequence[Tensor], count: int) -> None:
+    def add(
+        self, step: KeptStep, evaluated: Sequence[Tensor], count: int, made: int | None = None
+    ) -> None:
         """Keep the next step.
 
         Args:
             step: the step.
-            evaluated: in it, one after the other; the last one is measured.
+            evaluated: in it, one after the other; the last one is measured, unless one that has
+                made as many nodes was, and takes as much as far as that tells.
             count: how many like that one it takes.
+            made: how many nodes it has made, where that is known.
         """
-        start = self._steps[-1].end if self._steps else self.start
-        self._each = max(self._each, _bytes_of(start, evaluated, self._outside))
+        size = None if made is None else self._sizes.get(made)
+        if size is None or len(self._steps) % self.MEASURED == self.MEASURED - 1:
+            start = self._steps[-1].end if self._steps else self.start
+            size = _bytes_of(start, evaluated, self._outside)
+            if made is not None:
+                self._sizes[made] = size
+        self._each = max(self._each, size)
         self._left -= self._each * count
         self._steps.append(step)
 
@@ -242,6 +259,7 @@ class KeptStages(Stages):
         field: the derivative.
         marks: start, stops and end of the solve.
         first: the derivative at the start, with its graph.
+        made: how many nodes of graphs that has made.
         kept: receives the accepted steps.
     """
 
@@ -251,18 +269,26 @@ class KeptStages(Stages):
         field: FlatFunction,
         marks: tuple[float, ...],
         first: Tensor,
+        made: int | None,
         kept: KeptSteps,
     ) -> None:
         # Whether a derivative inside of the field has let go of the graph of the steps before: it
         # is then taken again without them, and from this step on nothing is kept.
         went_back: list[None] = []
 
+        # How many nodes of graphs the last evaluation has made.
+        self._made = made
+
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
             if not went_back:
+                before = nodes_made()
                 try:
-                    return field(t, u)
+                    k = field(t, u)
                 except WentBack:
                     went_back.append(None)
+                else:
+                    self._made = nodes_since(before)
+                    return k
             with torch.no_grad():
                 return field(t, u).clone()
 
@@ -324,7 +350,8 @@ class KeptStages(Stages):
         assert self._end is not None
         if not self._went_back:
             stages = [self.vectors.get(i) for i in range(self.count)]
-            self._kept.add(KeptStep(self._end, stages, self._joined), stages, len(stages))
+            step = KeptStep(self._end, stages, self._joined)
+            self._kept.add(step, stages, len(stages), self._made)
         self._first = super().leave(goes_on)
         self._state, self._joined = self._end, self._first is not None
         k = None if self._first is None else self._first.detach()

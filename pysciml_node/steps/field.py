@@ -18,7 +18,7 @@ from pysciml_node.steps.alone import own
 from pysciml_node.steps.apart import During, Lookout, WentBack, apart
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
-from pysciml_node.steps.graph import Grad, pull_back
+from pysciml_node.steps.graph import Grad, nodes_made, nodes_since, pull_back
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.memory import Evaluate
 from pysciml_node.steps.randomness import expect_repeatable
@@ -262,11 +262,17 @@ def inputs_of(
     def first() -> Evaluation:
         if kept is not None and not kept.refused and u0.requires_grad:
             try:
-                return evaluate(u0), (u0,)
+                return counted(u0)
             except WentBack:
                 kept.refused = True
-        start = u0.detach().requires_grad_()
-        return evaluate(start), (start,)
+        return counted(u0.detach().requires_grad_())
+
+    def counted(start: Tensor) -> Evaluation:
+        before = nodes_made()
+        values = evaluate(start)
+        if kept is not None:
+            kept.made = nodes_since(before)
+        return values, (start,)
 
     checked = expect_repeatable(surroundings, u0.device, first, "its backward pass")
     with Grad(True):

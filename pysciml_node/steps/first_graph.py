@@ -84,6 +84,7 @@ class FirstGraph:
         refused: whether the evaluation was one of a state without its graph, which is not kept.
         bytes: of the values, of the tensors saved for backward and of the nodes, without what lives
             outside.
+        made: how many nodes of graphs the evaluation has made.
     """
 
     # What a node takes with its tensors' headers: 0.9 to 1.3 KB were measured.
@@ -93,6 +94,7 @@ class FirstGraph:
         self.evaluation: Evaluation | None = None
         self.refused = False
         self.bytes = 0
+        self.made: int | None = None
 
     def keep(
         self, evaluation: Evaluation, nodes: Collection[Any], surroundings: Surroundings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,19 @@ from torch.autograd import Variable
 
 Edge = tuple[Any, int]
 """A node of the autograd graph, and the number of one of its outputs."""
+
+
+_made: Callable[[], int] | None = getattr(torch._C._autograd, "_get_sequence_nr", None)
+
+
+def nodes_made() -> int | None:
+    """How many nodes of graphs this thread has made; `None` where torch does not say."""
+    return None if _made is None else _made()
+
+
+def nodes_since(before: int | None) -> int | None:
+    """How many since then."""
+    return None if _made is None or before is None else _made() - before
 
 
 class Grad:

@@ -300,7 +300,7 @@ class ODESolve(Solve):
             parts = self.stages(field.field)
         else:
             ((first,), _) = graph.evaluation
-            parts = [KeptStages(self.method, field.field, self.marks, first, kept)]
+            parts = [KeptStages(self.method, field.field, self.marks, first, graph.made, kept)]
         with Grad(False):
             outcome = self._take(parts, self.u0.detach(), field.k0)
         return field, kept, outcome
