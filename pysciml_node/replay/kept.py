@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence, Set
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -104,9 +105,14 @@ class KeptSteps:
         self._left = memory - sum(x.nbytes for x in read)
         with Grad(False):
             self._contents = {id(x): x.clone() for x in read} if self.room else {}
-        self._outside = memory_of(read, ()).keys()
+        self._read = read
         self._steps: list[KeptStep] = []
         self._ends = self._values = 0
+
+    @cached_property
+    def _outside(self) -> Set[int | None]:
+        """Addresses of the memory that is there without any step."""
+        return memory_of(self._read, ()).keys()
 
     @property
     def room(self) -> int:
@@ -277,7 +283,7 @@ class KeptStages(Stages):
         went_back: list[None] = []
 
         # How many nodes of graphs the last evaluation has made.
-        self._made = made
+        lately = [made]
 
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
             if not went_back:
@@ -287,13 +293,13 @@ class KeptStages(Stages):
                 except WentBack:
                     went_back.append(None)
                 else:
-                    self._made = nodes_since(before)
+                    lately[0] = nodes_since(before)
                     return k
             with torch.no_grad():
                 return field(t, u).clone()
 
         super().__init__(method, evaluated, marks, RecordedVectors())
-        self._went_back = went_back
+        self._went_back, self._made = went_back, lately
         self._plain, self._kept = field, kept
         # What the next step begins with, in the graph; the latter where it is known.
         self._state = kept.start
@@ -351,7 +357,7 @@ class KeptStages(Stages):
         if not self._went_back:
             stages = [self.vectors.get(i) for i in range(self.count)]
             step = KeptStep(self._end, stages, self._joined)
-            self._kept.add(step, stages, len(stages), self._made)
+            self._kept.add(step, stages, len(stages), *self._made)
         self._first = super().leave(goes_on)
         self._state, self._joined = self._end, self._first is not None
         k = None if self._first is None else self._first.detach()

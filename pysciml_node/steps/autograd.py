@@ -318,6 +318,11 @@ class SolveNode(torch.autograd.Function):
         return (None, *pulled(pull, (states[0], *sources), *cotangents))
 
 
+# Without what torch does for its transforms, which no such node goes through.
+_in_graph: Callable[..., Any] = super(torch.autograd.Function, SolveNode).apply
+_alive: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+
+
 def as_node(
     run: Forward,
     sweep: Sweep,
@@ -345,7 +350,10 @@ def as_node(
     """
     call = _Call(run, sweep, watched, saves, len(inputs))
     moving = [t if isinstance(t, Tensor) else None for t in times]
-    saved, *states = SolveNode.apply(call, u0, *moving, *inputs, *kept)  # type: ignore[no-untyped-call]
+    transformed = torch._C._are_functorch_transforms_active()
+    apply: Callable[..., Any] = SolveNode.apply if transformed else _in_graph
+    # Tensors that a transform has left behind are what was inside.
+    saved, *states = apply(call, _alive(u0), *moving, *map(_alive, (*inputs, *kept)))
     assert call.outcome is not None
     return Outcome(
         call.outcome.record, [u0, *states], call.outcome.saved if saved is None else saved

@@ -153,7 +153,8 @@ class Inputs:
         self.unchanged = True
         self._contents: Contents | None = None
         # Leaves are told by themselves. What has hooks is doubtful, as computed tensors are.
-        leaves, edges = trainable, dict[Edge, Tensor]()
+        edges: dict[Edge, Tensor] = {}
+        leaves = trainable
         if usual is None:
             leaves = [x for x in trainable if _is_bare_leaf(x)]
             edges = {edge_of(x): x for x in trainable if not _is_bare_leaf(x)}
@@ -165,7 +166,7 @@ class Inputs:
         self.first = tuple(map(Tensor.detach, values))
         self.cut = not any(map(_REQUIRES, values))
         if usual is None or graph is None or not usual.has_graph((values, fresh), graph):
-            reached = set[Edge]()
+            reached: set[Edge] = set()
             strangers = self._strangers_in((values, fresh), leaves, edges, reached, graph)
             del values, fresh
             self._sort(strangers, leaves, edges, reached, p)
