@@ -28,6 +28,7 @@ from pysciml_node.steps.anatomy import (
     is_library,
     names_in,
     own_classes,
+    owner_of,
     slots_of,
 )
 from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, is_stream, without_graph
@@ -96,7 +97,7 @@ class Walk:
         self.places: list[Place] = []
         self.met_apart = False
         self.further, self.memory = Further(), dict[Any, Any]()
-        self._roots = set(map(id, roots.values()))
+        self._roots = {id(y) for x in roots.values() for y in (x, owner_of(x))}
         # Keeps visited objects alive, so that no id is used twice.
         self._visited: dict[int, Any] = {}
         self._classes: set[type] = set()
@@ -142,7 +143,7 @@ class Walk:
 
     def _see(self, value: Any, name: str) -> None:
         """Put a value in the queue, where it can lead to a tensor."""
-        if (visit := _visit_of(type(value))) is None:
+        if (visit := visit_of(type(value))) is None:
             return
         if id(value) in self._visited or len(self._visited) > self._most:
             # What is kept of a walk must not keep the field alive.
@@ -362,10 +363,8 @@ class Walk:
     def _problem(self, value: Problem, name: str) -> None:
         """The functions of a problem, and `p`; the states are arguments of the functions."""
         self._expect_kind(value)
-        attributes = value.__dict__
-        seen = {
-            key: attributes[key] for key in ("f", "drift", "diffusion", "p") if key in attributes
-        }
+        attributes, read = value.__dict__, ("f", "drift", "diffusion", "p")
+        seen = {key: attributes[key] for key in read if key in attributes}
         self.places.append(Names(attributes, seen, f"{name}.", whole=False))
         for key, held in seen.items():
             self._see(held, key)
@@ -483,7 +482,7 @@ _KINDS: dict[type, _Visit] = {
 _visitors: dict[type, _Visit | None] = {}
 
 
-def _visit_of(kind: type) -> _Visit | None:
+def visit_of(kind: type) -> _Visit | None:
     """As `_visitor`, which is asked once."""
     try:
         return _visitors[kind]
@@ -497,4 +496,4 @@ def _visit_of(kind: type) -> _Visit | None:
 def _leads_on(kind: type) -> bool:
     """Whether an attribute of a class may be read, being of a kind: slots and the like are not."""
     is_pythons = hasattr(kind, "__set__") or kind.__module__ == "_abc"
-    return (visit := _visit_of(kind)) is not None and not (visit is Walk._closed and is_pythons)
+    return (visit := visit_of(kind)) is not None and not (visit is Walk._closed and is_pythons)

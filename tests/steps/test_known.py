@@ -39,6 +39,17 @@ class Inner(nn.Module):
         found += [*self._buffers.values(), *vars(Inner).get("further", ())]
         return torch.stack([x for x in found if isinstance(x, Tensor)]).sum()
 
+    def growth(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.rate() * u
+
+
+class Faster(Inner):
+    """Twice that."""
+
+    def rate(self) -> Tensor:
+        twice: Tensor = 2 * super().rate()
+        return twice
+
 
 class Field(nn.Module):
     def __init__(self) -> None:
@@ -123,6 +134,79 @@ def test_a_walk_is_kept_while_nothing_changes_and_the_field_lives() -> None:
     gc.collect()
     assert gone() is None
     assert key not in known._known
+
+
+def test_what_a_method_reaches_is_walked_through_once() -> None:
+    """Methods are made anew for each solve, and their object does not live on."""
+    held = [Inner()]
+    held[0].unordered = ()  # type: ignore[assignment]
+    u0 = torch.ones(2, dtype=D)
+
+    def end(grows: bool, factor: float = 1.0) -> Any:
+        with torch.set_grad_enabled(grows):
+            problem = psn.ODEProblem(held[0].growth, u0, (0.0, 1.0))
+            solution = psn.solve(problem, psn.Euler(), controller=psn.FixedStep(), dt0=1.0)
+            if grows:
+                (slope,) = torch.autograd.grad(solution.u1[0], held[0].weight)
+                assert slope.item() == factor
+        return solution.u1[0].item()
+
+    for grows in (False, True):
+        for _ in range(3):
+            assert end(grows) == 1.5
+        held[0].parts.append(leaf(0.25))
+        for _ in range(3):
+            assert end(grows) == 1.75
+        held[0].parts.clear()
+        with torch.no_grad():
+            held[0].weight.add_(1)
+        assert end(grows) == 2.5
+        held[0].weight = nn.Parameter(torch.tensor(0.5, dtype=D))
+    method: Any = held[0].growth
+    key, gone = (id(held[0]), id(method.__func__)), weakref.ref(held[0])
+    del method
+    assert end(True) == end(False) == 1.5
+    assert key in known._known
+    held[0].__class__ = Faster
+    assert end(True, 2.0) == end(False) == 2.0
+    held.clear()
+    gc.collect()
+    assert gone() is None
+    assert key not in known._known
+
+
+def test_objects_that_are_no_modules_are_known_by_their_methods_too() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.weight = leaf(0.5)
+
+        def growth(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.weight * u
+
+    class Slotted:
+        __slots__ = ("weight",)
+
+        def __init__(self) -> None:
+            self.weight = leaf(0.5)
+
+        growth = Plain.growth
+
+    for kind in (Plain, Slotted):
+        held: list[Any] = [kind()]
+        for value in (0.5, 0.5, 0.25, 0.25, 2.0, 2.0):
+            held[0].weight = leaf(value)
+            for _ in range(2):
+                problem = psn.ODEProblem(held[0].growth, torch.ones(1, dtype=D), (0.0, 1.0))
+                solution = psn.solve(problem, psn.Euler(), controller=psn.FixedStep(), dt0=1.0)
+                assert solution.u1.item() == 1 + value
+                (slope,) = torch.autograd.grad(solution.u1, held[0].weight)
+                assert slope.item() == 1.0
+        key = id(held[0]), id(held[0].growth.__func__)
+        assert (key in known._known) == (kind is Plain)
+        held.clear()
+        del problem, solution
+        gc.collect()
+        assert key not in known._known
 
 
 def test_weights_are_frozen_and_thawed_between_solves() -> None:
