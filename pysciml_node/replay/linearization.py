@@ -212,6 +212,8 @@ def linearize(
         attached = recorded and u.requires_grad
         state = u if attached else u.detach().clone().requires_grad_()
         time = t if recorded and t.requires_grad else t.detach().clone().requires_grad_(with_time)
+        if attached and with_time:
+            time = time_behind(state, time)
         rate = field(time, state)
         if value is None:
             value = rate if recorded else rate.detach()
@@ -255,6 +257,16 @@ def pulled_rows(value: Tensor, source: Tensor, cotangents: Tensor, differentiabl
             # Not every operation knows of batches of cotangents.
             pass
     return torch.stack([pulled(row, batched=False) for row in cotangents])
+
+
+def time_behind(state: Tensor, time: Tensor) -> Tensor:
+    """The same time, made of a state that has a graph as well, none of which it depends on.
+
+    Autograd looks at all that was made after what it differentiates by. With a time that is older
+    than the state these are all steps before, at every step.
+    """
+    always = torch.ones((), dtype=torch.bool, device=time.device)
+    return torch.where(always, time, state.flatten()[0])
 
 
 def time_derivative(value: Tensor, time: Tensor, differentiable: bool) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -155,3 +156,24 @@ def test_the_replay_reads_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with calls:
         torch.autograd.grad(solution.u.sum(), u0)
     assert calls.host_reads == before + 1
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_the_last_recorded_rosenbrock_step_takes_as_long_as_the_first(members: bool) -> None:
+    """Derivatives by time looked at the graphs of all steps before: ratios of 10 and more."""
+
+    def share(steps: int) -> float:
+        u0 = torch.ones(2, 3, requires_grad=True)
+        one: Any = psn.ODEProblem(lambda t, u: -torch.sin(t * u), u0[0], (0.0, 1.0))
+        begun = time.process_time()
+        psn.solve(
+            psn.EnsembleProblem(one, u0) if members else one,
+            psn.Rosenbrock23(),
+            controller=psn.FixedStep(),
+            dt0=1 / steps,
+            adjoint=psn.DirectAdjoint(),
+        )
+        return (time.process_time() - begun) / steps
+
+    share(2)
+    assert share(256) < 4 * min(share(16) for _ in range(3))

@@ -18,6 +18,7 @@ from pysciml_node.replay.linearization import (
     Solver,
     lu_solver,
     pulled_rows,
+    time_behind,
     time_derivative,
 )
 from pysciml_node.replay.members.field import MembersField
@@ -70,10 +71,13 @@ class _ImplicitStages(MemberStages):
             # Where nothing needs a gradient, the point below must not seem to.
             recorded = value.requires_grad
         with torch.enable_grad():
-            state = u if recorded and u.requires_grad else u.detach().clone().requires_grad_()
+            attached = recorded and u.requires_grad
+            state = u if attached else u.detach().clone().requires_grad_()
             time = t
             if not (recorded and t.requires_grad):
                 time = t.detach().clone().requires_grad_(with_time)
+            if attached and with_time:
+                time = time_behind(state, time)
             rate = field(time, state, p)
             if value is None:
                 value = rate if recorded else rate.detach()
