@@ -114,7 +114,13 @@ class Controller(checks.Configured, ABC):
         return None
 
 
+_GAMMA, _QMIN, _QMAX = 0.9, 0.2, 10.0
+"""The usual limits of a controller, which are not checked again: one may be made for each solve."""
+
+
 def _settle_limits(controller: PIController | IController) -> None:
+    if controller.gamma is _GAMMA and controller.qmin is _QMIN and controller.qmax is _QMAX:
+        return
     checks.settle(
         controller,
         gamma=checks.number("gamma", controller.gamma, above=0, at_most=1),
@@ -143,9 +149,9 @@ class PIController(Controller):
 
     beta1: float | None = None
     beta2: float | None = None
-    gamma: float = 0.9
-    qmin: float = 0.2
-    qmax: float = 10.0
+    gamma: float = _GAMMA
+    qmin: float = _QMIN
+    qmax: float = _QMAX
 
     def __post_init__(self) -> None:
         _settle_limits(self)
@@ -185,9 +191,9 @@ class IController(Controller):
     Reference: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
     """
 
-    gamma: float = 0.9
-    qmin: float = 0.2
-    qmax: float = 10.0
+    gamma: float = _GAMMA
+    qmin: float = _QMIN
+    qmax: float = _QMAX
 
     def __post_init__(self) -> None:
         _settle_limits(self)

@@ -150,12 +150,11 @@ def _by_legacy_rows(pull: Pull, cotangents: Sequence[Tensor | None]) -> tuple[Te
 
 def is_recorded(cotangents: Sequence[Tensor | None]) -> bool:
     """Whether a sweep runs in a transform or a mode, or where a graph of it is made."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or any(_is_legacy_batched(x) for x in cotangents if x is not None)
-        or not are_ordinary()
-    )
+    for x in cotangents:  # in short: every sweep asks
+        if x is not None and _is_legacy_batched(x):
+            return True
+    active = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return active or not are_ordinary()
 
 
 def pulled(

@@ -38,7 +38,7 @@ static struct {
   Object *(*failed)(void);
   void (*keep)(Object *);
   void (*let_go)(Object *);
-  Object *none, *dtype, *shape, *device, *layout, *requires_grad, *dict;
+  Object *none, *yes, *dtype, *shape, *device, *is_cpu, *layout, *requires_grad, *dict;
 } py;
 
 enum { EQUAL = 2 }; /* Py_EQ */
@@ -171,12 +171,18 @@ static int equals(Object *found, Object *expected) {
   return same;
 }
 
+/* A device is made anew for each that asks; most are the CPU, of which there is one. */
+static int is_on(Object *x, Object *device) {
+  if (device == py.yes) return is(py.get_attribute(x, py.is_cpu), py.yes);
+  return equals(py.get_attribute(x, py.device), device);
+}
+
 /* What `describe` says of a tensor. */
 static int is_described(const Word *as, Object *x) {
   int same = is(py.type(x), as[0].object);
   if (same == 1) same = is(py.get_attribute(x, py.dtype), as[1].object);
   if (same == 1) same = equals(py.get_attribute(x, py.shape), as[2].object);
-  if (same == 1) same = equals(py.get_attribute(x, py.device), as[3].object);
+  if (same == 1) same = is_on(x, as[3].object);
   if (same == 1) same = is(py.get_attribute(x, py.layout), as[4].object);
   if (same == 1 && as[5].object) same = is(py.get_attribute(x, py.requires_grad), as[5].object);
   if (same < 1) return same;

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysciml_node.problems.state import kind_of
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.stable_abi import function_of
 from pysciml_node.translation.watch import CHANGED, Places, Watch
@@ -25,7 +26,10 @@ _FUNCTIONS = (
     *("Py_IncRef", "Py_DecRef"),
 )
 _DEFAULT = torch.get_default_dtype
-_OBJECTS = (None, "dtype", "shape", "device", "layout", "requires_grad", "__dict__")
+_OBJECTS = (
+    *(None, True, "dtype", "shape", "device", "is_cpu"),
+    *("layout", "requires_grad", "__dict__"),
+)
 
 _look: Callable[[bytes, tuple[Any, ...]], list[Tensor] | None] | None = None
 
@@ -135,5 +139,7 @@ def _seen(seen: Places) -> list[int]:
 
 def _tensor(described: tuple[Any, ...]) -> tuple[int, ...]:
     """A tensor in the words of `describe`: whether it requires gradients may not matter."""
-    *objects, needs_gradient, bare = described
-    return *map(id, objects), 0 if needs_gradient is None else id(needs_gradient), bare
+    kind, dtype, shape, device, layout, needs_gradient, bare = described
+    place = True if kind_of(device) == "cpu" else device
+    objects = map(id, (kind, dtype, shape, place, layout))
+    return *objects, 0 if needs_gradient is None else id(needs_gradient), bare

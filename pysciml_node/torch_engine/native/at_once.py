@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +26,11 @@ from pysciml_node.torch_engine.native.engine import NativeSolve, Steps, pulled_b
 from pysciml_node.torch_engine.native.flight import Log, States
 from pysciml_node.torch_engine.native.library import SolveRequest
 from pysciml_node.torch_engine.native.prepared import (
-    Prepared,
     Ready,
     foreign_class,
     prepared_again,
 )
-from pysciml_node.torch_engine.native.run import ended_well, flight_of, pull_back
+from pysciml_node.torch_engine.native.run import flight_of, pull_back
 
 
 def solve_again(
@@ -51,10 +49,10 @@ def solve_again(
     ready = prepared_again(problem, algorithm, options)
     if ready is None:
         return None
-    make = partial(NativeSolve, problem, algorithm, options, engine, ready)
-    left = _take_steps(problem, ready, make)
+    flown = _Flown(problem, algorithm, options, engine, ready)
+    left = _take_steps(flown)
     if left is None:
-        return make().solution()
+        return flown.made().solution()
     shaped = _as_it_is if problem.spec.keys is None else problem.spec.unflatten
     parts: dict[str, Any] = {
         "problem": problem,
@@ -73,25 +71,31 @@ def _as_it_is(state: Tensor) -> Tensor:
     return state
 
 
-def _take_steps(problem: ODEProblem, ready: Ready, make: Callable[[], NativeSolve]) -> _Left | None:
+def _take_steps(flown: _Flown) -> _Left | None:
     """Solve to the end; `None` where that takes more room than is made at first, or fails."""
-    prepared, recorded = ready.prepared, torch.is_grad_enabled()
-    departure = prepared.departure
+    prepared, parameters, _ = flown.ready
+    recorded = torch.is_grad_enabled()
     # Of a field that jumps more is asked while it is as it was solved.
     if prepared.take_steps is None or (recorded and prepared.program.jumps):
         return None
-    room, spec = departure.room_at_once(departure.libraries[0].lately), problem.spec
-    if not room:
+    departure, problem = prepared.departure, flown.problem
+    flown.room = departure.room_at_once(departure.libraries[0].lately)
+    if not flown.room:
         return None
     state: Any = problem.u0
-    u0 = torch._C._functorch.unwrap_if_dead(state if spec.keys is None else spec.flatten(state))
-    flown = _Flown(prepared, make, u0.shape, room)
+    if problem.spec.keys is not None:
+        state = problem.spec.flatten(state)
+    u0 = _unwrap(state)
     try:
         if recorded:
-            return _Left(flown, *_as_node(flown, u0, *ready.parameters))
-        return _Left(flown, *flown.fly(None, u0, ready.parameters))
+            return _Left(flown, *_as_node(flown, u0, *parameters))
+        return _Left(flown, *flown.fly(None, u0, parameters))
     except _NotAtOnce:
         return None
+
+
+# Function transforms that have ended leave wrappers.
+_unwrap: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 
 
 class _NotAtOnce(Exception):
@@ -103,28 +107,45 @@ class _Flown:
     """What C has left of a solve, but for tensors.
 
     Attributes:
-        prepared: what the solve shares with others.
-        make: makes it.
-        shape: of the initial state, flat or as it was given.
+        problem: what is solved.
+        algorithm: how.
+        options: of the solve.
+        engine: name of the engine.
+        ready: what it shares with others, and the parameters.
         room: for steps.
-        log: its steps, with the states at their ends.
-        found: the end of its request.
+        block: its request and its steps, with the states at their ends.
         kept: the stages of its first steps, for a sweep.
         kept_room: of how many steps there is room for them.
         swept: what sweeps have cost, until the solve has been made.
         solve: once something has needed it.
     """
 
-    prepared: Prepared
-    make: Callable[[], NativeSolve]
-    shape: torch.Size
-    room: int
-    log: Log = field(init=False)
-    found: tuple[int, ...] = ()
+    problem: ODEProblem
+    algorithm: Algorithm
+    options: SolveOptions
+    engine: str
+    ready: Ready
+    room: int = 0
+    block: Block = field(init=False)
     kept: Block | None = None
     kept_room: int = 0
     swept: tuple[tuple[int, ...], ...] = ()
     solve: NativeSolve | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the initial state, flat or as it was given."""
+        spec = self.problem.spec
+        return spec.shapes[0] if spec.keys is None else torch.Size((sum(spec.sizes),))
+
+    @property
+    def log(self) -> Log:
+        """Its steps, with the states at their ends."""
+        return Log(self.block, self.ready.prepared.departure)
+
+    def made(self) -> NativeSolve:
+        """The solve, which has not run."""
+        return NativeSolve(self.problem, self.algorithm, self.options, self.engine, self.ready)
 
     def fly(self, kept: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
         """Solve; return saved states, those at the ends of steps for a sweep, and the last.
@@ -137,16 +158,13 @@ class _Flown:
         Raises:
             _NotAtOnce: it takes more than one call, or does not end well.
         """
-        take_steps = self.prepared.take_steps
+        prepared = self.ready.prepared
+        take_steps = prepared.take_steps
         left = None if take_steps is None else take_steps(self.room, kept, u0, *parameters)
         if left is None:
             raise _NotAtOnce
-        block, last, saved, ends, self.kept = left
-        self.log = Log(block, self.prepared.departure)
-        self.found = found = SolveRequest.landed(block)
-        if not ended_well(found):
-            raise _NotAtOnce
-        self.prepared.departure.libraries[0].lately = found[5]
+        self.block, last, saved, ends, self.kept, accepted = left
+        prepared.departure.libraries[0].lately = accepted
         return saved, ends, last
 
     def pull(
@@ -162,15 +180,16 @@ class _Flown:
             saved: the states at the ends of steps, and the parameters.
             cotangents: of what `fly` has returned.
         """
-        found = pull_back(
+        found = SolveRequest.landed(self.block)
+        swept = pull_back(
             self.log,
-            (self.found[5], self.found[8]),
+            (found[5], found[8]),
             (self.shape, wanted, saved, *cotangents),
             (self.kept, self.kept_room),
         )
-        if found is None:
+        if swept is None:
             return None
-        gradients, counts = found
+        gradients, counts = swept
         if self.solve is None:
             self.swept += (counts,)
         else:
@@ -187,8 +206,9 @@ class _Flown:
         """The solve."""
         if self.solve is None:
             with torch.no_grad():  # as when it was solved
-                solve = self.make()
-            solve.flight = flight = flight_of(self.log, self.found)
+                solve = self.made()
+            found = SolveRequest.landed(self.block)
+            solve.flight = flight = flight_of(self.log, found)
             flight.kept, flight.kept_room = self.kept, self.kept_room
             solve.shape, solve.swept = self.shape, self.swept
             self.solve = solve
@@ -203,8 +223,8 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, flown: _Flown, u0: Tensor, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
-        departure = flown.prepared.departure
         if saved_tensors_stay() and any(ctx.needs_input_grad):
+            departure = flown.ready.prepared.departure
             flown.kept_room = departure.kept_room(departure.libraries[0].lately)
         states = flown.fly(flown.kept_room, u0, parameters)
         ctx.flown = flown

@@ -35,7 +35,7 @@ _FUNCTIONS = (
 _OBJECTS = (
     *(None, True, False, int, bytearray),
     *("dtype", Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg),
-    *(Tensor.contiguous, torch.empty_like, Tensor.new_empty),
+    *(Tensor.contiguous, Tensor.new_empty),
 )
 
 Block = bytearray
@@ -44,11 +44,14 @@ Call = Callable[..., Block | None]
 holes name them, and returns the block of its request; `None` where a tensor does not lie as C reads
 it."""
 
-TakeSteps = Callable[..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None] | None]
+TakeSteps = Callable[
+    ..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None, int] | None
+]
 """A loop that runs to its end: is given for how many steps there is to be room, for how many it is
 to keep what a sweep can use, or `None` where there will be none, the initial state and the
-parameters. It returns the block of its request, the last state, the saved ones, and for a sweep
-those at the ends of steps and what is kept of them; `None` where it is not for it."""
+parameters. It returns the block of its request, the last state, the saved ones, for a sweep those
+at the ends of steps and what is kept of them, and the number of steps; `None` where it is not for
+it, or does not end well."""
 
 GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room")
 """What holes of such a loop number, by the names of its request; behind them are the parameters."""
@@ -111,7 +114,9 @@ class Left(NamedTuple):
     """How what a loop leaves lies in its block, in bytes.
 
     Attributes:
-        accepted: where the request has the number of accepted steps.
+        status: where the request says how it has ended.
+        finite: where it says whether its states are finite.
+        accepted: where it has the number of accepted steps.
         ends: where it has the address of the states at their ends, which are behind the steps.
         room: where it has the room for steps, a number.
         steps: where these begin, from the first address that is aligned.
@@ -120,6 +125,8 @@ class Left(NamedTuple):
         slot: size of what is kept of a step.
     """
 
+    status: int
+    finite: int
     accepted: int
     ends: int
     room: int
@@ -155,7 +162,7 @@ def steps_of(
     behind: int,
     left: Left,
     memories: list[Tensor],
-    saved: tuple[int, ...] | None,
+    shapes: tuple[tuple[int, ...], tuple[int, ...] | None],
 ) -> TakeSteps | None:
     """A loop that runs to its end, with what it leaves; `None` where there is no C for it.
 
@@ -164,12 +171,12 @@ def steps_of(
         behind: bytes between the request and its steps.
         left: how what it leaves lies.
         memories: where memory of the loop is taken from, and given back to.
-        saved: sizes of the saved states, where there are any.
+        shapes: of the last state, and of the saved ones, where there are any.
     """
     if _take_steps is None:
         return None
     call = _packed(function, start, dtype, holes, behind)
-    return partial(_take_steps, call, struct.pack("7n", *left), memories, saved)
+    return partial(_take_steps, call, struct.pack(f"{len(left)}n", *left), memories, shapes)
 
 
 def pull_of(

@@ -72,6 +72,9 @@ GIVEN_AT_ONCE = (
 _OWN = frozenset(("ends", "saved", "final", "memory", "kept"))
 _OWN_BACK = frozenset(("memory", "kept", "packed_bar"))
 
+# What a whole sweep has laid out for C by itself.
+_COTANGENTS = frozenset(("saved_bar", "ends_bar", "last_bar"))
+
 # Bytes of steps and states that room is made for behind a request.
 _MOST_AT_ONCE = 1 << 18
 
@@ -311,8 +314,10 @@ class Departure:
         if not (lone and self.lasting) or options.progress:
             return None
         item = library.dtype.itemsize
-        shape = spec.shapes[0] if spec.keys is None else (library.size,)
+        shape = (library.size,) if spec.keys is not None else tuple(spec.shapes[0])
         left = Left(
+            status=SolveRequest.status.offset,
+            finite=SolveRequest.finite.offset,
             accepted=SolveRequest.accepted.offset,
             ends=SolveRequest.ends.offset,
             room=SolveRequest.room.offset,
@@ -329,7 +334,7 @@ class Departure:
             self.steps_at - self.behind,
             left,
             library.memories(library.march_memory),
-            (self.save_count, *shape) if self.save_count else None,
+            (shape, (self.save_count, *shape) if self.save_count else None),
         )
 
     def _start(self) -> bytes:
@@ -370,7 +375,7 @@ class Departure:
         start, size = bytes(self._way_back), library.dtype.itemsize
         bars = first_behind(len(start))
         holes = [
-            *_holes_back(GIVEN_AT_ONCE),
+            *_holes_back(GIVEN_AT_ONCE, _COTANGENTS),
             Hole(SweepRequest.packed_bar.offset, BEHIND, bars),
             Hole(SweepRequest.start_bar.offset, BEHIND, bars + library.start_at),
             Hole(SweepRequest.packed.offset, log, self.packed_at[0]),
@@ -406,10 +411,10 @@ class Departure:
         return SweepRequest.from_buffer_copy(self._way_back)
 
 
-def _holes_back(names: Sequence[str]) -> Iterator[Hole]:
+def _holes_back(names: Sequence[str], own: frozenset[str] = frozenset()) -> Iterator[Hole]:
     """What a sweep lacks, by the names of its request, in the order in which it is given."""
     for i, name in enumerate(names):
-        yield Hole(getattr(SweepRequest, name).offset, i, own=name in _OWN_BACK)
+        yield Hole(getattr(SweepRequest, name).offset, i, own=name in _OWN_BACK or name in own)
 
 
 def _most_kept(library: Library, options: SolveOptions) -> int:

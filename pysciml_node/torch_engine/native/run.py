@@ -162,11 +162,6 @@ def flight_of(log: Log, found: tuple[int, ...]) -> Flight:
     return Flight(log, accepted, reached, retcode, evaluations, rejected, None, bool(finite))
 
 
-def ended_well(found: tuple[int, ...]) -> bool:
-    """Whether, as the end of a request says, a solve is complete and its states are finite."""
-    return found[0] == SUCCESS and found[-1] != 0
-
-
 def _onward(
     log: Log, ends: Tensor, memory: Tensor, on_turn: Callable[[float, float, int], None] | None
 ) -> tuple[Log, Tensor, _Relay | None]:

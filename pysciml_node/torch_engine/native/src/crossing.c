@@ -38,12 +38,12 @@ static struct {
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *yes, *no, *of_numbers, *of_blocks, *dtype, *data_ptr, *is_contiguous, *is_neg;
-  Object *contiguous, *empty_like, *new_empty;
+  Object *contiguous, *new_empty;
 } py;
 
 enum { IN_REQUEST = -2, BEHIND = -1 };
 enum { ALIGNED = 64 };
-enum { RUNNING = 0 };
+enum { RUNNING = 0, SUCCESS = 2 }; /* as in codes.h */
 
 /* A place in the request that holds an address or a number: of what is given, by its number, behind
    the request, or in it; what is added; and whether it is a tensor made for the call. */
@@ -213,11 +213,12 @@ static Object *taken_from(Object *memories) {
   return 0;
 }
 
-/* How what a loop leaves lies in its block: in the request the number of accepted steps, the address of
-   the states at their ends, and the room for steps; where the steps begin behind it, and the states
-   behind them, of so many entries and bytes; and the bytes that are kept of a step. */
+/* How what a loop leaves lies in its block: in the request how it has ended, whether its states are finite,
+   the number of accepted steps, the address of the states at their ends, and the room for steps; where
+   the steps begin behind it, and the states behind them, of so many entries and bytes; and the bytes
+   that are kept of a step. */
 typedef struct {
-  Size accepted, ends, room, steps, entries, row, slot;
+  Size status, finite, accepted, ends, room, steps, entries, row, slot;
 } Left;
 
 enum { STEP = 32 };
@@ -255,7 +256,17 @@ static int shorten(Object *block, Size size) {
   return 1;
 }
 
-/* The block of a loop that has run to its end. */
+static int64_t number_at(const char *request, Size place) {
+  int64_t found;
+  memcpy(&found, request + place, sizeof found);
+  return found;
+}
+
+static int ended_well(const Left *left, const char *request) {
+  return number_at(request, left->status) == SUCCESS && number_at(request, left->finite);
+}
+
+/* The block of a loop that has run to its end; nothing where that is not a good one. */
 static Object *stepped(const Call *call, const Left *left, Object **given, Size room, int *done) {
   Size size = call->size + ends_at(left, room) - left->steps + (room + 1) * left->row;
   Object *block = py.new_block(0, size);
@@ -268,6 +279,7 @@ static Object *stepped(const Call *call, const Left *left, Object **given, Size 
     memcpy(request + left->room, &room, sizeof room);
     *done = run(call, request, 1);
   }
+  if (*done == 1) *done = ended_well(left, request);
   if (*done == 1) return block;
   py.let_go(block);
   return 0;
@@ -275,43 +287,46 @@ static Object *stepped(const Call *call, const Left *left, Object **given, Size 
 
 enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, PARAMETERS, MOST_GIVEN = 128 };
 
-/* The block, the last state, the saved ones, where there is a sweep those at the ends of steps, and what
-   is kept for it. Those are behind the steps in the block otherwise. */
+/* The block, the last state, the saved ones, where there is a sweep those at the ends of steps, what is
+   kept for it, and how many steps there are. Those are behind the steps in the block otherwise. */
 static Object *taken(const Call *call, const Left *left, Object **given, Size room) {
   int done, swept = given[KEPT_ROOM] != py.none;
   Object *block = stepped(call, left, given, room, &done), *found = 0;
   if (!block) return none_unless(done < 0);
-  Size accepted, size;
   char *request = py.block(block), *from = aligned(request) + ends_at(left, room);
-  memcpy(&accepted, request + left->accepted, sizeof accepted);
+  Size accepted = number_at(request, left->accepted), size;
   Object *ends = swept ? ends_of(left, given[U0], from, accepted) : held(py.none);
   size = ends_at(left, accepted);
   if (!swept) {
     memmove(aligned(request) + size, from, (accepted + 1) * left->row);
     size += (accepted + 1) * left->row;
   }
-  if (ends && shorten(block, size) == 1)
-    found = py.pack(5, block, given[LAST], given[SAVED], ends, given[KEPT]);
+  Object *steps = ends && shorten(block, size) == 1 ? py.of_size(accepted) : 0;
+  if (steps) {
+    found = py.pack(6, block, given[LAST], given[SAVED], ends, given[KEPT], steps);
+    py.let_go(steps);
+  }
   if (ends) py.let_go(ends);
   py.let_go(block);
   return found;
 }
 
 /* What a loop is given beside its state and the parameters. */
-static int make(const Left *left, Object *sizes, Object **given) {
+static int make(const Left *left, Object *shapes, Object **given) {
   Size room = 0;
   if (given[KEPT_ROOM] != py.none && number(given[KEPT_ROOM], &room) < 1) return 0;
-  if (!(given[LAST] = py.call(py.empty_like, given[U0]))) return 0;
-  given[SAVED] = sizes == py.none ? held(sizes) : new_like(given[U0], sizes);
+  if (!(given[LAST] = new_like(given[U0], py.in_tuple(shapes, 0)))) return 0;
+  Object *saved = py.in_tuple(shapes, 1);
+  given[SAVED] = saved == py.none ? held(saved) : new_like(given[U0], saved);
   if (!given[SAVED]) return 0;
   given[KEPT] = room ? py.new_block(0, room * left->slot + ALIGNED) : held(py.none);
   return given[KEPT] != 0;
 }
 
-/* `take_steps(call, left, memories, sizes, room, kept_room, u0, *parameters)`: with room for so many
-   steps the block, the last state, the saved ones, which are of these sizes, and unless `kept_room` is
-   None those at the ends of the steps and what is kept of so many steps; None where `cross` gives None,
-   or the list lacks memory for it. */
+/* `take_steps(call, left, memories, shapes, room, kept_room, u0, *parameters)`: with room for so many
+   steps the block, the last state and the saved ones, which are of these shapes, and unless `kept_room` is
+   None those at the ends of the steps and what is kept of so many steps, and the number of steps; None
+   where `cross` gives None, the solve does not end well, or the list lacks memory for it. */
 Object *take_steps(Object *self, Object *const *arguments, Size count) {
   (void)self;
   Object *memories = arguments[2], *found = 0;
@@ -333,7 +348,7 @@ Object *take_steps(Object *self, Object *const *arguments, Size count) {
   return found;
 }
 
-/* A cotangent as C reads it; None where it is of another kind. */
+/* A cotangent as C reads it, so that only its place is left to find; None where it is of another kind. */
 static Object *as_read(Object *x, Object *dtype) {
   int known = x == py.none ? 1 : is(py.attribute(x, py.dtype), dtype);
   if (x != py.none && known == 1) known = is(py.call(py.is_neg, x), py.no);
