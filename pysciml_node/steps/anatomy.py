@@ -128,11 +128,6 @@ def function_of(f: Any) -> types.FunctionType | None:
     return function if type(function) is types.FunctionType else None
 
 
-def owner_of(f: Any) -> Any:
-    """The object that a method is of, since methods are made anew; of others they themselves."""
-    return f.__self__ if type(f) is types.MethodType else f
-
-
 def anchor_of(f: Any) -> Any:
     """What tells a field from others: the code of a function or method, and any other by itself.
 

@@ -114,6 +114,12 @@ class Glance:
             else:
                 self._others.append(place)
 
+    def beside(self, places: Iterable[Place]) -> Glance:
+        """A look at further places too."""
+        both = object.__new__(Glance)
+        both.__dict__.update(self.__dict__, _others=[*self._others, *places])
+        return both
+
     def stand(self) -> bool:
         """Whether no place has changed."""
         return (

@@ -365,7 +365,7 @@ class Glimpse:
         if (
             self._made is not None
             or known is None
-            or known.changed()
+            or known.changed(self._roots)
             or versions_of(known.tensors) != self._versions
         ):
             self.surroundings().settle()

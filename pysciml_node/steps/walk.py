@@ -28,7 +28,6 @@ from pysciml_node.steps.anatomy import (
     is_library,
     names_in,
     own_classes,
-    owner_of,
     slots_of,
 )
 from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, is_stream, without_graph
@@ -58,6 +57,7 @@ class Walk:
 
     Args:
         roots: the objects to begin with, by name.
+        own: further ones that are not to be kept alive by what is kept of the walk.
 
     Attributes:
         tensors: all tensors, each once.
@@ -83,7 +83,7 @@ class Walk:
 
     glance: Glance | None = None
 
-    def __init__(self, roots: dict[str, Any]) -> None:
+    def __init__(self, roots: dict[str, Any], own: Iterable[Any] = ()) -> None:
         self.tensors: list[Tensor] = []
         self.arrays: list[Tensor] = []
         self.names: dict[int, str] = {}
@@ -97,7 +97,7 @@ class Walk:
         self.places: list[Place] = []
         self.met_apart = False
         self.further, self.memory = Further(), dict[Any, Any]()
-        self._roots = {id(y) for x in roots.values() for y in (x, owner_of(x))}
+        self._roots = {*map(id, roots.values()), *map(id, own)}
         # Keeps visited objects alive, so that no id is used twice.
         self._visited: dict[int, Any] = {}
         self._classes: set[type] = set()

@@ -209,6 +209,120 @@ def test_objects_that_are_no_modules_are_known_by_their_methods_too() -> None:
         assert key not in known._known
 
 
+def euler(f: Any, u0: Tensor | None = None) -> Any:
+    """`1 + f(0, 1)` by one step."""
+    u0 = torch.ones(1, dtype=D) if u0 is None else u0
+    fixed: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 1.0, "engine": "torch"}
+    return psn.solve(psn.ODEProblem(f, u0, (0.0, 1.0)), psn.Euler(), **fixed)
+
+
+def middle(rate: float) -> float:
+    """Of that step for `u' = rate * u`: Hermite's interpolant at a half."""
+    end = 1 + rate
+    return (1 + end) / 2 + (rate - rate * end) / 8
+
+
+def made_of(*modules: Inner) -> Any:
+    """A function of the same code each time."""
+    first, *_ = modules
+    return lambda t, u: first.rate() * u
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_functions_that_are_made_anew_are_known_by_what_they_capture(grows: bool) -> None:
+    fields = [Inner(), Faster()]
+    for field in fields:
+        field.unordered = ()  # type: ignore[assignment]
+
+    def end(n: int) -> Any:
+        with torch.set_grad_enabled(grows):
+            return euler(made_of(fields[n])).u1.item()
+
+    # They take turns, and each has its own.
+    for _ in range(3):
+        assert [end(0), end(1)] == [1.5, 2.0]
+    fields[0].weight = nn.Parameter(torch.tensor(3.0, dtype=D))
+    fields[1].parts.append(leaf(0.25))
+    for _ in range(3):
+        assert [end(0), end(1)] == [4.0, 2.5]
+    fields[0].__class__ = Faster
+    assert [end(0), end(1)] == [7.0, 2.5]
+    known_there = {ref() for x in known._known.values() for ref in x.anchors}
+    assert known_there.issuperset(fields)
+    del known_there
+    gone = [*map(weakref.ref, fields)]
+    del field
+    fields.clear()
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_numbers_that_a_function_captures_are_told_apart() -> None:
+    """And so are globals of functions that share their code."""
+    field = Inner()
+    field.unordered = ()  # type: ignore[assignment]
+    for _ in range(3):
+        for k in (0.5, 2.0, 1e3, True, 1, None):
+            assert euler(lambda t, u, k=k: u if k is None else k * u).u1.item() == 1 + (k or 1)
+
+            def captured(t: Tensor, u: Tensor) -> Tensor:
+                return field.rate() * (u if k is None else k * u)  # noqa: B023
+
+            assert euler(captured).u1.item() == 1 + 0.5 * (k or 1)
+    code = (lambda t, u: FACTOR * u).__code__  # type: ignore[name-defined]  # noqa: F821
+    for _ in range(3):
+        for factor in (2.0, 3.0):
+            function = types.FunctionType(code, {"FACTOR": factor})
+            assert euler(function).u1.item() == 1 + factor
+
+
+def test_what_a_function_rebinds_is_left_to_it() -> None:
+    """A captured count goes on, in the solve and in what is read off it later."""
+    field = Inner()
+    field.unordered = ()  # type: ignore[assignment]
+    count = 0
+
+    def counting(t: Tensor, u: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return field.rate() * u
+
+    for _ in range(4):
+        before = count
+        with torch.no_grad():
+            solution = euler(lambda t, u: counting(t, u))
+            assert euler(counting).u1.item() == 1.5
+        assert solution.u1.item() == 1.5
+        assert count == before + 2
+        assert solution(0.5).item() == middle(0.5)
+        assert count > before + 2
+
+
+def test_captured_objects_that_lead_to_one_another() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.inner = Inner()
+            self.inner.unordered = ()  # type: ignore[assignment]
+
+        def solve(self) -> Any:
+            inner = self.inner
+            return euler(lambda t, u: inner.weight * self.inner.rate() * u)
+
+    holder = Holder()
+    for value in (0.5, 2.0, 4.0):
+        holder.inner.weight = nn.Parameter(torch.tensor(value, dtype=D))
+        for _ in range(3):
+            solution = holder.solve()
+            assert solution.u1.item() == 1 + value**2
+            (slope,) = torch.autograd.grad(solution.u1, holder.inner.weight)
+            assert slope.item() == 2 * value
+        with torch.no_grad():
+            late = holder.solve()
+        holder.inner.weight = nn.Parameter(torch.tensor(7.0, dtype=D))
+        # The interpolant is that of the field that was solved.
+        assert late(0.5).item() == middle(value**2)
+
+
 def test_weights_are_frozen_and_thawed_between_solves() -> None:
     """Each solve has gradients of what needs them then, whatever earlier ones have found out."""
     field = nn.Sequential(nn.Linear(2, 3, dtype=D), nn.Tanh(), nn.Linear(3, 2, dtype=D))
