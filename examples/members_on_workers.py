@@ -60,9 +60,11 @@ def report(name: str, size: int, members: psn.Parallel | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--on", nargs="+", default=["here", "processes"])
-    parser.add_argument("--size", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--on", nargs="+", default=["here", "processes"], help="here, processes or dask"
+    )
+    parser.add_argument("--size", type=int, default=10_000, help="members")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     asked = parser.parse_args()
     for place in asked.on:
         if place == "here":
