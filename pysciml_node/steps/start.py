@@ -17,6 +17,7 @@ from pysciml_node.steps.walk import Walk
 _COUNT: Callable[[Tensor], int] = attrgetter("_version")
 # Without anything of their own to walk through.
 _TENSORS = frozenset((Tensor, nn.Parameter))
+_NUMBERS = frozenset((float, int, type(None)))
 
 
 class Start:
@@ -59,7 +60,7 @@ class Start:
         elif (entries := bare_entries(p)) is not None:
             shared = [*shared, *(x for x in entries if isinstance(x, Tensor))]
             self._entries = dict(p) if type(p) is dict else entries
-        elif p is not None:
+        elif type(p) not in _NUMBERS:
             x = self._walk = Walk({"p": p})
             shared = [*shared, *x.tensors]
             self.is_plain = not (x.modules or x.generators or x.lazy or x.chosen or x.met_apart)

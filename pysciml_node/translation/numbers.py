@@ -89,6 +89,10 @@ class Compared:
                 known = self._known[numbers] = self._compare(f, spec, p, read, parameters)
         return known
 
+    def has_held(self, p: Any) -> bool:
+        """Whether it has been found to have them for the numbers of an extra argument."""
+        return self._known.get(tuple(_numbers(p))) is True
+
     def _compare(
         self, f: Callable[..., Any], spec: StateSpec, p: Any, read: Any, parameters: list[Tensor]
     ) -> bool:

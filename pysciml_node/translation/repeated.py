@@ -26,6 +26,7 @@ from pysciml_node.steps.start import Start, versions_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation import again, watched
 from pysciml_node.translation.leaves import form_among, leaves_of
+from pysciml_node.translation.numbers import ways_to_read
 from pysciml_node.translation.snapshot import Snapshot
 from pysciml_node.translation.stable_abi import function_of
 from pysciml_node.translation.surrounded import WALKED, Walked
@@ -78,6 +79,22 @@ class Repeated(NamedTuple):
     answers: list[Any]
 
 
+class Known(NamedTuple):
+    """What is known of a solve.
+
+    Attributes:
+        prepared: what it shares with others.
+        tensors: of its field and of the extra argument.
+        see: gives the surroundings of the field as they are now.
+        read: the extra argument, with a tensor for each number that the program reads as one.
+    """
+
+    prepared: Any
+    tensors: list[Tensor]
+    see: See
+    read: Any
+
+
 def source() -> str:
     """The code that finds them."""
     return (files(__package__) / "repeat.c").read_text(encoding="utf-8")
@@ -96,13 +113,8 @@ def use(library: ctypes.CDLL) -> None:
     _repeat = None if again._look is None else function_of(library, "repeat", _FUNCTIONS, objects)
 
 
-def repeat(
-    problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
-) -> tuple[Any, list[Tensor], See] | None:
-    """What is prepared for a solve, the tensors of its field and `p`, what gives its surroundings.
-
-    It is `None` where such a solve was not before, or a mode may forbid another one.
-    """
+def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Known | None:
+    """What is known of a solve; `None` where such a one was not before, or a mode may forbid it."""
     if _repeat is None:
         return None
     f = problem.f
@@ -117,14 +129,17 @@ def repeat(
     if known.asked and answers(known.asked, tensors) != known.answers:
         return None
     if problem.p is None and not parts:
-        return known.prepared, tensors, partial(_see, walked, f, versions_of(walked.tensors))
+        see = partial(_see, walked, f, versions_of(walked.tensors))
+        return Known(known.prepared, tensors, see, None)
     start = Start("f", f, problem.p, parts, walked.tensors)
-    if problem.p is not None:
-        leaves = leaves_of(problem.p)
-        if not start.is_plain or form_among(tensors, known.asked, leaves) != known.form:
-            return None
-        tensors = [*tensors, *leaves[0]]
-    return known.prepared, tensors, partial(walked.surroundings.again, start)
+    see = partial(walked.surroundings.again, start)
+    if problem.p is None:
+        return Known(known.prepared, tensors, see, None)
+    for read in ways_to_read(problem.p, problem.spec) if start.is_plain else ():
+        leaves = leaves_of(read)
+        if form_among(tensors, known.asked, leaves) == known.form:
+            return Known(known.prepared, [*tensors, *leaves[0]], see, read)
+    return None
 
 
 def _see(walked: Walked, f: Any, versions: list[int | None]) -> Surroundings:

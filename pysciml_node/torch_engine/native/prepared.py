@@ -273,8 +273,10 @@ def prepared_again(
     found = repeat(problem, algorithm, options)
     if found is None:
         return None
-    prepared, tensors, see = found
+    prepared, tensors, see, read = found
     parameters = prepared.parameters(tensors)
+    if read is not problem.p and not prepared.compared.has_held(problem.p):
+        return None
     if prepared.rosenbrock and not prepared.fits(problem, options, parameters):
         return None
     return Ready(prepared, parameters, see)
@@ -284,7 +286,7 @@ def _keep_for_repeats(
     problem: ODEProblem, options: SolveOptions, known: Prepared, now: Snapshot, form: Any
 ) -> None:
     """Have later solves begin at once that differ in states, and in numbers of tensors, alone."""
-    told = is_told(problem, known.algorithm) or len(ways_to_read(problem.p, problem.spec)) > 1
+    told = is_told(problem, known.algorithm)
     if not told and not known.contents and known.departure.lasting:
         cross_in_c()
         remember(problem, known.algorithm, options, known, now, form)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import pysciml_node as psn
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.torch_engine.native import attempt
 from pysciml_node.torch_engine.native.compiler import available
-from pysciml_node.translation import export
+from pysciml_node.translation import export, repeated
 
 pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 
@@ -109,7 +110,7 @@ def test_stochastic_equations_read_numbers(nothing_made: Any) -> None:
     ],
 )
 def test_numbers_that_python_uses_are_those_of_the_solve(f: Any, rate_of: Any) -> None:
-    for p in (0.5, 0.75, 0.5):
+    for p in (0.5, 0.75, 0.5, 0.5, 0.75, 0.75, 0.5):
         _decays(_solve(f, p).u1, rate_of(p))
 
 
@@ -122,6 +123,34 @@ def test_exponents_may_be_numbers() -> None:
         torch.testing.assert_close(u1, expected, rtol=1e-7, atol=0)
         gradients = [torch.autograd.grad(x.sum(), u0)[0] for x in (u1, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("as_entry", [False, True])
+def test_solves_with_numbers_that_were_before_begin_at_once(
+    as_entry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`u' = -p k u` has `u1 = u0 exp(-p k)`, and `du1/dk = -p u1`."""
+    k = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def field(t: Tensor, u: Tensor, p: Any) -> Tensor:
+        rate = p["rate"] if as_entry else p
+        return -rate * k * u
+
+    def expect_decay(rate: float) -> None:
+        u1 = _solve(field, {"rate": rate} if as_entry else rate).u1
+        _decays(u1, rate * 0.5)
+        (gradient,) = torch.autograd.grad(u1.sum(), k)
+        torch.testing.assert_close(gradient, -rate * u1.detach().sum(), rtol=1e-7, atol=0)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a solve that was before")
+
+    for rate in (0.5, 1.5) * 3:
+        expect_decay(rate)
+    if repeated._repeat is not None:  # there is an interpreter's lock
+        monkeypatch.setattr(attempt, "NativeSolve", fail)
+    for rate in (1.5, 0.5, 0.5):
+        expect_decay(rate)
 
 
 _AT_HALF = {0.5: 3.0}
@@ -145,8 +174,11 @@ def _at_once(t: Tensor, u: Tensor, p: float) -> Tensor:
     ],
 )
 def test_what_fields_ask_of_numbers_is_answered_for_each(f: Any, rate_of: Any) -> None:
-    """Nothing of it is seen in a trace, and it is no matter for the number that comes first."""
-    for p in (0.25, 0.5, -0.5, 1.25):
+    """Nothing of it is seen in a trace, and it is no matter for the number that comes first.
+
+    Later solves with a number are found at once, whichever number was before.
+    """
+    for p in (0.25, 0.5, -0.5, 1.25) * 3 + (0.25, 0.25, 1.25, 1.25, -0.5, -0.5, 0.5):
         if p > 0 or f is not _at_once:
             _decays(_solve(f, p).u1, rate_of(p))
 
