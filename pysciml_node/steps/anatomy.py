@@ -21,6 +21,23 @@ def is_library(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] in _LIBRARIES
 
 
+# The bit in the flags of a class that was made while the program runs.
+MADE = 1 << 9
+
+
+def module_of(x: Any) -> str | None:
+    """The module in whose code a function or a class was made, as far as it has a name.
+
+    A wrapper takes over the name of the module that it wraps something of, but not its globals. A
+    class that was made where no module has a name says that it is one of Python's own.
+    """
+    if isinstance(x, types.FunctionType):
+        return x.__globals__.get("__name__")
+    name: str | None = getattr(x, "__module__", None)
+    made = name == "builtins" and isinstance(x, type) and x.__flags__ & MADE
+    return None if made else name
+
+
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> tuple[str, ...]:
     """The global and attribute names in a function's code, and in the functions inside it."""
@@ -109,7 +126,7 @@ def slots_of(kind: type) -> list[tuple[str, Any]]:
 @functools.lru_cache(maxsize=1024)
 def own_classes(kind: type) -> tuple[type, ...]:
     """A class and those that it inherits from, without the ones of libraries."""
-    return tuple(x for x in kind.__mro__ if not is_library(x.__module__))
+    return tuple(x for x in kind.__mro__ if not is_library(module_of(x)))
 
 
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")

@@ -26,6 +26,7 @@ from pysciml_node.steps.anatomy import (
     content_of,
     globals_in,
     is_library,
+    module_of,
     names_in,
     own_classes,
     slots_of,
@@ -277,7 +278,7 @@ class Walk:
             self._attributes(value.__dict__, f"{name}.")
         else:
             self.further.expect_empty(value.__dict__)
-        if not is_library(value.__module__):
+        if not is_library(module_of(value)):
             self._globals(value.__globals__, globals_in(code), names_in(code), "")
         for key, held in put_into_library(code, value.__globals__, self.further):
             self._see(held, key)
@@ -354,7 +355,7 @@ class Walk:
 
     def _wrapper(self, value: Any, name: str) -> None:
         """A cached function."""
-        if not is_library(value.__module__):
+        if not is_library(module_of(value.__wrapped__)):
             self.caches.append(value)
         self.further.lasts &= id(value) not in self._roots
         self.further.expect_attribute(value, "__wrapped__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextvars
 import ctypes
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -36,6 +37,9 @@ ROWS = (array.array, bytearray, memoryview, ctypes.Structure.__mro__[1])
 """Numbers in a row, of Python's own and of C's."""
 
 
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+"""Views of dicts."""
+
 _NUMBERS = (Tensor, np.ndarray, types.FunctionType, *ROWS)
 
 
@@ -47,6 +51,14 @@ class Value:
 
     def __getitem__(self, key: str) -> Any:
         return self._get()
+
+
+def value_of(x: contextvars.ContextVar[Any]) -> Any:
+    """The value of a context variable, which may be its default; `ABSENT` where it has none."""
+    try:
+        return x.get()
+    except LookupError:
+        return ABSENT
 
 
 class Attributes:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 import sysconfig
+import types
+from typing import Any
+
+from pysciml_node.steps.anatomy import MADE, module_of
 
 # Libraries whose objects hold numbers that a field computes with, or functions that do.
 _WALKED = (
@@ -20,20 +24,31 @@ _SILENT = frozenset(
     )
 )
 
-# The bit in the flags of a class that was made while the program runs.
-_MADE = 1 << 9
+
+def is_of_library(x: Any) -> bool:
+    """Whether a module, a class or a function is a library's, or an object of a library's class.
+
+    Functions that are given arguments in advance are of whoever gives them.
+    """
+    if isinstance(x, types.ModuleType):
+        return is_library(x.__name__)
+    if isinstance(x, types.MethodType):
+        return is_of_library(x.__func__) and is_of_library(x.__self__)
+    if isinstance(x, functools.partial):
+        return False
+    return is_library(module_of(x if isinstance(x, types.FunctionType | type) else type(x)))
 
 
 def is_opaque(kind: type) -> bool:
     """Whether the inside of a class's objects is a library's own affair."""
-    return is_library(kind.__module__) and kind.__module__.partition(".")[0] not in _WALKED
+    return is_library(module_of(kind)) and kind.__module__.partition(".")[0] not in _WALKED
 
 
 @functools.lru_cache(maxsize=1024)
 def is_a_value(kind: type) -> bool:
     """Whether objects of a class are numbers, words or the like, besides what they hold."""
     bases = [base for base in kind.__mro__ if base is not object and is_opaque(base)]
-    return any(not base.__flags__ & _MADE for base in bases)
+    return any(not base.__flags__ & MADE for base in bases)
 
 
 def is_silent(kind: type) -> bool:

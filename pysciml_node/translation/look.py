@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import builtins
 import contextvars
 import functools
-import os
-import sys
 import threading
 import types
 import weakref
@@ -20,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
+from typing_extensions import override
 
 from pysciml_node.steps.anatomy import (
     FIRST_OF_ITS_OWN,
-    UNBOUND,
-    captured_by,
     function_of,
-    imports_in,
-    names_in,
+    module_of,
     parts_of,
     slots_of,
 )
+from pysciml_node.translation.code import CodeLook
 from pysciml_node.translation.entries import (
     CONTAINERS,
     PLAIN,
     ROWS,
+    VIEWS,
     Attributes,
     Calls,
     LooseAttributes,
@@ -44,11 +41,11 @@ from pysciml_node.translation.entries import (
     as_it_is,
     bytes_of,
     has_numbers,
+    value_of,
 )
 from pysciml_node.translation.given import Given
 from pysciml_node.translation.libraries import is_a_value, is_library, is_opaque, is_silent
-from pysciml_node.translation.mentions import Mentions, looks_up_globals
-from pysciml_node.translation.watch import Watch, answers, describe
+from pysciml_node.translation.watch import answers, describe
 from pysciml_node.translation.watched import forgetting
 
 # Attributes of a module that no evaluation looks at.
@@ -56,12 +53,6 @@ _UNSEEN = (
     *("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-
-# What reads the environment.
-_ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
-
-# Kinds of globals whose inside matters only to code that names them.
-_DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 _METHODS = (
     *(types.FunctionType, staticmethod, classmethod, property),
@@ -74,7 +65,7 @@ _GLOBAL_HOOKS = (
 )
 
 
-class Look:
+class Look(CodeLook):
     """A look at everything that a callable can reach, each object once.
 
     Args:
@@ -86,19 +77,14 @@ class Look:
     """
 
     def __init__(self, root: Any) -> None:
+        super().__init__()
         self._root = root
         # What a watch does not keep alive: it is told, or told of, their classes otherwise.
         self._let_go = {id(root)}
-        self.watch = Watch()
         self.tensors: list[Tensor] = []
-        self._tokens = self.watch.tokens
         # The objects are kept, so that no identity is given out twice.
         self._seen: dict[int, tuple[int, Any]] = {}
         self._indices: dict[int, int] = {}
-        self._mentions = Mentions()
-        # Modules of the user's.
-        self._modules: list[types.ModuleType] = []
-        self._libraries: list[types.ModuleType] = []
         self._begin()
         for name in _GLOBAL_HOOKS:
             self.add(getattr(hooks_of_all, name))
@@ -137,8 +123,8 @@ class Look:
                 given.expect(place, part, gone)
                 self.add(self._dict_of(part))
 
+    @override
     def add(self, x: Any) -> None:
-        """Note an object, and what can be reached from it."""
         kind: Any = type(x)
         if kind in PLAIN:
             self._tokens.append(as_it_is(x))
@@ -157,35 +143,15 @@ class Look:
         self._look_into_modules()
         mentions, watch = self._mentions, self.watch
         mentions.has_gradients |= any("grad" in vars(module) for module in self._modules)
-        watch.fickle = mentions.fickle
+        watch.fickle = mentions.why_fickle()
         watch.asked = mentions.asked()
         watch.answers = answers(watch.asked, self.tensors)
         self._tokens += watch.answers
         if mentions.reads_gradients and not mentions.has_gradients:
-            # Of a global that an attribute has the name of, too: it may be reached by words.
             watch.fickle = f"reads the gradients of tensors, in {mentions.reads_gradients}"
 
-    def _look_into_modules(self) -> None:
-        """Note the names in modules, some of which lead to more names and more modules."""
-        looked: set[tuple[int, str]] = set()
-        while True:
-            entries = self._mentions.spoken()
-            for module in self._modules:
-                entries += self._mentions.within(module)
-            for module in self._libraries:
-                entries += [(vars(module), x) for x in self._mentions.names if x in vars(module)]
-            new = [entry for entry in entries if (id(entry[0]), entry[1]) not in looked]
-            if not new:
-                break
-            for held, name in new:
-                looked.add((id(held), name))
-                entry = self._of_library if is_library(held.get("__name__")) else self._entry
-                entry(held, name)
-        for module in self._modules if self._mentions.computes else ():
-            self.watch.expect_size(vars(module))
-
+    @override
     def _at(self, container: Any, key: Any, x: Any) -> None:
-        """Note what stands at a place."""
         if not isinstance(x, Tensor):
             self.watch.expect_item(container, key, x)
             self.add(x)
@@ -237,9 +203,10 @@ class Look:
                 self._at(values, key, value)
         self._slots(x)
         owner = next(owner for owner in type(x).__mro__ if "forward" in vars(owner))
-        if is_library(owner.__module__):
+        if is_library(module_of(owner)):
             self._of_library(vars(owner), "forward")
 
+    @override
     def _dict(self, x: Any) -> None:
         self._tokens.append((type(x), len(x)))
         self._mentions.has_gradients |= "grad" in x
@@ -258,6 +225,7 @@ class Look:
             self._at(x, i, value)
         self._further(x)
 
+    @override
     def _made_of(self, x: Any, *parts: Any) -> None:
         """An object that does not change, of parts that may."""
         self._tokens.append(type(x))
@@ -271,92 +239,15 @@ class Look:
                 self.add(value)
         self._further(x)
 
-    def _function(self, f: types.FunctionType) -> None:
-        if not is_library(f.__module__):
-            # The parts of a function can be exchanged, though hardly anybody does.
-            parts = Attributes(f)
-            for name in ("__code__", "__defaults__", "__kwdefaults__", "__dict__"):
-                self.watch.expect_item(parts, name, getattr(f, name))
-            self.add(f.__defaults__)
-            self.add(f.__kwdefaults__)
-            self._dict(f.__dict__)
-        for cell, content in zip(f.__closure__ or (), captured_by(f), strict=True):
-            if content is UNBOUND:
-                self._tokens.append("unbound")
-            else:
-                self._at(Attributes(cell), "cell_contents", content)
-        self._code(f)
-
-    def _code(self, f: types.FunctionType) -> None:
-        """Note the code of a function, and what it names."""
-        if is_library(f.__module__):
-            self._tokens.append(f.__code__)
-            return  # it does not change while a program runs, but what was handed to it may
-        names, held = names_in(f.__code__), f.__globals__
-        self._tokens.append(f.__code__)
-        self._mentions.add(f.__code__, held)
-        if not _ENVIRONMENT.isdisjoint(names):
-            self._tokens.append(dict(os.environ))
-            self.watch.expect_equal(lambda: dict(os.environ))
-        if looks_up_globals(f.__code__, held):
-            self._every_global(held)
-        for name in names:  # of globals, and of attributes, which may become those of globals
-            self._entry(held, name)
-            if name not in held and name in vars(builtins):
-                self._definition_or_entry(vars(builtins), name)
-        for name in imports_in(f.__code__, held.get("__package__")):
-            self._entry(sys.modules, name)
-
-    def _text(self, code: types.CodeType) -> None:
-        """Note code that is evaluated by words, or not at all."""
-        self._tokens.append(code)
-        self._mentions.add(code)
-
-    def _entry(self, held: dict[str, Any], name: str) -> None:
-        """Note what a module has by a name, or that it has nothing."""
-        if name in held:
-            self._tokens.append(name)
-            self._at(held, name, held[name])
-        else:
-            self.watch.expect_none(held, name)
-
-    def _of_library(self, held: Any, name: str) -> None:
-        """Note what a library, or a class of one, has by a name: it can be exchanged."""
-        value = held[name]
-        self._tokens += [name, Same(value)]
-        self.watch.expect_item(held, name, value)
-        users = isinstance(value, types.FunctionType) and not is_library(value.__module__)
-        if users or isinstance(value, types.ModuleType):
-            self.add(value)
-
-    def _every_global(self, held: dict[str, Any]) -> None:
-        """Note all that a module holds, for code that looks it up by words."""
-        self.watch.expect_order(held)
-        for name in [x for x in held if not x.startswith("__")]:
-            self._definition_or_entry(held, name)
-
-    def _definition_or_entry(self, held: dict[str, Any], name: str) -> None:
-        """Note what a module has by a name, without the inside of functions and classes."""
-        value = held[name]
-        self._tokens.append(name)
-        if isinstance(value, _DEFINED):
-            self._tokens.append(Same(value))
-            self.watch.expect_item(held, name, value)
-        else:
-            self._at(held, name, value)
-
-    def _python_module(self, x: types.ModuleType) -> None:
-        self._tokens.append(Same(x))
-        (self._libraries if is_library(x.__name__) else self._modules).append(x)
-
     def _class(self, x: type) -> None:
         self._tokens.append(Same(x))
         if type(x) is not type:
             self.add(type(x))
         self.watch.expect_item(Attributes(x), "__mro__", x.__mro__)
         for owner in x.__mro__:
-            if is_library(owner.__module__):
+            if is_library(module_of(owner)):
                 continue
+            self._stands_in(owner)
             self._tokens.append(Same(owner))
             held = vars(owner)
             self._mentions.has_gradients |= "grad" in held
@@ -388,7 +279,8 @@ class Look:
         self._further(x)
 
     def _variable(self, x: Any) -> None:
-        self._at(Value(functools.partial(x.get, None)), "value", x.get(None))
+        held = Value(lambda: value_of(x))
+        self._at(held, "value", held["value"])
 
     def _local(self, x: threading.local) -> None:
         """What a thread has for itself: another one looks at its own."""
@@ -404,7 +296,7 @@ class Look:
     def _keeping(self, x: Any) -> None:
         """A function that keeps its results."""
         self.add(x.__wrapped__)
-        if is_library(x.__module__):
+        if is_library(module_of(x.__wrapped__)):
             return
         self._tokens.append(Calls(*x.cache_info()[:2]))
         self.watch.expect_equal(lambda: x.cache_info()[:2])
@@ -471,10 +363,15 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     ((list, tuple, deque), Look._sequence),
     ((set, frozenset), Look._set),
     (types.FunctionType, Look._function),
+    (types.BuiltinFunctionType, Look._builtin),
+    (types.MethodWrapperType, Look._builtin),
     (types.CodeType, Look._text),
+    (types.CellType, Look._cell),
     (types.ModuleType, Look._python_module),
     (type, Look._class),
     (functools.partial, lambda walk, x: walk._made_of(x, x.func, x.args, x.keywords)),
+    (VIEWS, lambda walk, x: walk._made_of(x, x.mapping)),
+    (super, lambda walk, x: walk._made_of(x, x.__thisclass__, x.__self__)),
     (types.MethodType, lambda walk, x: walk._made_of(x, x.__func__, x.__self__)),
     ((staticmethod, classmethod), lambda walk, x: walk._made_of(x, x.__func__)),
     ((attrgetter, itemgetter, methodcaller), lambda walk, x: walk._made_of(x, *x.__reduce__())),

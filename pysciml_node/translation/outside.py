@@ -6,12 +6,17 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from pysciml_node.translation.libraries import is_library
+
 # Modules whose functions answer what a program does not know of, and later solves do not look at.
-_MODULES = frozenset(("posix", "nt", "_winapi", "io", "_io", "_socket", "mmap", "gc", "sys"))
+_MODULES = frozenset(
+    ("posix", "nt", "_winapi", "io", "_io", "_socket", "mmap", "gc", "sys", "_pickle")
+)
 _OF_TORCH = (torch.get_num_threads, torch.get_num_interop_threads)
 # Those that answer nothing.
 _IDLE = frozenset(("setprofile", "fspath", "text_encoding", "intern", "exc_info"))
@@ -22,6 +27,9 @@ _ASIDE = frozenset(
         *("logging", "warnings", "traceback", "linecache", "tokenize", "typing", "contextlib"),
     )
 )
+# Libraries that import parts of their own when they are first asked for.
+_LAZY = _ASIDE | {"torch", "numpy", "scipy", "pysciml_node"}
+_IMPORT = import_module.__code__
 
 
 @contextmanager
@@ -37,8 +45,10 @@ def outside() -> Iterator[list[str]]:
         return
 
     def look(frame: types.FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and _is_outside(called) and not _is_aside(frame):
+        if event == "c_call" and _is_outside(called, frame) and not _is_aside(frame):
             asked.append(called.__qualname__)
+        elif event == "call" and frame.f_code is _IMPORT and _finds(frame.f_back):
+            asked.append(import_module.__qualname__)
 
     sys.setprofile(look)
     try:
@@ -47,12 +57,20 @@ def outside() -> Iterator[list[str]]:
         sys.setprofile(None)
 
 
-def _is_outside(called: Any) -> bool:
+def _is_outside(called: Any, frame: types.FrameType) -> bool:
+    if called is __import__:
+        return _finds(frame)
     owner = getattr(called, "__self__", None)
     if isinstance(owner, types.ModuleType):
         asks = owner.__name__ in _MODULES and called.__name__ not in _IDLE
         return asks or called in _OF_TORCH
     return called.__name__ == "__subclasses__" or type(owner).__module__ in _MODULES
+
+
+def _finds(frame: types.FrameType | None) -> bool:
+    """Whether a library looks for a module, and so for what stands there, in the field's place."""
+    name = None if frame is None else str(frame.f_globals.get("__name__"))
+    return is_library(name) and str(name).partition(".")[0] not in _LAZY
 
 
 def _is_aside(frame: types.FrameType) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.julia_engine import prepared
 
 pytestmark = [pytest.mark.julia, pytest.mark.usefixtures("looks_in_both")]
 
@@ -123,3 +124,19 @@ def test_a_parameter_that_is_frozen_and_set_free_again() -> None:
         if free:
             (gradient,) = torch.autograd.grad(end, f.scale)
             assert float(gradient) == pytest.approx(-math.exp(-1), rel=1e-6)
+
+
+k: Any = 0.0
+
+
+def test_a_global_with_the_name_of_an_attribute_has_nothing_prepared_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    field, made = Rate(), []
+    solved(field)  # of a first solve nothing is prepared
+    make = prepared._prepare
+    monkeypatch.setattr(prepared, "_prepare", lambda *how: made.append(how) or make(*how))
+    for i in range(5):
+        monkeypatch.setitem(globals(), "k", float(i))
+        assert float(solved(field).u1.detach()) == pytest.approx(math.exp(-1), rel=1e-7)
+    assert len(made) == 1
