@@ -178,6 +178,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on the processes that torchrun has started."""
     options = parse(arguments)
+    if "RANK" not in os.environ:
+        raise SystemExit(
+            "distributed.py is one process of several, but was started alone.\n"
+            "  Start all: torchrun --nproc-per-node 2 examples/distributed.py"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

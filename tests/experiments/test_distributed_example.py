@@ -104,3 +104,11 @@ def test_a_run_ends_with_a_checkpoint_and_goes_on(
         example.main([*words, steps])
         assert not dist.is_initialized()
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+
+
+def test_a_process_that_was_started_alone_says_how_to_start_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match=r"started alone\.\n  Start all: torchrun"):
+        load().main([])
