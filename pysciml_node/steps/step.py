@@ -13,6 +13,23 @@ SLIVER = 1e-8
 rounding never leaves a sliver."""
 
 
+FAR = 64.0
+"""An interval of which an end is more than so many of its lengths from zero is far from it: ends of
+steps are rounded by more than their sizes are, and these have to be those of the way between them.
+Elsewhere they are left as they are: steps that become ever smaller, before a pole, differ little
+between solves that round differently."""
+
+
+def is_far(t0: float, t1: float) -> bool:
+    """Whether an interval is far from zero."""
+    return max(abs(t0), abs(t1)) > FAR * abs(t1 - t0)
+
+
+def size_from(t: float, proposed: float) -> float:
+    """The size of a step from `t` that ends on no stop, far from zero: that of the way it goes."""
+    return (t + proposed - t) or proposed
+
+
 @dataclass
 class Step:
     """An accepted step: `u` at `t` to `u1` at `end = t + h` (the stop itself where it ends on one).

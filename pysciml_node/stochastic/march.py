@@ -154,9 +154,9 @@ class SDEMarch(Loop):
         end = stop if lands else t + proposed
         if adaptive and not lands:
             down = self._rejecting or proposed == options.dtmax
-            end = path.aligned(t, proposed, down=down)
-            lands = end >= stop
-            end = min(end, stop)
+            end = min(path.aligned(t, proposed, down=down), stop)
+        # Far from zero the end may be rounded to the stop.
+        lands = end >= stop
         motion = path.increment(t, end)
         u1, self._taken = stepper.take(t, u, motion, with_error=adaptive, first=self._first)
         error = math.nan

@@ -7,7 +7,7 @@ import torch
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.steps.event_search import Signs, condition_value
-from pysciml_node.steps.step import Step
+from pysciml_node.steps.step import Step, size_from
 from pysciml_node.torch_engine.march import March
 
 
@@ -47,6 +47,8 @@ class EventSearch:
         theta, self.found = crossing
         # Taken again with the shorter size: the state at the event is the step's own result.
         h = theta * step.h
+        if self.march.far:
+            h = size_from(step.t, h)
         stages.count = 1
         u1 = stages.solution(step.time, h, step.u, with_error=False)
         return Step(step.t, h, step.t + h, step.u, u1, step.error, None, step.time, h, step.method)

@@ -13,7 +13,7 @@ from pysciml_node.replay.first_step import initial_step
 from pysciml_node.replay.stages import Stages
 from pysciml_node.replay.vectors import Real
 from pysciml_node.steps.loop import Loop, MarchOptions
-from pysciml_node.steps.step import Step
+from pysciml_node.steps.step import Step, is_far, size_from
 
 
 def _size_between(t: float, end: float) -> float:
@@ -51,6 +51,7 @@ class March(Loop):
     ) -> None:
         super().__init__(u, t0, t1, options)
         self.stages, self.k = stages, k
+        self.far = is_far(t0, t1)
         self.time: Real = t0 if options.time_tensors is None else options.time_tensors[0]
 
     def replace(self, u: Tensor) -> None:
@@ -71,6 +72,10 @@ class March(Loop):
         stages, options, u, time = self.stages, self.options, self.u, self.time
         adaptive = options.controller.adaptive
         stop = self.stops[self.passed]
+        if self.far and not lands:
+            # The end may be rounded to the stop.
+            lands = self.t + proposed == stop
+            proposed = size_from(self.t, proposed)
         h = _size_between(self.t, stop) if lands else proposed
         size: Real = h
         if lands and options.time_tensors is not None:

@@ -23,7 +23,7 @@ from pysciml_node.replay.members.norm import MembersNorm
 from pysciml_node.replay.members.stages import MemberStages, StepOfMembers, spread
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.step import SLIVER
+from pysciml_node.steps.step import FAR, SLIVER
 from pysciml_node.torch_engine.members.crossings import Crossings, Steps
 from pysciml_node.torch_engine.members.stops import Stops
 from pysciml_node.torch_engine.members.tape import Attempts, Tape, Tried
@@ -117,6 +117,10 @@ class MembersMarch(ABC):
         self._stop: Array
         # No step of this size is too small.
         self._enough = 0.0
+        # Which are far from zero, if any.
+        t0, t1 = options.spans
+        far = np.maximum(abs(t0), abs(t1)) > FAR * abs(t1 - t0)
+        self._far = far if far.any() else None
 
     def run(self, u: Tensor, k: Tensor) -> None:
         """Step until all members are done.
@@ -145,10 +149,22 @@ class MembersMarch(ABC):
     def _place(self, proposed: Array, stop: Array, lands: Array) -> tuple[Array, Array, Array]:
         """Sizes and ends of the steps of proposed sizes, and which of them land on stops."""
         t = self.live.t
+        if self._far is not None:
+            # An end may be rounded to a stop.
+            lands = lands | (self._far[self.live.rows] & (t + proposed == stop))
+        h = self._sizes_from(self.live.rows, t, proposed)
         if not np.count_nonzero(lands):
-            return proposed, t + proposed, lands
-        h = np.where(lands, _sizes_between(t, stop), proposed)
+            return h, t + h, lands
+        h = np.where(lands, _sizes_between(t, stop), h)
         return h, np.where(lands, stop, t + h), lands
+
+    def _sizes_from(self, rows: Array, t: Array, proposed: Array) -> Array:
+        """As `size_from`, of members that are far from zero."""
+        if self._far is None:
+            return proposed
+        h = t + proposed - t
+        sizes: Array = np.where(self._far[rows] & (h != 0), h, proposed)
+        return sizes
 
     @abstractmethod
     def _renew(self) -> None:
@@ -469,7 +485,8 @@ class StagesMarch(MembersMarch):
         live, places = self.live, cut.places
         ended = np.isin(np.arange(len(accepted)), places)
         # Taken again with the shorter size: the state at the event is the step's own result.
-        rows, t, h = live.rows[places], live.t[places], cut.theta * steps.h[places]
+        rows, t = live.rows[places], live.t[places]
+        h = self._sizes_from(rows, t, cut.theta * steps.h[places])
         index = torch.from_numpy(places).to(u1.device)
         u = self.u.index_select(0, index)
         p = self.field.parameters(rows)

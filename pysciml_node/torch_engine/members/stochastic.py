@@ -89,7 +89,7 @@ class StochasticMarch(MembersMarch):
             down = self._rejecting[live.rows] | (proposed == self.options.common.dtmax)
             aligned = self.paths.aligned(live.rows, live.t, proposed, down)
             end = np.minimum(np.where(lands, stop, aligned), stop)
-            lands = lands | (end >= stop)
+        lands = end >= stop
         self._motions = self.paths.increments(live.rows, live.t, end)
         return self._motions.h, end, lands
 

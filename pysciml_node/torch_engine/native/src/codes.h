@@ -3,6 +3,7 @@
 enum { RUNNING, FULL, SUCCESS, OUT_OF_STEPS, TOO_SMALL, UNSTABLE, OUT_OF_MEMORY, STOPPED, CHANGED };
 enum { FIXED, PROPORTIONAL_INTEGRAL, DERIVATIVE };
 #define SLIVER 1e-8
+#define FAR 64
 
 static double psn_seconds(void) {
   struct timespec now;

@@ -53,7 +53,7 @@ static int psn_cut(Solve *s, double t, double *h, double end) {
     e->before = e->after;
   }
   if (first == INFINITY) return 0;
-  *h *= first;
+  *h = psn_size_from(s->t0, s->t1, t, *h * first);
   s->known = 1;
   psn_stages(s, t, *h, FSAL ? STAGES - 1 : STAGES);
   combine(END, (REAL)*h, U(s), K(s, 0), LAST(s));

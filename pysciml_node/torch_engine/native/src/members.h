@@ -297,15 +297,22 @@ static int psn_propose(Many *m, Worker *w) {
     double smallest = psn_larger(m->dtmin, 4 * psn_unit(w->t[l]));
     int cut = w->cut[l] != 0;
     int lands = fabs(w->stop[l] - w->t[l]) <= fabs(proposed) * (1 + SLIVER) && !cut;
+    /* Far from zero the end may be rounded to the stop. */
+    int far = psn_is_far(w->t0[l], w->t1[l]) && !cut;
+    int ends = lands || (far && w->t[l] + proposed == w->stop[l]);
     int finite = fabs(h) <= 1.7976931348623157e308;
     int late = w->accepted[l] + w->rejected[l] >= w->most[l] && !cut;
     int small = adaptive && fabs(proposed) < smallest && !lands && !cut;
-    w->proposed[l] = w->size[l] = proposed;
-    w->lands[l] = lands;
+    w->proposed[l] = proposed, w->size[l] = proposed;
+    w->lands[l] = ends;
     w->code[l] = !finite ? UNSTABLE : late ? OUT_OF_STEPS : small ? TOO_SMALL : RUNNING;
     ended |= w->member[l] >= 0 && w->code[l] != RUNNING;
   }
-  LANES_ALL if (w->lands[l]) w->size[l] = psn_size_between(w->t[l], w->stop[l]);
+  LANES_ALL {
+    double t = w->t[l];
+    w->size[l] = w->lands[l] ? psn_size_between(t, w->stop[l])
+                             : psn_size_from(w->t0[l], w->t1[l], t, w->proposed[l]);
+  }
   if (ended)
     LANES_ALL if (w->member[l] >= 0 && w->code[l] != RUNNING) {
       int bad = w->code[l] == TOO_SMALL && !isfinite(w->error[l]);

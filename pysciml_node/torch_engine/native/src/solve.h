@@ -280,7 +280,9 @@ static int64_t psn_march(Solve *s) {
     double proposed = copysign(psn_smaller(fabs(h), s->dtmax), direction);
     double stop = s->stops[s->next_stop];
     int lands = fabs(stop - t) <= fabs(proposed) * (1 + SLIVER);
-    h = lands ? psn_size_between(t, stop) : proposed;
+    /* Far from zero the end may be rounded to the stop. */
+    lands = lands || (psn_is_far(s->t0, s->t1) && t + proposed == stop);
+    h = lands ? psn_size_between(t, stop) : psn_size_from(s->t0, s->t1, t, proposed);
     double unit = nextafter(fabs(t), INFINITY) - fabs(t);
     if (adaptive && fabs(proposed) < psn_larger(s->dtmin, 4 * unit) && !lands)
       return s->last_h != 0 && !isfinite(s->last_error) ? UNSTABLE : TOO_SMALL;

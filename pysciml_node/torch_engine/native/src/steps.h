@@ -20,6 +20,17 @@ static double psn_size_between(double t, double end) {
   return t + h == end ? h : t + below == end ? below : t + above == end ? above : h;
 }
 
+/* Whether an interval is far from zero (step.py). */
+static int psn_is_far(double t0, double t1) {
+  return psn_larger(fabs(t0), fabs(t1)) > FAR * fabs(t1 - t0);
+}
+
+/* The size of a step that ends on no stop; far from zero that of the way it goes (step.py). */
+static double psn_size_from(double t0, double t1, double t, double proposed) {
+  double end = t + proposed, h = end - t;
+  return psn_is_far(t0, t1) && h != 0 ? h : proposed;
+}
+
 static void psn_dense_weights(double theta, int derivative, REAL *weights) {
   for (int i = 0; i < ALL_STAGES; i++) {
     double sum = 0, power = derivative ? 1 : theta;

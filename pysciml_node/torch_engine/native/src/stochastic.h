@@ -158,9 +158,10 @@ static int64_t psn_march(Solve *s) {
     double end = lands ? stop : t + proposed;
     if (adaptive && !lands) {
       end = psn_aligned(noise, t, proposed, noise->rejecting || proposed == s->dtmax);
-      lands = end >= stop;
       end = psn_smaller(end, stop);
     }
+    /* Far from zero the end may be rounded to the stop. */
+    lands = end >= stop;
     Motion m = psn_motion(noise, t, end);
     REAL *u = U(s), *u1 = LAST(s);
     Stages k = psn_stages(s);
