@@ -214,6 +214,97 @@ def _reorder(owner: dict[Any, Any], order: list[Any]) -> None:
         owner[key] = value
 
 
+class Dicts(Place):
+    """Dicts of modules that were empty, such as those of buffers: one place for all of them.
+
+    Attributes:
+        owners: the dicts.
+        names: what they are called.
+        seen: their earlier contents; `None` where all were empty.
+    """
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.owners: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.seen: list[dict[str, Any]] | None = None
+
+    def _contents(self) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+        return zip(self.owners, self.seen or ({} for _ in self.owners), strict=True)
+
+    @override
+    def copy(self) -> Self:
+        again = copy.copy(self)
+        again.owners, again.names = self.owners.copy(), self.names.copy()
+        return again
+
+    @override
+    def changed(self) -> bool:
+        if self.seen is None:
+            return any(self.owners)
+        return any(not _are_same(owner, seen) for owner, seen in self._contents())
+
+    def _only(self, wanted: Test) -> Self:
+        """The same place, of those dicts whose contents pass a test."""
+        again = copy.copy(self)
+        chosen = [i for i, held in enumerate(self._contents()) if wanted(held)]
+        again.owners = [self.owners[i] for i in chosen]
+        again.names = [self.names[i] for i in chosen]
+        again.seen = None if self.seen is None else [self.seen[i] for i in chosen]
+        return again
+
+    @override
+    def settle(self) -> None:
+        self.__dict__.update(self._only(lambda held: _are_same(*held)).__dict__)
+
+    @override
+    def forget(self, test: Test) -> None:
+        if self.seen is not None:
+            fine = self._only(lambda held: not any(holds(x, test) for x in held[1].values()))
+            self.__dict__.update(fine.__dict__)
+
+    @override
+    def restore(self, stand_ins: StandIns) -> Callable[[], None] | None:
+        changed = [(owner, seen) for owner, seen in self._contents() if not _are_same(owner, seen)]
+        if not changed:
+            return None
+        before = [(owner, owner.copy()) for owner, _ in changed]
+
+        def put(contents: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+            for owner, held in contents:
+                owner.clear()
+                owner.update(held)
+
+        put(changed)
+        return lambda: put(before)
+
+    @override
+    def values(self) -> Iterable[Any]:
+        return chain.from_iterable(map(dict.values, self.owners))
+
+    @override
+    def changes(self) -> Iterable[str]:
+        for name, (owner, seen) in zip(self.names, self._contents(), strict=True):
+            if not _are_same(owner, seen):
+                yield from (f"{name}{key}" for key in owner.keys() | seen.keys())
+
+    @override
+    def only_changes(self) -> Self:
+        return self._only(lambda held: not _are_same(*held))
+
+    @override
+    def as_now(self) -> Self:
+        again = self.copy()
+        again.seen = [owner.copy() for owner in self.owners]
+        return again
+
+
+def _are_same(owner: dict[str, Any], seen: dict[str, Any]) -> bool:
+    """Whether a dict holds the same objects as another, in the same order."""
+    return [*owner] == [*seen] and all(map(is_, owner.values(), seen.values()))
+
+
 class Items(Place):
     """The items of a list or deque.
 

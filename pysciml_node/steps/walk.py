@@ -35,7 +35,7 @@ from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, held_by, is_stream,
 from pysciml_node.steps.chosen import ForThese
 from pysciml_node.steps.exchanged import put_into_library
 from pysciml_node.steps.further import SMALL, Further, Glance, hold_others, may_last
-from pysciml_node.steps.places import MISSING, Items, Names, Place, Single
+from pysciml_node.steps.places import MISSING, Dicts, Items, Names, Place, Single
 from pysciml_node.steps.plain import are_plain, may_hook
 
 # Limits of the objects to visit, of those behind what is not looked into, and of the entries of a
@@ -108,6 +108,8 @@ class Walk:
         self.closed = False
         self._most = _MOST_OBJECTS
         self._attributes(roots, "")
+        self._empty = Dicts()
+        self.places.append(self._empty)
         self._go()
         self.plain = self.further.lasts and are_plain(self._visited.values())
         self.hooks = not self.plain and may_hook(self._visited.values())
@@ -220,6 +222,9 @@ class Walk:
         for key, held in seen.items():
             if type(held) in _EMPTY and not held and (type(held) is not dict or key in _OF_MODULES):
                 self.further.expect_empty(held)
+                if key in _MODULE_DICTS:
+                    self._empty.owners.append(held)
+                    self._empty.names.append(f"{name}.")
                 continue
             if key in _MODULE_DICTS:
                 self._visited[id(held)] = held
