@@ -354,12 +354,12 @@ class Inputs:
         # One at a time: threads may go backward through one solve.
         with self._surroundings.undisturbed(), self._swept(replayed):
             if not kept:
-                self.expect_idle(later)
+                self.expect_idle(later, replayed)
             yield
 
-    def expect_idle(self, later: Iterable[Evaluate]) -> None:
+    def expect_idle(self, later: Iterable[Evaluate], several: bool = True) -> None:
         """In a sweep: see `Memory.expect_idle`."""
-        self._memory.expect_idle(self.leaves, later)
+        self._memory.expect_idle(self.leaves, later, several)
 
     @contextmanager
     def _swept(self, replayed: bool) -> Iterator[None]:

@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.first_graph import Evaluation
+from pysciml_node.steps.overwritten import may_be_written, refuse_read
 from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
 
 Evaluate = Callable[[], Evaluation]
 
-# Bytes of a tensor that the first evaluation has not written to, up to which it is copied: a later
-# one may write to it.
-_COPIED = 2**16
 LATER = 4
 """Places beside the start at which derivatives are compared: the last step, and others as far from
 one another as they can be."""
@@ -47,11 +44,13 @@ class Memory:
         self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
-        found = {id(x): x for x in (*written, *_within_reach(surroundings))}
+        found = {id(x): x for x in (*written, *may_be_written(surroundings))}
         self._written = [*found.values()]
         self._first = _copies(self._written)
         self._surroundings = surroundings
         self._replaced = [place.as_now() for place in surroundings.changes()]
+        # What evaluations have written to since, and torch has not counted it.
+        self._overwritten: list[Tensor] = []
 
     @property
     def replaces(self) -> bool:
@@ -66,26 +65,37 @@ class Memory:
         # Before what the first one has left, which is then put there last.
         self._replaced = [*self._surroundings.settle(), *self._replaced]
         written = set(map(id, self._surroundings.written))
-        seen = [(x, y) for x, y in zip(self._written, self._first, strict=True) if id(x) in written]
+        pairs = [*zip(self._written, self._first, strict=True)]
+        seen = [(x, y) for x, y in pairs if id(x) in written]
+        others = [(x, y) for x, y in pairs if id(x) not in written]
+        self._overwritten = [x for x, y in others if not torch.equal(x, y)]
         self._written, self._first = [x for x, _ in seen], [y for _, y in seen]
-        if not (written or self._replaced or self._surroundings.closed):
+        idle = not (written or self._replaced or self._overwritten)
+        if idle and not self._surroundings.closed:
             self._evaluate = None
 
-    def expect_idle(self, leaves: Sequence[Tensor], later: Iterable[Evaluate] = ()) -> None:
+    def expect_idle(
+        self, leaves: Sequence[Tensor], later: Iterable[Evaluate] = (), several: bool = True
+    ) -> None:
         """Compare derivatives: by what the first evaluation, the last and the next have left.
 
         Args:
             leaves: what stands for the inputs of the field.
             later: evaluations at later times, where other parts of the field may be used.
+            several: whether graphs of several evaluations are there at once, in a step.
 
         Raises:
-            RuntimeError: they differ by more than rounding.
+            RuntimeError: they differ by more than rounding; or graphs of several evaluations read
+                what is overwritten at each.
         """
         if (evaluate := self._evaluate) is None:
             return
         last, held = _copies(self._written), [place.as_now() for place in self._replaced]
         where = self._where(last)
         for there in (evaluate, *later):
+            if several and self._overwritten:
+                with torch.enable_grad():
+                    refuse_read(there()[0], self._overwritten, self._surroundings.names)
             with torch.enable_grad():
                 now, following = (derivatives(there(), leaves) for _ in range(2))
                 _put(self._written, self._first, self._replaced)
@@ -111,17 +121,6 @@ class Memory:
         if written := self._surroundings.written:
             return f"has written to {self._surroundings.names[id(written[0])]}"
         return "reaches what cannot be looked into"
-
-
-def _within_reach(surroundings: Surroundings) -> list[Tensor]:
-    """Small tensors that later evaluations may write to."""
-    if surroundings.plain:
-        return []
-    return [
-        x
-        for x in surroundings.tensors
-        if is_comparable(x) and not x.requires_grad and x.nbytes <= _COPIED
-    ]
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

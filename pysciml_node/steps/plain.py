@@ -30,6 +30,8 @@ _BY_WORDS = frozenset(
         *("modules", "import_module", "__import__", "builtins"),
     )
 )
+# What changes tensors without torch counting it.
+_UNCOUNTED = frozenset(("data", "numpy", "from_numpy"))
 # What tells of gradients inside of a field as they arrive.
 _HOOKS = frozenset(("register_hook", "register_prehook"))
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -110,7 +112,7 @@ def _is_clear(function: types.FunctionType) -> bool:
 def _says_nothing_else(code: types.CodeType) -> bool:
     said = (*names_in(code), *words_in(code))
     return (
-        (_BY_WORDS | _HOOKS).isdisjoint(said)
+        (_BY_WORDS | _HOOKS | _UNCOUNTED).isdisjoint(said)
         and not imports_in(code, None)
         and not any(map(_DERIVATIVE.search, said))
     )

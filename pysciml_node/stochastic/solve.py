@@ -22,6 +22,7 @@ from pysciml_node.steps.finish import Solve
 from pysciml_node.steps.first_graph import FirstGraph
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import Steps
+from pysciml_node.steps.overwritten import Overwritten
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Kept, Outcome, Record
@@ -213,21 +214,29 @@ class SDESolve(Solve):
         """Without gradients, or with every operation recorded by autograd."""
         fields = Fields(self.problem)
         self.surroundings = Surroundings(fields.given)
+        before = Overwritten(self.surroundings) if torch.is_grad_enabled() else None
         with self.surroundings.undisturbed():
             start = self._with(fields)
             outcome = self.march(self.stepper, start, self._first(fields))
         self.surroundings.settle()
-        guard((*outcome.states, outcome.saved), self.surroundings)
+        values = (*outcome.states, outcome.saved)
+        if before is not None:
+            before.expect_unread(values, lambda: self._slope(fields))
+        guard(values, self.surroundings)
         return outcome
+
+    def _slope(self, fields: Fields) -> Slope:
+        """Both at the start."""
+        time, u0 = self.problem.time_tensor([self.problem.t0])[0], self.u0
+        return fields.drift(time, u0), fields.diffusion(time, u0)
 
     def _first(self, fields: Fields) -> Slope | None:
         """Both at the start; random ones are not for adaptive steps."""
         if not self.options.controller.adaptive:
             return None
-        time = self.problem.time_tensor([self.problem.t0])[0]
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            return (fields.drift(time, self.u0), fields.diffusion(time, self.u0)), ()
+            return self._slope(fields), ()
 
         device = self.u0.device
         checked = expect_repeatable(self.surroundings, device, evaluate, "an adaptive solve")

@@ -41,6 +41,7 @@ from pysciml_node.steps.graph import Grad
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.loop import MarchOptions
 from pysciml_node.steps.norms import ErrorNorm
+from pysciml_node.steps.overwritten import Overwritten
 from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.record import Kept, Outcome, Record
@@ -207,6 +208,7 @@ class ODESolve(Solve):
         field = FlatField(self.problem)
         parts = self.stages(field, recorded=True)
         self._watch(parts[0], field)
+        before = Overwritten(self.surroundings)
         times, fixed = None, self._fixed()
         if self._times_move and not fixed:
             t0, t1 = (
@@ -229,6 +231,8 @@ class ODESolve(Solve):
                 self.options.saveat_tensor,
             )
         self._has_run(field)
+        start = self.method.nodes.new_tensor(self.marks[0])
+        before.expect_unread((*states, saved), lambda: field(start, self.u0.detach()))
         guard((*states, saved), self.surroundings)
         return Outcome(record, states, saved)
 

@@ -29,6 +29,7 @@ from pysciml_node.steps.graph import graph_leaves, pull_back
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.inputs import Inputs
 from pysciml_node.steps.memory import Evaluate
+from pysciml_node.steps.overwritten import Overwritten
 from pysciml_node.steps.randomness import Streams, expect_repeatable
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.torch_engine.members.march import MembersMarch
@@ -227,9 +228,12 @@ class Batch(ABC):
 
     def _run(self, k: Tensor, recorded: bool) -> StackedMembers:
         """Without gradients, or with every operation recorded by autograd."""
+        before = Overwritten(self.surroundings) if recorded else None
         march, tape = self._march(k, recorded)
         self.surroundings.settle()
-        if recorded:
+        if before is not None:
+            at = self.u0.detach(), self._starts().detach()
+            before.expect_unread(tape.vectors, lambda: self._evaluate(*at))
             guard(tape.vectors, self.surroundings)
         return self._result(march, tape)[0]
 
