@@ -420,7 +420,10 @@ REMEDIES: dict[str, tuple[Any, str]] = {
         r"a derivative in forward mode uses it; take it in reverse, by torch.func.jacrev",
     ),
     "spectral norm in training": (Normed(), r"in place, as spectral_norm .* until .eval\(\)"),
-    "a name that code has, too": (Sloped(), r"reads the gradients of tensors, in slope"),
+    "gradients that other code reads": (
+        lambda t, u: -u if slope(u) is None else u,
+        r"reads the gradients of tensors, in slope",
+    ),
 }
 
 
@@ -429,6 +432,11 @@ def test_a_refusal_says_what_to_do(case: str) -> None:
     field, words = REMEDIES[case]
     with pytest.raises(UnsupportedModule, match=words):
         run(field, torch.ones(2, dtype=D))
+
+
+def test_an_attribute_may_have_the_name_of_code_that_reads_gradients() -> None:
+    field, u = Sloped(), torch.ones(2, dtype=D)
+    torch.testing.assert_close(run(field, u), field(T, u), rtol=1e-13, atol=0)
 
 
 def test_a_hook_of_all_modules_that_changes_what_the_translation_returns_is_named() -> None:
