@@ -7,6 +7,9 @@ the same options takes the steps one after the other, with nothing to decide and
 from __future__ import annotations
 
 import struct
+import threading
+import weakref
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,9 @@ from pysciml_node.steps.saver import may_thin
 
 # Entries of a state up to which the memory of stages is kept for the next solve.
 _SHORT = 2**12
+
+# Steps, and saved times, of all timetables together: they take a few tens of megabytes.
+_MOST_NOTED = 2**16
 
 _ENDS = struct.Struct("dd").pack
 
@@ -170,6 +176,35 @@ def _step(record: Record, stages: Stages, n: int) -> _Step:
     )
 
 
+class _Noted:
+    """The options that have a timetable: the oldest ones lose it where all take too much."""
+
+    def __init__(self) -> None:
+        self._options: deque[tuple[weakref.ref[SolveOptions], int]] = deque()
+        self._size, self._lock = 0, threading.Lock()
+
+    def add(self, options: SolveOptions, table: Timetable, size: int) -> None:
+        """Note a timetable.
+
+        Args:
+            options: whose it is.
+            table: the timetable.
+            size: how many steps and saved times are in it.
+        """
+        with self._lock:
+            options.note(table)
+            self._options.append((weakref.ref(options), size))
+            self._size += size
+            while self._size > _MOST_NOTED:
+                oldest, size = self._options.popleft()
+                self._size -= size
+                if (other := oldest()) is not None:
+                    other.note(None)
+
+
+_noted = _Noted()
+
+
 def note_steps(
     problem: ODEProblem,
     algorithm: Algorithm,
@@ -196,4 +231,8 @@ def note_steps(
         and record.retcode is ReturnCode.Success
         and not (record.thinned or (options.saveat and may_thin(states)))
     ):
-        options.note(Timetable(problem, algorithm, record.copy(), stages.method, stages.marks))
+        size = len(record.sizes) + record.saved
+        if size > _MOST_NOTED:
+            return
+        table = Timetable(problem, algorithm, record.copy(), stages.method, stages.marks)
+        _noted.add(options, table, size)

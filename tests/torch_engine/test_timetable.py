@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pysciml_node as psn
 from pysciml_node.solving.plans import recent_plan
+from pysciml_node.torch_engine import timetable
 
 D = torch.float64
 FIXED = psn.FixedStep()
@@ -320,3 +321,31 @@ def test_options_are_copied_without_what_was_noted() -> None:
     for other in (copy.deepcopy(plan.options), pickle.loads(pickle.dumps(plan.options))):
         assert other.timetable is None
         assert other == plan.options
+
+
+def test_no_more_steps_are_noted_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends of intervals that are drawn anew for each solve would fill the memory."""
+    monkeypatch.setattr(timetable, "_MOST_NOTED", 100)
+    monkeypatch.setattr(timetable, "_noted", timetable._Noted())
+    algorithm, given = psn.Euler(), {"controller": FIXED, "dt0": 1 / 16}
+
+    def problem(steps: int) -> psn.ODEProblem:
+        return psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, steps / 16))
+
+    def solve(steps: int) -> None:
+        with torch.no_grad():
+            u1 = psn.solve(problem(steps), algorithm, controller=FIXED, dt0=1 / 16).u1
+        assert u1.item() == pytest.approx((15 / 16) ** steps, rel=1e-13)
+
+    def has_table(steps: int) -> bool:
+        plan = recent_plan(problem(steps), algorithm, given)
+        return plan is not None and plan.options.timetable is not None
+
+    field, lengths = Decay(), (40, 41, 120, 42)
+    for steps in lengths:
+        solve(steps)
+    # One with more steps than there is room for is not noted, and no other is let go for it.
+    assert [has_table(steps) for steps in lengths] == [False, True, False, True]
+    for _ in range(2):
+        solve(40)
+    assert has_table(40)
