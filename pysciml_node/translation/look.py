@@ -188,9 +188,13 @@ class Look(CodeLook):
 
     def _dict_of(self, x: Any) -> Any:
         """The attributes of an object; their dict can be exchanged."""
-        place = (LooseAttributes if id(x) in self._let_go else Attributes)(x)
-        self.watch.expect_item(place, "__dict__", x.__dict__)
+        self._expect_attribute(x, "__dict__")
         return x.__dict__
+
+    def _expect_attribute(self, x: Any, name: str) -> None:
+        """Look later whether an attribute that is in no dict is still the same object."""
+        place = (LooseAttributes if id(x) in self._let_go else Attributes)(x)
+        self.watch.expect_item(place, name, getattr(x, name))
 
     def _module(self, x: nn.Module) -> None:
         self._kind(x)
@@ -230,6 +234,13 @@ class Look(CodeLook):
         """An object that does not change, of parts that may."""
         self._tokens.append(type(x))
         self.add(parts)
+
+    def _partial(self, x: functools.partial[Any]) -> None:
+        """A partial function: it can be filled again as a whole, and may have attributes."""
+        for name in ("func", "args", "keywords"):
+            self._expect_attribute(x, name)
+        self._made_of(x, x.func, x.args, x.keywords)
+        self._further(x)
 
     def _set(self, x: Any) -> None:
         self._tokens.append((type(x), frozenset(as_it_is(e) for e in x if type(e) in PLAIN)))
@@ -369,7 +380,7 @@ _KINDS: tuple[tuple[Any, Callable[[Look, Any], None]], ...] = (
     (types.CellType, Look._cell),
     (types.ModuleType, Look._python_module),
     (type, Look._class),
-    (functools.partial, lambda walk, x: walk._made_of(x, x.func, x.args, x.keywords)),
+    (functools.partial, Look._partial),
     (VIEWS, lambda walk, x: walk._made_of(x, x.mapping)),
     (super, lambda walk, x: walk._made_of(x, x.__thisclass__, x.__self__)),
     (types.MethodType, lambda walk, x: walk._made_of(x, x.__func__, x.__self__)),

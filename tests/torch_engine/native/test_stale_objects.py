@@ -121,6 +121,18 @@ def by_function_in_a_partial_method() -> Way:
     return Field(), lambda k: globals().update(RATE=k)
 
 
+def by_attribute_of_a_partial() -> Way:
+    held = functools.partial(lambda k, u: -k * u, 1.0)
+    held.k = 1.0  # type: ignore[attr-defined]
+    return lambda t, u: held.k * held(u), lambda k: setattr(held, "k", k)  # type: ignore[attr-defined]
+
+
+def by_partial_filled_again() -> Way:
+    held = functools.partial(lambda k, u: -k * u, 1.0)
+    fill = held.__setstate__  # type: ignore[attr-defined]
+    return lambda t, u: held(u), lambda k: fill((held.func, (k,), {}, {}))
+
+
 def by_base_class() -> Way:
     class One:
         k = 1.0
