@@ -89,18 +89,33 @@ class Known:
         """Whether it has met functions that keep their results, which are counted at each solve."""
         return bool(self._walk.caches)
 
-    def walk(self, roots: dict[str, Any]) -> Walk:
-        """The walk, beginning with the field."""
+    def walk(self, roots: dict[str, Any], made: Made) -> Walk:
+        """The walk, beginning with the field.
+
+        Args:
+            roots: as of `Walk`.
+            made: of what the field was when it stood.
+        """
         again = Walk.__new__(Walk)
         again.__dict__.update(self._walk.__dict__)
         f, *_ = roots.values()
-        anchors, cells = anchors_of(f), _cells(f) if self._made_anew else []
+        anchors, captured = made
+        cells = _cells(f, captured) if self._made_anew else []
         again.places = [Names(roots, roots.copy(), ""), *cells, *self._places]
         if cells:
             again.glance = self._glance.beside(cells)
         own = [(name, anchors[n]) for name, n in self._own]
         again.modules, again.written = own + self._modules, self._walk.written.copy()
         return again
+
+
+Made = tuple[tuple[Any, ...], list[Any]]
+"""The anchors of a field, and what it captures where it is a function."""
+
+
+def made_of(f: Any) -> Made:
+    """What a field is made of now."""
+    return anchors_of(f), captured_by(f) if type(f) is types.FunctionType else []
 
 
 _known: OrderedDict[Any, Known] = OrderedDict()
@@ -133,7 +148,7 @@ def walk_from(roots: dict[str, Any]) -> Walk:
         return Walk(roots)
     known = known_from(roots)
     if known is not None:
-        return known.walk(roots)
+        return known.walk(roots, made_of(f))
     anchors = anchors_of(f)
     key = _key(f, anchors)
     known = _known.get(key)
@@ -181,9 +196,9 @@ def _key(f: Any, anchors: tuple[Any, ...]) -> Any:
     return (*ids, id(f.__func__)) if type(f) is types.MethodType else ids
 
 
-def _cells(f: types.FunctionType) -> list[Place]:
-    """The places of what a function captures."""
-    rows = zip(f.__code__.co_freevars, cells_of(f), captured_by(f), strict=True)
+def _cells(f: types.FunctionType, captured: list[Any]) -> list[Place]:
+    """The places of what a function has captured."""
+    rows = zip(f.__code__.co_freevars, cells_of(f), captured, strict=True)
     return [Single.of_cell(cell, seen, name) for name, cell, seen in rows]
 
 

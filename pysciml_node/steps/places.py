@@ -7,6 +7,7 @@ import types
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any, Self
@@ -366,13 +367,26 @@ class Items(Place):
 
 
 class Single(Place):
-    """One value, read and written by functions: a closure's cell, a slot, a class attribute."""
+    """One value, read and written by functions: a closure's cell, a slot, a class attribute.
+
+    Args:
+        get: reads it; where there is none it raises an error, or gives `MISSING`.
+        put: writes it.
+        seen: the earlier value.
+        name: of the place.
+        remove: takes it out, where there may be none.
+    """
 
     def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], None], seen: Any, name: str
+        self,
+        get: Callable[[], Any],
+        put: Callable[[Any], None],
+        seen: Any,
+        name: str,
+        remove: Callable[[], None] | None = None,
     ) -> None:
-        self._get, self._set, self.seen, self.name = get, put, seen, name
-        self.left_alone = False
+        self._read, self._set, self.seen, self.name = get, put, seen, name
+        self._remove, self.left_alone = remove, False
 
     @classmethod
     def of_cell(cls, cell: types.CellType, seen: Any, name: str) -> Single:
@@ -381,9 +395,18 @@ class Single(Place):
         def put(value: Any) -> None:
             cell.cell_contents = value
 
-        single = cls(lambda: cell.cell_contents, put, seen, name)
+        def remove() -> None:
+            del cell.cell_contents
+
+        single = cls(lambda: cell.cell_contents, put, seen, name, remove)
         single.cell = cell
         return single
+
+    def _get(self) -> Any:
+        try:
+            return self._read()
+        except (AttributeError, ValueError):  # a slot, or a cell, that has been emptied
+            return MISSING
 
     @override
     def changed(self) -> bool:
@@ -406,17 +429,21 @@ class Single(Place):
         wanted, before = _substituted(self.seen, stand_ins), self._get()
         if wanted is before:
             return None
-        put = self._set
+        put, remove = self._set, self._remove
 
-        def undo() -> None:
-            put(before)
+        def write(value: Any) -> None:
+            if value is MISSING and remove is not None:
+                remove()
+            else:
+                put(value)
 
-        put(wanted)
-        return undo
+        write(wanted)
+        return partial(write, before)
 
     @override
     def values(self) -> Iterable[Any]:
-        return () if self.left_alone else (self._get(),)
+        value = MISSING if self.left_alone else self._get()
+        return () if value is MISSING else (value,)
 
     @override
     def as_now(self) -> Self:

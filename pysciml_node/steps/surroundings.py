@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.behind import APART
-from pysciml_node.steps.known import known_from, walk_from
+from pysciml_node.steps.known import known_from, made_of, walk_from
 from pysciml_node.steps.places import Names, Place, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
 from pysciml_node.steps.walk import Walk
@@ -347,7 +347,7 @@ class Glimpse:
         roots: as of `Surroundings`.
     """
 
-    __slots__ = ("_known", "_made", "_roots", "_versions")
+    __slots__ = ("_known", "_made", "_made_of", "_roots", "_versions")
 
     def __init__(self, roots: dict[str, Any]) -> None:
         with _lock:
@@ -357,7 +357,9 @@ class Glimpse:
         if known is None or known.counts:
             self._made = Surroundings(roots)
         else:
-            self._versions = versions_of(known.tensors)
+            f, *_ = roots.values()
+            # What a function captures may be other things by then.
+            self._versions, self._made_of = versions_of(known.tensors), made_of(f)
 
     def settle(self) -> None:
         """As of `Surroundings`."""
@@ -375,6 +377,6 @@ class Glimpse:
         made, known = self._made, self._known
         if made is None:
             assert known is not None
-            walk = known.walk(self._roots)
+            walk = known.walk(self._roots, self._made_of)
             self._made = made = Surroundings.of(self._roots, walk, self._versions)
         return made

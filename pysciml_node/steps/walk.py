@@ -396,6 +396,7 @@ class Walk:
                     functools.partial(slot.__set__, value),
                     seen,
                     f"{name}.{key}",
+                    functools.partial(slot.__delete__, value),
                 )
             )
             self._see(seen, f"{name}.{key}")
@@ -433,6 +434,7 @@ class Walk:
                 lambda value: setattr(kind, key, value),
                 seen,
                 f"{kind.__name__}.{key}",
+                lambda: delattr(kind, key),
             )
         )
         self._see(seen, f"{kind.__name__}.{key}")

@@ -421,3 +421,92 @@ def test_a_field_that_can_be_reached_from_itself_is_not_kept_alive(way: str) -> 
     del field
     gc.collect()
     assert gone() is None
+
+
+class Slotted:
+    """Holds a number in a slot."""
+
+    __slots__ = ("k",)
+
+
+Way = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[], None]]
+
+
+def by_class_attribute() -> Way:
+    class Base:
+        k = 1.0
+
+    class Held(Base):
+        k = 3.0
+
+    held = Held()
+    return lambda t, u: -held.k * u, lambda: delattr(Held, "k")
+
+
+def by_slot() -> Way:
+    held = Slotted()
+    held.k = 3.0
+    return lambda t, u: -getattr(held, "k", 1.0) * u, lambda: delattr(held, "k")
+
+
+def by_cell() -> Way:
+    k = 3.0
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        try:
+            return -k * u
+        except NameError:
+            return -u
+
+    def empty() -> None:
+        nonlocal k
+        del k
+
+    return field, empty
+
+
+def by_cell_of_another() -> Way:
+    field, empty = by_cell()
+    return lambda t, u: field(t, u), empty
+
+
+def by_number_in_a_cell() -> Way:
+    k = 3.0
+
+    def change() -> None:
+        nonlocal k
+        k = 1.0
+
+    return lambda t, u: -k * u, change
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize(
+    "way", [by_class_attribute, by_slot, by_cell, by_cell_of_another, by_number_in_a_cell]
+)
+def test_what_is_taken_out_is_put_back_for_a_replay_alone(
+    way: Callable[[], Way], before: int
+) -> None:
+    """A place that is emptied stays empty, and the solves before and after have their own field."""
+    field, empty = way()
+
+    def solve(u0: Tensor, **options: Any) -> psn.Solution:
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        return psn.solve(problem, psn.Euler(), controller=psn.FixedStep(), dt0=0.5, **options)
+
+    u0, moving = torch.ones(2, dtype=D), torch.ones(2, dtype=D, requires_grad=True)
+    for _ in range(before + 1):
+        with torch.no_grad():
+            solution = solve(u0)
+        kept, replayed = solve(moving), solve(moving, adjoint=psn.DiscreteAdjoint(memory=0))
+    empty()
+    for x in (kept, replayed):
+        (gradient,) = torch.autograd.grad(x.u1.sum(), moving)
+        assert gradient.tolist() == [0.25, 0.25]
+    # Hermite's cubic in the middle of a step of 1/2 from 1 to -1/2, with the slopes -3 and 3/2.
+    middle = (1 - 0.5) / 2 + 0.5 * (-3 - 1.5) / 8
+    assert solution(0.25).tolist() == pytest.approx([middle] * 2, rel=1e-14)
+    for _ in range(2):
+        with torch.no_grad():
+            assert solve(u0).u1.tolist() == [0.25, 0.25]
+        assert solve(moving, compile="auto").u1.tolist() == [0.25, 0.25]
