@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, St
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.guard import guard
+from pysciml_node.steps.memory import Evaluate, some_of
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
+from pysciml_node.steps.repeated import Repeated, evaluations
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 
@@ -87,6 +90,17 @@ class TorchTrajectory(Recorded):
         """Everything that the field can reach as the solve saw it; compares the steps."""
         assert self.surroundings is not None
         return as_solved(self.surroundings, self.precision)
+
+    def _repeated(self) -> Repeated:
+        """What the field can reach, before steps are taken again."""
+        assert self.surroundings is not None
+        return Repeated(self.surroundings, self.problem.spec.device)
+
+    def _evaluations(self, places: Iterable[tuple[float, Tensor]]) -> Iterator[Evaluate]:
+        """Evaluations of the field as it is seen when they are asked for."""
+        _, field = self._stages(self.method)
+        at = ((self.problem.time_tensor([t])[0], u) for t, u in places)
+        yield from evaluations((field,), at)
 
     def _compare(self, comparison: Comparison, n: int, stages: Stages) -> None:
         """Compare the end of step `n`, of its stages as far as they are there, with the solve's."""
@@ -192,9 +206,12 @@ class TorchTrajectory(Recorded):
         for i, t in enumerate(host):
             groups.setdefault(self.step_of(t), []).append(i)
         rows: list[Tensor | None] = [None] * len(host)
+        repeated = self._repeated()
         with self._as_seen() as comparison:
             self._fill(comparison, rows, times, host, groups)
         found = torch.stack([row for row in rows if row is not None])
+        asked = ((host[i], found[i]) for i in some_of([some[-1] for some in groups.values()]))
+        repeated.expect_same((found,), self._evaluations(asked))
         guard((found,), self.surroundings)
         return found
 
@@ -279,6 +296,7 @@ class TorchTrajectory(Recorded):
         self, t: float, u: Tensor, method: Method, stop_gradient: StopGradient, dt: float | None
     ) -> StepEstimate:
         """As `estimate`, from a state that is known."""
+        repeated = self._repeated()
         stages, field = self._stages(method)
         norm = ErrorNorm(self.options.tolerances)
         with torch.set_grad_enabled(torch.is_grad_enabled() and stop_gradient is not True):
@@ -292,6 +310,8 @@ class TorchTrajectory(Recorded):
         stages.begin(k)
         estimate = self._measure(stages, norm, t, h, u)
         self.stats.nfe += field.nfe
+        places = self._evaluations([(t, u), (t + h, u)])
+        repeated.expect_same((estimate.error, estimate.stiffness), places)
         return estimate
 
     def step_estimates(self) -> list[StepEstimate]:
@@ -307,7 +327,7 @@ class TorchTrajectory(Recorded):
         sizes = self.record.sizes
         if not sizes:
             return []
-        starts = self.every_state[: len(sizes)]
+        starts, repeated = self.every_state[: len(sizes)], self._repeated()
         if not torch.is_grad_enabled():
             with self._as_seen() as comparison:
                 estimates = [self._replay(n, u, comparison) for n, u in enumerate(starts)]
@@ -317,6 +337,8 @@ class TorchTrajectory(Recorded):
             assert self.surroundings is not None
             rows = measure_steps(self._replay, starts, self.surroundings, self.precision)
             estimates = [(error, stiffness) for error, stiffness in rows]
+        places = some_of([*zip(self.record.times, starts, strict=False)])
+        repeated.expect_same(chain.from_iterable(estimates), self._evaluations(places))
         return [
             StepEstimate(self.method.nodes.new_tensor(h), error, stiffness)
             for h, (error, stiffness) in zip(sizes, estimates, strict=True)

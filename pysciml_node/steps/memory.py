@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
 
 Evaluate = Callable[[], Evaluation]
+T = TypeVar("T")
 
 LATER = 4
 """Places beside the start at which derivatives are compared: the last step, and others as far from
@@ -26,6 +28,64 @@ def later_steps(count: int) -> list[int]:
     """
     parts = (n * count // LATER for n in range(1, LATER))
     return sorted({*parts, count - 1} - {0, -1})
+
+
+def some_of(items: Sequence[T]) -> list[T]:
+    """The first of what there is for each step, and that of `later_steps`."""
+    return [*items[:1], *(items[n] for n in later_steps(len(items)))]
+
+
+class Left(NamedTuple):
+    """What evaluations have left behind: contents of tensors, and of places."""
+
+    tensors: Sequence[Tensor]
+    contents: Sequence[Tensor]
+    places: Sequence[Place]
+
+    def as_now(self) -> Left:
+        """What is there now."""
+        return Left(self.tensors, copies(self.tensors), [x.as_now() for x in self.places])
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put it there again."""
+        for x, value in zip(self.tensors, self.contents, strict=True):
+            # Not counted as a change: what was there is put back.
+            x.data.copy_(value)
+        for place in self.places:
+            place.restore({})
+
+    def changed(self, now: Left, surroundings: Surroundings) -> str:
+        """What has changed from here to another, in words that follow "the field"."""
+        for x, then, value in zip(self.tensors, self.contents, now.contents, strict=True):
+            if not torch.equal(then, value):
+                return f"has written to {surroundings.names[id(x)]}"
+        names = (name for place in self.places for name in place.changes())
+        if (name := next(names, None)) is not None:
+            return f"changes {name}"
+        if written := surroundings.written:
+            return f"has written to {surroundings.names[id(written[0])]}"
+        return "reaches what cannot be looked into"
+
+
+def gap_between(evaluate: Evaluate, leaves: Sequence[Tensor], first: Left, last: Left) -> float:
+    """Compare derivatives by what the first evaluation, the last and the next have left.
+
+    Args:
+        evaluate: the evaluation.
+        leaves: what stands for the inputs of the field.
+        first: what the first has left.
+        last: what the last has left, which is there now, and in the end.
+
+    Returns:
+        The greatest relative difference; zero for one of rounding.
+    """
+    with torch.enable_grad():
+        now, following = (derivatives(evaluate(), leaves) for _ in range(2))
+        first.put()
+        then = derivatives(evaluate(), leaves)
+    last.put()
+    return max(relative_gap(now, then), relative_gap(now, following))
 
 
 class Memory:
@@ -46,7 +106,7 @@ class Memory:
         self._evaluate: Evaluate | None = evaluate
         found = {id(x): x for x in (*written, *may_be_written(surroundings))}
         self._written = [*found.values()]
-        self._first = _copies(self._written)
+        self._first = copies(self._written)
         self._surroundings = surroundings
         self._replaced = [place.as_now() for place in surroundings.changes()]
         # What evaluations have written to since, and torch has not counted it.
@@ -68,7 +128,9 @@ class Memory:
         pairs = [*zip(self._written, self._first, strict=True)]
         seen = [(x, y) for x, y in pairs if id(x) in written]
         others = [(x, y) for x, y in pairs if id(x) not in written]
-        self._overwritten = [x for x, y in others if not torch.equal(x, y)]
+        overwritten = [(x, y) for x, y in others if not torch.equal(x, y)]
+        self._overwritten = [x for x, _ in overwritten]
+        self._surroundings.began = [*seen, *overwritten] or self._surroundings.began
         self._written, self._first = [x for x, _ in seen], [y for _, y in seen]
         idle = not (written or self._replaced or self._overwritten)
         if idle and not self._surroundings.closed:
@@ -90,18 +152,14 @@ class Memory:
         """
         if (evaluate := self._evaluate) is None:
             return
-        last, held = _copies(self._written), [place.as_now() for place in self._replaced]
-        where = self._where(last)
+        first = Left(self._written, self._first, self._replaced)
+        last = first.as_now()
+        where = first.changed(last, self._surroundings)
         for there in (evaluate, *later):
             if several and self._overwritten:
                 with torch.enable_grad():
                     refuse_read(there()[0], self._overwritten, self._surroundings.names)
-            with torch.enable_grad():
-                now, following = (derivatives(there(), leaves) for _ in range(2))
-                _put(self._written, self._first, self._replaced)
-                then = derivatives(there(), leaves)
-            _put(self._written, last, held)
-            if not (gap := max(relative_gap(now, then), relative_gap(now, following))):
+            if not (gap := gap_between(there, leaves, first, last)):
                 continue
             raise RuntimeError(
                 f"the field {where}, and its derivatives depend on what earlier evaluations have "
@@ -109,18 +167,6 @@ class Memory:
                 "  Call eval() on it, as for spectral normalization; make it a function of its "
                 "arguments; or use adjoint=DirectAdjoint()."
             )
-
-    def _where(self, last: Sequence[Tensor]) -> str:
-        """What has changed since the first evaluation, in words."""
-        for x, then, now in zip(self._written, self._first, last, strict=True):
-            if not torch.equal(then, now):
-                return f"has written to {self._surroundings.names[id(x)]}"
-        names = (name for place in self._replaced for name in place.changes())
-        if (name := next(names, None)) is not None:
-            return f"changes {name}"
-        if written := self._surroundings.written:
-            return f"has written to {self._surroundings.names[id(written[0])]}"
-        return "reaches what cannot be looked into"
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -152,14 +198,6 @@ def _size(x: Tensor) -> float:
     return float(x.abs().max().nan_to_num(nan=0.0))
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What tensors hold now."""
     return [x.detach().clone() for x in tensors]
-
-
-@torch.no_grad()
-def _put(tensors: Sequence[Tensor], contents: Sequence[Tensor], places: Sequence[Place]) -> None:
-    for x, value in zip(tensors, contents, strict=True):
-        # Not counted as a change: what was there is put back.
-        x.data.copy_(value)
-    for place in places:
-        place.restore({})

@@ -41,7 +41,7 @@ class Overwritten:
         counted = set(map(id, surroundings.written))  # running statistics, which no graph reads
         may = [x for x in may_be_written(surroundings) if id(x) not in counted]
         self._seen = [(x, x._version, x.detach().clone()) for x in may]
-        self._names = surroundings.names
+        self._surroundings = surroundings
 
     def expect_unread(self, values: Sequence[Tensor], again: Callable[[], object]) -> None:
         """Check that the graph of a solve reads nothing that is overwritten.
@@ -53,11 +53,9 @@ class Overwritten:
         Raises:
             RuntimeError: it does.
         """
-        changed = [
-            (x, x.detach().clone())
-            for x, version, seen in self._seen
-            if x._version == version and not torch.equal(x, seen)
-        ]
+        other = [(x, version, seen) for x, version, seen in self._seen if not torch.equal(x, seen)]
+        self._surroundings.began = [(x, seen) for x, _, seen in other]
+        changed = [(x, x.detach().clone()) for x, version, _ in other if x._version == version]
         if not changed:
             return
         # What is always the same may be read.
@@ -66,7 +64,7 @@ class Overwritten:
             tensors = [x for x, last in changed if not torch.equal(x, last)]
             for x, last in changed:
                 x.data.copy_(last)
-        refuse_read(values, tensors, self._names)
+        refuse_read(values, tensors, self._surroundings.names)
 
 
 def refuse_read(values: Sequence[Tensor], tensors: Sequence[Tensor], names: dict[int, str]) -> None:

@@ -67,6 +67,8 @@ class Surroundings:
     Attributes:
         tensors, arrays, names, generators, lazy, chosen, closed, hooks, memory: as the `Walk`'s.
         plain: likewise; a field that has changed what it can reach is not.
+        moved: places that the solve has changed, with what they held before.
+        began: tensors that it has changed, with what they held at first, as far as it is known.
     """
 
     def __init__(self, roots: dict[str, Any]) -> None:
@@ -88,6 +90,8 @@ class Surroundings:
         self.plain, self.hooks, self.closed = found.plain, found.hooks, found.closed
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
+        self.moved: list[Place] = []
+        self.began: list[tuple[Tensor, Tensor]] = []
         self._caches = [(cache, cache.cache_info().misses) for cache in found.caches]
         # Places that later solves look at too are not settled, but copies of them.
         self._glance = found.glance
@@ -182,6 +186,7 @@ class Surroundings:
         if changes := self.changes():
             self._own_places()
             self.plain = False
+            self.moved = [*changes, *self.moved]
             with _lock:
                 for place in self._places:
                     if place.changed():

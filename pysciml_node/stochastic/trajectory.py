@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,8 +22,10 @@ from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, StopGradient
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.guard import guard
+from pysciml_node.steps.memory import Evaluate, some_of
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
+from pysciml_node.steps.repeated import Repeated, evaluations
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.stochastic.brownian import BrownianPath, Path
 from pysciml_node.stochastic.fields import Fields
@@ -64,6 +66,17 @@ class SDETrajectory(Recorded):
         """Everything that the fields can reach as the solve saw it; compares the steps."""
         assert self.surroundings is not None
         return as_solved(self.surroundings, self.precision)
+
+    def _repeated(self) -> Repeated:
+        """What the fields can reach, before steps are taken again."""
+        assert self.surroundings is not None
+        return Repeated(self.surroundings, self.problem.spec.device)
+
+    def _evaluations(self, places: Iterable[tuple[float, Tensor]]) -> Iterator[Evaluate]:
+        """Evaluations of the fields at times and vectors."""
+        fields, state = self._fields(), self.stepper.state
+        at = ((self.problem.time_tensor([t])[0], state(vector)) for t, vector in places)
+        yield from evaluations((fields.drift, fields.diffusion), at)
 
     def _retake(self, comparison: Comparison, n: int, stepper: Stepper) -> None:
         """Take step `n` again, to compare it: a shorter one has no stage in common with it."""
@@ -139,7 +152,7 @@ class SDETrajectory(Recorded):
         fields = self._fields()
         stepper = Stepper(self.stepper.method, fields)
         known = {t: n for n, t in enumerate(self.record.times)}
-        rows, retaken = [], set()
+        rows, retaken, repeated = [], set(), self._repeated()
         with self._as_seen() as comparison:
             for t in times.double().tolist():
                 if t in known or not self.record.sizes:
@@ -157,6 +170,8 @@ class SDETrajectory(Recorded):
                 rows.append(stepper.state(vector))
         self._count(fields)
         found = torch.stack(rows)
+        starts = ((self.record.times[n], self.vectors[n]) for n in some_of(sorted(retaken)))
+        repeated.expect_same((found,), self._evaluations(starts))
         guard((found,), self.surroundings)
         return found
 
@@ -191,7 +206,7 @@ class SDETrajectory(Recorded):
         stepper = Stepper(method, fields)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
             u = self.evaluate(torch.tensor([t], dtype=torch.float64))[0]
-        norm = ErrorNorm(self.options.tolerances)
+        norm, repeated = ErrorNorm(self.options.tolerances), self._repeated()
         span = self.problem.t1 - t
         with self._as_seen() as comparison:
             if t in self.record.times and self.record.sizes:
@@ -205,6 +220,8 @@ class SDETrajectory(Recorded):
             motion = self._fresh_motion(fields.layout.size, min(dt, span))
             error, stiffness, _ = _measure(stepper, norm, t, stepper.start(u), motion)
         self._count(fields)
+        places = self._evaluations([(t, u), (t + motion.h, u)])
+        repeated.expect_same((error, stiffness), places)
         guard((error, stiffness), self.surroundings)
         return StepEstimate(method.like.new_full((), motion.h), error, stiffness)
 
@@ -225,7 +242,7 @@ class SDETrajectory(Recorded):
             ValueError: the solve's adjoint is a continuous one.
         """
         check_discrete(self.options.adjoint)
-        estimates = []
+        estimates, repeated = list[StepEstimate](), self._repeated()
         for n, h in enumerate(self.record.sizes):
             vector = self.vectors[n]
             if torch.is_grad_enabled():
@@ -235,6 +252,9 @@ class SDETrajectory(Recorded):
             estimates.append(
                 StepEstimate(self.stepper.method.like.new_full((), h), error, stiffness)
             )
+        starts = some_of([*zip(self.record.times[:-1], self.vectors[:-1], strict=True)])
+        values = (x for one in estimates for x in (one.error, one.stiffness))
+        repeated.expect_same(values, self._evaluations(starts))
         return estimates
 
     def _replay_as_seen(self, n: int, vector: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from pysciml_node.solutions.members import Members
 from pysciml_node.solutions.solution import StepEstimate, StopGradient
 from pysciml_node.steps.guard import guard
 from pysciml_node.steps.record import check_discrete
+from pysciml_node.steps.repeated import Repeated
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 
@@ -144,6 +146,19 @@ class StackedEstimates:
             yield field, comparison
             members.add("nfe", field.nfe)
 
+    def _expect_same(
+        self, repeated: Repeated, found: StepEstimate, places: Iterable[tuple[Array, Tensor]]
+    ) -> None:
+        """Compare derivatives at times `(M,)` and states `(M, N)`."""
+        field = MembersField(self.members.ensemble)
+        field.given = self.members.reach.roots
+        with ordinary_modes(self.members.ensemble.problem.spec.device):
+            repeated.expect_same((found.error, found.stiffness), field.later(places))
+
+    def _repeated(self) -> Repeated:
+        """What the field can reach, before steps are taken again."""
+        return Repeated(self.members.reach, self.members.ensemble.problem.spec.device)
+
     def _method(self, algorithm: ExplicitRungeKutta) -> Method:
         spec = self.members.ensemble.problem.spec
         return Method.of(algorithm.tableau, spec.dtype, spec.device)
@@ -197,7 +212,7 @@ class StackedEstimates:
         dt: Array | None,
     ) -> StepEstimate:
         """One step of `algorithm` from a time of each member, `(M,)`; see `TorchTrajectory`."""
-        rows, members = np.arange(len(t)), self.members
+        rows, members, repeated = np.arange(len(t)), self.members, self._repeated()
         with self._computing() as (field, comparison):
             graph = torch.is_grad_enabled()
             with torch.set_grad_enabled(graph and not stop_gradient):
@@ -218,6 +233,7 @@ class StackedEstimates:
             stages = self._stages(method, field, rows, u, t, h)
             stages.know(k)
             found = self._measured(stages, norm, h)
+        self._expect_same(repeated, found, [(t, u), (t + h, u)])
         guard((found.error, found.stiffness), members.reach)
         return found
 
@@ -279,16 +295,21 @@ class StackedEstimates:
         check_discrete(self.members.options.common.adjoint)
         graph = torch.is_grad_enabled() and not self.members.detached
         parts, taken, size = [], list[Array](), self.members.u0.shape[1]
+        repeated = self._repeated()
         for method, steps in self._by_methods(np.arange(len(self.rows))):
             is_implicit = isinstance(method.tableau, ImplicitTableau)
             most = max(1, min(_ROWS, _ENTRIES // size**2)) if is_implicit else _ROWS
             for n in np.array_split(steps, -(-len(steps) // most)):
                 u = self._states(n)
-                found = checkpointed(self._again, method, n, u) if graph else None
-                parts.append(self._again(method, n, u) if found is None else found)
+                again = checkpointed(self._again, method, n, u) if graph else None
+                parts.append(self._again(method, n, u) if again is None else again)
                 taken.append(n)
         error, stiffness = (_in_order(column, taken) for column in zip(*parts, strict=True))
-        return StepEstimate(torch.from_numpy(self.steps.sizes).to(error), error, stiffness)
+        found = StepEstimate(torch.from_numpy(self.steps.sizes).to(error), error, stiffness)
+        t0, u0 = self.spans[0], self.members.u0
+        later = self.steps.later_starts(t0, u0, self.members.states)
+        self._expect_same(repeated, found, chain([(t0, u0)], later))
+        return found
 
     def _again(self, method: Method, n: Array, u: Tensor) -> tuple[Tensor, Tensor]:
         """Errors and stiffness of some steps of a method from the states at their starts."""
