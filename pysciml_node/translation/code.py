@@ -6,6 +6,7 @@ import os
 import sys
 import types
 from abc import ABC, abstractmethod
+from operator import attrgetter
 from typing import Any
 
 from pysciml_node.steps.anatomy import (
@@ -25,6 +26,9 @@ from pysciml_node.translation.watch import Watch
 
 # What reads the environment.
 _ENVIRONMENT = frozenset(("environ", "environb", "getenv", "getenvb"))
+
+# By its name: the types that mypy has cached are without this attribute, those it reads have it.
+_builtins_of = attrgetter("__builtins__")
 
 # Kinds of globals whose inside matters only to code that names them.
 _DEFINED = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -120,7 +124,7 @@ class CodeLook(ABC):
             self._said |= dict.fromkeys((*names_in(f.__code__), *words_in(f.__code__)))
         # An attribute `self.rate` has nothing to do with a global `rate`, unless code comes to the
         # module as an object: then all names are looked up there.
-        others: dict[str, Any] = f.__builtins__  # type: ignore[attr-defined]
+        others: dict[str, Any] = _builtins_of(f)
         for name in globals_in(f.__code__):
             self._entry(held, name)
             if name not in held and name in others:
