@@ -18,7 +18,8 @@ class BackwardPass:
     """A solve that has run, and the cotangents that arrive at it; `None` stands for zero."""
 
     record: Record  # the n accepted steps
-    states: tuple[Tensor, ...]  # (N,) each, n + 1 of them, at `record.times`
+    # (N,) each, n + 1 of them, at `record.times`; of reversible steps the first and the last.
+    states: tuple[Tensor, ...]
     saved: Tensor | None  # (saved, N), cotangents of the saved states
     at_steps: Sequence[Tensor | None]  # (N,) each, n + 1 of them, cotangents of `states`
     with_times: bool  # whether `t0`, `t1` and `saveat` need gradients
@@ -31,9 +32,16 @@ class BackwardPass:
         return 0 if self.saved is None else self.saved.shape[0]
 
     def later_starts(self) -> Iterator[tuple[float, Tensor]]:
-        """Times and states, `(N,)`, at which some steps begin, but for the first."""
+        """Times and states, `(N,)`, at which some steps begin, but for the first.
+
+        Of steps that are undone on the way back no states are kept: then it is the end.
+        """
+        times, states = self.record.times, self.states
+        if len(states) < len(times):
+            yield times[-1], states[-1]
+            return
         for n in later_steps(len(self.record.sizes)):
-            yield self.record.times[n], self.states[n]
+            yield times[n], states[n]
 
     def entering(self, n: int) -> list[Tensor]:
         """The cotangents that enter at `record.times[n]`, `(N,)` each."""

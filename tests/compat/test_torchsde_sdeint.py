@@ -307,6 +307,27 @@ def test_a_solve_goes_on_from_the_state_of_the_one_before(adaptive: bool) -> Non
             torch.testing.assert_close(one, also, rtol=1e-9, atol=1e-11)
 
 
+def test_derivatives_of_later_evaluations_are_refused_on_the_way_back() -> None:
+    class Late(torchsde.SDEStratonovich):
+        """Grows at a rate of one, by a graph that says another at each evaluation behind 0.5."""
+
+        def __init__(self) -> None:
+            super().__init__("diagonal")
+            self.count = 0
+
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            self.count += 1
+            return self.count * y - (self.count - 1) * y.detach() if t > 0.5 else y
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return 0.1 * torch.ones_like(y)
+
+    y0 = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    ys = torchsde.sdeint_adjoint(Late(), y0, [0.0, 1.0], dt=0.125, method="reversible_heun")
+    with pytest.raises(RuntimeError, match="depend on what earlier evaluations have"):
+        ys[-1].sum().backward()
+
+
 @pytest.mark.parametrize("noise", ["diagonal", "general"])
 def test_relative_entropy_of_a_shifted_drift(noise: str) -> None:
     """`f - h = g c` with a constant `c`: the rate is `|c|^2 / 2`, for every path."""
