@@ -280,14 +280,16 @@ class Batch(ABC):
 
     def _node(self) -> StackedMembers:
         """As one node of the graph, its backward the sweep of the adjoint."""
-        t = self._starts().detach()
+        t, look = self._starts().detach(), self._attempt
 
         def evaluate() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             start, time = self.u0.detach().requires_grad_(), t.clone().requires_grad_()
-            return (self._attempt(start, time),), (start, time)
+            return (look(start, time),), (start, time)
 
         with torch.enable_grad():
             captured = Inputs(self.surroundings, self._checked(evaluate), self.field.given["p"])
+        # What a sweep meets is told: it is too late for the members one by one.
+        look = self._evaluate
         (k,) = captured.first
         self._expect_alike(k)
         if not self.options.common.adjoint.discrete:
