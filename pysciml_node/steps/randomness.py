@@ -46,13 +46,13 @@ class Streams:
 
 
 def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
         return pickle.dumps(generator.get_state())
-    return pickle.dumps(generator.bit_generator.state)
+    if isinstance(generator, np.random.Generator):
+        return pickle.dumps(generator.bit_generator.state)
+    return generator.get_state()
 
 
 def _equal(state: Any, other: Any) -> bool:
@@ -60,14 +60,14 @@ def _equal(state: Any, other: Any) -> bool:
 
 
 def _put(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
+    if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(pickle.loads(state))
-    else:
+    elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = pickle.loads(state)
+    else:
+        generator.set_state(state)
 
 
 def expect_repeatable(
