@@ -83,7 +83,6 @@ class SolveOptions:
         defaulted: which of `adjoint` and `controller` were not given.
         unseeded: the options that these are but for the seed, by whose identity an engine finds
             what it has prepared for them; `None` where they have no seed, or were changed after it.
-        timetable: what an engine has noted of the steps of a solve with these very options.
     """
 
     tolerances: Tolerances
@@ -104,17 +103,12 @@ class SolveOptions:
     fired: tuple[int, ...] = ()
     defaulted: frozenset[str] = frozenset()
     unseeded: SolveOptions | None = field(default=None, init=False, compare=False, repr=False)
-    timetable: Any = field(default=None, init=False, compare=False, repr=False)
 
     def seeded(self, seed: int) -> SolveOptions:
         """The same with a seed."""
         made = object.__new__(SolveOptions)
         made.__dict__.update(self.__dict__, seed=seed, unseeded=self)
         return made
-
-    def note(self, timetable: Any) -> None:
-        """Note the steps of a solve, for later ones with these options."""
-        object.__setattr__(self, "timetable", timetable)
 
     def landings(self, direction: int) -> tuple[float, ...]:
         """Times that steps end on, in the order of integration: the stops, and those of a grid."""

@@ -7,9 +7,7 @@ the same options takes the steps one after the other, with nothing to decide and
 from __future__ import annotations
 
 import struct
-import threading
 import weakref
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -32,6 +30,9 @@ _SHORT = 2**12
 
 # Steps, and saved times, of all timetables together: they take a few tens of megabytes.
 _MOST_NOTED = 2**16
+
+# What a timetable takes besides, in steps.
+_BASE = 16
 
 _ENDS = struct.Struct("dd").pack
 
@@ -92,7 +93,7 @@ class Timetable:
         cls, problem: ODEProblem, algorithm: Algorithm, options: SolveOptions
     ) -> Timetable | None:
         """What was noted for a solve, if there was one like it."""
-        table: Timetable | None = options.timetable
+        table = _noted.of(options)
         if (
             table is None
             or table._spec is not problem.spec
@@ -102,10 +103,6 @@ class Timetable:
         ):
             return None
         return table
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A copy of options, or another process, finds out again.
-        return type(None), ()
 
     def solve(self, field: FlatField, u: Tensor) -> Outcome:
         """Take the steps without gradients.
@@ -177,11 +174,16 @@ def _step(record: Record, stages: Stages, n: int) -> _Step:
 
 
 class _Noted:
-    """The options that have a timetable: the oldest ones lose it where all take too much."""
+    """The timetables by their options' identity: the oldest ones go where all take too much."""
 
     def __init__(self) -> None:
-        self._options: deque[tuple[weakref.ref[SolveOptions], int]] = deque()
-        self._size, self._lock = 0, threading.Lock()
+        # Nothing here needs a lock, which could not be waited for where a weak reference ends.
+        self._tables: dict[int, tuple[weakref.ref[SolveOptions], Timetable, int]] = {}
+
+    def of(self, options: SolveOptions) -> Timetable | None:
+        """What was noted for these very options."""
+        noted = self._tables.get(id(options))
+        return noted[1] if noted is not None and noted[0]() is options else None
 
     def add(self, options: SolveOptions, table: Timetable, size: int) -> None:
         """Note a timetable.
@@ -189,17 +191,18 @@ class _Noted:
         Args:
             options: whose it is.
             table: the timetable.
-            size: how many steps and saved times are in it.
+            size: what it takes, in steps.
         """
-        with self._lock:
-            options.note(table)
-            self._options.append((weakref.ref(options), size))
-            self._size += size
-            while self._size > _MOST_NOTED:
-                oldest, size = self._options.popleft()
-                self._size -= size
-                if (other := oldest()) is not None:
-                    other.note(None)
+        tables, key = self._tables, id(options)
+        tables.pop(key, None)
+        tables[key] = weakref.ref(options, lambda _: tables.pop(key, None)), table, size
+        oldest_first = list(tables.items())
+        total = sum(size for _, (_, _, size) in oldest_first)
+        for key, (_, _, size) in oldest_first:
+            if total <= _MOST_NOTED:
+                break
+            tables.pop(key, None)
+            total -= size
 
 
 _noted = _Noted()
@@ -231,7 +234,7 @@ def note_steps(
         and record.retcode is ReturnCode.Success
         and not (record.thinned or (options.saveat and may_thin(states)))
     ):
-        size = len(record.sizes) + record.saved
+        size = _BASE + len(record.sizes) + record.saved
         if size > _MOST_NOTED:
             return
         table = Timetable(problem, algorithm, record.copy(), stages.method, stages.marks)

@@ -317,15 +317,31 @@ def test_options_are_copied_without_what_was_noted() -> None:
             psn.solve(problem, algorithm, controller=FIXED, dt0=0.5)
     plan = recent_plan(problem, algorithm, given)
     assert plan is not None
-    assert plan.options.timetable is not None
+    assert timetable._noted.of(plan.options) is not None
     for other in (copy.deepcopy(plan.options), pickle.loads(pickle.dumps(plan.options))):
-        assert other.timetable is None
+        assert timetable._noted.of(other) is None
         assert other == plan.options
+
+
+def test_what_was_noted_goes_with_its_options() -> None:
+    field, algorithm, u0 = Decay(), psn.Euler(), torch.ones(2, dtype=D)
+    problem, given = psn.ODEProblem(field, u0, (0.0, 1.0)), {"controller": FIXED, "dt0": 0.5}
+    with torch.no_grad():
+        psn.solve(problem, algorithm, controller=FIXED, dt0=0.5)
+    plan = recent_plan(problem, algorithm, given)
+    assert plan is not None
+    options, noted = copy.copy(plan.options), timetable._Noted()
+    table = timetable._noted.of(plan.options)
+    assert table is not None
+    noted.add(options, table, 1)
+    assert noted.of(options) is table
+    del options
+    assert not noted._tables
 
 
 def test_no_more_steps_are_noted_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends of intervals that are drawn anew for each solve would fill the memory."""
-    monkeypatch.setattr(timetable, "_MOST_NOTED", 100)
+    monkeypatch.setattr(timetable, "_MOST_NOTED", 130)
     monkeypatch.setattr(timetable, "_noted", timetable._Noted())
     algorithm, given = psn.Euler(), {"controller": FIXED, "dt0": 1 / 16}
 
@@ -339,7 +355,7 @@ def test_no_more_steps_are_noted_than_there_is_room_for(monkeypatch: pytest.Monk
 
     def has_table(steps: int) -> bool:
         plan = recent_plan(problem(steps), algorithm, given)
-        return plan is not None and plan.options.timetable is not None
+        return plan is not None and timetable._noted.of(plan.options) is not None
 
     field, lengths = Decay(), (40, 41, 120, 42)
     for steps in lengths:
