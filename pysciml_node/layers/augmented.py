@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +17,8 @@ from pysciml_node import checks
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.event import Event
 from pysciml_node.problems.modes import InModes
-from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.ode import ODEProblem, exchanged
 from pysciml_node.problems.state import StateSpec, without_graph
-from pysciml_node.regularizers.probes import batch_of
 from pysciml_node.regularizers.rates import FieldPoint, Rate
 from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
@@ -58,17 +56,6 @@ class AugmentedField(DerivedField):
     rates: dict[str, Rate]
     # Rates are derivatives by the state, which are none by what it was computed from.
     ends_at_arguments: ClassVar[bool] = True
-
-    def is_same(self, other: AugmentedField) -> bool:
-        """Whether another one has the same field and the same rates."""
-        mine, theirs = self.rates, other.rates
-        return (
-            self.inner is other.inner
-            and self.spec == other.spec
-            and self.with_p == other.with_p
-            and list(mine) == list(theirs)
-            and all(map(is_, mine.values(), theirs.values()))
-        )
 
     def __call__(self, t: Tensor, state: dict[str, Tensor], p: Any = None) -> dict[str, Tensor]:
         """Derivative of the augmented state."""
@@ -157,72 +144,96 @@ def _checked(name: str, value: Tensor, integral: Tensor) -> Tensor:
     return value.reshape(batch).to(integral.dtype)
 
 
-def augment(
-    problem: ODEProblem,
-    rates: dict[str, Rate],
-    rtol: Any,
-    atol: Any,
-    driven: dict[str, Rate] | None = None,
-    batch: int | None = None,
-    known: AugmentedField | None = None,
-) -> tuple[ODEProblem, Any, Any]:
-    """A problem that integrates rates too, each one number a sample, shape `(B,)`.
+class Augmentation:
+    """Rates beside the states of a kind, each one number a sample, shape `(B,)`.
 
     Args:
-        problem: the problem without them.
+        problem: a problem without them.
         rates: rates that have no tolerance, so that they never drive the step size.
-        rtol: the state's relative tolerance.
-        atol: the state's absolute tolerance.
         driven: rates that have the state's tolerances (the tightest of them).
-        batch: how many samples the state holds; default what its shape says.
-        known: the field of an earlier solve, which serves again where it is the same.
+        batch: how many samples the state holds.
 
-    Returns:
-        The bigger problem and its tolerances.
+    Attributes:
+        field: of the bigger problems.
     """
-    spec = problem.spec
-    parts = spec.parts(problem.u0)
-    names = [f"{_OWN} {key}" for key in (spec.keys or ("u",))]
-    batch = batch_of(problem.u0) if batch is None else batch
-    u0: dict[str, Tensor] = dict(zip(names, parts, strict=True))
-    beside = {f"{_DRIVEN} {name}": rate for name, rate in (driven or {}).items()}
-    extra = {f"{_EXTRA} {name}": rate for name, rate in rates.items()}
-    for name in (*beside, *extra):
-        u0[name] = torch.zeros(batch, dtype=spec.dtype, device=spec.device)
 
-    def spread(value: Any, for_extra: float | None = None) -> dict[str, Any]:
+    def __init__(
+        self, problem: ODEProblem, rates: dict[str, Rate], driven: dict[str, Rate], batch: int
+    ) -> None:
+        spec = problem.spec
+        self._rates, self._driven, self._batch = rates, driven, batch
+        self._names = [f"{_OWN} {key}" for key in (spec.keys or ("u",))]
+        self._beside = {f"{_DRIVEN} {name}": rate for name, rate in driven.items()}
+        self._extra = {f"{_EXTRA} {name}": rate for name, rate in rates.items()}
+        every = {**self._beside, **self._extra}
+        self.field = AugmentedField(problem.f, spec, problem.p is not None, every)
+        self._spec = StateSpec.of(self._state(problem))
+        self._tolerances: tuple[Any, Any] | None = None
+
+    def serves(
+        self, problem: ODEProblem, rates: dict[str, Rate], driven: dict[str, Rate], batch: int
+    ) -> bool:
+        """Whether another one would have the same field and the same rates; arguments as above."""
+        field = self.field
+        return (
+            field.inner is problem.f
+            and field.spec == problem.spec
+            and field.with_p == (problem.p is not None)
+            and self._batch == batch
+            and _are_same(self._rates, rates)
+            and _are_same(self._driven, driven)
+        )
+
+    def problem(self, problem: ODEProblem) -> ODEProblem:
+        """The bigger problem."""
+        u0 = self._state(problem)
+        if any(x is not None for x in (problem.mass_matrix, problem.jac, problem.jac_sparsity)):
+            return dataclasses.replace(problem, f=self.field, u0=u0)
+        # The rest has been checked, and has nothing to do with the size of the state.
+        return exchanged(problem, f=self.field, u0=u0, spec=self._spec)
+
+    def tolerances(self, rtol: Any, atol: Any) -> tuple[Any, Any]:
+        """The bigger problem's tolerances, from the state's relative and absolute ones."""
+        numbers = type(rtol) is type(atol) is float
+        if numbers and not self._extra:
+            return rtol, atol
+        known = self._tolerances if numbers else None
+        if known is None or known[0] != (rtol, atol):
+            known = (rtol, atol), (self._spread(rtol), self._spread(atol, math.inf))
+            self._tolerances = known if numbers else None
+        spread: tuple[Any, Any] = known[1]
+        return spread
+
+    def _state(self, problem: ODEProblem) -> dict[str, Tensor]:
+        """The bigger initial state."""
+        spec = problem.spec
+        u0 = dict(zip(self._names, spec.parts(problem.u0), strict=True))
+        for name in (*self._beside, *self._extra):
+            u0[name] = torch.zeros(self._batch, dtype=spec.dtype, device=spec.device)
+        return u0
+
+    def _spread(self, value: Any, for_extra: float | None = None) -> dict[str, Any]:
+        """A tolerance for each part."""
+        parts = self.field.spec.parts
         given = (
-            spec.parts(value) if isinstance(value, tuple | list | dict) else [value] * len(names)
+            parts(value) if isinstance(value, tuple | list | dict) else [value] * len(self._names)
         )
         tightest = min(map(_smallest, given))
         return {
-            **dict(zip(names, given, strict=True)),
-            **dict.fromkeys(beside, tightest),
-            **dict.fromkeys(extra, tightest if for_extra is None else for_extra),
+            **dict(zip(self._names, given, strict=True)),
+            **dict.fromkeys(self._beside, tightest),
+            **dict.fromkeys(self._extra, tightest if for_extra is None else for_extra),
         }
 
-    field = AugmentedField(problem.f, spec, problem.p is not None, {**beside, **extra})
-    if known is not None and known.is_same(field):
-        field = known
-    bigger = _bigger(problem, field, u0)
-    if not extra and type(rtol) is type(atol) is float:
-        return bigger, rtol, atol
-    return bigger, spread(rtol), spread(atol, math.inf)
+
+def _are_same(mine: dict[str, Rate], theirs: dict[str, Rate]) -> bool:
+    """Whether rates are the same objects, of the same names in the same order."""
+    return list(mine) == list(theirs) and all(map(is_, mine.values(), theirs.values()))
 
 
 def _smallest(tolerance: Any) -> float:
     number = checks.as_float(tolerance)  # a tensor of it would round it
     return float(torch.as_tensor(tolerance).min()) if number is None else number
-
-
-def _bigger(problem: ODEProblem, field: AugmentedField, u0: dict[str, Tensor]) -> ODEProblem:
-    """The problem of a field with rates beside it."""
-    if any(x is not None for x in (problem.mass_matrix, problem.jac, problem.jac_sparsity)):
-        return dataclasses.replace(problem, f=field, u0=u0)
-    # The rest has been checked, and has nothing to do with the size of the state.
-    bigger = copy.copy(problem)
-    checks.settle(bigger, f=field, u0=u0, spec=StateSpec.of(u0))
-    return bigger
 
 
 def augmented_events(events: Sequence[Event], spec: StateSpec) -> tuple[Event, ...]:
@@ -249,7 +260,7 @@ def augmented_events(events: Sequence[Event], spec: StateSpec) -> tuple[Event, .
     return tuple(seen(event) for event in events)
 
 
-def integrals(solution: Solution) -> dict[str, Tensor]:
+def _integrals(solution: Solution) -> dict[str, Tensor]:
     """The integrals at the end of an augmented solve, each `(B,)` and real."""
     return {
         key.partition(" ")[2]: value.real if value.is_complex() else value
@@ -341,7 +352,7 @@ def _driving(augmented: ODEProblem) -> ODEProblem | None:
 
 
 def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
-    """The solution of the problem itself, from that of the augmented one.
+    """The solution of the problem itself, with its integrals, from that of the augmented one.
 
     Estimates of its steps are those of the system that has driven them.
     """
@@ -355,6 +366,8 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
     changed = {
         "problem": problem,
         "u1": state_of(solution.u1),
+        "integrals": _integrals(solution),
+        "penalties": {},
         "saved": None if solution.saved is None else state_of(solution.saved),
         "jumps": tuple(
             jump._replace(before=state_of(jump.before), after=state_of(jump.after))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, Literal, Unpack, cast, overload
+from typing import Any, Generic, Literal, Unpack, overload
 
 from torch import Tensor
 from typing_extensions import override
@@ -11,10 +11,8 @@ from typing_extensions import override
 from pysciml_node import checks
 from pysciml_node.algorithms.explicit import Algorithm, Tsit5
 from pysciml_node.layers.augmented import (
-    AugmentedField,
-    augment,
+    Augmentation,
     augmented_events,
-    integrals,
     without_extra,
 )
 from pysciml_node.layers.autonomous import check_function
@@ -128,7 +126,7 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
         super().__init__(Tsit5() if algorithm is None else algorithm, tspan, output, options)
         check_function("field", field, "t", "u")
         self.field = field
-        self._augmented: Recent[StateSpec, AugmentedField] = Recent(KINDS)
+        self._augmented: Recent[StateSpec, Augmentation] = Recent(KINDS)
         self.independent = checks.flag("independent", independent)
         if self.independent:
             refuse_rates(list(self.regularizers))  # type: ignore[arg-type]
@@ -242,7 +240,8 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             return self.solve(problem, saveat=saveat)
         probes: Probes | None = None
         if isinstance(problem.u0, Tensor):
-            probes = Probes(problem.u0, batch_of(problem.u0) if batch is None else batch)
+            batch = batch_of(problem.u0) if batch is None else batch
+            probes = Probes(problem.u0, batch)
         # First those that are driven: regularizers share their probes.
         beside = {name: make(problem, probes) for name, make in driven.items()}
         every = {r.name: r.rate(problem, probes) for r in regularizers}
@@ -253,17 +252,17 @@ class NeuralODE(NeuralDE[Out], Generic[Out]):
             )
         if not (rates or beside):
             return self.solve(problem, saveat=saveat)
+        batch = batch_of(problem.u0) if batch is None else batch
         # One field for one kind of state: native code knows it again.
-        known = self._augmented.get(problem.spec)
-        bigger, rtol, atol = augment(problem, rates, self.rtol, self.atol, beside, batch, known)
-        integrands = (*rates.values(), *beside.values())
-        lasting = all(getattr(rate, "lasting", False) for rate in integrands)
-        if lasting and bigger.f is not known:
-            self._augmented[problem.spec] = cast(AugmentedField, bigger.f)
+        bigger = self._augmented.get(problem.spec)
+        if bigger is None or not bigger.serves(problem, rates, beside, batch):
+            bigger = Augmentation(problem, rates, beside, batch)
+            if all(getattr(x, "lasting", False) for x in (*rates.values(), *beside.values())):
+                self._augmented[problem.spec] = bigger
+        rtol, atol = bigger.tolerances(self.rtol, self.atol)
         given = checks.sequence("events", self.options.get("events", ()), Event, example="Event(f)")
         events = augmented_events(given, problem.spec)
-        solution = self.solve(bigger, rtol=rtol, atol=atol, saveat=saveat, events=events)
-        values = integrals(solution)
-        solution = without_extra(solution, problem)
-        solution.integrals = values
-        return solution
+        solution = self.solve(
+            bigger.problem(problem), rtol=rtol, atol=atol, saveat=saveat, events=events
+        )
+        return without_extra(solution, problem)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -243,13 +242,21 @@ class Problem(checks.Configured):
             end: of the part.
             u0: the state at its start; default that of the problem.
         """
-        part = copy.copy(self)
-        checks.settle(part, tspan=(start, end), u0=self.u0 if u0 is None else u0)
-        return part
+        return exchanged(self, tspan=(start, end), u0=self.u0 if u0 is None else u0)
 
     def time_tensor(self, times: list[float]) -> Tensor:
         """Times as a tensor of the state's real dtype on its device."""
         return torch.tensor(times, dtype=self.spec.real_dtype, device=self.spec.device)
+
+
+P = TypeVar("P", bound=Problem)
+
+
+def exchanged(problem: P, **parts: Any) -> P:
+    """A copy of a problem with other parts, which have been checked."""
+    made = object.__new__(type(problem))
+    made.__dict__.update(problem.__dict__, **parts)
+    return made
 
 
 def ends_of(problem: Problem) -> tuple[float, float]:

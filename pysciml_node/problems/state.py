@@ -344,7 +344,8 @@ class StateSpec:
         if self.keys is None:
             flat: Tensor = state.reshape(-1)
             return flat
-        return torch.cat([part.reshape(-1) for part in self.parts(state)])
+        # Every evaluation goes this way and back, and calls of torch take their time.
+        return torch.cat([x if x.dim() == 1 else x.reshape(-1) for x in self.parts(state)])
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state that a vector `(..., N)` stands for; leading dimensions are kept."""
@@ -355,10 +356,10 @@ class StateSpec:
                 return flat.view(*shape)
             return flat.view(flat.shape[:-1] + shape)
         lead = flat.shape[:-1]
-        pieces = flat.split_with_sizes(self.sizes, -1)
-        return self.assemble(
-            [piece.reshape(lead + shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        )
+        pieces = zip(flat.split_with_sizes(self.sizes, -1), self.shapes, strict=True)
+        if not lead:
+            return self.assemble([x if len(y) == 1 else x.reshape(y) for x, y in pieces])
+        return self.assemble([x.reshape(lead + y) for x, y in pieces])
 
     def locate(self, index: int) -> str:
         """The place of a flat index in the state, in words for an error message."""

@@ -132,7 +132,7 @@ class IntegralRegularizer(Regularizer):
             )
         # An empty batch has no penalty. Backward in time the integral runs the other way.
         mean = value.mean() if value.numel() else value.sum()
-        return mean * solution.problem.direction
+        return mean if solution.problem.direction == 1 else -mean
 
 
 class Integral(IntegralRegularizer):

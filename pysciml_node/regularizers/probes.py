@@ -82,7 +82,7 @@ class Probes:
     @property
     def dimensions(self) -> int:
         """Entries of one sample."""
-        return samples_of(self.like, self.batch).shape[1]
+        return self.like.numel() // self.batch
 
     def of(
         self, exact: bool | None, distribution: Distribution, generator: torch.Generator | None

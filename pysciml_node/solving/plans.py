@@ -46,9 +46,9 @@ class _Given(NamedTuple):
 
     Attributes:
         plan: the plan.
-        values: the algorithm and the options; of a list a copy.
+        values: the algorithm and the options; of a list or a dict a copy.
         kinds: theirs.
-        rows: the places of lists and tuples, of floating-point numbers.
+        rows: the places of lists, tuples and dicts, of floating-point numbers.
     """
 
     plan: Plan
@@ -61,7 +61,7 @@ class _Given(NamedTuple):
         if kinds != self.kinds:
             return False
         for i in self.rows:  # what is no number may not be compared
-            if not _are_floats(values[i], self.values[i]):
+            if not _are_floats(_listed(values[i]), _listed(self.values[i])):
                 return False
         return values == self.values
 
@@ -77,7 +77,9 @@ _MOST_KNOWN, _MOST_ALIKE = 256, 8
 _FLOAT = frozenset((float,))
 _LISTED = frozenset((list, tuple, dict, Tensor, np.ndarray))
 
-_ROWS = frozenset((list, tuple))
+_ROWS = frozenset((list, tuple, dict))
+
+_CHANGING = frozenset((list, dict))
 
 _SINGLE = {bool, int, float, str, type(None), type(USUAL)}
 """Kinds of values that plans are found by; those of algorithms and their parts join them."""
@@ -160,10 +162,16 @@ def _entries(name: str, listed: Any) -> tuple[Any, ...] | None:
         # Its precision is how far beyond the ends times may be.
         kind, listed = (kind, listed.dtype), listed.tolist()
     elif kind is dict:  # a tolerance for each part of a state
-        kind, listed = (kind, *listed), [*listed.values()]
+        kind = kind, *listed
+    listed = _listed(listed)
     if not _FLOAT.issuperset(map(type, listed)) or _has_negative_zero(listed):
         return None
     return (kind, *listed)
+
+
+def _listed(row: Any) -> Any:
+    """The entries of a list, of a tuple, or of a dict."""
+    return [*row.values()] if type(row) is dict else row
 
 
 def _is_numbers(x: Tensor) -> bool:
@@ -192,7 +200,7 @@ def _keep(form: Any, plan: Plan, values: list[Any], kinds: tuple[type, ...]) -> 
         if len(_RECENT) >= _MOST_KNOWN:
             _RECENT.clear()
         rows = [i for i, kind in enumerate(kinds) if kind in _ROWS]
-        copies = [list(x) if type(x) is list else x for x in values]
+        copies = [x.copy() if type(x) in _CHANGING else x for x in values]
         _RECENT.setdefault(form, []).append(_Given(plan, copies, kinds, rows))
 
 

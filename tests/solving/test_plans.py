@@ -13,6 +13,7 @@ from pysciml_node import tableaus
 from pysciml_node.algorithms.controllers import StepSizes
 from pysciml_node.algorithms.explicit import ExplicitRungeKutta
 from pysciml_node.julia_engine.process import runtime
+from pysciml_node.solving import plans
 from pysciml_node.solving.plans import Plan, plan_of
 from pysciml_node.tableaus import Tableau
 
@@ -110,7 +111,8 @@ def test_saved_times_of_another_kind_are_themselves() -> None:
             torch.testing.assert_close(slope, -torch.exp(-times.detach()), rtol=1e-6, atol=0)
 
 
-def test_tolerances_of_parts_go_by_their_numbers_and_names() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tolerances_of_parts_go_by_their_numbers_and_names(compiled: bool) -> None:
     """Of two decays the faster one needs the steps, as far as its tolerance asks for them."""
     start = torch.ones(1, dtype=torch.float64)
     problem = psn.ODEProblem(
@@ -120,17 +122,34 @@ def test_tolerances_of_parts_go_by_their_numbers_and_names() -> None:
     )
 
     def steps(atol: dict[str, float]) -> int:
-        return psn.solve(problem, rtol=1e-3, atol=atol, engine="torch").stats.naccept
+        options: dict[str, Any] = {"engine": "torch", "compile": compiled}
+        return psn.solve(problem, rtol=1e-3, atol=atol, **options).stats.naccept
 
     atol = {"slow": 10.0, "fast": 1e-8}
     many = steps(atol)
     atol["slow"], atol["fast"] = 1e-8, 10.0
     few = steps(atol)
     assert few < many / 2
-    assert steps({"fast": 10.0, "slow": 1e-8}) == few
-    assert steps({"fast": 1e-8, "slow": 10.0}) == many
+    for _ in range(2):
+        assert steps({"fast": 10.0, "slow": 1e-8}) == few
+        assert steps({"fast": 1e-8, "slow": 10.0}) == many
     with pytest.raises(ValueError, match="parts of u0"):
         steps({"fast": 1e-8, "other": 10.0})
+
+
+def test_a_layer_with_integrals_is_solved_by_the_plan_of_the_time_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of `du/dt = -u` the kinetic energy is `int exp(-2 t) dt`."""
+    node = psn.NeuralODE(lambda t, u: -u, regularizers=psn.KineticEnergy(), engine="torch")
+    u0, energy = torch.ones(2, 1, dtype=torch.float64), (1 - math.exp(-2)) / 2
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("looked up by more than what was given")
+
+    for _ in range(3):
+        assert node(u0).penalty.item() == pytest.approx(energy, rel=1e-5)
+        monkeypatch.setattr(plans, "_key", never)
 
 
 def test_stochastic_solves_are_told_apart_by_their_noise_and_have_seeds_of_their_own() -> None:
