@@ -31,10 +31,10 @@ from pysciml_node.solutions.solution import Explanation, Stats, StepEstimate, St
 from pysciml_node.steps.explain import explain_attempt
 from pysciml_node.steps.field import FlatField
 from pysciml_node.steps.guard import guard
-from pysciml_node.steps.memory import Evaluate, some_of
+from pysciml_node.steps.memory import Evaluate, evaluations, some_of
 from pysciml_node.steps.norms import ErrorNorm
 from pysciml_node.steps.record import Kept, Record, Recorded, check_discrete
-from pysciml_node.steps.repeated import Repeated, evaluations
+from pysciml_node.steps.repeated import Repeated
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 

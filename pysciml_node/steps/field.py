@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +19,7 @@ from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.graph import Grad, nodes_made, nodes_since, pull_back
 from pysciml_node.steps.inputs import Inputs
-from pysciml_node.steps.memory import Evaluate
+from pysciml_node.steps.memory import Evaluate, evaluations
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
@@ -321,13 +320,8 @@ class DifferentiableField:
 
     def later(self, backward: BackwardPass) -> Iterator[Evaluate]:
         """Evaluations where some steps of a solve begin, for `Inputs.expect_idle`."""
-        for t, u in backward.later_starts():
-            yield partial(self.evaluation, self._start.new_full((), t), u)
-
-    def evaluation(self, t: Tensor, u: Tensor) -> Evaluation:
-        """An evaluation with a graph that begins at the state."""
-        state = u.detach().requires_grad_()
-        return (self.field(t, state),), (state,)
+        starts = backward.later_starts()
+        return evaluations((self.field,), ((self._start.new_full((), t), u) for t, u in starts))
 
     @property
     def nfe(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -66,6 +67,21 @@ class Left(NamedTuple):
         if written := surroundings.written:
             return f"has written to {surroundings.names[id(written[0])]}"
         return "reaches what cannot be looked into"
+
+
+def evaluations(
+    functions: Sequence[Callable[[Tensor, Tensor], Tensor]], places: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[Evaluate]:
+    """Evaluations of the functions of an equation at times and states, with graphs from there."""
+    for t, u in places:
+        yield partial(_evaluation, functions, t, u)
+
+
+def _evaluation(
+    functions: Sequence[Callable[[Tensor, Tensor], Tensor]], t: Tensor, u: Tensor
+) -> Evaluation:
+    state = u.detach().requires_grad_()
+    return [f(t, state) for f in functions], (state,)
 
 
 def gap_between(evaluate: Evaluate, leaves: Sequence[Tensor], first: Left, last: Left) -> float:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from pysciml_node.problems.state import moves, recording
-from pysciml_node.steps.first_graph import Evaluation
 from pysciml_node.steps.memory import Evaluate, Left, copies, gap_between
 from pysciml_node.steps.overwritten import may_be_written
 from pysciml_node.steps.randomness import Streams
@@ -89,18 +87,3 @@ class Repeated:
         leaves = [*(x for x in trainable if not x._backward_hooks), *stand_ins.values()]
         with self._surroundings.as_seen(stand_ins):
             return max((gap_between(x, leaves, first, last) for x in places), default=0.0)
-
-
-def evaluations(
-    functions: Sequence[Callable[[Tensor, Tensor], Tensor]], places: Iterable[tuple[Tensor, Tensor]]
-) -> Iterator[Evaluate]:
-    """Evaluations of the functions of an equation at times and states, `(N,)`."""
-    for t, u in places:
-        yield partial(_evaluation, functions, t, u)
-
-
-def _evaluation(
-    functions: Sequence[Callable[[Tensor, Tensor], Tensor]], t: Tensor, u: Tensor
-) -> Evaluation:
-    state = u.detach().requires_grad_()
-    return [f(t, state) for f in functions], (state,)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from pysciml_node.steps.field import (
     own_value,
     without_gradients,
 )
-from pysciml_node.steps.first_graph import Evaluation, FirstGraph
-from pysciml_node.steps.memory import Evaluate
+from pysciml_node.steps.first_graph import FirstGraph
+from pysciml_node.steps.memory import Evaluate, evaluations
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.words import FOREIGN, say_what_was_given
@@ -274,13 +273,10 @@ class DifferentiableFields:
 
     def later(self, backward: BackwardPass) -> Iterator[Evaluate]:
         """Evaluations where some steps of a solve begin, for `Inputs.expect_idle`."""
-        for t, vector in backward.later_starts():
-            # A method may carry more than the state.
-            state = vector[: sum(self.fields.spec.sizes)].detach().requires_grad_()
-            yield partial(self._evaluation, self._start.new_full((), t), state)
-
-    def _evaluation(self, t: Tensor, state: Tensor) -> Evaluation:
-        return (self.fields.drift(t, state), self.fields.diffusion(t, state)), (state,)
+        # A method may carry more than the state.
+        size, starts = sum(self.fields.spec.sizes), backward.later_starts()
+        places = ((self._start.new_full((), t), vector[:size]) for t, vector in starts)
+        return evaluations((self.fields.drift, self.fields.diffusion), places)
 
     @property
     def inputs(self) -> list[Tensor]:

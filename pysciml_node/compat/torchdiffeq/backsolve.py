@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.steps.autograd import as_node
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import DifferentiableField
+from pysciml_node.steps.memory import evaluations
 from pysciml_node.steps.record import Outcome, Record
 
 
@@ -157,7 +157,7 @@ class Backsolve:
 
         def sweep(arrived: BackwardPass) -> Gradients:
             places = zip(kept[0][1:].unbind(), kept[1][1:], strict=True)
-            later = (partial(self.field.evaluation, t, u) for t, u in places)
+            later = evaluations((self.field.field,), places)
             with self.field.captured.sweep(replayed=False, later=later):
                 return self._sweep(kept[0], kept[1], arrived.saved, arrived.with_times)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from pysciml_node.steps.field import (
     own_value,
     without_gradients,
 )
-from pysciml_node.steps.first_graph import Evaluation
-from pysciml_node.steps.memory import Evaluate
+from pysciml_node.steps.memory import Evaluate, evaluations
 from pysciml_node.steps.start import versions_of
 
 _functorch = torch._C._functorch
@@ -152,12 +150,12 @@ class MembersField:
         Args:
             starts: times `(M,)` and states `(M, N)`.
         """
-        for t, u in starts:
-            yield partial(self._evaluation, torch.from_numpy(t).to(u.device, u.dtype.to_real()), u)
 
-    def _evaluation(self, t: Tensor, u: Tensor) -> Evaluation:
-        state = u.detach().requires_grad_()
-        return (self(t, state, self.given["p"]),), (state,)
+        def of_all(t: Tensor, u: Tensor) -> Tensor:
+            return self(t, u, self.given["p"])
+
+        at = ((torch.from_numpy(t).to(u.device, u.dtype.to_real()), u) for t, u in starts)
+        return evaluations((of_all,), at)
 
     @property
     def nfe(self) -> Array:
