@@ -69,6 +69,66 @@ class Left(NamedTuple):
         return "reaches what cannot be looked into"
 
 
+class Change(NamedTuple):
+    """What evaluations of a field have changed, which derivatives may depend on.
+
+    Attributes:
+        first: what the first one has left.
+        last: what the last one has left, which is there now.
+        what: has changed between, in words that follow "the field".
+    """
+
+    first: Left
+    last: Left
+    what: str
+
+    @classmethod
+    def since(cls, first: Left, surroundings: Surroundings) -> Change:
+        """What has changed up to now."""
+        last = first.as_now()
+        return cls(first, last, first.changed(last, surroundings))
+
+    def expect_unseen(
+        self,
+        evaluate: Evaluate,
+        leaves: Sequence[Tensor],
+        *,
+        why: str = "",
+        instead: str = "use adjoint=DirectAdjoint()",
+    ) -> None:
+        """Check that derivatives do not depend on it; it is there again in the end.
+
+        Args:
+            evaluate: an evaluation.
+            leaves: what stands for the inputs of the field.
+            why: they must not, for the message.
+            instead: what else can be done, likewise.
+
+        Raises:
+            RuntimeError: they do.
+        """
+        if gap := self._gap(evaluate, leaves):
+            raise RuntimeError(
+                f"the field {self.what}, and its derivatives depend on what earlier evaluations "
+                f"have left there: they differ by up to {gap:.2g} (relative).{why}\n"
+                "  Call eval() on it, as for spectral normalization; make it a function of its "
+                f"arguments; or {instead}."
+            )
+
+    def _gap(self, evaluate: Evaluate, leaves: Sequence[Tensor]) -> float:
+        """Compare derivatives by what the first evaluation, the last and the next have left.
+
+        Returns:
+            The greatest relative difference; zero for one of rounding.
+        """
+        with torch.enable_grad():
+            now, following = (derivatives(evaluate(), leaves) for _ in range(2))
+            self.first.put()
+            then = derivatives(evaluate(), leaves)
+        self.last.put()
+        return max(relative_gap(now, then), relative_gap(now, following))
+
+
 def evaluations(
     functions: Sequence[Callable[[Tensor, Tensor], Tensor]], places: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[Evaluate]:
@@ -82,26 +142,6 @@ def _evaluation(
 ) -> Evaluation:
     state = u.detach().requires_grad_()
     return [f(t, state) for f in functions], (state,)
-
-
-def gap_between(evaluate: Evaluate, leaves: Sequence[Tensor], first: Left, last: Left) -> float:
-    """Compare derivatives by what the first evaluation, the last and the next have left.
-
-    Args:
-        evaluate: the evaluation.
-        leaves: what stands for the inputs of the field.
-        first: what the first has left.
-        last: what the last has left, which is there now, and in the end.
-
-    Returns:
-        The greatest relative difference; zero for one of rounding.
-    """
-    with torch.enable_grad():
-        now, following = (derivatives(evaluate(), leaves) for _ in range(2))
-        first.put()
-        then = derivatives(evaluate(), leaves)
-    last.put()
-    return max(relative_gap(now, then), relative_gap(now, following))
 
 
 class Memory:
@@ -168,21 +208,13 @@ class Memory:
         """
         if (evaluate := self._evaluate) is None:
             return
-        first = Left(self._written, self._first, self._replaced)
-        last = first.as_now()
-        where = first.changed(last, self._surroundings)
+        before = Left(self._written, self._first, self._replaced)
+        change = Change.since(before, self._surroundings)
         for there in (evaluate, *later):
             if several and self._overwritten:
                 with torch.enable_grad():
                     refuse_read(there()[0], self._overwritten, self._surroundings.names)
-            if not (gap := gap_between(there, leaves, first, last)):
-                continue
-            raise RuntimeError(
-                f"the field {where}, and its derivatives depend on what earlier evaluations have "
-                f"left there: they differ by up to {gap:.2g} (relative).\n"
-                "  Call eval() on it, as for spectral normalization; make it a function of its "
-                "arguments; or use adjoint=DirectAdjoint()."
-            )
+            change.expect_unseen(there, leaves)
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

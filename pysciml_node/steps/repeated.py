@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from pysciml_node.problems.state import moves, recording
-from pysciml_node.steps.memory import Evaluate, Left, copies, gap_between
+from pysciml_node.steps.memory import Change, Evaluate, Left, copies
 from pysciml_node.steps.overwritten import may_be_written
 from pysciml_node.steps.randomness import Streams
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
+
+_WHY = " Dense output and estimates take steps again, whose derivatives are not those of the solve."
+_INSTEAD = "ask for states by saveat= with adjoint=DirectAdjoint()"
 
 
 class Repeated:
@@ -59,31 +62,27 @@ class Repeated:
             if not (changed or self._versions != versions_of(surroundings.tensors)):
                 return
             pairs = [*began.values()]
-            first = Left([x for x, _ in pairs], [x for _, x in pairs], replaced)
-            last = first.as_now()
-            where = "draws random numbers" if random else first.changed(last, surroundings)
+            before = Left([x for x, _ in pairs], [x for _, x in pairs], replaced)
+            change = Change.since(before, surroundings)
+            if random:
+                change = change._replace(what="draws random numbers")
             after = Streams(surroundings, self._device)
-            gap = self._greatest_gap(places, first, last)
-            after.put_back()
-        if gap:
-            raise RuntimeError(
-                f"the field {where}, and its derivatives depend on what earlier evaluations have "
-                f"left there: they differ by up to {gap:.2g} (relative). Dense output and "
-                "estimates take steps again, whose derivatives are not those of the solve.\n"
-                "  Call eval() on it, as for spectral normalization; make it a function of its "
-                "arguments; or ask for states by saveat= with adjoint=DirectAdjoint()."
-            )
+            try:
+                self._expect_unseen(change, places)
+            finally:
+                after.put_back()
 
     def _written_since(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Small tensors that have changed since, with what they held."""
         pairs = zip(self._tensors, self._contents, strict=True)
         return ((x, then) for x, then in pairs if not torch.equal(x, then))
 
-    def _greatest_gap(self, places: Iterable[Evaluate], first: Left, last: Left) -> float:
+    def _expect_unseen(self, change: Change, places: Iterable[Evaluate]) -> None:
         trainable = [x for x in self._surroundings.tensors if x.requires_grad]
         # Neither what others have computed nor what has hooks is gone back into.
         computed = [x for x in trainable if not x.is_leaf or x._backward_hooks]
         stand_ins = {id(x): x.detach().requires_grad_() for x in computed}
         leaves = [*(x for x in trainable if not x._backward_hooks), *stand_ins.values()]
         with self._surroundings.as_seen(stand_ins):
-            return max((gap_between(x, leaves, first, last) for x in places), default=0.0)
+            for there in places:
+                change.expect_unseen(there, leaves, why=_WHY, instead=_INSTEAD)
