@@ -337,7 +337,7 @@ def test_running_statistics_do_no_harm() -> None:
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
 def test_spectral_normalization_in_train_mode_is_refused(adjoint: psn.Adjoint) -> None:
-    """In single precision the iteration is seen in derivatives alone: they were off by 0.05."""
+    """In single precision the iteration is seen in derivatives alone."""
     torch.manual_seed(0)
     layer = parametrizations.spectral_norm(nn.Linear(40, 40))
     with torch.no_grad():
