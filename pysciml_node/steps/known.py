@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pysciml_node.steps.anatomy import FUNCTION_PARTS, captured_by, cells_of
 from pysciml_node.steps.further import Glance, hold_others
 from pysciml_node.steps.places import Names, Place, Single
-from pysciml_node.steps.walk import Walk, visit_of
+from pysciml_node.steps.visits import visit_of
+from pysciml_node.steps.walk import Walk
 
 _MOST_FIELDS = 64
 # So often in a row a field may have changed, before its walks are not kept any more.
