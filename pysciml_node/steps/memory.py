@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pysciml_node.steps.contents import is_comparable
 from pysciml_node.steps.first_graph import Evaluation
-from pysciml_node.steps.overwritten import may_be_written, refuse_read
+from pysciml_node.steps.overwritten import Large, may_be_written, refuse_read
 from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -160,10 +161,11 @@ class Memory:
         self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
-        found = {id(x): x for x in (*written, *may_be_written(surroundings))}
+        comparable = filter(is_comparable, written)
+        found = {id(x): x for x in (*comparable, *may_be_written(surroundings))}
         self._written = [*found.values()]
         self._first = copies(self._written)
-        self._surroundings = surroundings
+        self._surroundings, self._large = surroundings, Large(surroundings)
         self._replaced = [place.as_now() for place in surroundings.changes()]
         # What evaluations have written to since, and torch has not counted it.
         self._overwritten: list[Tensor] = []
@@ -185,7 +187,7 @@ class Memory:
         seen = [(x, y) for x, y in pairs if id(x) in written]
         others = [(x, y) for x, y in pairs if id(x) not in written]
         overwritten = [(x, y) for x, y in others if not torch.equal(x, y)]
-        self._overwritten = [x for x, _ in overwritten]
+        self._overwritten = [*(x for x, _ in overwritten), *self._large.overwritten()]
         self._surroundings.began = [*seen, *overwritten] or self._surroundings.began
         self._written, self._first = [x for x, _ in seen], [y for _, y in seen]
         idle = not (written or self._replaced or self._overwritten)

@@ -5,12 +5,12 @@ A graph that has saved one of them for backward reads there what a later evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pysciml_node.steps.contents import is_comparable
+from pysciml_node.steps.contents import Contents, is_comparable
 from pysciml_node.steps.graph import graph_leaves
 from pysciml_node.steps.guard import first_saved
 from pysciml_node.steps.surroundings import Surroundings
@@ -21,13 +21,38 @@ _COPIED = 2**16
 
 def may_be_written(surroundings: Surroundings) -> list[Tensor]:
     """Small tensors and arrays that evaluations of a field may write to."""
+    return [x for x in _writable(surroundings) if x.nbytes <= _COPIED]
+
+
+class Large:
+    """Larger tensors and arrays, of which no copies are kept.
+
+    Args:
+        surroundings: of the field. They hold what is not put back, if one of these changes.
+    """
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        may = (x for x in _writable(surroundings) if not isinstance(x, nn.Parameter))
+        self._seen = [(x, x._version) for x in may if x.nbytes > _COPIED]
+        self._contents = Contents(x for x, _ in self._seen)
+        self._surroundings = surroundings
+
+    def overwritten(self) -> list[Tensor]:
+        """Those that have changed, and torch has not counted it."""
+        uncounted = (x for x, version in self._seen if x._version == version)
+        changed = self._contents.changed(uncounted)
+        self._surroundings.closed |= bool(changed)
+        return changed
+
+
+def _writable(surroundings: Surroundings) -> Iterable[Tensor]:
     if surroundings.plain:
-        return []
-    return [
+        return ()
+    return (
         x
         for x in surroundings.reach
-        if is_comparable(x) and not (x.requires_grad or x.is_inference()) and x.nbytes <= _COPIED
-    ]
+        if is_comparable(x) and not (x.requires_grad or x.is_inference())
+    )
 
 
 class Overwritten:
@@ -41,7 +66,7 @@ class Overwritten:
         counted = set(map(id, surroundings.written))  # running statistics, which no graph reads
         may = [x for x in may_be_written(surroundings) if id(x) not in counted]
         self._seen = [(x, x._version, x.detach().clone()) for x in may]
-        self._surroundings = surroundings
+        self._surroundings, self._large = surroundings, Large(surroundings)
 
     def expect_unread(self, values: Sequence[Tensor], again: Callable[[], object]) -> None:
         """Check that the graph of a solve reads nothing that is overwritten.
@@ -55,7 +80,8 @@ class Overwritten:
         """
         other = [(x, version, seen) for x, version, seen in self._seen if not torch.equal(x, seen)]
         self._surroundings.began = [(x, seen) for x, _, seen in other]
-        changed = [(x, x.detach().clone()) for x, version, _ in other if x._version == version]
+        uncounted = [x for x, version, _ in other if x._version == version]
+        changed = [(x, x.detach().clone()) for x in (*uncounted, *self._large.overwritten())]
         if not changed:
             return
         # What is always the same may be read.

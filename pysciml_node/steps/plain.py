@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -65,6 +66,8 @@ def may_hook(objects: Iterable[Any]) -> bool:
 def _is_plain(x: Any) -> bool:
     if isinstance(x, Tensor):
         return type(x) in _TENSORS  # others may run code at any operation
+    if isinstance(x, np.ndarray):
+        return not x.flags.writeable  # nobody counts what is written to it
     if isinstance(x, types.FunctionType):
         if _is_own(x.__module__):
             held = vars(sys.modules[x.__module__])

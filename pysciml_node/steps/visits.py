@@ -11,7 +11,7 @@ import sys
 import types
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import numpy as np
@@ -117,7 +117,10 @@ class Visits(ABC):
         if is_lazy(value):
             self.lazy = True
             return
-        self.further.lasts &= may_last(value) and not hold_others((value,))
+        others = hold_others((value,))
+        self.further.lasts &= may_last(value) and not others
+        # Its attributes are in no place.
+        self.closed |= others and bool(value.__dict__)
         self.tensors.append(value)
         self.names[id(value)] = name
 
@@ -129,6 +132,7 @@ class Visits(ABC):
             try:
                 shared = torch.from_numpy(value)
             except (TypeError, ValueError):  # of words, say, or against its order
+                self._pass_over()
                 return
             self.arrays.append(shared)
             self.names[id(shared)] = name
@@ -139,9 +143,13 @@ class Visits(ABC):
 
     def _closed(self, value: Any, name: str) -> None:
         """What is not looked into, and may hold anything: the field, say."""
-        self.further.lasts, self.closed = False, True
+        self._pass_over()
         self.generators += [value] * is_stream(value)
         self._shut.append((value, name))
+
+    def _pass_over(self) -> None:
+        """What is neither looked into nor put back may lead anywhere."""
+        self.further.lasts, self.closed = False, True
 
     def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:
         if not isinstance(value.__self__, types.ModuleType | type | None):
@@ -168,7 +176,7 @@ class Visits(ABC):
         seen = attributes.copy()
         self.places.append(Names(attributes, seen, f"{name}."))
         for key, held in seen.items():
-            if type(held) in _EMPTY and not held and (type(held) is not dict or key in _OF_MODULES):
+            if key in _OF_MODULES and type(held) in _EMPTY and not held:
                 self.further.expect_empty(held)
                 if key in _MODULE_DICTS:
                     self._empty.owners.append(held)
@@ -177,7 +185,7 @@ class Visits(ABC):
             if key in _MODULE_DICTS:
                 self._visited[id(held)] = held
                 self._attributes(held, f"{name}.")
-            elif type(held) is not bool:
+            elif type(held) is not bool and key != "_non_persistent_buffers_set":  # of names
                 self._see(held, f"{name}.{key}")
 
     def _script(self, value: torch.jit.ScriptModule, name: str) -> None:
@@ -191,7 +199,7 @@ class Visits(ABC):
 
     def _mapping(self, value: dict[Any, Any], name: str) -> None:
         if len(value) > _MOST_ENTRIES:
-            self.further.lasts = False
+            self._pass_over()
             return
         seen = dict(value)
         self.places.append(Names(value, seen, name))
@@ -201,18 +209,16 @@ class Visits(ABC):
 
     def _sequence(self, value: list[Any] | deque[Any], name: str) -> None:
         if len(value) > _MOST_ENTRIES:
-            self.further.lasts = False
+            self._pass_over()
             return
         self.places.append(Items(value, list(value), name))
         self._fixed(value, name)
 
-    def _fixed(self, value: Iterable[Any], name: str) -> None:
+    def _fixed(self, value: Collection[Any], name: str) -> None:
         """The members of a container that cannot be changed, or of a set, which has no places."""
-        self.further.lasts &= not isinstance(value, set)
-        for i, held in enumerate(value):
-            if i > _MOST_ENTRIES:
-                self.further.lasts = False
-                return
+        if isinstance(value, set) or len(value) > _MOST_ENTRIES:
+            self._pass_over()
+        for i, held in zip(range(_MOST_ENTRIES), value, strict=False):
             self._see(held, f"{name}[{i}]")
 
     def _function(self, value: types.FunctionType, name: str) -> None:

@@ -85,7 +85,9 @@ class Walk(Visits):
             return
         if id(value) in self._visited or len(self._visited) > self._most:
             # What is kept of a walk must not keep the field alive.
-            if id(value) in self._roots or id(value) not in self._visited:
+            if id(value) not in self._visited:
+                self._pass_over()
+            elif id(value) in self._roots:
                 self.further.lasts = False
             return
         self._visited[id(value)] = value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,81 @@ class Alternating(InNumber):
         return super().count() % 2
 
 
-COUNTING = [
-    *(InNumber, InNewTensor, InList, InDict, InClass, InGlobal, InClosure, InIterator, Alternating)
+class Within(Remembering):
+    """Counts in the first entry of something else."""
+
+    def __init__(self, where: Callable[[], Any], reads: bool = True) -> None:
+        super().__init__(reads)
+        self.where = where()
+
+    def count(self) -> float:
+        self.where[0] += 1
+        return float(self.where[0])
+
+
+class InRecord(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.counts = np.zeros(1, dtype=[("calls", int)])
+
+    def count(self) -> float:
+        self.counts["calls"] += 1
+        return int(self.counts["calls"][0])
+
+
+class InSet(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.calls = set[int]()
+
+    def count(self) -> float:
+        self.calls.add(len(self.calls))
+        return len(self.calls)
+
+
+class OnTensor(Remembering):
+    """Counts in an attribute of a tensor."""
+
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.m.calls = 0  # type: ignore[assignment]
+
+    def count(self) -> float:
+        self.m.calls += 1  # type: ignore[operator, assignment]
+        return self.m.calls  # type: ignore[return-value]
+
+
+class ByData(Remembering):
+    """Counts in a large tensor, of which torch counts no change."""
+
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.register_buffer("large", torch.zeros(10_000, dtype=D))
+
+    def count(self) -> float:
+        self.large.data[0] += 1
+        return float(self.large[0])
+
+
+class InSparse(Remembering):
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__(reads)
+        self.register_buffer("m", torch.zeros(1, dtype=D).to_sparse())
+
+    def count(self) -> Tensor:
+        self.m += torch.ones(1, dtype=D).to_sparse()
+        return self.m.to_dense().clone()
+
+
+HOLDERS = [
+    *(partial(np.zeros, size) for size in (1, 10_000)),
+    *(partial(np.zeros, 1, kind) for kind in (np.int32, np.longdouble, object)),
+    *(lambda: np.zeros(2)[::-1], lambda: [0.0] * 10_000),
+]
+COUNTING: list[Callable[..., Remembering]] = [
+    *(InNumber, InNewTensor, InList, InDict, InClass, InGlobal, InClosure, InIterator, Alternating),
+    *(partial(Within, x) for x in HOLDERS),
+    *(InRecord, InSet, OnTensor, ByData, InSparse),
 ]
 
 
@@ -176,14 +250,14 @@ def test_also_of_members_and_stochastic_equations() -> None:
 @pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=repr)
 @pytest.mark.parametrize("kind", COUNTING)
 def test_so_are_those_that_depend_on_what_is_replaced(
-    kind: type[Remembering], adjoint: psn.Adjoint
+    kind: Callable[..., Remembering], adjoint: psn.Adjoint
 ) -> None:
     with pytest.raises(RuntimeError, match="its derivatives depend on what earlier evaluations"):
         slope(kind(), adjoint)
 
 
 @pytest.mark.parametrize("kind", COUNTING)
-def test_members_and_stochastic_equations_are_refused_too(kind: type[Remembering]) -> None:
+def test_members_and_stochastic_equations_are_refused_too(kind: Callable[..., Remembering]) -> None:
     field, u0 = kind(), torch.ones(1, dtype=D)
     one = psn.ODEProblem(field, u0, (0.0, 1.0))
     noisy = psn.SDEProblem(field, lambda t, u: 0.1 * u, u0, (0.0, 1.0))
@@ -218,7 +292,7 @@ class ReplacedLater(InNewTensor, WrittenLater):
     pass
 
 
-LATER = [During, functools.partial(During, 0.3, 0.6), WrittenLater, ReplacedLater]
+LATER = [During, partial(During, 0.3, 0.6), WrittenLater, ReplacedLater]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=repr)
@@ -267,7 +341,9 @@ def test_graphs_that_were_kept_are_those_of_the_solve(kind: type[Remembering]) -
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
 @pytest.mark.parametrize("kind", COUNTING)
-def test_counts_that_are_not_read_do_no_harm(kind: type[Remembering], adjoint: psn.Adjoint) -> None:
+def test_counts_that_are_not_read_do_no_harm(
+    kind: Callable[..., Remembering], adjoint: psn.Adjoint
+) -> None:
     assert slope(kind(reads=False), adjoint) == pytest.approx(
         slope(kind(reads=False), psn.DirectAdjoint()), rel=2e-2 if adjoint.discrete else 0.4
     )
