@@ -65,9 +65,9 @@ class KeptStep(NamedTuple):
     """An accepted step with its graph.
 
     Attributes:
-        end: the state at its end, `(N,)`.
-        inner: what outputs inside are made of, `(N,)` each: the stages that were evaluated, or
-            these outputs themselves.
+        end: the state at its end, of the shape that the steps begin with.
+        inner: what outputs inside are made of, likewise: the stages that were evaluated, or these
+            outputs themselves.
         joined: whether the first of them is a stage of the step before.
     """
 
@@ -84,7 +84,7 @@ class KeptSteps:
     of all that are within reach are kept too, and take a part of the room.
 
     Args:
-        start: the initial state, `(N,)`, or a leaf where it has no graph.
+        start: the initial state, `(N,)` or in its own shape, or a leaf where it has no graph.
         captured: what the field can reach.
         memory: how many bytes may be kept.
         each: how many of them the first evaluation of the field, or a step, takes.
@@ -178,6 +178,8 @@ class KeptSteps:
     def placed(self, ends: list[Tensor | None], inner: list[Tensor | None]) -> list[Tensor | None]:
         """Cotangents in the order of the values; a failed solve may have been cut back since."""
         placed = [*ends, *[None] * (self._ends - len(ends)), *inner]
+        if (shape := self.start.shape) != (self.start.numel(),):
+            placed = [None if x is None else x.view(shape) for x in placed]
         return placed + [None] * (self._values - len(placed))
 
     def take(self, captured: Inputs, backward: BackwardPass) -> list[KeptStep]:
@@ -263,6 +265,7 @@ class KeptStages(Stages):
     Args:
         method: the method.
         field: the derivative.
+        recorded: the same in a graph, of states in the shape of the first.
         marks: start, stops and end of the solve.
         first: the derivative at the start, with its graph.
         made: how many nodes of graphs that has made.
@@ -273,6 +276,7 @@ class KeptStages(Stages):
         self,
         method: Method,
         field: FlatFunction,
+        recorded: FlatFunction,
         marks: tuple[float, ...],
         first: Tensor,
         made: int | None,
@@ -286,17 +290,19 @@ class KeptStages(Stages):
         lately = [made]
 
         def evaluated(t: Tensor, u: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # of a flat state, for the first step size
+                return field(t, u)
             if not went_back:
                 before = nodes_made()
                 try:
-                    k = field(t, u)
+                    k = recorded(t, u)
                 except WentBack:
                     went_back.append(None)
                 else:
                     lately[0] = nodes_since(before)
                     return k
             with torch.no_grad():
-                return field(t, u).clone()
+                return field(t, u.reshape(-1)).view(u.shape).clone()
 
         super().__init__(method, evaluated, marks, RecordedVectors())
         self._went_back, self._made = went_back, lately
@@ -347,7 +353,7 @@ class KeptStages(Stages):
             return super().solution(t, h, u, with_error)
         with Grad(True):
             self._end = super().solution(t, h, self._state, with_error)
-        return self._end.detach()
+        return self._end.detach().reshape(-1)
 
     @override
     def leave(self, goes_on: bool) -> Tensor | None:
@@ -360,7 +366,7 @@ class KeptStages(Stages):
             self._kept.add(step, stages, len(stages), *self._made)
         self._first = super().leave(goes_on)
         self._state, self._joined = self._end, self._first is not None
-        k = None if self._first is None else self._first.detach()
+        k = None if self._first is None else self._first.detach().reshape(-1)
         self._expect_room()
         return k
 
@@ -453,7 +459,7 @@ def compare_kept(
         if i or n:
             stages = Stages(method, field.field, record.marks, RecordedVectors())
             again = field.field(stages.times(t, h)[i], at)
-            comparison.add(u + h * again, u + h * steps[n].inner[i], u)
+            comparison.add(u + h * again, u + h * steps[n].inner[i].reshape(-1), u)
         again = field.field(method.nodes.new_tensor(record.times[0]), states[0])
         comparison.add_value(again, field.k0)
 

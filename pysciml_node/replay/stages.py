@@ -160,7 +160,7 @@ class Stages:
             return known[2]
         numbers = self.numbers(start, size)
         if not moving:
-            return self.expect(start, size, numbers)
+            return self.expect(start, size, self._times_of(numbers))
         nodes = self.method.nodes
         inside, times = torch.tensor(numbers, dtype=nodes.dtype), nodes * h + t
         return (times + (inside.to(nodes.device) - times.detach())).unbind()
@@ -175,19 +175,20 @@ class Stages:
             return numbers
         return [min(max(t, low), high) for t in numbers]
 
-    def expect(self, start: float, size: float, numbers: list[float]) -> tuple[Tensor, ...]:
-        """The stage times of the step that is taken next, of which the numbers are known."""
-        nodes = self.method.nodes
-        times: tuple[Tensor, ...]
-        if nodes.device.type != "cpu":
-            inside = torch.tensor(numbers, dtype=nodes.dtype)
-            times = inside.to(nodes.device, non_blocking=True).unbind()
-        elif len(numbers) <= _FEW:
-            times = tuple([torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers])
-        else:
-            times = torch.tensor(numbers, dtype=nodes.dtype).unbind()
+    def expect(self, start: float, size: float, times: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Be told the stage times of the step that is taken next."""
         self._known = (start, size, times)
         return times
+
+    def _times_of(self, numbers: list[float]) -> tuple[Tensor, ...]:
+        """Stage times as tensors."""
+        nodes = self.method.nodes
+        if nodes.device.type != "cpu":
+            inside = torch.tensor(numbers, dtype=nodes.dtype)
+            return inside.to(nodes.device, non_blocking=True).unbind()
+        if len(numbers) <= _FEW:
+            return tuple([torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers])
+        return torch.tensor(numbers, dtype=nodes.dtype).unbind()
 
     def _limits(self, start: float, size: float) -> tuple[float, float]:
         """The interval's ends, or what stops leave of a step."""

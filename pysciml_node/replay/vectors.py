@@ -32,7 +32,7 @@ _LONG = 32_768
 _BLOCK = 50_000
 # So many terms are added one by one: with a graph they take less time than a matrix of them, and
 # sums with a graph are those without to the last bit.
-_FEW = 3
+_FEW = 4
 
 
 @functools.cache
@@ -234,7 +234,10 @@ class BlockedVectors(Vectors):
 
 
 class RecordedVectors(Vectors):
-    """Separate tensors with their autograd history."""
+    """Separate tensors with their autograd history.
+
+    They may have another shape than flat ones, which a `combine` with a base then has too.
+    """
 
     def __init__(self) -> None:
         self._vectors: list[Tensor] = []
@@ -256,15 +259,21 @@ class RecordedVectors(Vectors):
                 # Long ones as blocks are: backward costs as much as the memory it moves.
                 return _one_by_one(base, h, weights, self._vectors)
             # Few nodes in the graph: backward costs as much as the nodes it visits.
-            columns = torch.stack(self._vectors[:count]).T
-            return torch.addmv(base, columns, weights.tensor, alpha=h)
-        increment = h * torch.mv(torch.stack(self._vectors[:count]).T, weights.tensor)
+            flat = base if base.dim() == 1 else base.reshape(-1)
+            total = torch.addmv(flat, self._rows(count).T, weights.tensor, alpha=h)
+            return total if flat is base else total.view(base.shape)
+        increment = h * torch.mv(self._rows(count).T, weights.tensor)
         return increment if base is None else base + increment
 
     @override
     def combine_many(self, base: Tensor | None, h: Real, weights: Tensor) -> Tensor:
-        increment = h * (weights @ torch.stack(self._vectors[: weights.shape[1]]))
+        increment = h * (weights @ self._rows(weights.shape[1]))
         return increment if base is None else base + increment
+
+    def _rows(self, count: int) -> Tensor:
+        """The first vectors as rows, `(count, N)`."""
+        rows = torch.stack(self._vectors[:count])
+        return rows if rows.dim() == 2 else rows.reshape(count, -1)
 
 
 def _is_long(like: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from sys import getrefcount
 from weakref import getweakrefcount
@@ -53,3 +54,49 @@ def _fewest() -> tuple[int, ...] | None:
         alone, viewed, held = map(_holders, views)
         del part
     return None if alone in (viewed, held) else alone
+
+
+def own_whole(value: Tensor) -> Tensor:
+    """The same of a value as the field has returned it, which its caller alone refers to."""
+    if value._version or value.is_inference():  # a buffer, perhaps, that is used again
+        return value.clone()
+    holders = _holders_of_whole(value)
+    return value if holders is not None and holders in _fewest_of_whole() else value.clone()
+
+
+def _holders_of_whole(value: Tensor) -> tuple[int, ...] | None:
+    """As `_holders`, and how many references there are to the value itself, which may be a view."""
+    if _use_count is None or value.layout is not torch.strided or _wrapped(value):
+        return None
+    base, memory = value._base, value.untyped_storage()
+    uses = _use_count(memory._cdata), getrefcount(memory)
+    held = *uses, getrefcount(value), getweakrefcount(value)
+    return held if base is None else (*held, getrefcount(base), getweakrefcount(base))
+
+
+@cache
+def _fewest_of_whole() -> frozenset[tuple[int, ...] | None]:
+    """What `_holders_of_whole` says of values that are alone, but not of held ones."""
+    held: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        held.append(x)
+        return x
+
+    def viewed(x: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+        held.append(view(x))
+        return x
+
+    def holders(make: Callable[[], Tensor]) -> tuple[int, ...] | None:
+        value = make()  # one reference, as an evaluation has, and one more where it is handed on
+        return handed(value)
+
+    def handed(value: Tensor) -> tuple[int, ...] | None:
+        return _holders_of_whole(value)
+
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, 2, requires_grad=True)
+        alone = lambda: x * 2, lambda: (x * 2)[0]
+        kept = lambda: keep(x * 2), lambda: keep((x * 2)[0]), lambda: keep(x * 2)[0]
+        views = lambda: viewed(x * 2, lambda y: y[0]), lambda: viewed(x * 2, Tensor.detach)
+        return frozenset(map(holders, alone)) - frozenset(map(holders, (*kept, *views)))

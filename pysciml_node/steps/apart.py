@@ -138,7 +138,7 @@ class Lookout:
             call.stop_at(u if self._first is None else self._first)
             self._stands = self._first is not None
         # Of a sweep states have no graph, and another thread may be in that of the solve.
-        call.runs = u.grad_fn is not None
+        call.runs = not u.is_leaf
         try:
             value = function(t, u)
         finally:

@@ -13,7 +13,7 @@ from pysciml_node import checks
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.steps.alone import own
+from pysciml_node.steps.alone import own, own_whole
 from pysciml_node.steps.apart import During, Lookout, WentBack, apart
 from pysciml_node.steps.cotangents import BackwardPass
 from pysciml_node.steps.first_graph import Evaluation, FirstGraph
@@ -132,44 +132,86 @@ class FlatField:
         """Evaluate the derivative; shape `(N,)`."""
         self.nfe += 1
         if torch.is_grad_enabled():
-            if self.plain:
-                try:
-                    return own(self._lookout(self._evaluate, t, u))
-                except WentBack:  # code that is in no place that was found
-                    self.plain = False
-            with apart("the field", (t, u), during=self.during):
-                return own(self._evaluate(t, u))
+            return self._recorded(self._owned, t, u)
         if self.watch is not None or u.requires_grad:
             return without_gradients(self._evaluate, t, u, self.watch)
         value = self._evaluate(t, u)
         return value.detach() if value.requires_grad else value
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether `shaped` may be evaluated: nothing is done with the state that a view is for."""
+        return self.plain and self.spec.keys is None and len(self.spec.shapes[0]) > 0
+
+    def shaped(self, t: Tensor, u: Tensor) -> Tensor:
+        """The same with a graph, of a state in the field's own shape, and in that shape.
+
+        A graph has two nodes fewer than with views, forward and backward.
+
+        Args:
+            t: a tensor that was made for the solve.
+            u: likewise; it requires gradients.
+        """
+        self.nfe += 1
+        return self._recorded(self._shaped, t, u)
+
+    def _recorded(
+        self, evaluate: Callable[[Tensor, Tensor], Tensor], t: Tensor, u: Tensor
+    ) -> Tensor:
+        if self.plain:
+            try:
+                return self._lookout(evaluate, t, u)
+            except WentBack:  # code that is in no place that was found
+                self.plain = False
+        with apart("the field", (t, u), during=self.during):
+            return evaluate(t, u)
+
     def settle(self) -> None:
         """Called when the solve has run: what a derivative inside would come to is let go."""
         self._lookout.let_go()
 
+    def _owned(self, t: Tensor, u: Tensor) -> Tensor:
+        return own(self._evaluate(t, u))
+
+    def _shaped(self, t: Tensor, u: Tensor) -> Tensor:
+        value = self._call(t, u)
+        if t._version or u._version or not u.requires_grad:  # they were new, and the state did
+            refuse_touched("the field")
+        value = self._single(value)
+        return own_whole(value)
+
     def _evaluate(self, t: Tensor, u: Tensor) -> Tensor:
-        spec, given = self.spec, self.given
-        f, p = given["f"], given["p"]
+        spec = self.spec
         before, state = versions_of((t, u)), spec.unflatten(u)
+        out = self._call(t, state)
+        if versions_of((t, u)) != before:
+            refuse_touched("the field")
+        if spec.keys is None:
+            return own_value(self._single(out).reshape(-1))
+        return torch.cat([part.reshape(-1) for part in self._checked(out)])
+
+    def _call(self, t: Tensor, state: Any) -> Any:
+        """What the field returns."""
+        given = self.given
+        f, p = given["f"], given["p"]
         try:
-            out = f(t, state) if p is None else f(t, state, p)
+            return f(t, state) if p is None else f(t, state, p)
         except FOREIGN as error:
             expect_copies(error, "the field")
             say_what_was_given(error, "the field", t, state)
             raise
-        if versions_of((t, u)) != before:
-            refuse_touched("the field")
-        if spec.keys is None:
-            if (
-                type(out) is not Tensor
-                or out.shape != spec.shapes[0]
-                or out.dtype != spec.dtype
-                or out.device != spec.device
-            ):
-                out = self._checked(out)[0]
-            return own_value(out.reshape(-1))
-        return torch.cat([part.reshape(-1) for part in self._checked(out)])
+
+    def _single(self, out: Any) -> Tensor:
+        """An output for a state that is one tensor."""
+        spec = self.spec
+        if (
+            type(out) is not Tensor
+            or out.shape != spec.shapes[0]
+            or out.dtype != spec.dtype
+            or out.device != spec.device
+        ):
+            return self._checked(out)[0]
+        return out
 
     def jacobian(self, t: Tensor, u: Tensor) -> Tensor:
         """What the problem's `jac` gives, `(N, N)`, without gradients."""
@@ -287,6 +329,7 @@ class DifferentiableField:
         field: the field itself.
         surroundings: what it can reach.
         captured: the tensors outside that receive gradients.
+        evaluate: evaluates it in a graph that is kept: a state that has the shape of its start.
         k0: the derivative at `(t0, u0)`, from the evaluation that looked for them.
 
     Args:
@@ -294,10 +337,16 @@ class DifferentiableField:
         t0: start.
         u0: the state there, `(N,)`.
         graph: where it is given, that of the evaluation is kept and measured.
+        start: the state before it was made flat, where that is one tensor, none that others have.
     """
 
     def __init__(
-        self, problem: ODEProblem, t0: Tensor, u0: Tensor, graph: FirstGraph | None = None
+        self,
+        problem: ODEProblem,
+        t0: Tensor,
+        u0: Tensor,
+        graph: FirstGraph | None = None,
+        start: Tensor | None = None,
     ) -> None:
         self.field = field = FlatField(problem)
         self.surroundings = Surroundings(field.given)
@@ -309,8 +358,14 @@ class DifferentiableField:
 
         # A time without a gradient may be a number in NumPy or `math`, as in every later step.
         self._start = t = t0.detach()
-        self.captured = inputs_of(lambda u: (field(t, u),), self.surroundings, u0, problem.p, graph)
-        (self.k0,) = self.captured.first
+        self.evaluate = field.__call__
+        if graph is not None and start is not None and field.keeps_shape:
+            self.evaluate, u0 = field.shaped, start
+        evaluate = self.evaluate
+        self.captured = inputs_of(
+            lambda u: (evaluate(t, u),), self.surroundings, u0, problem.p, graph
+        )
+        self.k0 = self.captured.first[0].reshape(-1)
 
     def settle(self) -> None:
         """Called when the solve has run: see `Inputs.settle`."""

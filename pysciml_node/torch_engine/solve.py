@@ -69,7 +69,7 @@ class ODESolve(Solve):
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
-        self.u0 = spec.flatten(problem.u0).clone()
+        self._start, self.u0 = spec.copied(problem.u0)
         self.surroundings: Surroundings
         self._glimpse: Glimpse | None = None
         self.stats = Stats()
@@ -294,7 +294,7 @@ class ODESolve(Solve):
     ) -> tuple[DifferentiableField, KeptSteps | None, Outcome]:
         """Solve forward: the field, the steps that are kept in `memory` bytes, and the outcome."""
         graph = FirstGraph() if memory else None
-        field = DifferentiableField(self.problem, t_start, self.u0, graph)
+        field = DifferentiableField(self.problem, t_start, self.u0, graph, self._start)
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
         if not self.options.adjoint.discrete:
@@ -304,7 +304,10 @@ class ODESolve(Solve):
             parts = self.stages(field.field)
         else:
             ((first,), _) = graph.evaluation
-            parts = [KeptStages(self.method, field.field, self.marks, first, graph.made, kept)]
+            stages = KeptStages(
+                self.method, field.field, field.evaluate, self.marks, first, graph.made, kept
+            )
+            parts = [stages]
         with Grad(False):
             outcome = self._take(parts, self.u0.detach(), field.k0)
         return field, kept, outcome

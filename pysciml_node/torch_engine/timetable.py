@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,9 @@ _MOST_NOTED = 2**16
 # What a timetable takes besides, in steps.
 _BASE = 16
 
+# Steps whose times are made at once.
+_AT_ONCE = 64
+
 _ENDS = struct.Struct("dd").pack
 
 
@@ -43,7 +47,6 @@ class _Step(NamedTuple):
     Attributes:
         t: where it begins.
         h: its signed size.
-        numbers: the times of its stages.
         goes_on: whether the next one begins in the same field.
         theta: of saved times inside, where in the step they lie, if there are any.
         at_end: how many saved times are its end.
@@ -51,7 +54,6 @@ class _Step(NamedTuple):
 
     t: float
     h: float
-    numbers: list[float]
     goes_on: bool
     theta: Tensor | None
     at_end: int
@@ -86,7 +88,11 @@ class Timetable:
         self._short = problem.spec.device.type == "cpu" and size <= _SHORT
         self._record, self._at_start = record, len(record.at_end.get(0, ()))
         self._nothing = method.b.tensor.new_empty((0, size))
-        self._steps = [_step(record, stages, n) for n in range(len(record.sizes))]
+        self._steps = [_step(record, n) for n in range(len(record.sizes))]
+        numbers = [*map(stages.numbers, record.times, record.sizes)]
+        # The times of stages, of some steps at once: each solve has tensors of its own for them.
+        times = torch.tensor(numbers, dtype=method.nodes.dtype).to(method.nodes.device)
+        self._times = torch.split(times, _AT_ONCE)
 
     @classmethod
     def of(
@@ -133,8 +139,9 @@ class Timetable:
         states, saved = [u], []
         if self._at_start:
             saved.append(u.expand(self._at_start, -1))
-        for t, h, numbers, goes_on, theta, at_end in self._steps:
-            stages.expect(t, h, numbers)
+        for step, times in zip(self._steps, self._new_times(), strict=True):
+            t, h, goes_on, theta, at_end = step
+            stages.expect(t, h, times)
             if k is None:
                 stages.start(t, h, u)
             else:
@@ -147,6 +154,12 @@ class Timetable:
             k, u = stages.leave(goes_on), u1
             states.append(u)
         return Outcome(self._record.copy(), states, torch.cat(saved) if saved else self._nothing)
+
+    def _new_times(self) -> Iterator[tuple[Tensor, ...]]:
+        """The times of the stages of each step, as tensors that no other solve has."""
+        for times in self._times:
+            each = iter(times.flatten().clone().unbind())
+            yield from zip(*(each for _ in self.method.host_nodes), strict=True)
 
 
 def _is_usual(u: Tensor) -> bool:
@@ -161,12 +174,11 @@ def _no_field(t: Tensor, u: Tensor) -> Tensor:
     return u
 
 
-def _step(record: Record, stages: Stages, n: int) -> _Step:
+def _step(record: Record, n: int) -> _Step:
     t, h, inside = record.times[n], record.sizes[n], record.fractions(n)
     return _Step(
         t,
         h,
-        stages.numbers(t, h),
         record.stops[n] is None,
         torch.tensor(inside, dtype=torch.float64) if inside else None,
         len(record.at_end.get(n + 1, ())),
@@ -227,6 +239,7 @@ def note_steps(
     record, states, _ = outcome
     if (
         type(options.controller) is FixedStep
+        and _is_usual(states[0])
         and isinstance(algorithm, ExplicitRungeKutta)
         and not (options.events or options.progress)
         and options.saveat_tensor is None
