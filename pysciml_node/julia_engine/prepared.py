@@ -97,7 +97,7 @@ def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) ->
     """
     f, p, spec = problem.f, problem.p, problem.spec
     found = repeat(problem, algorithm, options)
-    if found is not None and found.read is p:
+    if found is not None and found[-1] is p:
         prepared, tensors, see, _ = found
         return Ready(prepared, prepared.field.parameters(tensors), see)
     # First of all, as others are looked at where they are solved.

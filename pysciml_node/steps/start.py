@@ -47,7 +47,7 @@ class Start:
         p: Any,
         parts: tuple[Any, ...],
         shared: list[Tensor],
-        versions: list[int | None] | None = None,
+        versions: Sequence[int | None] | None = None,
     ) -> None:
         self.name, self.f, self.p, self._parts, self._walk = name, f, p, parts, None
         # What is in `p`, which is a tuple, a list or a dict, where that needs no walk.

@@ -25,14 +25,19 @@ static struct {
   Object *(*pack)(Size, ...);
   double (*real)(Object *);
   Size (*number)(Object *);
+  Object *(*new_list)(Size);
+  int (*append)(Object *, Object *);
+  int (*equal)(Object *, Object *, int);
   void (*keep)(Object *);
   void (*let_go)(Object *);
-  Object *none, *of_reals, *tspan, *spec, *p, *memory, *tensors;
+  Object *none, *of_reals, *tspan, *spec, *p, *u0, *memory, *tensors, *shape, *version;
+  Object *of_states, *is_inference, *no;
   Object *fields, *look, *repeated, *walked, *absent, *modes;
 } py;
 
 /* What `Repeated` of repeated.py holds. */
-enum { START = 1, END, GIVEN, FORM };
+enum { START = 1, END, GIVEN, FORM, SHAPE };
+enum { EQUAL = 2 }; /* Py_EQ */
 
 static int is(Object *found, Object *expected) {
   if (!found) return -1;
@@ -51,6 +56,17 @@ static int is_time(Object *t, Object *expected) {
   return real == 1 ? py.real(t) == py.real(expected) : real;
 }
 
+/* Whether a state that is a plain tensor has the shape, and is not of inference mode. */
+static int is_state(Object *u0, Object *expected) {
+  int plain = is(py.type(u0), py.of_states);
+  if (plain < 1) return plain < 0 ? -1 : 1; /* Python looks at others */
+  Object *shape = py.attribute(u0, py.shape);
+  if (!shape) return -1;
+  int same = py.equal(shape, expected, EQUAL);
+  py.let_go(shape);
+  return same == 1 ? is(py.call_with(py.is_inference, u0, (Object *)0), py.no) : same;
+}
+
 /* Whether a problem is nothing but a field and a state, over the interval, with an extra argument if
    there was one. */
 static int is_plain(Object *problem, Object *known) {
@@ -60,7 +76,8 @@ static int is_plain(Object *problem, Object *known) {
   if (alone != (py.in_tuple(known, FORM) == py.none)) return 0;
   Object *span = py.in_dict(problem, py.tspan);
   int same = is_time(py.in_tuple(span, 0), py.in_tuple(known, START));
-  return same == 1 ? is_time(py.in_tuple(span, 1), py.in_tuple(known, END)) : same;
+  if (same == 1) same = is_time(py.in_tuple(span, 1), py.in_tuple(known, END));
+  return same == 1 ? is_state(py.in_dict(problem, py.u0), py.in_tuple(known, SHAPE)) : same;
 }
 
 /* Whether torch is in no mode that may be refused. */
@@ -73,13 +90,39 @@ static int is_ordinary(void) {
 }
 
 /* Whether the tensors that a function was not given are those of its surroundings. */
-static int has(Object *walked, Object *tensors, Object *known) {
-  Object *held = py.attribute(walked, py.tensors);
-  if (!held) return -1;
+static int has(Object *held, Object *tensors, Object *known) {
   Size given = py.number(py.in_tuple(known, GIVEN)), count = py.length(held);
   int same = py.length(tensors) == given + count;
   for (Size i = 0; same && i < count; i++)
     same = py.in_list(tensors, given + i) == py.in_list(held, i);
+  return same;
+}
+
+/* How often each of them has been changed in place, which torch does not count of some. */
+static Object *versions_of(Object *held) {
+  Size count = py.length(held);
+  Object *versions = py.new_list(0);
+  for (Size i = 0; versions && i < count; i++) {
+    Object *version = py.attribute(py.in_list(held, i), py.version);
+    int failed = !version || py.append(versions, version);
+    if (version) py.let_go(version);
+    if (!failed) continue;
+    py.let_go(versions);
+    versions = 0;
+  }
+  return versions;
+}
+
+/* What is known, the tensors, the surroundings, and the versions of the tensors that are theirs, if those
+   are the same. */
+static int find(Object *known, Object *tensors, Object *walked, Object **found) {
+  Object *held = py.attribute(walked, py.tensors);
+  if (!held) return -1;
+  int same = has(held, tensors, known);
+  Object *versions = same ? versions_of(held) : 0;
+  if (versions) *found = py.pack(4, known, tensors, walked, versions);
+  if (same && !*found) same = -1;
+  if (versions) py.let_go(versions);
   py.let_go(held);
   return same;
 }
@@ -101,24 +144,24 @@ static Object *way_of(Object *problem, Object *options, Object *algorithm) {
   return way;
 }
 
-/* What is known of a watch, the tensors that are there now, and the surroundings, if nothing else has
-   changed. */
+/* What `find` finds of a watch, if nothing but its tensors has changed. */
 static int look_at(Object *watch, Object *parts, Object *problem, Object *way, Object **found) {
   Object *memory = py.attribute(watch, py.memory);
   if (!memory) return -1;
   Object *noted = py.in_dict(memory, py.look), *ways = py.in_dict(memory, py.repeated);
   Object *walked = py.in_dict(memory, py.walked), *known = ways ? py.in_dict(ways, way) : 0;
   py.let_go(memory); /* the watch has it */
-  int same = noted && walked && known ? is_plain(problem, known) : 0;
-  if (same < 1) return same;
-  py.keep(known); /* what a look calls may exchange them */
+  if (!noted || !walked || !known) return 0;
+  py.keep(noted); /* what is called here may exchange them, and so may other threads in its time */
   py.keep(walked);
-  Object *tensors = py.call_with(py.look, noted, parts, (Object *)0);
-  same = !tensors ? -1 : tensors == py.none ? 0 : has(walked, tensors, known);
-  if (same == 1 && !(*found = py.pack(3, known, tensors, walked))) same = -1;
+  py.keep(known);
+  int same = is_plain(problem, known);
+  Object *tensors = same == 1 ? py.call_with(py.look, noted, parts, (Object *)0) : 0;
+  if (same == 1) same = !tensors ? -1 : tensors == py.none ? 0 : find(known, tensors, walked, found);
   if (tensors) py.let_go(tensors);
-  py.let_go(walked);
   py.let_go(known);
+  py.let_go(walked);
+  py.let_go(noted);
   return same;
 }
 
@@ -132,7 +175,8 @@ static int look(Object *watches, Object *const *given, Object **found) {
 }
 
 /* `repeat(anchor, parts, problem, options, algorithm)`: what is known, the tensors of the field,
-   and its surroundings; None where it is another solve. The problem is a dict. */
+   its surroundings, and the versions of their tensors; None where it is another solve. The problem is a
+   dict. */
 Object *repeat(Object *self, Object *const *given, Size count) {
   (void)self, (void)count;
   Object *found = 0, *kept = entry(py.fields, py.address(given[0]));

@@ -22,7 +22,7 @@ from pysciml_node.algorithms.explicit import Algorithm
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem, ends_of
 from pysciml_node.steps.anatomy import anchor_of, parts_of
-from pysciml_node.steps.start import Start, versions_of
+from pysciml_node.steps.start import Start
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.translation import again, watched
 from pysciml_node.translation.leaves import form_among, leaves_of
@@ -37,8 +37,8 @@ from pysciml_node.translation.ways import keep
 _FUNCTIONS = (
     *("PyDict_GetItem", "PyTuple_GetItem", "PyList_GetItem", "PyObject_Size", "PyObject_GetAttr"),
     *("PyObject_Type", "PyObject_CallNoArgs", "PyObject_CallFunctionObjArgs", "PyLong_FromVoidPtr"),
-    *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t"),
-    *("Py_IncRef", "Py_DecRef"),
+    *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t", "PyList_New", "PyList_Append"),
+    *("PyObject_RichCompareBool", "Py_IncRef", "Py_DecRef"),
 )
 # Parts of a problem that change what a solve of it needs.
 _ABSENT = ("mass_matrix", "jac", "jac_sparsity")
@@ -54,7 +54,8 @@ _MADE_ANEW = frozenset((types.FunctionType, types.MethodType))
 
 See = Callable[[], Surroundings]
 
-_repeat: Callable[..., tuple[Repeated, list[Tensor], Walked] | None] | None = None
+_Found = tuple["Repeated", list[Tensor], Walked, list[int]]
+_repeat: Callable[..., _Found | None] | None = None
 
 
 class Repeated(NamedTuple):
@@ -66,6 +67,7 @@ class Repeated(NamedTuple):
         end: of it.
         given: how many tensors a function was given.
         form: of the extra argument, in which there are no numbers; `None` where there is none.
+        shape: of a state that is one tensor.
         asked: what code asks of tensors.
         answers: what they answer.
     """
@@ -75,24 +77,15 @@ class Repeated(NamedTuple):
     end: float
     given: int
     form: Any
+    shape: torch.Size
     asked: list[Callable[[Tensor], Any]]
     answers: list[Any]
 
 
-class Known(NamedTuple):
-    """What is known of a solve.
-
-    Attributes:
-        prepared: what it shares with others.
-        tensors: of its field and of the extra argument.
-        see: gives the surroundings of the field as they are now.
-        read: the extra argument, with a tensor for each number that the program reads as one.
-    """
-
-    prepared: Any
-    tensors: list[Tensor]
-    see: See
-    read: Any
+Known = tuple[Any, list[Tensor], See, Any]
+"""What is known of a solve: what it shares with others; the tensors of its field and of the extra
+argument; what gives the surroundings of the field as they are now; and the extra argument, with a
+tensor for each number that the program reads as one."""
 
 
 def source() -> str:
@@ -107,17 +100,22 @@ def use(library: ctypes.CDLL) -> None:
         library: made of repeat.c.
     """
     global _repeat
-    names = "tspan", "spec", "p", "memory", "tensors"
+    names = "tspan", "spec", "p", "u0", "memory", "tensors", "shape", "_version"
+    of_states = Tensor, Tensor.is_inference, False
     kept = watched.entries(), again._look, Repeated, WALKED
-    objects = None, float, *names, *kept, _ABSENT, _MODES
+    objects = None, float, *names, *of_states, *kept, _ABSENT, _MODES
     _repeat = None if again._look is None else function_of(library, "repeat", _FUNCTIONS, objects)
 
 
 def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Known | None:
-    """What is known of a solve; `None` where such a one was not before, or a mode may forbid it."""
+    """What is known of a solve; `None` where such a one was not before, or a mode may forbid it.
+
+    A state that is a plain tensor has been found to have its shape, and not to be of inference
+    mode.
+    """
     if _repeat is None:
         return None
-    f = problem.f
+    f, p = problem.f, problem.p
     anchor, parts = (anchor_of(f), parts_of(f)) if type(f) in _MADE_ANEW else (f, ())
     try:
         found = _repeat(anchor, parts, problem.__dict__, options, algorithm)
@@ -125,24 +123,23 @@ def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> 
         return None
     if found is None:
         return None
-    known, tensors, walked = found
+    known, tensors, walked, versions = found
     if known.asked and answers(known.asked, tensors) != known.answers:
         return None
-    if problem.p is None and not parts:
-        see = partial(_see, walked, f, versions_of(walked.tensors))
-        return Known(known.prepared, tensors, see, None)
-    start = Start("f", f, problem.p, parts, walked.tensors)
+    if p is None and not parts:
+        return known.prepared, tensors, partial(_see, walked, f, versions), None
+    start = Start("f", f, p, parts, walked.tensors)
     see = partial(walked.surroundings.again, start)
-    if problem.p is None:
-        return Known(known.prepared, tensors, see, None)
-    for read in ways_to_read(problem.p, problem.spec) if start.is_plain else ():
+    if p is None:
+        return known.prepared, tensors, see, None
+    for read in ways_to_read(p, problem.spec) if start.is_plain else ():
         leaves = leaves_of(read)
         if form_among(tensors, known.asked, leaves) == known.form:
-            return Known(known.prepared, [*tensors, *leaves[0]], see, read)
+            return known.prepared, [*tensors, *leaves[0]], see, read
     return None
 
 
-def _see(walked: Walked, f: Any, versions: list[int | None]) -> Surroundings:
+def _see(walked: Walked, f: Any, versions: list[int]) -> Surroundings:
     """The surroundings of a field that is given nothing, with the versions of its tensors then."""
     return walked.surroundings.again(Start("f", f, None, (), walked.tensors, versions))
 
@@ -175,4 +172,5 @@ def remember(
     again.note(watch)
     count = 0 if watch.given is None else len(watch.given.first)
     way = id(problem.spec), id(options), id(algorithm)
-    keep(watch, way, Repeated(prepared, t0, t1, count, form, watch.asked, watch.answers))
+    shape, asked = problem.spec.shapes[0], (watch.asked, watch.answers)
+    keep(watch, way, Repeated(prepared, t0, t1, count, form, shape, *asked))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from pysciml_node.torch_engine.native.engine import NativeSolve, Steps, pulled_b
 from pysciml_node.torch_engine.native.flight import Log, States
 from pysciml_node.torch_engine.native.library import SolveRequest
 from pysciml_node.torch_engine.native.prepared import (
-    Ready,
+    Prepared,
+    See,
     foreign_class,
     prepared_again,
 )
@@ -44,52 +46,65 @@ def solve_again(
         options: of the solve.
         engine: name of the engine.
     """
-    if has_inference(problem) or foreign_class(problem.u0) is not None:
+    # What is a plain tensor has been looked at in C.
+    if not (type(problem.u0) is Tensor and problem.p is None) and _is_special(problem):
         return None
     ready = prepared_again(problem, algorithm, options)
     if ready is None:
         return None
-    flown = _Flown(problem, algorithm, options, engine, ready)
+    flown = _Flown(problem, engine, *ready)
     left = _take_steps(flown)
     if left is None:
         return flown.made().solution()
+    saved, _, last = left
     shaped = _as_it_is if problem.spec.keys is None else problem.spec.unflatten
     parts: dict[str, Any] = {
         "problem": problem,
         "algorithm": algorithm,
         "engine": engine,
         "retcode": ReturnCode.Success,
-        "u1": shaped(left.last),
+        "u1": shaped(last),
         "event": None,
     }
-    if left.saved is not None:
-        parts["saved"] = shaped(left.saved)
-    return in_parts(Solution, left.part, parts)
+    if saved is not None:
+        parts["saved"] = shaped(saved)
+    return in_parts(Solution, partial(_part, flown, left), parts)
+
+
+def _is_special(problem: ODEProblem) -> bool:
+    """Whether a state, or an extra argument, is not as others of the problem's kind are."""
+    u0 = problem.u0
+    return has_inference(problem) or foreign_class(u0) is not None or not problem.spec.fits(u0)
 
 
 def _as_it_is(state: Tensor) -> Tensor:
     return state
 
 
+_Left = tuple[Tensor | None, Tensor | None, Tensor]
+"""The saved states, those at the ends of the steps, where they have a graph, and the last one."""
+
+
 def _take_steps(flown: _Flown) -> _Left | None:
     """Solve to the end; `None` where that takes more room than is made at first, or fails."""
-    prepared, parameters, _ = flown.ready
+    prepared, problem = flown.prepared, flown.problem
     recorded = torch.is_grad_enabled()
     # Of a field that jumps more is asked while it is as it was solved.
     if prepared.take_steps is None or (recorded and prepared.program.jumps):
         return None
-    departure, problem = prepared.departure, flown.problem
+    departure = prepared.departure
     flown.room = departure.room_at_once(departure.libraries[0].lately)
     if not flown.room:
         return None
     state: Any = problem.u0
     if problem.spec.keys is not None:
         state = problem.spec.flatten(state)
-    u0 = _unwrap(state)
+    u0, parameters = _unwrap(state), flown.parameters
     try:
         if recorded:
-            return _Left(flown, *_as_node(flown, u0, *parameters))
-        return _Left(flown, *flown.fly(None, u0, parameters))
+            left: _Left = _as_node(flown, u0, *parameters)
+            return left
+        return flown.fly(None, u0, parameters)
     except _NotAtOnce:
         return None
 
@@ -108,12 +123,13 @@ class _Flown:
 
     Attributes:
         problem: what is solved.
-        algorithm: how.
-        options: of the solve.
         engine: name of the engine.
-        ready: what it shares with others, and the parameters.
+        prepared: what it shares with others.
+        parameters: the tensors that the code reads.
+        see: gives the surroundings of the field as they are now.
         room: for steps.
         block: its request and its steps, with the states at their ends.
+        count: accepted steps.
         kept: the stages of its first steps, for a sweep.
         kept_room: of how many steps there is room for them.
         swept: what sweeps have cost, until the solve has been made.
@@ -121,34 +137,31 @@ class _Flown:
     """
 
     problem: ODEProblem
-    algorithm: Algorithm
-    options: SolveOptions
     engine: str
-    ready: Ready
+    prepared: Prepared
+    parameters: list[Tensor]
+    see: See
     room: int = 0
     block: Block = field(init=False)
+    count: int = 0
     kept: Block | None = None
     kept_room: int = 0
     swept: tuple[tuple[int, ...], ...] = ()
     solve: NativeSolve | None = None
 
     @property
-    def shape(self) -> torch.Size:
-        """That of the initial state, flat or as it was given."""
-        spec = self.problem.spec
-        return spec.shapes[0] if spec.keys is None else torch.Size((sum(spec.sizes),))
-
-    @property
     def log(self) -> Log:
         """Its steps, with the states at their ends."""
-        return Log(self.block, self.ready.prepared.departure)
+        return Log(self.block, self.prepared.departure)
 
     def made(self) -> NativeSolve:
         """The solve, which has not run."""
-        return NativeSolve(self.problem, self.algorithm, self.options, self.engine, self.ready)
+        prepared = self.prepared
+        how = prepared.algorithm, prepared.departure.options, self.engine
+        return NativeSolve(self.problem, *how, (prepared, self.parameters, self.see))
 
-    def fly(self, kept: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Solve; return saved states, those at the ends of steps for a sweep, and the last.
+    def fly(self, kept: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> _Left:
+        """Solve.
 
         Args:
             kept: steps whose stages are kept, or `None` where there will be no sweep.
@@ -158,13 +171,13 @@ class _Flown:
         Raises:
             _NotAtOnce: it takes more than one call, or does not end well.
         """
-        prepared = self.ready.prepared
+        prepared = self.prepared
         take_steps = prepared.take_steps
         left = None if take_steps is None else take_steps(self.room, kept, u0, *parameters)
         if left is None:
             raise _NotAtOnce
-        self.block, last, saved, ends, self.kept, accepted = left
-        prepared.departure.libraries[0].lately = accepted
+        self.block, last, saved, ends, self.kept, self.count = left
+        prepared.departure.libraries[0].lately = self.count
         return saved, ends, last
 
     def pull(
@@ -180,11 +193,11 @@ class _Flown:
             saved: the states at the ends of steps, and the parameters.
             cotangents: of what `fly` has returned.
         """
-        found = SolveRequest.landed(self.block)
+        prepared = self.prepared
         swept = pull_back(
             self.log,
-            (found[5], found[8]),
-            (self.shape, wanted, saved, *cotangents),
+            (self.count, prepared.departure.save_count),
+            (prepared.shape, wanted, saved, *cotangents),
             (self.kept, self.kept_room),
         )
         if swept is None:
@@ -210,7 +223,7 @@ class _Flown:
             found = SolveRequest.landed(self.block)
             solve.flight = flight = flight_of(self.log, found)
             flight.kept, flight.kept_room = self.kept, self.kept_room
-            solve.shape, solve.swept = self.shape, self.swept
+            solve.shape, solve.swept = self.prepared.shape, self.swept
             self.solve = solve
         return self.solve
 
@@ -224,7 +237,7 @@ class _Node(torch.autograd.Function):
         ctx: Any, flown: _Flown, u0: Tensor, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
         if saved_tensors_stay() and any(ctx.needs_input_grad):
-            departure = flown.ready.prepared.departure
+            departure = flown.prepared.departure
             flown.kept_room = departure.kept_room(departure.libraries[0].lately)
         states = flown.fly(flown.kept_room, u0, parameters)
         ctx.flown = flown
@@ -254,30 +267,10 @@ class _Node(torch.autograd.Function):
 _as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
-@dataclass(slots=True)
-class _Left:
-    """A solve whose solution is put together when something looks.
-
-    Attributes:
-        flown: without its states.
-        saved: those at the saved times, if there are any.
-        ends: those at the ends of steps, where they have a graph.
-        last: the state at the end.
-        steps: once something has looked.
-    """
-
-    flown: _Flown
-    saved: Tensor | None
-    ends: Tensor | None
-    last: Tensor
-    steps: Steps | None = None
-
-    def part(self, name: str) -> Any:
-        """As of `Steps`."""
-        if self.steps is None:
-            solve = self.flown.solved()
-            flight, log = solve.flight, self.flown.log
-            saved = solve.departure.nothing if self.saved is None else self.saved
-            ends = log.ends(flight.count) if self.ends is None else self.ends
-            self.steps = Steps(solve, flight, States(saved, ends, self.last))
-        return self.steps.part(name)
+def _part(flown: _Flown, left: _Left, name: str) -> Any:
+    """A part of the solution of a solve, as of `Steps`."""
+    solve = flown.solved()
+    flight, log, (saved, ends, last) = solve.flight, flown.log, left
+    saved = solve.departure.nothing if saved is None else saved
+    states = States(saved, log.ends(flight.count) if ends is None else ends, last)
+    return Steps(solve, flight, states).part(name)

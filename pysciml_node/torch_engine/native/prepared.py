@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +215,12 @@ class Prepared:
         """Whether the code reads the tensors of the field, and of `p`, one after the other."""
         return not self.constants and self.places == list(range(len(self.places)))
 
+    @cached_property
+    def shape(self) -> torch.Size:
+        """That of the state as it is solved: in parts it is flat."""
+        spec = self.spec
+        return spec.shapes[0] if spec.keys is None else torch.Size((sum(spec.sizes),))
+
     def parameters(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors that the code reads, of those of the field and of `p`."""
         if self.in_order and len(tensors) == len(self.places):
@@ -242,18 +248,9 @@ class Prepared:
         )
 
 
-class Ready(NamedTuple):
-    """What one solve needs.
-
-    Attributes:
-        prepared: what it shares with others.
-        parameters: the tensors that the code reads.
-        see: gives the surroundings of the field as they are now.
-    """
-
-    prepared: Prepared
-    parameters: list[Tensor]
-    see: See
+Ready = tuple[Prepared, list[Tensor], See]
+"""What one solve needs: what it shares with others, the tensors that the code reads, and what gives
+the surroundings of the field as they are now."""
 
 
 def prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Ready:
@@ -279,7 +276,7 @@ def prepared_again(
         return None
     if prepared.rosenbrock and not prepared.fits(problem, options, parameters):
         return None
-    return Ready(prepared, parameters, see)
+    return prepared, parameters, see
 
 
 def _keep_for_repeats(
@@ -318,7 +315,7 @@ def _look_up(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
                 expect_fitting(problem, known.algorithm)
                 see = surroundings_of(f, p, now)
                 _keep_for_repeats(problem, options, known, now, form)
-                return Ready(known, parameters, see)
+                return known, parameters, see
     return _prepare(problem, algorithm, options)
 
 
@@ -368,7 +365,7 @@ def _prepare(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -
     tensors, see = [*now.tensors, *leaves[0]], surroundings_of(f, p, now)
     if _looks_whole(problem):
         _keep_for_repeats(problem, options, made, now, form)
-    return Ready(made, made.parameters(tensors), see)
+    return made, made.parameters(tensors), see
 
 
 def _looks_whole(problem: ODEProblem) -> bool:
