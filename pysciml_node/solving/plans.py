@@ -23,6 +23,7 @@ from pysciml_node.problems.sde import SDEProblem
 from pysciml_node.problems.state import StateSpec, moves
 from pysciml_node.solving import engines
 from pysciml_node.solving.checks import USUAL, check_algorithm, check_options
+from pysciml_node.translation import repeated
 
 
 class Plan(NamedTuple):
@@ -48,20 +49,32 @@ class _Given(NamedTuple):
         plan: the plan.
         values: the algorithm and the options; of a list or a dict a copy.
         kinds: theirs.
-        rows: the places of lists, tuples and dicts, of floating-point numbers.
+        rows: which of them are lists, tuples and dicts, of floating-point numbers.
+        names: of the options.
+        spec: structure of the state.
+        engine: that was asked for.
+        start: of the interval.
+        end: of it.
     """
 
+    # In the order of repeat.c.
     plan: Plan
     values: list[Any]
     kinds: tuple[type, ...]
-    rows: list[int]
+    rows: tuple[bool, ...]
+    names: tuple[str, ...]
+    spec: StateSpec
+    engine: str
+    start: float
+    end: float
 
     def equals(self, values: list[Any], kinds: tuple[type, ...]) -> bool:
         """Whether values are these."""
         if kinds != self.kinds:
             return False
-        for i in self.rows:  # what is no number may not be compared
-            if not _are_floats(_listed(values[i]), _listed(self.values[i])):
+        for value, known, listed in zip(values, self.values, self.rows, strict=True):
+            # What is no number may not be compared.
+            if listed and not _are_floats(_listed(value), _listed(known)):
                 return False
         return values == self.values
 
@@ -72,7 +85,10 @@ _KNOWN: OrderedDict[Any, Plan] = OrderedDict()
 _RECENT: dict[Any, list[_Given]] = {}
 """What they were found by lately, by its form: see `_form`."""
 
-_MOST_KNOWN, _MOST_ALIKE = 256, 8
+_LATELY: list[_Given] = []
+"""The same, one after the other: C goes through them."""
+
+_MOST_KNOWN, _MOST_RECENT, _MOST_ALIKE = 256, 64, 8
 
 _FLOAT = frozenset((float,))
 _LISTED = frozenset((list, tuple, dict, Tensor, np.ndarray))
@@ -192,16 +208,20 @@ def _has_negative_zero(times: Sequence[float]) -> bool:
     return 0.0 in times and any(copysign(1.0, t) < 0 for t in times if t == 0)
 
 
-def _keep(form: Any, plan: Plan, values: list[Any], kinds: tuple[type, ...]) -> None:
+def _keep(form: Any, plan: Plan, problem: Problem, names: Any, values: list[Any]) -> None:
     """Have later solves find a plan by what was given for this one."""
-    alike = _RECENT.get(form, [])
+    alike, kinds = _RECENT.get(form, []), tuple(map(type, values))
     # Those that come and go, as sizes of steps may, are found by the key alone.
     if len(alike) < _MOST_ALIKE and all(kind in _SINGLE or kind in _ROWS for kind in kinds):
-        if len(_RECENT) >= _MOST_KNOWN:
+        if len(_LATELY) >= _MOST_RECENT:
             _RECENT.clear()
-        rows = [i for i, kind in enumerate(kinds) if kind in _ROWS]
+            _LATELY.clear()
+        rows = tuple(kind in _ROWS for kind in kinds)
         copies = [x.copy() if type(x) in _CHANGING else x for x in values]
-        _RECENT.setdefault(form, []).append(_Given(plan, copies, kinds, rows))
+        what = tuple(names), problem.spec, form[0], *ends_of(problem)
+        given = _Given(plan, copies, kinds, rows, *what)
+        _RECENT.setdefault(form, []).append(given)
+        _LATELY.append(given)
 
 
 def recent_plan(
@@ -214,6 +234,11 @@ def recent_plan(
         algorithm: as it was given.
         given: the options, likewise.
     """
+    if repeated.recall is not None and type(problem) is ODEProblem and problem.mass_matrix is None:
+        asked = given.get("engine") or engines.get_engine()
+        plan: Plan | None = repeated.recall(_LATELY, problem.__dict__, algorithm, given, asked)
+        if plan is not None:
+            return plan
     return _among(_form(problem, algorithm, given), [algorithm, *given.values()])
 
 
@@ -268,5 +293,5 @@ def plan_of(
                 with contextlib.suppress(KeyError):
                     _KNOWN.popitem(last=False)
     if form is not None and key is not None and key in _KNOWN:
-        _keep(form, known, values, tuple(map(type, values)))
+        _keep(form, known, problem, given, values)
     return known

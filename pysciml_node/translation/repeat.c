@@ -1,4 +1,5 @@
-/* Whether a solve is one that was before, but for its state and the numbers of tensors.
+/* Whether a solve is one that was before, but for its state and the numbers of tensors: what was given
+   for it, and what its field can reach.
 
    Like translation/again.c this needs neither Python's headers nor its library: `begin` is handed
    functions of the stable ABI. It goes through what is kept of fields: of each its watches, and in the
@@ -28,15 +29,17 @@ static struct {
   Object *(*new_list)(Size);
   int (*append)(Object *, Object *);
   int (*equal)(Object *, Object *, int);
+  int (*next_of_dict)(Object *, Size *, Object **, Object **);
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *of_reals, *tspan, *spec, *p, *u0, *memory, *tensors, *shape, *version;
-  Object *of_states, *is_inference, *no;
+  Object *of_states, *is_inference, *no, *yes, *of_lists, *of_tuples;
   Object *fields, *look, *repeated, *walked, *absent, *modes;
 } py;
 
 /* What `Repeated` of repeated.py holds. */
 enum { START = 1, END, GIVEN, FORM, SHAPE };
+
 enum { EQUAL = 2 }; /* Py_EQ */
 
 static int is(Object *found, Object *expected) {
@@ -51,9 +54,12 @@ static int is_kept(Object *kept, Object *field) {
   return same == 1 ? is(py.call(py.in_tuple(kept, 0)), field) : same;
 }
 
+/* Whether a time is the number, to its last bit: zero has two signs. */
 static int is_time(Object *t, Object *expected) {
   int real = is(py.type(t), py.of_reals);
-  return real == 1 ? py.real(t) == py.real(expected) : real;
+  if (real < 1) return real;
+  double time = py.real(t), other = py.real(expected);
+  return !memcmp(&time, &other, sizeof time);
 }
 
 /* Whether a state that is a plain tensor has the shape, and is not of inference mode. */
@@ -192,6 +198,68 @@ Object *repeat(Object *self, Object *const *given, Size count) {
   if (same < 0) return 0;
   py.keep(py.none);
   return py.none;
+}
+
+/* What `_Given` of plans.py holds. */
+enum { PLAN, VALUES, KINDS, ROWS, NAMES, SPEC, ASKED, FIRST, LAST };
+
+/* Whether a list or a tuple has the very entries; of others Python asks. */
+static int has_entries(Object *row, Object *known, Object *kind) {
+  Object *(*at)(Object *, Size) = kind == py.of_lists ? py.in_list : py.in_tuple;
+  if (kind != py.of_lists && kind != py.of_tuples) return 0;
+  Size count = py.length(known);
+  int same = py.length(row) == count;
+  for (Size i = 0; same && i < count; i++) same = at(row, i) == at(known, i);
+  return same;
+}
+
+/* Whether a value is the one in a place, or equal and of its kind. */
+static int is_given(Object *value, Object *given, Size place) {
+  Object *known = py.in_list(py.in_tuple(given, VALUES), place);
+  Object *kind = py.in_tuple(py.in_tuple(given, KINDS), place);
+  int same = is(py.type(value), kind);
+  if (same < 1) return same;
+  if (py.in_tuple(py.in_tuple(given, ROWS), place) == py.yes) return has_entries(value, known, kind);
+  return value == known ? 1 : py.equal(value, known, EQUAL);
+}
+
+/* Whether the algorithm and the options are those that were given. */
+static int are_given(Object *algorithm, Object *options, Object *given) {
+  Object *names = py.in_tuple(given, NAMES), *name, *value;
+  if (py.length(options) != py.length(names)) return 0;
+  int same = is_given(algorithm, given, 0);
+  Size place = 0;
+  for (Size i = 0; same == 1 && py.next_of_dict(options, &place, &name, &value); i++)
+    same = name == py.in_tuple(names, i) ? is_given(value, given, i + 1) : 0;
+  return same;
+}
+
+/* The same for a problem of the structure over the interval, by the engine. */
+static int is_recent(Object *given, Object *const *arguments) {
+  Object *span = py.in_dict(arguments[1], py.tspan);
+  if (py.in_dict(arguments[1], py.spec) != py.in_tuple(given, SPEC)) return 0;
+  int same = is_time(py.in_tuple(span, 0), py.in_tuple(given, FIRST));
+  if (same == 1) same = is_time(py.in_tuple(span, 1), py.in_tuple(given, LAST));
+  if (same == 1) same = py.equal(arguments[4], py.in_tuple(given, ASKED), EQUAL);
+  return same == 1 ? are_given(arguments[2], arguments[3], given) : same;
+}
+
+/* `recall(recent, problem, algorithm, options, engine)`: the plan of the first of a list that was given
+   the same; None where there is none, or Python has to compare. The problem is a dict. */
+Object *recall(Object *self, Object *const *arguments, Size count) {
+  (void)self, (void)count;
+  Object *plan = 0;
+  int same = 0;
+  for (Size i = 0; same == 0 && i < py.length(arguments[0]); i++) {
+    Object *given = py.in_list(arguments[0], i);
+    py.keep(given); /* what is compared may have the list changed */
+    same = is_recent(given, arguments);
+    if (same == 1) py.keep(plan = py.in_tuple(given, PLAN));
+    py.let_go(given);
+  }
+  if (same < 0) return 0;
+  if (!plan) py.keep(plan = py.none);
+  return plan;
 }
 
 /* Receive what it needs. */

@@ -38,7 +38,7 @@ _FUNCTIONS = (
     *("PyDict_GetItem", "PyTuple_GetItem", "PyList_GetItem", "PyObject_Size", "PyObject_GetAttr"),
     *("PyObject_Type", "PyObject_CallNoArgs", "PyObject_CallFunctionObjArgs", "PyLong_FromVoidPtr"),
     *("PyTuple_Pack", "PyFloat_AsDouble", "PyLong_AsSsize_t", "PyList_New", "PyList_Append"),
-    *("PyObject_RichCompareBool", "Py_IncRef", "Py_DecRef"),
+    *("PyObject_RichCompareBool", "PyDict_Next", "Py_IncRef", "Py_DecRef"),
 )
 # Parts of a problem that change what a solve of it needs.
 _ABSENT = ("mass_matrix", "jac", "jac_sparsity")
@@ -56,6 +56,9 @@ See = Callable[[], Surroundings]
 
 _Found = tuple["Repeated", list[Tensor], Walked, list[int]]
 _repeat: Callable[..., _Found | None] | None = None
+
+recall: Callable[..., Any] | None = None
+"""Finds in C what a solve comes to by what was given for it, where it can: see solving/plans.py."""
 
 
 class Repeated(NamedTuple):
@@ -99,12 +102,15 @@ def use(library: ctypes.CDLL) -> None:
     Args:
         library: made of repeat.c.
     """
-    global _repeat
+    global _repeat, recall
     names = "tspan", "spec", "p", "u0", "memory", "tensors", "shape", "_version"
-    of_states = Tensor, Tensor.is_inference, False
+    kinds = Tensor, Tensor.is_inference, False, True, list, tuple
     kept = watched.entries(), again._look, Repeated, WALKED
-    objects = None, float, *names, *of_states, *kept, _ABSENT, _MODES
-    _repeat = None if again._look is None else function_of(library, "repeat", _FUNCTIONS, objects)
+    objects = None, float, *names, *kinds, *kept, _ABSENT, _MODES
+    if again._look is not None:
+        _repeat, recall = (
+            function_of(library, name, _FUNCTIONS, objects) for name in ("repeat", "recall")
+        )
 
 
 def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Known | None:

@@ -16,6 +16,8 @@ from pysciml_node.julia_engine.process import runtime
 from pysciml_node.solving import plans
 from pysciml_node.solving.plans import Plan, plan_of
 from pysciml_node.tableaus import Tableau
+from pysciml_node.torch_engine.native.compiler import available
+from pysciml_node.torch_engine.native.library import cross_in_c
 
 
 class _Own(ExplicitRungeKutta):
@@ -237,3 +239,48 @@ def test_methods_and_controllers_made_anew_have_the_plan_of_equal_ones() -> None
         assert solved(times).u.flatten().tolist() == [1.0, 0.25]
     with pytest.raises(TypeError, match="saveat"):
         solved([False, 1.0])
+
+
+WHOLE: dict[str, Any] = {"rtol": 1e-6, "saveat": [0.0, 1.0], "tstops": (0.5,), "throw": True}
+OTHERS: dict[str, dict[str, Any]] = {
+    "the same": {},
+    "equal ones": {"saveat": [0.0, float("1.0")], "tstops": (float("0.5"),)},
+    "another zero": {"saveat": [-0.0, 1.0]},
+    "another time": {"saveat": [0.0, 0.75]},
+    "more times": {"saveat": [0.0, 0.5, 1.0]},
+    "a tuple": {"saveat": (0.0, 1.0)},
+    "a kind that equals": {"throw": 1},
+    "another tolerance": {"rtol": 1e-7},
+    "tolerances": {"rtol": {"u": 1e-6}},
+    "a further option": {"atol": 1e-6},
+    "an engine": {"engine": "torch"},
+    "a controller": {"controller": psn.PIController()},
+}
+
+
+@pytest.mark.skipif(not available()[0], reason=available()[1])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("start", [0.0, -0.0])
+def test_c_and_python_find_the_same_plans(
+    other: str, start: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was given the same things, or equal ones of the same kinds."""
+    cross_in_c()
+
+    def found(given: dict[str, Any], in_c: bool) -> Plan | None:
+        problem = psn.ODEProblem(lambda t, u: -u, torch.ones(1).double(), (start, 1.0))
+        with monkeypatch.context() as patched:
+            if not in_c:
+                patched.setattr(plans.repeated, "recall", None)
+            return plans.recent_plan(problem, psn.Tsit5(), given)
+
+    for _ in range(3):
+        psn.solve(_problem(), psn.Tsit5(), **WHOLE)
+    given = {**WHOLE, **OTHERS[other]}
+    plan = found(given, True)
+    assert plan is found(given, False)
+    same = other in ("the same", "equal ones") and math.copysign(1.0, start) > 0
+    assert (plan is not None) == same
+    if other == "the same" and same and plans.repeated.recall is not None:
+        monkeypatch.setattr(plans, "_among", lambda *_: None)  # what is in Python
+        assert found(given, True) is plan
