@@ -35,8 +35,8 @@ from pysciml_node.steps.inputs import Inputs
 from pysciml_node.torch_engine.adjoint_continuous import BackwardFailure
 from pysciml_node.torch_engine.members.costates import Costates, DenseOfMembers
 from pysciml_node.torch_engine.members.entering import Entering
-from pysciml_node.torch_engine.members.march import StagesMarch
 from pysciml_node.torch_engine.members.quadrature import Quadrature, SumOfSteps
+from pysciml_node.torch_engine.members.runge_kutta import StagesMarch
 from pysciml_node.torch_engine.members.stops import Stops
 from pysciml_node.torch_engine.members.tape import SavedPlaces
 

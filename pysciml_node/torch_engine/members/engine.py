@@ -30,7 +30,8 @@ from pysciml_node.tableaus.implicit import DiagonallyImplicitTableau, Rosenbrock
 from pysciml_node.torch_engine.members.batch import Batch, OneByOne
 from pysciml_node.torch_engine.members.continuous import Solved, continuous_sweep_of_members
 from pysciml_node.torch_engine.members.crossings import Crossings
-from pysciml_node.torch_engine.members.march import MembersMarch, StagesMarch
+from pysciml_node.torch_engine.members.march import MembersMarch
+from pysciml_node.torch_engine.members.runge_kutta import StagesMarch
 from pysciml_node.torch_engine.members.stochastic import StochasticBatch
 from pysciml_node.torch_engine.members.sweep import Again, StagesAgain
 from pysciml_node.torch_engine.members.tape import SavedPlaces, Tape
