@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pysciml_node.checks import refuse
+from pysciml_node.steps.graph import graph_leaves
 
 _REMEDY = "Give base=a module whose forward() makes the distribution of its parameters."
 
@@ -73,8 +74,8 @@ def leaves_of(base: Distribution) -> list[Leaf]:
     for name, held in _tensors(base, "", set()):
         if not held.requires_grad:
             continue
-        sources = {held} if held.is_leaf else _sources(held)
-        source = next(iter(sources)) if len(sources) == 1 else None
+        sources = graph_leaves((held,))
+        source = sources[0] if len(sources) == 1 else None
         if not isinstance(source, nn.Parameter) or _memory(source) != _memory(held):
             raise ValueError(
                 f"base holds a {name} that was computed from trainable tensors when it was made, "
@@ -105,19 +106,3 @@ def _tensors(held: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor
         for key, entry in vars(held).items():
             inner = name if key in ("base_dist", "_inv") else f"{name}_{key}".lstrip("_")
             yield from _tensors(entry, inner, seen)
-
-
-def _sources(tensor: Tensor) -> set[Tensor]:
-    """The leaves that a tensor was computed from."""
-    sources: set[Tensor] = set()
-    waiting, seen = [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            sources.add(variable)
-        waiting.extend(following for following, _ in node.next_functions)
-    return sources

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,17 @@ def graph_leaves(
         elif hasattr(node, "variable"):
             leaves.append(node.variable)
     return leaves
+
+
+def nodes_behind(nodes: Iterable[Any], stops: Container[Any] = ()) -> Iterator[Any]:
+    """Nodes of autograd graphs and all that they lead to, as far as others, each once."""
+    todo, seen = list(nodes), set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen and node not in stops:
+            seen.add(node)
+            yield node
+            todo.extend(following for following, _ in node.next_functions)
 
 
 def newly_behind(node: Any, mark: object, value: object) -> Iterator[Any]:

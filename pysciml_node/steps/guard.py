@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pysciml_node.steps.contents import Contents, is_comparable
 from pysciml_node.steps.first_graph import saved_by
-from pysciml_node.steps.graph import newly_behind
+from pysciml_node.steps.graph import newly_behind, nodes_behind
 from pysciml_node.steps.surroundings import Surroundings
 
 
@@ -44,7 +44,7 @@ def guard(
         return
     tensors, arrays = surroundings.tensors, surroundings.arrays
     if start is not None:
-        nodes = _between({x.grad_fn for x in given}, {x.grad_fn for x in start})
+        nodes = nodes_behind({x.grad_fn for x in given}, {x.grad_fn for x in start})
         extents = sorted(_extent(x) for node in nodes for x in saved_by(node))
         tensors, arrays = _within(extents, tensors), _within(extents, arrays)
     if not (tensors or arrays):
@@ -116,17 +116,6 @@ def first_saved(nodes: Iterable[Any], tensors: Sequence[Tensor]) -> Tensor | Non
                     if _overlap(x, saved):
                         return x
     return None
-
-
-def _between(nodes: Iterable[Any], stops: Container[Any]) -> set[Any]:
-    """Nodes of a graph and all that they lead to, as far as others."""
-    todo, seen = list(nodes), set[Any]()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen and node not in stops:
-            seen.add(node)
-            todo.extend(following for following, _ in node.next_functions)
-    return seen
 
 
 def _within(extents: Sequence[tuple[int, int]], tensors: Iterable[Tensor]) -> list[Tensor]:

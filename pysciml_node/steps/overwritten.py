@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pysciml_node.steps.contents import Contents, is_comparable
-from pysciml_node.steps.graph import graph_leaves
+from pysciml_node.steps.graph import nodes_behind
 from pysciml_node.steps.guard import first_saved
 from pysciml_node.steps.surroundings import Surroundings
 
@@ -104,9 +104,9 @@ def refuse_read(values: Sequence[Tensor], tensors: Sequence[Tensor], names: dict
     Raises:
         RuntimeError: there is one.
     """
-    nodes = set[object]()
-    if tensors:
-        graph_leaves([x for x in values if x.grad_fn is not None], (), seen=nodes)
+    if not tensors:
+        return
+    nodes = nodes_behind(value.grad_fn for value in values)
     if (x := first_saved(nodes, tensors)) is not None:
         raise RuntimeError(
             f"the field overwrites {names[id(x)]} at its evaluations, by .data or by memory that "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pysciml_node.errors import UnsupportedModule
 from pysciml_node.problems.state import StateSpec
+from pysciml_node.steps.graph import nodes_behind
 from pysciml_node.translation.outside import outside
 from pysciml_node.translation.program import Program
 
@@ -202,14 +203,7 @@ def _expect_trained(name: str, out: Tensor, known: list[Tensor]) -> None:
 
     Such tensors stand where they are not seen: in an iterator, in an object of another library.
     """
-    seen: set[Any] = {None, *(x.grad_fn for x in known)}
-    waiting: list[Any] = [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        waiting += [before for before, _ in node.next_functions]
+    for node in nodes_behind([out.grad_fn], {x.grad_fn for x in known}):
         if node.name() != "torch::autograd::AccumulateGrad":
             continue
         if not any(node.variable is x for x in known):
