@@ -112,7 +112,7 @@ def _made(before: Surroundings, after: Surroundings) -> list[Tensor]:
     ]
 
 
-_READING = frozenset(
+_DECIDING = frozenset(
     ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
 )
 """Operations whose results, or their shapes, Python decides by."""
@@ -156,7 +156,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if argument.is_write and self._are_known(given):
                     raise _ItWritesError
         depends = any(self.depends(x) for x in pytree.tree_leaves((args, kwargs)) if _is(x))
-        self.reads |= depends and func._schema.name.partition("::")[2] in _READING
+        self.reads |= depends and func._schema.name.partition("::")[2] in _DECIDING
         result = func(*args, **kwargs)
         for x in pytree.tree_leaves(result) if depends else ():
             if _is(x) and x.layout is torch.strided:
