@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import ReturnCode, Solution, Stats, Trajectory
 from pysciml_node.steps.autograd import pulled
 from pysciml_node.steps.finish import Solve
-from pysciml_node.steps.record import Kept, Outcome, Record
+from pysciml_node.steps.record import Kept, Outcome, Record, finite_part
 
 
 class States(NamedTuple):
@@ -78,8 +77,7 @@ class Flight:
         """The accepted steps, and where the saved times lie in them."""
         departure = self.prepared.departure
         options, marks, asked = departure.options, departure.marks, departure.saves
-        numbers: list[float] = self.log[: 2 * asked + 4 * self.count].tolist()
-        places, steps = numbers[: 2 * self.reached], numbers[2 * asked :]
+        steps: list[float] = self.log[2 * asked : 2 * asked + 4 * self.count].tolist()
         record = Record(
             times=[marks[0], *steps[::4]],
             sizes=steps[1::4],
@@ -92,23 +90,24 @@ class Flight:
             marks=marks,
             t1_stop=len(options.tstops),
         )
-        record.place(options.saveat or (), list(zip(places[::2], places[1::2], strict=True)))
+        record.place(options.saveat or (), self._places)
         return record
 
+    @property
+    def _places(self) -> list[tuple[float, float]]:
+        """Those of `Record.place`."""
+        numbers = self.log[: 2 * self.reached].tolist()
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
+
     def good(self, ends: Tensor) -> tuple[int, int]:
-        """Steps and saved times up to what is not finite: a solution has no more of them.
+        """As `finite_part`, which is asked where something is not.
 
         Args:
             ends: states at the ends of the steps, the initial one first.
         """
         if self.finite:
             return self.count, self.reached
-        finite: list[bool] = torch.isfinite(ends[1:]).all(1).tolist()
-        steps = (*finite, False).index(False)
-        record = self.record
-        inside = (len(x) for n, (x, _) in record.inside.items() if n < steps)
-        at_end = (len(x) for n, x in record.at_end.items() if n <= steps)
-        return steps, sum(itertools.chain(inside, at_end))
+        return finite_part(ends, self._places)
 
 
 def _lying(x: Tensor) -> Tensor:

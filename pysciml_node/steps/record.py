@@ -117,6 +117,18 @@ class Record:
         self.naccept = steps
 
 
+def finite_part(ends: Tensor, places: Iterable[Sequence[float]]) -> tuple[int, int]:
+    """Steps and saved times up to what is not finite: a solution has no more of them.
+
+    Args:
+        ends: states at the ends of the steps, the initial one first.
+        places: of the saved times that were reached, as of `Record.place`.
+    """
+    finite: list[bool] = torch.isfinite(ends[1:]).all(1).tolist()
+    steps = (*finite, False).index(False)
+    return steps, sum(place + (not math.isnan(theta)) <= steps for place, theta in places)
+
+
 class Outcome(NamedTuple):
     """What a solve leaves."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.solutions.solution import ReturnCode
-from pysciml_node.steps.record import Record
+from pysciml_node.steps.record import Record, finite_part
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.crossing import ALIGNED, Block, aligned
 from pysciml_node.torch_engine.native.departure import Departure
@@ -163,18 +163,14 @@ class Flight:
         return found or [Piece(0, 0, 0)]
 
     def good(self, ends: Tensor) -> tuple[int, int]:
-        """Steps and saved times up to what is not finite: a solution has no more of them.
+        """As `finite_part`, which is asked where something is not.
 
         Args:
             ends: states at the ends of the steps, the initial one first.
         """
         if self.finite:
             return self.count, self.reached
-        finite: list[bool] = torch.isfinite(ends[1:]).all(1).tolist()
-        steps = (*finite, False).index(False)
-        state, inside = self.log.places[: self.reached].unbind(1)
-        kept = state + (~torch.isnan(inside)).to(state) <= steps
-        return steps, int(kept.sum())
+        return finite_part(ends, self.log.places[: self.reached].tolist())
 
     def times(self, t0: float) -> list[float]:
         """The start and the ends of the steps."""
