@@ -92,7 +92,7 @@ class Timetable:
         numbers = [*map(stages.numbers, record.times, record.sizes)]
         # The times of stages, of some steps at once: each solve has tensors of its own for them.
         times = torch.tensor(numbers, dtype=method.nodes.dtype).to(method.nodes.device)
-        self._times = torch.split(times, _AT_ONCE)
+        self._times = torch.split(times.flatten(), _AT_ONCE * method.all_stages)
 
     @classmethod
     def of(
@@ -158,8 +158,8 @@ class Timetable:
     def _new_times(self) -> Iterator[tuple[Tensor, ...]]:
         """The times of the stages of each step, as tensors that no other solve has."""
         for times in self._times:
-            each = iter(times.flatten().clone().unbind())
-            yield from zip(*(each for _ in self.method.host_nodes), strict=True)
+            each = iter(times.clone().unbind())
+            yield from zip(*[each] * self.method.all_stages, strict=True)
 
 
 def _is_usual(u: Tensor) -> bool:
