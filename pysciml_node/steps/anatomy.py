@@ -54,7 +54,8 @@ def words_in(code: types.CodeType) -> tuple[str, ...]:
 def globals_in(code: types.CodeType) -> tuple[str, ...]:
     """The names that a function, or a function inside it, looks up as globals.
 
-    An attribute `self.net` has nothing to do with a global `net`.
+    An attribute `self.net` has nothing to do with a global `net`. Names that no source can spell
+    are left out: by them pytest has assertions, in modules of tests, reach all that it knows.
     """
     return _mentioned(code, _global_names)
 
@@ -101,8 +102,9 @@ def _every_word(code: types.CodeType) -> Iterable[str]:
 def _global_names(code: types.CodeType) -> Iterable[str]:
     for instruction in dis.get_instructions(code):
         # Class bodies look names up by LOAD_NAME.
-        if "GLOBAL" in instruction.opname or instruction.opname == "LOAD_NAME":
-            yield str(instruction.argval)
+        looks_up = "GLOBAL" in instruction.opname or instruction.opname == "LOAD_NAME"
+        if looks_up and not (name := str(instruction.argval)).startswith("@"):
+            yield name
 
 
 def _imported_names(code: types.CodeType) -> Iterable[str]:

@@ -185,7 +185,7 @@ def test_a_copy_of_a_solution_whose_field_has_changed_is_refused(kind: str, way:
         solved = psn.solve(problem, rtol=1e-9, atol=1e-9)
     else:
         noisy = psn.SDEProblem(field, without_noise, u0[0], (0.0, 1.0))
-        solved = psn.solve(noisy, psn.SOSRI(), rtol=1e-4, atol=1e-4)
+        solved = psn.solve(noisy, psn.SOSRI())
     one: Any = {
         "deepcopy": copy.deepcopy,
         "detach": lambda x: x.detach(),

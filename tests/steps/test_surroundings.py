@@ -304,6 +304,19 @@ def test_what_is_found_and_how_it_is_called() -> None:
     }
 
 
+def test_assertions_lead_nowhere() -> None:
+    """pytest has them look at what it knows of all tests, by globals of the module."""
+    weight = torch.ones(1)
+
+    def field(t: Tensor, u: Tensor) -> Tensor:
+        assert u.shape == (1,), "of one entry"
+        return u * weight
+
+    found = Surroundings({"f": field})
+    assert set(found.names.values()) == {"weight"}
+    assert len(found._places) < 10
+
+
 @any_adjoint
 @pytest.mark.parametrize("kept", ["solution", "state", "list", "tuple"])
 def test_solutions_kept_by_the_field_do_not_pile_up(
