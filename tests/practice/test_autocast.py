@@ -77,10 +77,12 @@ def test_the_solver_itself_is_exact() -> None:
     problem = psn.ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
     with half():
         solution = psn.solve(problem, saveat=[0.5, 1.0])
-        dense, stiffness = solution(0.25), solution.step_stiffness
+        dense = solution(0.25)
+        # Of long steps, whose stages differ by more than rounding does.
+        stiffness = psn.solve(problem, rtol=1e-3, atol=1e-3).step_stiffness
     assert solution.u[:, 0].tolist() == pytest.approx([math.exp(-0.5), math.exp(-1)], rel=2e-6)
     assert dense[0].item() == pytest.approx(math.exp(-0.25), rel=2e-6)
-    assert stiffness.tolist() == pytest.approx([1.0] * len(stiffness), rel=1e-2)
+    assert stiffness.tolist() == pytest.approx([1.0] * len(stiffness), rel=1e-3)
 
 
 def test_dense_output_and_penalties_later_replay_in_the_same_precision() -> None:
