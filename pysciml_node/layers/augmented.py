@@ -20,7 +20,6 @@ from pysciml_node.problems.modes import InModes
 from pysciml_node.problems.ode import ODEProblem, exchanged
 from pysciml_node.problems.state import StateSpec, without_graph
 from pysciml_node.regularizers.rates import FieldPoint, Rate
-from pysciml_node.replay.trajectory import TorchTrajectory
 from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import (
     Explanation,
@@ -31,8 +30,6 @@ from pysciml_node.solutions.solution import (
 )
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.graph import pull_back
-from pysciml_node.translation.snapshot import Snapshot
-from pysciml_node.translation.surrounded import surroundings_of
 
 # The parts of an augmented state: the problem's own, then one for each integral; those that drive
 # the step size first.
@@ -361,8 +358,8 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
     def state_of(state: dict[str, Tensor]) -> Any:
         return spec.assemble([part for key, part in state.items() if key.startswith(_OWN)])
 
-    assert isinstance(solution.problem, ODEProblem)
-    driving = _driving(solution.problem)
+    augmented = solution.problem
+    assert isinstance(augmented, ODEProblem)
     changed = {
         "problem": problem,
         "u1": state_of(solution.u1),
@@ -375,27 +372,17 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
         ),
     }
 
-    apart = driving is not None and driving is not solution.problem
-
     def trajectory() -> Trajectory:
         whole = solution.trajectory
-        alone = whole.restrict(problem)
+        alone, driving = whole.restrict(problem), _driving(augmented)
         if driving is None:
             return alone
-        return DrivenTrajectory(alone, whole.restrict(driving) if apart else whole)
+        return DrivenTrajectory(alone, whole if driving is augmented else whole.restrict(driving))
 
-    if apart or not solution._is_later("trajectory"):
+    if not solution._is_later("trajectory"):
         return dataclasses.replace(solution, trajectory=trajectory(), **changed)
-    # Later, as if now: the field may have changed by then.
-    see = surroundings_of(problem.f, problem.p, Snapshot.of(problem.f))
 
     def part(name: str) -> Any:
-        if name != "trajectory":
-            return getattr(solution, name)
-        made = trajectory()
-        alone = made.alone if isinstance(made, DrivenTrajectory) else made
-        if isinstance(alone, TorchTrajectory):
-            alone.surroundings = see()
-        return made
+        return trajectory() if name == "trajectory" else getattr(solution, name)
 
     return in_parts(Solution, part, {**vars(solution), **changed, "_stacked": None})

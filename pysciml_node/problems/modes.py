@@ -143,16 +143,17 @@ def are_ordinary() -> bool:
     )
 
 
-@contextmanager
-def ordinary_modes(device: torch.device) -> Iterator[None]:
+def ordinary_modes(device: torch.device) -> AbstractContextManager[None]:
     """No inference mode, no autocast, and the CPU as default device.
 
     The solver's operations, and the tensors that it keeps, must not be subject to these modes.
     Gradients stay as they are outside, where inference mode has none.
     """
-    if are_ordinary():
-        yield
-        return
+    return nullcontext() if are_ordinary() else _left(device)
+
+
+@contextmanager
+def _left(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

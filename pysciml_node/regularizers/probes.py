@@ -31,6 +31,8 @@ def batch_of(state: State) -> int:
     Raises:
         ValueError: parts of different batch sizes.
     """
+    if isinstance(state, Tensor):
+        return state.shape[0] if state.ndim > 1 else 1
     parts = list(tensors_of(state))
     if all(part.ndim < 2 for part in parts):
         return 1

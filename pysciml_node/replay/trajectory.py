@@ -400,12 +400,15 @@ class TorchTrajectory(Recorded):
         options = dataclasses.replace(self.options, tolerances=tolerances)
         accuracy = Accuracy.of(options, problem.spec.dtype, size)
         methods = tuple(method.accurate(accuracy) for method in self.methods)
+        assert self.surroundings is not None
         return TorchTrajectory(
             problem,
             methods,
             load,
             self.stats,
             options,
+            # As they were then: the field may have changed by now.
+            surroundings=self.surroundings.within(problem.f),
             precision=self.precision,
             rounded_times=self.rounded_times,
         )

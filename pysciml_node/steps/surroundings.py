@@ -163,6 +163,15 @@ class Surroundings:
         both._lent, both._glance = True, None
         return both
 
+    def within(self, f: Any) -> Surroundings:
+        """The same for another field, which this one is made of: it reaches no more."""
+        inner = copy.copy(self)
+        inner.roots = roots = {**self.roots, "f": f}
+        inner._places = [Names(roots, roots.copy(), ""), *self._places[1:]]
+        self._lent = inner._lent = True
+        inner._glance = None
+        return inner
+
     def _own_places(self) -> None:
         """Settle no places that other solves look at too."""
         if self._lent:

@@ -22,6 +22,7 @@ from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.solutions.parts import in_parts
 from pysciml_node.solutions.solution import ReturnCode, Solution
 from pysciml_node.steps.autograd import graph_is_retained, is_recorded, saved_tensors_stay
+from pysciml_node.torch_engine.native.cost import Costly
 from pysciml_node.torch_engine.native.crossing import Block
 from pysciml_node.torch_engine.native.engine import NativeSolve, Steps, pulled_back
 from pysciml_node.torch_engine.native.flight import Log, States
@@ -117,8 +118,8 @@ class _NotAtOnce(Exception):
     """A solve takes more than the call of C."""
 
 
-@dataclass(slots=True, eq=False)
-class _Flown:
+@dataclass(eq=False)
+class _Flown(Costly):
     """What C has left of a solve, but for tensors.
 
     Attributes:
@@ -132,7 +133,6 @@ class _Flown:
         count: accepted steps.
         kept: the stages of its first steps, for a sweep.
         kept_room: of how many steps there is room for them.
-        swept: what sweeps have cost, until the solve has been made.
         solve: once something has needed it.
     """
 
@@ -146,13 +146,17 @@ class _Flown:
     count: int = 0
     kept: Block | None = None
     kept_room: int = 0
-    swept: tuple[tuple[int, ...], ...] = ()
     solve: NativeSolve | None = None
 
     @property
     def log(self) -> Log:
         """Its steps, with the states at their ends."""
         return Log(self.block, self.prepared.departure)
+
+    @override
+    def counted(self) -> tuple[int, int, int]:
+        *_, accepted, rejected, evaluations, _, _ = SolveRequest.landed(self.block)
+        return evaluations, accepted, rejected
 
     def made(self) -> NativeSolve:
         """The solve, which has not run."""
@@ -203,10 +207,7 @@ class _Flown:
         if swept is None:
             return None
         gradients, counts = swept
-        if self.solve is None:
-            self.swept += (counts,)
-        else:
-            self.solve.note_sweep(*counts)
+        self.note_sweep(*counts)
         return gradients
 
     def forget_stages(self) -> None:
@@ -223,7 +224,7 @@ class _Flown:
             found = SolveRequest.landed(self.block)
             solve.flight = flight = flight_of(self.log, found)
             flight.kept, flight.kept_room = self.kept, self.kept_room
-            solve.shape, solve.swept = self.prepared.shape, self.swept
+            solve.shape, solve.stats = self.prepared.shape, self.stats
             self.solve = solve
         return self.solve
 
@@ -269,6 +270,8 @@ _as_node: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 def _part(flown: _Flown, left: _Left, name: str) -> Any:
     """A part of the solution of a solve, as of `Steps`."""
+    if name == "stats":
+        return flown.stats
     solve = flown.solved()
     flight, log, (saved, ends, last) = solve.flight, flown.log, left
     saved = solve.departure.nothing if saved is None else saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from pysciml_node.replay.end_times import complete_times, lacks_ends
 from pysciml_node.replay.newton import Accuracy
 from pysciml_node.replay.stages import Method
 from pysciml_node.solutions.parts import in_parts
-from pysciml_node.solutions.solution import Solution, Stats, Trajectory
+from pysciml_node.solutions.solution import Solution, Trajectory
 from pysciml_node.steps.autograd import graph_is_retained, pulled, saved_tensors_stay
 from pysciml_node.steps.cotangents import BackwardPass, Gradients, TimeCotangents
 from pysciml_node.steps.field import FlatField
@@ -31,6 +31,7 @@ from pysciml_node.steps.progress import step_listener
 from pysciml_node.steps.record import Kept, Outcome, Record
 from pysciml_node.steps.step import Step
 from pysciml_node.torch_engine.native.brownian import Noise
+from pysciml_node.torch_engine.native.cost import Costly
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search, watched
 from pysciml_node.torch_engine.native.flight import Flight, Log, States
@@ -159,7 +160,7 @@ class FlownSolve(Solve):
         return spec.unflatten(x)
 
 
-class SingleSolve(FlownSolve):
+class SingleSolve(Costly, FlownSolve):
     """One call of native code: run by `_Node`, or alone where no gradient is asked for.
 
     Attributes:
@@ -168,7 +169,6 @@ class SingleSolve(FlownSolve):
         flight: what has been flown.
         moving: the ends of the interval and the saved times, where any of them is a tensor.
         shape: of the initial state when the solve began.
-        swept: what sweeps have cost while nobody has asked for `stats`.
     """
 
     departure: Departure
@@ -176,7 +176,6 @@ class SingleSolve(FlownSolve):
     search: Search | None = None
     flight: Flight
     moving: tuple[Any, ...] = ()
-    swept: tuple[tuple[int, ...], ...] = ()
 
     def noise(self) -> Noise | None:
         """The Brownian motions of a stochastic equation."""
@@ -196,23 +195,10 @@ class SingleSolve(FlownSolve):
             self.stats.nfe_diffusion = noise.evaluations
         return states
 
-    @cached_property
     @override
-    def stats(self) -> Stats:
-        """What it has cost so far, put together when somebody asks."""
+    def counted(self) -> tuple[int, int, int]:
         flight = self.flight
-        back = (sum(counts) for counts in zip(*self.swept, strict=True))
-        return Stats(flight.nfe, flight.count, flight.nreject, *back)
-
-    def note_sweep(self, evaluations: int, pulls: int, steps: int) -> None:
-        """Count what a sweep has cost: evaluations, pullbacks and replayed steps."""
-        if "stats" not in self.__dict__:
-            self.swept += ((evaluations, pulls, steps),)
-            return
-        stats = self.stats
-        stats.nfe_backward += evaluations
-        stats.nvjp += pulls
-        stats.naccept_backward += steps
+        return flight.nfe, flight.count, flight.nreject
 
     @override
     def flown(self) -> tuple[Flight, States]:
