@@ -258,6 +258,8 @@ class PreparedSolve(Solve):
     def _part(self, states: States, name: str) -> Any:
         """The trajectory for a solution, or the times of its states."""
         flight = self.flight
+        if name == "states":
+            return torch.stack(self._outcome(states).states)
         if name == "trajectory":
             return self._trajectory(lambda: self._outcome(states)[:2])
         ends = flight.record.times if self.options.saveat is None else ()

@@ -145,6 +145,8 @@ class ODESolve(Solve):
 
     def _part(self, load: Load, reached: int, name: str) -> Any:
         """The trajectory for a solution, or the times of its states."""
+        if name == "states":
+            return torch.stack(load()[1])
         if name == "trajectory":
             return self._trajectory(load)
         return self.times(reached, () if self.options.saveat is not None else load()[0].times)

@@ -383,6 +383,8 @@ def without_extra(solution: Solution, problem: ODEProblem) -> Solution:
         return dataclasses.replace(solution, trajectory=trajectory(), **changed)
 
     def part(name: str) -> Any:
+        if name == "states":
+            return trajectory().states()
         return trajectory() if name == "trajectory" else getattr(solution, name)
 
     return in_parts(Solution, part, {**vars(solution), **changed, "_stacked": None})

@@ -48,7 +48,8 @@ def in_parts(kind: type[T], make: Make, parts: dict[str, Any]) -> T:
     Args:
         kind: its class.
         make: makes the part of a name, of those that are not given and have no default. They must
-            have no graph, which would depend on where they are asked for.
+            have no graph, which would depend on where they are asked for. While there is no
+            trajectory it is asked for its `states` too, with their graph: `(n + 1, N)`, a copy.
         parts: those that there are, by name.
     """
     solution = kind.__new__(kind)

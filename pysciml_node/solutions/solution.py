@@ -212,7 +212,11 @@ class Solution(NoTensor, InParts):
     def _stack(self) -> Any:
         # Stacking copies the steps' states, so it waits until somebody reads them.
         with with_graph(self.problem.spec.device):
-            return self.problem.spec.unflatten(self.trajectory.states())
+            if self._is_later("trajectory"):
+                states = self.__dict__["_make"]("states")
+            else:
+                states = self.trajectory.states()
+            return self.problem.spec.unflatten(states)
 
     @property
     def success(self) -> bool:

@@ -96,6 +96,8 @@ class Solve(ABC):
         trajectory = self.make_trajectory(outcome)
 
         def make(name: str) -> Any:
+            if name == "states":
+                return torch.stack(states)
             return trajectory() if name == "trajectory" else self.times(reached, ends)
 
         return in_parts(Solution, make, parts)

@@ -11,6 +11,9 @@ from conformance.problems import ALGORITHMS, KNOWN
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.torch_engine.native.compiler import available
+
+native = pytest.param(True, marks=pytest.mark.skipif(not available()[0], reason=available()[1]))
 
 
 def solve(**options: Any) -> psn.Solution:
@@ -64,6 +67,34 @@ def test_dense_output_meets_the_steps() -> None:
     h = 1e-6
     before, at, after = solution(inner - h), solution(inner), solution(inner + h)
     torch.testing.assert_close((at - before) / h, (after - at) / h, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, native])
+@pytest.mark.parametrize("looked_at", ["states", "trajectory"])
+def test_states_of_the_steps_are_a_copy_with_their_graph(compile: bool, looked_at: str) -> None:
+    rate = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    u0 = torch.tensor([2.0, 3.0], dtype=torch.float64)
+
+    def decay(t: Tensor, u: Tensor) -> Tensor:
+        return rate * u
+
+    options = {"compile": compile, "rtol": 1e-10, "atol": 1e-10}
+    for _ in range(2):  # the second time it is a solve that was before
+        solution = psn.solve(psn.ODEProblem(decay, u0, (0.0, 1.0)), **options)
+        if looked_at == "trajectory":
+            assert solution.trajectory.times[-1] == 1.0
+        with torch.no_grad():
+            states = solution.u
+        exact = u0 * torch.exp(rate * solution.t)[:, None]
+        torch.testing.assert_close(states, exact, rtol=1e-8, atol=1e-8)
+        (found,) = torch.autograd.grad(states.sum(), rate, retain_graph=True)
+        (expected,) = torch.autograd.grad(exact.sum(), rate)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+        before = solution(0.5).detach()
+        with torch.no_grad():
+            states.zero_()
+        torch.testing.assert_close(solution(0.5), before, rtol=0, atol=0)
+        assert solution.u1.norm() > 1
 
 
 def test_a_tuple_state_is_answered_with_tuples() -> None:

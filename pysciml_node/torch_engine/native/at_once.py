@@ -272,8 +272,10 @@ def _part(flown: _Flown, left: _Left, name: str) -> Any:
     """A part of the solution of a solve, as of `Steps`."""
     if name == "stats":
         return flown.stats
+    saved, ends, last = left
+    ends = flown.log.ends(flown.count) if ends is None else ends
+    if name == "states":
+        return ends.clone()
     solve = flown.solved()
-    flight, log, (saved, ends, last) = solve.flight, flown.log, left
     saved = solve.departure.nothing if saved is None else saved
-    states = States(saved, log.ends(flight.count) if ends is None else ends, last)
-    return Steps(solve, flight, states).part(name)
+    return Steps(solve, solve.flight, States(saved, ends, last)).part(name)
