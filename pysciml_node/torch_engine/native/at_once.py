@@ -177,7 +177,8 @@ class _Flown(Costly):
         """
         prepared = self.prepared
         take_steps = prepared.take_steps
-        left = None if take_steps is None else take_steps(self.room, kept, u0, *parameters)
+        threads = prepared.departure.libraries[0].threads
+        left = take_steps and take_steps(self.room, kept, threads, u0, *parameters)
         if left is None:
             raise _NotAtOnce
         self.block, last, saved, ends, self.kept, self.count = left

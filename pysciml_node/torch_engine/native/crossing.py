@@ -48,18 +48,18 @@ TakeSteps = Callable[
     ..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None, int] | None
 ]
 """A loop that runs to its end: is given for how many steps there is to be room, for how many it is
-to keep what a sweep can use, or `None` where there will be none, the initial state and the
-parameters. It returns the block of its request, the last state, the saved ones, for a sweep those
-at the ends of steps and what is kept of them, and the number of steps; `None` where it is not for
-it, or does not end well."""
+to keep what a sweep can use, or `None` where there will be none, how many threads may take parts,
+the initial state and the parameters. It returns the block of its request, the last state, the saved
+ones, for a sweep those at the ends of steps and what is kept of them, and the number of steps;
+`None` where it is not for it, or does not end well."""
 
-GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room")
+GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room", "threads")
 """What holes of such a loop number, by the names of its request; behind them are the parameters."""
 
 PullBack = Callable[..., tuple[Block, tuple[Tensor | None, ...]] | None]
 """A sweep to its end: is given the shape of the initial state, which gradients are wanted, the
 states at the ends of steps and the parameters in a tuple, the cotangents that have arrived, what is
-kept, five numbers, and the log. It returns the block of its request and the gradients of the
+kept, seven numbers, and the log. It returns the block of its request and the gradients of the
 initial state and of the parameters; `None` where it is not for it."""
 
 _cross: Callable[..., Block | None] | None = None
@@ -193,7 +193,7 @@ def pull_of(
 
     Args:
         function, start, dtype, holes, behind: as of `call_of`. The holes number the states at the
-            ends of steps, three cotangents, memory, what is kept, five numbers, the log, and the
+            ends of steps, three cotangents, memory, what is kept, seven numbers, the log, and the
             gradients.
         results: what it writes to the gradients in the end.
         memories: where memory of the sweep is taken from, and given back to.

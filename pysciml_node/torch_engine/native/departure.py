@@ -64,7 +64,7 @@ GIVEN_BACK = (
 
 GIVEN_AT_ONCE = (
     *("ends", "saved_bar", "ends_bar", "last_bar", "memory", "kept"),
-    *("n", "count", "q", "kept_count", "noise"),
+    *("n", "count", "q", "kept_count", "noise", "threads", "reached"),
 )
 """What a whole sweep is given of these, where there is one method and times need no gradients."""
 
@@ -304,14 +304,13 @@ class Departure:
     def steps_of(self, spec: StateSpec) -> TakeSteps | None:
         """The loop of a solve that ends well, with the states at the ends in its block.
 
-        It is `None` of two methods, and of parts.
+        It is `None` of two methods.
 
         Args:
             spec: structure of the state.
         """
         library, options = self.libraries[0], self.options
-        lone = len(self.libraries) == 1 and library.parts is None
-        if not (lone and self.lasting) or options.progress:
+        if len(self.libraries) > 1 or not self.lasting or options.progress:
             return None
         item = library.dtype.itemsize
         shape = (library.size,) if spec.keys is not None else tuple(spec.shapes[0])
@@ -365,12 +364,12 @@ class Departure:
 
     @cached_property
     def pull(self) -> PullBack | None:
-        """The whole sweep of a solve whose times need no gradients; `None` of two methods or parts.
+        """The whole sweep of a solve whose times need no gradients; `None` of two methods.
 
         Beside what `pull_of` says, it is given what `GIVEN_AT_ONCE` names, but for memory.
         """
         library, log = self.libraries[0], len(GIVEN_AT_ONCE)
-        if len(self.libraries) > 1 or library.parts is not None:
+        if len(self.libraries) > 1:
             return None
         start, size = bytes(self._way_back), library.dtype.itemsize
         bars = first_behind(len(start))

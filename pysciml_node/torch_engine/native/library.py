@@ -416,6 +416,11 @@ class Library(Code):
             calls["sweep"] = (INTEGER, POINTER)
         super().__init__(dtype, text, written.packed, calls)
 
+    @property
+    def threads(self) -> int:
+        """How many may take parts."""
+        return 0 if self.parts is None else torch.get_num_threads()
+
     def march(self, request: SolveRequest) -> int:
         """Step for a while."""
         status: int = self.loaded.march(ctypes.addressof(request))

@@ -119,7 +119,7 @@ def fly(
         kept,
         room,
         kept_room,
-        0 if library.parts is None else torch.get_num_threads(),
+        library.threads,
         *((0, 0) if search is None else (search.address, search.count)),
         0 if noise is None else ctypes.addressof(noise),
         *parameters,
@@ -284,7 +284,8 @@ def pull_back(
         return None
     motions = 0 if noise is None else ctypes.addressof(noise)
     numbers = count, count, reached - 1, min(count, room), motions
-    found = pull(*given, stages, *numbers, log.block)
+    further = log.departure.libraries[0].threads, reached, log.block
+    found = pull(*given, stages, *numbers, *further)
     if found is None:
         return None
     block, gradients = found
@@ -317,11 +318,8 @@ def sweep_back(
     parts = 1 if library.parts is None else library.parts.count
     if with_times:
         times = [torch.zeros(parts * n, dtype=torch.float64) for n in (count, count, reached)]
-    further = (
-        0 if noise is None else ctypes.addressof(noise),
-        *((0, 0) if parts == 1 else (torch.get_num_threads(), reached)),
-        flight.log.block,
-    )
+    motions = 0 if noise is None else ctypes.addressof(noise)
+    further = motions, library.threads, reached, flight.log.block
     time_bars = tuple(map(Tensor.data_ptr, times)) if times else _NO_TIMES
     kept_count = 0 if kept is None else min(count, flight.kept_room)
     swept, at, before = Swept({}, times), reached - 1, (saved if reached else None, steps)

@@ -123,8 +123,7 @@ class TakenSteps:
         request = self.departure.request()
         (request.t0, request.t1), request.dt0 = self.interval, math.nan
         request.save_count = outputs
-        if library.parts is not None:
-            request.threads = torch.get_num_threads()
+        request.threads = library.threads
         packed = block.data_ptr()
         request.put(
             0,
@@ -181,8 +180,7 @@ class TakenSteps:
         saved, errors, stiffness = (0, *at) if self.estimated else (*at, 0, 0)
         back = self.departure.request_back()
         back.t0, back.t1 = self.interval
-        if library.parts is not None:
-            back.threads, back.reached = torch.get_num_threads(), len(self.places)
+        back.threads, back.reached = library.threads, len(self.places)
         bars = starts.new_empty(library.packed_size + count * library.size)
         left, memory = bars.data_ptr(), library.take_memory(library.sweep_memory)
         back.put(

@@ -20,7 +20,7 @@ from torch_threads import threads
 
 import pysciml_node as psn
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.torch_engine.native import emit, library
+from pysciml_node.torch_engine.native import at_once, emit, library
 from pysciml_node.torch_engine.native import parts as splitting
 from pysciml_node.torch_engine.native.compiler import available, build
 from pysciml_node.torch_engine.native.library import source
@@ -190,6 +190,27 @@ def test_events_are_looked_for_in_the_whole_state() -> None:
         found.append([solution.t[-1], solution.u1, *bars])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("saveat", [None, SAVED])
+def test_solves_that_were_before_are_one_call_of_c(saveat: Any) -> None:
+    field = Field(net)
+
+    def run() -> list[Tensor]:
+        u0 = start(net).requires_grad_()
+        problem = psn.ODEProblem(field, u0, (0.0, 1.0))
+        solution = psn.solve(problem, compile=True, engine="torch", saveat=saveat)
+        states = solution.u if saveat is not None else solution.u1
+        bars = torch.autograd.grad(states.square().sum(), [u0, field.w, field.v, field.b])
+        with torch.no_grad():
+            assert torch.equal(psn.solve(problem, compile=True, engine="torch").u1, solution.u1)
+        return [states.detach(), *bars]
+
+    _, expected = run(), run()
+    # Which would take the steps otherwise.
+    with mock.patch.object(at_once, "NativeSolve", side_effect=AssertionError):
+        found = assert_same_bits(run)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_solves_within_solves() -> None:

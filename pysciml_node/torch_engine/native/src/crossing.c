@@ -285,7 +285,7 @@ static Object *stepped(const Call *call, const Left *left, Object **given, Size 
   return 0;
 }
 
-enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, PARAMETERS, MOST_GIVEN = 128 };
+enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, THREADS, PARAMETERS, MOST_GIVEN = 128 };
 
 /* The block, the last state, the saved ones, where there is a sweep those at the ends of steps, what is
    kept for it, and how many steps there are. Those are behind the steps in the block otherwise. */
@@ -323,16 +323,16 @@ static int make(const Left *left, Object *shapes, Object **given) {
   return given[KEPT] != 0;
 }
 
-/* `take_steps(call, left, memories, shapes, room, kept_room, u0, *parameters)`: with room for so many
-   steps the block, the last state and the saved ones, which are of these shapes, and unless `kept_room` is
-   None those at the ends of the steps and what is kept of so many steps, and the number of steps; None
+/* `take_steps(call, left, memories, shapes, room, kept_room, threads, u0, *parameters)`: with room for so
+   many steps the block, the last state and the saved ones, which are of these shapes, and unless `kept_room`
+   is None those at the ends of the steps and what is kept of so many steps, and the number of steps; None
    where `cross` gives None, the solve does not end well, or the list lacks memory for it. */
 Object *take_steps(Object *self, Object *const *arguments, Size count) {
   (void)self;
   Object *memories = arguments[2], *found = 0;
-  Object *given[MOST_GIVEN] = {[U0] = arguments[6], [KEPT_ROOM] = arguments[5]};
+  Object *given[MOST_GIVEN] = {[KEPT_ROOM] = arguments[5], [THREADS] = arguments[6], [U0] = arguments[7]};
   if (count + PARAMETERS > MOST_GIVEN) return none_unless(0);
-  for (Size i = 7; i < count; i++) given[PARAMETERS + i - 7] = arguments[i];
+  for (Size i = 8; i < count; i++) given[PARAMETERS + i - 8] = arguments[i];
   if (!(given[MEMORY] = taken_from(memories))) return none_unless(py.failed() != 0);
   const Call *call = py.bytes(arguments[0]);
   const Left *left = py.bytes(arguments[1]);
@@ -356,7 +356,7 @@ static Object *as_read(Object *x, Object *dtype) {
   return x == py.none ? held(x) : py.call(py.contiguous, x);
 }
 
-enum { ENDS, BARS, SWEPT = 4, NUMBERS, LOG = 11, GRADIENTS };
+enum { ENDS, BARS, SWEPT = 4, NUMBERS, LOG = 13, GRADIENTS };
 
 /* New tensors for the gradients that are wanted, of shapes where there are any, in a tuple. */
 static Object *gradients_of(Object *tensors, Object *shapes, Object *wanted, Object *start) {
