@@ -97,7 +97,7 @@ class Solve(ABC):
 
         def make(name: str) -> Any:
             if name == "states":
-                return torch.stack(states)
+                return self.state(torch.stack(states))
             return trajectory() if name == "trajectory" else self.times(reached, ends)
 
         return in_parts(Solution, make, parts)

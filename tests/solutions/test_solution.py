@@ -97,6 +97,19 @@ def test_states_of_the_steps_are_a_copy_with_their_graph(compile: bool, looked_a
         assert solution.u1.norm() > 1
 
 
+@pytest.mark.parametrize("compile", [False, native])
+def test_states_of_the_steps_are_without_what_a_method_carries(compile: bool) -> None:
+    problem = psn.SDEProblem(
+        lambda t, u: -u, lambda t, u: 0.1 * u, torch.ones(3, 2), (0.0, 1.0),
+        interpretation="stratonovich",
+    )  # fmt: skip
+    how = {"controller": psn.FixedStep(), "dt0": 0.25, "compile": compile}
+    solution = psn.solve(problem, psn.ReversibleHeun(), **how)
+    assert solution.u.shape == (5, 3, 2)
+    assert torch.equal(solution.u[0], problem.u0)
+    assert torch.equal(solution.u[-1], solution.u1)
+
+
 def test_a_tuple_state_is_answered_with_tuples() -> None:
     problem = psn.ODEProblem(
         lambda t, u: (-u[0], u[1]), (torch.ones(2), torch.ones(3, 1)), (0.0, 1.0)

@@ -454,7 +454,7 @@ class Steps:
         if name == "stats":
             return solve.stats
         if name == "states":
-            return torch.stack(solve.stepped(self.states))
+            return solve.state(torch.stack(solve.stepped(self.states)))
         if name == "trajectory":
             return solve.trajectory_of(self)
         ends = flight.times(solve.interval[0]) if solve.options.saveat is None else ()
