@@ -168,8 +168,11 @@ class Inputs:
         if usual is None or graph is None or not usual.has_graph((values, fresh), graph):
             reached: set[Edge] = set()
             strangers = self._strangers_in((values, fresh), leaves, edges, reached, graph)
+            self._memory.remember((values, fresh), leaves, graph)
             del values, fresh
             self._sort(strangers, leaves, edges, reached, p)
+        else:
+            self._memory.remember((values, fresh), leaves, graph)
 
     def _sort(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.steps.contents import is_comparable
-from pysciml_node.steps.first_graph import Evaluation
+from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.overwritten import Large, may_be_written, refuse_read
 from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
@@ -57,7 +57,7 @@ class Left(NamedTuple):
         for place in self.places:
             place.restore({})
 
-    def changed(self, now: Left, surroundings: Surroundings) -> str:
+    def changed(self, now: Left, surroundings: Surroundings) -> str | None:
         """What has changed from here to another, in words that follow "the field"."""
         for x, then, value in zip(self.tensors, self.contents, now.contents, strict=True):
             if not torch.equal(then, value):
@@ -67,7 +67,33 @@ class Left(NamedTuple):
             return f"changes {name}"
         if written := surroundings.written:
             return f"has written to {surroundings.names[id(written[0])]}"
-        return "reaches what cannot be looked into"
+        return None
+
+
+class Made(NamedTuple):
+    """The first evaluation of a solve, for its derivatives to be compared with later ones.
+
+    Attributes:
+        leaves: tensors to differentiate by, beside the state.
+        derivatives: in the state, and in these.
+    """
+
+    leaves: Sequence[Tensor]
+    derivatives: Callable[[], Sequence[Tensor]]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, leaves: Sequence[Tensor], kept: bool) -> Made:
+        """That of an evaluation which has just been made, and whose graph may be kept."""
+        if kept:
+            return cls(leaves, partial(derivatives, evaluation, leaves))
+        found = derivatives(evaluation, leaves)
+        return cls(leaves, lambda: found)
+
+    def gap(self, evaluate: Evaluate) -> float:
+        """The greatest relative difference to the derivatives of another evaluation."""
+        if not all(x.requires_grad for x in self.leaves):  # some have been frozen since
+            return 0.0
+        return relative_gap(derivatives(evaluate(), self.leaves), self.derivatives())
 
 
 class Change(NamedTuple):
@@ -76,7 +102,8 @@ class Change(NamedTuple):
     Attributes:
         first: what the first one has left.
         last: what the last one has left, which is there now.
-        what: has changed between, in words that follow "the field".
+        what: has changed between, in words that follow "the field", and what derivatives then
+            depend on.
     """
 
     first: Left
@@ -87,13 +114,20 @@ class Change(NamedTuple):
     def since(cls, first: Left, surroundings: Surroundings) -> Change:
         """What has changed up to now."""
         last = first.as_now()
-        return cls(first, last, first.changed(last, surroundings))
+        done = first.changed(last, surroundings)
+        depends = "and its derivatives depend on what earlier evaluations have left there"
+        if surroundings.outside:
+            asked = " or ".join(f"{name}()" for name in dict.fromkeys(surroundings.outside))
+            done = f"asks {asked}" if done is None else f"{done} and asks {asked}"
+            depends = "and its derivatives are others at each evaluation"
+        return cls(first, last, f"{done or 'reaches what cannot be looked into'}, {depends}")
 
     def expect_unseen(
         self,
         evaluate: Evaluate,
         leaves: Sequence[Tensor],
         *,
+        made: Made | None = None,
         why: str = "",
         instead: str = "use adjoint=DirectAdjoint()",
     ) -> None:
@@ -102,21 +136,21 @@ class Change(NamedTuple):
         Args:
             evaluate: an evaluation.
             leaves: what stands for the inputs of the field.
+            made: what this evaluation was in the solve.
             why: they must not, for the message.
             instead: what else can be done, likewise.
 
         Raises:
             RuntimeError: they do.
         """
-        if gap := self._gap(evaluate, leaves):
+        if gap := self._gap(evaluate, leaves, made):
             raise RuntimeError(
-                f"the field {self.what}, and its derivatives depend on what earlier evaluations "
-                f"have left there: they differ by up to {gap:.2g} (relative).{why}\n"
+                f"the field {self.what}: they differ by up to {gap:.2g} (relative).{why}\n"
                 "  Call eval() on it, as for spectral normalization; make it a function of its "
                 f"arguments; or {instead}."
             )
 
-    def _gap(self, evaluate: Evaluate, leaves: Sequence[Tensor]) -> float:
+    def _gap(self, evaluate: Evaluate, leaves: Sequence[Tensor], made: Made | None) -> float:
         """Compare derivatives by what the first evaluation, the last and the next have left.
 
         Returns:
@@ -126,8 +160,9 @@ class Change(NamedTuple):
             now, following = (derivatives(evaluate(), leaves) for _ in range(2))
             self.first.put()
             then = derivatives(evaluate(), leaves)
+            since = 0.0 if made is None else made.gap(evaluate)
         self.last.put()
-        return max(relative_gap(now, then), relative_gap(now, following))
+        return max(relative_gap(now, then), relative_gap(now, following), since)
 
 
 def evaluations(
@@ -161,6 +196,7 @@ class Memory:
         self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
+        self._made: Made | None = None
         comparable = filter(is_comparable, written)
         found = {id(x): x for x in (*comparable, *may_be_written(surroundings))}
         self._written = [*found.values()]
@@ -169,6 +205,20 @@ class Memory:
         self._replaced = [place.as_now() for place in surroundings.changes()]
         # What evaluations have written to since, and torch has not counted it.
         self._overwritten: list[Tensor] = []
+
+    def remember(
+        self, evaluation: Evaluation, leaves: Sequence[Tensor], graph: FirstGraph | None
+    ) -> None:
+        """Remember what the first evaluation was, where something else may decide of the next.
+
+        Args:
+            evaluation: the values, and the leaves made for them.
+            leaves: tensors to differentiate by.
+            graph: has the evaluation, where its graph is kept.
+        """
+        if self._surroundings.closed and not torch._C._are_functorch_transforms_active():
+            kept = graph is not None and graph.evaluation is not None
+            self._made = Made.of(evaluation, leaves, kept)
 
     @property
     def replaces(self) -> bool:
@@ -211,12 +261,13 @@ class Memory:
         if (evaluate := self._evaluate) is None:
             return
         before = Left(self._written, self._first, self._replaced)
-        change = Change.since(before, self._surroundings)
+        change, made = Change.since(before, self._surroundings), self._made
         for there in (evaluate, *later):
             if several and self._overwritten:
                 with torch.enable_grad():
                     refuse_read(there()[0], self._overwritten, self._surroundings.names)
-            change.expect_unseen(there, leaves)
+            change.expect_unseen(there, leaves, made=made)
+            made = None
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

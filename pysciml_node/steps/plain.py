@@ -37,7 +37,7 @@ _UNCOUNTED = frozenset(("data", "numpy", "from_numpy"))
 _HOOKS = frozenset(("register_hook", "register_prehook"))
 _TENSORS = frozenset((Tensor, nn.Parameter))
 # Where functions that are written in C take no derivatives, and keep no tensors.
-_FUNCTIONS = frozenset(("torch", "torch._C", "torch._C._nn", "math"))
+_FUNCTIONS = frozenset(("torch", "torch._C", "torch._C._nn", "math", "time", "posix"))
 
 
 def are_plain(objects: Iterable[Any]) -> bool:
@@ -80,8 +80,9 @@ def _is_plain(x: Any) -> bool:
         return False  # its backward is called by others
     if _is_suspect(kind.__module__) and not _is_exempt(kind):
         return False
-    # Code of a metaclass is in no place that a walk goes to.
-    return is_library(type(kind).__module__)
+    # Code of a metaclass is in no place that a walk goes to; that of Cython has no name here.
+    made_by = type(kind).__module__
+    return isinstance(made_by, str) and is_library(made_by)
 
 
 def _is_own(module: str | None) -> bool:

@@ -65,7 +65,10 @@ class Repeated:
             before = Left([x for x, _ in pairs], [x for _, x in pairs], replaced)
             change = Change.since(before, surroundings)
             if random:
-                change = change._replace(what="draws random numbers")
+                change = change._replace(
+                    what="draws random numbers, and its derivatives depend on what earlier "
+                    "evaluations have left there"
+                )
             after = Streams(surroundings, self._device)
             try:
                 self._expect_unseen(change, places)

@@ -65,7 +65,8 @@ class Surroundings:
             given stand-ins for them too.
 
     Attributes:
-        tensors, arrays, names, generators, lazy, chosen, closed, hooks, memory: as the `Walk`'s.
+        tensors, arrays, names, generators, lazy, chosen, closed, outside, hooks, memory: as the
+            `Walk`'s.
         plain: likewise; a field that has changed what it can reach is not.
         moved: places that the solve has changed, with what they held before.
         began: tensors that it has changed, with what they held at first, as far as it is known.
@@ -88,6 +89,7 @@ class Surroundings:
         self.tensors, self.names, self.generators = found.tensors, found.names, found.generators
         self.lazy, self.chosen, self.arrays = found.lazy, found.chosen, found.arrays
         self.plain, self.hooks, self.closed = found.plain, found.hooks, found.closed
+        self.outside = found.outside
         self._modules, self._places = found.modules, found.places
         self._written = found.written.copy()
         self.moved: list[Place] = []
@@ -154,6 +156,7 @@ class Surroundings:
         both.lazy = self.lazy or other.lazy
         both.plain = self.plain and other.plain
         both.hooks, both.closed = self.hooks or other.hooks, self.closed or other.closed
+        both.outside = [*self.outside, *other.outside]
         both.chosen = self.chosen if other.chosen is None else other.chosen
         modules = {id(x): (name, x) for name, x in (*other._modules, *self._modules)}
         both._modules = list(modules.values())

@@ -33,8 +33,9 @@ from pysciml_node.steps.anatomy import (
 )
 from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, is_stream
 from pysciml_node.steps.chosen import ForThese
-from pysciml_node.steps.exchanged import put_into_library
+from pysciml_node.steps.exchanged import imported_by, put_into_library
 from pysciml_node.steps.further import SMALL, Further, hold_others, may_last
+from pysciml_node.steps.outside import is_outside
 from pysciml_node.steps.places import MISSING, Dicts, Items, Names, Place, Single
 
 # A limit of the entries of a list or dict. Whatever lies beyond is left to the check of every
@@ -68,6 +69,7 @@ class Visits(ABC):
             tensors that share their memory.
         names: names of their places, by their ids.
         closed: whether there are objects that are not looked into, and so not put back.
+        outside: names of functions and classes that answer from outside, which `closed` tells, too.
         generators: the random generators, Python's and NumPy's among them.
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
@@ -85,6 +87,7 @@ class Visits(ABC):
         self.arrays: list[Tensor] = []
         self.names: dict[int, str] = {}
         self.generators: list[Any] = []
+        self.outside: list[str] = []
         self.lazy = self.closed = self.met_apart = False
         self.chosen: tuple[Tensor, ...] | None = None
         self.modules: list[tuple[str, nn.Module]] = []
@@ -154,6 +157,13 @@ class Visits(ABC):
     def _builtin(self, value: types.BuiltinFunctionType, name: str) -> None:
         if not isinstance(value.__self__, types.ModuleType | type | None):
             self._closed(value, name)
+        self._look_outside(value)
+
+    def _look_outside(self, value: Any) -> None:
+        """Note what answers otherwise at each evaluation, and is not put back."""
+        if is_outside(value):
+            self.outside.append(value.__qualname__)
+            self.closed = True
 
     def _apart(self, value: Any, name: str) -> None:
         self.met_apart, self.further.lasts = True, False
@@ -237,8 +247,14 @@ class Visits(ABC):
             self._attributes(value.__dict__, f"{name}.")
         else:
             self.further.expect_empty(value.__dict__)
-        if not is_library(module_of(value)):
-            self._globals(value.__globals__, globals_in(code), names_in(code), "")
+        if is_library(module_of(value)):
+            self._look_outside(value)
+        else:
+            held, names = value.__globals__, names_in(code)
+            self._globals(held, globals_in(code), names, "")
+            for module in imported_by(code, held, self.further):
+                if not is_library(module.__name__):
+                    self._globals(vars(module), names, names, f"{module.__name__}.")
         for key, held in put_into_library(code, value.__globals__, self.further):
             self._see(held, key)
 
@@ -355,6 +371,14 @@ class Visits(ABC):
             )
             self._see(seen, f"{name}.{key}")
 
+    def _type(self, value: type, name: str) -> None:
+        self._look_outside(value)
+        self._class(value, name)
+
+    def _cython(self, value: Any, name: str) -> None:
+        self._look_outside(value)
+        self._object(value, name)
+
     def _expect_kind(self, value: Any) -> None:
         """Look later whether an object still has its class, and the same dict of attributes."""
         if id(value) not in self._roots:
@@ -433,7 +457,8 @@ _KINDS: dict[type, Visit] = {
     **dict.fromkeys(MEMORY, Visits._closed),
     Problem: Visits._problem,
     ForThese: Visits._for_these,
-    type: lambda walk, value, name: walk._class(value, name),
+    type: Visits._type,
+    type(np.random.default_rng): Visits._cython,
 }
 _visitors: dict[type, Visit | None] = {}
 

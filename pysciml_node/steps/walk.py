@@ -64,6 +64,7 @@ class Walk(Visits):
         walk = copy.copy(self)
         walk.tensors, walk.arrays, walk.names = [], [], {}
         walk.modules, walk.scripts, walk.written, walk.places = [], [], [], []
+        walk.outside = []
         walk._most = len(self._visited) + _MOST_BEHIND
         while walk._shut:
             value, name = walk._shut.pop()

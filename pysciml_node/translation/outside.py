@@ -1,4 +1,4 @@
-"""What a field asks outside of its objects: files, the machine, the interpreter and its frames."""
+"""What a field asks outside of its objects: clocks, files, the machine, the interpreter, frames."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from typing import Any
 
 import torch
 
+from pysciml_node.steps.outside import MODULES, is_outside
 from pysciml_node.translation.libraries import is_library
 
-# Modules whose functions answer what a program does not know of, and later solves do not look at.
-_MODULES = frozenset(
-    ("posix", "nt", "_winapi", "io", "_io", "_socket", "mmap", "gc", "sys", "_pickle")
-)
 _OF_TORCH = (torch.get_num_threads, torch.get_num_interop_threads)
-# Those that answer nothing.
-_IDLE = frozenset(("setprofile", "fspath", "text_encoding", "intern", "exc_info"))
 # Libraries that look around, and no number depends on what they see.
 _ASIDE = frozenset(
     (
@@ -61,10 +56,11 @@ def _is_outside(called: Any, frame: types.FrameType) -> bool:
     if called is __import__:
         return _finds(frame)
     owner = getattr(called, "__self__", None)
+    if is_outside(called):
+        return True
     if isinstance(owner, types.ModuleType):
-        asks = owner.__name__ in _MODULES and called.__name__ not in _IDLE
-        return asks or called in _OF_TORCH
-    return called.__name__ == "__subclasses__" or type(owner).__module__ in _MODULES
+        return called in _OF_TORCH
+    return called.__name__ == "__subclasses__" or type(owner).__module__ in MODULES
 
 
 def _finds(frame: types.FrameType | None) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import builtins
 import cProfile
+import datetime
 import inspect
 import logging
 import mmap
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,8 @@ OUTSIDE: dict[str, Callable[[Path], float]] = {
     "whether a file is there": lambda path: float(path.exists()),
     "threads of torch": lambda path: torch.get_num_threads(),
     "Python's limits": lambda path: sys.getrecursionlimit(),
+    "a clock": lambda path: time.time() // 1e9,
+    "the year": lambda path: datetime.date.today().year,
     "all classes": lambda path: len([x for x in Holder.__subclasses__() if x.k == 2.0]),
 }
 
