@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import cache
 from sys import getrefcount
 from weakref import getweakrefcount
@@ -27,7 +27,34 @@ def own(value: Tensor) -> Tensor:
     if value._base is None and not value.is_inference():
         return value  # a copy has been made
     holders = _holders(value)
-    return value if holders is not None and holders == _fewest() else value.clone()
+    return value if _is_alone(holders, _fewest(), value._base) else value.clone()
+
+
+def _is_alone(
+    holders: tuple[int, ...] | None, fewest: Set[tuple[int, ...] | None], made: Tensor | None
+) -> bool:
+    """Whether a value is in nobody's hands.
+
+    Args:
+        holders: of its memory, as they were counted.
+        fewest: of a value that is alone.
+        made: what an operation has made, of which the value may be a view.
+    """
+    if holders is None:
+        return False
+    uses, *others = holders
+    return holders in fewest or ((uses - 1, *others) in fewest and _is_saved(made))
+
+
+def _is_saved(made: Tensor | None) -> bool:
+    """Whether the operation that made a tensor keeps it for its own derivative, as `tanh` does.
+
+    Where it is kept by hooks, in whatever way, its memory is not.
+    """
+    if made is None or (saved := getattr(made.grad_fn, "_raw_saved_result", None)) is None:
+        return False
+    kept = saved.data
+    return isinstance(kept, Tensor) and kept.data_ptr() == made.data_ptr()
 
 
 def _holders(value: Tensor) -> tuple[int, ...] | None:
@@ -44,8 +71,8 @@ def _holders(value: Tensor) -> tuple[int, ...] | None:
 
 
 @cache
-def _fewest() -> tuple[int, ...] | None:
-    """What `_holders` says of a view that is alone; `None` where a held one looks the same."""
+def _fewest() -> frozenset[tuple[int, ...] | None]:
+    """What `_holders` says of a view that is alone; nothing where a held one looks the same."""
     with torch.inference_mode(False), torch.enable_grad():
         outputs = [torch.ones(1, 2, requires_grad=True) * 2 for _ in range(3)]
         views = [x.reshape(-1) for x in outputs]
@@ -53,15 +80,16 @@ def _fewest() -> tuple[int, ...] | None:
         del outputs[:2]
         alone, viewed, held = map(_holders, views)
         del part
-    return None if alone in (viewed, held) else alone
+    return frozenset((alone,)) - {viewed, held}
 
 
 def own_whole(value: Tensor) -> Tensor:
     """The same of a value as the field has returned it, which its caller alone refers to."""
     if value._version or value.is_inference():  # a buffer, perhaps, that is used again
         return value.clone()
-    holders = _holders_of_whole(value)
-    return value if holders is not None and holders in _fewest_of_whole() else value.clone()
+    holders, base = _holders_of_whole(value), value._base
+    made = value if base is None else base
+    return value if _is_alone(holders, _fewest_of_whole(), made) else value.clone()
 
 
 def _holders_of_whole(value: Tensor) -> tuple[int, ...] | None:
