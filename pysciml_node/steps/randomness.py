@@ -23,12 +23,12 @@ class Streams:
     own.
 
     Args:
-        surroundings: of the field.
+        generators: that a field can reach.
         device: of the state.
     """
 
-    def __init__(self, surroundings: Surroundings, device: torch.device) -> None:
-        self._generators = [torch.default_generator, *surroundings.generators]
+    def __init__(self, generators: Sequence[Any], device: torch.device) -> None:
+        self._generators = [torch.default_generator, *generators]
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self._generators.append(torch.cuda.default_generators[index])
@@ -52,7 +52,9 @@ def _state(generator: Any) -> Any:
         return pickle.dumps(generator.get_state())
     if isinstance(generator, np.random.Generator):
         return pickle.dumps(generator.bit_generator.state)
-    return generator.get_state()
+    state = generator.get_state()
+    # Every solve with gradients compares them, and torch takes bytes one by one.
+    return state.view(torch.int64) if state.numel() % 8 == 0 else state
 
 
 def _equal(state: Any, other: Any) -> bool:
@@ -67,7 +69,7 @@ def _put(generator: Any, state: Any) -> None:
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = pickle.loads(state)
     else:
-        generator.set_state(state)
+        generator.set_state(state.view(torch.uint8))
 
 
 def expect_repeatable(
@@ -87,7 +89,7 @@ def expect_repeatable(
     """
 
     def checked() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        streams = Streams(surroundings, device)
+        streams = Streams(surroundings.generators, device)
         values, fresh = evaluate()
         # Another thread may have drawn them, and the values may not depend on them.
         if not streams.moved():

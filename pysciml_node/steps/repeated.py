@@ -35,7 +35,7 @@ class Repeated:
         # Nobody asks for derivatives; and inside of transforms there are none to be compared.
         self._streams: Streams | None = None
         if recording() and not torch._C._are_functorch_transforms_active():
-            self._streams = Streams(surroundings, device)
+            self._streams = Streams(surroundings.generators, device)
             self._versions = versions_of(surroundings.tensors)
             self._tensors = may_be_written(surroundings)
             self._contents = copies(self._tensors)
@@ -69,7 +69,7 @@ class Repeated:
                     what="draws random numbers, and its derivatives depend on what earlier "
                     "evaluations have left there"
                 )
-            after = Streams(surroundings, self._device)
+            after = Streams(surroundings.generators, self._device)
             try:
                 self._expect_unseen(change, places)
             finally:

@@ -87,7 +87,7 @@ class Batch(ABC):
         Made inside of `torch.vmap` it would serve no later evaluation, be it in a place that a walk
         does not come to.
         """
-        self._streams = Streams(self.surroundings, self.u0.device)
+        self._streams = Streams(self.surroundings.generators, self.u0.device)
         self._numbers = Numbers(self.surroundings.tensors)
         with self.surroundings.undisturbed(), torch.set_grad_enabled(recording()):
             try:
