@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class KeptSteps:
 
     Args:
         start: the initial state, `(N,)` or in its own shape, or a leaf where it has no graph.
-        captured: what the field can reach.
+        read: the tensors that the field can reach.
         memory: how many bytes may be kept.
         each: how many of them the first evaluation of the field, or a step, takes.
         made: how many nodes of graphs the first evaluation has made.
@@ -95,10 +95,9 @@ class KeptSteps:
     MEASURED = 8
 
     def __init__(
-        self, start: Tensor, captured: Inputs, memory: int, each: int, made: int | None
+        self, start: Tensor, read: list[Tensor], memory: int, each: int, made: int | None = None
     ) -> None:
         # The first graph has shown that no other tensors are saved for backward.
-        read = captured.comparable
         self.start, self._each = start, each
         # By how many nodes they have made: the bytes of evaluations that were measured.
         self._sizes = {} if made is None else {made: each}
@@ -138,7 +137,7 @@ class KeptSteps:
         if captured.cut or not captured.steady:
             return None
         (start,) = graph.evaluation[1]
-        return cls(start, captured, memory, graph.bytes * evaluations, graph.made)
+        return cls(start, captured.comparable, memory, graph.bytes * evaluations, graph.made)
 
     def add(
         self, step: KeptStep, evaluated: Sequence[Tensor], count: int, made: int | None = None
@@ -190,7 +189,7 @@ class KeptSteps:
         steps = self._steps[: len(backward.record.sizes)]
         if not graph_is_retained():
             self._steps.clear()
-        if backward.goes_on and captured.unchanged and self._reads_same(captured):
+        if backward.goes_on and captured.unchanged and self.reads_same(captured.within_reach()):
             return steps
         # Torch goes through the graph all the same, with nothing in hand.
         self._expect_passable(steps, captured)
@@ -224,17 +223,32 @@ class KeptSteps:
         if not (count <= len(self._steps) and backward.goes_on):
             return None
         with captured.undisturbed():
-            if not (captured.are_known_unchanged() and self._reads_same(captured)):
+            if not (captured.are_known_unchanged() and self.reads_same(captured.within_reach())):
                 return None
         steps = self._steps[:count]
         if not graph_is_retained():
             self._steps.clear()
         return steps
 
-    def _reads_same(self, captured: Inputs) -> bool:
-        """Whether everything within reach has the values that it had."""
+    def keep_all(self, ends: Sequence[Tensor]) -> None:
+        """Keep all steps of a solve in which no states are asked for inside of them.
+
+        Args:
+            ends: the states at their ends.
+        """
+        self._steps = [KeptStep(end, []) for end in ends]
+
+    def hand_on(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Cotangents of the ends of such steps, in the shape of these."""
+        if not graph_is_retained():
+            self._steps.clear()
+        shape = self.start.shape
+        return [None if x is None else x.view(shape) for x in cotangents]
+
+    def reads_same(self, within_reach: Iterable[Tensor]) -> bool:
+        """Whether everything within reach of the field has the values that it had."""
         # The solve may have let go of tensors that it has not used.
-        for x in captured.within_reach():
+        for x in within_reach:
             seen = self._contents.get(id(x))
             if seen is not None and not torch.equal(x, seen):
                 return False

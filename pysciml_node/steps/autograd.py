@@ -17,6 +17,9 @@ from pysciml_node.steps.record import Outcome
 Sweep = Callable[[BackwardPass], Gradients]
 Pull = Callable[..., tuple[Tensor | None, ...]]
 Forward = Callable[[Tensor], Outcome]
+HandOn = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None] | None]
+"""What arrives at the values whose graphs were kept, of what arrives at the ends of all steps;
+`None` where a sweep has to see to it."""
 Times = tuple[object, object, Tensor | None]
 """Start, end and saved times; those that are tensors may receive gradients."""
 
@@ -232,6 +235,7 @@ class _Call:
     watched: bool
     saves: bool
     count: int  # of the inputs, behind which are the values whose graphs were kept
+    hand_on: HandOn | None
     outcome: Outcome | None = None
 
 
@@ -262,7 +266,7 @@ class SolveNode(torch.autograd.Function):
         inputs, ctx.kept = inputs[: call.count], len(inputs) - call.count
         call.outcome = outcome = call.run(u0)
         states = outcome.states
-        ctx.record, ctx.sweep = outcome.record, call.sweep
+        ctx.record, ctx.sweep, ctx.hand_on = outcome.record, call.sweep, call.hand_on
         ctx.count = len(states)
         ctx.asked = 0 if saveat is None else len(saveat)
         ctx.inputs = inputs if call.watched else ()
@@ -278,13 +282,17 @@ class SolveNode(torch.autograd.Function):
         given = [x for x in cotangents if x is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
+        goes_on = not is_recorded(given)
+        if goes_on and ctx.hand_on is not None and cotangents[0] is None:
+            through = ctx.hand_on(cotangents[1:])
+            if through is not None:
+                return (*(None,) * (len(ctx.needs_input_grad) - len(through)), *through)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
         kept = ctx.saved_tensors
         states, sources = kept[: ctx.count], (*kept[ctx.count :], *ctx.inputs)
         # A failed solve may have been cut back to its last good state.
         states = states[: len(ctx.record.times)]
         wanted = ctx.needs_input_grad[2:5]
-        goes_on = not is_recorded(given)
 
         def pull(saved: Tensor | None, *at_steps: Tensor | None) -> tuple[Tensor | None, ...]:
             backward = BackwardPass(
@@ -331,6 +339,7 @@ def as_node(
     watched: bool = True,
     saves: bool = True,
     kept: Sequence[Tensor] = (),
+    hand_on: HandOn | None = None,
 ) -> Outcome:
     """Run a solve as one node of the graph, its backward a sweep.
 
@@ -343,11 +352,12 @@ def as_node(
         watched: whether the sweep notices by itself that inputs were changed in place.
         saves: whether the states at other times than the ends of the steps are asked for.
         kept: values whose graphs lead from the state and the inputs to the steps.
+        hand_on: in place of a sweep, where these are the ends of all steps.
 
     Returns:
         What the solve leaves, as the graph has it.
     """
-    call = _Call(run, sweep, watched, saves, len(inputs))
+    call = _Call(run, sweep, watched, saves, len(inputs), hand_on)
     moving = [t if isinstance(t, Tensor) else None for t in times]
     transformed = torch._C._are_functorch_transforms_active()
     apply: Callable[..., Any] = SolveNode.apply if transformed else _in_graph

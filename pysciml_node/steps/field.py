@@ -23,6 +23,7 @@ from pysciml_node.steps.memory import Evaluate, evaluations
 from pysciml_node.steps.randomness import expect_repeatable
 from pysciml_node.steps.start import versions_of
 from pysciml_node.steps.surroundings import Surroundings
+from pysciml_node.steps.usual import Usual
 from pysciml_node.steps.words import FOREIGN, say_what_was_given
 
 Watch = Callable[[Tensor], None]
@@ -366,6 +367,16 @@ class DifferentiableField:
             lambda u: (evaluate(t, u),), self.surroundings, u0, problem.p, graph
         )
         self.k0 = self.captured.first[0].reshape(-1)
+
+    @classmethod
+    def of_usual(
+        cls, field: FlatField, surroundings: Surroundings, usual: Usual, t0: Tensor
+    ) -> DifferentiableField:
+        """One that has been evaluated already: see `Inputs.of_usual`."""
+        made = cls.__new__(cls)
+        made.field, made.surroundings, made._start = field, surroundings, t0
+        made.captured = Inputs.of_usual(surroundings, usual)
+        return made
 
     def settle(self) -> None:
         """Called when the solve has run: see `Inputs.settle`."""

@@ -27,10 +27,9 @@ from pysciml_node.steps.graph import Edge, edge_of, graph_leaves
 from pysciml_node.steps.memory import Evaluate, Memory
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.steps.unread import unread
-from pysciml_node.steps.usual import note_usual, usual_of
+from pysciml_node.steps.usual import Usual, need_stand_in, note_usual, usual_of
 
-_IS_LEAF, _REQUIRES = attrgetter("is_leaf"), attrgetter("requires_grad")
-_HOOKS = attrgetter("_backward_hooks")
+_REQUIRES = attrgetter("requires_grad")
 
 
 def _stand_in(x: Tensor) -> Tensor:
@@ -41,16 +40,6 @@ def _stand_in(x: Tensor) -> Tensor:
 
 def _is_bare_leaf(x: Tensor) -> bool:
     return x.is_leaf and not x._backward_hooks
-
-
-def _need_stand_in(tensors: Sequence[Tensor]) -> bool:
-    """Whether a tensor that gets a gradient is not to be differentiated as it is."""
-    # A parameter may have been frozen since the solve, which it was a part of.
-    return not (
-        all(map(_IS_LEAF, tensors))
-        and all(map(_REQUIRES, tensors))
-        and not any(map(_HOOKS, tensors))
-    )
 
 
 def _trainable_in(surroundings: Surroundings) -> list[Tensor]:
@@ -136,22 +125,9 @@ class Inputs:
         p: Any,
         graph: FirstGraph | None = None,
     ) -> None:
-        self._surroundings = surroundings
-        self._usual = usual = usual_of(surroundings)
+        usual = usual_of(surroundings)
         trainable = _trainable_in(surroundings) if usual is None else usual.trainable
-        self.inputs = self.leaves = self._trainable = trainable
-        self.doubtful: dict[Edge, Tensor] = {}
-        # Tensors that no place has, and those that the field may use, but that get no gradient.
-        self._hidden: dict[int, tuple[Tensor, int]] = {}
-        self._constants: list[Tensor] = []
-        self.suspects: list[str] = []
-        self.changed: list[Tensor] = []
-        # The leaves that values depend on, in a sweep, by their identities.
-        self._known: set[int] | None = None
-        self._refused: dict[int, Tensor] = {}
-        self._strangers: list[weakref.ref[Tensor]] = []
-        self.unchanged = True
-        self._contents: Contents | None = None
+        self._begin(surroundings, usual, trainable)
         # Leaves are told by themselves. What has hooks is doubtful, as computed tensors are.
         edges: dict[Edge, Tensor] = {}
         leaves = trainable
@@ -173,6 +149,37 @@ class Inputs:
             self._sort(strangers, leaves, edges, reached, p)
         else:
             self._memory.remember((values, fresh), leaves, graph)
+
+    @classmethod
+    def of_usual(cls, surroundings: Surroundings, usual: Usual) -> Inputs:
+        """Those of a solve that has run, all of whose evaluations were as earlier ones.
+
+        Args:
+            surroundings: as the solve saw them. It has changed nothing there.
+            usual: what earlier solves have found out.
+        """
+        made = cls.__new__(cls)
+        made._begin(surroundings, usual, usual.trainable)
+        made._memory, made.first, made.cut = Memory.idle(surroundings), (), False
+        return made
+
+    def _begin(
+        self, surroundings: Surroundings, usual: Usual | None, trainable: list[Tensor]
+    ) -> None:
+        self._surroundings, self._usual = surroundings, usual
+        self.inputs = self.leaves = self._trainable = trainable
+        self.doubtful: dict[Edge, Tensor] = {}
+        # Tensors that no place has, and those that the field may use, but that get no gradient.
+        self._hidden: dict[int, tuple[Tensor, int]] = {}
+        self._constants: list[Tensor] = []
+        self.suspects: list[str] = []
+        self.changed: list[Tensor] = []
+        # The leaves that values depend on, in a sweep, by their identities.
+        self._known: set[int] | None = None
+        self._refused: dict[int, Tensor] = {}
+        self._strangers: list[weakref.ref[Tensor]] = []
+        self.unchanged = True
+        self._contents: Contents | None = None
 
     def _sort(
         self,
@@ -263,8 +270,8 @@ class Inputs:
         replaced = self._usual is None and (
             self.doubtful
             or self._constants
-            or _need_stand_in(self._trainable)
-            or _need_stand_in([x for x, _ in self._hidden.values()])
+            or need_stand_in(self._trainable)
+            or need_stand_in([x for x, _ in self._hidden.values()])
         )
         return not (
             replaced
@@ -272,6 +279,15 @@ class Inputs:
             or self._surroundings.hooks
             or (self._memory.replaces and self._surroundings.keeps_graphs())
         )
+
+    @property
+    def usual(self) -> Usual | None:
+        """What earlier solves have found out, where this one has run as they did.
+
+        Nothing has changed in it, and its graphs are those of its sweep.
+        """
+        idle = self._memory.is_idle and not self._surroundings.hooked
+        return self._usual if idle and not self._surroundings.hooks else None
 
     def within_reach(self) -> list[Tensor]:
         """All tensors and arrays that the field may read, as far as they are known."""
@@ -296,7 +312,7 @@ class Inputs:
         return (
             self.all_known
             and not (self._hidden or self._surroundings.written)
-            and not _need_stand_in(self._trainable)
+            and not need_stand_in(self._trainable)
             and not self._surroundings.changed_in_place()
         )
 
@@ -378,14 +394,14 @@ class Inputs:
             if any(x is array for array in surroundings.arrays):  # which NumPy may read
                 self._refuse(x)
         others += [] if replayed else constants
-        stand_ins = {id(x): _stand_in(x) for x in self._trainable if _need_stand_in((x,))}
+        stand_ins = {id(x): _stand_in(x) for x in self._trainable if need_stand_in((x,))}
         hidden = [x for x, _ in self._hidden.values()]
         if not all(x.requires_grad for x in hidden):
             raise RuntimeError(
                 "the field uses a tensor that needed gradients in the solve and does not any more, "
                 "and that is in no place that can be found.\n  Pass it as p=, or go backward first."
             )
-        if _need_stand_in(hidden):
+        if need_stand_in(hidden):
             raise RuntimeError(
                 "the field uses a tensor with hooks that is in no place that can be found: they "
                 "would run at every evaluation.\n  Pass it as p=."

@@ -86,6 +86,16 @@ class Known:
         return self._walk.tensors
 
     @property
+    def generators(self) -> list[Any]:
+        """The random generators that it has met."""
+        return self._walk.generators
+
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """What others keep with the walk."""
+        return self._walk.memory
+
+    @property
     def counts(self) -> bool:
         """Whether it has met functions that keep their results, which are counted at each solve."""
         return bool(self._walk.caches)
@@ -123,15 +133,18 @@ _known: OrderedDict[Any, Known] = OrderedDict()
 """By the identities of what a field is known by, the one used last at the end."""
 
 
-def known_from(roots: dict[str, Any]) -> Known | None:
+def known_from(roots: dict[str, Any], note: Any = None) -> Known | None:
     """What is known of a walk that would meet the same again; `None` of others.
 
     Args:
         roots: as of `Walk`.
+        note: what others must keep with it, where there is such a thing.
     """
     f, *others = roots.values()
     known = _known.get(_key(f, anchors_of(f)))
-    if known is None or others != [None] or known.misses > _MOST_MISSES or not known.stands(roots):
+    if known is None or others != [None] or known.misses > _MOST_MISSES:
+        return None
+    if (note is not None and known.memory.get(note) is None) or not known.stands(roots):
         return None
     known.misses = 0
     return known

@@ -220,6 +220,18 @@ class Memory:
             kept = graph is not None and graph.evaluation is not None
             self._made = Made.of(evaluation, leaves, kept)
 
+    @classmethod
+    def idle(cls, surroundings: Surroundings) -> Memory:
+        """That of evaluations which have changed nothing."""
+        made = cls.__new__(cls)
+        made._evaluate, made._surroundings = None, surroundings
+        return made
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing has changed, once it is settled."""
+        return self._evaluate is None
+
     @property
     def replaces(self) -> bool:
         """Whether places hold other objects since the first evaluation."""

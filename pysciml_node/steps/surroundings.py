@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pysciml_node.steps.anatomy import cells_of, parts_of
 from pysciml_node.steps.behind import APART
-from pysciml_node.steps.known import known_from, made_of, walk_from
+from pysciml_node.steps.known import Known, known_from, made_of, walk_from
 from pysciml_node.steps.places import Names, Place, StandIns, Test, holds
 from pysciml_node.steps.start import Start, versions_of
 from pysciml_node.steps.walk import Walk
@@ -55,6 +55,11 @@ def _contains(value: Any, test: Callable[[Tensor], bool]) -> bool:
 def _holds_others(value: Any) -> bool:
     """Whether a value keeps alive what has computed it."""
     return isinstance(value, APART) or (isinstance(value, Tensor) and value.grad_fn is not None)
+
+
+def all_are_hooked() -> bool:
+    """Whether there are hooks of all modules."""
+    return any(_HOOKS_OF_ALL(nn.modules.module))
 
 
 class Surroundings:
@@ -264,7 +269,7 @@ class Surroundings:
     @property
     def hooked(self) -> bool:
         """Whether a module has hooks, or all modules have."""
-        if self._modules and any(_HOOKS_OF_ALL(nn.modules.module)):
+        if self._modules and all_are_hooked():
             return True
         return any(map(any, map(_HOOKS, map(itemgetter(1), self._modules))))
 
@@ -369,31 +374,54 @@ class Glimpse:
     def __init__(self, roots: dict[str, Any]) -> None:
         with _lock:
             known = known_from(roots)
-        self._roots, self._known = roots, known
-        self._made: Surroundings | None = None
+        known = None if known is None or known.counts else known
+        self._begin(roots, known, Surroundings(roots) if known is None else None)
+
+    @classmethod
+    def with_note(cls, roots: dict[str, Any], note: Any) -> tuple[Known, Glimpse] | None:
+        """What is known of a field with which an earlier solve has noted something, if there is.
+
+        Args:
+            roots: as of `Surroundings`.
+            note: the key in its memory.
+        """
+        with _lock:
+            known = known_from(roots, note)
         if known is None or known.counts:
-            self._made = Surroundings(roots)
-        else:
+            return None
+        made = cls.__new__(cls)
+        made._begin(roots, known, None)
+        return known, made
+
+    def _begin(self, roots: dict[str, Any], known: Known | None, made: Surroundings | None) -> None:
+        self._roots, self._known, self._made = roots, known, made
+        if known is not None:
             f, *_ = roots.values()
             # What a function captures may be other things by then.
             self._versions, self._made_of = versions_of(known.tensors), made_of(f)
 
+    @property
+    def counted(self) -> bool:
+        """Whether torch has counted a change of a tensor, or something is not known."""
+        known = self._known
+        return known is None or versions_of(known.tensors) != self._versions
+
+    @property
+    def changed(self) -> bool:
+        """The same, or whether places hold other objects."""
+        known = self._known
+        return known is None or known.changed(self._roots) or self.counted
+
     def settle(self) -> None:
         """As of `Surroundings`."""
-        known = self._known
-        if (
-            self._made is not None
-            or known is None
-            or known.changed(self._roots)
-            or versions_of(known.tensors) != self._versions
-        ):
+        if self.changed:
             self.surroundings().settle()
 
     def surroundings(self) -> Surroundings:
         """The surroundings, as the solve saw them."""
         made, known = self._made, self._known
         if made is None:
-            assert known is not None
+            assert known is not None  # or it is made at once
             walk = known.walk(self._roots, self._made_of)
             self._made = made = Surroundings.of(self._roots, walk, self._versions)
         return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from pysciml_node.steps.first_graph import Evaluation, FirstGraph
 from pysciml_node.steps.surroundings import Surroundings
 
 _REQUIRES, _SHAPE = attrgetter("requires_grad"), attrgetter("shape")
+_IS_LEAF, _HOOKS = attrgetter("is_leaf"), attrgetter("_backward_hooks")
 
 
 class Usual(NamedTuple):
@@ -37,9 +38,18 @@ class Usual(NamedTuple):
     reach: list[Tensor]
     graphs: dict[Any, int]
 
+    @property
+    def stands(self) -> bool:
+        """Whether the same tensors need gradients now."""
+        return list(map(_REQUIRES, self.tensors)) == self.flags
+
+    def bytes_of(self, evaluation: Evaluation) -> int:
+        """The bytes that such an evaluation takes; 0 where earlier solves have had none."""
+        return self.graphs.get(self._key(evaluation), 0)
+
     def has_graph(self, evaluation: Evaluation, graph: FirstGraph) -> bool:
         """Whether earlier solves have had such an evaluation, which is then kept."""
-        measured = 0 if graph.refused else self.graphs.get(self._key(evaluation), 0)
+        measured = 0 if graph.refused else self.bytes_of(evaluation)
         if measured:
             graph.take(evaluation, measured)
         return measured > 0
@@ -60,7 +70,17 @@ def usual_of(surroundings: Surroundings) -> Usual | None:
     usual: Usual | None = surroundings.memory.get(Usual)
     if usual is None or usual.tensors is not surroundings.tensors:
         return None
-    return usual if list(map(_REQUIRES, usual.tensors)) == usual.flags else None
+    return usual if usual.stands else None
+
+
+def need_stand_in(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor that gets a gradient is not to be differentiated as it is."""
+    # A parameter may have been frozen since the solve, which it was a part of.
+    return not (
+        all(map(_IS_LEAF, tensors))
+        and all(map(_REQUIRES, tensors))
+        and not any(map(_HOOKS, tensors))
+    )
 
 
 def note_usual(surroundings: Surroundings, leaves: Iterable[Tensor]) -> None:

@@ -49,6 +49,7 @@ from pysciml_node.steps.saver import Saver, follow
 from pysciml_node.steps.surroundings import Glimpse, Surroundings
 from pysciml_node.tableaus import ImplicitTableau
 from pysciml_node.torch_engine.adjoint_continuous import continuous_sweep
+from pysciml_node.torch_engine.as_before import AsBefore, note_as_usual
 from pysciml_node.torch_engine.event_search import EventSearch
 from pysciml_node.torch_engine.switching import march_of
 from pysciml_node.torch_engine.timetable import Timetable, note_steps
@@ -266,15 +267,18 @@ class ODESolve(Solve):
 
     def node(self) -> Outcome:
         """As one node of the graph, its backward the sweep of the adjoint."""
-        options, problem = self.options, self.problem
         self.refuse_transforms()
-        nodes = self.method.nodes
-        t_start = torch.scalar_tensor(self.marks[0], dtype=nodes.dtype, device=nodes.device)
         memory = self._memory()
+        outcome = self._as_before(memory)
+        if outcome is not None:
+            return outcome
+        options, problem, t_start = self.options, self.problem, self._time_of_start()
         with keeping if memory else nullcontext():
             field, kept, outcome = self._forward(memory, t_start)
         field.field.watch = None
         field.settle()
+        if kept is not None:
+            note_as_usual(field)
         self.surroundings, self.stats.nfe = field.surroundings, field.nfe
         outcome.record.fixed = not options.adjoint.discrete or self._fixed()
         times: Times = (None, None, None)
@@ -287,6 +291,36 @@ class ODESolve(Solve):
         saves = options.saveat is not None
         return as_node(
             lambda _: outcome, sweep, self.u0, field.inputs, times, saves=saves, kept=through
+        )
+
+    def _time_of_start(self) -> Tensor:
+        nodes = self.method.nodes
+        return torch.scalar_tensor(self.marks[0], dtype=nodes.dtype, device=nodes.device)
+
+    def _as_before(self, memory: int) -> Outcome | None:
+        """The same where earlier solves were alike; `None` where this is not known."""
+        table = self._table
+        if table is None or not memory or self.options.saveat is not None:
+            return None
+        solve = AsBefore.of(self.problem, table)
+        if solve is None:
+            return None
+        outcome = solve.run(self.u0, self._start, memory)
+        if outcome is None:
+            return None
+        self._glimpse, self.stats.nfe = solve.glimpse, solve.field.nfe
+
+        def sweep(backward: BackwardPass) -> Gradients:
+            return self._sweep(solve.prepared(self._time_of_start()), solve.kept, backward)
+
+        return as_node(
+            lambda _: outcome,
+            sweep,
+            self.u0,
+            solve.inputs,
+            saves=False,
+            kept=solve.kept.values(outcome.record),
+            hand_on=partial(solve.hand_on, self.stats),
         )
 
     def _forward(

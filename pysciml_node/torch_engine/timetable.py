@@ -19,7 +19,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.replay.stages import Method, Stages
+from pysciml_node.replay.stages import FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import RecordedVectors, Vectors, vectors_like
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.field import FlatField
@@ -127,6 +127,21 @@ class Timetable:
         if lends:
             spare.append(vectors)
         return outcome
+
+    @property
+    def evaluations(self) -> int:
+        """How often the field is evaluated, at most, where no states are saved inside of steps."""
+        tableau = self.method.tableau
+        return len(self._steps) * (tableau.stages - tableau.fsal)
+
+    def take_recorded(self, field: FlatFunction, u: Tensor) -> Outcome:
+        """Take the steps in a graph.
+
+        Args:
+            field: that is evaluated, in the state's shape.
+            u: the state at the start, which need not be flat where it is one tensor.
+        """
+        return self.take(self._stages.afresh(field, RecordedVectors()), u, None)
 
     def take(self, stages: Stages, u: Tensor, k: Tensor | None) -> Outcome:
         """Take the steps.
