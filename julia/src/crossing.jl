@@ -27,6 +27,8 @@ What the last call by an address raised, in words.
 function raised()
     error, trace = RAISED[]
     RAISED[] = nothing
+    # Nobody asks more of an interrupt, and the first trace takes a second to be written.
+    error isa InterruptException && return "InterruptException", "", ""
     told = sprint(showerror, error)
     return String(nameof(typeof(error))), told, sprint(showerror, error, trace)
 end
