@@ -33,12 +33,12 @@ static struct {
   void (*keep)(Object *);
   void (*let_go)(Object *);
   Object *none, *of_reals, *tspan, *spec, *p, *u0, *memory, *tensors, *shape, *version;
-  Object *of_states, *is_inference, *no, *yes, *of_lists, *of_tuples;
+  Object *of_states, *is_inference, *no, *yes, *of_lists, *of_tuples, *of_dicts;
   Object *fields, *look, *repeated, *walked, *absent, *modes;
 } py;
 
 /* What `Repeated` of repeated.py holds. */
-enum { START = 1, END, GIVEN, FORM, SHAPE };
+enum { START = 1, END, GIVEN, FORM, KEYS, SHAPES };
 
 enum { EQUAL = 2 }; /* Py_EQ */
 
@@ -62,15 +62,41 @@ static int is_time(Object *t, Object *expected) {
   return !memcmp(&time, &other, sizeof time);
 }
 
-/* Whether a state that is a plain tensor has the shape, and is not of inference mode. */
-static int is_state(Object *u0, Object *expected) {
-  int plain = is(py.type(u0), py.of_states);
+/* Whether a part of a state that is a plain tensor has the shape, and is not of inference mode. */
+static int is_part(Object *x, Object *expected) {
+  int plain = is(py.type(x), py.of_states);
   if (plain < 1) return plain < 0 ? -1 : 1; /* Python looks at others */
-  Object *shape = py.attribute(u0, py.shape);
+  Object *shape = py.attribute(x, py.shape);
   if (!shape) return -1;
   int same = py.equal(shape, expected, EQUAL);
   py.let_go(shape);
-  return same == 1 ? is(py.call_with(py.is_inference, u0, (Object *)0), py.no) : same;
+  return same == 1 ? is(py.call_with(py.is_inference, x, (Object *)0), py.no) : same;
+}
+
+/* Whether a dict has the parts of a state, of such names, in their order. */
+static int are_parts(Object *u0, Object *keys, Object *shapes) {
+  Object *key, *part;
+  int same = py.length(u0) == py.length(keys);
+  Size place = 0;
+  for (Size i = 0; same == 1 && py.next_of_dict(u0, &place, &key, &part); i++) {
+    Object *name = py.in_tuple(keys, i);
+    if (key != name) same = py.equal(key, name, EQUAL);
+    if (same == 1) same = is_part(part, py.in_tuple(shapes, i));
+  }
+  return same;
+}
+
+/* Whether a state has the parts that it should have; Python looks at those of other kinds. */
+static int is_state(Object *u0, Object *keys, Object *shapes) {
+  if (keys == py.none) return is_part(u0, py.in_tuple(shapes, 0));
+  Object *kind = py.type(u0);
+  if (!kind) return -1;
+  py.let_go(kind);
+  if (kind == py.of_dicts) return are_parts(u0, keys, shapes);
+  int same = kind != py.of_tuples || py.length(u0) == py.length(shapes);
+  for (Size i = 0; kind == py.of_tuples && same == 1 && i < py.length(shapes); i++)
+    same = is_part(py.in_tuple(u0, i), py.in_tuple(shapes, i));
+  return same;
 }
 
 /* Whether a problem is nothing but a field and a state, over the interval, with an extra argument if
@@ -83,7 +109,8 @@ static int is_plain(Object *problem, Object *known) {
   Object *span = py.in_dict(problem, py.tspan);
   int same = is_time(py.in_tuple(span, 0), py.in_tuple(known, START));
   if (same == 1) same = is_time(py.in_tuple(span, 1), py.in_tuple(known, END));
-  return same == 1 ? is_state(py.in_dict(problem, py.u0), py.in_tuple(known, SHAPE)) : same;
+  if (same < 1) return same;
+  return is_state(py.in_dict(problem, py.u0), py.in_tuple(known, KEYS), py.in_tuple(known, SHAPES));
 }
 
 /* Whether torch is in no mode that may be refused. */

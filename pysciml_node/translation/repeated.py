@@ -51,6 +51,7 @@ _MODES = (
     *(torch._C._len_torch_function_stack, 0, torch._C._len_torch_dispatch_stack, 0),
 )
 _MADE_ANEW = frozenset((types.FunctionType, types.MethodType))
+_PLAIN = frozenset((Tensor,))
 
 See = Callable[[], Surroundings]
 
@@ -70,7 +71,8 @@ class Repeated(NamedTuple):
         end: of it.
         given: how many tensors a function was given.
         form: of the extra argument, in which there are no numbers; `None` where there is none.
-        shape: of a state that is one tensor.
+        keys: of the parts of a state; `None` where it is one tensor.
+        shapes: of these.
         asked: what code asks of tensors.
         answers: what they answer.
     """
@@ -80,7 +82,8 @@ class Repeated(NamedTuple):
     end: float
     given: int
     form: Any
-    shape: torch.Size
+    keys: tuple[Any, ...] | None
+    shapes: tuple[torch.Size, ...]
     asked: list[Callable[[Tensor], Any]]
     answers: list[Any]
 
@@ -104,7 +107,7 @@ def use(library: ctypes.CDLL) -> None:
     """
     global _repeat, recall
     names = "tspan", "spec", "p", "u0", "memory", "tensors", "shape", "_version"
-    kinds = Tensor, Tensor.is_inference, False, True, list, tuple
+    kinds = Tensor, Tensor.is_inference, False, True, list, tuple, dict
     kept = watched.entries(), again._look, Repeated, WALKED
     objects = None, float, *names, *kinds, *kept, _ABSENT, _MODES
     if again._look is not None:
@@ -116,8 +119,8 @@ def use(library: ctypes.CDLL) -> None:
 def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> Known | None:
     """What is known of a solve; `None` where such a one was not before, or a mode may forbid it.
 
-    A state that is a plain tensor has been found to have its shape, and not to be of inference
-    mode.
+    Plain tensors of a state that `is_looked_at` have been found to have its shapes, and not to be
+    of inference mode.
     """
     if _repeat is None:
         return None
@@ -143,6 +146,16 @@ def repeat(problem: ODEProblem, algorithm: Algorithm, options: SolveOptions) -> 
         if form_among(tensors, known.asked, leaves) == known.form:
             return known.prepared, [*tensors, *leaves[0]], see, read
     return None
+
+
+def is_looked_at(state: Any) -> bool:
+    """Whether a state is nothing but plain tensors, which C looks at."""
+    kind = type(state)
+    if kind is dict:
+        state = state.values()
+    elif kind is not tuple:
+        return kind is Tensor
+    return _PLAIN.issuperset(map(type, state))
 
 
 def _see(walked: Walked, f: Any, versions: list[int]) -> Surroundings:
@@ -178,5 +191,5 @@ def remember(
     again.note(watch)
     count = 0 if watch.given is None else len(watch.given.first)
     way = id(problem.spec), id(options), id(algorithm)
-    shape, asked = problem.spec.shapes[0], (watch.asked, watch.answers)
-    keep(watch, way, Repeated(prepared, t0, t1, count, form, shape, *asked))
+    spec, asked = problem.spec, (watch.asked, watch.answers)
+    keep(watch, way, Repeated(prepared, t0, t1, count, form, spec.keys, spec.shapes, *asked))

@@ -34,6 +34,7 @@ from pysciml_node.torch_engine.native.prepared import (
     prepared_again,
 )
 from pysciml_node.torch_engine.native.run import flight_of, pull_back
+from pysciml_node.translation.repeated import is_looked_at
 
 
 def solve_again(
@@ -47,8 +48,7 @@ def solve_again(
         options: of the solve.
         engine: name of the engine.
     """
-    # What is a plain tensor has been looked at in C.
-    if not (type(problem.u0) is Tensor and problem.p is None) and _is_special(problem):
+    if not (problem.p is None and is_looked_at(problem.u0)) and _is_special(problem):
         return None
     ready = prepared_again(problem, algorithm, options)
     if ready is None:
@@ -57,18 +57,18 @@ def solve_again(
     left = _take_steps(flown)
     if left is None:
         return flown.made().solution()
-    saved, _, last = left
-    shaped = _as_it_is if problem.spec.keys is None else problem.spec.unflatten
+    saved, _, *last = left
+    spec = problem.spec
     parts: dict[str, Any] = {
         "problem": problem,
         "algorithm": algorithm,
         "engine": engine,
         "retcode": ReturnCode.Success,
-        "u1": shaped(last),
+        "u1": spec.assemble(last),
         "event": None,
     }
     if saved is not None:
-        parts["saved"] = shaped(saved)
+        parts["saved"] = saved if spec.keys is None else spec.unflatten(saved)
     return in_parts(Solution, partial(_part, flown, left), parts)
 
 
@@ -78,12 +78,9 @@ def _is_special(problem: ODEProblem) -> bool:
     return has_inference(problem) or foreign_class(u0) is not None or not problem.spec.fits(u0)
 
 
-def _as_it_is(state: Tensor) -> Tensor:
-    return state
-
-
-_Left = tuple[Tensor | None, Tensor | None, Tensor]
-"""The saved states, those at the ends of the steps, where they have a graph, and the last one."""
+_Left = tuple[Any, ...]
+"""The saved states, those at the ends of the steps, where they have a graph, and the parts of the
+last one."""
 
 
 def _take_steps(flown: _Flown) -> _Left | None:
@@ -97,15 +94,12 @@ def _take_steps(flown: _Flown) -> _Left | None:
     flown.room = departure.room_at_once(departure.libraries[0].lately)
     if not flown.room:
         return None
-    state: Any = problem.u0
-    if problem.spec.keys is not None:
-        state = problem.spec.flatten(state)
-    u0, parameters = _unwrap(state), flown.parameters
+    given = *map(_unwrap, problem.spec.parts(problem.u0)), *flown.parameters
     try:
         if recorded:
-            left: _Left = _as_node(flown, u0, *parameters)
+            left: _Left = _as_node(flown, *given)
             return left
-        return flown.fly(None, u0, parameters)
+        return flown.fly(None, given)
     except _NotAtOnce:
         return None
 
@@ -164,13 +158,12 @@ class _Flown(Costly):
         how = prepared.algorithm, prepared.departure.options, self.engine
         return NativeSolve(self.problem, *how, (prepared, self.parameters, self.see))
 
-    def fly(self, kept: int | None, u0: Tensor, parameters: Sequence[Tensor]) -> _Left:
+    def fly(self, kept: int | None, given: Sequence[Tensor]) -> _Left:
         """Solve.
 
         Args:
             kept: steps whose stages are kept, or `None` where there will be no sweep.
-            u0: the initial state.
-            parameters: the tensors that the code reads.
+            given: the parts of the initial state, and the tensors that the code reads.
 
         Raises:
             _NotAtOnce: it takes more than one call, or does not end well.
@@ -178,12 +171,12 @@ class _Flown(Costly):
         prepared = self.prepared
         take_steps = prepared.take_steps
         threads = prepared.departure.libraries[0].threads
-        left = take_steps and take_steps(self.room, kept, threads, u0, *parameters)
+        left = take_steps and take_steps(self.room, kept, threads, *given)
         if left is None:
             raise _NotAtOnce
         self.block, last, saved, ends, self.kept, self.count = left
         prepared.departure.libraries[0].lately = self.count
-        return saved, ends, last
+        return saved, ends, *last
 
     def pull(
         self,
@@ -191,7 +184,8 @@ class _Flown(Costly):
         saved: tuple[Tensor, ...],
         cotangents: tuple[Tensor | None, ...],
     ) -> tuple[Tensor | None, ...] | None:
-        """Gradients of the initial state and the parameters; `None` where it takes more.
+        """Gradients of the parts of the initial state, and of the parameters; `None` where it takes
+        more.
 
         Args:
             wanted: which of them.
@@ -200,9 +194,10 @@ class _Flown(Costly):
         """
         prepared = self.prepared
         swept = pull_back(
+            prepared.pull,
             self.log,
             (self.count, prepared.departure.save_count),
-            (prepared.shape, wanted, saved, *cotangents),
+            (prepared.spec.shapes, wanted, saved, *cotangents[:2], cotangents[2:]),
             (self.kept, self.kept_room),
         )
         if swept is None:
@@ -210,6 +205,27 @@ class _Flown(Costly):
         gradients, counts = swept
         self.note_sweep(*counts)
         return gradients
+
+    def pull_in_turns(
+        self,
+        wanted: tuple[bool, ...],
+        saved: tuple[Tensor, ...],
+        cotangents: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """The same by the solve itself, whose state is in one piece; arguments as of `pull`."""
+        spec, solve = self.prepared.spec, self.solved()
+        if spec.keys is None:
+            return pulled_back(solve, saved, wanted, cotangents)
+        count, (at_saved, at_ends, *at_parts) = len(spec.shapes), cotangents
+        last = None
+        if any(x is not None for x in at_parts):
+            pairs = zip(at_parts, spec.shapes, strict=True)
+            zero = saved[0].new_zeros
+            last = spec.flatten(spec.assemble([zero(y) if x is None else x for x, y in pairs]))
+        needed = any(wanted[:count]), *wanted[count:]
+        start, *others = pulled_back(solve, saved, needed, (at_saved, at_ends, last))
+        parts = [None] * count if start is None else spec.parts(spec.unflatten(start))
+        return (*(x if y else None for x, y in zip(parts, wanted, strict=False)), *others)
 
     def forget_stages(self) -> None:
         """There will be no further sweep."""
@@ -235,31 +251,27 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(
-        ctx: Any, flown: _Flown, u0: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, flown: _Flown, *given: Tensor) -> _Left:
         if saved_tensors_stay() and any(ctx.needs_input_grad):
             departure = flown.prepared.departure
             flown.kept_room = departure.kept_room(departure.libraries[0].lately)
-        states = flown.fly(flown.kept_room, u0, parameters)
+        states = flown.fly(flown.kept_room, given)
         ctx.flown = flown
-        ctx.save_for_backward(states[1], *parameters)
+        ctx.save_for_backward(states[1], *given[len(states) - 2 :])
         ctx.set_materialize_grads(False)
         return states
 
     @staticmethod
     @override
-    def backward(
-        ctx: Any, saved: Tensor | None, ends: Tensor | None, last: Tensor | None
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         needed, flown = ctx.needs_input_grad, ctx.flown
-        if saved is ends is last is None:
+        if cotangents[-1] is None and all(x is None for x in cotangents):
             return (None,) * len(needed)
         # Read once: a checkpoint that saves nothing recomputes them, and gives them once.
-        kept, wanted, cotangents = ctx.saved_tensors, needed[1:], (saved, ends, last)
+        kept, wanted = ctx.saved_tensors, needed[1:]
         gradients = None if is_recorded(cotangents) else flown.pull(wanted, kept, cotangents)
         if gradients is None:
-            gradients = pulled_back(flown.solved(), kept, wanted, cotangents)
+            gradients = flown.pull_in_turns(wanted, kept, cotangents)
         if flown.kept is not None and not graph_is_retained():
             flown.forget_stages()
         return (None, *gradients)
@@ -273,10 +285,10 @@ def _part(flown: _Flown, left: _Left, name: str) -> Any:
     """A part of the solution of a solve, as of `Steps`."""
     if name == "stats":
         return flown.stats
-    saved, ends, last = left
+    saved, ends, *_ = left
     ends = flown.log.ends(flown.count) if ends is None else ends
     if name == "states":
         return ends.clone()
     solve = flown.solved()
     saved = solve.departure.nothing if saved is None else saved
-    return Steps(solve, solve.flight, States(saved, ends, last)).part(name)
+    return Steps(solve, solve.flight, States(saved, ends, ends[-1])).part(name)

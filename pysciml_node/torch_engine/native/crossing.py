@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -45,22 +46,23 @@ holes name them, and returns the block of its request; `None` where a tensor doe
 it."""
 
 TakeSteps = Callable[
-    ..., tuple[Block, Tensor, Tensor | None, Tensor | None, Block | None, int] | None
+    ..., tuple[Block, tuple[Tensor, ...], Tensor | None, Tensor | None, Block | None, int] | None
 ]
 """A loop that runs to its end: is given for how many steps there is to be room, for how many it is
-to keep what a sweep can use, or `None` where there will be none, how many threads may take parts,
-the initial state and the parameters. It returns the block of its request, the last state, the saved
-ones, for a sweep those at the ends of steps and what is kept of them, and the number of steps;
-`None` where it is not for it, or does not end well."""
+to keep what a sweep can use, or `None` where there will be none, how many threads may take parts of
+a batch, the parts of the initial state, and the parameters. It returns the block of its request,
+the parts of the last state, the saved states, for a sweep those at the ends of steps and what is
+kept of them, and the number of steps; `None` where it is not for it, or does not end well."""
 
-GIVEN_TO_STEPS = ("u0", "final", "saved", "memory", "kept", "kept_room", "threads")
+GIVEN_TO_STEPS = ("saved", "memory", "kept", "kept_room", "threads")
 """What holes of such a loop number, by the names of its request; behind them are the parameters."""
 
 PullBack = Callable[..., tuple[Block, tuple[Tensor | None, ...]] | None]
-"""A sweep to its end: is given the shape of the initial state, which gradients are wanted, the
-states at the ends of steps and the parameters in a tuple, the cotangents that have arrived, what is
-kept, seven numbers, and the log. It returns the block of its request and the gradients of the
-initial state and of the parameters; `None` where it is not for it."""
+"""A sweep to its end: is given the shapes of the parts of the initial state, which gradients are
+wanted, the states at the ends of steps and the parameters in a tuple, the cotangents that have
+arrived, those of the parts of the last state in a tuple, what is kept, seven numbers, and the log.
+It returns the block of its request and the gradients of the parts of the initial state and of the
+parameters; `None` where it is not for it."""
 
 _cross: Callable[..., Block | None] | None = None
 _take_steps: Callable[..., Any] | None = None
@@ -117,7 +119,9 @@ class Left(NamedTuple):
         status: where the request says how it has ended.
         finite: where it says whether its states are finite.
         accepted: where it has the number of accepted steps.
-        ends: where it has the address of the states at their ends, which are behind the steps.
+        first: where it has the address of the initial state.
+        last: where it has that of the last one.
+        ends: where it has that of the states at the ends of steps, which are behind the steps.
         room: where it has the room for steps, a number.
         steps: where these begin, from the first address that is aligned.
         entries: of a state, a number.
@@ -128,6 +132,8 @@ class Left(NamedTuple):
     status: int
     finite: int
     accepted: int
+    first: int
+    last: int
     ends: int
     room: int
     steps: int
@@ -162,7 +168,8 @@ def steps_of(
     behind: int,
     left: Left,
     memories: list[Tensor],
-    shapes: tuple[tuple[int, ...], tuple[int, ...] | None],
+    parts: Sequence[tuple[int, ...]],
+    saved: tuple[int, ...] | None,
 ) -> TakeSteps | None:
     """A loop that runs to its end, with what it leaves; `None` where there is no C for it.
 
@@ -171,12 +178,16 @@ def steps_of(
         behind: bytes between the request and its steps.
         left: how what it leaves lies.
         memories: where memory of the loop is taken from, and given back to.
-        shapes: of the last state, and of the saved ones, where there are any.
+        parts: shapes of those of a state.
+        saved: shape of the saved states, where there are any.
     """
     if _take_steps is None:
         return None
     call = _packed(function, start, dtype, holes, behind)
-    return partial(_take_steps, call, struct.pack(f"{len(left)}n", *left), memories, shapes)
+    item = left.row // left.entries
+    laid_out = *left, *(item * math.prod(shape) for shape in parts)
+    places = struct.pack(f"{len(laid_out)}n", *laid_out)
+    return partial(_take_steps, call, places, memories, tuple(parts), saved)
 
 
 def pull_of(
@@ -195,7 +206,8 @@ def pull_of(
         function, start, dtype, holes, behind: as of `call_of`. The holes number the states at the
             ends of steps, three cotangents, memory, what is kept, seven numbers, the log, and the
             gradients.
-        results: what it writes to the gradients in the end.
+        results: what it writes to the gradients in the end, those of the parts of the initial
+            state first.
         memories: where memory of the sweep is taken from, and given back to.
         shapes: of the parameters that gradients go to, and `None`.
     """

@@ -312,12 +312,14 @@ class Departure:
         library, options = self.libraries[0], self.options
         if len(self.libraries) > 1 or not self.lasting or options.progress:
             return None
-        item = library.dtype.itemsize
-        shape = (library.size,) if spec.keys is not None else tuple(spec.shapes[0])
+        item, parts = library.dtype.itemsize, [tuple(shape) for shape in spec.shapes]
+        shape = parts[0] if spec.keys is None else (library.size,)
         left = Left(
             status=SolveRequest.status.offset,
             finite=SolveRequest.finite.offset,
             accepted=SolveRequest.accepted.offset,
+            first=SolveRequest.u0.offset,
+            last=SolveRequest.final.offset,
             ends=SolveRequest.ends.offset,
             room=SolveRequest.room.offset,
             steps=self.steps_at,
@@ -333,7 +335,8 @@ class Departure:
             self.steps_at - self.behind,
             left,
             library.memories(library.march_memory),
-            (shape, (self.save_count, *shape) if self.save_count else None),
+            parts,
+            (self.save_count, *shape) if self.save_count else None,
         )
 
     def _start(self) -> bytes:
@@ -364,9 +367,16 @@ class Departure:
 
     @cached_property
     def pull(self) -> PullBack | None:
+        """As `pull_in`, of a state in one piece."""
+        return self.pull_in((self.libraries[0].size,))
+
+    def pull_in(self, sizes: Sequence[int]) -> PullBack | None:
         """The whole sweep of a solve whose times need no gradients; `None` of two methods.
 
         Beside what `pull_of` says, it is given what `GIVEN_AT_ONCE` names, but for memory.
+
+        Args:
+            sizes: of the parts of a state.
         """
         library, log = self.libraries[0], len(GIVEN_AT_ONCE)
         if len(self.libraries) > 1:
@@ -381,11 +391,10 @@ class Departure:
             Hole(SweepRequest.places.offset, log, self.places_at),
             Hole(SweepRequest.steps.offset, log, self.steps_at),
         ]
+        starts = itertools.accumulate(sizes[:-1], initial=library.packed_size)
         results = [
             Result(log + 1 + i, bars + size * first, size * length)
-            for i, (first, length) in enumerate(
-                [(library.packed_size, library.size), *library.places]
-            )
+            for i, (first, length) in enumerate([*zip(starts, sizes, strict=True), *library.places])
         ]
         return pull_of(
             library.loaded.sweep,

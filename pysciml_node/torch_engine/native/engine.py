@@ -365,10 +365,12 @@ def _pull_at_once(
     if solve.moving or not flight.finite:
         return None
     assert type(flight.log) is Log
+    saved, ends, last = arriving
     found = pull_back(
+        solve.departure.pull,
         flight.log,
         (flight.count, flight.reached),
-        (solve.shape, wanted, kept, *arriving),
+        ((solve.shape,), wanted, kept, saved, ends, (last,)),
         (flight.kept, flight.kept_room),
         solve.noise(),
     )

@@ -35,7 +35,7 @@ from pysciml_node.replay.stages import Method
 from pysciml_node.steps.derived import DerivedField
 from pysciml_node.steps.surroundings import Surroundings
 from pysciml_node.tableaus import ImplicitTableau, RosenbrockTableau
-from pysciml_node.torch_engine.native.crossing import TakeSteps
+from pysciml_node.torch_engine.native.crossing import PullBack, TakeSteps
 from pysciml_node.torch_engine.native.departure import Departure, departure_of
 from pysciml_node.torch_engine.native.fitting import expect_fitting, is_told
 from pysciml_node.torch_engine.native.implicit import LARGEST, Derivatives, write_implicit
@@ -209,6 +209,11 @@ class Prepared:
     def take_steps(self) -> TakeSteps | None:
         """The loop, if it can run to its end in C."""
         return self.departure.steps_of(self.spec)
+
+    @cached_property
+    def pull(self) -> PullBack | None:
+        """A sweep of it to its end, if there is one."""
+        return self.departure.pull_in(self.spec.sizes)
 
     @cached_property
     def in_order(self) -> bool:

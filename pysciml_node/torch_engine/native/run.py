@@ -14,7 +14,7 @@ from torch import Tensor
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.step import Attempt
 from pysciml_node.torch_engine.native.brownian import Noise
-from pysciml_node.torch_engine.native.crossing import Block
+from pysciml_node.torch_engine.native.crossing import Block, PullBack
 from pysciml_node.torch_engine.native.departure import Departure
 from pysciml_node.torch_engine.native.events import Search
 from pysciml_node.torch_engine.native.flight import Flight, Log, States
@@ -258,6 +258,7 @@ class Swept:
 
 
 def pull_back(
+    pull: PullBack | None,
     log: Log,
     counts: tuple[int, int],
     given: tuple[Any, ...],
@@ -267,11 +268,13 @@ def pull_back(
     """The gradients of a solve whose times need none, by one call of C.
 
     Args:
+        pull: the call, if there is one.
         log: of the solve.
         counts: its accepted steps, and saved times that were reached.
-        given: shape of its initial state, which gradients are wanted, of the state and the
-            parameters, its states at the ends of steps and the parameters in a tuple, and
-            cotangents of its `States`.
+        given: what the call is given first: shapes of the parts of its initial state, which
+            gradients are wanted, of these and of the parameters, its states at the ends of steps
+            and the parameters in a tuple, and cotangents of its `States`, of the last one those of
+            its parts in a tuple.
         kept: stages of its first steps, and of how many there is room for them.
         noise: the Brownian motions of a stochastic equation, as new ones.
 
@@ -279,7 +282,7 @@ def pull_back(
         The gradients; evaluations, pullbacks and replayed steps. `None` where `sweep_back` has to
         do it.
     """
-    pull, (count, reached), (stages, room) = log.departure.pull, counts, kept
+    (count, reached), (stages, room) = counts, kept
     if pull is None:
         return None
     motions = 0 if noise is None else ctypes.addressof(noise)

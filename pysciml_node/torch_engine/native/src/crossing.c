@@ -213,12 +213,35 @@ static Object *taken_from(Object *memories) {
   return 0;
 }
 
+/* A tensor, or None, as C reads it, so that only its place is left to find; nothing where it is of another
+   kind, or after an exception. */
+static Object *as_read(Object *x, Object *dtype) {
+  if (x == py.none) return held(x);
+  int known = is(py.attribute(x, py.dtype), dtype);
+  if (known == 1) known = is(py.call(py.is_neg, x), py.no);
+  int in_one = known == 1 ? is(py.call(py.is_contiguous, x), py.yes) : -1;
+  return in_one < 0 ? 0 : in_one ? held(x) : py.call(py.contiguous, x);
+}
+
+/* Copy a part of a state, or of its cotangent, of which None is zero. */
+static int put_part(Object *x, Object *dtype, char *to, Size size) {
+  Object *read = as_read(x, dtype);
+  if (!read) return py.failed() ? -1 : 0;
+  Size place;
+  int known = read == py.none ? 1 : locate(read, &place);
+  if (read == py.none) memset(to, 0, size);
+  else if (known == 1) memcpy(to, (void *)place, size);
+  py.let_go(read);
+  return known;
+}
+
 /* How what a loop leaves lies in its block: in the request how it has ended, whether its states are finite,
-   the number of accepted steps, the address of the states at their ends, and the room for steps; where
-   the steps begin behind it, and the states behind them, of so many entries and bytes; and the bytes
-   that are kept of a step. */
+   the number of accepted steps, the addresses of the first state, of the last one and of those at the
+   ends of steps, and the room for steps; where the steps begin behind it, and the states behind them, of
+   so many entries and bytes; the bytes that are kept of a step; and those of each part of a state. */
 typedef struct {
-  Size status, finite, accepted, ends, room, steps, entries, row, slot;
+  Size status, finite, accepted, first, last, ends, room, steps, entries, row, slot;
+  Size part[];
 } Left;
 
 enum { STEP = 32 };
@@ -266,15 +289,57 @@ static int ended_well(const Left *left, const char *request) {
   return number_at(request, left->status) == SUCCESS && number_at(request, left->finite);
 }
 
-/* The block of a loop that has run to its end; nothing where that is not a good one. */
-static Object *stepped(const Call *call, const Left *left, Object **given, Size room, int *done) {
-  Size size = call->size + ends_at(left, room) - left->steps + (room + 1) * left->row;
+/* The parts of a state, and their shapes. */
+typedef struct {
+  Object *const *part, *shapes;
+} State;
+
+/* Where the last state lies, behind the room for those at the ends of steps. */
+static char *last_of(const Left *left, char *request, Size room) {
+  return aligned(request) + ends_at(left, room) + (room + 1) * left->row;
+}
+
+/* Put the parts one behind the other. */
+static int gather(const Left *left, const State *state, Object *dtype, char *to) {
+  int known = 1;
+  for (Size i = 0; known == 1 && i < py.length(state->shapes); to += left->part[i++])
+    known = put_part(state->part[i], dtype, to, left->part[i]);
+  return known;
+}
+
+/* New tensors for the parts, in a tuple. */
+static Object *scatter(const Left *left, const State *state, const char *from) {
+  Size count = py.length(state->shapes), place;
+  Object *parts = py.new_tuple(count);
+  for (Size i = 0; parts && i < count; from += left->part[i++]) {
+    Object *made = new_like(state->part[i], py.in_tuple(state->shapes, i));
+    if (made && locate(made, &place) == 1) {
+      memcpy((void *)place, from, left->part[i]);
+      py.put(parts, i, made); /* which it takes over */
+      continue;
+    }
+    if (made) py.let_go(made);
+    py.let_go(parts);
+    parts = 0;
+  }
+  return parts;
+}
+
+/* The block of a loop that has run to its end; nothing where that is not a good one. The first state lies
+   where it leaves the last one. */
+static Object *stepped(const Call *call, const Left *left, const State *state, Object **given, Size room,
+                       int *done) {
+  Size size = call->size + ends_at(left, room) - left->steps + (room + 2) * left->row;
   Object *block = py.new_block(0, size);
   *done = -1;
   if (!block) return 0;
-  char *request = py.block(block), *ends = aligned(request) + ends_at(left, room);
+  char *request = py.block(block), *last = last_of(left, request, room);
+  char *ends = aligned(request) + ends_at(left, room);
   *done = fill(call, request, given);
+  if (*done == 1) *done = gather(left, state, call->dtype, last);
   if (*done == 1) {
+    memcpy(request + left->first, &last, sizeof last);
+    memcpy(request + left->last, &last, sizeof last);
     memcpy(request + left->ends, &ends, sizeof ends);
     memcpy(request + left->room, &room, sizeof room);
     *done = run(call, request, 1);
@@ -285,87 +350,83 @@ static Object *stepped(const Call *call, const Left *left, Object **given, Size 
   return 0;
 }
 
-enum { U0, LAST, SAVED, MEMORY, KEPT, KEPT_ROOM, THREADS, PARAMETERS, MOST_GIVEN = 128 };
+enum { SAVED, MEMORY, KEPT, KEPT_ROOM, THREADS, PARAMETERS, MOST_GIVEN = 128 };
 
 /* The block, the last state, the saved ones, where there is a sweep those at the ends of steps, what is
    kept for it, and how many steps there are. Those are behind the steps in the block otherwise. */
-static Object *taken(const Call *call, const Left *left, Object **given, Size room) {
+static Object *taken(const Call *call, const Left *left, const State *state, Object **given, Size room) {
   int done, swept = given[KEPT_ROOM] != py.none;
-  Object *block = stepped(call, left, given, room, &done), *found = 0;
+  Object *block = stepped(call, left, state, given, room, &done), *found = 0;
   if (!block) return none_unless(done < 0);
   char *request = py.block(block), *from = aligned(request) + ends_at(left, room);
+  Object *last = scatter(left, state, last_of(left, request, room));
   Size accepted = number_at(request, left->accepted), size;
-  Object *ends = swept ? ends_of(left, given[U0], from, accepted) : held(py.none);
+  Object *ends = swept ? ends_of(left, state->part[0], from, accepted) : held(py.none);
   size = ends_at(left, accepted);
   if (!swept) {
     memmove(aligned(request) + size, from, (accepted + 1) * left->row);
     size += (accepted + 1) * left->row;
   }
-  Object *steps = ends && shorten(block, size) == 1 ? py.of_size(accepted) : 0;
+  Object *steps = last && ends && shorten(block, size) == 1 ? py.of_size(accepted) : 0;
   if (steps) {
-    found = py.pack(6, block, given[LAST], given[SAVED], ends, given[KEPT], steps);
+    found = py.pack(6, block, last, given[SAVED], ends, given[KEPT], steps);
     py.let_go(steps);
   }
+  if (last) py.let_go(last);
   if (ends) py.let_go(ends);
   py.let_go(block);
   return found;
 }
 
-/* What a loop is given beside its state and the parameters. */
-static int make(const Left *left, Object *shapes, Object **given) {
+/* What a loop is given beside its state and the parameters; the saved states have a shape. */
+static int make(const Left *left, const State *state, Object *saved, Object **given) {
   Size room = 0;
   if (given[KEPT_ROOM] != py.none && number(given[KEPT_ROOM], &room) < 1) return 0;
-  if (!(given[LAST] = new_like(given[U0], py.in_tuple(shapes, 0)))) return 0;
-  Object *saved = py.in_tuple(shapes, 1);
-  given[SAVED] = saved == py.none ? held(saved) : new_like(given[U0], saved);
+  given[SAVED] = saved == py.none ? held(saved) : new_like(state->part[0], saved);
   if (!given[SAVED]) return 0;
   given[KEPT] = room ? py.new_block(0, room * left->slot + ALIGNED) : held(py.none);
   return given[KEPT] != 0;
 }
 
-/* `take_steps(call, left, memories, shapes, room, kept_room, threads, u0, *parameters)`: with room for so
-   many steps the block, the last state and the saved ones, which are of these shapes, and unless `kept_room`
-   is None those at the ends of the steps and what is kept of so many steps, and the number of steps; None
-   where `cross` gives None, the solve does not end well, or the list lacks memory for it. */
+/* `take_steps(call, left, memories, shapes, saved, room, kept_room, threads, *u0, *parameters)`: with room
+   for so many steps the block, the parts of the last state, of these shapes, in a tuple, the saved states,
+   of such a shape, and unless `kept_room` is None those at the ends of the steps and what is kept of so
+   many steps, and the number of steps; None where `cross` gives None, the solve does not end well, or the
+   list lacks memory for it. */
 Object *take_steps(Object *self, Object *const *arguments, Size count) {
   (void)self;
   Object *memories = arguments[2], *found = 0;
-  Object *given[MOST_GIVEN] = {[KEPT_ROOM] = arguments[5], [THREADS] = arguments[6], [U0] = arguments[7]};
+  Object *given[MOST_GIVEN] = {[KEPT_ROOM] = arguments[6], [THREADS] = arguments[7]};
+  State state = {arguments + 8, arguments[3]};
   if (count + PARAMETERS > MOST_GIVEN) return none_unless(0);
-  for (Size i = 8; i < count; i++) given[PARAMETERS + i - 8] = arguments[i];
+  for (Size i = 8 + py.length(state.shapes), to = PARAMETERS; i < count; i++) given[to++] = arguments[i];
   if (!(given[MEMORY] = taken_from(memories))) return none_unless(py.failed() != 0);
   const Call *call = py.bytes(arguments[0]);
   const Left *left = py.bytes(arguments[1]);
   Size room;
-  if (call && left && number(arguments[4], &room) == 1 && make(left, arguments[3], given))
-    found = taken(call, left, given, room);
+  if (call && left && number(arguments[5], &room) == 1 && make(left, &state, arguments[4], given))
+    found = taken(call, left, &state, given, room);
   if (found && py.append(memories, given[MEMORY])) {
     py.let_go(found);
     found = 0;
   }
-  for (Size i = LAST; i <= KEPT; i++)
+  for (Size i = SAVED; i <= KEPT; i++)
     if (given[i]) py.let_go(given[i]);
   return found;
 }
 
-/* A cotangent as C reads it, so that only its place is left to find; None where it is of another kind. */
-static Object *as_read(Object *x, Object *dtype) {
-  int known = x == py.none ? 1 : is(py.attribute(x, py.dtype), dtype);
-  if (x != py.none && known == 1) known = is(py.call(py.is_neg, x), py.no);
-  if (known < 1) return none_unless(known < 0);
-  return x == py.none ? held(x) : py.call(py.contiguous, x);
-}
-
 enum { ENDS, BARS, SWEPT = 4, NUMBERS, LOG = 13, GRADIENTS };
 
-/* New tensors for the gradients that are wanted, of shapes where there are any, in a tuple. */
+/* New tensors for the gradients that are wanted, of shapes where there are any, in a tuple: those of the
+   parts of the initial state, and of the parameters. */
 static Object *gradients_of(Object *tensors, Object *shapes, Object *wanted, Object *start) {
-  Size count = py.length(shapes);
-  Object *found = py.new_tuple(count + 1);
-  for (Size i = 0; found && i <= count; i++) {
-    Object *shape = i ? py.in_tuple(shapes, i - 1) : start;
+  Size parts = py.length(start), count = parts + py.length(shapes);
+  Object *found = py.new_tuple(count);
+  for (Size i = 0; found && i < count; i++) {
+    Object *shape = i < parts ? py.in_tuple(start, i) : py.in_tuple(shapes, i - parts);
+    Object *like = py.in_tuple(tensors, i < parts ? 0 : i - parts + 1);
     int is_made = shape != py.none && py.in_tuple(wanted, i) == py.yes;
-    Object *made = is_made ? new_like(py.in_tuple(tensors, i), shape) : held(py.none);
+    Object *made = is_made ? new_like(like, shape) : held(py.none);
     if (made) {
       py.put(found, i, made); /* which it takes over */
       continue;
@@ -386,20 +447,40 @@ static Object *swept(const Call *call, Object **given, Object *gradients) {
   return found;
 }
 
-/* `pull_back(call, memories, shapes, start, wanted, tensors, *cotangents, *numbers, log)`: the block of a
-   sweep to its end, and the gradients of the initial state and the parameters in a tuple; None as above.
-   The states at the ends of the steps are the first of the tensors, and three cotangents arrive. */
+/* The cotangent of a state from those of its parts, whose gradients are the first results: a tensor, or a
+   block, or None where there are none. Nothing where one of them is of another kind. */
+static Object *bar_of(const Call *call, Object *parts) {
+  Size count = py.length(parts), size = ALIGNED, arrived = 0;
+  for (Size i = 0; i < count; i++) {
+    arrived += py.in_tuple(parts, i) != py.none;
+    size += results_of(call)[i].size;
+  }
+  if (count == 1 || !arrived) return as_read(py.in_tuple(parts, 0), call->dtype);
+  Object *bar = py.new_block(0, size);
+  char *to = bar ? aligned(py.block(bar)) : 0;
+  for (Size i = 0; bar && i < count; to += results_of(call)[i++].size) {
+    if (put_part(py.in_tuple(parts, i), call->dtype, to, results_of(call)[i].size) == 1) continue;
+    py.let_go(bar);
+    bar = 0;
+  }
+  return bar;
+}
+
+/* `pull_back(call, memories, shapes, start, wanted, tensors, saved, ends, last, *numbers, log)`: the block of
+   a sweep to its end, and the gradients of the parts of the initial state, whose shapes `start` has, and of
+   the parameters in a tuple; None as above. The states at the ends of the steps are the first of the
+   tensors, and the cotangents of three kinds of states arrive, of the last one those of its parts. */
 Object *pull_back(Object *self, Object *const *arguments, Size count) {
   (void)self, (void)count;
   Object *memories = arguments[1], *tensors = arguments[5], *found = 0, *gradients = 0;
   Object *given[MOST_GIVEN] = {[ENDS] = py.in_tuple(tensors, 0)};
-  Size wanted = py.length(arguments[2]) + 1;
-  if (wanted + GRADIENTS > MOST_GIVEN || py.length(tensors) != wanted) return none_unless(0);
+  Size parameters = py.length(arguments[2]), wanted = parameters + py.length(arguments[3]);
+  if (wanted + GRADIENTS > MOST_GIVEN || py.length(tensors) != parameters + 1) return none_unless(0);
   const Call *call = py.bytes(arguments[0]);
   int read = call != 0;
   for (Size i = 0; i < 3 && read; i++) {
     Object *x = arguments[6 + i];
-    read = (given[BARS + i] = as_read(x, call->dtype)) && (x == py.none || given[BARS + i] != py.none);
+    read = (given[BARS + i] = i < 2 ? as_read(x, call->dtype) : bar_of(call, x)) != 0;
   }
   if (read && (given[SWEPT] = taken_from(memories))) {
     for (Size i = NUMBERS; i <= LOG; i++) given[i] = arguments[4 + i];
