@@ -75,6 +75,28 @@ def imports_in(code: types.CodeType, package: str | None) -> tuple[str, ...]:
     return tuple({".".join(filter(None, (start, name))): None for name in names for start in above})
 
 
+@functools.lru_cache(maxsize=4096)
+def stored_in(code: types.CodeType) -> tuple[str, ...]:
+    """The attributes that a function, or a function inside it, gives to what a global leads to."""
+    return _mentioned(code, _stored_names)
+
+
+def reads_gradients(code: types.CodeType, held: dict[str, Any]) -> bool:
+    """Whether a function reads the `.grad` of something else than a module, such as of a tensor.
+
+    Args:
+        code: of the function.
+        held: its globals.
+    """
+    owners = (name for name in _owners_of_grad(code) if name not in ("autograd", "func"))
+    return any(not isinstance(held.get(name), types.ModuleType) for name in owners)
+
+
+@functools.lru_cache(maxsize=4096)
+def _owners_of_grad(code: types.CodeType) -> tuple[str, ...]:
+    return _mentioned(code, _names_before_grad) if "grad" in names_in(code) else ()
+
+
 def _mentioned(
     code: types.CodeType, names_of: Callable[[types.CodeType], Iterable[str]]
 ) -> tuple[str, ...]:
@@ -111,6 +133,30 @@ def _imported_names(code: types.CodeType) -> Iterable[str]:
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IMPORT_NAME":
             yield str(instruction.argval)
+
+
+_EXTENDS = dis.opmap["EXTENDED_ARG"]
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+
+
+def _stored_names(code: types.CodeType) -> Iterable[str]:
+    if "setattr" in code.co_names:
+        yield from filter(str.isidentifier, _every_word(code))
+    from_global = False  # whether the last instructions were a global and attributes of it
+    for x in dis.get_instructions(code):
+        if x.opname == "STORE_ATTR" and from_global:
+            yield str(x.argval)
+        further = x.opname in _ATTRIBUTES and from_global
+        from_global = further or x.opname in ("LOAD_GLOBAL", "LOAD_NAME") or x.opcode == _EXTENDS
+
+
+def _names_before_grad(code: types.CodeType) -> Iterable[str]:
+    before = ""
+    for x in dis.get_instructions(code):
+        if x.opname in _ATTRIBUTES and x.argval == "grad":
+            yield before
+        if x.opcode != _EXTENDS:
+            before = str(x.argval)
 
 
 def slots_of(kind: type) -> list[tuple[str, Any]]:

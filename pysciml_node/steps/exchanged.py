@@ -1,28 +1,59 @@
-"""What has been put in the place of functions of a library."""
+"""What has been put in the place of functions of a library, or beside them."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import types
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from pysciml_node.steps.anatomy import globals_in, imports_in, is_library, names_in
+from pysciml_node.steps.anatomy import (
+    globals_in,
+    imports_in,
+    is_library,
+    names_in,
+    stored_in,
+)
 from pysciml_node.steps.behind import is_stream
 from pysciml_node.steps.further import Further
 from pysciml_node.steps.outside import is_outside
 from pysciml_node.steps.places import MISSING
 
-Entry = tuple[Mapping[str, Any], str, Any]
-"""A namespace, a name, and what it has by that name, or `MISSING`."""
+# What may be in a module of a library although it is of none: numbers, words, containers, tensors.
+_DATA = (int, float, complex, str, bytes, tuple, list, dict, set, deque, Tensor, np.ndarray)
+_CONSTANTS = frozenset(("pi", "e", "tau", "inf", "nan", "euler_gamma"))
+
+
+def libraries_of(
+    code: types.CodeType, held: dict[str, Any], further: Further
+) -> list[types.ModuleType]:
+    """The modules of libraries that a function comes to by names.
+
+    Args:
+        code: of the function.
+        held: its globals.
+        further: is told what to look for later.
+    """
+    names = names_in(code)
+    todo: list[Any] = [held.get(name) for name in globals_in(code)]
+    todo += imported_by(code, held, further)
+    found = dict[int, types.ModuleType]()
+    while todo:
+        x = todo.pop()
+        if isinstance(x, types.ModuleType) and id(x) not in found and is_library(x.__name__):
+            found[id(x)] = x
+            todo += map(vars(x).get, names)
+    return [*found.values()]
 
 
 def put_into_library(
-    code: types.CodeType, held: dict[str, Any], further: Further
+    code: types.CodeType, libraries: list[types.ModuleType], further: Further
 ) -> Iterator[tuple[str, Any]]:
     """What a function comes to in libraries, and in tensors, that is of none: names and values.
 
@@ -31,20 +62,49 @@ def put_into_library(
 
     Args:
         code: of the function.
-        held: its globals.
+        libraries: see `libraries_of`.
         further: is told what to look for later.
     """
-    names = names_in(code)
-    methods = ((Tensor.__dict__, name, Tensor.__dict__.get(name, MISSING)) for name in names)
-    modules = chain((held.get(name) for name in globals_in(code)), imported_by(code, held, further))
-    entries = (_entries(x, names) for x in modules if isinstance(x, types.ModuleType))
-    for owner, name, value in (*methods, *chain.from_iterable(entries)):
-        if value is MISSING:
-            further.expect_none(owner, name)
-            continue
-        further.expect_item(owner, name, value)
-        if _is_foreign(value) or is_outside(value):
-            yield name, value
+    names, methods = names_in(code), vars(Tensor)
+    for owner in (methods, *map(vars, libraries)):
+        for name in names:
+            value = owner.get(name, MISSING)
+            if value is MISSING:
+                if owner is methods:
+                    further.expect_none(owner, name)
+            elif not isinstance(value, types.ModuleType):
+                further.expect_item(owner, name, value)
+                if _is_foreign(value) or is_outside(value):
+                    yield name, value
+
+
+def kept_in_library(
+    code: types.CodeType, libraries: list[types.ModuleType]
+) -> Iterator[tuple[types.ModuleType | type, dict[str, Any]]]:
+    """What evaluations of a function may change in libraries: owners, and entries.
+
+    They are data of modules, and what it writes itself to modules and classes, which may be
+    `MISSING` by now.
+
+    Args:
+        code: of the function.
+        libraries: see `libraries_of`.
+    """
+    stored = stored_in(code)
+    names = (*names_in(code), *stored)
+    kinds = dict[int, type]()
+    for module in libraries:
+        held = vars(module)
+        seen = {name: held.get(name, MISSING) for name in stored}
+        if module is not sys:  # whose lists and dicts are the interpreter's
+            there = ((name, held.get(name)) for name in names)
+            seen |= {k: x for k, x in there if isinstance(x, _DATA) and k not in _CONSTANTS}
+        if seen:
+            yield module, seen
+        if stored:
+            kinds |= {id(x): x for x in map(held.get, names) if isinstance(x, type)}
+    for kind in kinds.values():
+        yield kind, {name: vars(kind).get(name, MISSING) for name in stored}
 
 
 def imported_by(
@@ -66,22 +126,6 @@ def imported_by(
     return found
 
 
-def _entries(module: types.ModuleType, names: tuple[str, ...]) -> Iterator[Entry]:
-    """What a module of a library has by names, some of which may lead on to modules in it."""
-    todo, seen = [module], {id(module)}
-    while todo:
-        module = todo.pop()
-        held = vars(module) if is_library(module.__name__) else {}
-        for name in names:
-            if (value := held.get(name, MISSING)) is MISSING:
-                continue
-            if not isinstance(value, types.ModuleType):
-                yield held, name, value
-            elif id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-
-
 def _is_foreign(value: Any) -> bool:
     """Whether a library has something that is not of a library, such as a function in its place.
 
@@ -91,6 +135,6 @@ def _is_foreign(value: Any) -> bool:
         return not is_library(value.__globals__.get("__name__"))
     if isinstance(value, types.BuiltinFunctionType):
         return is_stream(value.__self__)
-    return isinstance(value, functools.partial | types.MethodType) or not is_library(
-        type(value).__module__
-    )
+    if isinstance(value, functools.partial | types.MethodType | type(os.environ)):
+        return True
+    return not is_library(type(value).__module__)

@@ -117,7 +117,7 @@ class Change(NamedTuple):
         done = first.changed(last, surroundings)
         depends = "and its derivatives depend on what earlier evaluations have left there"
         if surroundings.outside:
-            asked = " or ".join(f"{name}()" for name in dict.fromkeys(surroundings.outside))
+            asked = " or ".join(dict.fromkeys(surroundings.outside))
             done = f"asks {asked}" if done is None else f"{done} and asks {asked}"
             depends = "and its derivatives are others at each evaluation"
         return cls(first, last, f"{done or 'reaches what cannot be looked into'}, {depends}")
@@ -143,7 +143,19 @@ class Change(NamedTuple):
         Raises:
             RuntimeError: they do.
         """
-        if gap := self._gap(evaluate, leaves, made):
+        self._refuse(self._gap(evaluate, leaves, made), why, instead)
+
+    def expect_made(self, evaluate: Evaluate, made: Made) -> None:
+        """The same, of what an evaluation was in the solve alone."""
+        with torch.enable_grad():
+            gap = made.gap(evaluate)
+        self.last.put()
+        self._refuse(gap)
+
+    def _refuse(
+        self, gap: float, why: str = "", instead: str = "use adjoint=DirectAdjoint()"
+    ) -> None:
+        if gap:
             raise RuntimeError(
                 f"the field {self.what}: they differ by up to {gap:.2g} (relative).{why}\n"
                 "  Call eval() on it, as for spectral normalization; make it a function of its "
@@ -196,6 +208,7 @@ class Memory:
         self, evaluate: Evaluate, written: Sequence[Tensor], surroundings: Surroundings
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
+        self._idle = False
         self._made: Made | None = None
         comparable = filter(is_comparable, written)
         found = {id(x): x for x in (*comparable, *may_be_written(surroundings))}
@@ -216,7 +229,7 @@ class Memory:
             leaves: tensors to differentiate by.
             graph: has the evaluation, where its graph is kept.
         """
-        if self._surroundings.closed and not torch._C._are_functorch_transforms_active():
+        if not self._surroundings.all_open and not torch._C._are_functorch_transforms_active():
             kept = graph is not None and graph.evaluation is not None
             self._made = Made.of(evaluation, leaves, kept)
 
@@ -224,13 +237,13 @@ class Memory:
     def idle(cls, surroundings: Surroundings) -> Memory:
         """That of evaluations which have changed nothing."""
         made = cls.__new__(cls)
-        made._evaluate, made._surroundings = None, surroundings
+        made._evaluate, made._idle, made._surroundings = None, True, surroundings
         return made
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing has changed, once it is settled."""
-        return self._evaluate is None
+        """Whether nothing has changed that evaluations may depend on, once it is settled."""
+        return self._idle and self._surroundings.all_open
 
     @property
     def replaces(self) -> bool:
@@ -252,9 +265,7 @@ class Memory:
         self._overwritten = [*(x for x, _ in overwritten), *self._large.overwritten()]
         self._surroundings.began = [*seen, *overwritten] or self._surroundings.began
         self._written, self._first = [x for x, _ in seen], [y for _, y in seen]
-        idle = not (written or self._replaced or self._overwritten)
-        if idle and not self._surroundings.closed:
-            self._evaluate = None
+        self._idle = not (written or self._replaced or self._overwritten)
 
     def expect_idle(
         self, leaves: Sequence[Tensor], later: Iterable[Evaluate] = (), several: bool = True
@@ -270,16 +281,31 @@ class Memory:
             RuntimeError: they differ by more than rounding; or graphs of several evaluations read
                 what is overwritten at each.
         """
-        if (evaluate := self._evaluate) is None:
+        if (evaluate := self._evaluate) is None or self.is_idle:
             return
         before = Left(self._written, self._first, self._replaced)
         change, made = Change.since(before, self._surroundings), self._made
+        if made is not None and not self._is_due():
+            change.expect_made(evaluate, made)
+            return
         for there in (evaluate, *later):
             if several and self._overwritten:
                 with torch.enable_grad():
                     refuse_read(there()[0], self._overwritten, self._surroundings.names)
             change.expect_unseen(there, leaves, made=made)
             made = None
+
+    def _is_due(self) -> bool:
+        """Whether to compare at all places: of a field that only asks outside, ever more rarely.
+
+        Most such fields merely tell the time, and their sweeps are to take no longer.
+        """
+        if not self._idle or self._surroundings.closed:
+            return True
+        noted = self._surroundings.memory
+        count: int = noted.get(Memory, 0) + 1
+        noted[Memory] = count
+        return count & (count - 1) == 0
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

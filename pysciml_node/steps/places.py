@@ -389,6 +389,17 @@ class Single(Place):
         self._remove, self.left_alone = remove, False
 
     @classmethod
+    def of_class(cls, kind: type, key: str, seen: Any) -> Single:
+        """The place of a class's own attribute, which may be `MISSING`."""
+        return cls(
+            lambda: kind.__dict__.get(key, MISSING),
+            lambda value: setattr(kind, key, value),
+            seen,
+            f"{kind.__name__}.{key}",
+            lambda: delattr(kind, key),
+        )
+
+    @classmethod
     def of_cell(cls, cell: types.CellType, seen: Any, name: str) -> Single:
         """The place of what a function captures under a name."""
 

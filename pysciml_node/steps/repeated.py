@@ -58,8 +58,9 @@ class Repeated:
         began |= {id(x): (x, first) for x, first in surroundings.began}
         with surroundings.undisturbed():
             replaced = [*surroundings.changes(), *surroundings.moved]
-            changed = random or began or replaced or surroundings.written or surroundings.closed
-            if not (changed or self._versions != versions_of(surroundings.tensors)):
+            changed = random or began or replaced or surroundings.written
+            unseen = not surroundings.all_open
+            if not (changed or unseen or self._versions != versions_of(surroundings.tensors)):
                 return
             pairs = [*began.values()]
             before = Left([x for x, _ in pairs], [x for _, x in pairs], replaced)

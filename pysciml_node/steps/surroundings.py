@@ -40,6 +40,7 @@ if hasattr(os, "register_at_fork"):
 
 _KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _HOOKS = attrgetter(*(f"_{kind}" for kind in _KINDS))
+_ATTRIBUTES = attrgetter("__dict__")
 _HOOKS_OF_ALL = attrgetter(*(f"_global_{kind}" for kind in _KINDS))
 
 
@@ -112,6 +113,11 @@ class Surroundings:
     def lasts(self) -> bool:
         """Whether a later solve of the field begins with the same walk, and its `memory`."""
         return self._glance is not None
+
+    @property
+    def all_open(self) -> bool:
+        """Whether everything is looked into, or put back: no tensor has got attributes either."""
+        return not (self.closed or self.outside or any(map(_ATTRIBUTES, self.tensors)))
 
     @property
     def reach(self) -> list[Tensor]:

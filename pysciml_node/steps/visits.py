@@ -29,11 +29,17 @@ from pysciml_node.steps.anatomy import (
     module_of,
     names_in,
     own_classes,
+    reads_gradients,
     slots_of,
 )
 from pysciml_node.steps.behind import APART, MEMORY, SIMPLE, is_stream
 from pysciml_node.steps.chosen import ForThese
-from pysciml_node.steps.exchanged import imported_by, put_into_library
+from pysciml_node.steps.exchanged import (
+    imported_by,
+    kept_in_library,
+    libraries_of,
+    put_into_library,
+)
 from pysciml_node.steps.further import SMALL, Further, hold_others, may_last
 from pysciml_node.steps.outside import is_outside
 from pysciml_node.steps.places import MISSING, Dicts, Items, Names, Place, Single
@@ -69,7 +75,7 @@ class Visits(ABC):
             tensors that share their memory.
         names: names of their places, by their ids.
         closed: whether there are objects that are not looked into, and so not put back.
-        outside: names of functions and classes that answer from outside, which `closed` tells, too.
+        outside: what answers otherwise at each evaluation, and is not put back, in words.
         generators: the random generators, Python's and NumPy's among them.
         lazy: whether there are parameters that the first evaluation will make.
         chosen: the only tensors that receive gradients, where they have been chosen.
@@ -162,8 +168,7 @@ class Visits(ABC):
     def _look_outside(self, value: Any) -> None:
         """Note what answers otherwise at each evaluation, and is not put back."""
         if is_outside(value):
-            self.outside.append(value.__qualname__)
-            self.closed = True
+            self.outside.append(f"{value.__qualname__}()")
 
     def _apart(self, value: Any, name: str) -> None:
         self.met_apart, self.further.lasts = True, False
@@ -247,16 +252,33 @@ class Visits(ABC):
             self._attributes(value.__dict__, f"{name}.")
         else:
             self.further.expect_empty(value.__dict__)
+        held, names = value.__globals__, names_in(code)
+        libraries = libraries_of(code, held, self.further)
         if is_library(module_of(value)):
             self._look_outside(value)
         else:
-            held, names = value.__globals__, names_in(code)
             self._globals(held, globals_in(code), names, "")
+            for owner, entries in kept_in_library(code, libraries):
+                self._kept(owner, entries)
+            if reads_gradients(code, held):
+                self.outside.append(".grad")
             for module in imported_by(code, held, self.further):
                 if not is_library(module.__name__):
                     self._globals(vars(module), names, names, f"{module.__name__}.")
-        for key, held in put_into_library(code, value.__globals__, self.further):
-            self._see(held, key)
+        for key, x in put_into_library(code, libraries, self.further):
+            self._see(x, key)
+
+    def _kept(self, owner: types.ModuleType | type, seen: dict[str, Any]) -> None:
+        """What a module or a class of a library holds that evaluations may change."""
+        if isinstance(owner, type):
+            for key, held in seen.items():
+                self._class_attribute(owner, key, held)
+            return
+        prefix = f"{owner.__name__}."
+        self.places.append(Names(owner.__dict__, seen, prefix, whole=False))
+        for key, held in seen.items():
+            if held is not MISSING:
+                self._see(held, f"{prefix}{key}")
 
     def _globals(
         self, owner: dict[str, Any], names: tuple[str, ...], inner: tuple[str, ...], prefix: str
@@ -406,16 +428,9 @@ class Visits(ABC):
                     self._class_attribute(ancestor, key, held)
 
     def _class_attribute(self, kind: type, key: str, seen: Any) -> None:
-        self.places.append(
-            Single(
-                lambda: kind.__dict__.get(key, MISSING),
-                lambda value: setattr(kind, key, value),
-                seen,
-                f"{kind.__name__}.{key}",
-                lambda: delattr(kind, key),
-            )
-        )
-        self._see(seen, f"{kind.__name__}.{key}")
+        self.places.append(Single.of_class(kind, key, seen))
+        if seen is not MISSING:
+            self._see(seen, f"{kind.__name__}.{key}")
 
 
 Visit = Callable[[Visits, Any, str], None]

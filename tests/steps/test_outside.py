@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from numpy.random import default_rng
 from torch import Tensor, nn
 
 import pysciml_node as psn
+from pysciml_node.steps.field import FlatField
 
 D = torch.float64
 SWEEPS = psn.DiscreteAdjoint(memory=0)
@@ -69,7 +71,7 @@ class Asking(nn.Module):
         return -u * (1 + (x if self.reads else 1.0) * (self.k - self.k.detach()))
 
 
-def problem(field: nn.Module) -> psn.ODEProblem:
+def problem(field: Callable[[Tensor, Tensor], Tensor]) -> psn.ODEProblem:
     return psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
 
 
@@ -199,3 +201,21 @@ def test_also_where_a_part_of_the_steps_was_kept() -> None:
     time.sleep(0.15)
     with pytest.raises(RuntimeError, match="its derivatives are others"):
         solution.u1.sum().backward()
+
+
+def test_fields_that_keep_nothing_are_compared_at_all_places_ever_more_rarely() -> None:
+    """Beside the start, where each sweep compares: in the first, second, fourth and eighth."""
+    rate = nn.Parameter(torch.tensor(1.0, dtype=D))
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        time.time()
+        return -rate * u
+
+    call, further = FlatField._call, []
+    for _ in range(9):
+        solution = psn.solve(problem(f), psn.Euler(), adjoint=SWEEPS, **FOUR)
+        with mock.patch.object(FlatField, "_call", autospec=True, side_effect=call) as seen:
+            solution.u1.sum().backward()
+        further.append(seen.call_count - solution.stats.nfe_backward)
+    assert [n > 1 for n in further] == [n in (1, 2, 4, 8) for n in range(1, 10)]
+    assert min(further) == 1
