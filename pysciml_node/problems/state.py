@@ -347,12 +347,10 @@ class StateSpec:
         # Every evaluation goes this way and back, and calls of torch take their time.
         return torch.cat([x if x.dim() == 1 else x.reshape(-1) for x in self.parts(state)])
 
-    def copied(self, state: Any) -> tuple[Tensor | None, Tensor]:
-        """A copy of a state where it is one tensor, and the state as one vector, `(N,)`, a copy."""
-        if self.keys is None:
-            copy: Tensor = state.clone(memory_format=torch.contiguous_format)
-            return copy, copy.view(-1)
-        return None, self.flatten(state).clone()
+    def copied(self, state: Any) -> Tensor:
+        """A copy of a state: in its own shape where it is one tensor, or as one vector, `(N,)`."""
+        whole: Tensor = state if self.keys is None else self.flatten(state)
+        return whole.clone(memory_format=torch.contiguous_format)
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state that a vector `(..., N)` stands for; leading dimensions are kept."""

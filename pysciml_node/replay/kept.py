@@ -239,11 +239,10 @@ class KeptSteps:
         self._steps = [KeptStep(end, []) for end in ends]
 
     def hand_on(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Cotangents of the ends of such steps, in the shape of these."""
+        """Cotangents of the ends of such steps."""
         if not graph_is_retained():
             self._steps.clear()
-        shape = self.start.shape
-        return [None if x is None else x.view(shape) for x in cotangents]
+        return list(cotangents)
 
     def reads_same(self, within_reach: Iterable[Tensor]) -> bool:
         """Whether everything within reach of the field has the values that it had."""

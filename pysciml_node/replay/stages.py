@@ -19,8 +19,8 @@ from pysciml_node.tableaus import DiagonallyImplicitTableau, Tableau
 
 FlatFunction = Callable[[Tensor, Tensor], Tensor]
 
-# So many times take less time one by one than as the entries of a vector.
-_FEW = 3
+FEW = 3
+"""So many times take less time one by one than as the entries of a vector."""
 
 
 class Method:
@@ -160,7 +160,7 @@ class Stages:
             return known[2]
         numbers = self.numbers(start, size)
         if not moving:
-            return self.expect(start, size, self._times_of(numbers))
+            return self.expect(start, size, self.times_of(numbers))
         nodes = self.method.nodes
         inside, times = torch.tensor(numbers, dtype=nodes.dtype), nodes * h + t
         return (times + (inside.to(nodes.device) - times.detach())).unbind()
@@ -180,13 +180,13 @@ class Stages:
         self._known = (start, size, times)
         return times
 
-    def _times_of(self, numbers: list[float]) -> tuple[Tensor, ...]:
+    def times_of(self, numbers: list[float]) -> tuple[Tensor, ...]:
         """Stage times as tensors."""
         nodes = self.method.nodes
         if nodes.device.type != "cpu":
             inside = torch.tensor(numbers, dtype=nodes.dtype)
             return inside.to(nodes.device, non_blocking=True).unbind()
-        if len(numbers) <= _FEW:
+        if len(numbers) <= FEW:
             return tuple([torch.scalar_tensor(x, dtype=nodes.dtype) for x in numbers])
         return torch.tensor(numbers, dtype=nodes.dtype).unbind()
 

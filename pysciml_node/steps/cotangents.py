@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,12 @@ class BackwardPass:
     with_times: bool  # whether `t0`, `t1` and `saveat` need gradients
     # Whether what it returns goes on through graphs that were kept, and not to the inputs alone.
     goes_on: bool = False
+
+    def flat(self) -> BackwardPass:
+        """The same, of states and cotangents that may have another shape."""
+        states = tuple(x.reshape(-1) for x in self.states)
+        at_steps = [None if x is None else x.reshape(-1) for x in self.at_steps]
+        return replace(self, states=states, at_steps=at_steps)
 
     @property
     def saved_count(self) -> int:

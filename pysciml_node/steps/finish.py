@@ -59,6 +59,18 @@ class Solve(ABC):
         """The state, flat, in what is stepped."""
         return stepped
 
+    def last(self, states: Sequence[Tensor]) -> Any:
+        """The state at the end: a copy, for whoever changes it in place does not change the steps.
+
+        Args:
+            states: at the ends of steps, as they are in the outcome.
+        """
+        return self.problem.spec.unflatten(self.state(states[-1]).clone())
+
+    def vectors(self, states: list[Tensor]) -> list[Tensor]:
+        """What is stepped, flat, of the states of an outcome."""
+        return states
+
     @property
     def watched(self) -> bool:
         """Whether every step is controlled by the usual norm of the error of the whole state."""
@@ -83,8 +95,7 @@ class Solve(ABC):
             "engine": self.engine,
             "retcode": record.retcode,
             "stats": stats,
-            # A copy: whoever changes it in place does not change the steps.
-            "u1": spec.unflatten(self.state(states[-1]).clone()),
+            "u1": self.last(states),
             "event": record.event,
         }
         reached, ends = record.saved, record.times
@@ -97,7 +108,7 @@ class Solve(ABC):
 
         def make(name: str) -> Any:
             if name == "states":
-                return self.state(torch.stack(states))
+                return self.state(torch.stack(self.vectors(states)))
             return trajectory() if name == "trajectory" else self.times(reached, ends)
 
         return in_parts(Solution, make, parts)

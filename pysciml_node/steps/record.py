@@ -133,7 +133,8 @@ class Outcome(NamedTuple):
     """What a solve leaves."""
 
     record: Record  # the n accepted steps
-    states: list[Tensor]  # (N,) each, n + 1 of them, at `record.times`
+    # (N,) each, or of the shape that is stepped, n + 1 of them, at `record.times`
+    states: list[Tensor]
     saved: Tensor  # (saved, N), the states at the times that were asked for
 
 
@@ -236,6 +237,7 @@ def check_finite(record: Record, states: list[Tensor], watched: bool) -> None:
     if watched or not (code.successful or code is ReturnCode.Unstable):
         return
     last = states[-1].detach() if states[-1].requires_grad else states[-1]
+    last = last if last.dim() == 1 else last.view(-1)
     # What is not finite makes the sum of squares so, which also happens where they are too large.
     if cmath.isfinite(torch.dot(last, last).item()):
         return

@@ -52,10 +52,14 @@ class AsBefore:
     Attributes:
         field: that is evaluated.
         glimpse: what it can reach.
+        start: the state where the steps begin.
+        keeps_shape: whether the states of the outcome have its own shape, and not `(N,)`.
         inputs: the outer tensors that receive gradients.
         kept: the steps with their graph.
     """
 
+    start: Tensor
+    keeps_shape: bool
     kept: KeptSteps
 
     def __init__(self, field: FlatField, table: Timetable, known: Known, glimpse: Glimpse) -> None:
@@ -73,20 +77,19 @@ class AsBefore:
         made = cls(field, table, *found)
         return made if made._usual.stands and not all_are_hooked() else None
 
-    def run(self, u: Tensor, whole: Tensor | None, memory: int) -> Outcome | None:
+    def run(self, u: Tensor, memory: int) -> Outcome | None:
         """Take the steps.
 
         Args:
-            u: the state where they begin, `(N,)`.
-            whole: the same in its own shape, where it is one tensor.
+            u: the state where they begin, in its own shape where it is one tensor.
             memory: how many bytes graphs may take.
 
         Returns:
             What the solve leaves, without a graph; `None` if it has to begin again.
         """
         field, usual = self.field, self._usual
-        shaped = whole is not None and field.keeps_shape
-        start = whole if whole is not None and shaped else u
+        self.keeps_shape = field.keeps_shape
+        self.start = start = u if self.keeps_shape else u.view(-1)
         if not start.requires_grad:
             if not self.inputs:
                 return None
@@ -99,7 +102,7 @@ class AsBefore:
             return None
         try:
             with keeping:
-                outcome = self._taken(start, shaped)
+                outcome = self._taken(start)
         except (_Otherwise, WentBack):
             self._known.memory[AsBefore] = None  # it would begin again each time
             return None
@@ -107,11 +110,11 @@ class AsBefore:
             field.settle()
         record, (_, *ends), saved = outcome
         kept.keep_all(ends)
-        return Outcome(record, [u.detach(), *(x.detach().reshape(-1) for x in ends)], saved)
+        return Outcome(record, [start.detach(), *(x.detach() for x in ends)], saved)
 
-    def _taken(self, u: Tensor, shaped: bool) -> Outcome:
+    def _taken(self, u: Tensor) -> Outcome:
         glimpse, table = self.glimpse, self._table
-        evaluate = self.field.shaped if shaped else self.field
+        evaluate = self.field.shaped if self.keeps_shape else self.field
 
         def derivative(t: Tensor, state: Tensor) -> Tensor:
             if state is not u:
@@ -140,7 +143,7 @@ class AsBefore:
 
         Args:
             stats: its backward fields are filled.
-            cotangents: of the ends, `(N,)` each.
+            cotangents: of the ends.
 
         Returns:
             The cotangents in the graph; `None` where something has changed since.

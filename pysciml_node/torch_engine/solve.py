@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ class ODESolve(Solve):
         super().__init__(problem, algorithm, options, engine)
         spec = problem.spec
         # A copy: a field that works in place is refused, and has not changed the caller's tensor.
-        self._start, self.u0 = spec.copied(problem.u0)
+        self._start = spec.copied(problem.u0)
+        # Whether the states of the outcome have the shape of this.
+        self._keeps_shape = False
         self.surroundings: Surroundings
         self._glimpse: Glimpse | None = None
         self.stats = Stats()
@@ -96,6 +99,23 @@ class ODESolve(Solve):
         self._ends_move = any(map(moves, problem.tspan))
         self._times_move = self._ends_move or moves(options.saveat_tensor)
 
+    @cached_property
+    def u0(self) -> Tensor:
+        """The state at the start, `(N,)`."""
+        with Grad(self._start.requires_grad):
+            return self._start.view(-1)
+
+    @override
+    def last(self, states: Sequence[Tensor]) -> Any:
+        return states[-1].clone() if self._keeps_shape else super().last(states)
+
+    @override
+    def vectors(self, states: list[Tensor]) -> list[Tensor]:
+        if not self._keeps_shape:
+            return states
+        with Grad(True):
+            return [x.reshape(-1) for x in states]
+
     @override
     def run(self) -> Outcome:
         if not recording():
@@ -108,7 +128,7 @@ class ODESolve(Solve):
         return TorchTrajectory(
             self.problem,
             self.methods,
-            Kept(outcome.record, outcome.states),
+            Kept(outcome.record, self.vectors(outcome.states)),
             self.stats,
             self.options,
             surroundings=self.surroundings if glimpse is None else glimpse.surroundings(),
@@ -305,18 +325,23 @@ class ODESolve(Solve):
         solve = AsBefore.of(self.problem, table)
         if solve is None:
             return None
-        outcome = solve.run(self.u0, self._start, memory)
+        outcome = solve.run(self._start, memory)
         if outcome is None:
             return None
         self._glimpse, self.stats.nfe = solve.glimpse, solve.field.nfe
+        self._keeps_shape = solve.keeps_shape
 
         def sweep(backward: BackwardPass) -> Gradients:
-            return self._sweep(solve.prepared(self._time_of_start()), solve.kept, backward)
+            field = solve.prepared(self._time_of_start())
+            gradients = self._sweep(field, solve.kept, backward.flat())
+            if gradients.u0 is not None:
+                gradients.u0 = gradients.u0.view(solve.start.shape)
+            return gradients
 
         return as_node(
             lambda _: outcome,
             sweep,
-            self.u0,
+            solve.start,
             solve.inputs,
             saves=False,
             kept=solve.kept.values(outcome.record),
@@ -328,7 +353,8 @@ class ODESolve(Solve):
     ) -> tuple[DifferentiableField, KeptSteps | None, Outcome]:
         """Solve forward: the field, the steps that are kept in `memory` bytes, and the outcome."""
         graph = FirstGraph() if memory else None
-        field = DifferentiableField(self.problem, t_start, self.u0, graph, self._start)
+        whole = self._start if self.problem.spec.keys is None else None
+        field = DifferentiableField(self.problem, t_start, self.u0, graph, whole)
         # Before the node is made: what the field uses on the way is among its inputs.
         field.field.watch = field.captured.watch
         if not self.options.adjoint.discrete:

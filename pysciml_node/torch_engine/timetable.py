@@ -19,7 +19,7 @@ from pysciml_node.algorithms.explicit import Algorithm, ExplicitRungeKutta
 from pysciml_node.algorithms.options import SolveOptions
 from pysciml_node.problems.ode import ODEProblem
 from pysciml_node.problems.state import StateSpec
-from pysciml_node.replay.stages import FlatFunction, Method, Stages
+from pysciml_node.replay.stages import FEW, FlatFunction, Method, Stages
 from pysciml_node.replay.vectors import RecordedVectors, Vectors, vectors_like
 from pysciml_node.solutions.solution import ReturnCode
 from pysciml_node.steps.field import FlatField
@@ -68,6 +68,9 @@ class Timetable:
         record: its steps, which nobody changes.
         method: that took them.
         marks: start, stops and end.
+
+    Attributes:
+        evaluations: how often the field is evaluated, at most.
     """
 
     def __init__(
@@ -89,10 +92,19 @@ class Timetable:
         self._record, self._at_start = record, len(record.at_end.get(0, ()))
         self._nothing = method.b.tensor.new_empty((0, size))
         self._steps = [_step(record, n) for n in range(len(record.sizes))]
-        numbers = [*map(stages.numbers, record.times, record.sizes)]
-        # The times of stages, of some steps at once: each solve has tensors of its own for them.
+        # Outputs inside of steps need more stages, and the next step the last one.
+        tableau, inside = method.tableau, bool(record.inside)
+        self._count = method.all_stages if inside else tableau.stages - tableau.fsal
+        self.evaluations = len(self._steps) * self._count
+        # The times of stages: each solve has tensors of its own for them.
+        numbers = [
+            stages.numbers(t, h)[: self._count]
+            for t, h in zip(record.times, record.sizes, strict=False)
+        ]
+        self._numbers = numbers if self.evaluations <= FEW else []
+        # Of more than a few they are copied, those of some steps at once.
         times = torch.tensor(numbers, dtype=method.nodes.dtype).to(method.nodes.device)
-        self._times = torch.split(times.flatten(), _AT_ONCE * method.all_stages)
+        self._times = torch.split(times.flatten(), _AT_ONCE * self._count)
 
     @classmethod
     def of(
@@ -127,12 +139,6 @@ class Timetable:
         if lends:
             spare.append(vectors)
         return outcome
-
-    @property
-    def evaluations(self) -> int:
-        """How often the field is evaluated, at most, where no states are saved inside of steps."""
-        tableau = self.method.tableau
-        return len(self._steps) * (tableau.stages - tableau.fsal)
 
     def take_recorded(self, field: FlatFunction, u: Tensor) -> Outcome:
         """Take the steps in a graph.
@@ -172,9 +178,12 @@ class Timetable:
 
     def _new_times(self) -> Iterator[tuple[Tensor, ...]]:
         """The times of the stages of each step, as tensors that no other solve has."""
+        if self._numbers:
+            yield from map(self._stages.times_of, self._numbers)
+            return
         for times in self._times:
             each = iter(times.clone().unbind())
-            yield from zip(*[each] * self.method.all_stages, strict=True)
+            yield from zip(*[each] * self._count, strict=True)
 
 
 def _is_usual(u: Tensor) -> bool:
