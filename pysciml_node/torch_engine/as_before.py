@@ -94,11 +94,11 @@ class AsBefore:
             if not self.inputs:
                 return None
             start = start.detach().requires_grad_()
-        each = usual.bytes_of(((start,), (start,)))
-        if not each:
+        whole = _ROOM * self._table.evaluations * usual.bytes_of(((start,), (start,)))
+        if not whole:
             return None
-        self.kept = kept = KeptSteps(start, usual.reach, memory, each)
-        if kept.room < _ROOM * self._table.evaluations:
+        self.kept = kept = KeptSteps(start, usual.reach, memory, whole)
+        if not kept.room:
             return None
         try:
             with keeping:

@@ -93,8 +93,9 @@ class Timetable:
         self._nothing = method.b.tensor.new_empty((0, size))
         self._steps = [_step(record, n) for n in range(len(record.sizes))]
         # Outputs inside of steps need more stages, and the next step the last one.
-        tableau, inside = method.tableau, bool(record.inside)
-        self._count = method.all_stages if inside else tableau.stages - tableau.fsal
+        tableau, self._inside = method.tableau, bool(record.inside)
+        self._count = method.all_stages if self._inside else tableau.stages - tableau.fsal
+        self._end = method.rows[tableau.stages - 1] if tableau.fsal else method.b
         self.evaluations = len(self._steps) * self._count
         # The times of stages: each solve has tensors of its own for them.
         numbers = [
@@ -135,19 +136,41 @@ class Timetable:
             vectors = (spare if lends else []).pop()
         except IndexError:
             vectors = vectors_like(u, self.method.all_stages)
-        outcome = self.take(self._stages.afresh(field, vectors), u, None)
+        if self._inside:
+            outcome = self.take(self._stages.afresh(field, vectors), u, None)
+        else:
+            outcome = self._in_sums(field, vectors, u)
         if lends:
             spare.append(vectors)
         return outcome
 
     def take_recorded(self, field: FlatFunction, u: Tensor) -> Outcome:
-        """Take the steps in a graph.
+        """Take the steps in a graph, where no states are saved.
 
         Args:
             field: that is evaluated, in the state's shape.
             u: the state at the start, which need not be flat where it is one tensor.
         """
-        return self.take(self._stages.afresh(field, RecordedVectors()), u, None)
+        assert not self._inside
+        return self._in_sums(field, RecordedVectors(), u)
+
+    def _in_sums(self, field: FlatFunction, vectors: Vectors, u: Tensor) -> Outcome:
+        """Take the steps, inside of which no states are saved."""
+        rows, end = self.method.rows, self._end
+        states, saved = [u], []
+        if self._at_start:
+            saved.append(u.expand(self._at_start, -1))
+        for step, times in zip(self._steps, self._new_times(), strict=True):
+            for i, t in enumerate(times):
+                argument = vectors.combine(u, step.h, rows[i]) if i else u
+                vectors.put(i, field(t, argument))
+                if i:
+                    vectors.recycle(argument)
+            u = vectors.combine(u, step.h, end)
+            if step.at_end:
+                saved.append(u.expand(step.at_end, -1))
+            states.append(u)
+        return Outcome(self._record.copy(), states, torch.cat(saved) if saved else self._nothing)
 
     def take(self, stages: Stages, u: Tensor, k: Tensor | None) -> Outcome:
         """Take the steps.
