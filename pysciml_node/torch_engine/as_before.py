@@ -48,6 +48,7 @@ class AsBefore:
         table: the steps.
         known: what earlier solves have found.
         glimpse: what the field can reach.
+        usual: what they have found out about its tensors.
 
     Attributes:
         field: that is evaluated.
@@ -62,10 +63,12 @@ class AsBefore:
     keeps_shape: bool
     kept: KeptSteps
 
-    def __init__(self, field: FlatField, table: Timetable, known: Known, glimpse: Glimpse) -> None:
-        self.field, self.glimpse, self._known, self._table = field, glimpse, known, table
-        self._usual: Usual = known.memory[AsBefore]
-        self.inputs, field.plain = self._usual.trainable, True
+    def __init__(
+        self, field: FlatField, table: Timetable, known: Known, glimpse: Glimpse, usual: Usual
+    ) -> None:
+        self.field, self.glimpse, self.inputs = field, glimpse, usual.trainable
+        self._table, self._known, self._usual = table, known, usual
+        field.plain = True
 
     @classmethod
     def of(cls, problem: ODEProblem, table: Timetable) -> AsBefore | None:
@@ -74,8 +77,11 @@ class AsBefore:
         found = Glimpse.with_note(field.given, cls)
         if found is None:
             return None
-        made = cls(field, table, *found)
-        return made if made._usual.stands and not all_are_hooked() else None
+        known, glimpse = found
+        usual: Usual | None = known.memory[cls]  # another thread may have taken it back
+        if usual is None or not usual.stands or all_are_hooked():
+            return None
+        return cls(field, table, known, glimpse, usual)
 
     def run(self, u: Tensor, memory: int) -> Outcome | None:
         """Take the steps.
