@@ -68,6 +68,13 @@ class _Given(NamedTuple):
     start: float
     end: float
 
+    def is_for(self, problem: ODEProblem, asked: str, names: tuple[str, ...]) -> bool:
+        """Whether it was given for options of these names, and for a state of the structure over
+        the interval."""
+        if self.spec is not problem.spec or self.names != names or self.engine != asked:
+            return False
+        return _ENDS(self.start, self.end) == _ENDS(*problem.tspan)
+
     def equals(self, values: list[Any], kinds: tuple[type, ...]) -> bool:
         """Whether values are these."""
         if kinds != self.kinds:
@@ -82,11 +89,8 @@ class _Given(NamedTuple):
 _KNOWN: OrderedDict[Any, Plan] = OrderedDict()
 """Plans by what was given and for which problem: see `_key`."""
 
-_RECENT: dict[Any, list[_Given]] = {}
-"""What they were found by lately, by its form: see `_form`."""
-
 _LATELY: list[_Given] = []
-"""The same, one after the other: C goes through them."""
+"""What they were found by lately: C goes through it too."""
 
 _MOST_KNOWN, _MOST_RECENT, _MOST_ALIKE = 256, 64, 8
 
@@ -142,15 +146,15 @@ def _key(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -
     return (kinds, tuple(given), kind, asked, id(problem.spec), ends, *values)
 
 
-def _form(problem: Problem, algorithm: Algorithm | None, given: dict[str, Any]) -> Any:
-    """All that a plan depends on but the values that were given; `None` where it is even more."""
+def _alike(problem: Problem, given: dict[str, Any]) -> list[_Given] | None:
+    """What was given lately for such a problem; `None` where a plan depends on more."""
     if type(problem) is not ODEProblem or problem.mass_matrix is not None:
         return None
     t0, t1 = problem.tspan
     if not type(t0) is type(t1) is float:
         return None
-    asked = given.get("engine") or engines.get_engine()
-    return (asked, id(problem.spec), _ENDS(t0, t1), type(algorithm), *given)
+    asked, names = given.get("engine") or engines.get_engine(), tuple(given)
+    return [x for x in _LATELY if x.is_for(problem, asked, names)]
 
 
 def _all_entries(
@@ -208,20 +212,22 @@ def _has_negative_zero(times: Sequence[float]) -> bool:
     return 0.0 in times and any(copysign(1.0, t) < 0 for t in times if t == 0)
 
 
-def _keep(form: Any, plan: Plan, problem: Problem, names: Any, values: list[Any]) -> None:
+def _keep(
+    plan: Plan, problem: Problem, given: dict[str, Any], values: list[Any], alike: list[_Given]
+) -> None:
     """Have later solves find a plan by what was given for this one."""
-    alike, kinds = _RECENT.get(form, []), tuple(map(type, values))
+    kinds = tuple(map(type, values))
+    others = sum(kinds[0] is x.kinds[0] for x in alike)
     # Those that come and go, as sizes of steps may, are found by the key alone.
-    if len(alike) < _MOST_ALIKE and all(kind in _SINGLE or kind in _ROWS for kind in kinds):
-        if len(_LATELY) >= _MOST_RECENT:
-            _RECENT.clear()
-            _LATELY.clear()
-        rows = tuple(kind in _ROWS for kind in kinds)
-        copies = [x.copy() if type(x) in _CHANGING else x for x in values]
-        what = tuple(names), problem.spec, form[0], *ends_of(problem)
-        given = _Given(plan, copies, kinds, rows, *what)
-        _RECENT.setdefault(form, []).append(given)
-        _LATELY.append(given)
+    if others >= _MOST_ALIKE or not all(kind in _SINGLE or kind in _ROWS for kind in kinds):
+        return
+    if len(_LATELY) >= _MOST_RECENT:
+        _LATELY.clear()
+    rows = tuple(kind in _ROWS for kind in kinds)
+    copies = [x.copy() if type(x) in _CHANGING else x for x in values]
+    asked = given.get("engine") or engines.get_engine()
+    what = tuple(given), problem.spec, asked, *ends_of(problem)
+    _LATELY.append(_Given(plan, copies, kinds, rows, *what))
 
 
 def recent_plan(
@@ -239,17 +245,13 @@ def recent_plan(
         plan: Plan | None = repeated.recall(_LATELY, problem.__dict__, algorithm, given, asked)
         if plan is not None:
             return plan
-    return _among(_form(problem, algorithm, given), [algorithm, *given.values()])
+    return _among(_alike(problem, given) or (), [algorithm, *given.values()])
 
 
-def _among(form: Any, values: list[Any]) -> Plan | None:
-    alike = _RECENT.get(form)
-    if alike is not None:
-        kinds = tuple(map(type, values))
-        for before in alike:
-            if before.equals(values, kinds):
-                return before.plan
-    return None
+def _among(alike: Sequence[_Given], values: list[Any]) -> Plan | None:
+    """The plan that the same was given for."""
+    kinds = tuple(map(type, values)) if alike else ()
+    return next((before.plan for before in alike if before.equals(values, kinds)), None)
 
 
 def plan_of(
@@ -269,8 +271,8 @@ def plan_of(
         EngineUnavailable: the engine cannot run here, or cannot run this solve.
         MethodUnavailable: the engine has no such method.
     """
-    form, values = _form(problem, algorithm, given), [algorithm, *given.values()]
-    known = _among(form, values)
+    alike, values = _alike(problem, given), [algorithm, *given.values()]
+    known = _among(alike or (), values)
     if known is not None:
         return known
     key = _key(problem, algorithm, given)
@@ -292,6 +294,6 @@ def plan_of(
             while len(_KNOWN) > _MOST_KNOWN:
                 with contextlib.suppress(KeyError):
                     _KNOWN.popitem(last=False)
-    if form is not None and key is not None and key in _KNOWN:
-        _keep(form, known, problem, given, values)
+    if alike is not None and key is not None and key in _KNOWN:
+        _keep(known, problem, given, values, alike)
     return known

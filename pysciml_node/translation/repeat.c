@@ -230,8 +230,19 @@ Object *repeat(Object *self, Object *const *given, Size count) {
 /* What `_Given` of plans.py holds. */
 enum { PLAN, VALUES, KINDS, ROWS, NAMES, SPEC, ASKED, FIRST, LAST };
 
-/* Whether a list or a tuple has the very entries; of others Python asks. */
+/* Whether a dict has the very keys and values. */
+static int has_values(Object *dict, Object *known) {
+  Object *key, *value, *name, *expected;
+  Size at = 0, place = 0;
+  int same = py.length(dict) == py.length(known);
+  while (same && py.next_of_dict(known, &place, &name, &expected))
+    same = py.next_of_dict(dict, &at, &key, &value) && key == name && value == expected;
+  return same;
+}
+
+/* Whether a list, a tuple or a dict has the very entries; of others Python asks. */
 static int has_entries(Object *row, Object *known, Object *kind) {
+  if (kind == py.of_dicts) return has_values(row, known);
   Object *(*at)(Object *, Size) = kind == py.of_lists ? py.in_list : py.in_tuple;
   if (kind != py.of_lists && kind != py.of_tuples) return 0;
   Size count = py.length(known);

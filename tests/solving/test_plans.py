@@ -284,3 +284,27 @@ def test_c_and_python_find_the_same_plans(
     if other == "the same" and same and plans.repeated.recall is not None:
         monkeypatch.setattr(plans, "_among", lambda *_: None)  # what is in Python
         assert found(given, True) is plan
+
+
+@pytest.mark.skipif(not available()[0], reason=available()[1])
+def test_tolerances_by_parts_are_found_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the very numbers of a dict, which may change."""
+    cross_in_c()
+
+    def problem() -> psn.ODEProblem:
+        state = {"u": torch.ones(1).double(), "v": torch.ones(1).double()}
+        return psn.ODEProblem(lambda t, x: {"u": -x["u"], "v": -x["v"]}, state, (0.0, 1.0))
+
+    given: dict[str, Any] = {"rtol": {"u": 1e-6, "v": 1e-3}, "atol": 1e-6}
+    for _ in range(3):
+        psn.solve(problem(), psn.Tsit5(), **given)
+    plan = plans.recent_plan(problem(), psn.Tsit5(), given)
+    assert plan is not None
+    if plans.repeated.recall is not None:
+        monkeypatch.setattr(plans, "_among", lambda *_: None)  # what is in Python
+        assert plans.recent_plan(problem(), psn.Tsit5(), given) is plan
+    for change in ({"v": 1e-4}, {"w": 1e-3}):
+        other = {**given, "rtol": {**given["rtol"], **change}}
+        assert plans.recent_plan(problem(), psn.Tsit5(), other) is None
+    given["rtol"]["v"] = 1e-4
+    assert plans.recent_plan(problem(), psn.Tsit5(), given) is None
