@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from pysciml_node.replay.stages import FlatFunction
@@ -210,8 +211,8 @@ def linearize(
         recorded = value.requires_grad
     with torch.inference_mode(False), torch.enable_grad():
         attached = recorded and u.requires_grad
-        state = u if attached else u.detach().clone().requires_grad_()
-        time = t if recorded and t.requires_grad else t.detach().clone().requires_grad_(with_time)
+        state = u if attached else _apart(u)
+        time = t if recorded and t.requires_grad else _apart(t, with_time)
         if attached and with_time:
             time = time_behind(state, time)
         rate = field(time, state)
@@ -222,6 +223,15 @@ def linearize(
         jacobian = jacobian_of(rate, state, recorded and differentiable)
         slope = time_derivative(rate, time, recorded and differentiable) if with_time else None
     return DenseLinearization(value, slope, jacobian)
+
+
+def _apart(x: Tensor, requires_grad: bool = True) -> Tensor:
+    """A copy without a graph, which keeps the derivative that it has in forward mode."""
+    alone = x.detach().clone().requires_grad_(requires_grad)
+    if forward_ad._current_level < 0:
+        return alone
+    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return alone if tangent is None else forward_ad.make_dual(alone, tangent)  # type: ignore[no-untyped-call]
 
 
 def dense_jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:

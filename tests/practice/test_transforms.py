@@ -245,6 +245,26 @@ def test_forward_mode_is_never_lost(adjoint: psn.Adjoint, gradients: bool) -> No
 
 
 @pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "algorithm", [psn.Rosenbrock23(), psn.Rodas5P(), psn.KenCarp4()], ids=lambda x: type(x).__name__
+)
+def test_implicit_steps_have_one_derivative_in_both_modes(algorithm: Any, gradients: bool) -> None:
+    """Rosenbrock steps depend on the state through the Jacobian too, at any size."""
+
+    def bent(t: Tensor, u: Tensor) -> Tensor:
+        return torch.tanh(A @ u) * (1 + t * t) - u**3
+
+    def end(u0: Tensor) -> Tensor:
+        problem = psn.ODEProblem(bent, u0, (0.0, 1.0))
+        steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25}
+        return psn.solve(problem, algorithm, adjoint=psn.DirectAdjoint(), **steps).u1
+
+    with torch.set_grad_enabled(gradients), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(end(forward_ad.make_dual(U0, U0))).tangent
+    torch.testing.assert_close(tangent, jacobian(end, U0) @ U0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
 def test_forward_mode_of_times(gradients: bool) -> None:
     one = torch.ones((), dtype=D)
     options: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10, "adjoint": psn.DirectAdjoint()}
