@@ -20,17 +20,18 @@ BIG = 1e9
 
 
 class Filed:
-    """Rates of which one lies in a file, where nothing sees that it changes."""
+    """A rate and a source that lie in a file, where nothing sees that they change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rate(2.0)
+        self.write(2.0, 0.0)
 
-    def rate(self, rate: float) -> None:
-        self.path.write_text(str(rate))
+    def write(self, rate: float, source: float) -> None:
+        self.path.write_text(f"{rate} {source}")
 
     def __call__(self, t: Tensor, u: Tensor, p: Any = None) -> Tensor:
-        return torch.stack((-float(self.path.read_text()) * u[0], -0.5 * u[1]))
+        rate, source = map(float, self.path.read_text().split())
+        return torch.stack((source - rate * u[0], -0.5 * u[1]))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_change_in_an_entry_beside_a_great_one(
     end = psn.solve(problem, algorithm, rtol=1e-6, atol=atol, adjoint=adjoint).u1[0]
     (gradient,) = torch.autograd.grad(end, u0, retain_graph=True)
     assert float(gradient[0]) == pytest.approx(math.exp(-2.0), rel=1e-4)
-    field.rate(3.0)
+    field.write(2.0, 1.0)  # which no derivative tells
     with pytest.raises(RuntimeError, match="could not reproduce"):
         torch.autograd.grad(end, u0)
 
@@ -61,7 +62,10 @@ def test_members_of_which_an_entry_has_changed(tmp_path: Path) -> None:
     u0 = torch.tensor([[1.0, BIG], [2.0, 1.0]], dtype=D, requires_grad=True)
     many = psn.EnsembleProblem(psn.ODEProblem(field, u0[0].detach(), (0.0, 1.0)), u0)
     end = psn.solve(many, psn.Tsit5(), rtol=1e-6, atol=1e-6, engine="torch").u1[0, 0]
-    field.rate(3.0)
+    field.write(3.0, 0.0)
+    with pytest.raises(RuntimeError, match="derivatives depend"):
+        torch.autograd.grad(end, u0, retain_graph=True)
+    field.write(2.0, 1.0)
     with pytest.raises(RuntimeError, match="could not reproduce"):
         torch.autograd.grad(end, u0)
 
