@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import override
 
 from pysciml_node.algorithms.krylov import GMRES
-from pysciml_node.replay.linearization import Linearization, Solver
+from pysciml_node.replay.linearization import Linearization, Solver, has_tangent
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.replay.vectors import Real
 from pysciml_node.steps.field import FlatField
@@ -86,12 +87,14 @@ class KrylovLinearization(Linearization):
         pullback: `J^T w`.
         settings: of the iteration.
         preconditioner: from `scale` to what nearly solves; `None` without one.
+        recorded: whether its solutions are differentiated.
     """
 
     product: Apply
     pullback: Apply
     settings: GMRES
     preconditioner: Callable[[float], Apply] | None
+    recorded: bool
 
     matrix_free = True
 
@@ -107,8 +110,9 @@ class KrylovLinearization(Linearization):
                 x = x if nearly is None else nearly(x)
                 return x - size * self.product(x)
 
-            solved = gmres(apply, right, rtol, settings.restart, limit)
-            return solved if solved is None or nearly is None else nearly(solved)
+            with forward_ad._set_fwd_grad_enabled(False):
+                solved = gmres(apply, right, rtol, settings.restart, limit)
+                return solved if solved is None or nearly is None else nearly(solved)
 
         def pull(right: Tensor) -> Tensor:
             transposed = None if nearly is None else _transposed(nearly, right)
@@ -117,16 +121,18 @@ class KrylovLinearization(Linearization):
                 x = x if transposed is None else transposed(x)
                 return x - size * self.pullback(x)
 
-            solved = gmres(apply, right, _exact(right), settings.restart, limit)
-            solved = _expect_solved(solved, "transposed linear system of a step", limit)
-            return solved if transposed is None else transposed(solved)
+            with forward_ad._set_fwd_grad_enabled(False):
+                solved = gmres(apply, right, _exact(right), settings.restart, limit)
+                solved = _expect_solved(solved, "transposed linear system of a step", limit)
+                return solved if transposed is None else transposed(solved)
 
         def push(right: Tensor) -> Tensor:
             solved = found(right, _exact(right), limit)
             return _expect_solved(solved, "linear system of a step", limit)
 
         def solve(right: Tensor) -> Tensor:
-            if torch.is_grad_enabled() and right.requires_grad:
+            recorded = torch.is_grad_enabled() and right.requires_grad
+            if recorded or (self.recorded and has_tangent(right)):
                 held: Tensor = _Held.apply(right, torch.zeros_like, pull, push)  # type: ignore[no-untyped-call]
                 return held
             with torch.no_grad():
@@ -164,7 +170,9 @@ class _Held(torch.autograd.Function):
     @staticmethod
     @override
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.derivatives = inputs[2:]
+        _, value, *ctx.derivatives = inputs
+        # A linear function is its own derivative; a correction, which is zero, has that of a solve.
+        ctx.push = value if inputs[3] is None else inputs[3]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -179,6 +187,11 @@ class _Held(torch.autograd.Function):
                 "  Leave linsolve out, for states of up to 500 entries, or use Rodas5P()."
             )
         return _Held.apply(cotangent, pull, push, None), None, None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    @override
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return ctx.push(tangents[0])
 
 
 def _exact(right: Tensor) -> float:
@@ -230,6 +243,12 @@ class MatrixFree:
         differentiable: bool,
     ) -> KrylovLinearization:
         """The field at `(t, u)` with products of its Jacobian there."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "steps that GMRES solves were taken inside a transform of torch.func, which does "
+                "not go through its products.\n  Take the derivative by backward(), "
+                "torch.autograd.grad or torch.autograd.forward_ad, or use Rodas5P()."
+            )
         value = field(t, u) if recorded else None
         with torch.inference_mode(False), torch.enable_grad():
             state = u.detach().clone().requires_grad_()
@@ -255,6 +274,7 @@ class MatrixFree:
             pullback,
             self.settings,
             self._preconditioner(t, u),
+            recorded,
         )
 
     def _preconditioner(self, t: Tensor, u: Tensor) -> Callable[[float], Apply] | None:

@@ -203,6 +203,8 @@ def linearize(
         differentiable: whether autograd is to follow the derivatives too.
         jacobian_of: takes the Jacobian of an evaluation; default `dense_jacobian`.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _transformed(field, t, u, with_time)
     jacobian_of = jacobian_of or dense_jacobian
     value = None
     if recorded and not u.requires_grad:
@@ -225,13 +227,33 @@ def linearize(
     return DenseLinearization(value, slope, jacobian)
 
 
+def _transformed(field: FlatFunction, t: Tensor, u: Tensor, with_time: bool) -> DenseLinearization:
+    """The field inside a transform of `torch.func`, which knows no `requires_grad_`."""
+
+    def rate(t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        value = field(t, u)
+        return value, value
+
+    take = torch.func.jacrev(rate, argnums=(0, 1), has_aux=True, chunk_size=_ROWS)
+    (slope, jacobian), value = take(t, u)
+    return DenseLinearization(value, slope if with_time else None, jacobian)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor has a derivative in forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def _apart(x: Tensor, requires_grad: bool = True) -> Tensor:
     """A copy without a graph, which keeps the derivative that it has in forward mode."""
     alone = x.detach().clone().requires_grad_(requires_grad)
-    if forward_ad._current_level < 0:
+    if not has_tangent(x):
         return alone
     tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-    return alone if tangent is None else forward_ad.make_dual(alone, tangent)  # type: ignore[no-untyped-call]
+    dual: Tensor = forward_ad.make_dual(alone, tangent)  # type: ignore[no-untyped-call]
+    return dual
 
 
 def dense_jacobian(value: Tensor, state: Tensor, differentiable: bool) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.functional import jacobian, jvp
+from torch.autograd.functional import hessian, jacobian, jvp
 from torch.utils.checkpoint import checkpoint
 
 import pysciml_node as psn
@@ -244,24 +244,48 @@ def test_forward_mode_is_never_lost(adjoint: psn.Adjoint, gradients: bool) -> No
             torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
 
 
+def bent(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return p * torch.tanh(A @ u) * (1 + t * t) - u**3
+
+
+def few_steps(u0: Tensor, algorithm: Any) -> Tensor:
+    """The end of large steps, whose derivative is not that of the equation."""
+    problem = psn.ODEProblem(bent, u0, (0.0, 1.0), p=u0[0])
+    steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25}
+    return psn.solve(problem, algorithm, adjoint=psn.DirectAdjoint(), **steps).u1
+
+
+MATRIX_FREE = psn.TRBDF2(linsolve=psn.GMRES())
+IMPLICIT = [psn.Rosenbrock23(), psn.Rodas5P(), psn.KenCarp4(), psn.TRBDF2()]
+
+
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize(
-    "algorithm", [psn.Rosenbrock23(), psn.Rodas5P(), psn.KenCarp4()], ids=lambda x: type(x).__name__
-)
+@pytest.mark.parametrize("algorithm", [*IMPLICIT, MATRIX_FREE], ids=str)
 def test_implicit_steps_have_one_derivative_in_both_modes(algorithm: Any, gradients: bool) -> None:
-    """Rosenbrock steps depend on the state through the Jacobian too, at any size."""
-
-    def bent(t: Tensor, u: Tensor) -> Tensor:
-        return torch.tanh(A @ u) * (1 + t * t) - u**3
-
-    def end(u0: Tensor) -> Tensor:
-        problem = psn.ODEProblem(bent, u0, (0.0, 1.0))
-        steps: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25}
-        return psn.solve(problem, algorithm, adjoint=psn.DirectAdjoint(), **steps).u1
-
+    """By the state and by `p`: Rosenbrock steps depend on both through the Jacobian too."""
     with torch.set_grad_enabled(gradients), forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(end(forward_ad.make_dual(U0, U0))).tangent
-    torch.testing.assert_close(tangent, jacobian(end, U0) @ U0, rtol=1e-12, atol=1e-12)
+        dual = few_steps(forward_ad.make_dual(U0, U0), algorithm)
+        tangent = forward_ad.unpack_dual(dual).tangent
+    expected = jacobian(lambda u0: few_steps(u0, algorithm), U0) @ U0
+    torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", IMPLICIT, ids=str)
+def test_transforms_of_implicit_steps(algorithm: Any) -> None:
+    def end(u0: Tensor) -> Tensor:
+        return few_steps(u0, algorithm)
+
+    expected = jacobian(end, U0)
+    exactly = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    exactly(torch.func.jacrev(end)(U0), expected)
+    exactly(torch.func.jacfwd(end)(U0), expected)
+    curvature = hessian(lambda u0: end(u0).sin().sum(), U0)
+    exactly(torch.func.hessian(lambda u0: end(u0).sin().sum())(U0), curvature)
+
+
+def test_a_transform_of_steps_that_gmres_solves_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="forward_ad, or use Rodas5P"):
+        torch.func.jacrev(lambda u0: few_steps(u0, MATRIX_FREE))(U0)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
