@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from decaying import D, Holder, decay, end
 from torch import Tensor
 
 import pysciml_node as psn
+from pysciml_node.translation.outside import outside
 
 pytestmark = pytest.mark.usefixtures("looks_in_both")
 
@@ -147,3 +149,16 @@ def test_fields_have_code_where_python_is_profiled() -> None:
     with profile:
         assert end(lambda t, u: -2.0 * u) == decay(2.0)
     assert profile.getstats()
+
+
+@pytest.mark.parametrize(("module", "found"), [("hypothesis.internal", []), ("mine", ["time"])])
+def test_libraries_may_measure_their_own_time(module: str, found: list[str]) -> None:
+    """Of garbage that is collected meanwhile, for instance."""
+
+    def ask() -> None:
+        time.time()
+
+    elsewhere = types.FunctionType(ask.__code__, {"__name__": module, "time": time})
+    with outside() as asked:
+        elsewhere()
+    assert asked == found
