@@ -144,11 +144,8 @@ class Inputs:
         if usual is None or graph is None or not usual.has_graph((values, fresh), graph):
             reached: set[Edge] = set()
             strangers = self._strangers_in((values, fresh), leaves, edges, reached, graph)
-            self._memory.remember((values, fresh), leaves, graph)
             del values, fresh
             self._sort(strangers, leaves, edges, reached, p)
-        else:
-            self._memory.remember((values, fresh), leaves, graph)
 
     @classmethod
     def of_usual(cls, surroundings: Surroundings, usual: Usual) -> Inputs:

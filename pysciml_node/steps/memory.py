@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysciml_node.steps.contents import is_comparable
-from pysciml_node.steps.first_graph import Evaluation, FirstGraph
+from pysciml_node.steps.first_graph import Evaluation
 from pysciml_node.steps.overwritten import Large, may_be_written, refuse_read
 from pysciml_node.steps.places import Place
 from pysciml_node.steps.surroundings import Surroundings
@@ -70,32 +70,6 @@ class Left(NamedTuple):
         return None
 
 
-class Made(NamedTuple):
-    """The first evaluation of a solve, for its derivatives to be compared with later ones.
-
-    Attributes:
-        leaves: tensors to differentiate by, beside the state.
-        derivatives: in the state, and in these.
-    """
-
-    leaves: Sequence[Tensor]
-    derivatives: Callable[[], Sequence[Tensor]]
-
-    @classmethod
-    def of(cls, evaluation: Evaluation, leaves: Sequence[Tensor], kept: bool) -> Made:
-        """That of an evaluation which has just been made, and whose graph may be kept."""
-        if kept:
-            return cls(leaves, partial(derivatives, evaluation, leaves))
-        found = derivatives(evaluation, leaves)
-        return cls(leaves, lambda: found)
-
-    def gap(self, evaluate: Evaluate) -> float:
-        """The greatest relative difference to the derivatives of another evaluation."""
-        if not all(x.requires_grad for x in self.leaves):  # some have been frozen since
-            return 0.0
-        return relative_gap(derivatives(evaluate(), self.leaves), self.derivatives())
-
-
 class Change(NamedTuple):
     """What evaluations of a field have changed, which derivatives may depend on.
 
@@ -127,7 +101,6 @@ class Change(NamedTuple):
         evaluate: Evaluate,
         leaves: Sequence[Tensor],
         *,
-        made: Made | None = None,
         why: str = "",
         instead: str = "use adjoint=DirectAdjoint()",
     ) -> None:
@@ -136,33 +109,20 @@ class Change(NamedTuple):
         Args:
             evaluate: an evaluation.
             leaves: what stands for the inputs of the field.
-            made: what this evaluation was in the solve.
             why: they must not, for the message.
             instead: what else can be done, likewise.
 
         Raises:
             RuntimeError: they do.
         """
-        self._refuse(self._gap(evaluate, leaves, made), why, instead)
-
-    def expect_made(self, evaluate: Evaluate, made: Made) -> None:
-        """The same, of what an evaluation was in the solve alone."""
-        with torch.enable_grad():
-            gap = made.gap(evaluate)
-        self.last.put()
-        self._refuse(gap)
-
-    def _refuse(
-        self, gap: float, why: str = "", instead: str = "use adjoint=DirectAdjoint()"
-    ) -> None:
-        if gap:
+        if gap := self._gap(evaluate, leaves):
             raise RuntimeError(
                 f"the field {self.what}: they differ by up to {gap:.2g} (relative).{why}\n"
                 "  Call eval() on it, as for spectral normalization; make it a function of its "
                 f"arguments; or {instead}."
             )
 
-    def _gap(self, evaluate: Evaluate, leaves: Sequence[Tensor], made: Made | None) -> float:
+    def _gap(self, evaluate: Evaluate, leaves: Sequence[Tensor]) -> float:
         """Compare derivatives by what the first evaluation, the last and the next have left.
 
         Returns:
@@ -172,9 +132,8 @@ class Change(NamedTuple):
             now, following = (derivatives(evaluate(), leaves) for _ in range(2))
             self.first.put()
             then = derivatives(evaluate(), leaves)
-            since = 0.0 if made is None else made.gap(evaluate)
         self.last.put()
-        return max(relative_gap(now, then), relative_gap(now, following), since)
+        return max(relative_gap(now, then), relative_gap(now, following))
 
 
 def evaluations(
@@ -209,7 +168,6 @@ class Memory:
     ) -> None:
         self._evaluate: Evaluate | None = evaluate
         self._idle = False
-        self._made: Made | None = None
         comparable = filter(is_comparable, written)
         found = {id(x): x for x in (*comparable, *may_be_written(surroundings))}
         self._written = [*found.values()]
@@ -218,20 +176,6 @@ class Memory:
         self._replaced = [place.as_now() for place in surroundings.changes()]
         # What evaluations have written to since, and torch has not counted it.
         self._overwritten: list[Tensor] = []
-
-    def remember(
-        self, evaluation: Evaluation, leaves: Sequence[Tensor], graph: FirstGraph | None
-    ) -> None:
-        """Remember what the first evaluation was, where something else may decide of the next.
-
-        Args:
-            evaluation: the values, and the leaves made for them.
-            leaves: tensors to differentiate by.
-            graph: has the evaluation, where its graph is kept.
-        """
-        if not self._surroundings.all_open and not torch._C._are_functorch_transforms_active():
-            kept = graph is not None and graph.evaluation is not None
-            self._made = Made.of(evaluation, leaves, kept)
 
     @classmethod
     def idle(cls, surroundings: Surroundings) -> Memory:
@@ -284,28 +228,12 @@ class Memory:
         if (evaluate := self._evaluate) is None or self.is_idle:
             return
         before = Left(self._written, self._first, self._replaced)
-        change, made = Change.since(before, self._surroundings), self._made
-        if made is not None and not self._is_due():
-            change.expect_made(evaluate, made)
-            return
+        change = Change.since(before, self._surroundings)
         for there in (evaluate, *later):
             if several and self._overwritten:
                 with torch.enable_grad():
                     refuse_read(there()[0], self._overwritten, self._surroundings.names)
-            change.expect_unseen(there, leaves, made=made)
-            made = None
-
-    def _is_due(self) -> bool:
-        """Whether to compare at all places: of a field that only asks outside, ever more rarely.
-
-        Most such fields merely tell the time, and their sweeps are to take no longer.
-        """
-        if not self._idle or self._surroundings.closed:
-            return True
-        noted = self._surroundings.memory
-        count: int = noted.get(Memory, 0) + 1
-        noted[Memory] = count
-        return count & (count - 1) == 0
+            change.expect_unseen(there, leaves)
 
 
 def derivatives(evaluation: Evaluation, leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def test_members_of_which_an_entry_has_changed(tmp_path: Path) -> None:
     many = psn.EnsembleProblem(psn.ODEProblem(field, u0[0].detach(), (0.0, 1.0)), u0)
     end = psn.solve(many, psn.Tsit5(), rtol=1e-6, atol=1e-6, engine="torch").u1[0, 0]
     field.write(3.0, 0.0)
-    with pytest.raises(RuntimeError, match="derivatives depend"):
+    with pytest.raises(RuntimeError, match="could not reproduce"):
         torch.autograd.grad(end, u0, retain_graph=True)
     field.write(2.0, 1.0)
     with pytest.raises(RuntimeError, match="could not reproduce"):

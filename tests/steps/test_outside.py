@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from numpy.random import default_rng
 from torch import Tensor, nn
 
 import pysciml_node as psn
-from pysciml_node.steps.field import FlatField
 
 D = torch.float64
 SWEEPS = psn.DiscreteAdjoint(memory=0)
@@ -150,72 +148,3 @@ def test_a_log_of_answers_does_no_harm(name: str, adjoint: psn.Adjoint) -> None:
     (found,) = torch.autograd.grad(solution.u1.sum(), field.k)
     assert float(found) == pytest.approx(-(0.75**3), rel=1e-12 if adjoint.discrete else 0.4)
     assert len(field.answers) == solution.stats.nfe + solution.stats.nfe_backward
-
-
-class Expiring(Asking):
-    """Has another derivative some time after its first evaluation."""
-
-    end: float | None = None
-
-    def __init__(self) -> None:
-        super().__init__(time.monotonic)
-
-    def forward(self, t: Tensor, u: Tensor) -> Tensor:
-        self.end = self.ask() + 0.1 if self.end is None else self.end
-        factor = 1.0 if self.ask() < self.end else 2.0
-        return -u * (1 + factor * (self.k - self.k.detach()))
-
-
-@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
-def test_the_sweep_compares_with_the_solve(adjoint: psn.Adjoint) -> None:
-    """All evaluations in it have the same derivatives."""
-    field = Expiring()
-    end = psn.solve(problem(field), psn.Euler(), adjoint=adjoint, **FOUR).u1.sum()
-    time.sleep(0.15)
-    with pytest.raises(RuntimeError, match="its derivatives are others"):
-        torch.autograd.grad(end, field.k)
-
-
-@pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
-def test_so_it_does_where_others_change_what_is_not_put_back(adjoint: psn.Adjoint) -> None:
-    class InSet(Asking):
-        def __init__(self) -> None:
-            super().__init__(lambda: 1.0 + len(self.members))
-            self.members = {1, 2}
-
-    for changes in (True, False):
-        field = InSet()
-        end = psn.solve(problem(field), psn.Euler(), adjoint=adjoint, **FOUR).u1.sum()
-        if not changes:
-            torch.autograd.grad(end, field.k)
-            continue
-        field.members.clear()
-        with pytest.raises(RuntimeError, match="and its derivatives depend on what earlier"):
-            torch.autograd.grad(end, field.k)
-
-
-def test_also_where_a_part_of_the_steps_was_kept() -> None:
-    field, kept = Expiring(), psn.DiscreteAdjoint(memory=100_000)
-    options: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 1 / 64}
-    solution = psn.solve(problem(field), psn.Euler(), adjoint=kept, **options)
-    time.sleep(0.15)
-    with pytest.raises(RuntimeError, match="its derivatives are others"):
-        solution.u1.sum().backward()
-
-
-def test_fields_that_keep_nothing_are_compared_at_all_places_ever_more_rarely() -> None:
-    """Beside the start, where each sweep compares: in the first, second, fourth and eighth."""
-    rate = nn.Parameter(torch.tensor(1.0, dtype=D))
-
-    def f(t: Tensor, u: Tensor) -> Tensor:
-        time.time()
-        return -rate * u
-
-    call, further = FlatField._call, []
-    for _ in range(9):
-        solution = psn.solve(problem(f), psn.Euler(), adjoint=SWEEPS, **FOUR)
-        with mock.patch.object(FlatField, "_call", autospec=True, side_effect=call) as seen:
-            solution.u1.sum().backward()
-        further.append(seen.call_count - solution.stats.nfe_backward)
-    assert [n > 1 for n in further] == [n in (1, 2, 4, 8) for n in range(1, 10)]
-    assert min(further) == 1
