@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from functools import cache
 from sys import getrefcount
 from weakref import getweakrefcount
 
@@ -27,7 +26,7 @@ def own(value: Tensor) -> Tensor:
     if value._base is None and not value.is_inference():
         return value  # a copy has been made
     holders = _holders(value)
-    return value if _is_alone(holders, _fewest(), value._base) else value.clone()
+    return value if _is_alone(holders, _FEWEST, value._base) else value.clone()
 
 
 def _is_alone(
@@ -70,11 +69,10 @@ def _holders(value: Tensor) -> tuple[int, ...] | None:
     return uses, getrefcount(memory), getrefcount(base), getweakrefcount(base)
 
 
-@cache
 def _fewest() -> frozenset[tuple[int, ...] | None]:
     """What `_holders` says of a view that is alone; nothing where a held one looks the same."""
     with torch.inference_mode(False), torch.enable_grad():
-        outputs = [torch.ones(1, 2, requires_grad=True) * 2 for _ in range(3)]
+        outputs = [torch.ones(1, 2, device="cpu", requires_grad=True) * 2 for _ in range(3)]
         views = [x.reshape(-1) for x in outputs]
         part = outputs[1][0]
         del outputs[:2]
@@ -89,7 +87,7 @@ def own_whole(value: Tensor) -> Tensor:
         return value.clone()
     holders, base = _holders_of_whole(value), value._base
     made = value if base is None else base
-    return value if _is_alone(holders, _fewest_of_whole(), made) else value.clone()
+    return value if _is_alone(holders, _FEWEST_OF_WHOLE, made) else value.clone()
 
 
 def _holders_of_whole(value: Tensor) -> tuple[int, ...] | None:
@@ -102,7 +100,6 @@ def _holders_of_whole(value: Tensor) -> tuple[int, ...] | None:
     return held if base is None else (*held, getrefcount(base), getweakrefcount(base))
 
 
-@cache
 def _fewest_of_whole() -> frozenset[tuple[int, ...] | None]:
     """What `_holders_of_whole` says of values that are alone, but not of held ones."""
     held: list[Tensor] = []
@@ -123,8 +120,13 @@ def _fewest_of_whole() -> frozenset[tuple[int, ...] | None]:
         return _holders_of_whole(value)
 
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.ones(1, 2, requires_grad=True)
+        x = torch.ones(1, 2, device="cpu", requires_grad=True)
         alone = lambda: x * 2, lambda: (x * 2)[0]
         kept = lambda: keep(x * 2), lambda: keep((x * 2)[0]), lambda: keep(x * 2)[0]
         views = lambda: viewed(x * 2, lambda y: y[0]), lambda: viewed(x * 2, Tensor.detach)
         return frozenset(map(holders, alone)) - frozenset(map(holders, (*kept, *views)))
+
+
+# Counted before anything else looks at frames: while torch's compiler does, a call has more
+# references to its arguments, and values are copied.
+_FEWEST, _FEWEST_OF_WHOLE = _fewest(), _fewest_of_whole()
