@@ -8,14 +8,18 @@ not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pysciml_node.problems.ode import ODEProblem
+from pysciml_node.problems.state import moves
 from pysciml_node.replay.linearization import linearize
 from pysciml_node.replay.stages import Method
 from pysciml_node.steps.cotangents import BackwardPass, Gradients
 from pysciml_node.steps.field import FlatField
+from pysciml_node.steps.graph import pull_back
 from pysciml_node.steps.record import Record
 
 # Where in the interval the field is looked at: nowhere special.
@@ -30,34 +34,37 @@ def hides_time(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
     after = at + eps**0.5 * max(abs(span), abs(problem.t0), abs(problem.t1))
     u = u0.detach()
     weights = torch.linspace(0.5, 1.5, u.numel(), device=u.device, dtype=method.nodes.dtype).to(u)
-    with torch.enable_grad():
-        time = at.requires_grad_()
-        rate = field(time, u)
-        # Each entry counts by its own size: that of others must not cover what it hides.
-        size = rate.detach().abs()
-        weights = weights / torch.where(size == 0, torch.ones_like(size), size)
-        value = torch.vdot(weights, rate).real
-        seen = None
-        if value.requires_grad:
-            (seen,) = torch.autograd.grad(value, time, allow_unused=True)
+    rate, pullback = _by_time(field, at, u)
+    # Each entry counts by its own size: that of others must not cover what it hides.
+    size = rate.abs()
+    weights = weights / torch.where(size == 0, torch.ones_like(size), size)
+    seen = pullback(weights)
     with torch.no_grad():
         later = field(after, u)
-        change = torch.vdot(weights, later - rate).real / (after - time)
+        change = torch.vdot(weights, later - rate).real / (after - at)
         slope = torch.zeros_like(change) if seen is None else seen.to(change)
         sizes = torch.dot(weights.abs(), later.abs() + size)
-        rounding = 100 * eps * sizes / (after - time).abs()
+        rounding = 100 * eps * sizes / (after - at).abs()
         allowed = 0.01 * torch.maximum(change.abs(), slope.abs()) + rounding
         return bool((change - slope).abs() > allowed)
 
 
-def requires(end: object) -> bool:
-    """Whether an end of the interval receives a gradient."""
-    return isinstance(end, Tensor) and end.requires_grad
+def _by_time(
+    field: FlatField, t: Tensor, u: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor | None]]:
+    """The field, and its pullback to the time."""
+    if torch._C._are_functorch_transforms_active():
+        rate, pull = torch.func.vjp(lambda t: field(t, u), t)  # type: ignore[misc]
+        return rate.detach(), lambda cotangent: pull(cotangent)[0]
+    with torch.enable_grad():
+        time = t.detach().requires_grad_()
+        value = field(time, u)
+    return value.detach(), lambda cotangent: pull_back(value, (time,), cotangent, False)[0]
 
 
 def lacks_ends(problem: ODEProblem, method: Method, u0: Tensor) -> bool:
     """Whether the ends receive gradients that the steps themselves do not have."""
-    if problem.mass is not None or not any(map(requires, problem.tspan)):
+    if problem.mass is not None or not any(map(moves, problem.tspan)):
         return False
     return hides_time(problem, method, u0)
 
@@ -113,7 +120,7 @@ def complete_times(
         gradients.t1 = None if gradients.t1 is None else torch.zeros_like(gradients.t1)
     for index, t, end in _ends(problem, backward.record):
         indices = backward.record.at_end.get(index, [])
-        saved = indices and gradients.saveat is not None and not requires(end)
+        saved = indices and gradients.saveat is not None and not moves(end)
         if not saved and not ends:
             continue
         rate = _slope(problem, field, t, backward.states[index])
@@ -156,14 +163,14 @@ def at_moving_ends(
         if index == 0 and record.fixed:
             states[0] = u0
         u = states[index]
-        moves = record.fixed and index > 0 and requires(end)
-        own = indices and saveat is not None and not requires(end)
-        if not moves and not own:
+        shifted = record.fixed and index > 0 and moves(end)
+        own = indices and saveat is not None and not moves(end)
+        if not shifted and not own:
             if index == 0 and record.fixed:
                 rows[: len(indices)] = [u0] * len(indices)
             continue
         rate = _slope(problem, field, t, u)
-        if moves and isinstance(end, Tensor):
+        if shifted and isinstance(end, Tensor):
             states[index] = u + (end - end.detach()).to(rate.real.dtype).reshape(()) * rate
             for i in indices:
                 rows[i] = states[index]

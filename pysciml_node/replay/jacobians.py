@@ -41,7 +41,9 @@ def linearizer_of(field: FlatFunction, linsolve: GMRES | None) -> Linearizer:
 
 def jacobian_of(field: FlatFunction) -> JacobianOf:
     """How the Jacobian of an evaluation of a field is taken."""
-    if isinstance(field, FlatField) and field.sparsity is not None:
+    # A transform of torch.func takes the Jacobian itself, and hides what is in a pattern.
+    transformed = torch._C._are_functorch_transforms_active()
+    if isinstance(field, FlatField) and field.sparsity is not None and not transformed:
         return _Colored(Coloring.of(field.sparsity))
     return dense_jacobian
 

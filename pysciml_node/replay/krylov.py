@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 from typing_extensions import override
 
 from pysciml_node.algorithms.krylov import GMRES
-from pysciml_node.replay.linearization import Linearization, Solver, has_tangent
+from pysciml_node.problems.state import moves
+from pysciml_node.replay.linearization import Linearization, Solver
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.replay.vectors import Real
 from pysciml_node.steps.field import FlatField
@@ -132,7 +133,7 @@ class KrylovLinearization(Linearization):
 
         def solve(right: Tensor) -> Tensor:
             recorded = torch.is_grad_enabled() and right.requires_grad
-            if recorded or (self.recorded and has_tangent(right)):
+            if recorded or (self.recorded and moves(right)):
                 held: Tensor = _Held.apply(right, torch.zeros_like, pull, push)  # type: ignore[no-untyped-call]
                 return held
             with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import override
 
+from pysciml_node.problems.state import tangent_of
 from pysciml_node.replay.stages import FlatFunction
 from pysciml_node.replay.vectors import Real
 
@@ -239,19 +240,12 @@ def _transformed(field: FlatFunction, t: Tensor, u: Tensor, with_time: bool) -> 
     return DenseLinearization(value, slope if with_time else None, jacobian)
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether a tensor has a derivative in forward mode."""
-    if forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-
-
 def _apart(x: Tensor, requires_grad: bool = True) -> Tensor:
     """A copy without a graph, which keeps the derivative that it has in forward mode."""
     alone = x.detach().clone().requires_grad_(requires_grad)
-    if not has_tangent(x):
+    tangent = tangent_of(x) if forward_ad._current_level >= 0 else None
+    if tangent is None:
         return alone
-    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
     dual: Tensor = forward_ad.make_dual(alone, tangent)  # type: ignore[no-untyped-call]
     return dual
 

@@ -48,7 +48,7 @@ def from_moving_start(problem: ODEProblem, field: FlatField, u0: Tensor) -> Tens
         u0: the initial state `(N,)`, which does not move.
     """
     start = problem.tspan[0]
-    if not isinstance(start, Tensor) or not start.requires_grad:
+    if not isinstance(start, Tensor) or not moves(start):
         return u0
     rate = field(problem.time_tensor([problem.t0])[0], u0)
     if problem.mass is not None:

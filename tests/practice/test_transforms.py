@@ -283,6 +283,30 @@ def test_transforms_of_implicit_steps(algorithm: Any) -> None:
     exactly(torch.func.hessian(lambda u0: end(u0).sin().sum())(U0), curvature)
 
 
+@pytest.mark.parametrize("algorithm", [psn.Tsit5(), psn.KenCarp4()], ids=str)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_ends_of_a_field_that_hides_its_time(hidden: bool, algorithm: Any) -> None:
+    """`u1 = u0 + sin(t1) - sin(t0)`, whatever the mode: a table has no derivative by its place."""
+
+    def forced(t: Tensor, u: Tensor) -> Tensor:
+        return torch.cos(t.detach() if hidden else t).expand_as(u)
+
+    def end(ends: Tensor) -> Tensor:
+        problem = psn.ODEProblem(forced, U0, (ends[0], ends[1]))
+        options: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "adjoint": psn.DirectAdjoint()}
+        return psn.solve(problem, algorithm, **options).u1[0]
+
+    ends = torch.tensor([0.2, 1.5], dtype=D)
+    expected = ends.cos() * torch.tensor([-1.0, 1.0], dtype=D)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(jacobian(end, ends), expected)
+    close(torch.func.grad(end)(ends), expected)
+    close(torch.func.jacfwd(end)(ends), expected)
+    with forward_ad.dual_level():
+        dual = end(forward_ad.make_dual(ends, torch.ones_like(ends)))
+        close(forward_ad.unpack_dual(dual).tangent, expected.sum())
+
+
 def test_a_transform_of_steps_that_gmres_solves_is_refused() -> None:
     with pytest.raises(RuntimeError, match="forward_ad, or use Rodas5P"):
         torch.func.jacrev(lambda u0: few_steps(u0, MATRIX_FREE))(U0)
