@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sloping import FOUR, D, problem, slope
 from torch import Tensor, nn
 
 import pysciml_node as psn
 
-D = torch.float64
 SWEEPS = psn.DiscreteAdjoint(memory=0)
 AGAIN = [SWEEPS, psn.InterpolatingAdjoint(), psn.GaussAdjoint(), psn.BacksolveAdjoint()]
-FOUR: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25}
 
 
 def number(k: Tensor) -> float:
@@ -119,23 +118,6 @@ def counts() -> Iterator[None]:
         for name in ("counted", "counted_first", "counted_too"):
             if name in vars(owner):
                 delattr(owner, name)
-
-
-def problem(field: nn.Module) -> psn.ODEProblem:
-    return psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
-
-
-def slope(
-    field: Counting, adjoint: psn.Adjoint, given: psn.Problem | psn.EnsembleProblem | None = None
-) -> float:
-    given = problem(field) if given is None else given
-    one = given.problem if isinstance(given, psn.EnsembleProblem) else given
-    options: dict[str, Any] = {"adjoint": adjoint, **FOUR}
-    algorithm: psn.Algorithm = psn.Euler()
-    if isinstance(one, psn.SDEProblem):
-        algorithm, options["generator"] = psn.EM(), torch.Generator()
-    end = psn.solve(given, algorithm, **options).u1.sum()
-    return float(torch.autograd.grad(end, field.k)[0])
 
 
 @pytest.mark.parametrize("adjoint", AGAIN, ids=repr)

@@ -11,20 +11,18 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
+from sloping import FOUR, D, problem, slope
 from torch import Tensor, nn
 
 import pysciml_node as psn
 
-D = torch.float64
 SWEEPS = psn.DiscreteAdjoint(memory=0)
 AGAIN = [SWEEPS, psn.InterpolatingAdjoint(), psn.GaussAdjoint(), psn.BacksolveAdjoint()]
-FOUR: dict[str, Any] = {"controller": psn.FixedStep(), "dt0": 0.25}
 
 
 def inside() -> float:
@@ -67,23 +65,6 @@ class Asking(nn.Module):
         x = self.ask()
         self.answers.append(x)
         return -u * (1 + (x if self.reads else 1.0) * (self.k - self.k.detach()))
-
-
-def problem(field: Callable[[Tensor, Tensor], Tensor]) -> psn.ODEProblem:
-    return psn.ODEProblem(field, torch.ones(1, dtype=D), (0.0, 1.0))
-
-
-def slope(
-    field: Asking, adjoint: psn.Adjoint, given: psn.Problem | psn.EnsembleProblem | None = None
-) -> float:
-    given = problem(field) if given is None else given
-    one = given.problem if isinstance(given, psn.EnsembleProblem) else given
-    options: dict[str, Any] = {"adjoint": adjoint, **FOUR}
-    algorithm: psn.Algorithm = psn.Euler()
-    if isinstance(one, psn.SDEProblem):
-        algorithm, options["generator"] = psn.EM(), torch.Generator()
-    end = psn.solve(given, algorithm, **options).u1.sum()
-    return float(torch.autograd.grad(end, field.k)[0])
 
 
 @pytest.mark.parametrize("adjoint", AGAIN, ids=repr)
